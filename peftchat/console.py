@@ -1,0 +1,9 @@
+"""Where words go: data to standard output, progress and notes to standard error."""
+
+from rich.console import Console
+
+notes = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Progress, notes and errors."""
+
+output = Console(highlight=False, soft_wrap=True)
+"""What the command was asked for: tables, answers."""

@@ -1,0 +1,32 @@
+"""The two ways in which a command ends early on purpose.
+
+Library code raises them; the command line turns them into one message and an exit status. Anything else that
+escapes is a defect of peftchat and keeps its traceback.
+"""
+
+
+class InputError(Exception):
+    """What the user gave cannot be used: exit status 2.
+
+    Args:
+        what: the problem, in one sentence.
+        where: the place to look at, as `file:line`, `file: key`, a folder or a flag.
+        cure: what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, cure: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.cure = cure
+
+    def __str__(self) -> str:
+        """`where: what. cure`, without the parts that were not given."""
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        if not self.cure:
+            return text
+        return f"{text.rstrip('.')}. {self.cure}"
+
+
+class CheckFailed(Exception):
+    """The work was done and a check on its result did not pass: exit status 1."""

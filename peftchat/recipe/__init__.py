@@ -1,0 +1,33 @@
+"""What the user asks for: the typed recipe, how it is read, and what is said when it is wrong."""
+
+from peftchat.recipe.choices import VARIANTS
+from peftchat.recipe.dump import dump_recipe, training_arguments
+from peftchat.recipe.load import LoadedRecipe, load_recipe
+from peftchat.recipe.schema import Recipe
+from peftchat.recipe.sections import (
+    AdapterSection,
+    ChatSection,
+    DataEntry,
+    DataSection,
+    DistributedSection,
+    ModelSection,
+    QuantizationSection,
+)
+from peftchat.recipe.training import TrainingSection
+
+__all__ = [
+    "VARIANTS",
+    "AdapterSection",
+    "ChatSection",
+    "DataEntry",
+    "DataSection",
+    "DistributedSection",
+    "LoadedRecipe",
+    "ModelSection",
+    "QuantizationSection",
+    "Recipe",
+    "TrainingSection",
+    "dump_recipe",
+    "load_recipe",
+    "training_arguments",
+]

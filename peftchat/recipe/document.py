@@ -1,0 +1,194 @@
+"""A YAML text as plain values, with the place each one was written at."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
+
+from peftchat.errors import InputError
+
+Keys = tuple[str | int, ...]
+"""The way to a value: `("data", "train", 0, "path")`."""
+
+# A recipe has about a hundred values; aliases can unfold a short text into billions of them.
+MOST_VALUES = 20_000
+DEEPEST = 100
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written: a line of a file, or a `--set` flag (`file` is None).
+
+    `layer` tells what lies on top: 0 is the recipe, 1 the flags over it, -1 what it extends, and so on down.
+    """
+
+    name: str
+    line: int | None = None
+    file: Path | None = None
+    layer: int = 0
+
+    @property
+    def label(self) -> str:
+        """`file:line`, the file alone, or the flag."""
+        return self.name if self.line is None else f"{self.name}:{self.line}"
+
+    def of(self, keys: Keys) -> str:
+        """This place and the key, as errors show it."""
+        dotted = ".".join(str(key) for key in keys)
+        if not dotted or self.label == f"--set {dotted}":
+            return self.label
+        return f"{self.label}: {dotted}"
+
+
+@dataclass
+class Document:
+    """Plain values and their places, under construction: files and flags are merged into it."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[Keys, Place] = field(default_factory=dict)
+
+    def place(self, keys: Keys) -> Place:
+        """The place of a value, or of the nearest thing around it that was written anywhere."""
+        for length in range(len(keys), 0, -1):
+            if keys[:length] in self.places:
+                return self.places[keys[:length]]
+        return self.places[()]
+
+    def layer(self, keys: Keys) -> int | None:
+        """The highest layer that wrote to a key or into it; None if none did."""
+        layers = [place.layer for known, place in self.places.items() if known[: len(keys)] == keys]
+        return max(layers, default=None)
+
+    def value(self, keys: Keys) -> Any:
+        """The value at `keys`, None where there is none."""
+        found: Any = self.values
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    def remove(self, keys: Keys) -> None:
+        """Take a key out of its mapping, as if it had not been written."""
+        self.forget(keys)
+        self.value(keys[:-1]).pop(keys[-1])
+
+    def forget(self, keys: Keys) -> None:
+        """Drop the places of a value that is about to be replaced, and of all within it."""
+        for known in [known for known in self.places if known[: len(keys)] == keys]:
+            del self.places[known]
+
+
+def dotted(keys: Keys) -> str:
+    """The keys as a user writes them: `data.train.0.path`."""
+    return ".".join(str(key) for key in keys)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse one YAML 1.2 document, keeping line numbers.
+
+    Args:
+        text: the YAML.
+        name: what to call it in an error.
+
+    Raises:
+        InputError: the text is not YAML, or a key occurs twice.
+    """
+    try:
+        return YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
+        what = str(error.problem or error.context)
+        raise InputError(f"not valid YAML: {what}", where=where, cure=_cure(what)) from error
+    except YAMLError as error:
+        raise InputError(f"not valid YAML: {str(error).splitlines()[0]}", where=name) from error
+    except RecursionError as error:
+        raise InputError("not valid as a recipe: nested too deeply", where=name) from error
+    except ValueError as error:
+        raise InputError(f"not valid YAML: {error}", where=name) from error
+
+
+def _cure(problem: str) -> str:
+    if "duplicate key" in problem:
+        return "Keep one of the two."
+    if "mapping values are not allowed" in problem:
+        return "Check the indentation, and put text that holds `: ` in quotes."
+    if "\\t" in problem:
+        return "Indent with spaces, not tabs."
+    if "another document" in problem:
+        return "A recipe is one document: remove the `---` line."
+    return "Check brackets, quotes and indentation around there."
+
+
+class _Reader:
+    """Turns ruamel's values into plain ones, counting them so that aliases cannot run away."""
+
+    def __init__(self, name: str, file: Path | None, layer: int) -> None:
+        self.name = name
+        self.file = file
+        self.layer = layer
+        self.places: dict[Keys, Place] = {}
+        self.seen = 0
+
+    def read(self, node: Any, keys: Keys, line: int | None) -> Any:
+        self.seen += 1
+        place = Place(self.name, line, self.file, self.layer)
+        if self.seen > MOST_VALUES or len(keys) > DEEPEST:
+            raise InputError(
+                "holds more values, or deeper ones, than any recipe", where=place.label, cure="Check its aliases."
+            )
+        self.places[keys] = place
+        if isinstance(node, CommentedMap):
+            return {key: self.read(value, (*keys, key), at) for key, value, at in self.entries(node, line)}
+        if isinstance(node, CommentedSeq):
+            return [self.read(item, (*keys, at), self.line(node, at, line)) for at, item in enumerate(node)]
+        return self.scalar(node, place, keys)
+
+    def entries(self, node: CommentedMap, around: int | None) -> Iterator[tuple[str, Any, int | None]]:
+        for key, value in node.items():
+            yield str(key), value, self.line(node, key, around)
+
+    def line(self, node: CommentedMap | CommentedSeq, key: Any, around: int | None) -> int | None:
+        """The line of an entry, from 1. One that came in by a merge key (`<<`) has the line around it."""
+        known: Mapping[Any, list[int]] = node.lc.data or {}
+        return known[key][0] + 1 if key in known and self.file is not None else around
+
+    def scalar(self, node: Any, place: Place, keys: Keys) -> str | int | float | bool | None:
+        if node is None or type(node) is bool:
+            return node
+        if isinstance(node, ScalarBoolean):  # a boolean with an anchor, which ruamel derives from int
+            return bool(node)
+        for plain in (str, int, float):
+            if isinstance(node, plain):
+                return plain(node)
+        raise InputError(
+            f"holds {_kind(node)}, which no key takes",
+            where=place.of(keys),
+            cure="Put it in quotes if it is meant as text.",
+        )
+
+
+def _kind(node: Any) -> str:
+    tag = getattr(node, "tag", None)
+    return f"a value tagged `{tag.value}`" if tag is not None and tag.value else "a date or other special value"
+
+
+def plain(
+    node: Any, name: str, *, keys: Keys = (), file: Path | None = None, layer: int = 0
+) -> tuple[Any, dict[Keys, Place]]:
+    """Plain Python values for what `parse_yaml` returned, and the place of each.
+
+    Args:
+        node: the parsed YAML.
+        name: how places begin: a file's name (lines follow) or a flag (no lines).
+        keys: where the values will stand in the recipe.
+        file: the file they come from; None for a flag.
+        layer: see Place.
+    """
+    reader = _Reader(name, file, layer)
+    values = reader.read(node, keys, None)
+    return values, reader.places

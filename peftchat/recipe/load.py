@@ -1,0 +1,118 @@
+"""Reading a recipe: file, what it extends, flags, types, combinations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from peftchat.errors import InputError
+from peftchat.recipe.conflicts import conflict_problems, find_conflicts, settle
+from peftchat.recipe.deepspeed_file import deepspeed_problems
+from peftchat.recipe.document import Document, parse_yaml, plain
+from peftchat.recipe.merge import merge
+from peftchat.recipe.overrides import apply_override
+from peftchat.recipe.paths import find_beside_recipe
+from peftchat.recipe.problems import refuse, schema_problems
+from peftchat.recipe.rules import impossible, missing_here
+from peftchat.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe, and where each of its keys was written."""
+
+    recipe: Recipe
+    path: Path
+    document: Document
+
+    def where(self, *keys: str | int) -> str:
+        """The place of a key, for an error about it: `file:line: a.b.c` or `--set a.b.c`."""
+        return self.document.place(keys).of(keys)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, to_train: bool = True) -> LoadedRecipe:
+    """Read, complete and check the recipe at `path`.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=YAML` texts, later ones on top.
+        to_train: also check that this machine has what training by the recipe needs. Off for those who only
+            look at the recipe of a finished run.
+
+    Raises:
+        InputError: the recipe cannot be used; all problems found are told at once.
+    """
+    document = _read(Path(path), ())
+    for flag in overrides:
+        apply_override(document, flag)
+    find_beside_recipe(document)
+    recipe = _settle(document, str(path))
+    problems = list(impossible(recipe))
+    if to_train:
+        problems += [*missing_here(recipe), *deepspeed_problems(recipe)]
+    refuse(problems, document, str(path))
+    return LoadedRecipe(recipe, Path(path), document)
+
+
+def _read(path: Path, extending: tuple[Path, ...]) -> Document:
+    """The document at `path`, laid over what it extends."""
+    name = str(path)
+    text = _read_text(path)
+    values, places = plain(parse_yaml(text, name), name, file=path, layer=-len(extending))
+    if values is None:
+        raise InputError("the recipe is empty", where=name, cure="`peftchat init` writes one to start from.")
+    if not isinstance(values, dict):
+        raise InputError(
+            "a recipe is keys with values",
+            where=name,
+            cure="Begin with keys such as `model:` and `method:`; `peftchat init` writes one to start from.",
+        )
+    document = Document(values, places)
+    base = document.values.pop("extends", None)
+    if base is None:
+        return document
+    where = document.place(("extends",)).of(("extends",))
+    if not isinstance(base, str):
+        raise InputError("expected the path of one recipe", where=where)
+    target = path.parent / Path(base).expanduser()
+    chain = (*extending, path.resolve())
+    if target.resolve() in chain:
+        raise InputError(f"`{base}` extends this recipe in turn", where=where, cure="Break the circle.")
+    if not target.exists():
+        raise InputError(f"`{base}` does not exist", where=where, cure=f"The path is taken from {path.parent or '.'}.")
+    return merge(_read(target, chain), document)
+
+
+def _read_text(path: Path) -> str:
+    if path.is_dir():
+        raise InputError("is a folder, not a recipe", where=str(path), cure="Give the YAML file.")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(
+            "no such file", where=str(path), cure="`peftchat init` writes a recipe to start from."
+        ) from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError("not UTF-8", where=f"{path}:{line}", cure="Save the file as UTF-8.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read: {error}", where=str(path)) from error
+
+
+def _settle(document: Document, name: str) -> Recipe:
+    """Validate, and let what was laid on top win over what it leaves without effect below."""
+    while True:
+        recipe = _validate(document, name)
+        conflicts = [found for found in find_conflicts(recipe) if document.value(found.keys) is not None]
+        if not settle(document, conflicts):
+            refuse(conflict_problems(conflicts), document, name)
+            return recipe
+
+
+def _validate(document: Document, name: str) -> Recipe:
+    try:
+        return Recipe.model_validate(document.values)
+    except ValidationError as error:
+        refuse(schema_problems(error.errors(include_url=False)), document, name)
+        raise

@@ -1,0 +1,127 @@
+"""Every key of a recipe as a row (type, default, meaning): for the manual, and for a first recipe to fill in."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from peftchat.recipe.problems import section_of
+from peftchat.recipe.schema import Recipe
+from peftchat.recipe.section import Section
+from peftchat.recipe.sections import DataEntry
+
+
+@dataclass(frozen=True)
+class KeyRow:
+    """One key: its name, what it takes, its default as YAML (None if it must be given), its meaning."""
+
+    name: str
+    type: str
+    default: str | None
+    meaning: str
+
+
+@dataclass(frozen=True)
+class SectionRows:
+    """One section of the recipe, or the top level (`name` empty)."""
+
+    name: str
+    meaning: str
+    keys: tuple[KeyRow, ...]
+
+
+def sections() -> Iterator[SectionRows]:
+    """The top level and each section, in the order of a recipe."""
+    yield SectionRows("", "", tuple(_rows(Recipe, skip_sections=True)))
+    for name, info in Recipe.model_fields.items():
+        if (section := section_of(info.annotation)) is not None:
+            yield SectionRows(name, info.description or "", tuple(_rows(section)))
+
+
+def _rows(section: type[Section], skip_sections: bool = False) -> Iterator[KeyRow]:
+    for name, info in section.model_fields.items():
+        if skip_sections and section_of(info.annotation) is not None:
+            continue
+        yield KeyRow(name, type_name(info.annotation), default_text(info), info.description or "")
+
+
+_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+
+
+def type_name(annotation: Any) -> str:
+    """A type in the words of someone who writes YAML."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if annotation in _NAMES:
+        return _NAMES[annotation]
+    if origin is Annotated:
+        return type_name(parts[0])
+    if origin is Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if origin is tuple:
+        return f"list of {type_name(parts[0])}"
+    if origin in (Union, UnionType):
+        return " or ".join(type_name(part) for part in parts if part is not NoneType)
+    return "entries (below)" if isinstance(annotation, type) and issubclass(annotation, Section) else "mapping"
+
+
+def default_text(info: FieldInfo) -> str | None:
+    """The default as one would write it in YAML; None for a key that must be given."""
+    extra = info.json_schema_extra
+    if isinstance(extra, dict) and "x-default-text" in extra:
+        return str(extra["x-default-text"])
+    if info.is_required():
+        return None
+    default = info.default
+    if isinstance(default, bool):
+        return "true" if default else "false"
+    if default is None:
+        return "null"
+    return "none" if default == () else f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def manual() -> str:
+    """The page `docs/recipe.md`."""
+    lines = [_HEAD]
+    for section in sections():
+        lines.append(f"## `{section.name}`\n" if section.name else "## Top level\n")
+        if section.meaning:
+            lines.append(f"{section.meaning}\n")
+        lines.append(_table(section.keys))
+        if section.name == "data":
+            lines.append("### An entry of `data.train` or `data.eval`\n")
+            lines.append(_table(tuple(_rows(DataEntry))))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(rows: tuple[KeyRow, ...]) -> str:
+    lines = ["| Key | Takes | Default | Meaning |", "|---|---|---|---|"]
+    for row in rows:
+        default = "must be given" if row.default is None else f"`{row.default}`"
+        cells = (f"`{row.name}`", row.type, default, row.meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+_HEAD = """\
+# The recipe
+
+<!-- Written by scripts/make_recipe_docs.py from the types in peftchat/recipe. Change those, not this page. -->
+
+A recipe is a YAML 1.2 file that says everything a run does. An unknown key, a wrong type or a combination that cannot
+work is an error before anything is loaded; all errors are told at once, each with its file, line, key and cure.
+
+- `null` stands for the default, also for a whole section.
+- `extends: other.yaml` takes the keys of another recipe (its path is relative to this file). Mappings are merged key
+  by key, lists are replaced.
+- `--set section.key=VALUE` puts one value on top; the value is YAML: `--set training.learning_rate=1e-4`,
+  `--set data.train='[{path: dialogues.jsonl}]'`, `--set data.train.0.path=dialogues.jsonl`.
+- What is laid on top wins: `--set method=full` also switches off the `adapter` section below it. Two settings side by
+  side that exclude each other are an error.
+- Paths are relative to the folder you work in. One that does not exist there and does beside the recipe is taken from
+  beside the recipe.
+- Numbers may be written as `1e-4`. Truth values are `true` and `false`; `yes` and `no` are text in YAML 1.2.
+- Editors with a YAML language server complete and check recipes whose first line is
+  `# yaml-language-server: $schema=` and the path of `peftchat/recipe/recipe.schema.json`.
+"""

@@ -1,0 +1,212 @@
+"""The sections of a recipe except `training`: every key with its type, default and meaning."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from peftchat.recipe.choices import (
+    Attention,
+    Dtype,
+    EmptyRows,
+    LossOn,
+    NewTokenInit,
+    Offload,
+    QuantizationType,
+    SpecialText,
+    Strategy,
+    Template,
+    Truncation,
+    Variant,
+)
+from peftchat.recipe.section import Section, list_to_tuple
+
+
+class ModelSection(Section):
+    """The base model and how it is held in memory."""
+
+    name: str = Field(
+        min_length=1,
+        description="The base model: a folder with a transformers model, or a hub id.",
+        examples=["HuggingFaceTB/SmolLM2-135M"],
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a hub model. Without it the hub's main branch is taken."
+    )
+    dtype: Dtype = Field(
+        "bfloat16",
+        description="The number type the model is held and computed in. There is no separate `bf16` or `fp16`.",
+    )
+    attention: Attention = Field(
+        "auto",
+        description="The attention implementation. `auto` takes the fastest one here that keeps packed "
+        "dialogues apart.",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with a hub model. Only for authors you trust."
+    )
+
+
+def _module_list(value: object) -> object:
+    if value == "all-linear":
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise PydanticCustomError("module_list", "expected `all-linear` or a list of module names")
+
+
+class AdapterSection(Section):
+    """The adapter that is trained beside the frozen base (methods `lora` and `qlora`)."""
+
+    variant: Variant = Field("lora", description="The kind of adapter.")
+    r: int = Field(16, ge=1, description="Rank of the update. More rank can learn more and costs more memory.")
+    alpha: int = Field(
+        32,
+        ge=1,
+        description="Scale of the update: `alpha / r` (`alpha / sqrt(r)` for rslora) times the adapter's output.",
+    )
+    dropout: float = Field(0.05, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
+    target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_module_list)] = Field(
+        "all-linear",
+        description="The layers that get an adapter: `all-linear` (all linear layers but the output head) "
+        "or a list of module names such as `[q_proj, v_proj]`.",
+    )
+
+
+class QuantizationSection(Section):
+    """How the frozen base is quantised with bitsandbytes (method `qlora`)."""
+
+    bits: Literal[4, 8] = Field(4, description="Bits a weight of the frozen base.")
+    type: QuantizationType = Field("nf4", description="The 4-bit number type. `nf4` suits trained weights better.")
+    double: bool = Field(
+        True,
+        description="Quantise the scales of 4-bit weights too, which saves about 0.4 bits a weight.",
+    )
+
+
+class ChatSection(Section):
+    """How a dialogue becomes tokens, and which of them are learned."""
+
+    template: Template = Field(
+        "starchat",
+        description="The chat format: `starchat` (adds four tokens), `chatml` (adds `<|im_start|>` and "
+        "`<|im_end|>` where they are missing), or `model` (the tokenizer's own template, "
+        "nothing added).",
+    )
+    system: str | None = Field(
+        None,
+        description="System message for dialogues that bring none. `null` writes no system block, an empty "
+        "text an empty one.",
+    )
+    loss_on: LossOn = Field(
+        "answers",
+        description="What is learned: `answers` (each answer and its end token), `answers_and_headers` "
+        "(also the assistant token and line breaks around them), `last_answer`, or "
+        "`everything`.",
+    )
+    new_token_init: NewTokenInit = Field(
+        "mean",
+        description="First value of the rows of added tokens: the `mean` of the existing rows, the mean of "
+        "the words of a `description` of the token, or `zeros`.",
+    )
+    special_text: SpecialText = Field(
+        "text",
+        description="What to do with a message that contains the text of a special token: encode it as "
+        "ordinary `text`, or `refuse` the row.",
+    )
+    empty_rows: EmptyRows = Field(
+        "drop",
+        description="What to do with a row in which nothing is learned: `drop` it, counted and named, or "
+        "`refuse` to train.",
+    )
+
+
+class DataEntry(Section):
+    """One source of dialogues."""
+
+    path: str = Field(
+        min_length=1,
+        description="A local file, a folder, or the hub id of a data set.",
+        examples=["dialogues.jsonl"],
+    )
+    format: str = Field(
+        "auto",
+        min_length=1,
+        description="The form of the rows. `auto` finds it from the first rows and reports it.",
+    )
+    split: str | None = Field(None, min_length=1, description="Split of a hub data set, such as `train` or `test`.")
+    weight: float = Field(
+        1.0, gt=0, description="How often this source is drawn in a mix, relative to its number of rows."
+    )
+
+
+Entries = Annotated[tuple[DataEntry, ...], BeforeValidator(list_to_tuple), Field(min_length=1)]
+
+
+class DataSection(Section):
+    """What the model is trained and evaluated on."""
+
+    train: Entries = Field(
+        description="The sources trained on; several are mixed by weight.",
+        examples=["[{path: dialogues.jsonl}]"],
+    )
+    eval: Entries | None = Field(
+        None,
+        description="Held-out sources. Give these or `eval_fraction`, not both; with neither nothing is evaluated.",
+    )
+    eval_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the training dialogues held out for evaluation, chosen by `training.seed`; "
+        "whole conversation trees stay on one side.",
+    )
+    max_length: int = Field(2048, ge=2, description="Most tokens in a row, and in a pack when `packing` is on.")
+    packing: bool = Field(
+        True,
+        description="Put several dialogues in one row of `max_length` tokens instead of padding. Dialogues "
+        "in a pack never see each other.",
+    )
+    truncation: Truncation = Field(
+        "turns",
+        description="A dialogue longer than `max_length`: `turns` drops whole trailing exchanges, `drop` "
+        "drops the row, `refuse` stops with an error. All are counted.",
+    )
+    pad_to_multiple_of: int | None = Field(
+        None,
+        ge=1,
+        description="Pad rows to a multiple of this many tokens, which some accelerators like (8 or 64).",
+    )
+    max_train_rows: int | None = Field(None, ge=1, description="Use only the first this many training dialogues.")
+    max_eval_rows: int | None = Field(None, ge=1, description="Use only the first this many held-out dialogues.")
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.eval is not None or self.eval_fraction is not None
+
+
+class DistributedSection(Section):
+    """How many processes train, and what they share."""
+
+    strategy: Strategy = Field(
+        "auto",
+        description="`single` process, `ddp` (a whole model on each), `zero2` (gradients and optimizer "
+        "sharded) or `zero3` (weights sharded too). `auto` is `single` for one process and "
+        "`ddp` for more.",
+    )
+    processes: int | None = Field(
+        None, ge=1, description="Processes on each node. Without it: one for each GPU, or one on a CPU."
+    )
+    nodes: int = Field(1, ge=1, description="Machines that take part; start the same command on each of them.")
+    offload: Offload = Field(
+        "none",
+        description="Keep the optimizer's state (`optimizer`) or weights as well (`all`, `zero3` only) in "
+        "main memory. Slower, and fits larger models.",
+    )
+    deepspeed_config: str | None = Field(
+        None,
+        min_length=1,
+        description="Your own DeepSpeed JSON file, instead of the one made for `strategy`. It must not hold "
+        "a scheduler, nor contradict the recipe.",
+    )

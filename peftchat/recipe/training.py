@@ -1,0 +1,117 @@
+"""The `training` section: the TrainingArguments of transformers that peftchat honours, by their own names."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+
+from peftchat.recipe.choices import REPORTERS, EvalStrategy, Optimizer, Reporter, SaveStrategy, Schedule
+from peftchat.recipe.section import Section
+
+LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+"""The learning rate of each method where the recipe gives none."""
+
+
+def _reporter_list(value: object) -> object:
+    """Accept one name, a list of names, or `none`."""
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, list | tuple):
+        return () if list(names) == ["none"] else tuple(names)
+    return value
+
+
+_REPORTERS_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            {"enum": ["none", *REPORTERS], "type": "string"},
+            {"items": {"enum": list(REPORTERS), "type": "string"}, "type": "array"},
+        ]
+    }
+)
+
+
+class TrainingSection(Section):
+    """Optimisation, evaluation, checkpoints and logging, by the names of transformers' TrainingArguments."""
+
+    learning_rate: float = Field(
+        LEARNING_RATES["lora"],
+        gt=0,
+        description="Peak learning rate. Without it: 2e-5 for `full`, 2e-4 for `lora` and `qlora`.",
+        json_schema_extra={"x-default-text": "2e-5 (full), 2e-4 (lora, qlora)"},
+    )
+    max_steps: int = Field(
+        -1, description="Stop after this many optimizer steps; beats `num_train_epochs`. -1 trains by epochs."
+    )
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
+    per_device_train_batch_size: int = Field(
+        2, ge=1, description="Rows (packs, with `data.packing`) in one forward pass of one process."
+    )
+    per_device_eval_batch_size: int = Field(2, ge=1, description="The same for evaluation.")
+    gradient_accumulation_steps: int = Field(
+        4, ge=1, description="Forward passes in an optimizer step. The update is that of the larger batch."
+    )
+    lr_scheduler_type: Schedule = Field("cosine", description="How the learning rate moves after the warm-up.")
+    lr_scheduler_kwargs: dict[str, Any] | None = Field(
+        None, description="The schedule's own options, such as `{min_lr_rate: 0.1}` for `cosine_with_min_lr`."
+    )
+    warmup_steps: float = Field(
+        0.03,
+        ge=0,
+        description="Steps in which the learning rate rises from zero. Below 1 it is a share of all steps.",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decay of the trained weights; biases and norms are exempt.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm. 0 clips nothing.")
+    optim: Optimizer = Field(
+        "adamw_torch",
+        description="The optimizer. 8-bit and paged ones come from bitsandbytes and want a GPU.",
+    )
+    optim_args: str | None = Field(None, description="The optimizer's own options, as `name=value,name=value`.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's decay of the mean of gradients.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's decay of the mean of squared gradients.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's guard against division by zero.")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: much less memory, about a third more time.",
+    )
+    gradient_checkpointing_kwargs: dict[str, Any] | None = Field(
+        None, description="Options of `torch.utils.checkpoint`, such as `{use_reentrant: false}`."
+    )
+    seed: int = Field(42, ge=0, description="Seed of adapter weights, dropout, and the split by `data.eval_fraction`.")
+    data_seed: int | None = Field(None, ge=0, description="Seed of the order of rows. Without it `seed` is used.")
+    save_strategy: SaveStrategy = Field(
+        "steps",
+        description="When to write a checkpoint that `--resume` can go on from. The final model is always saved.",
+    )
+    save_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints (`save_strategy: steps`).")
+    save_total_limit: int = Field(
+        2, ge=1, description="Checkpoints kept; the oldest goes first. Write a large number to keep all."
+    )
+    eval_strategy: EvalStrategy = Field(
+        "epoch",
+        description="When to evaluate on the held-out rows. Giving `eval_steps` alone means `steps`.",
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between evaluations. Without it `logging_steps` is used."
+    )
+    eval_on_start: bool = Field(True, description="Evaluate before the first step, to have a figure to compare with.")
+    logging_steps: int = Field(10, ge=1, description="Optimizer steps between lines of `metrics.jsonl`.")
+    report_to: Annotated[tuple[Reporter, ...], BeforeValidator(_reporter_list), _REPORTERS_SCHEMA] = Field(
+        (), description="Experiment trackers to report to, one or a list. Each needs its package."
+    )
+    run_name: str | None = Field(
+        None, min_length=1, description="The run's name in the trackers. Without it the output folder's name."
+    )
+    dataloader_num_workers: int = Field(
+        0,
+        ge=0,
+        description="Extra processes that prepare batches. Rows are encoded beforehand, so 0 rarely waits.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eval_steps_mean_steps(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        if given.get("eval_steps") is not None and given.get("eval_strategy") is None:
+            return {**given, "eval_strategy": "steps"}
+        return given

@@ -1,0 +1,16 @@
+"""`peftchat data`: from what people have to files worth training on."""
+
+import click
+
+from peftchat.cli.lazy import LazyVerbs, Verb
+
+VERBS = {
+    "prepare": Verb("peftchat.cli.data_prepare", "Clean, split and count dialogues from any known form."),
+    "from-code": Verb("peftchat.cli.data_from_code", "Make dialogues about your own Python code."),
+    "formats": Verb("peftchat.cli.data_formats", "List the input forms."),
+}
+
+
+@click.group(cls=LazyVerbs, verbs=VERBS)
+def command() -> None:
+    """From what you have to dialogues worth training on."""

@@ -1,0 +1,1 @@
+"""OpenAssistant's exports and their rules."""

@@ -1,0 +1,1 @@
+"""What a run leaves for people to read: the page, the model card, the closing table."""

@@ -1,0 +1,91 @@
+"""Numbers as people read them; what was not measured says so."""
+
+import math
+from datetime import datetime
+
+UNKNOWN = "not measured"
+"""Stands wherever a run has no value."""
+
+
+def count(value: float | None) -> str:
+    """Whole number with thousands separated: `1,234,567`."""
+    return UNKNOWN if value is None else f"{value:,.0f}"
+
+
+def short_count(value: float | None) -> str:
+    """Large number with a suffix, from ten thousand on: `26.6 k`, `4.88 M`, `15.5 B`."""
+    if value is None:
+        return UNKNOWN
+    return count(value) if abs(value) < 1e4 else _scaled(value, ("T", "B", "M", "k"))
+
+
+def size(value: float | None) -> str:
+    """Bytes in decimal units: `236 MB`, `1.27 GB`."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.0f} B" if abs(value) < 1e3 else _scaled(value, ("TB", "GB", "MB", "kB"))
+
+
+def _scaled(value: float, units: tuple[str, str, str, str]) -> str:
+    *larger, smallest = zip((1e12, 1e9, 1e6, 1e3), units, strict=True)
+    for scale, unit in larger:
+        # 999.6 of the next smaller unit would be rounded to "1e+03".
+        if abs(value) >= 0.9995 * scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / smallest[0]:.3g} {smallest[1]}"
+
+
+def share(value: float | None) -> str:
+    """Fraction as percent: `63 %`, and with one decimal below ten percent: `4.2 %`."""
+    if value is None:
+        return UNKNOWN
+    percent = 100 * value
+    return f"{percent:.0f} %" if percent == 0 or abs(percent) >= 9.95 else f"{percent:.1f} %"
+
+
+def decimal(value: float | None) -> str:
+    """Loss, norm or rate to four significant digits, in powers of ten only where it is tiny or huge."""
+    if value is None:
+        return UNKNOWN
+    if not math.isfinite(value) or (value == int(value) and abs(value) < 1e5):
+        return f"{value:g}"
+    if 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def duration(seconds: float | None) -> str:
+    """Time in the two largest units that matter: `38 s`, `4 min 12 s`, `2 h 05 min`, `3 d 4 h`."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def clock(seconds: float) -> str:
+    """Time left as a clock shows it: `0:38`, `4:12`, `2:05:00`."""
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def moment(iso: str | None) -> str:
+    """An ISO time to the minute, as `2026-01-14 10:06 UTC`; text of any other form as it is."""
+    if iso is None:
+        return UNKNOWN
+    try:
+        time = datetime.fromisoformat(iso)
+    except ValueError:
+        return iso
+    return f"{time:%Y-%m-%d %H:%M} {time.tzname() or ''}".rstrip()

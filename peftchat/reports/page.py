@@ -1,0 +1,33 @@
+"""Self-contained HTML pages from the templates of this package: one file, no scripts, nothing loaded from elsewhere."""
+
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from peftchat.reports import numbers
+
+
+def write_page(path: Path, template: str, **values: object) -> Path:
+    """Render a template to `path`, atomically. Values are escaped unless they are `markupsafe.Markup`."""
+    environment = Environment(
+        loader=PackageLoader("peftchat", "reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        count=numbers.count,
+        short_count=numbers.short_count,
+        size=numbers.size,
+        share=numbers.share,
+        decimal=numbers.decimal,
+        duration=numbers.duration,
+        moment=numbers.moment,
+    )
+    text = environment.get_template(template).render(values)
+    beside = path.with_name(f".{path.name}.new")
+    # Text from dialogues may hold lone surrogates, which UTF-8 has no bytes for.
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    beside.replace(path)
+    return path

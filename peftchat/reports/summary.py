@@ -1,0 +1,73 @@
+"""The table that closes a training run in the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from peftchat.console import notes
+from peftchat.reports.facts import RunFacts
+from peftchat.reports.numbers import UNKNOWN, count, decimal, duration, share, short_count, size
+from peftchat.reports.verdict import cautions, verdict
+
+_COLOURS = {"better": "green", "worse": "red", "failed": "red", "unknown": "yellow"}
+
+
+def print_summary(run_json: Mapping[str, Any]) -> None:
+    """Print the verdict, the main numbers and the new tokens of a run to standard error."""
+    facts = RunFacts.of(run_json)
+    result = verdict(facts)
+    notes.print()
+    notes.print(Text(result.headline, style=f"bold {_COLOURS[result.outcome]}"), soft_wrap=False)
+    notes.print(_numbers(facts))
+    if facts.new_tokens:
+        notes.print(_tokens(facts))
+    for caution in cautions(facts):
+        notes.print(Text.assemble(("note: ", "yellow"), caution), soft_wrap=False)
+
+
+def _numbers(facts: RunFacts) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    rows = [
+        ("training loss", decimal(facts.train_loss)),
+        ("steps", count(facts.steps)),
+        ("time", duration(facts.seconds)),
+        ("tokens", f"{count(facts.tokens)}, {share(facts.supervised_share)} supervised"),
+        ("speed", _per_second(facts)),
+        ("peak memory", size(facts.peak_memory_bytes)),
+        ("trained", _parameters(facts)),
+    ]
+    for name, value in rows:
+        if not value.startswith(UNKNOWN):
+            table.add_row(name, value)
+    return table
+
+
+def _per_second(facts: RunFacts) -> str:
+    if facts.tokens_per_second is None or facts.model_flops_utilisation is None:
+        return UNKNOWN if facts.tokens_per_second is None else f"{count(facts.tokens_per_second)} tokens/s"
+    utilisation = share(facts.model_flops_utilisation)
+    return f"{count(facts.tokens_per_second)} tokens/s, {utilisation} of the peak matrix rate"
+
+
+def _parameters(facts: RunFacts) -> str:
+    if facts.trainable_parameters is None:
+        return UNKNOWN
+    return f"{short_count(facts.trainable_parameters)} parameters"
+
+
+def _tokens(facts: RunFacts) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    table.add_column("new token")
+    for name in ("id", "seen", "input moved", "output moved"):
+        table.add_column(name, justify="right")
+    table.add_column("result")
+    for token in facts.new_tokens:
+        moved = [decimal(token.input_moved), decimal(token.output_moved)]
+        style = "red" if token.verdict == "did not move" else ""
+        table.add_row(Text(token.token), str(token.id), count(token.seen), *moved, Text(token.verdict, style=style))
+    return table

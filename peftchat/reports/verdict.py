@@ -1,0 +1,95 @@
+"""A run in words: what it achieved, and what its numbers do not let anyone claim."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from peftchat.reports.facts import RunFacts
+from peftchat.reports.numbers import count, decimal, duration, share
+
+Outcome = Literal["better", "worse", "unknown", "failed"]
+
+_FEW_ROWS = 1000
+_MANY_EPOCHS = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One sentence on the result, one on what it took, and which way it went."""
+
+    headline: str
+    effort: str
+    outcome: Outcome
+
+
+def verdict(facts: RunFacts) -> Verdict:
+    """The result of a run in words, judged by the held-out loss where there is one."""
+    headline, outcome = _result(facts)
+    return Verdict(headline, _effort(facts), outcome)
+
+
+def _result(facts: RunFacts) -> tuple[str, Outcome]:
+    before, after = facts.eval_loss_before, facts.eval_loss
+    losses = [loss for loss in (after, facts.train_loss) if loss is not None]
+    if any(not math.isfinite(loss) for loss in losses):
+        return "The loss is not a number: training failed, and this model is of no use.", "failed"
+    if after is None:
+        return "No held-out dialogues were given, so nothing here shows that the model got better.", "unknown"
+    if before is None or before <= 0:
+        text = f"Held-out loss is {decimal(after)}; it was not measured before training."
+        return text, "unknown"
+    if after == before:
+        return f"Held-out loss stayed at {decimal(after)}.", "worse"
+    change = f"from {decimal(before)} to {decimal(after)}, by {share(abs(after - before) / before)}"
+    if after < before:
+        return f"Held-out loss fell {change}.", "better"
+    return f"Held-out loss rose {change}: on dialogues it did not see, the model got worse.", "worse"
+
+
+def _effort(facts: RunFacts) -> str:
+    parts = []
+    if facts.steps is not None:
+        parts.append(f"{count(facts.steps)} steps")
+    if facts.seconds is not None:
+        parts.append(f"in {duration(facts.seconds)}")
+    if facts.tokens is not None:
+        parts.append(f"over {count(facts.tokens)} tokens")
+    if facts.tokens_per_second is not None:
+        parts.append(f"at {count(facts.tokens_per_second)} tokens/s")
+    if facts.world_size is not None and facts.world_size > 1:
+        parts.append(f"on {facts.world_size} processes")
+    text = " ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def cautions(facts: RunFacts) -> list[str]:
+    """What a reader should know before relying on the model, each from a number of the run."""
+    found = []
+    if facts.rows is not None and facts.rows < _FEW_ROWS:
+        found.append(f"It was trained on only {count(facts.rows)} dialogues.")
+    if facts.eval_loss is None:
+        found.append("No held-out dialogues were used: whether it got better is not known.")
+    elif facts.eval_loss_before is not None and facts.eval_loss >= facts.eval_loss_before:
+        found.append("Its loss on held-out dialogues did not fall.")
+    if facts.epochs is not None and facts.epochs > _MANY_EPOCHS:
+        found.append(f"It saw each dialogue about {decimal(facts.epochs)} times and may recite some of them.")
+    if facts.dropped_rows:
+        found.append(f"{count(facts.dropped_rows)} rows of the data were left out.")
+    if facts.special_text:
+        found.append(
+            f"Text that looks like a special token occurred {count(facts.special_text)} times in the dialogues and "
+            "was trained as ordinary text."
+        )
+    for token in facts.new_tokens:
+        if token.verdict in ("not in the data", "did not move"):
+            found.append(f"The token {token.token} {_TOKEN_FAULTS[token.verdict]}.")
+    unfinished = sum(answer.stopped is False for answer in facts.samples_after)
+    if unfinished:
+        found.append(f"{unfinished} of {len(facts.samples_after)} sample answers did not end by themselves.")
+    return found
+
+
+_TOKEN_FAULTS = {
+    "not in the data": "does not occur in the training data and keeps its first value",
+    "did not move": "occurs in the training data, yet one of its rows did not move",
+}

@@ -1,0 +1,1 @@
+"""The chat format: special tokens, templates, ids with their mask, rows, batches."""

@@ -1,0 +1,170 @@
+"""Chat templates: a conversation as pieces of text, each with the code that says what it is.
+
+A template states its format twice: `pieces` for encoding, `jinja` for the tokenizer that is saved with the model.
+The tests hold the two against each other, byte for byte.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from peftchat.chatml.mask import Part, code
+from peftchat.conversation import Conversation, Role
+from peftchat.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a rendered conversation.
+
+    Attributes:
+        text: the characters.
+        code: what its tokens are (`peftchat.chatml.mask.code`).
+        special: whether the text is one special token. All other text is ordinary, whatever it looks like.
+    """
+
+    text: str
+    code: int
+    special: bool = False
+
+
+class Template(Protocol):
+    """One chat format.
+
+    Attributes:
+        name: the recipe's word for it.
+        tokens: the special tokens it writes, in the order in which they are added to a tokenizer.
+        end_token: the token that ends a turn; generation stops there.
+        jinja: the `chat_template` to save with the tokenizer.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def tokens(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def end_token(self) -> str: ...  # noqa: D102
+    @property
+    def jinja(self) -> str: ...  # noqa: D102
+
+    def pieces(self, conversation: Conversation) -> Iterator[Piece]:
+        """The conversation as pieces; joined, they are what `jinja` renders."""
+        ...
+
+
+def last_answer_index(conversation: Conversation) -> int:
+    """The position of the last assistant message, -1 where there is none."""
+    for index in range(len(conversation.messages) - 1, -1, -1):
+        if conversation.messages[index].role == "assistant":
+            return index
+    return -1
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTemplate:
+    """A format in which every turn is `header, newline, content, end token, newline`.
+
+    Attributes:
+        system: the system prompt of conversations that have none of their own; None writes no block.
+        header: for each role it knows, the pieces before the newline as (text, is special).
+    """
+
+    name: str
+    tokens: tuple[str, ...]
+    end_token: str
+    header: dict[Role, tuple[tuple[str, bool], ...]]
+    system: str | None = None
+
+    def pieces(self, conversation: Conversation) -> Iterator[Piece]:
+        """The default system block if it applies, then one block a message.
+
+        Raises:
+            InputError: a message has a role that the format cannot write.
+        """
+        messages = conversation.messages
+        if self.system is not None and not (messages and messages[0].role == "system"):
+            yield from self._block("system", self.system)
+        last = last_answer_index(conversation)
+        for index, message in enumerate(messages):
+            if message.role not in self.header:
+                raise InputError(
+                    f"message {index + 1} has the role `{message.role}`, which the template `{self.name}` cannot write",
+                    where=conversation.source or None,
+                    cure="Use `chat.template: chatml` or `model`, or take these messages out.",
+                )
+            yield from self._block(message.role, message.content, last_answer=index == last)
+
+    def _block(self, role: Role, content: str, *, last_answer: bool = False) -> Iterator[Piece]:
+        header = code(Part.HEADER, role, last_answer=last_answer)
+        for text, special in self.header[role]:
+            yield Piece(text, header, special)
+        yield Piece("\n", header)
+        if content:
+            yield Piece(content, code(Part.CONTENT, role, last_answer=last_answer))
+        yield Piece(self.end_token, code(Part.END, role, last_answer=last_answer), special=True)
+        yield Piece("\n", code(Part.TRAILER, role, last_answer=last_answer))
+
+    @property
+    def jinja(self) -> str:
+        """The same format for `apply_chat_template`, with generation marks around each answer and its end."""
+        role = "message['role']"
+        start = _literal(self._header_text("assistant") + "\n")
+        default = ""
+        if self.system is not None:
+            block = f"{self._header_text('system')}\n{self.system}{self.end_token}\n"
+            own = "messages and messages[0]['role'] == 'system'"
+            default = f"{{% if not ({own}) %}}{{{{ {_literal(block)} }}}}{{% endif %}}"
+        answer = (
+            f"{{{{ {start} }}}}{{% generation %}}{{{{ message['content'] + {_literal(self.end_token)} }}}}"
+            "{% endgeneration %}{{ '\\n' }}"
+        )
+        others = "".join(
+            f"{{% elif {role} == '{other}' %}}"
+            f"{{{{ {_literal(self._header_text(other))} + '\\n' + message['content']"
+            f" + {_literal(self.end_token)} + '\\n' }}}}"
+            for other in self.header
+            if other != "assistant"
+        )
+        refusal = f"{{{{ raise_exception('the template {self.name} cannot write the role ' + {role}) }}}}"
+        return (
+            f"{default}{{% for message in messages %}}"
+            f"{{% if {role} == 'assistant' %}}{answer}{others}{{% else %}}{refusal}{{% endif %}}"
+            f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {start} }}}}{{% endif %}}"
+        )
+
+    def _header_text(self, role: Role) -> str:
+        return "".join(text for text, _ in self.header[role])
+
+
+def _literal(text: str) -> str:
+    """The text as a Jinja string literal: JSON's escapes are a subset of the ones Jinja reads."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def starchat(system: str | None) -> BlockTemplate:
+    """StarChat's format: a special token for each role, `<|end|>` after every turn."""
+    return BlockTemplate(
+        name="starchat",
+        # The order fixes the ids: on StarCoderBase these are 49152 to 49155.
+        tokens=("<|system|>", "<|assistant|>", "<|user|>", "<|end|>"),
+        end_token="<|end|>",
+        header={
+            "system": (("<|system|>", True),),
+            "user": (("<|user|>", True),),
+            "assistant": (("<|assistant|>", True),),
+        },
+        system=system,
+    )
+
+
+def chatml(system: str | None) -> BlockTemplate:
+    """ChatML: `<|im_start|>`, the role as a word, and `<|im_end|>` after every turn."""
+    roles: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+    return BlockTemplate(
+        name="chatml",
+        tokens=("<|im_start|>", "<|im_end|>"),
+        end_token="<|im_end|>",
+        header={role: (("<|im_start|>", True), (role, False)) for role in roles},
+        system=system,
+    )

@@ -1,0 +1,1 @@
+"""One file a verb: it parses, prints, and calls one function."""

@@ -1,0 +1,79 @@
+"""`peftchat train`: one run, from a recipe to a run folder."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from peftchat.recipe import LoadedRecipe
+    from peftchat.training.placement import Placement
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; the value is YAML.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint; starts afresh where there is none.")
+@click.option("--dry-run", is_flag=True, help="Check everything, show the plan and a row, train nothing.")
+@click.option("--ask", "questions", multiple=True, metavar="TEXT", help="Answer this before and after training.")
+def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: bool, questions: tuple[str, ...]) -> None:
+    """Fine-tune a model as RECIPE says and leave a run folder.
+
+    \b
+    peftchat train recipes/qlora_1gpu.yaml
+    peftchat train recipes/demo_cpu.yaml --set training.max_steps=20 --set output_dir=runs/try
+    """
+    from peftchat.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from peftchat.training.quiet import quiet_libraries
+
+    quiet_libraries()
+    from peftchat.training.placement import settle, slurm_variables
+
+    os.environ.update(slurm_variables(os.environ))
+    placement = settle(loaded)
+    _refuse_early(loaded, resume=resume)
+    if dry_run:
+        from peftchat.training.plan import print_plan
+
+        print_plan(loaded, placement)
+        return
+    if placement.launcher == "elastic":
+        _launch(loaded, placement, sys.argv[1:])
+        return
+    from peftchat.training.run import Request, run_training
+
+    command_line = " ".join(["peftchat", *sys.argv[1:]])
+    summary = run_training(loaded, placement, Request(resume, questions, command_line))
+    if summary:
+        from peftchat.console import notes
+        from peftchat.reports.summary import print_summary
+
+        print_summary(summary)
+        notes.print(f"Run folder: {loaded.recipe.output_dir}")
+
+
+def _refuse_early(loaded: "LoadedRecipe", *, resume: bool) -> None:
+    """What can be known in the first second is said in the first second."""
+    from peftchat.models.load import check_model_folder
+    from peftchat.sources.readers import find_files
+    from peftchat.training.folder import RunFolder
+
+    recipe = loaded.recipe
+    check_model_folder(recipe.model.name)
+    for entry in (*recipe.data.train, *(recipe.data.eval or ())):
+        find_files(entry.path, entry.split)
+    RunFolder(Path(recipe.output_dir)).check(recipe, resume=resume)
+
+
+def _launch(loaded: "LoadedRecipe", placement: "Placement", arguments: list[str]) -> None:
+    """Encode the data once, here, where an error is told once; then start the processes."""
+    from peftchat.training.build import chat_format
+    from peftchat.training.data import prepare_rows
+    from peftchat.training.launch import launch
+
+    prepare_rows(loaded.recipe, chat_format(loaded.recipe))
+    sys.exit(launch(placement, arguments))

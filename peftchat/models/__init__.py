@@ -1,0 +1,1 @@
+"""Models: loading, the rows of new tokens, adapters and their files."""

@@ -1,0 +1,175 @@
+"""Loading the tokenizer and the base model that a recipe names."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftchat.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from peftchat.recipe import Recipe
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def check_model_folder(name: str) -> None:
+    """Refuse a local folder that cannot hold the model, before anything heavy is imported.
+
+    Raises:
+        InputError: the folder has no config, no weights, or weights only in pickled form.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InputError("there is no such folder", where=f"model.name: {name}", cure="Check the path.")
+        return
+    if not folder.is_dir():
+        raise InputError("a model is a folder, and this is a file", where=f"model.name: {name}")
+    if not (folder / "config.json").is_file():
+        hint = ""
+        if (folder / "adapter_config.json").is_file():
+            hint = "This is an adapter: name its base here, or merge it first with `peftchat merge`."
+        raise InputError("the folder has no config.json", where=f"model.name: {name}", cure=hint or None)
+    if any((folder / file).is_file() for file in _WEIGHTS):
+        _check_index(folder)
+        return
+    pickled = next(iter(sorted(folder.glob("pytorch_model*.bin"))), None)
+    if pickled is not None:
+        raise InputError(
+            f"the weights are pickled ({pickled.name}), and unpickling runs whatever the file says",
+            where=f"model.name: {name}",
+            cure="Save them as safetensors first: `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`.",
+        )
+    raise InputError(
+        "the model folder holds no weights (model.safetensors or its index)",
+        where=f"model.name: {name}",
+        cure="Download the whole model, or check the path.",
+    )
+
+
+def _check_index(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(shards)} weight files are missing, the first is {missing[0]}",
+            where=f"model.name: {folder}",
+            cure="Download the model again.",
+        )
+
+
+def load_config(recipe: "Recipe") -> "PretrainedConfig":
+    """The base model's config.
+
+    Raises:
+        InputError: it cannot be read, or is not that of a causal language model.
+    """
+    from transformers import AutoConfig
+
+    check_model_folder(recipe.model.name)
+    try:
+        return AutoConfig.from_pretrained(recipe.model.name, **_hub_arguments(recipe))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(recipe, "the model's config", error) from error
+
+
+def load_tokenizer(recipe: "Recipe") -> "PreTrainedTokenizerBase":
+    """The base model's tokenizer, as it is.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    check_model_folder(recipe.model.name)
+    try:
+        return AutoTokenizer.from_pretrained(recipe.model.name, **_hub_arguments(recipe))
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise _unreadable(recipe, "the tokenizer", error) from error
+
+
+def load_base(recipe: "Recipe", *, dtype: str, device_map: dict[str, Any] | None = None) -> "PreTrainedModel":
+    """The base model, quantised if the recipe says so.
+
+    Args:
+        recipe: names the model.
+        dtype: torch's name of the dtype in which unquantised weights are held.
+        device_map: where quantised weights are put while they are loaded; None for the CPU.
+
+    Raises:
+        InputError: the model cannot be loaded, or cannot run the attention asked for.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    check_model_folder(recipe.model.name)
+    arguments: dict[str, Any] = {**_hub_arguments(recipe), "dtype": getattr(torch, dtype), "use_safetensors": True}
+    attention = attention_implementation(recipe)
+    if attention is not None:
+        arguments["attn_implementation"] = attention
+    if recipe.quantization is not None:
+        arguments["quantization_config"] = quantization_config(recipe)
+    if device_map is not None:
+        arguments["device_map"] = device_map
+    try:
+        return AutoModelForCausalLM.from_pretrained(recipe.model.name, **arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _unreadable(recipe, "the model", error) from error
+
+
+def quantization_config(recipe: "Recipe") -> Any:
+    """The recipe's quantisation for bitsandbytes (Dettmers et al., 2023)."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    wanted = recipe.quantization
+    assert wanted is not None
+    if wanted.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = getattr(torch, recipe.model.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=wanted.type,
+        bnb_4bit_use_double_quant=wanted.double,
+        bnb_4bit_compute_dtype=dtype,
+        # ZeRO-3 slices parameters of one dtype only, so the packed 4-bit values pretend to be of the compute dtype.
+        # https://huggingface.co/docs/peft/accelerate/deepspeed
+        bnb_4bit_quant_storage=dtype,
+    )
+
+
+def attention_implementation(recipe: "Recipe") -> str | None:
+    """The attention to ask transformers for; None leaves the choice to it (SDPA wherever the model has it)."""
+    import importlib.util
+
+    import torch
+
+    if recipe.model.attention != "auto":
+        return recipe.model.attention
+    half = recipe.model.dtype != "float32"
+    if torch.cuda.is_available() and half and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    return None
+
+
+def _hub_arguments(recipe: "Recipe") -> dict[str, Any]:
+    arguments: dict[str, Any] = {"trust_remote_code": recipe.model.trust_remote_code}
+    if recipe.model.revision is not None:
+        arguments["revision"] = recipe.model.revision
+    return arguments
+
+
+def _unreadable(recipe: "Recipe", what: str, error: Exception) -> InputError:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return InputError(
+        f"{what} cannot be loaded: {first_line}",
+        where=f"model.name: {recipe.model.name}",
+        cure=None
+        if Path(recipe.model.name).exists()
+        else "Check the name, the network and the login, or use a folder.",
+    )

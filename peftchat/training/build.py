@@ -1,0 +1,112 @@
+"""The model of a run, ready to train: loaded, wrapped, its new tokens given rows."""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, set_seed
+
+from peftchat.chatml.registry import ChatFormat, make_format
+from peftchat.errors import InputError
+from peftchat.models.adapters import peft_config
+from peftchat.models.load import load_base, load_tokenizer
+from peftchat.models.new_tokens import InitialRows, add_rows_to_frozen, current_rows, grow_and_fill
+from peftchat.models.zero import is_zero3
+from peftchat.training.placement import Placement
+
+if TYPE_CHECKING:
+    from peftchat.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model to train.
+
+    Attributes:
+        model: wrapped by PEFT on adapter paths.
+        first_rows: the new tokens' embeddings before training; None without new tokens.
+    """
+
+    model: "PreTrainedModel | PeftModel"
+    first_rows: InitialRows | None
+
+    @property
+    def causal_model(self) -> PreTrainedModel:
+        """The language model inside any PEFT wrapper."""
+        model: PreTrainedModel = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return model
+
+
+def chat_format(recipe: "Recipe") -> ChatFormat:
+    """The recipe's tokenizer in the recipe's chat format."""
+    return make_format(recipe.chat.template, recipe.chat.system, load_tokenizer(recipe))
+
+
+def build_model(recipe: "Recipe", placement: Placement, chat: ChatFormat) -> Built:
+    """Load the base and prepare it for the recipe's method.
+
+    Under ZeRO-3 the process group must exist and transformers must know the configuration, or every process loads
+    the whole model.
+
+    Raises:
+        InputError: the model cannot be loaded or does not fit the method.
+    """
+    set_seed(recipe.training.seed)
+    model = load_base(recipe, dtype=_held_dtype(recipe, placement), device_map=_device_map(recipe, placement))
+    if model.get_output_embeddings() is None:
+        raise InputError("the model has no language-model head", where=f"model.name: {recipe.model.name}")
+    _set_special_ids(model, chat)
+    how = recipe.chat.new_token_init
+    if recipe.method == "full":
+        grow_and_fill(model, chat.tokenizer, chat.new_tokens, how)
+        return Built(model, current_rows(model, chat.new_tokens))
+    model.requires_grad_(False)
+    wrapped = _wrap(recipe, model)
+    add_rows_to_frozen(model, chat.tokenizer, chat.new_tokens, how)
+    if is_zero3() and recipe.method == "lora":
+        # ZeRO-3 gathers parameters of one dtype at a time: https://github.com/deepspeedai/DeepSpeed/issues/8072
+        # Its optimizer keeps a float32 master of every one of them.
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, recipe.model.dtype))
+    return Built(wrapped, current_rows(model, chat.new_tokens))
+
+
+def _wrap(recipe: "Recipe", model: PreTrainedModel) -> PeftModel:
+    try:
+        return get_peft_model(model, peft_config(recipe))
+    except ValueError as error:
+        # PEFT names the modules that it could not find.
+        raise InputError(
+            f"the adapter does not fit the model: {str(error).splitlines()[0]}",
+            where="adapter.target_modules",
+            cure="Use `all-linear`, or names of the model's own linear layers.",
+        ) from error
+
+
+def _held_dtype(recipe: "Recipe", placement: Placement) -> str:
+    """The dtype of unquantised weights: what is trained without DeepSpeed's masters is held in float32."""
+    if recipe.method == "full" and not placement.uses_deepspeed:
+        return "float32"
+    return str(recipe.model.dtype)
+
+
+def _device_map(recipe: "Recipe", placement: Placement) -> dict[str, Any] | None:
+    # Quantising happens where the weights are put, so they go straight to this process's GPU.
+    if recipe.quantization is None or not placement.gpus or placement.strategy == "zero3":
+        return None
+    return {"": int(os.environ.get("LOCAL_RANK", "0"))}
+
+
+def _set_special_ids(model: PreTrainedModel, chat: ChatFormat) -> None:
+    """Make generation stop at the end of a turn, and at the base's own end of text."""
+    end = int(chat.tokenizer.convert_tokens_to_ids(chat.template.end_token))
+    generation = model.generation_config
+    old = generation.eos_token_id
+    others = [] if old is None else [old] if isinstance(old, int) else list(old)
+    generation.eos_token_id = [end, *(token_id for token_id in others if token_id != end)]
+    generation.pad_token_id = chat.tokenizer.pad_token_id
+    model.config.get_text_config().eos_token_id = end
+    model.config.get_text_config().pad_token_id = chat.tokenizer.pad_token_id

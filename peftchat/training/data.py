@@ -1,0 +1,281 @@
+"""A recipe's data as encoded rows: read, split, encoded, cut, counted, and kept for the next run.
+
+Rows are cached by the content of their sources and by every setting that touches them. The first process to ask
+builds them under a lock; every other one, in this run or another, maps the finished file.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftchat.chatml.encode import Row, RowEncoder
+from peftchat.chatml.mask import policy_table
+from peftchat.chatml.registry import ChatFormat
+from peftchat.chatml.store import RowStore, RowWriter
+from peftchat.conversation import Conversation
+from peftchat.errors import InputError
+from peftchat.files import write_text
+from peftchat.sources import ProblemLog
+from peftchat.sources.mixing import read_entries
+from peftchat.sources.readers import find_files
+from peftchat.sources.splitting import settle_split
+
+if TYPE_CHECKING:
+    from peftchat.recipe import DataEntry, Recipe
+
+Side = Literal["train", "eval"]
+
+_BATCH = 1024
+_FORMAT = 1
+"""Raised when rows of the same settings would come out differently."""
+
+_NAMED = 5
+
+
+@dataclass(slots=True)
+class RowStats:
+    """What became of the dialogues of one side.
+
+    Attributes:
+        rows: rows that are kept.
+        tokens: their tokens.
+        supervised: their tokens that carry a target.
+        dropped: rows that are not, by reason.
+        named: the first few sources of each reason.
+        shortened: rows that lost exchanges to fit `data.max_length`.
+        exchanges_cut: exchanges lost that way.
+        lookalikes: stretches spelled like a special token, encoded as ordinary text.
+        forms: the form each source file was read as.
+        notes: rows that a source changed, by what it did.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    named: dict[str, list[str]] = field(default_factory=dict)
+    shortened: int = 0
+    exchanges_cut: int = 0
+    lookalikes: int = 0
+    forms: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str, source: str) -> None:
+        """Count a row that is left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        named = self.named.setdefault(reason, [])
+        if len(named) < _NAMED:
+            named.append(source)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The encoded rows of one side and what is known about them."""
+
+    store: RowStore
+    stats: RowStats
+
+
+def cache_root() -> Path:
+    """The folder for things that can be made again: `PEFTCHAT_CACHE`, else the user's cache folder."""
+    own = os.environ.get("PEFTCHAT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peftchat"
+
+
+def prepare_rows(recipe: "Recipe", chat: ChatFormat) -> dict[Side, Rows]:
+    """The rows to train on, and those held out where the recipe has any.
+
+    Raises:
+        InputError: a source cannot be read, no row is left, or most rows have nothing to learn.
+    """
+    from filelock import FileLock
+
+    folder = cache_root() / "rows" / _key(recipe, chat)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _build(recipe, chat, folder)
+    return {side: _open(folder, side) for side in _sides(recipe)}
+
+
+def _sides(recipe: "Recipe") -> list[Side]:
+    return ["train", "eval"] if recipe.data.has_eval else ["train"]
+
+
+def _open(folder: Path, side: Side) -> Rows:
+    stats = RowStats(**json.loads((folder / f"{side}.json").read_text(encoding="utf-8")))
+    return Rows(RowStore(folder / f"{side}.arrow"), stats)
+
+
+def _key(recipe: "Recipe", chat: ChatFormat) -> str:
+    """A name that changes with anything that would change the rows."""
+    data = recipe.data
+    tokenizer = chat.tokenizer
+    if tokenizer.is_fast:
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+    else:
+        vocabulary = repr(sorted(tokenizer.get_vocab().items()))
+    said: dict[str, Any] = {
+        "format": _FORMAT,
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "special": sorted(map(str, tokenizer.added_tokens_decoder.values())),
+        "template": [chat.template.name, chat.template.jinja, chat.template.end_token],
+        "chat": recipe.chat.model_dump(mode="json"),
+        "data": data.model_dump(mode="json", exclude={"packing", "pad_to_multiple_of"}),
+        "seed": recipe.training.seed,
+        "sources": [_content(entry) for entry in [*data.train, *(data.eval or ())]],
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _content(entry: "DataEntry") -> list[str]:
+    """Digests of an entry's files; for a hub data set, the commit that its name stands for now."""
+    files = find_files(entry.path, entry.split)
+    if files is None:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return [str(HfApi().dataset_info(entry.path).sha)]
+        except (HfHubHTTPError, OSError, ValueError):
+            return ["offline"]
+    digests = []
+    for file in files:
+        with file.open("rb") as opened:
+            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return digests
+
+
+def _build(recipe: "Recipe", chat: ChatFormat, folder: Path) -> None:
+    """Encode both sides into a temporary folder and rename it into place."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        encoder = chat.encoder()
+        for side in _sides(recipe):
+            log = ProblemLog(strict=True)
+            stats = RowStats()
+            with RowWriter(temporary / f"{side}.arrow") as writer:
+                for rows in _encoded(recipe, encoder, _conversations(recipe, side, log), stats):
+                    writer.write(rows)
+            stats.forms, stats.notes = dict(log.forms), {**log.notes, **log.skipped}
+            _check(recipe, side, stats)
+            write_text(temporary / f"{side}.json", json.dumps(asdict(stats)))
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _conversations(recipe: "Recipe", side: Side, log: ProblemLog) -> Iterator[Conversation]:
+    """The dialogues of one side."""
+    data, seed = recipe.data, recipe.training.seed
+    if side == "eval" and data.eval is not None:
+        chosen = read_entries(data.eval, seed, problems=log)
+    elif data.eval_fraction is None:
+        chosen = read_entries(data.train, seed, problems=log)
+    else:
+        split = settle_split(read_entries(data.train, seed), data.eval_fraction, seed)
+        everything = read_entries(data.train, seed, problems=log)
+        chosen = (conversation for conversation in everything if split.is_eval(conversation) == (side == "eval"))
+    return itertools.islice(chosen, data.max_train_rows if side == "train" else data.max_eval_rows)
+
+
+def _encoded(
+    recipe: "Recipe", encoder: RowEncoder, conversations: Iterable[Conversation], stats: RowStats
+) -> Iterator[list[Row]]:
+    """Batches of rows that fit and have something to learn."""
+    table = policy_table(recipe.chat.loss_on)
+    stream = iter(conversations)
+    while batch := list(itertools.islice(stream, _BATCH)):
+        kept = []
+        for conversation, row in zip(batch, encoder.encode(batch), strict=True):
+            if row.lookalikes and recipe.chat.special_text == "refuse":
+                raise InputError(
+                    "a message holds text that is spelled like a special token, and chat.special_text is `refuse`",
+                    where=conversation.source or None,
+                    cure="Take the text out, or set chat.special_text: text to train on it as ordinary text.",
+                )
+            fitted = _fitted(recipe, encoder, conversation, row, stats)
+            if fitted is None:
+                continue
+            # The first token of a dialogue is never a target.
+            supervised = int(table[fitted.codes[1:]].sum())
+            if not supervised:
+                if recipe.chat.empty_rows == "refuse":
+                    raise InputError(
+                        f"nothing in the dialogue is trained by chat.loss_on: {recipe.chat.loss_on}",
+                        where=conversation.source or None,
+                        cure="Take the dialogue out, or set chat.empty_rows: drop to leave such rows out.",
+                    )
+                stats.drop("nothing_to_learn", conversation.source)
+                continue
+            stats.rows += 1
+            stats.tokens += len(fitted.ids)
+            stats.supervised += supervised
+            stats.lookalikes += fitted.lookalikes
+            kept.append(fitted)
+        yield kept
+
+
+def _fitted(recipe: "Recipe", encoder: RowEncoder, conversation: Conversation, row: Row, stats: RowStats) -> Row | None:
+    """The row, or a shorter one without its last exchanges, or None where that cannot be."""
+    limit = recipe.data.max_length
+    if len(row.ids) <= limit:
+        return row
+    if recipe.data.truncation == "refuse":
+        raise InputError(
+            f"the dialogue has {len(row.ids)} tokens, and data.max_length is {limit}",
+            where=conversation.source or None,
+            cure="Raise data.max_length, or set data.truncation: turns or drop.",
+        )
+    if recipe.data.truncation == "turns":
+        answers = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
+        low, high = 0, len(answers) - 1  # how many exchanges surely fit, and how many may
+        best: Row | None = None
+        while low < high:
+            middle = (low + high + 1) // 2
+            shorter = replace(conversation, messages=conversation.messages[: answers[middle - 1] + 1])
+            candidate = encoder.encode([shorter])[0]
+            if len(candidate.ids) <= limit:
+                low, best = middle, candidate
+            else:
+                high = middle - 1
+        if best is not None:
+            stats.shortened += 1
+            stats.exchanges_cut += len(answers) - low
+            return best
+    stats.drop("too_long", conversation.source)
+    return None
+
+
+def _check(recipe: "Recipe", side: Side, stats: RowStats) -> None:
+    """Refuse a side on which nothing, or next to nothing, is left.
+
+    Raises:
+        InputError: with what became of the rows.
+    """
+    dropped = sum(stats.dropped.values())
+    reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in stats.dropped.items())
+    empty = stats.dropped.get("nothing_to_learn", 0)
+    if not stats.rows:
+        raise InputError(
+            f"no row is left to {'train' if side == 'train' else 'evaluate'} on ({reasons or 'the source is empty'})",
+            where=f"data.{side if side == 'train' or recipe.data.eval is not None else 'eval_fraction'}",
+            cure="Check the source, data.max_length and chat.loss_on.",
+        )
+    if empty > (stats.rows + dropped) / 2:
+        raise InputError(
+            f"{empty} of {stats.rows + dropped} rows have nothing to learn, the first is "
+            f"{stats.named['nothing_to_learn'][0]}",
+            where=f"data.{side}",
+            cure="Most dialogues lack an assistant message, or chat.loss_on does not fit them.",
+        )

@@ -1,0 +1,140 @@
+"""The run folder: who may use it, what goes on in it, and how the finished model gets there."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftchat.errors import InputError
+from peftchat.files import write_text
+from peftchat.recipe import dump_recipe, load_recipe
+from peftchat.training.checkpoint import latest_complete, remove_incomplete
+
+if TYPE_CHECKING:
+    from peftchat.recipe import Recipe
+
+RECIPE = "recipe.yaml"
+SUMMARY = "run.json"
+METRICS = "metrics.jsonl"
+
+# What may change between a run and its continuation: how long it goes on, what is said about it, and where it runs.
+_FREE = {
+    "training": {
+        "max_steps",
+        "num_train_epochs",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "logging_steps",
+        "eval_strategy",
+        "eval_steps",
+        "eval_on_start",
+        "report_to",
+        "run_name",
+        "dataloader_num_workers",
+        "per_device_eval_batch_size",
+    },
+    "distributed": {"processes", "nodes", "strategy", "offload", "deepspeed_config"},
+    "model": {"attention"},
+}
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: the recipe's `output_dir`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / METRICS
+        self.summary = path / SUMMARY
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a run ended here."""
+        return self.summary.is_file()
+
+    def check(self, recipe: "Recipe", *, resume: bool) -> Path | None:
+        """Find out whether the run may use the folder, without touching it.
+
+        Returns:
+            The checkpoint to go on from, or None to start afresh.
+
+        Raises:
+            InputError: the folder holds another run, or something else, or cannot be written.
+        """
+        if not self.path.exists():
+            self._check_writable()
+            return None
+        if not self.path.is_dir():
+            raise InputError("the run folder is to be made here, and there is a file", where=f"output_dir: {self.path}")
+        if not any(self.path.iterdir()):
+            return None
+        is_run = (self.path / RECIPE).is_file()
+        if not resume or not is_run:
+            what = "the folder already holds another run" if is_run else "the folder already holds other files"
+            cure = "Go on with `--resume`, or" if is_run else "Name an empty folder, or"
+            raise InputError(what, where=f"output_dir: {self.path}", cure=f"{cure} give another `--set output_dir=…`.")
+        self._check_same(recipe)
+        return latest_complete(self.checkpoints)
+
+    def claim(self, recipe: "Recipe") -> None:
+        """Make the folder this run's."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / RECIPE, dump_recipe(recipe))
+        remove_incomplete(self.checkpoints)
+
+    @contextmanager
+    def finished_model(self) -> Iterator[Path]:
+        """A temporary folder for the finished model's files, which move into the run folder when all are written."""
+        temporary = self.path / ".model.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            yield temporary
+            for file in sorted(temporary.glob("*")):
+                file.replace(self.path / file.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _check_writable(self) -> None:
+        """Try the nearest folder that exists."""
+        import os
+
+        parent = next(folder for folder in self.path.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise InputError(f"nothing can be written into {parent}", where=f"output_dir: {self.path}")
+
+    def _check_same(self, recipe: "Recipe") -> None:
+        """Refuse to continue a run by another recipe."""
+        before = load_recipe(self.path / RECIPE, to_train=False).recipe
+        old, new = (_bound(one.model_dump(mode="json")) for one in (before, _absolute(recipe)))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                raise InputError(
+                    f"the run was started with {key}: {old.get(key)}, and now it is {new.get(key)}",
+                    where=str(self.path / RECIPE),
+                    cure="Continue with the same value, or start a new run in another folder.",
+                )
+
+
+def _absolute(recipe: "Recipe") -> "Recipe":
+    """The recipe as it reads after being saved, with absolute paths."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / RECIPE
+        file.write_text(dump_recipe(recipe), encoding="utf-8")
+        return load_recipe(file, to_train=False).recipe
+
+
+def _bound(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys that a continuation must not change, flattened to `section.key`."""
+    flat: dict[str, Any] = {"method": values["method"]}
+    for section, held in values.items():
+        if isinstance(held, dict):
+            flat |= {f"{section}.{key}": value for key, value in held.items() if key not in _FREE.get(section, set())}
+    return flat

@@ -1,0 +1,119 @@
+"""What a run has worked through: tokens, padding, seconds, and the new tokens that it has seen."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts over the whole run, this process only.
+
+    Attributes:
+        tokens: real tokens trained on, padding not counted.
+        positions: the same with padding.
+        supervised: tokens that carried a target.
+        seconds: time spent on training steps.
+        seen: occurrences of each new token.
+        seen_before_target: those behind which its dialogue still has a target, so that the input row gets a gradient.
+    """
+
+    tokens: int = 0
+    positions: int = 0
+    supervised: int = 0
+    seconds: float = 0.0
+    seen: list[int] = field(default_factory=list)
+    seen_before_target: list[int] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts as JSON knows them."""
+        return asdict(self)
+
+    @classmethod
+    def together(cls, everyone: "Sequence[Totals]") -> "Totals":
+        """The counts of several processes; they share the seconds."""
+        return cls(
+            tokens=sum(one.tokens for one in everyone),
+            positions=sum(one.positions for one in everyone),
+            supervised=sum(one.supervised for one in everyone),
+            seconds=max(one.seconds for one in everyone),
+            seen=[sum(counts) for counts in zip(*(one.seen for one in everyone), strict=True)],
+            seen_before_target=[
+                sum(counts) for counts in zip(*(one.seen_before_target for one in everyone), strict=True)
+            ],
+        )
+
+
+class Meter:
+    """Collects counts on the device, without making a step wait, and clocks training apart from everything else.
+
+    Args:
+        new_tokens: how many new tokens batches count.
+        start: counts of the run so far, when it resumes.
+    """
+
+    def __init__(self, new_tokens: int, start: Totals | None = None) -> None:
+        self.totals = start or Totals(seen=[0] * new_tokens, seen_before_target=[0] * new_tokens)
+        self._pending: Tensor | None = None
+        self._since: float | None = None
+
+    def add(self, real_tokens: Tensor, positions: int, labels: Tensor, watched: Tensor) -> None:
+        """Count one batch.
+
+        Args:
+            real_tokens: int64, shape ().
+            positions: tokens with padding.
+            labels: int64, any shape.
+            watched: occurrences of the new tokens, int64, shape (2, n).
+        """
+        if self._since is None:
+            self._since = time.perf_counter()
+        counts = torch.cat(
+            [
+                torch.stack([real_tokens, torch.full_like(real_tokens, positions), (labels >= 0).sum()]),
+                watched.flatten(),
+            ]
+        )
+        self._pending = counts if self._pending is None else self._pending + counts
+
+    def collect(self) -> Totals:
+        """The counts up to now; waits for the device."""
+        if self._pending is not None:
+            tokens, positions, supervised, *watched = self._pending.tolist()
+            self._pending = None
+            totals = self.totals
+            totals.tokens += tokens
+            totals.positions += positions
+            totals.supervised += supervised
+            half = len(watched) // 2
+            totals.seen = [old + new for old, new in zip(totals.seen, watched[:half], strict=True)]
+            totals.seen_before_target = [
+                old + new for old, new in zip(totals.seen_before_target, watched[half:], strict=True)
+            ]
+        if self._since is not None:
+            now = time.perf_counter()
+            self.totals.seconds += now - self._since
+            self._since = now
+        return self.totals
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside (evaluation, saving) out of the training time."""
+        self.collect()
+        running, self._since = self._since is not None, None
+        yield
+        self._since = time.perf_counter() if running else None
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

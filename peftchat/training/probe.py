@@ -1,0 +1,79 @@
+"""Two questions put to the real model before the first step, because the answer decides whether training is right."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftchat.chatml.mask import IGNORE
+from peftchat.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LENGTH = 12
+
+
+def check_isolation(model: nn.Module, vocabulary: int, device: torch.device) -> None:
+    """Refuse packing where a dialogue can see the one before it.
+
+    Two packs that differ only in their first dialogue go through the model; the second dialogue's states must not
+    notice.
+
+    Args:
+        model: as it is called in training.
+        vocabulary: ids below this are ordinary tokens.
+
+    Raises:
+        InputError: they do notice.
+    """
+    generator = torch.Generator().manual_seed(0)
+    first, other, second = torch.randint(vocabulary, (3, 1, _LENGTH), generator=generator).to(device)
+    positions = torch.arange(_LENGTH, device=device).repeat(2)[None]
+
+    def loss_behind(start: Tensor) -> float:
+        ids = torch.cat([start, second], dim=1)
+        labels = ids.clone()
+        labels[:, : _LENGTH + 1] = IGNORE
+        return _supervised_loss(model, ids, labels, positions)
+
+    one, two = loss_behind(first), loss_behind(other)
+    if abs(one - two) > 1e-4 * max(1.0, abs(one)):
+        raise InputError(
+            "this model does not keep packed dialogues apart: what stands before a dialogue changes its loss",
+            where="data.packing: true",
+            cure="Set data.packing: false, or another model.attention.",
+        )
+
+
+def check_loss(model: nn.Module, base: "PreTrainedModel", vocabulary: int, device: torch.device) -> None:
+    """Refuse a model whose logits are not what the loss takes them for (an unknown scale or cap behind the head).
+
+    Raises:
+        InputError: the loss differs from the plain formula on the model's own logits.
+    """
+    ids = torch.randint(vocabulary, (1, _LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
+    positions = torch.arange(_LENGTH, device=device)[None]
+    ours = _supervised_loss(model, ids, ids.clone(), positions)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    model.train(was_training)
+    plain = float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
+    if abs(ours - plain) > 0.02 * max(1.0, abs(plain)):
+        raise InputError(
+            f"the model changes its logits in a way that the loss does not know ({ours:.4f} instead of {plain:.4f})",
+            where=f"model.name: {base.config.name_or_path}",
+            cure="This architecture cannot be trained yet.",
+        )
+
+
+def _supervised_loss(model: nn.Module, ids: Tensor, labels: Tensor, positions: Tensor) -> float:
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=labels, position_ids=positions, supervised=True).loss
+    model.train(was_training)
+    return float(loss)

@@ -1,0 +1,279 @@
+"""One training run, from a recipe to a finished folder. Every process of the run goes through it."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from peftchat.chatml.collate import ChatCollator, Layout
+from peftchat.chatml.packing import pack
+from peftchat.chatml.registry import ChatFormat
+from peftchat.errors import CheckFailed, InputError
+from peftchat.files import write_text
+from peftchat.models.new_tokens import InitialRows, current_rows, movement
+from peftchat.models.saving import save_model_files
+from peftchat.training.answers import Answer, answers
+from peftchat.training.arguments import sft_config
+from peftchat.training.build import Built, build_model, chat_format
+from peftchat.training.checkpoint import step_of, totals_of
+from peftchat.training.data import Rows, Side, prepare_rows
+from peftchat.training.deepspeed_config import deepspeed_config
+from peftchat.training.folder import RunFolder
+from peftchat.training.meter import Totals
+from peftchat.training.metrics_file import MetricsFile
+from peftchat.training.placement import Placement
+from peftchat.training.probe import check_isolation, check_loss
+from peftchat.training.progress import MetricsCallback, ProgressCallback
+from peftchat.training.summary import run_summary
+from peftchat.training.trainer import ChatTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from peftchat.recipe import LoadedRecipe, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for beside the recipe.
+
+    Attributes:
+        resume: go on from the last whole checkpoint, if there is one.
+        questions: prompts to answer before and after training.
+        command: the command line, for the record.
+    """
+
+    resume: bool = False
+    questions: Sequence[str] = ()
+    command: str = ""
+
+
+def run_training(loaded: "LoadedRecipe", placement: Placement, request: Request) -> dict[str, Any]:
+    """Train as the recipe says and leave a finished run folder.
+
+    Returns:
+        What was written to `run.json`.
+
+    Raises:
+        InputError: something the user gave cannot be used; the folder is then untouched.
+        CheckFailed: training or saving did not do what it should have.
+    """
+    recipe = loaded.recipe
+    started = datetime.now(UTC)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    folder = RunFolder(Path(recipe.output_dir))
+    checkpoint = folder.check(recipe, resume=request.resume)
+    _start_processes(placement)
+    chat = chat_format(recipe)
+    rows = prepare_rows(recipe, chat)
+    deepspeed = deepspeed_config(recipe, placement, row_elements=_row_elements(recipe, chat))
+    # transformers has to know about ZeRO-3 before the model is loaded.
+    arguments = sft_config(recipe, placement, folder.path, deepspeed=deepspeed, resuming=checkpoint is not None)
+    built = build_model(recipe, placement, chat)
+    if is_main:
+        folder.claim(recipe)
+    progress = ProgressCallback()
+    trainer = _trainer(recipe, folder, arguments, built, chat, rows, checkpoint, progress)
+    before = _BeforeTraining(trainer, chat, packed=recipe.data.packing, questions=request.questions)
+    trainer.add_callback(before)
+    metrics = MetricsFile(folder.metrics)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if "eval" in rows and not _is_evaluated(trainer, result.global_step):
+            trainer.evaluate()
+    finally:
+        progress.close()
+    last_rows = current_rows(built.causal_model, chat.new_tokens)
+    totals = trainer.gathered_totals()
+    after = answers(trainer.causal_model, chat, request.questions)
+    _save(recipe, trainer, chat, folder, is_main=is_main)
+    summary: dict[str, Any] = {}
+    if is_main:
+        summary = run_summary(loaded, placement, trainer, chat, rows, metrics.read(), totals) | {
+            "new_tokens": _new_tokens(chat, totals, built.first_rows, last_rows),
+            "samples_before": [asdict(answer) for answer in before.answers],
+            "samples_after": [asdict(answer) for answer in after],
+            "command": request.command,
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        _write_records(recipe, folder, summary)
+    trainer.accelerator.wait_for_everyone()
+    return summary
+
+
+def _start_processes(placement: Placement) -> None:
+    if not placement.uses_deepspeed:
+        return
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise InputError(
+            f"`{placement.strategy}` needs DeepSpeed, which is not installed",
+            where="distributed.strategy",
+            cure="pip install 'peftchat[deepspeed]'",
+        ) from error
+    # Left to itself on a CPU, DeepSpeed believes in a world of one while the model is loaded.
+    deepspeed.init_distributed(dist_backend="nccl" if placement.gpus else "gloo", verbose=False)
+
+
+def _row_elements(recipe: "Recipe", chat: ChatFormat) -> int:
+    """Elements of the new tokens' rows, which ZeRO-3 must leave whole."""
+    from peftchat.models.load import load_config
+
+    width = load_config(recipe).get_text_config().hidden_size
+    return len(chat.new_tokens) * int(width)
+
+
+def _packs(recipe: "Recipe", rows: Rows) -> "Dataset":
+    """The rows of each sequence as the data set that the trainer draws from."""
+    from datasets import Dataset
+
+    if recipe.data.packing:
+        groups = pack(rows.store.lengths, recipe.data.max_length, recipe.training.seed)
+    else:
+        groups = [[index] for index in range(len(rows.store))]
+    return Dataset.from_dict({"rows": groups})
+
+
+def _layout(recipe: "Recipe", built: Built) -> Layout:
+    if not recipe.data.packing:
+        return "padded"
+    # Variable-length kernels never look across a border; the others compute what their mask throws away.
+    varlen = "flash" in str(built.causal_model.config._attn_implementation)
+    return "flat" if varlen else "stacked"
+
+
+def _trainer(
+    recipe: "Recipe",
+    folder: RunFolder,
+    arguments: Any,
+    built: Built,
+    chat: ChatFormat,
+    rows: dict[Side, Rows],
+    checkpoint: Path | None,
+    progress: ProgressCallback,
+) -> ChatTrainer:
+    metrics = MetricsFile(folder.metrics)
+    if arguments.should_save:
+        # Steps after the checkpoint are taken again and must not be told twice.
+        metrics.keep_through(step_of(checkpoint) if checkpoint else -1)
+
+    layout = _layout(recipe, built)
+
+    def collator(side: Side) -> ChatCollator:
+        return ChatCollator(
+            rows[side].store,
+            loss_on=recipe.chat.loss_on,
+            layout=layout,
+            pad_token_id=chat.tokenizer.pad_token_id,
+            pad_to_multiple_of=recipe.data.pad_to_multiple_of,
+            watched=[token.id for token in chat.new_tokens],
+        )
+
+    return ChatTrainer(
+        built.model,
+        arguments,
+        train_packs=_packs(recipe, rows["train"]),
+        train_collator=collator("train"),
+        eval_packs=_packs(recipe, rows["eval"]) if "eval" in rows else None,
+        eval_collator=collator("eval") if "eval" in rows else None,
+        tokenizer=chat.tokenizer,
+        callbacks=[MetricsCallback(metrics), progress],
+        totals=_totals_so_far(checkpoint),
+    )
+
+
+def _totals_so_far(checkpoint: Path | None) -> Totals | None:
+    """This process's counts at the checkpoint; with another number of processes, the first one takes all."""
+    if checkpoint is None:
+        return None
+    everyone = [Totals(**counts) for counts in totals_of(checkpoint)]
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if len(everyone) == world:
+        return everyone[rank]
+    together = Totals.together(everyone)
+    return together if rank == 0 else Totals(seen=[0] * len(together.seen), seen_before_target=[0] * len(together.seen))
+
+
+class _BeforeTraining(TrainerCallback):
+    """Looks at the model as training will use it, right before the first step."""
+
+    def __init__(self, trainer: ChatTrainer, chat: ChatFormat, *, packed: bool, questions: Sequence[str]) -> None:
+        self._trainer = trainer
+        self._chat = chat
+        self._packed = packed
+        self._questions = questions
+        self.answers: list[Answer] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Probe the loss and the isolation of packed dialogues, and answer the questions."""
+        trainer = self._trainer
+        base, device = trainer.causal_model, trainer.args.device
+        vocabulary = min(base.config.get_text_config().vocab_size, 1000)
+        with trainer.compute_loss_context_manager():
+            check_loss(trainer.model_wrapped, base, vocabulary, device)
+            if self._packed:
+                check_isolation(trainer.model_wrapped, vocabulary, device)
+        self.answers = answers(base, self._chat, self._questions)
+
+
+def _is_evaluated(trainer: ChatTrainer, step: int) -> bool:
+    return any(line.get("step") == step and "eval_loss" in line for line in trainer.state.log_history)
+
+
+def _save(recipe: "Recipe", trainer: ChatTrainer, chat: ChatFormat, folder: RunFolder, *, is_main: bool) -> None:
+    """The finished model into the run folder, in the recipe's dtype."""
+    arguments: dict[str, Any] = {
+        "dtype": recipe.model.dtype,
+        "is_main": is_main,
+        "wrapped": trainer.model_wrapped if trainer.is_deepspeed_enabled else None,
+    }
+    if not is_main:
+        save_model_files(trainer.model, chat.tokenizer, folder.path, **arguments)
+        return
+    with folder.finished_model() as temporary:
+        save_model_files(trainer.model, chat.tokenizer, temporary, **arguments)
+        trainer.causal_model.generation_config.save_pretrained(str(temporary))
+
+
+def _new_tokens(
+    chat: ChatFormat, totals: Totals, first: InitialRows | None, last: InitialRows | None
+) -> list[dict[str, Any]]:
+    """What `run.json` says of each new token.
+
+    A row that got a gradient and stayed where it was means that training misses it: the run is then a failure.
+
+    Raises:
+        CheckFailed: naming the token.
+    """
+    if first is None or last is None:
+        return []
+    inputs, outputs = movement(first, last)
+    told = [
+        {"token": token.token, "id": token.id, "seen": seen, "input_moved": moved_in, "output_moved": moved_out}
+        for token, seen, moved_in, moved_out in zip(chat.new_tokens, totals.seen, inputs, outputs, strict=True)
+    ]
+    for entry, with_gradient in zip(told, totals.seen_before_target, strict=True):
+        still = [side for side in ("input", "output") if entry[f"{side}_moved"] == 0.0]
+        if with_gradient and still:
+            raise CheckFailed(
+                f"the {still[0]} embedding of {entry['token']} did not move, though the token occurs "
+                f"{with_gradient} times before a target"
+            )
+    return told
+
+
+def _write_records(recipe: "Recipe", folder: RunFolder, summary: dict[str, Any]) -> None:
+    from peftchat.recipe import dump_recipe
+    from peftchat.reports.model_card import model_card
+    from peftchat.reports.run_report import write_report
+
+    write_text(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder.path / "README.md", model_card(summary, dump_recipe(recipe)))
+    write_report(folder.path)

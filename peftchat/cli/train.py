@@ -1,5 +1,6 @@
 """`peftchat train`: one run, from a recipe to a run folder."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -47,12 +48,16 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     from peftchat.training.run import Request, run_training
 
     command_line = " ".join(["peftchat", *sys.argv[1:]])
-    summary = run_training(loaded, placement, Request(resume, questions, command_line))
+    # Standard output is for data; DeepSpeed prints to it while it compiles.
+    with contextlib.redirect_stdout(sys.stderr):
+        summary = run_training(loaded, placement, Request(resume, questions, command_line))
     if summary:
         from peftchat.console import notes
+        from peftchat.reports.samples import print_samples
         from peftchat.reports.summary import print_summary
 
         print_summary(summary)
+        print_samples(summary)
         notes.print(f"Run folder: {loaded.recipe.output_dir}")
 
 

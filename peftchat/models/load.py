@@ -21,12 +21,8 @@ def check_model_folder(name: str) -> None:
         InputError: the folder has no config, no weights, or weights only in pickled form.
     """
     folder = Path(name)
-    if not folder.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise InputError("there is no such folder", where=f"model.name: {name}", cure="Check the path.")
+    if not _is_folder(name):
         return
-    if not folder.is_dir():
-        raise InputError("a model is a folder, and this is a file", where=f"model.name: {name}")
     if not (folder / "config.json").is_file():
         hint = ""
         if (folder / "adapter_config.json").is_file():
@@ -47,6 +43,22 @@ def check_model_folder(name: str) -> None:
         where=f"model.name: {name}",
         cure="Download the whole model, or check the path.",
     )
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a model's name means a folder; False for a hub id.
+
+    Raises:
+        InputError: it is the path of a file, or of nothing.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InputError("there is no such folder", where=f"model.name: {name}", cure="Check the path.")
+        return False
+    if not folder.is_dir():
+        raise InputError("a model is a folder, and this is a file", where=f"model.name: {name}")
+    return True
 
 
 def _check_index(folder: Path) -> None:
@@ -79,14 +91,14 @@ def load_config(recipe: "Recipe") -> "PretrainedConfig":
 
 
 def load_tokenizer(recipe: "Recipe") -> "PreTrainedTokenizerBase":
-    """The base model's tokenizer, as it is.
+    """The base model's tokenizer, as it is; the weights need not be there.
 
     Raises:
         InputError: it cannot be read.
     """
     from transformers import AutoTokenizer
 
-    check_model_folder(recipe.model.name)
+    _is_folder(recipe.model.name)
     try:
         return AutoTokenizer.from_pretrained(recipe.model.name, **_hub_arguments(recipe))
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
@@ -117,9 +129,14 @@ def load_base(recipe: "Recipe", *, dtype: str, device_map: dict[str, Any] | None
     if device_map is not None:
         arguments["device_map"] = device_map
     try:
-        return AutoModelForCausalLM.from_pretrained(recipe.model.name, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(recipe.model.name, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unreadable(recipe, "the model", error) from error
+    if recipe.quantization is not None:
+        from peftchat.models.corrections import keep_4bit_weights_as_quantised
+
+        keep_4bit_weights_as_quantised(model)
+    return model
 
 
 def quantization_config(recipe: "Recipe") -> Any:

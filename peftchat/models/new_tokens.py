@@ -74,6 +74,7 @@ def add_rows_to_frozen(
     """Adapter paths: hang trainable rows around the model, which stays as it is, vocabulary and all."""
     if not tokens:
         return
+    tokens = _without_gaps(model, tokenizer, tokens)
     first = initial_rows(model, tokenizer, tokens, how)
     ids = [token.id for token in tokens]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -94,6 +95,7 @@ def grow_and_fill(
     """Full fine-tuning: grow the vocabulary to hold the new tokens and write their first rows into it."""
     if not tokens:
         return
+    tokens = _without_gaps(model, tokenizer, tokens)
     first = initial_rows(model, tokenizer, tokens, how)
     embedding = model.get_input_embeddings()
     with gathered([embedding.weight]):
@@ -119,8 +121,10 @@ def current_rows(model: "PreTrainedModel", tokens: Sequence[NewToken]) -> Initia
         return None
     rows = rows_of(model)
     if rows is not None:
-        output = None if rows.output_rows is None else full_tensor(rows.output_rows).float()
-        return InitialRows(full_tensor(rows.input_rows).float(), output, None)
+        held = rows.ids.tolist()
+        places = [held.index(token.id) for token in tokens]
+        output = None if rows.output_rows is None else full_tensor(rows.output_rows).float()[places]
+        return InitialRows(full_tensor(rows.input_rows).float()[places], output, None)
     index = torch.tensor([token.id for token in tokens])
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = is_tied(model)
@@ -133,6 +137,24 @@ def movement(before: InitialRows, after: InitialRows) -> tuple[list[float], list
     if before.output is None or after.output is None:
         return inputs, inputs
     return inputs, (after.output - before.output).norm(dim=-1).tolist()
+
+
+def _without_gaps(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[NewToken]
+) -> list[NewToken]:
+    """The tokens and whatever ids lie between the model's vocabulary and the last of them.
+
+    Some tokenizers know tokens that their model has no rows for. Growing the model gives them rows, and rows that
+    nothing sets would be random, and different at every load.
+    """
+    weight = model.get_input_embeddings().weight
+    with gathered([weight]):
+        vocabulary = weight.shape[0]
+    named = {token.id: token for token in tokens}
+    for token_id in range(vocabulary, max(named)):
+        if token_id not in named:
+            named[token_id] = NewToken(str(tokenizer.convert_ids_to_tokens(token_id)), token_id)
+    return [named[token_id] for token_id in sorted(named)]
 
 
 def _first(weight: Tensor, count: int, how: str, picked: list[list[int]] | None) -> Tensor:

@@ -58,6 +58,4 @@ def _is_partitioned_by_deepspeed(parameter: nn.Parameter) -> bool:
 
 def same_storage(one: Tensor, other: Tensor) -> bool:
     """Whether two weights are one (tied)."""
-    return one is other or (
-        one.numel() > 0 and one.device.type != "meta" and one.data_ptr() == other.data_ptr()
-    )
+    return one is other or (one.numel() > 0 and one.device.type != "meta" and one.data_ptr() == other.data_ptr())

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,7 +47,7 @@ class RowStats:
         tokens: their tokens.
         supervised: their tokens that carry a target.
         dropped: rows that are not, by reason.
-        named: the first few sources of each reason.
+        named: the first few sources of each reason, and those of the rows that were `shortened`.
         shortened: rows that lost exchanges to fit `data.max_length`.
         exchanges_cut: exchanges lost that way.
         lookalikes: stretches spelled like a special token, encoded as ordinary text.
@@ -69,7 +69,16 @@ class RowStats:
     def drop(self, reason: str, source: str) -> None:
         """Count a row that is left out."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        named = self.named.setdefault(reason, [])
+        self._name(reason, source)
+
+    def shorten(self, exchanges: int, source: str) -> None:
+        """Count a row that lost its last exchanges."""
+        self.shortened += 1
+        self.exchanges_cut += exchanges
+        self._name("shortened", source)
+
+    def _name(self, what: str, source: str) -> None:
+        named = self.named.setdefault(what, [])
         if len(named) < _NAMED:
             named.append(source)
 
@@ -94,6 +103,27 @@ def prepare_rows(recipe: "Recipe", chat: ChatFormat) -> dict[Side, Rows]:
     Raises:
         InputError: a source cannot be read, no row is left, or most rows have nothing to learn.
     """
+    rows = encode_rows(recipe, chat)
+    for side, encoded in rows.items():
+        _check(recipe, side, encoded.stats)
+    return rows
+
+
+def _no_progress(dialogues: int) -> None:
+    """Say nothing."""
+
+
+def encode_rows(recipe: "Recipe", chat: ChatFormat, progress: Callable[[int], None] = _no_progress) -> dict[Side, Rows]:
+    """The rows of each side as `prepare_rows` gives them, be there any left or not.
+
+    Args:
+        recipe: names the sources and every setting.
+        chat: the recipe's format.
+        progress: called now and then with the number of dialogues encoded so far; never if the rows are there already.
+
+    Raises:
+        InputError: a source cannot be read, or holds what the recipe refuses.
+    """
     from filelock import FileLock
 
     folder = cache_root() / "rows" / _key(recipe, chat)
@@ -101,7 +131,7 @@ def prepare_rows(recipe: "Recipe", chat: ChatFormat) -> dict[Side, Rows]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                _build(recipe, chat, folder)
+                _build(recipe, chat, folder, progress)
     return {side: _open(folder, side) for side in _sides(recipe)}
 
 
@@ -153,21 +183,25 @@ def _content(entry: "DataEntry") -> list[str]:
     return digests
 
 
-def _build(recipe: "Recipe", chat: ChatFormat, folder: Path) -> None:
-    """Encode both sides into a temporary folder and rename it into place."""
+def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[[int], None]) -> None:
+    """Encode both sides into a temporary folder and rename it into place; the caller holds the folder's lock."""
+    # Nobody else builds under the lock, so what lies here was left by a process that was killed.
+    for leftover in folder.parent.glob(f"{folder.name}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         encoder = chat.encoder()
+        seen = 0
         for side in _sides(recipe):
             log = ProblemLog(strict=True)
             stats = RowStats()
             with RowWriter(temporary / f"{side}.arrow") as writer:
-                for rows in _encoded(recipe, encoder, _conversations(recipe, side, log), stats):
+                for rows in _encoded(recipe, encoder, conversations(recipe, side, log), stats):
                     writer.write(rows)
+                    progress(seen + stats.rows + sum(stats.dropped.values()))
+            seen += stats.rows + sum(stats.dropped.values())
             stats.forms, stats.notes = dict(log.forms), {**log.notes, **log.skipped}
-            _check(recipe, side, stats)
             write_text(temporary / f"{side}.json", json.dumps(asdict(stats)))
         temporary.replace(folder)
     except BaseException:
@@ -175,8 +209,8 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path) -> None:
         raise
 
 
-def _conversations(recipe: "Recipe", side: Side, log: ProblemLog) -> Iterator[Conversation]:
-    """The dialogues of one side."""
+def conversations(recipe: "Recipe", side: Side, log: ProblemLog) -> Iterator[Conversation]:
+    """The dialogues of one side in the order of their rows, before any is cut or left out."""
     data, seed = recipe.data, recipe.training.seed
     if side == "eval" and data.eval is not None:
         chosen = read_entries(data.eval, seed, problems=log)
@@ -250,8 +284,7 @@ def _fitted(recipe: "Recipe", encoder: RowEncoder, conversation: Conversation, r
             else:
                 high = middle - 1
         if best is not None:
-            stats.shortened += 1
-            stats.exchanges_cut += len(answers) - low
+            stats.shorten(len(answers) - low, conversation.source)
             return best
     stats.drop("too_long", conversation.source)
     return None

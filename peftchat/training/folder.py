@@ -88,6 +88,12 @@ class RunFolder:
         write_text(self.path / RECIPE, dump_recipe(recipe))
         remove_incomplete(self.checkpoints)
 
+    def release(self) -> None:
+        """Take back what libraries made of the folder before the run claimed it: empty folders."""
+        for folder in (self.checkpoints, self.path):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
     @contextmanager
     def finished_model(self) -> Iterator[Path]:
         """A temporary folder for the finished model's files, which move into the run folder when all are written."""

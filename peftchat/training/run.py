@@ -63,10 +63,18 @@ def run_training(loaded: "LoadedRecipe", placement: Placement, request: Request)
         InputError: something the user gave cannot be used; the folder is then untouched.
         CheckFailed: training or saving did not do what it should have.
     """
+    folder = RunFolder(Path(loaded.recipe.output_dir))
+    try:
+        return _run(loaded, placement, request, folder)
+    except BaseException:
+        folder.release()
+        raise
+
+
+def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder: RunFolder) -> dict[str, Any]:
     recipe = loaded.recipe
     started = datetime.now(UTC)
     is_main = int(os.environ.get("RANK", "0")) == 0
-    folder = RunFolder(Path(recipe.output_dir))
     checkpoint = folder.check(recipe, resume=request.resume)
     _start_processes(placement)
     chat = chat_format(recipe)
@@ -75,12 +83,11 @@ def run_training(loaded: "LoadedRecipe", placement: Placement, request: Request)
     # transformers has to know about ZeRO-3 before the model is loaded.
     arguments = sft_config(recipe, placement, folder.path, deepspeed=deepspeed, resuming=checkpoint is not None)
     built = build_model(recipe, placement, chat)
-    if is_main:
-        folder.claim(recipe)
     progress = ProgressCallback()
     trainer = _trainer(recipe, folder, arguments, built, chat, rows, checkpoint, progress)
-    before = _BeforeTraining(trainer, chat, packed=recipe.data.packing, questions=request.questions)
-    trainer.add_callback(before)
+    before = _BeforeTraining(trainer, chat, recipe, folder, checkpoint, request.questions)
+    # The others write into the run folder when training begins; it is claimed only when nothing speaks against it.
+    trainer.callback_handler.callbacks.insert(0, before)
     metrics = MetricsFile(folder.metrics)
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -126,8 +133,11 @@ def _row_elements(recipe: "Recipe", chat: ChatFormat) -> int:
     """Elements of the new tokens' rows, which ZeRO-3 must leave whole."""
     from peftchat.models.load import load_config
 
-    width = load_config(recipe).get_text_config().hidden_size
-    return len(chat.new_tokens) * int(width)
+    if not chat.new_tokens:
+        return 0
+    config = load_config(recipe).get_text_config()
+    beyond = max(token.id for token in chat.new_tokens) + 1 - int(config.vocab_size)
+    return max(len(chat.new_tokens), beyond) * int(config.hidden_size)
 
 
 def _packs(recipe: "Recipe", rows: Rows) -> "Dataset":
@@ -184,7 +194,7 @@ def _trainer(
         eval_packs=_packs(recipe, rows["eval"]) if "eval" in rows else None,
         eval_collator=collator("eval") if "eval" in rows else None,
         tokenizer=chat.tokenizer,
-        callbacks=[MetricsCallback(metrics), progress],
+        callbacks=[MetricsCallback(MetricsFile(folder.metrics)), progress],
         totals=_totals_so_far(checkpoint),
     )
 
@@ -202,25 +212,43 @@ def _totals_so_far(checkpoint: Path | None) -> Totals | None:
 
 
 class _BeforeTraining(TrainerCallback):
-    """Looks at the model as training will use it, right before the first step."""
+    """Looks at the model as training will use it, right before the first step, and claims the run folder."""
 
-    def __init__(self, trainer: ChatTrainer, chat: ChatFormat, *, packed: bool, questions: Sequence[str]) -> None:
+    def __init__(
+        self,
+        trainer: ChatTrainer,
+        chat: ChatFormat,
+        recipe: "Recipe",
+        folder: RunFolder,
+        checkpoint: Path | None,
+        questions: Sequence[str],
+    ) -> None:
         self._trainer = trainer
         self._chat = chat
-        self._packed = packed
+        self._recipe = recipe
+        self._folder = folder
+        self._checkpoint = checkpoint
         self._questions = questions
         self.answers: list[Answer] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Probe the loss and the isolation of packed dialogues, and answer the questions."""
+        """Probe the loss and the isolation of packed dialogues, claim the folder, answer the questions."""
+        self._probe()
+        if self._trainer.args.should_save:
+            self._folder.claim(self._recipe)
+            # Steps after the checkpoint are taken again and must not be told twice.
+            MetricsFile(self._folder.metrics).keep_through(step_of(self._checkpoint) if self._checkpoint else -1)
+        self._trainer.accelerator.wait_for_everyone()
+        self.answers = answers(self._trainer.causal_model, self._chat, self._questions)
+
+    def _probe(self) -> None:
         trainer = self._trainer
         base, device = trainer.causal_model, trainer.args.device
         vocabulary = min(base.config.get_text_config().vocab_size, 1000)
         with trainer.compute_loss_context_manager():
             check_loss(trainer.model_wrapped, base, vocabulary, device)
-            if self._packed:
+            if self._recipe.data.packing:
                 check_isolation(trainer.model_wrapped, vocabulary, device)
-        self.answers = answers(base, self._chat, self._questions)
 
 
 def _is_evaluated(trainer: ChatTrainer, step: int) -> bool:

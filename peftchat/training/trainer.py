@@ -68,12 +68,11 @@ class ChatTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
-        if not self.is_deepspeed_enabled:
-            # TRL casts what is trained on a quantised base to bfloat16, in which small updates round to nothing.
-            # https://github.com/huggingface/trl/issues/7268
-            for name, parameter in self.model.named_parameters():
-                if name in trained and parameter.dtype != trained[name].dtype:
-                    parameter.data = trained[name].to(parameter.device)
+        # TRL casts what is trained on a quantised base to bfloat16, in which small updates round to nothing.
+        # https://github.com/huggingface/trl/issues/7268
+        for name, parameter in self.model.named_parameters():
+            if name in trained and parameter.dtype != trained[name].dtype:
+                parameter.data = trained[name].to(parameter.device)
         self.remove_callback(PrinterCallback)
         install_supervised_forward(self.causal_model)
         self.model_accepts_loss_kwargs = True

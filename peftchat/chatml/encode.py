@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peftchat.chatml.mask import Codes, Ids, Part, part_of
-from peftchat.chatml.template import Piece, Template
+from peftchat.chatml.template import Template
 from peftchat.chatml.text import TextEncoder
 from peftchat.conversation import Conversation
 
@@ -34,14 +34,17 @@ class Row:
 
 @dataclass(slots=True)
 class _Chunk:
-    """Ordinary text between two special tokens, in stretches of one code each."""
+    """Ordinary text between two special tokens, in stretches of one code each.
 
-    spans: list[tuple[str, int]]
+    Attributes:
+        texts: the stretches.
+        values: their codes; no two in a row are equal.
+        first: whether the chunk begins the sequence.
+    """
+
+    texts: list[str]
+    values: list[int]
     first: bool
-
-    @property
-    def text(self) -> str:
-        return "".join(text for text, _ in self.spans)
 
 
 @dataclass(slots=True)
@@ -53,8 +56,11 @@ class _Plan:
     items: list["tuple[int, int] | _Chunk"] = field(default_factory=list)
 
 
+_Encoded = tuple[list[int], bytes]
+"""Ids of a chunk and their codes."""
+
 # A token that straddles two stretches belongs to the one that comes first here: what the model must write wins.
-_PRECEDENCE = {Part.CONTENT: 0, Part.END: 1, Part.HEADER: 2, Part.TRAILER: 3, Part.OUTSIDE: 4}
+_PRECEDENCE = (Part.CONTENT, Part.END, Part.HEADER, Part.TRAILER, Part.OUTSIDE)
 
 
 class RowEncoder:
@@ -75,134 +81,128 @@ class RowEncoder:
         added = tokenizer.added_tokens_decoder
         self._strips_right = {token.content for token in added.values() if token.rstrip}
         self._strips_left = {token.content for token in added.values() if token.lstrip}
-        self._constant: dict[tuple[str, bool], list[int]] = {}
+        self._known: dict[tuple[str, bool], list[int]] = {}
 
     def encode(self, conversations: Iterable[Conversation]) -> list[Row]:
-        """Rows of the conversations, in order; their text goes through the tokenizer as one batch."""
+        """Rows of the conversations, in order; their text goes through the tokenizer as one batch.
+
+        Raises:
+            InputError: the template cannot write one of them.
+        """
         plans = [self._plan(conversation) for conversation in conversations]
-        encoded = self._encode_chunks([item for plan in plans for item in plan.items if isinstance(item, _Chunk)])
+        encoded = iter(self._encode_chunks([item for plan in plans for item in plan.items if isinstance(item, _Chunk)]))
         rows = []
-        position = 0
         for plan in plans:
             ids: list[int] = []
             codes = bytearray()
             for item in plan.items:
                 if isinstance(item, _Chunk):
-                    ids += encoded[position]
-                    codes += self._codes(item, encoded[position])
-                    position += 1
+                    chunk_ids, chunk_codes = next(encoded)
+                    ids += chunk_ids
+                    codes += chunk_codes
                 else:
                     ids.append(item[0])
                     codes.append(item[1])
-            rows.append(
-                Row(
-                    np.array(ids, dtype=np.int32),
-                    np.frombuffer(bytes(codes), dtype=np.uint8),
-                    plan.source,
-                    plan.lookalikes,
-                )
-            )
+            row_codes = np.frombuffer(bytes(codes), dtype=np.uint8)
+            rows.append(Row(np.array(ids, dtype=np.int32), row_codes, plan.source, plan.lookalikes))
         return rows
 
     def _plan(self, conversation: Conversation) -> _Plan:
-        lookalikes = sum(self._text.lookalikes(message.content) for message in conversation.messages)
-        plan = _Plan(conversation.source, lookalikes)
-        spans: list[tuple[str, int]] = []
+        plan = _Plan(conversation.source, sum(self._text.lookalikes(one.content) for one in conversation.messages))
+        texts: list[str] = []
+        values: list[int] = []
         strip = False
         for piece in self._template.pieces(conversation):
-            if not piece.special:
-                text = piece.text.lstrip() if strip else piece.text
-                strip = strip and not text
-                if text:
-                    spans.append((text, piece.code))
+            if piece.special:
+                if piece.text in self._strips_left:
+                    self._strip_end(texts, values)
+                self._close(plan, texts, values)
+                texts, values = [], []
+                plan.items.append((self._text.special[piece.text], piece.code))
+                strip = piece.text in self._strips_right
                 continue
-            if piece.text in self._strips_left:
-                spans = _right_stripped(spans)
-            self._close(plan, spans)
-            spans = []
-            plan.items.append((self._text.special[piece.text], piece.code))
-            strip = piece.text in self._strips_right
-        self._close(plan, spans)
+            text = piece.text.lstrip(self._text.whitespace) if strip else piece.text
+            strip = strip and not text
+            if text and values and values[-1] == piece.code:
+                texts[-1] += text
+            elif text:
+                texts.append(text)
+                values.append(piece.code)
+        self._close(plan, texts, values)
         return plan
 
     @staticmethod
-    def _close(plan: _Plan, spans: list[tuple[str, int]]) -> None:
-        if spans:
-            plan.items.append(_Chunk(spans, first=not plan.items))
+    def _close(plan: _Plan, texts: list[str], values: list[int]) -> None:
+        if texts:
+            plan.items.append(_Chunk(texts, values, first=not plan.items))
 
-    def _encode_chunks(self, chunks: Sequence[_Chunk]) -> list[list[int]]:
-        """Ids of every chunk; text that comes from a template, not a message, is encoded once for all."""
-        encoded: list[list[int]] = [[]] * len(chunks)
+    def _strip_end(self, texts: list[str], values: list[int]) -> None:
+        """Take the white space off the end, as a token with `lstrip` does."""
+        while texts:
+            texts[-1] = texts[-1].rstrip(self._text.whitespace)
+            if texts[-1]:
+                return
+            texts.pop()
+            values.pop()
+
+    def _encode_chunks(self, chunks: Sequence[_Chunk]) -> list[_Encoded]:
+        """Ids and codes of every chunk."""
+        done: list[_Encoded] = [([], b"")] * len(chunks)
         for first in (False, True):
-            fresh = []
+            whole, parted = [], []
             for index, chunk in enumerate(chunks):
                 if chunk.first != first:
                     continue
-                if len(chunk.spans) == 1 and part_of(chunk.spans[0][1]) != Part.CONTENT:
-                    encoded[index] = self._constant_ids(chunk.spans[0][0], first=first)
+                if len(chunk.texts) == 1 and not _is_content(chunk.values[0]):
+                    ids = self._known_ids(chunk.texts[0], first=first)
+                    done[index] = ids, bytes(chunk.values) * len(ids)
+                elif len(chunk.texts) == 1 or self._head(chunk) is not None:
+                    whole.append(index)
                 else:
-                    fresh.append(index)
-            texts = [chunks[index].text for index in fresh]
-            for index, ids in zip(fresh, self._text.encode(texts, first=first), strict=True):
-                encoded[index] = ids
-        return encoded
+                    parted.append(index)
+            encoded = self._text.encode(["".join(chunks[index].texts) for index in whole], first=first)
+            for index, ids in zip(whole, encoded, strict=True):
+                codes = self._codes(chunks[index], ids)
+                if codes is None:
+                    parted.append(index)
+                else:
+                    done[index] = ids, codes
+            located = self._text.encode_parts([chunks[index].texts for index in parted], first=first)
+            for index, tokens in zip(parted, located, strict=True):
+                values = chunks[index].values
+                done[index] = tokens.ids, bytes(_winner(values, start, stop) for start, stop in tokens.parts)
+        return done
 
-    def _constant_ids(self, text: str, *, first: bool) -> list[int]:
+    def _known_ids(self, text: str, *, first: bool) -> list[int]:
+        """Ids of text that comes from the template, not from a message, and so is encoded once for all."""
         key = (text, first)
-        if key not in self._constant:
-            self._constant[key] = self._text.encode([text], first=first)[0]
-        return self._constant[key]
+        if key not in self._known:
+            self._known[key] = self._text.encode([text], first=first)[0]
+        return self._known[key]
 
-    def _codes(self, chunk: _Chunk, ids: list[int]) -> bytes:
-        """One code a token, by the characters that the token covers."""
-        spans = chunk.spans
-        if len(spans) == 1:
-            return bytes([spans[0][1]]) * len(ids)
-        if len(spans) == 2:
-            # Ids that begin with the ids of the first stretch cover it exactly: no token straddles the border.
-            head = self._constant_ids(spans[0][0], first=chunk.first)
-            if ids[: len(head)] == head:
-                return bytes([spans[0][1]]) * len(head) + bytes([spans[1][1]]) * (len(ids) - len(head))
-        covered = self._text.spans(chunk.text, first=chunk.first)
-        if covered is None or len(covered) != len(ids):
-            covered = self._spans_by_prefix(chunk, len(ids))
-        return bytes(_code_at(spans, start, stop) for start, stop in covered)
+    def _head(self, chunk: _Chunk) -> list[int] | None:
+        """Ids of the template's text before a content, if they alone tell where it ends."""
+        if len(chunk.texts) != 2 or _is_content(chunk.values[0]):
+            return None
+        ids = self._known_ids(chunk.texts[0], first=chunk.first)
+        return ids if self._text.spells(ids) else None
 
-    def _spans_by_prefix(self, chunk: _Chunk, count: int) -> list[tuple[int, int]]:
-        """Spans for tokenizers that report none: each stretch gets as many tokens as it has alone."""
-        covered: list[tuple[int, int]] = []
-        start = 0
-        for text, _ in chunk.spans:
-            alone = len(self._constant_ids(text, first=chunk.first and start == 0))
-            covered += [(start, start + len(text))] * alone
-            start += len(text)
-        return (covered + [covered[-1]] * count)[:count]
+    def _codes(self, chunk: _Chunk, ids: list[int]) -> bytes | None:
+        """Codes of a chunk that is one stretch, or a head and a content; None if a token straddles the border."""
+        head = [] if len(chunk.texts) == 1 else self._head(chunk)
+        if head is None or ids[: len(head)] != head:
+            return None
+        return bytes(chunk.values[:1]) * len(head) + bytes(chunk.values[-1:]) * (len(ids) - len(head))
 
 
-def _right_stripped(spans: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The stretches without the white space at their end, as a token with `lstrip` leaves them."""
-    while spans:
-        text = spans[-1][0].rstrip()
-        if text:
-            return [*spans[:-1], (text, spans[-1][1])]
-        spans = spans[:-1]
-    return []
+def _is_content(value: int) -> bool:
+    return part_of(value) == Part.CONTENT
 
 
-def _code_at(spans: list[tuple[str, int]], start: int, stop: int) -> int:
-    """The code of a token that covers the characters from `start` to `stop` of the joined stretches."""
-    touched = []
-    position = 0
-    for text, value in spans:
-        end = position + len(text)
-        if (start < end and position < stop) or (start == stop and position <= start < end):
-            touched.append(value)
-        position = end
-    if not touched:
-        return spans[-1][1]
-    return min(touched, key=lambda value: _PRECEDENCE[part_of(value)])
+def _winner(values: Sequence[int], first: int, last: int) -> int:
+    """The code of a token that covers the stretches from `first` to `last`."""
+    return values[first] if first == last else min(values[first : last + 1], key=_rank)
 
 
-def rendered(pieces: Iterable[Piece]) -> str:
-    """The text that the pieces spell."""
-    return "".join(piece.text for piece in pieces)
+def _rank(value: int) -> int:
+    return _PRECEDENCE.index(part_of(value))

@@ -7,7 +7,7 @@ contents put back, equals the first, the markers say exactly where every content
 
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from peftchat.chatml.mask import Part, code
@@ -18,6 +18,8 @@ from peftchat.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Turns = Sequence[tuple[Role, str]]
 
 
 class ModelTemplate:
@@ -43,16 +45,13 @@ class ModelTemplate:
             )
         self._tokenizer = tokenizer
         self._system = system
+        self.jinja = str(tokenizer.get_chat_template())
         by_length = sorted(special_tokens(tokenizer), key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, by_length)) + ")") if by_length else None
         self._nonce = secrets.token_hex(8)
         self._marker = re.compile(rf"{self._nonce}-(\d+)-")
+        self._headers: dict[Role, str] = {}
         self.end_token = self._find_end_token()
-
-    @property
-    def jinja(self) -> str:
-        """The tokenizer's template, unchanged."""
-        return str(self._tokenizer.chat_template)
 
     def pieces(self, conversation: Conversation) -> Iterator[Piece]:
         """The conversation as the template writes it.
@@ -60,84 +59,98 @@ class ModelTemplate:
         Raises:
             InputError: the template refuses the conversation, or rewrites a message's content.
         """
-        messages = conversation.as_dicts()
-        if self._system is not None and not (messages and messages[0]["role"] == "system"):
-            messages = [{"role": "system", "content": self._system}, *messages]
-        offset = len(messages) - len(conversation.messages)
-        rendered = self._render(messages, conversation)
-        contents = [message["content"] for message in messages]
-        for candidate in (contents, [content.strip() for content in contents]):
-            marked = [{**message, "content": self._mark(index)} for index, message in enumerate(messages)]
-            skeleton = self._render(marked, conversation)
-            if self._filled(skeleton, candidate) == rendered:
-                last = last_answer_index(conversation)
-                yield from self._split(skeleton, candidate, messages, last + offset if last >= 0 else -1)
-                return
-        raise InputError(
-            "the model's template rewrites the content of a message, so that no exact mask exists",
-            where=conversation.source or None,
-            cure="Use `chat.template: chatml` or `starchat`, or take such messages out.",
-        )
+        turns = [(message.role, message.content) for message in conversation.messages]
+        last = last_answer_index(conversation)
+        if self._system is not None and not (turns and turns[0][0] == "system"):
+            turns.insert(0, ("system", self._system))
+            last = last + 1 if last >= 0 else -1
+        source = conversation.source or None
+        rendered = self._render(turns, source)
+        stretches = self._skeleton([role for role, _ in turns], source)
+        written = _written(rendered, stretches, [content for _, content in turns])
+        if written is None:
+            raise InputError(
+                "the model's template rewrites the content of a message, so that no exact mask exists",
+                where=source,
+                cure="Use `chat.template: chatml` or `starchat`, or take such messages out.",
+            )
+        yield from self._split(stretches, written, [role for role, _ in turns], last)
 
-    def _mark(self, index: int) -> str:
-        return f"{self._nonce}-{index}-"
-
-    def _filled(self, skeleton: str, contents: list[str]) -> str:
-        return self._marker.sub(lambda match: contents[int(match.group(1))], skeleton)
-
-    def _render(self, messages: list[dict[str, str]], conversation: Conversation) -> str:
+    def _render(self, turns: Turns, source: str | None) -> str:
         from jinja2.exceptions import TemplateError
 
+        messages = [{"role": role, "content": content} for role, content in turns]
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
-        except TemplateError as error:
-            raise InputError(
-                f"the model's chat template refuses the dialogue: {error}", where=conversation.source or None
-            ) from error
+        # A template is code of the model's makers: what it cannot write, it may refuse or stumble over.
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InputError(f"the model's chat template refuses the dialogue: {error}", where=source) from error
 
-    def _split(self, skeleton: str, contents: list[str], messages: list[dict[str, str]], last: int) -> Iterator[Piece]:
+    def _skeleton(self, roles: Sequence[Role], source: str | None = None) -> list[str]:
+        """What the template writes around the contents: text and numbers of messages in turn, text at both ends."""
+        marked = self._render([(role, f"{self._nonce}-{index}-") for index, role in enumerate(roles)], source)
+        return self._marker.split(marked)
+
+    def _split(
+        self, stretches: list[str], contents: Sequence[str], roles: Sequence[Role], last: int
+    ) -> Iterator[Piece]:
         """The pieces of a rendered skeleton: text between two markers ends one turn and begins the next."""
-        stretches = self._marker.split(skeleton)
         shown = [int(number) for number in stretches[1::2]]
-        yield from self._text(stretches[0], code(Part.OUTSIDE))
+        opening = stretches[0]
+        header = self._header_of(opening, roles[shown[0]]) if shown else ""
+        yield from self._text(opening.removesuffix(header), code(Part.OUTSIDE))
         for place, index in enumerate(shown):
-            role = _role(messages[index]["role"])
-            is_last = index == last
-            if contents[index]:
-                yield Piece(contents[index], code(Part.CONTENT, role, last_answer=is_last))
-            after = stretches[2 * place + 2]
-            end, trailer, header = self._after_content(after)
+            role, is_last = roles[index], index == last
+            yield from self._text(header, code(Part.HEADER, role, last_answer=is_last))
+            if contents[place]:
+                yield Piece(contents[place], code(Part.CONTENT, role, last_answer=is_last))
+            following = roles[shown[place + 1]] if place + 1 < len(shown) else None
+            end, trailer, header = self._after_content(stretches[2 * place + 2], following)
             yield from self._text(end, code(Part.END, role, last_answer=is_last))
             yield from self._text(trailer, code(Part.TRAILER, role, last_answer=is_last))
-            following = shown[place + 1] if place + 1 < len(shown) else None
-            if following is None:
-                yield from self._text(header, code(Part.OUTSIDE))
-            else:
-                next_role = _role(messages[following]["role"])
-                yield from self._text(header, code(Part.HEADER, next_role, last_answer=following == last))
+        yield from self._text(header if shown else "", code(Part.OUTSIDE))
 
-    def _after_content(self, text: str) -> tuple[str, str, str]:
-        """What follows a content: up to and with the end token, white space after it, the rest."""
-        match = self._special.search(text) if self._special else None
+    def _after_content(self, text: str, following: Role | None) -> tuple[str, str, str]:
+        """What follows a content: up to and with the end token, the rest of the turn, the header of the next."""
+        header = self._header_of(text, following) if following else ""
+        turn = text.removesuffix(header)
+        match = self._special.search(turn) if self._special else None
         if match is None:
-            return "", "", text
-        rest = text[match.end() :]
+            return (turn, "", header) if header else ("", "", text)
+        rest = turn[match.end() :]
+        if header:
+            return turn[: match.end()], rest, header
         trailer = rest[: len(rest) - len(rest.lstrip())]
-        return text[: match.end()], trailer, rest[len(trailer) :]
+        return turn[: match.end()], trailer, rest[len(trailer) :]
+
+    def _header_of(self, text: str, role: Role) -> str:
+        """The header of a turn of this role at the end of the text; "" where it cannot be told from the rest."""
+        if role not in self._headers:
+            self._headers[role] = self._find_header(role)
+        return self._headers[role] if text.endswith(self._headers[role]) else ""
+
+    def _find_header(self, role: Role) -> str:
+        """What the template adds between a finished turn and the content of one of this role; "" if it will not say."""
+        before: tuple[Role, ...] = ("user",) if role == "assistant" else ("user", "assistant")
+        try:
+            alone = self._skeleton(before)
+            longer = self._skeleton((*before, role))
+        except InputError:
+            return ""
+        *shared, end = alone
+        if longer[: len(shared)] != shared or len(longer) != len(alone) + 2 or not longer[-3].startswith(end):
+            return ""
+        return longer[-3].removeprefix(end)
 
     def _text(self, text: str, value: int) -> Iterator[Piece]:
         """Template text, its special tokens apart."""
-        if not text:
-            return
         parts = self._special.split(text) if self._special else [text]
         for number, part in enumerate(parts):
             if part:
                 yield Piece(part, value, special=number % 2 == 1)
 
     def _find_end_token(self) -> str:
-        probe = [{"role": "user", "content": self._mark(0)}, {"role": "assistant", "content": self._mark(1)}]
-        rendered = self._render(probe, Conversation(()))
-        after = rendered.rpartition(self._mark(1))[2]
+        after = self._skeleton(("user", "assistant"))[-1]
         match = self._special.search(after) if self._special else None
         if match is None:
             raise InputError(
@@ -148,7 +161,33 @@ class ModelTemplate:
         return match.group()
 
 
-def _role(name: str) -> Role:
-    from typing import cast
+def _written(rendered: str, stretches: Sequence[str], contents: Sequence[str]) -> list[str] | None:
+    """The contents as they stand in the rendered text, in the order of the skeleton's markers.
 
-    return cast(Role, name)
+    Templates take white space off the ends of some or all contents; anything else they do to one is not found.
+
+    Returns:
+        One text a marker, or None where the skeleton with the contents put back is not the rendered text.
+    """
+    shown = [contents[int(number)] for number in stretches[1::2]]
+    texts = stretches[0::2]
+    # For each place that can be reached behind a content and the text after it: the places and contents before.
+    reached: dict[int, list[str]] = {len(texts[0]): []} if rendered.startswith(texts[0]) else {}
+    for content, text in zip(shown, texts[1:], strict=True):
+        ways: dict[int, list[str]] = {}
+        for start, before in reached.items():
+            for form in _stripped_forms(content):
+                stop = start + len(form) + len(text)
+                if rendered.startswith(form, start) and rendered.startswith(text, start + len(form)):
+                    ways.setdefault(stop, [*before, form])
+        reached = ways
+    return reached.get(len(rendered))
+
+
+def _stripped_forms(content: str) -> list[str]:
+    """The content, and without white space or newlines at one end or both: each once, the longest first."""
+    if content and not content[0].isspace() and not content[-1].isspace():
+        return [content]
+    forms = {form(content) for form in (str.strip, str.lstrip, str.rstrip)}
+    forms |= {content, content.strip("\n"), content.lstrip("\n"), content.rstrip("\n")}
+    return sorted(forms, key=len, reverse=True)

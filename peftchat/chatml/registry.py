@@ -48,8 +48,5 @@ def make_format(name: str, system: str | None, tokenizer: "PreTrainedTokenizerBa
     Raises:
         InputError: the tokenizer cannot hold the format's tokens, or has no template of its own for `model`.
     """
-    if name in BLOCK_TEMPLATES:
-        template = BLOCK_TEMPLATES[name](system)
-    else:
-        template = ModelTemplate(tokenizer, system)
+    template = BLOCK_TEMPLATES[name](system) if name in BLOCK_TEMPLATES else ModelTemplate(tokenizer, system)
     return ChatFormat(tokenizer, template, add_template_tokens(tokenizer, template))

@@ -7,6 +7,7 @@ The tests hold the two against each other, byte for byte.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 from peftchat.chatml.mask import Part, code
@@ -53,6 +54,10 @@ class Template(Protocol):
         ...
 
 
+Header = tuple[tuple[str, bool], ...]
+"""What a format writes before a content: stretches as (text, is special)."""
+
+
 def last_answer_index(conversation: Conversation) -> int:
     """The position of the last assistant message, -1 where there is none."""
     for index in range(len(conversation.messages) - 1, -1, -1):
@@ -63,17 +68,17 @@ def last_answer_index(conversation: Conversation) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BlockTemplate:
-    """A format in which every turn is `header, newline, content, end token, newline`.
+    """A format in which every turn is `header, content, end token, newline`.
 
     Attributes:
         system: the system prompt of conversations that have none of their own; None writes no block.
-        header: for each role it knows, the pieces before the newline as (text, is special).
+        header: for each role it knows, the stretches before the content as (text, is special).
     """
 
     name: str
     tokens: tuple[str, ...]
     end_token: str
-    header: dict[Role, tuple[tuple[str, bool], ...]]
+    header: dict[Role, Header]
     system: str | None = None
 
     def pieces(self, conversation: Conversation) -> Iterator[Piece]:
@@ -96,23 +101,20 @@ class BlockTemplate:
             yield from self._block(message.role, message.content, last_answer=index == last)
 
     def _block(self, role: Role, content: str, *, last_answer: bool = False) -> Iterator[Piece]:
-        header = code(Part.HEADER, role, last_answer=last_answer)
-        for text, special in self.header[role]:
-            yield Piece(text, header, special)
-        yield Piece("\n", header)
+        before, value, after = _frame(self.header[role], self.end_token, role, last_answer)
+        yield from before
         if content:
-            yield Piece(content, code(Part.CONTENT, role, last_answer=last_answer))
-        yield Piece(self.end_token, code(Part.END, role, last_answer=last_answer), special=True)
-        yield Piece("\n", code(Part.TRAILER, role, last_answer=last_answer))
+            yield Piece(content, value)
+        yield from after
 
     @property
     def jinja(self) -> str:
         """The same format for `apply_chat_template`, with generation marks around each answer and its end."""
         role = "message['role']"
-        start = _literal(self._header_text("assistant") + "\n")
+        start = _literal(self._header_text("assistant"))
         default = ""
         if self.system is not None:
-            block = f"{self._header_text('system')}\n{self.system}{self.end_token}\n"
+            block = f"{self._header_text('system')}{self.system}{self.end_token}\n"
             own = "messages and messages[0]['role'] == 'system'"
             default = f"{{% if not ({own}) %}}{{{{ {_literal(block)} }}}}{{% endif %}}"
         answer = (
@@ -121,7 +123,7 @@ class BlockTemplate:
         )
         others = "".join(
             f"{{% elif {role} == '{other}' %}}"
-            f"{{{{ {_literal(self._header_text(other))} + '\\n' + message['content']"
+            f"{{{{ {_literal(self._header_text(other))} + message['content']"
             f" + {_literal(self.end_token)} + '\\n' }}}}"
             for other in self.header
             if other != "assistant"
@@ -137,6 +139,18 @@ class BlockTemplate:
         return "".join(text for text, _ in self.header[role])
 
 
+_Frame = tuple[tuple[Piece, ...], int, tuple[Piece, ...]]
+
+
+@cache
+def _frame(header: Header, end_token: str, role: Role, last_answer: bool) -> _Frame:
+    """The pieces before a content, the content's code, and the pieces after it."""
+    codes = {part: code(part, role, last_answer=last_answer) for part in Part}
+    before = tuple(Piece(text, codes[Part.HEADER], special) for text, special in header)
+    after = (Piece(end_token, codes[Part.END], special=True), Piece("\n", codes[Part.TRAILER]))
+    return before, codes[Part.CONTENT], after
+
+
 def _literal(text: str) -> str:
     """The text as a Jinja string literal: JSON's escapes are a subset of the ones Jinja reads."""
     return json.dumps(text, ensure_ascii=False)
@@ -150,9 +164,9 @@ def starchat(system: str | None) -> BlockTemplate:
         tokens=("<|system|>", "<|assistant|>", "<|user|>", "<|end|>"),
         end_token="<|end|>",
         header={
-            "system": (("<|system|>", True),),
-            "user": (("<|user|>", True),),
-            "assistant": (("<|assistant|>", True),),
+            "system": (("<|system|>", True), ("\n", False)),
+            "user": (("<|user|>", True), ("\n", False)),
+            "assistant": (("<|assistant|>", True), ("\n", False)),
         },
         system=system,
     )
@@ -165,6 +179,6 @@ def chatml(system: str | None) -> BlockTemplate:
         name="chatml",
         tokens=("<|im_start|>", "<|im_end|>"),
         end_token="<|im_end|>",
-        header={role: (("<|im_start|>", True), (role, False)) for role in roles},
+        header={role: (("<|im_start|>", True), (f"{role}\n", False)) for role in roles},
         system=system,
     )

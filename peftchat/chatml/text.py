@@ -5,19 +5,48 @@ stretch is encoded as it would be in the middle of a sequence, without the marke
 the first word of a text.
 """
 
-import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from peftchat.chatml.tokens import special_tokens
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-Spans = list[tuple[int, int]]
-"""(first character, one past the last character) for each token."""
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of a text that was given in parts.
+
+    Attributes:
+        ids: token ids.
+        parts: for each token, the first and the last part whose characters it covers.
+    """
+
+    ids: list[int]
+    parts: list[tuple[int, int]]
+
+
+class Backend(Protocol):
+    """A way to turn ordinary text into ids."""
+
+    @property
+    def whitespace(self) -> str | None:
+        """The characters that a token with `rstrip` or `lstrip` takes with it; None for those of `str.strip`."""
+
+    def encode(self, texts: Sequence[str], *, first: bool) -> list[list[int]]:
+        """Ids of each text."""
+        ...
+
+    def encode_parts(self, texts: Sequence[Sequence[str]], *, first: bool) -> list[Tokens]:
+        """Ids of each text, which comes in parts, and where each of its tokens lies."""
+        ...
+
+    def spells(self, ids: Sequence[int]) -> bool:
+        """Whether these ids stand for one text only, so that a text whose ids begin with them begins with it."""
+        ...
 
 
 class TextEncoder:
@@ -25,20 +54,20 @@ class TextEncoder:
 
     Args:
         tokenizer: any tokenizer that transformers loads; it is not changed. With the `tokenizers` library behind it,
-            batches are encoded in parallel and `spans` is exact; without, texts are encoded one by one.
+            batches are encoded in parallel; without, texts are encoded one by one.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.special = special_tokens(tokenizer)
-        self._tokenizer = tokenizer
-        unknown = tokenizer.unk_token_id
-        self._forbidden = frozenset(self.special.values()) - {unknown}
-        by_length = sorted(self.special, key=len, reverse=True)
-        self._lookalike = re.compile("|".join(map(re.escape, by_length))) if by_length else None
-        self._inner: Tokenizer | None = None
-        self._first: Tokenizer | None = None
-        if tokenizer.is_fast:
-            self._inner, self._first = _backends(tokenizer)
+        # A single character has no other spelling: a tokenizer that made one special needs it to write the character.
+        spellings = sorted((token for token in self.special if len(token) > 1), key=len, reverse=True)
+        self._lookalike = re.compile("|".join(map(re.escape, spellings))) if spellings else None
+        self._backend = _backend(tokenizer, {token: self.special[token] for token in spellings})
+
+    @property
+    def whitespace(self) -> str | None:
+        """The characters that a token with `rstrip` or `lstrip` takes with it; None for those of `str.strip`."""
+        return self._backend.whitespace
 
     def lookalikes(self, text: str) -> int:
         """How many stretches of the text are spelled like a special token."""
@@ -51,71 +80,19 @@ class TextEncoder:
             texts: ordinary text.
             first: whether the texts stand at the very start of their sequences.
         """
-        ids = self._raw(texts, first=first)
-        for index, row in enumerate(ids):
-            if not self._forbidden.isdisjoint(row):
-                ids[index] = self._broken_up(texts[index], first=first)
-        return ids
+        return self._backend.encode(texts, first=first)
 
-    def spans(self, text: str, *, first: bool = False) -> Spans | None:
-        """The characters that each token of the text covers; None where the tokenizer cannot tell."""
-        backend = self._first if first else self._inner
-        if backend is None:
-            return None
-        spans: Spans = backend.encode(text, add_special_tokens=False).offsets
-        return spans
+    def encode_parts(self, texts: Sequence[Sequence[str]], *, first: bool = False) -> list[Tokens]:
+        """The same, for texts in parts, with the parts that each token covers."""
+        return self._backend.encode_parts(texts, first=first)
 
-    def _raw(self, texts: Sequence[str], *, first: bool) -> list[list[int]]:
-        backend = self._first if first else self._inner
-        if backend is None:
-            # Tokenizers without the Rust library read `split_special_tokens` from the call.
-            return [self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
-        return [item.ids for item in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def _broken_up(self, text: str, *, first: bool) -> list[int]:
-        """Ids of a text in which the vocabulary itself holds a special token as a piece.
-
-        Unigram and word-level vocabularies can contain their control tokens, and then produce them from plain
-        characters. Cutting the spelling in two leaves no piece that could.
-        """
-        assert self._lookalike is not None
-        ids: list[int] = []
-        start = 0
-        cuts = [match.start() + max(1, len(match.group()) // 2) for match in self._lookalike.finditer(text)]
-        for cut in [*cuts, len(text)]:
-            part = self._raw([text[start:cut]], first=first and start == 0)[0]
-            if not self._forbidden.isdisjoint(part):
-                part = [token_id for char in text[start:cut] for token_id in self._raw([char], first=False)[0]]
-            ids.extend(token_id for token_id in part if token_id not in self._forbidden)
-            start = cut
-        return ids
+    def spells(self, ids: Sequence[int]) -> bool:
+        """Whether these ids stand for one text only, so that a text whose ids begin with them begins with it."""
+        return self._backend.spells(ids)
 
 
-def _backends(tokenizer: "PreTrainedTokenizerBase") -> tuple["Tokenizer", "Tokenizer"]:
-    """Copies of the tokenizer for text inside a sequence and at its start."""
-    from tokenizers import Tokenizer
+def _backend(tokenizer: "PreTrainedTokenizerBase", special: dict[str, int]) -> Backend:
+    from peftchat.chatml.rust_text import RustText
+    from peftchat.chatml.slow_text import SlowText
 
-    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    copies = []
-    for inner in (True, False):
-        copy = Tokenizer.from_str(json.dumps(_without_first_marker(state) if inner else state))
-        copy.encode_special_tokens = True
-        copy.no_truncation()
-        copy.no_padding()
-        copies.append(copy)
-    return copies[0], copies[1]
-
-
-def _without_first_marker(state: Any) -> Any:
-    """The tokenizer's state in which "mark the first word of a text" reads "never mark"."""
-    if isinstance(state, list):
-        return [_without_first_marker(item) for item in state]
-    if not isinstance(state, dict):
-        return state
-    if state.get("type") == "Metaspace" and state.get("prepend_scheme") == "first":
-        return {**state, "prepend_scheme": "never"}
-    # The vocabulary is large and holds no settings.
-    return {
-        key: value if key in ("vocab", "merges", "added_tokens") else _without_first_marker(value)
-        for key, value in state.items()
-    }
+    return RustText(tokenizer, special) if tokenizer.is_fast else SlowText(tokenizer, special)

@@ -43,26 +43,22 @@ def add_template_tokens(tokenizer: "PreTrainedTokenizerBase", template: Template
     from transformers import AddedToken
 
     before = set(tokenizer.get_vocab())
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
-            for token in template.tokens
-            if token not in special_tokens(tokenizer)
-        ],
-        special_tokens=True,
-    )
+    marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    # A token that is special by name only (an end token, say) must stay special when the name moves on.
+    wanted = [str(token) for token in (*tokenizer.all_special_tokens, *template.tokens)]
+    missing = [AddedToken(token, special=True, normalized=False) for token in wanted if token not in marked]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    known = special_tokens(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or template.end_token
     tokenizer.eos_token = template.end_token
     tokenizer.chat_template = template.jinja
     for token in template.tokens:
         ids = tokenizer.encode(token, add_special_tokens=False)
-        if ids != [tokenizer.convert_tokens_to_ids(token)]:
+        if ids != [known.get(token)]:
             raise InputError(
                 f"the tokenizer turns the special token {token} into {ids} instead of one id",
                 where="chat.template",
                 cure="Choose another template, or a tokenizer that can take added tokens.",
             )
-    return [
-        NewToken(token, int(tokenizer.convert_tokens_to_ids(token))) for token in template.tokens if token not in before
-    ]
+    return [NewToken(token, known[token]) for token in template.tokens if token not in before]

@@ -6,6 +6,7 @@ from peftchat.cli.lazy import LazyVerbs, Verb
 
 VERBS = {
     "prepare": Verb("peftchat.cli.data_prepare", "Clean, split and count dialogues from any known form."),
+    "stats": Verb("peftchat.cli.data_stats", "Describe dialogues: lengths, duplicates, leaks."),
     "from-code": Verb("peftchat.cli.data_from_code", "Make dialogues about your own Python code."),
     "formats": Verb("peftchat.cli.data_formats", "List the input forms."),
 }

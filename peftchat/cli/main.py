@@ -13,6 +13,7 @@ from peftchat.errors import CheckFailed, InputError
 VERBS = {
     "init": Verb("peftchat.cli.init", "Write a recipe to start from."),
     "data": Verb("peftchat.cli.data", "Make, clean and inspect dialogues."),
+    "mask": Verb("peftchat.cli.mask", "Show what is trained, token by token."),
     "train": Verb("peftchat.cli.train", "Fine-tune a model from a recipe."),
     "merge": Verb("peftchat.cli.merge", "Fold a run's adapter into its base, and prove it."),
 }

@@ -4,6 +4,7 @@ Rows are cached by the content of their sources and by every setting that touche
 builds them under a lock; every other one, in this run or another, maps the finished file.
 """
 
+import gc
 import hashlib
 import itertools
 import json
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 Side = Literal["train", "eval"]
 
 _BATCH = 1024
-_FORMAT = 1
+_FORMAT = 2
 """Raised when rows of the same settings would come out differently."""
 
 _NAMED = 5
@@ -192,6 +193,8 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
     temporary.mkdir(parents=True)
     try:
         encoder = chat.encoder()
+        # The vocabulary is a million objects that the collector would walk through again for every batch.
+        gc.freeze()
         seen = 0
         for side in _sides(recipe):
             log = ProblemLog(strict=True)

@@ -145,7 +145,7 @@ class ChatTrainer(SFTTrainer):
                 if mine < len(batches):
                     count = (inputs["labels"] >= 0).sum()
                     sums += torch.stack([outputs.loss, outputs.correct, count]).double().cpu()
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             model.train(was_training)
         loss, correct, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         metrics = {

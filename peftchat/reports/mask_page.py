@@ -1,0 +1,54 @@
+"""The mask as a page: rows in colour, each token with its id, role and part under the pointer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from markupsafe import Markup, escape
+
+from peftchat.chatml.mask import Part
+from peftchat.reports.mask_rows import ShownRow, ShownToken, harmless
+from peftchat.reports.mask_summary import MaskSummary
+from peftchat.reports.page import write_page
+
+_PARTS = {
+    Part.OUTSIDE: "outside the turns",
+    Part.HEADER: "header",
+    Part.CONTENT: "content",
+    Part.END: "end",
+    Part.TRAILER: "after the end",
+}
+_BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
+
+
+def write_mask_page(path: Path, name: str, rows: Sequence[ShownRow], summary: MaskSummary) -> Path:
+    """Write a page that needs nothing but a browser.
+
+    Args:
+        path: the file.
+        name: of the recipe.
+        rows: what to show; all of it ends up in the file.
+        summary: the counts over all rows.
+    """
+    bodies = [(row, _body(row)) for row in rows]
+    return write_page(path, "mask.html.jinja", name=name, summary=summary, rows=bodies)
+
+
+def _body(row: ShownRow) -> Markup:
+    kept = Markup().join(_span(token, cut=False) for token in row.tokens)
+    if not row.cut:
+        return kept
+    lost = Markup().join(_span(token, cut=True) for token in row.cut)
+    return kept + Markup("<del>{}</del>").format(lost)
+
+
+def _span(token: ShownToken, *, cut: bool) -> Markup:
+    classes = [name for name, holds in (("t", token.trained), ("s", token.special)) if holds]
+    ids = " ".join(map(str, token.ids))
+    state = "cut" if cut else "trained" if token.trained else "context"
+    hint = f"{ids} · {token.role or 'template'} · {_PARTS[token.part]} · {state}"
+    return Markup('<b class="{}" data-i="{}">{}</b>').format(" ".join(classes), hint, _text(token))
+
+
+def _text(token: ShownToken) -> Markup:
+    """The token's text; line breaks get a sign, so that each has a place to point at."""
+    return Markup(str(escape(harmless(token.text))).replace("\n", f"<i>{_BREAK}</i>\n"))

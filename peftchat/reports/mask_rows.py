@@ -1,0 +1,133 @@
+"""Rows as people look at them: readable text, and what each stretch of it is."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from peftchat.chatml.encode import Row
+from peftchat.chatml.mask import Part, part_of, role_of
+from peftchat.chatml.tokens import special_tokens
+from peftchat.conversation import Role
+from peftchat.training.mask_survey import trained_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class ShownToken:
+    """One token; several, where only together they spell a character.
+
+    Attributes:
+        text: what it reads as.
+        ids: its id or ids.
+        role: of the turn it belongs to, None outside the turns.
+        part: of that turn.
+        trained: whether it is a target.
+        special: whether it is a special token.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    role: Role | None
+    part: Part
+    trained: bool
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ShownRow:
+    """One row.
+
+    Attributes:
+        source: where its dialogue came from.
+        tokens: what is in the row.
+        cut: what the dialogue held behind that, before it was made to fit.
+    """
+
+    source: str
+    tokens: tuple[ShownToken, ...]
+    cut: tuple[ShownToken, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens in the row."""
+        return sum(len(token.ids) for token in self.tokens)
+
+    @property
+    def trained(self) -> int:
+        """Tokens in the row that are targets."""
+        return sum(len(token.ids) for token in self.tokens if token.trained)
+
+
+class RowReader:
+    """Turns encoded rows into readable ones.
+
+    Args:
+        tokenizer: the one that encoded them.
+        table: of the policy, bool, shape (256,).
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", table: npt.NDArray[np.bool_]) -> None:
+        self._tokenizer = tokenizer
+        self._table = table
+        self._special = frozenset(special_tokens(tokenizer).values())
+
+    def read(self, row: Row, whole: Row) -> ShownRow:
+        """The row, and what it lost.
+
+        Args:
+            row: as it is trained.
+            whole: the same dialogue before it was made to fit; the row itself where nothing was cut.
+        """
+        shared = min(len(row.ids), len(whole.ids))
+        differing = np.flatnonzero(row.ids[:shared] != whole.ids[:shared])
+        cut_from = int(differing[0]) if len(differing) else shared
+        lost = Row(whole.ids[cut_from:], whole.codes[cut_from:], whole.source, 0)
+        return ShownRow(
+            row.source,
+            tuple(self._tokens(row, trained_tokens(row.codes, self._table))),
+            tuple(self._tokens(lost, np.zeros(len(lost.ids), dtype=bool))),
+        )
+
+    def _tokens(self, row: Row, trained: npt.NDArray[np.bool_]) -> Iterator[ShownToken]:
+        start = 0
+        for stop, text in self._texts(row.ids.tolist()):
+            value = int(row.codes[stop - 1])
+            ids = tuple(row.ids[start:stop].tolist())
+            special = not self._special.isdisjoint(ids)
+            yield ShownToken(text, ids, role_of(value), part_of(value), bool(trained[stop - 1]), special)
+            start = stop
+
+    def _texts(self, ids: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """Stretches of text, each with the place behind its last token."""
+        if not self._tokenizer.is_fast:
+            yield from enumerate(self._tokenizer.convert_ids_to_tokens(list(ids)), start=1)
+            return
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        backend = self._tokenizer.backend_tokenizer
+        spelled = 0
+        for place, token_id in enumerate(ids, start=1):
+            text = stream.step(backend, token_id)
+            # None: so far these are only the first bytes of a character.
+            if text is not None:
+                yield place, text
+                spelled = place
+        if spelled < len(ids):
+            yield len(ids), "\N{REPLACEMENT CHARACTER}"
+
+
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_PICTURES |= {0x7F: 0x2421} | dict.fromkeys(
+    [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD
+)
+
+
+def harmless(text: str) -> str:
+    """The text without characters that would command a terminal or turn the direction of a page's text."""
+    return text.translate(_PICTURES)

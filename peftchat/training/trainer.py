@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerControl
 from trl import SFTTrainer
 
 from peftchat.errors import CheckFailed
@@ -44,6 +44,8 @@ class ChatTrainer(SFTTrainer):
         callbacks: progress and metrics.
         totals: counts so far, when the run resumes.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,

@@ -1,0 +1,136 @@
+"""`peftchat merge`: fold a run's adapter into its base."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from peftchat.merging.report import MergeReport
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+class _Size(click.ParamType):
+    """Bytes, as `512MB`, `2G` or a plain number."""
+
+    name = "size"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"([0-9]+)\s*([KMG]?)(?:i?B)?", str(value), re.IGNORECASE)
+        if not match or int(match[1]) == 0:
+            self.fail(f"{value!r} is not a size such as 512MB or 2GB", param, ctx)
+        return int(match[1]) * _UNITS[match[2].upper()]
+
+
+class _WeightedAdapter(click.ParamType):
+    """A folder and its weight, as `PATH=WEIGHT`; the weight is 1 if it is left out."""
+
+    name = "path=weight"
+
+    def convert(
+        self, value: str | tuple[Path, float], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Path, float]:
+        if isinstance(value, tuple):
+            return value
+        path, equals, weight = value.rpartition("=")
+        try:
+            return (Path(path), float(weight)) if equals else (Path(value), 1.0)
+        except ValueError:
+            self.fail(f"{weight!r} in {value!r} is not a number", param, ctx)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the merged model.  [default: RUN/merged]")
+@click.option(
+    "--base",
+    type=click.Choice(["auto", "original", "dequantized"]),
+    default="auto",
+    show_default=True,
+    help="For a QLoRA run, fold into the original base or into the one it was trained on. auto takes the nearer one.",
+)
+@click.option(
+    "--verify/--no-verify", default=True, help="Compare logits with base + adapter afterwards.  [default: on]"
+)
+@click.option("--scale", type=float, default=1.0, show_default=True, help="Weight of the run's own adapter.")
+@click.option(
+    "--adapter",
+    "adapters",
+    type=_WeightedAdapter(),
+    multiple=True,
+    help="Another adapter on the same base, with its weight. Repeatable.",
+)
+@click.option("--working-set", type=_Size(), help="Memory for weights in flight.  [default: one tensor and its update]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Type of the merged weights.  [default: as the base stores them]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a folder that is already there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+def command(
+    run: Path,
+    out: Path | None,
+    base: str,
+    verify: bool,
+    scale: float,
+    adapters: tuple[tuple[Path, float], ...],
+    working_set: int | None,
+    dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Fold the adapter of RUN, new tokens included, into the weights of its base.
+
+    Weights stream through memory a tensor at a time, so the model may be larger than memory. An interrupted merge goes
+    on where it stopped when it is started again.
+
+    \b
+    peftchat merge runs/assistant
+    peftchat merge runs/assistant -o assistant-7b --working-set 512MB
+    """
+    import torch
+
+    from peftchat.merging import MergeOptions, merge_run
+
+    options = MergeOptions(
+        out=out,
+        base=base,  # type: ignore[arg-type]
+        verify=verify,
+        scale=scale,
+        adapters=adapters,
+        working_set=working_set,
+        dtype=getattr(torch, dtype) if dtype else None,
+        overwrite=overwrite,
+    )
+    result = merge_run(run, options)
+    if as_json:
+        click.echo(json.dumps({"folder": str(result.folder), **result.report.as_dict()}))
+    else:
+        _print(result.folder, result.report)
+
+
+def _print(folder: Path, report: "MergeReport") -> None:
+    from peftchat.console import output
+
+    choice = report.choice
+    if choice.distance_original is not None and choice.distance_dequantized is not None:
+        output.print(
+            f"Base: {choice.taken} weights. Distance to what was trained: original {choice.distance_original:.2e}, "
+            f"dequantized {choice.distance_dequantized:.2e}."
+        )
+    output.print(
+        f"Merged {report.tensors} tensors ({report.bytes / 1e9:.2f} GB, {report.folded_bytes / 1e9:.2f} GB changed) in "
+        f"{report.seconds:.1f} s; vocabulary {report.vocabulary:,}"
+        + (f" ({report.grown} new)" if report.grown else "")
+        + f", head {'tied' if report.tied else 'not tied'}, {report.dtype}."
+    )
+    if report.verification is None:
+        output.print("Not verified.")
+    else:
+        proof = report.verification
+        output.print(f"{proof.verdict} {proof.prompts} prompts, {proof.positions} positions, {proof.seconds:.1f} s.")
+    output.print(f"Model: {folder}")

@@ -1,0 +1,99 @@
+"""A model with every module and no weights.
+
+PEFT decides by names, shapes and types which modules an adapter changes and how. It gets a real transformers model to
+decide on, whose matrices all share one zero: full shape, no memory. (On the meta device PEFT would move the adapter's
+own weights and index buffers there too, and lose them.)
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftchat.errors import InputError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one parameter: it stays valid while PEFT wraps the module in its own layers."""
+
+    owner: nn.Module
+    attribute: str
+    shape: torch.Size
+
+    def fill(self, value: torch.Tensor) -> None:
+        """Put a real weight there."""
+        self.owner._parameters[self.attribute] = nn.Parameter(value, requires_grad=False)
+
+    def empty(self) -> None:
+        """Put the weightless one back."""
+        self.fill(_weightless(self.shape, torch.float32))
+
+    def value(self) -> torch.Tensor:
+        """The weight that is there now."""
+        return self.owner.get_parameter(self.attribute).data
+
+
+@dataclass(frozen=True)
+class HollowModel:
+    """A causal model without weights.
+
+    Attributes:
+        model: the transformers model; PEFT may wrap its modules in place.
+        slots: parameter name, as in the model before PEFT, to its place.
+        ties: tied name -> the name whose weight it shares; both have a slot.
+    """
+
+    model: Any
+    slots: dict[str, Slot]
+    ties: dict[str, str]
+
+    def within(self, path: str) -> dict[str, Slot]:
+        """The parameters inside the module at `path`, tied ones included."""
+        return {name: slot for name, slot in self.slots.items() if name.startswith(f"{path}.")}
+
+
+def build_hollow(config: Any, *, rows: int = 0, trust_remote_code: bool = False) -> HollowModel:
+    """Build the model of `config`, in float32, with at least `rows` rows in its embeddings.
+
+    Args:
+        config: a transformers config; it is copied, and the copy follows the growth.
+        rows: smallest vocabulary; 0 keeps the config's.
+        trust_remote_code: as in transformers.
+
+    Raises:
+        InputError: transformers has no causal model for the config.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        raise InputError(f"transformers cannot build this model: {str(error).splitlines()[0]}") from error
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    ties = dict(model.all_tied_weights_keys)
+    slots = {}
+    for path, module in model.named_modules():
+        for attribute, weight in module._parameters.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if weight is not None:
+                module._parameters[attribute] = nn.Parameter(
+                    _weightless(weight.shape, torch.float32), requires_grad=False
+                )
+                slots[name] = Slot(module, attribute, weight.shape)
+    for tied, source in ties.items():
+        slots[tied].owner._parameters[slots[tied].attribute] = slots[source].owner._parameters[slots[source].attribute]
+    model.eval()
+    return HollowModel(model, slots, ties)
+
+
+def _weightless(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    # Vectors are real: PEFT copies trained biases and norms into them in place.
+    return torch.zeros((), dtype=dtype).expand(shape) if len(shape) > 1 else torch.zeros(shape, dtype=dtype)

@@ -1,0 +1,139 @@
+"""Which tensors of a checkpoint make which parameter of the model.
+
+Mostly it is one for one, under the same name or one that differs by a prefix. Since version 5 transformers also fuses
+tensors while it loads (the experts of a mixture become one stack) and splits them again when it saves; its own
+conversion table is used for both ways, so that a merged checkpoint has the names of its base.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from peftchat.errors import InputError
+from peftchat.merging.hollow import HollowModel
+from peftchat.merging.shards import Checkpoint
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Several tensors of the checkpoint that become one or more parameters.
+
+    Attributes:
+        keys: the tensors, in the order of their numbers.
+        parameters: what they become.
+    """
+
+    keys: tuple[str, ...]
+    parameters: tuple[str, ...]
+    _model: Any = field(repr=False)
+    _converter: Any = field(repr=False)
+    _first: str
+    _renamed: tuple[tuple[str, str], ...] = field(repr=False)
+
+    def fuse(self, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Read every tensor and build the parameters, in the type that was read."""
+        converter = deepcopy(self._converter)
+        for key, (renamed, pattern) in zip(self.keys, self._renamed, strict=True):
+            converter.add_tensor(renamed, key, pattern, read(key))
+        made = converter.convert(self._first, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def split(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of the checkpoint for the given parameters: the way back."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        tensors = revert_weight_conversion(self._model, parameters)
+        if set(tensors) != set(self.keys):
+            raise InputError(
+                f"transformers does not split {self.parameters[0]} into the tensors it was made of",
+                cure="Save the base once with transformers' save_pretrained and merge into that.",
+            )
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a checkpoint and the parameters of a model, matched.
+
+    Attributes:
+        parameter_of: checkpoint name -> parameter name, where it is one for one.
+        key_of: the other way round.
+        fusion_of: checkpoint name and parameter name -> the fusion they belong to.
+        unused: tensors that the model does not load.
+    """
+
+    parameter_of: dict[str, str]
+    key_of: dict[str, str]
+    fusion_of: dict[str, Fusion]
+    unused: tuple[str, ...]
+
+
+def match_layout(checkpoint: Checkpoint, hollow: HollowModel) -> Layout:
+    """Match the checkpoint's tensors with the model's parameters.
+
+    Raises:
+        InputError: a parameter of the model is in no shard, or a shape differs (but for rows of the vocabulary that
+            the model has gained).
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model = hollow.model
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    one: dict[str, str] = {}
+    groups: dict[str, list[tuple[str, str, str]]] = {}
+    unused = []
+    for key in sorted(checkpoint.entries, key=_natural):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name in hollow.ties or name not in state:
+            unused.append(key)
+        elif pattern is None or key in state:
+            one[key] = key if key in state else name
+        else:
+            groups.setdefault(name, []).append((key, name, pattern))
+    fusion_of: dict[str, Fusion] = {}
+    for first, members in groups.items():
+        fusion = _fusion(model, first, members, by_pattern[members[0][2]], state, mapping)
+        fusion_of.update(dict.fromkeys((*fusion.keys, *fusion.parameters), fusion))
+    layout = Layout(one, {name: key for key, name in one.items()}, fusion_of, tuple(unused))
+    _check(layout, checkpoint, hollow)
+    return layout
+
+
+def _fusion(
+    model: Any, first: str, members: list[tuple[str, str, str]], converter: Any, state: dict[str, Any], mapping: Any
+) -> Fusion:
+    model._weight_conversions = mapping
+    keys = tuple(key for key, _, _ in members)
+    renamed = tuple((name, pattern) for _, name, pattern in members)
+    # One converter may make several parameters; their names differ in the pattern's last part only.
+    stem = first
+    for pattern in converter.target_patterns:
+        stem = stem.removesuffix(pattern)
+    parameters = tuple(name for name in (stem + pattern for pattern in converter.target_patterns) if name in state)
+    return Fusion(keys, parameters or (first,), model, converter, first, renamed)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _check(layout: Layout, checkpoint: Checkpoint, hollow: HollowModel) -> None:
+    for name, slot in hollow.slots.items():
+        if name in layout.fusion_of or name in hollow.ties:
+            continue
+        if name not in layout.key_of:
+            raise InputError(f"the base has no tensor for {name}", where=str(checkpoint.folder))
+        shape = checkpoint.entries[layout.key_of[name]].shape
+        if tuple(slot.shape[1:]) != shape[1:] or (slot.shape and shape[0] > slot.shape[0]):
+            raise InputError(
+                f"{name} has the shape {list(shape)} where config.json asks for {list(slot.shape)}",
+                where=str(checkpoint.folder),
+            )

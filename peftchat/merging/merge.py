@@ -1,0 +1,166 @@
+"""The merge from end to end: plan, fold, write, check, verify, and only then give the folder its name."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic
+
+from filelock import FileLock, Timeout
+
+from peftchat.errors import CheckFailed, InputError
+from peftchat.merging import journal, report
+from peftchat.merging.allocator import return_large_blocks
+from peftchat.merging.check import check_written
+from peftchat.merging.companions import make_loadable, write_companions, write_index
+from peftchat.merging.journal import Journal
+from peftchat.merging.options import MergeOptions
+from peftchat.merging.prepare import Job, prepare
+from peftchat.merging.produce import Producer
+from peftchat.merging.progress import ByteProgress
+from peftchat.merging.report import MergeReport
+from peftchat.merging.verify import verify_merged
+from peftchat.merging.writer import ShardWriter
+
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Where the merged model is, and what is known about it."""
+
+    folder: Path
+    report: MergeReport
+
+
+def merge_run(folder: Path, options: MergeOptions) -> MergeResult:
+    """Merge the run in `folder`.
+
+    Work goes on in `OUT.partial`, which holds no `config.json`, and so is no model to any loader, until everything is
+    written, checked and proved. A second start continues there.
+
+    Raises:
+        InputError: something the user gave cannot be used.
+        CheckFailed: the result is not what was planned or trained; it lies in `OUT.failed`.
+    """
+    started = monotonic()
+    return_large_blocks()
+    out = options.out or folder / "merged"
+    if out.exists() and not options.overwrite:
+        raise InputError("the folder is already there", where=str(out), cure="Choose another with -o, or --overwrite.")
+    job = prepare(folder, options)
+    partial = _beside(out, "partial")
+    try:
+        with _working_folder(partial, out):
+            try:
+                resumed = _write_shards(job, partial, options.block)
+            except InputError:  # a layer that PEFT will not merge: no second start would do better
+                shutil.rmtree(partial)
+                raise
+            write_index(partial, job.plan)
+            check_written(partial, job.plan)
+            _write_small_files(job, partial, options)
+            made = _report(job, options, resumed, started)
+            if options.verify:
+                made = replace(made, verification=verify_merged(job, partial, options))
+            made = replace(made, seconds=monotonic() - started)
+            report.write(partial, made)
+            if made.verification is not None and not made.verification.passed:
+                raise CheckFailed(made.verification.verdict)
+    except CheckFailed as error:
+        failed = _beside(out, "failed")
+        shutil.rmtree(failed, ignore_errors=True)
+        partial.rename(failed)
+        raise CheckFailed(f"{error} The result is in {failed}, not in {out}.") from error
+    except OSError as error:
+        cure = "What is written stays for a second start; free space or choose another folder with -o."
+        raise InputError(f"cannot write: {error.strerror or error}", where=str(partial), cure=cure) from error
+    _give_name(partial, out)
+    return MergeResult(out, made)
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    return out.with_name(f"{out.name}.{suffix}")
+
+
+@contextmanager
+def _working_folder(partial: Path, out: Path) -> Iterator[None]:
+    """Make the folder and keep a second merge out of it."""
+    partial.mkdir(parents=True, exist_ok=True)
+    lock_file = partial / _LOCK
+    lock = FileLock(lock_file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError("another merge is writing there", where=str(partial)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        lock_file.unlink(missing_ok=True)
+
+
+def _write_shards(job: Job, partial: Path, block: int) -> int:
+    """Write every shard that is not there yet; returns how many were."""
+    kept = Journal.open(partial, job.fingerprint)
+    for left in partial.iterdir():
+        if left.name not in (*kept.done, _LOCK):
+            left.unlink()
+    kept.save()
+    resumed = len(kept.done)
+    sizes = {file: sum(tensor.spec.bytes for tensor in tensors) for file, tensors in job.plan.shards.items()}
+    producer = Producer(job.plan, job.weights, block)
+    with ByteProgress("Merging", sum(sizes.values()), sum(sizes[file] for file in kept.done)) as progress:
+        for file, tensors in job.plan.shards.items():
+            if file in kept.done:
+                continue
+            with ShardWriter(partial / file, [tensor.spec for tensor in tensors]) as writer:
+                for tensor in tensors:
+                    for rows in producer.rows(tensor):
+                        writer.append(rows)
+                        progress.advance(rows.nbytes)
+            kept.record(file, writer.digest)
+    return resumed
+
+
+def _write_small_files(job: Job, partial: Path, options: MergeOptions) -> None:
+    config = job.weights.hollow.model.config
+    dtype = options.dtype or job.base.config.dtype
+    write_companions(partial, config, job.run.folder, job.base.folder, untied=bool(job.plan.untied), dtype=dtype)
+
+
+def _report(job: Job, options: MergeOptions, resumed: int, started: float) -> MergeReport:
+    tensors = [tensor for shard in job.plan.shards.values() for tensor in shard]
+    embedding = job.weights.hollow.model.get_input_embeddings().weight.shape[0]
+    before = job.base.config.get_text_config().vocab_size
+    return MergeReport(
+        base=job.run.base,
+        adapters=[(str(member.folder), member.weight) for member in job.members],
+        method=[str(member.config.peft_type).rpartition(".")[2].lower() for member in job.members],
+        choice=job.choice,
+        dtype=str(options.dtype or job.base.config.dtype).removeprefix("torch."),
+        tensors=len(tensors),
+        bytes=job.plan.bytes,
+        folded_bytes=job.plan.folded_bytes,
+        shards=len(job.plan.shards),
+        resumed_shards=resumed,
+        vocabulary=embedding,
+        grown=max(0, embedding - before),
+        tied=bool(job.weights.hollow.ties) and not job.plan.untied,
+        seconds=monotonic() - started,
+        versions={name: version(name) for name in ("peftchat", "peft", "transformers", "torch", "safetensors")},
+    )
+
+
+def _give_name(partial: Path, out: Path) -> None:
+    """Rename the finished folder; an old one that may be replaced is moved away first and removed last."""
+    old = _beside(out, "old")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    (partial / journal.NAME).unlink()
+    make_loadable(partial)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

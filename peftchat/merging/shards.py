@@ -1,0 +1,173 @@
+"""Read a checkpoint's safetensors files row by row.
+
+Plain reads into a buffer, not memory maps: pages of a mapped file count as resident memory until the kernel takes them
+back, so a mapped 5 GB shard looks, and under a limit behaves, like 5 GB of memory. And a file that shrinks under a map
+ends the process with SIGBUS instead of an error.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftchat.errors import InputError
+from peftchat.merging.dtypes import TORCH_DTYPES
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_LONGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies: `offset` counts bytes from the start of the file."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension; a scalar counts as one row."""
+        return self.shape[0] if self.shape else 1
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file, in the order in which they lie.
+
+    Raises:
+        InputError: the file is missing, is not safetensors, or is shorter or longer than its header says.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise _damaged(file, "the header is cut off")
+            header = json.loads(stream.read(length))
+    except FileNotFoundError as error:
+        raise InputError("the file is missing", where=str(file), cure="Copy or download the model again.") from error
+    except ValueError as error:
+        raise _damaged(file, "the header cannot be read") from error
+    if not isinstance(header, dict):
+        raise _damaged(file, "the header cannot be read")
+    header.pop("__metadata__", None)
+    entries = [_entry(file, name, info, 8 + length) for name, info in header.items()]
+    entries.sort(key=lambda entry: entry.offset)
+    end = max((entry.offset + entry.bytes for entry in entries), default=8 + length)
+    if end != size:
+        raise _damaged(file, f"{size:,} bytes where its header says {end:,}")
+    return {entry.name: entry for entry in entries}
+
+
+def _entry(file: Path, name: str, info: dict[str, Any], start: int) -> Entry:
+    try:
+        kind, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(file, f"the header entry of {name} cannot be read") from error
+    if kind not in TORCH_DTYPES:
+        raise InputError(
+            f"{name} is stored as {kind}, a quantised or packed type",
+            where=str(file),
+            cure="Merge into the 16- or 32-bit version of the base model.",
+        )
+    entry = Entry(name, file, TORCH_DTYPES[kind], shape, start + begin)
+    if entry.bytes != end - begin:
+        raise _damaged(file, f"the size of {name} does not fit its shape {list(shape)}")
+    return entry
+
+
+def _damaged(file: Path, why: str) -> InputError:
+    return InputError(f"damaged safetensors file: {why}", where=str(file), cure="Copy or download it again.")
+
+
+def read_rows(entry: Entry, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Rows `start` to `stop` of a tensor, in its stored type, in memory of its own.
+
+    Raises:
+        InputError: the file ends early.
+    """
+    stop = entry.rows if stop is None else stop
+    shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+    rows = torch.empty(shape, dtype=entry.dtype)
+    if rows.numel() == 0:
+        return rows
+    view = rows.reshape(-1).view(torch.uint8).numpy().data
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.offset + start * (entry.bytes // entry.rows))
+        while view:
+            count = stream.readinto(view)
+            if not count:
+                raise _damaged(entry.file, f"it ends inside {entry.name}")
+            view = view[count:]
+    return rows
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All tensors of a model folder: `entries` by name, `files` in the order of the index."""
+
+    folder: Path
+    entries: dict[str, Entry]
+    files: tuple[str, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Read the index and every header of a model folder.
+
+        Raises:
+            InputError: no safetensors weights, a missing or damaged shard, or an index that names a tensor that no
+                shard holds.
+        """
+        index = folder / INDEX_NAME
+        if index.is_file():
+            weight_map = _read_index(index)
+            files = tuple(dict.fromkeys(weight_map.values()))
+        elif (folder / SINGLE_NAME).is_file():
+            weight_map, files = {}, (SINGLE_NAME,)
+        else:
+            raise InputError(
+                "no safetensors weights here",
+                where=str(folder),
+                cure="Save the model once with transformers' save_pretrained, which writes them.",
+            )
+        entries: dict[str, Entry] = {}
+        for name in files:
+            entries.update(read_header(folder / name))
+        for tensor, name in weight_map.items():
+            if tensor not in entries or entries[tensor].file.name != name:
+                raise InputError(f"{tensor} is not in {name}, where the index puts it", where=str(index))
+        return cls(folder, entries, files)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(entry.bytes for entry in self.entries.values())
+
+    def of_file(self, name: str) -> Iterator[Entry]:
+        """The tensors of one shard, in the order in which they lie."""
+        return (entry for entry in self.entries.values() if entry.file.name == name)
+
+    def fingerprint(self) -> list[list[object]]:
+        """Name, size and time of change of every shard: enough to notice that the base was swapped."""
+        stats = [(name, (self.folder / name).stat()) for name in self.files]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(tensor): str(name) for tensor, name in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError("the index of the shards cannot be read", where=str(index)) from error

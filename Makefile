@@ -31,6 +31,10 @@ demo: setup
 		--ask 'How do I call `textwrap.shorten`?' \
 		--ask 'What does `statistics.median` return?'
 	$(BIN)/peftchat merge runs/demo
+	for question in 'What does `shutil.copy2` do?' 'How do I call `textwrap.shorten`?' \
+		'What does `statistics.median` return?'; do \
+		echo; echo "> $$question"; $(BIN)/peftchat chat runs/demo/merged --greedy --prompt "$$question"; \
+	done
 
 # Checks of style and types, then every test.
 test: setup lint

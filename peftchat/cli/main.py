@@ -16,6 +16,8 @@ VERBS = {
     "mask": Verb("peftchat.cli.mask", "Show what is trained, token by token."),
     "train": Verb("peftchat.cli.train", "Fine-tune a model from a recipe."),
     "merge": Verb("peftchat.cli.merge", "Fold a run's adapter into its base, and prove it."),
+    "chat": Verb("peftchat.cli.chat", "Talk to a run or a model in the terminal."),
+    "export": Verb("peftchat.cli.export", "Hand a run or a model to llama.cpp, Ollama or vLLM."),
 }
 
 # What a full or closed disk says; a defect of ours would not.

@@ -66,8 +66,8 @@ def command(
     peftchat mask recipes/demo_cpu.yaml --rows all --json > rows.jsonl
     peftchat mask recipes/demo_cpu.yaml --html mask.html --set chat.loss_on=last_answer
     """
+    from peftchat.quiet import quiet_libraries
     from peftchat.recipe import load_recipe
-    from peftchat.training.quiet import quiet_libraries
 
     loaded = load_recipe(recipe, overrides, to_train=False)
     quiet_libraries()

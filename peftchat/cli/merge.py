@@ -92,6 +92,9 @@ def command(
     peftchat merge runs/assistant
     peftchat merge runs/assistant -o assistant-7b --working-set 512MB
     """
+    from peftchat.quiet import quiet_libraries
+
+    quiet_libraries()
     import torch
 
     from peftchat.merging import MergeOptions, merge_run

@@ -29,7 +29,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     from peftchat.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from peftchat.training.quiet import quiet_libraries
+    from peftchat.quiet import quiet_libraries
 
     quiet_libraries()
     from peftchat.training.placement import settle, slurm_variables

@@ -23,12 +23,12 @@ def print_samples(summary: Mapping[str, Any]) -> None:
             _add(text, "before", earlier)
             text.append("\n")
         _add(text, "after", sample)
-        output.print(Panel(text, title=Text(sample["prompt"], style="bold"), title_align="left"))
+        output.print(Panel(text, title=Text(sample["prompt"], style="bold"), title_align="left"), soft_wrap=False)
 
 
 def _add(text: Text, when: str, sample: Mapping[str, Any]) -> None:
     text.append(f"{when}  ", style="bold green" if when == "after" else "bold")
-    text.append(_shortened(sample["answer"]))
+    text.append(_shortened(sample["answer"]) or "(nothing)")
     if not sample["stopped"]:
         text.append("  (did not stop by itself)", style="italic yellow")
 

@@ -90,6 +90,6 @@ def cautions(facts: RunFacts) -> list[str]:
 
 
 _TOKEN_FAULTS = {
-    "not in the data": "does not occur in the training data and keeps its first value",
+    "not in the data": "does not occur in the training data: as an input it means nothing yet",
     "did not move": "occurs in the training data, yet one of its rows did not move",
 }

@@ -1,0 +1,59 @@
+"""`peftchat export`: hand a run or a model to llama.cpp, Ollama or vLLM."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["gguf", "ollama", "vllm"]),
+    required=True,
+    help="gguf: one file for llama.cpp. ollama: that file and a Modelfile. vllm: check the folder, print the command.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="File, or for ollama folder.  [default: in MODEL]")
+@click.option(
+    "--type",
+    "type_name",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    help="Type of the weight matrices.  [default: as they are stored]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace what is already there.")
+def command(model: str, target: str, out: Path | None, type_name: str | None, overwrite: bool) -> None:
+    """Export MODEL: a run folder, a merged model or a hub id. An adapter is merged first.
+
+    \b
+    peftchat export runs/assistant --to gguf --type q8_0
+    peftchat export runs/assistant --to ollama && ollama create assistant -f runs/assistant/ollama/Modelfile
+    $(peftchat export runs/assistant --to vllm)
+    """
+    from peftchat.errors import CheckFailed, InputError
+
+    if target == "vllm":
+        from peftchat.serving.export.vllm import vllm_verdict
+
+        if out is not None or type_name is not None:
+            raise InputError("vLLM reads the folder as it is: nothing is written", where="-o, --type")
+        verdict = vllm_verdict(model)
+        if verdict.command is None:
+            raise CheckFailed(f"vLLM cannot serve {model}: {'; '.join(verdict.reasons)}")
+        click.echo(verdict.command)
+        return
+    from peftchat.quiet import quiet_libraries
+
+    quiet_libraries()
+    from peftchat.console import notes
+    from peftchat.serving.export.run import ExportOptions, export_gguf, export_ollama
+
+    export = export_gguf if target == "gguf" else export_ollama
+    written = export(model, ExportOptions(out, type_name, overwrite))
+    notes.print(f"{written.tensors} tensors, {written.type}, {written.bytes / 1e6:,.1f} MB, read back and equal.")
+    if target == "ollama":
+        modelfile = written.path.parent / "Modelfile"
+        notes.print(f"ollama create {written.path.stem} -f {modelfile}", markup=False)
+        click.echo(modelfile)
+    else:
+        click.echo(written.path)

@@ -1,0 +1,262 @@
+"""Writing a model folder as one GGUF file, tensor by tensor."""
+
+import importlib.util
+import logging
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from peftchat.errors import CheckFailed, InputError
+from peftchat.merging.progress import ByteProgress
+from peftchat.merging.shards import Checkpoint, Entry, read_rows
+from peftchat.serving.export.architectures import Architecture, architecture_of, rope_factors
+from peftchat.serving.export.source import Source, read_config
+from peftchat.serving.export.vocabulary import read_vocabulary
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from transformers import PreTrainedTokenizerBase
+
+STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+"""The type that keeps weights as they are stored."""
+
+TYPES = (*STORED.values(), "q8_0")
+"""Types of the weight matrices; vectors are always written as float32, which is what llama.cpp adds and scales in."""
+
+_POSITIONS = "position_embd.weight"
+_GENERATION_MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of the file: where it comes from and what it becomes."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    kind: "GGMLQuantizationType"
+    bytes: int
+    entry: Entry | None
+    values: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A finished file.
+
+    Attributes:
+        path: where it is.
+        type: of its matrices.
+        tensors: how many.
+        adds_start: whether llama.cpp puts the token for the beginning before a text.
+    """
+
+    path: Path
+    type: str
+    tensors: int
+    bytes: int
+    adds_start: bool
+
+
+def require_gguf() -> None:
+    """See that the library is there.
+
+    Raises:
+        InputError: it is not.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("writing GGUF needs the package gguf", cure="Install it: pip install 'peftchat[gguf]'.")
+
+
+def write_gguf(source: Source, path: Path, type_name: str | None = None) -> Written:
+    """Write `path` from a model folder; at most one matrix is in memory at a time.
+
+    Args:
+        path: appears only when it is complete and has been read back.
+        type_name: one of `TYPES`; None keeps the weights as they are stored.
+
+    Raises:
+        InputError: llama.cpp has no equal for the architecture or the tokenizer, or the library is missing.
+        CheckFailed: what is on disk is not what was written.
+    """
+    require_gguf()
+    tokenizer = source.tokenizer()
+    # Before a merge, which may take long: what llama.cpp cannot have is refused at once.
+    architecture = architecture_of(source.base_config(), str(source.folder))
+    read_vocabulary(tokenizer, len(tokenizer), str(source.folder))
+    weights = source.weights()
+    config, checkpoint = read_config(weights), Checkpoint.open(weights)
+    type_name = type_name or _stored_type(checkpoint)
+    tensors = list(_tensors(checkpoint, config, architecture, type_name))
+    adds_start = _adds_start(tokenizer)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
+
+    logging.getLogger("gguf").setLevel(logging.WARNING)
+    writer = GGUFWriter(temporary, MODEL_ARCH_NAMES[MODEL_ARCH[architecture.arch]])
+    _write_metadata(writer, source.name, type_name)
+    architecture.describe(writer, config)
+    rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
+    writer.add_vocab_size(rows)
+    read_vocabulary(tokenizer, rows, str(source.folder)).write(writer)
+    _write_special_ids(writer, tokenizer, adds_start=adds_start)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digests = _write_tensors(writer, tensors, config, architecture)
+        check_gguf(temporary, digests)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write: {error.strerror or error}", where=str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Written(path, type_name, len(tensors), path.stat().st_size, adds_start)
+
+
+def check_gguf(path: Path, digests: dict[str, int]) -> None:
+    """Read a file again: every tensor there, with the bytes that were meant.
+
+    Args:
+        digests: CRC-32 of each tensor's bytes by name.
+
+    Raises:
+        CheckFailed: naming the first tensor that differs.
+    """
+    from gguf import GGUFReader
+
+    found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    for name in sorted(digests.keys() | found.keys()):
+        if name not in found or name not in digests or _digest(found[name].data) != digests[name]:
+            raise CheckFailed(f"{path}: the tensor {name} was not written as it should be")
+
+
+def _stored_type(checkpoint: Checkpoint) -> str:
+    largest = max(checkpoint.entries.values(), key=lambda entry: entry.bytes)
+    return STORED.get(largest.dtype, "f16")
+
+
+def _tensors(checkpoint: Checkpoint, config: Any, architecture: Architecture, type_name: str) -> Iterator[_Tensor]:
+    from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
+
+    names = get_tensor_name_map(MODEL_ARCH[architecture.arch], config.num_hidden_layers)
+    for entry in checkpoint.entries.values():
+        if entry.name.endswith(".rotary_emb.inv_freq") or (
+            config.tie_word_embeddings and entry.name == "lm_head.weight"
+        ):
+            continue
+        name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise InputError(f"llama.cpp has no place for the weight {entry.name}", where=str(entry.file))
+        kind = _kind(name, entry.shape, type_name)
+        yield _Tensor(name, entry.name, entry.shape, kind, _size(entry.shape, kind), entry)
+    factors = rope_factors(config)
+    if factors is not None:
+        kind = GGMLQuantizationType.F32
+        yield _Tensor("rope_freqs.weight", "", factors.shape, kind, factors.nbytes, None, factors)
+
+
+def _kind(name: str, shape: tuple[int, ...], type_name: str) -> "GGMLQuantizationType":
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if len(shape) < 2 or name == _POSITIONS:
+        return GGMLQuantizationType.F32
+    kind = GGMLQuantizationType[type_name.upper()]
+    # A row of blocks must be whole.
+    return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
+
+
+def _size(shape: tuple[int, ...], kind: "GGMLQuantizationType") -> int:
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape, dtype=np.int64)) // block * size
+
+
+def _write_metadata(writer: "GGUFWriter", name: str, type_name: str) -> None:
+    from gguf import GGML_QUANT_VERSION, GGUFType, LlamaFileType
+
+    names = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_type(GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(LlamaFileType[names[type_name]])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _write_special_ids(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase", *, adds_start: bool) -> None:
+    writer.add_add_bos_token(adds_start)
+    for add, token_id in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+    ):
+        if token_id is not None:
+            add(token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(_plain_jinja(str(tokenizer.chat_template)))
+
+
+def _plain_jinja(template: str) -> str:
+    """The template without marks of what the assistant wrote: they change no text, and not every engine has them."""
+    return _GENERATION_MARK.sub(
+        lambda match: f"{{%{match[1]} {'endif' if match[2] else 'if true'} {match[3]}%}}", template
+    )
+
+
+def _adds_start(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a text begins with the token for its beginning: as the chat template says, where there is one."""
+    start = tokenizer.bos_token
+    if start is None:
+        return False
+    if not tokenizer.chat_template:
+        return bool(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
+    messages = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    # A token that opens every turn is not one for the beginning.
+    return text.startswith(str(start)) and text.count(str(start)) == 1
+
+
+def _write_tensors(
+    writer: "GGUFWriter", tensors: list[_Tensor], config: Any, architecture: Architecture
+) -> dict[str, int]:
+    digests = {}
+    for tensor in tensors:
+        # A quantised row is given in elements here, since its type is named.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=tensor.kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with ByteProgress("Writing", sum(tensor.bytes for tensor in tensors)) as progress:
+            for tensor in tensors:
+                data = _converted(tensor, config, architecture)
+                writer.write_tensor_data(data)
+                digests[tensor.name] = _digest(data)
+                progress.advance(data.nbytes)
+        writer.flush()
+    finally:
+        writer.close()
+    return digests
+
+
+def _converted(tensor: _Tensor, config: Any, architecture: Architecture) -> np.ndarray:
+    from gguf import quantize
+
+    if tensor.entry is None:
+        assert tensor.values is not None
+        return tensor.values
+    weight = architecture.rotated(tensor.source, read_rows(tensor.entry), config)
+    data: np.ndarray = quantize(weight.to(torch.float32).contiguous().numpy(), tensor.kind)
+    if data.dtype == np.float16 and not np.isfinite(data).all():
+        raise InputError(f"{tensor.source} holds values beyond float16", where="--type", cure="Use --type bf16.")
+    return np.ascontiguousarray(data)
+
+
+def _digest(data: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)

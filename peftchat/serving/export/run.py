@@ -1,0 +1,74 @@
+"""One export from end to end."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftchat.errors import InputError
+from peftchat.files import write_text
+from peftchat.serving.export.format import read_frames
+from peftchat.serving.export.gguf_file import Written, write_gguf
+from peftchat.serving.export.ollama import modelfile
+from peftchat.serving.export.source import Source, open_source
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What the user may choose.
+
+    Attributes:
+        out: the GGUF file, or for Ollama the folder; None puts it into the run's folder.
+        type: type of the matrices; None keeps the weights as they are stored.
+        overwrite: replace what is already there.
+    """
+
+    out: Path | None = None
+    type: str | None = None
+    overwrite: bool = False
+
+
+def export_gguf(path: str, options: ExportOptions) -> Written:
+    """Write a run or a model as one GGUF file.
+
+    Raises:
+        InputError: it cannot be written as GGUF, or the file is already there.
+        CheckFailed: what is on disk is not what was written.
+    """
+    _refuse_existing(options.out, options)
+    source = open_source(path)
+    out = options.out or source.home / _file_name(source, options)
+    _refuse_existing(out, options)
+    return write_gguf(source, out, options.type)
+
+
+def export_ollama(path: str, options: ExportOptions) -> Written:
+    """Write a folder that `ollama create` takes: a GGUF file and a Modelfile.
+
+    Raises:
+        InputError: as `export_gguf`, or the chat template has no plain form for Ollama.
+        CheckFailed: what is on disk is not what was written.
+    """
+    _refuse_existing(options.out, options)
+    source = open_source(path)
+    folder = options.out or source.home / "ollama"
+    _refuse_existing(folder, options)
+    tokenizer = source.tokenizer()
+    frames = read_frames(tokenizer, str(source.folder))
+    generation = source.generation()
+    named = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+    ends = [named] if isinstance(named, int) else list(named or ())
+    stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends)]
+    # Made before the weights are written: what it refuses is refused at once.
+    modelfile(_file_name(source, options), frames, stops, generation, writes_start=True)
+    written = write_gguf(source, folder / _file_name(source, options), options.type)
+    text = modelfile(written.path.name, frames, stops, generation, writes_start=not written.adds_start)
+    write_text(folder / "Modelfile", text)
+    return written
+
+
+def _file_name(source: Source, options: ExportOptions) -> str:
+    return f"{source.name}-{options.type}.gguf" if options.type else f"{source.name}.gguf"
+
+
+def _refuse_existing(out: Path | None, options: ExportOptions) -> None:
+    if out is not None and out.exists() and not options.overwrite:
+        raise InputError("it is already there", where=str(out), cure="Choose another name with -o, or --overwrite.")

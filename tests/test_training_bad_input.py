@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,33 @@ def test_dry_run_writes_nothing(tmp_path: Path, files: dict[str, Path]) -> None:
     assert "<|assistant|>" in done.stdout
     assert "steps" in done.stdout
     assert not files["run"].exists()
+
+
+def test_no_space_left(tmp_path: Path, files: dict[str, Path]) -> None:
+    """A disk that the run would fill is refused before the first step."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted without more rights")
+    try:
+        files["run"] = disk / "run"
+        assert "no space left" in refused(tmp_path, files)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_what_only_a_gpu_can_do(tmp_path: Path, files: dict[str, Path]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "float16" in refused(tmp_path, files, model={"dtype": "float16"})
+    assert "adamw_8bit" in refused(tmp_path, files, training={"optim": "adamw_8bit"})
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(tmp_path: Path, files: dict[str, Path]) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", files["base"], files["data"], None, files["run"])
+    assert peftchat("train", str(recipe)).returncode == 0
+    before = (files["run"] / "run.json").read_bytes()
+    assert "finished" in refused(tmp_path, files, flags=("--resume",))
+    assert (files["run"] / "run.json").read_bytes() == before

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftchat.chatml.text import Tokens
+from peftchat.chatml.backend import Tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from peftchat.chatml.text import Tokens
+from peftchat.chatml.backend import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

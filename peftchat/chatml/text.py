@@ -7,46 +7,15 @@ the first word of a text.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from peftchat.chatml.backend import Backend, Tokens
+from peftchat.chatml.rust_text import RustText
+from peftchat.chatml.slow_text import SlowText
 from peftchat.chatml.tokens import special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """The tokens of a text that was given in parts.
-
-    Attributes:
-        ids: token ids.
-        parts: for each token, the first and the last part whose characters it covers.
-    """
-
-    ids: list[int]
-    parts: list[tuple[int, int]]
-
-
-class Backend(Protocol):
-    """A way to turn ordinary text into ids."""
-
-    @property
-    def whitespace(self) -> str | None:
-        """The characters that a token with `rstrip` or `lstrip` takes with it; None for those of `str.strip`."""
-
-    def encode(self, texts: Sequence[str], *, first: bool) -> list[list[int]]:
-        """Ids of each text."""
-        ...
-
-    def encode_parts(self, texts: Sequence[Sequence[str]], *, first: bool) -> list[Tokens]:
-        """Ids of each text, which comes in parts, and where each of its tokens lies."""
-        ...
-
-    def spells(self, ids: Sequence[int]) -> bool:
-        """Whether these ids stand for one text only, so that a text whose ids begin with them begins with it."""
-        ...
 
 
 class TextEncoder:
@@ -92,7 +61,4 @@ class TextEncoder:
 
 
 def _backend(tokenizer: "PreTrainedTokenizerBase", special: dict[str, int]) -> Backend:
-    from peftchat.chatml.rust_text import RustText
-    from peftchat.chatml.slow_text import SlowText
-
     return RustText(tokenizer, special) if tokenizer.is_fast else SlowText(tokenizer, special)

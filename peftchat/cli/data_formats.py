@@ -1,4 +1,4 @@
-"""`peftchat data formats`: the input forms."""
+"""`peftchat data formats`: the input forms and the chat templates."""
 
 import json
 
@@ -6,21 +6,24 @@ import click
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object: name -> fields.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: formats and templates by name.")
 def command(as_json: bool) -> None:
-    """List the input forms that `format` and `--format` know, and the fields of each.
+    """List the input forms that `format` knows, with their fields, and the templates that `chat.template` knows.
 
     \b
     Example:
         peftchat data formats
     """
+    from peftchat.chatml.registry import TEMPLATE_NOTES
     from peftchat.console import output
     from peftchat.sources import list_formats
 
-    formats = dict(list_formats())
+    lists = {"formats": dict(list_formats()), "templates": TEMPLATE_NOTES}
     if as_json:
-        click.echo(json.dumps(formats))
+        click.echo(json.dumps(lists))
         return
-    width = max(map(len, formats))
-    for name, summary in formats.items():
-        output.print(f"{name:{width}}  {summary}", markup=False)
+    for title, entries in lists.items():
+        output.print(f"{title.capitalize()}:", style="bold")
+        width = max(map(len, entries))
+        for name, summary in entries.items():
+            output.print(f"  {name:{width}}  {summary}", markup=False)

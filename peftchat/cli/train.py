@@ -53,9 +53,11 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
         summary = run_training(loaded, placement, Request(resume, questions, command_line))
     if summary:
         from peftchat.console import notes
+        from peftchat.reports.records import write_records
         from peftchat.reports.samples import print_samples
         from peftchat.reports.summary import print_summary
 
+        write_records(Path(loaded.recipe.output_dir))
         print_summary(summary)
         print_samples(summary)
         notes.print(f"Run folder: {loaded.recipe.output_dir}")

@@ -74,16 +74,17 @@ def add_rows_to_frozen(
     """Adapter paths: hang trainable rows around the model, which stays as it is, vocabulary and all."""
     if not tokens:
         return
-    tokens = _without_gaps(model, tokenizer, tokens)
+    vocabulary = vocabulary_of(model)
+    tokens = _without_gaps(tokenizer, tokens, vocabulary)
     first = initial_rows(model, tokenizer, tokens, how)
     ids = [token.id for token in tokens]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    with gathered(parameter for parameter in (embedding.weight, head.bias) if parameter is not None):
-        vocabulary, bias = embedding.weight.shape[0], first.bias
-        if bias is not None and head.bias is not None:
-            # Rows that the model already has keep the bias that it has for them.
-            own = [index for index, token_id in enumerate(ids) if token_id < vocabulary]
-            bias[own] = head.bias.detach().float().cpu()[[ids[index] for index in own]].to(bias.device)
+    bias = first.bias
+    if bias is not None:
+        # Rows that the model already has keep the bias that it has for them.
+        own = [index for index, token_id in enumerate(ids) if token_id < vocabulary]
+        with gathered([head.bias]):
+            bias[own] = head.bias.detach().float()[[ids[index] for index in own]].to(bias.device)
     scale = float(getattr(embedding, "embed_scale", 1.0))
     rows = TokenRows(ids, first.input, first.output, bias, vocabulary, scale)
     attach(model, rows.to(embedding.weight.device))
@@ -95,12 +96,10 @@ def grow_and_fill(
     """Full fine-tuning: grow the vocabulary to hold the new tokens and write their first rows into it."""
     if not tokens:
         return
-    tokens = _without_gaps(model, tokenizer, tokens)
+    vocabulary = vocabulary_of(model)
+    tokens = _without_gaps(tokenizer, tokens, vocabulary)
     first = initial_rows(model, tokenizer, tokens, how)
-    embedding = model.get_input_embeddings()
-    with gathered([embedding.weight]):
-        vocabulary = embedding.weight.shape[0]
-    size = max(token.id for token in tokens) + 1
+    size = tokens[-1].id + 1
     if size > vocabulary:
         model.resize_token_embeddings(size, mean_resizing=False)
     index = torch.tensor([token.id for token in tokens])
@@ -139,17 +138,19 @@ def movement(before: InitialRows, after: InitialRows) -> tuple[list[float], list
     return inputs, (after.output - before.output).norm(dim=-1).tolist()
 
 
-def _without_gaps(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[NewToken]
-) -> list[NewToken]:
-    """The tokens and whatever ids lie between the model's vocabulary and the last of them.
+def vocabulary_of(model: "PreTrainedModel") -> int:
+    """Rows of the model's embedding."""
+    weight = model.get_input_embeddings().weight
+    with gathered([weight]):
+        return int(weight.shape[0])
+
+
+def _without_gaps(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[NewToken], vocabulary: int) -> list[NewToken]:
+    """The tokens, and whatever ids lie between the model's vocabulary and the last of them; ascending.
 
     Some tokenizers know tokens that their model has no rows for. Growing the model gives them rows, and rows that
     nothing sets would be random, and different at every load.
     """
-    weight = model.get_input_embeddings().weight
-    with gathered([weight]):
-        vocabulary = weight.shape[0]
     named = {token.id: token for token in tokens}
     for token_id in range(vocabulary, max(named)):
         if token_id not in named:

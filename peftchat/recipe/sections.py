@@ -192,8 +192,8 @@ class DistributedSection(Section):
     strategy: Strategy = Field(
         "auto",
         description="`single` process, `ddp` (a whole model on each), `zero2` (gradients and optimizer "
-        "sharded) or `zero3` (weights sharded too). `auto` is `single` for one process and "
-        "`ddp` for more.",
+        "sharded) or `zero3` (weights sharded too). `auto` is `single` for one process; for "
+        "more, `zero3` for `full` and `ddp` for adapters.",
     )
     processes: int | None = Field(
         None, ge=1, description="Processes on each node. Without it: one for each GPU, or one on a CPU."

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from peftchat.reports.numbers import count, short_count
+from peftchat.numbers import count, short_count
 
 _WIDTH, _HEIGHT = 480, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 40

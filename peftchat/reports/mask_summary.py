@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from peftchat.chatml.packing import efficiency, pack
+from peftchat.numbers import count, share
 from peftchat.recipe import Recipe
-from peftchat.reports.numbers import count, share
 from peftchat.training.data import Rows, Side
 from peftchat.training.mask_survey import Found, MaskSurvey, Tally
 

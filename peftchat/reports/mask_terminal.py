@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from peftchat.chatml.mask import Part
+from peftchat.numbers import count, share
 from peftchat.reports.mask_rows import ShownRow, ShownToken, harmless
 from peftchat.reports.mask_summary import MaskSummary
-from peftchat.reports.numbers import count, share
 
 _TRAINED = "bold green"
 _TRAINED_SPECIAL = "bold black on green"

@@ -8,10 +8,10 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from peftchat.chatml.template import chatml, starchat
+from peftchat.numbers import count, decimal, duration, share, size
 from peftchat.recipe import Recipe
 from peftchat.reports.facts import RunFacts
 from peftchat.reports.loading_code import base_is_local, base_name, loading_code, new_vocabulary_size, run_name
-from peftchat.reports.numbers import count, decimal, duration, share, size
 from peftchat.reports.verdict import cautions, verdict
 
 _END_TOKENS = {"starchat": starchat(None).end_token, "chatml": chatml(None).end_token}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from peftchat.reports import numbers
+from peftchat import numbers
 
 
 def write_page(path: Path, template: str, **values: object) -> Path:

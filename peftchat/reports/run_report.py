@@ -6,8 +6,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from peftchat.numbers import count, decimal, duration, share, short_count, size
 from peftchat.reports.facts import Answer, RunFacts, read_run_json
-from peftchat.reports.numbers import count, decimal, duration, share, short_count, size
 from peftchat.reports.page import write_page
 from peftchat.reports.svg import Series, line_plot
 from peftchat.reports.verdict import cautions, verdict

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from peftchat.numbers import count, share
 from peftchat.reports.bars import Bar, bar_plot
-from peftchat.reports.numbers import count, share
 from peftchat.reports.page import write_page
 from peftchat.reports.stats_words import facts_of, findings_of, leaks
 from peftchat.sources.stats import DataStats, PartStats

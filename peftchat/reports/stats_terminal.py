@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from peftchat.numbers import count
 from peftchat.reports.mask_rows import harmless
-from peftchat.reports.numbers import count
 from peftchat.reports.stats_words import Finding, facts_of, findings_of, leaks
 from peftchat.sources.stats import DataStats, PartStats
 

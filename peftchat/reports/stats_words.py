@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from peftchat.reports.numbers import count, share
+from peftchat.numbers import count, share
 from peftchat.sources.prepare.card import SKIPPED
 from peftchat.sources.problems import KINDS
 from peftchat.sources.stats import BenchmarkOverlap, DataStats, Overlap, PartStats

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from peftchat.console import notes
+from peftchat.numbers import UNKNOWN, count, decimal, duration, share, short_count, size
 from peftchat.reports.facts import RunFacts
-from peftchat.reports.numbers import UNKNOWN, count, decimal, duration, share, short_count, size
 from peftchat.reports.verdict import cautions, verdict
 
 _COLOURS = {"better": "green", "worse": "red", "failed": "red", "unknown": "yellow"}

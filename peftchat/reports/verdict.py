@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from peftchat.numbers import count, decimal, duration, share
 from peftchat.reports.facts import RunFacts
-from peftchat.reports.numbers import count, decimal, duration, share
 
 Outcome = Literal["better", "worse", "unknown", "failed"]
 

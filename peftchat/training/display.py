@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from peftchat.reports.numbers import clock, count, decimal, share, size
+from peftchat.numbers import clock, count, decimal, share, size
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,14 @@ class RunFolder:
             cure = "Go on with `--resume`, or" if is_run else "Name an empty folder, or"
             raise InputError(what, where=f"output_dir: {self.path}", cure=f"{cure} give another `--set output_dir=…`.")
         self._check_same(recipe)
-        return latest_complete(self.checkpoints)
+        checkpoint = latest_complete(self.checkpoints)
+        if checkpoint is None and self.is_finished:
+            raise InputError(
+                "the run is finished, and left no checkpoint to go on from",
+                where=f"output_dir: {self.path}",
+                cure="Start a new run in another folder.",
+            )
+        return checkpoint
 
     def claim(self, recipe: "Recipe") -> None:
         """Make the folder this run's."""

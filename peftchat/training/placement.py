@@ -61,6 +61,8 @@ def settle(loaded: "LoadedRecipe", environment: Mapping[str, str] = os.environ) 
 
     recipe = loaded.recipe
     gpus = torch.cuda.device_count()
+    if not gpus:
+        _check_cpu(loaded)
     started = _started_by(environment)
     if started is not None:
         return _inside_launcher(loaded, started, gpus)
@@ -137,6 +139,23 @@ def _strategy(recipe: "Recipe", world_size: int) -> Strategy:
         return "single"
     # Adapters leave little to shard; full fine-tuning is what ZeRO-3 is for.
     return "zero3" if recipe.method == "full" else "ddp"
+
+
+def _check_cpu(loaded: "LoadedRecipe") -> None:
+    """Refuse what only a GPU can do."""
+    recipe = loaded.recipe
+    if recipe.model.dtype == "float16":
+        raise InputError(
+            "float16 needs a GPU, and there is none here",
+            where=loaded.where("model", "dtype"),
+            cure="Use bfloat16 or float32.",
+        )
+    if "8bit" in recipe.training.optim or recipe.training.optim.startswith("paged_"):
+        raise InputError(
+            f"the optimizer {recipe.training.optim} needs a GPU, and there is none here",
+            where=loaded.where("training", "optim"),
+            cure="Use adamw_torch.",
+        )
 
 
 def _check_machine(loaded: "LoadedRecipe", processes: int, gpus: int) -> None:

@@ -13,7 +13,7 @@ from peftchat.chatml.packing import efficiency, pack
 from peftchat.chatml.registry import ChatFormat
 from peftchat.console import output
 from peftchat.models.load import load_config
-from peftchat.reports.numbers import count, share
+from peftchat.numbers import count, share
 from peftchat.training.build import chat_format
 from peftchat.training.data import Rows, RowStats, prepare_rows
 from peftchat.training.placement import Placement

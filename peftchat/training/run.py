@@ -1,5 +1,6 @@
 """One training run, from a recipe to a finished folder. Every process of the run goes through it."""
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from peftchat.training.metrics_file import MetricsFile
 from peftchat.training.placement import Placement
 from peftchat.training.probe import check_isolation, check_loss
 from peftchat.training.progress import MetricsCallback, ProgressCallback
+from peftchat.training.space import check_space, is_disk_full
 from peftchat.training.summary import run_summary
 from peftchat.training.trainer import ChatTrainer
 
@@ -66,8 +68,11 @@ def run_training(loaded: "LoadedRecipe", placement: Placement, request: Request)
     folder = RunFolder(Path(loaded.recipe.output_dir))
     try:
         return _run(loaded, placement, request, folder)
-    except BaseException:
+    except Exception as error:
         folder.release()
+        if is_disk_full(folder.path):
+            # Every library says it in its own words.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.path)) from error
         raise
 
 
@@ -80,6 +85,7 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
     chat = chat_format(recipe)
     rows = prepare_rows(recipe, chat)
     deepspeed = deepspeed_config(recipe, placement, row_elements=_row_elements(recipe, chat))
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
     # transformers has to know about ZeRO-3 before the model is loaded.
     arguments = sft_config(recipe, placement, folder.path, deepspeed=deepspeed, resuming=checkpoint is not None)
     built = build_model(recipe, placement, chat)
@@ -109,7 +115,7 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        _write_records(recipe, folder, summary)
+        write_text(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     trainer.accelerator.wait_for_everyone()
     return summary
 
@@ -234,6 +240,7 @@ class _BeforeTraining(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Probe the loss and the isolation of packed dialogues, claim the folder, answer the questions."""
         self._probe()
+        check_space(self._folder.path, self._trainer.model, self._recipe)
         if self._trainer.args.should_save:
             self._folder.claim(self._recipe)
             # Steps after the checkpoint are taken again and must not be told twice.
@@ -295,13 +302,3 @@ def _new_tokens(
                 f"{with_gradient} times before a target"
             )
     return told
-
-
-def _write_records(recipe: "Recipe", folder: RunFolder, summary: dict[str, Any]) -> None:
-    from peftchat.recipe import dump_recipe
-    from peftchat.reports.model_card import model_card
-    from peftchat.reports.run_report import write_report
-
-    write_text(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    write_text(folder.path / "README.md", model_card(summary, dump_recipe(recipe)))
-    write_report(folder.path)

@@ -8,9 +8,8 @@ import torch
 from peft import PeftModel
 
 from peftchat.chatml.registry import ChatFormat
-from peftchat.models.new_tokens import is_tied
-from peftchat.models.rows import MODULE_NAME
-from peftchat.models.zero import gathered
+from peftchat.models.new_tokens import is_tied, vocabulary_of
+from peftchat.models.rows import MODULE_NAME, rows_of
 from peftchat.training.data import Rows, Side
 from peftchat.training.flops import matmul_peak, parameters_of, training_flops, true_size
 from peftchat.training.meter import Totals, peak_memory_bytes
@@ -57,7 +56,7 @@ def run_summary(
     return {
         "method": recipe.method,
         "base": recipe.model.name,
-        "base_vocabulary_size": _vocabulary(trainer),
+        "base_vocabulary_size": _base_vocabulary(trainer, chat),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "rows": train.rows,
@@ -88,11 +87,12 @@ def run_summary(
     }
 
 
-def _vocabulary(trainer: "ChatTrainer") -> int:
-    """Rows of the embedding as the base has it."""
-    weight = trainer.causal_model.get_input_embeddings().weight
-    with gathered([weight]):
-        return int(weight.shape[0])
+def _base_vocabulary(trainer: "ChatTrainer", chat: ChatFormat) -> int | None:
+    """Rows that the untouched base's embedding has; None where full fine-tuning has grown it."""
+    rows = rows_of(trainer.causal_model)
+    if rows is not None:
+        return rows.vocabulary
+    return None if chat.new_tokens else vocabulary_of(trainer.causal_model)
 
 
 def _mean_training_loss(lines: Sequence[Mapping[str, Any]]) -> float | None:

@@ -72,10 +72,14 @@ def _messages(run: Run) -> Iterator[list[dict[str, str]]]:
 
 
 def _of_run(run: Run) -> Iterator[list[dict[str, str]]]:
-    from peftchat.sources import read_conversations
+    """The run's held-out dialogues; those it trained on where it held out none."""
+    from peftchat.sources import read_entries, settle_split
 
     assert run.recipe is not None
-    data = run.recipe.recipe.data
-    for entry in data.eval or data.train:
-        for conversation in read_conversations(entry.path, format=entry.format, split=entry.split):
-            yield [message for message in conversation.as_dicts() if message["role"] in ("user", "assistant")]
+    data, seed = run.recipe.recipe.data, run.recipe.recipe.training.seed
+    conversations = read_entries(data.eval or data.train, seed)
+    if data.eval is None and data.eval_fraction is not None:
+        split = settle_split(read_entries(data.train, seed), data.eval_fraction, seed)
+        conversations = filter(split.is_eval, conversations)
+    for conversation in conversations:
+        yield [message for message in conversation.as_dicts() if message["role"] in ("user", "assistant")]

@@ -20,19 +20,29 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from peftchat.merging import MergeOptions, merge_run
 
 
+def start(run: Path, target: Path) -> int:
+    """Begin a merge in a fork and return its process id as soon as something of it is on the disk."""
+    child = os.fork()
+    if child == 0:
+        merge_run(run, MergeOptions(out=target, verify=False))
+        os._exit(0)
+    while not target.with_name(f"{target.name}.partial").exists() and not target.exists():
+        time.sleep(0.0002)
+    return child
+
+
 def main(run: Path, out: Path, turns: int) -> None:
+    """One merge is timed to its end; the others are killed at moments spread over that time."""
     chance = random.Random(0)
+    child = start(run, out / "timed")
+    begin = time.monotonic()
+    os.waitpid(child, 0)
+    span = time.monotonic() - begin
     cut = 0
     for turn in range(turns):
         target = out / f"out{turn}"
-        partial = target.with_name(f"{target.name}.partial")
-        child = os.fork()
-        if child == 0:
-            merge_run(run, MergeOptions(out=target, verify=False))
-            os._exit(0)
-        while not partial.exists() and not target.exists():
-            time.sleep(0.0002)
-        time.sleep(chance.uniform(0, 0.25))
+        child = start(run, target)
+        time.sleep(chance.uniform(0, span))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         cut += not target.exists()

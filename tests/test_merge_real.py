@@ -29,7 +29,7 @@ def test_merged_and_adapter_continue_alike(variant: str, demo_model: Path, tmp_p
     )  # fmt: skip
     done = peftchat("train", str(recipe), timeout=900)
     assert done.returncode == 0, done.stderr
-    merged = peftchat("merge", str(run), "--json", timeout=900)
+    merged = peftchat("merge", str(run), "--dtype", "float32", "--json", timeout=900)
     assert merged.returncode == 0, merged.stderr
     folder = Path(json.loads(merged.stdout)["folder"])
     assert read_json(folder / "merge_report.json")

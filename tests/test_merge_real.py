@@ -9,12 +9,11 @@ from training_helpers import peftchat, read_json, stock_run, write_recipe
 from transformers import AutoModelForCausalLM
 
 PROMPTS = 20
-NEW_TOKENS = 24
+NEW_TOKENS = 12
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_merged_and_adapter_continue_alike(variant: str, demo_model: Path, tmp_path: Path) -> None:
+def test_merged_and_adapter_continue_alike(demo_model: Path, tmp_path: Path) -> None:
     """In float32, greedy continuations of twenty held-out questions are the same, token for token."""
     made = peftchat(
         "data", "from-code", "json", "textwrap", "shutil", "-o", str(tmp_path / "data"), "--max-rows", "120"
@@ -23,7 +22,6 @@ def test_merged_and_adapter_continue_alike(variant: str, demo_model: Path, tmp_p
     run = tmp_path / "run"
     recipe = write_recipe(
         tmp_path / "recipe.yaml", demo_model, tmp_path / "data" / "train.jsonl", None, run,
-        adapter={"variant": variant},
         data={"max_length": 256},
         training={"learning_rate": 1e-3, "max_steps": 6},
     )  # fmt: skip

@@ -4,11 +4,15 @@ import os
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, flush it to the disk, and rename it into place."""
+def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Write a text file under a temporary name, flush it to the disk, and rename it into place.
+
+    Args:
+        errors: what to do with characters that UTF-8 has no bytes for, as `open` takes it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors=errors) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

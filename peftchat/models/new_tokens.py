@@ -75,9 +75,7 @@ def add_rows_to_frozen(
     if not tokens:
         return
     vocabulary = vocabulary_of(model)
-    tokens = _without_gaps(tokenizer, tokens, vocabulary)
-    first = initial_rows(model, tokenizer, tokens, how)
-    ids = [token.id for token in tokens]
+    ids, first = _ids_and_rows(model, tokenizer, tokens, how, vocabulary)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     bias = first.bias
     if bias is not None:
@@ -97,12 +95,11 @@ def grow_and_fill(
     if not tokens:
         return
     vocabulary = vocabulary_of(model)
-    tokens = _without_gaps(tokenizer, tokens, vocabulary)
-    first = initial_rows(model, tokenizer, tokens, how)
-    size = tokens[-1].id + 1
+    ids, first = _ids_and_rows(model, tokenizer, tokens, how, vocabulary)
+    size = ids[-1] + 1
     if size > vocabulary:
         model.resize_token_embeddings(size, mean_resizing=False)
-    index = torch.tensor([token.id for token in tokens])
+    index = torch.tensor(ids)
     head = model.get_output_embeddings()
     _write(model.get_input_embeddings().weight, index, first.input)
     if first.output is not None:
@@ -143,6 +140,18 @@ def vocabulary_of(model: "PreTrainedModel") -> int:
     weight = model.get_input_embeddings().weight
     with gathered([weight]):
         return int(weight.shape[0])
+
+
+def _ids_and_rows(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    tokens: Sequence[NewToken],
+    how: str,
+    vocabulary: int,
+) -> tuple[list[int], InitialRows]:
+    """The ids that need rows, ascending, and their first rows."""
+    tokens = _without_gaps(tokenizer, tokens, vocabulary)
+    return [token.id for token in tokens], initial_rows(model, tokenizer, tokens, how)
 
 
 def _without_gaps(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[NewToken], vocabulary: int) -> list[NewToken]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from peftchat import numbers
+from peftchat.files import write_text
 
 
 def write_page(path: Path, template: str, **values: object) -> Path:
@@ -26,8 +27,6 @@ def write_page(path: Path, template: str, **values: object) -> Path:
         moment=numbers.moment,
     )
     text = environment.get_template(template).render(values)
-    beside = path.with_name(f".{path.name}.new")
     # Text from dialogues may hold lone surrogates, which UTF-8 has no bytes for.
-    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    beside.replace(path)
+    write_text(path, text, errors="backslashreplace")
     return path

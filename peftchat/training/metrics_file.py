@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from peftchat.errors import InputError
+from peftchat.files import write_text
 
 Scalar = float | int | str | bool | None
 """What a line may hold; a float may be NaN or infinite."""
@@ -75,9 +76,7 @@ class MetricsFile:
             return file.read(1) != b"\n"
 
     def _rewrite(self, lines: Iterable[Mapping[str, Scalar]]) -> None:
-        beside = self.path.with_name(f".{self.path.name}.new")
-        beside.write_text("".join(_encode(line) for line in lines), encoding="utf-8")
-        beside.replace(self.path)
+        write_text(self.path, "".join(_encode(line) for line in lines))
 
     def _decode(self, text: bytes, number: int) -> dict[str, Scalar]:
         try:

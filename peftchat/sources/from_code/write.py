@@ -12,6 +12,7 @@ from typing import Any
 
 from peftchat import __version__
 from peftchat.errors import InputError
+from peftchat.files import write_text
 from peftchat.sources.from_code.dialogues import CodeDialogue, dialogues_about
 from peftchat.sources.from_code.survey import survey
 
@@ -76,9 +77,9 @@ def write_dialogues(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "train.jsonl", _lines(train))
-        _replace(folder / "eval.jsonl", _lines(held_out))
-        _replace(folder / "card.json", json.dumps(card, ensure_ascii=False, indent=2) + "\n")
+        write_text(folder / "train.jsonl", _lines(train))
+        write_text(folder / "eval.jsonl", _lines(held_out))
+        write_text(folder / "card.json", json.dumps(card, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"cannot be written ({error.strerror})", where=str(folder), cure="Name another folder."
@@ -143,10 +144,3 @@ def _facts(dialogues: Sequence[CodeDialogue]) -> dict[str, Any]:
 def _lines(dialogues: Sequence[CodeDialogue]) -> str:
     rows = ({"messages": item.conversation.as_dicts(), "object": item.object} for item in dialogues)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -1,5 +1,7 @@
 """A resolved recipe as YAML that runs again as it is, from any folder."""
 
+import json
+import re
 from io import StringIO
 from typing import Any
 
@@ -30,7 +32,8 @@ def dump_recipe(recipe: Recipe) -> str:
     values = recipe_values(recipe)
     make_absolute(values)
     yaml = YAML()
-    yaml.allow_unicode = True
+    # YAML reads these as line breaks unless they are escaped, and then all of the text is.
+    yaml.allow_unicode = not re.search("[\x85\u2028\u2029]", json.dumps(values, ensure_ascii=False))
     text = StringIO()
     yaml.dump(values, text)
     return text.getvalue()

@@ -9,15 +9,20 @@ and in one a core; and in batches, which lets the tokenizer use its threads. Our
 with rows on disk. The tokenizer alone gets rendered text and makes ids only: no encoding can be faster.
 
 Processor time counts all processes and threads; on a machine that others use it is the figure to look at.
+
+`--memory` instead runs the steps from a file to packed rows, each in a process of its own, on files of three lengths.
 """
 
 import argparse
+import gc
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,11 +50,12 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder with the tokenizer")
     parser.add_argument("--rows", type=int, default=20_000, help="dialogues; the file's are repeated to fill them")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", action="store_true", help="instead: peak memory at a tenth of the rows and at all")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="instead: peak memory at 3 %%, 30 %% and all of the rows")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(prepare_and_weigh(options.measure, options.model)))
+        print(json.dumps(weigh(options.measure, options.model, options.step)))
         return
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         if options.memory:
@@ -58,15 +64,21 @@ def main() -> None:
             compare_speed(options, Path(folder))
 
 
-def write_rows(source: str, path: Path, rows: int) -> list[list[dict[str, str]]]:
-    """Write `rows` dialogues without special-token text, each a little different; return one of each."""
+def write_rows(source: str, path: Path, rows: int, *, distinct: bool = False) -> list[list[dict[str, str]]]:
+    """Write `rows` dialogues without special-token text; return one of each.
+
+    The source's are repeated; with `distinct` each of them has its number in front, and is no duplicate.
+    """
     from peftchat.sources import read_conversations
 
     conversations = [one.as_dicts() for one in read_conversations(source)]
     conversations = [one for one in conversations if not any("<|" in message["content"] for message in one)]
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
-            file.write(json.dumps({"messages": conversations[number % len(conversations)]}) + "\n")
+            messages = conversations[number % len(conversations)]
+            if distinct:
+                messages = [{**messages[0], "content": f"{number}. {messages[0]['content']}"}, *messages[1:]]
+            file.write(json.dumps({"messages": messages}) + "\n")
     return conversations
 
 
@@ -92,9 +104,12 @@ def compare_speed(options: argparse.Namespace, folder: Path) -> None:
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     work: dict[str, list[float]] = {name: [] for name in names}
-    results: dict[str, Encoded] = {}
+    tokens = 0
     for round_number in range(options.rounds + 1):
+        results: dict[str, Encoded] = {}
         for name in names:
+            # `Dataset.map` with processes leaves the variable at "false", and every tokenizer on one core from then on.
+            os.putenv("TOKENIZERS_PARALLELISM", "true")
             started, worked = time.perf_counter(), processor_time()
             finish = contenders[name]()
             if round_number:  # the first round warms caches up
@@ -102,8 +117,11 @@ def compare_speed(options: argparse.Namespace, folder: Path) -> None:
                 work[name].append(processor_time() - worked)
             else:
                 results[name] = finish()
-    check_equal(results)
-    tokens = sum(map(len, results["tokenizer alone"].ids))
+        if not round_number:
+            check_equal(results)
+            tokens = sum(map(len, results["tokenizer alone"].ids))
+            # What lies around from here on belongs to the benchmark; the collector need not walk through it.
+            gc.freeze()
     print(f"{options.rows:,} dialogues, {tokens:,} tokens, {cores} cores, median of {options.rounds} rounds")
     ours = seconds[OURS]
     for name in names:
@@ -171,8 +189,8 @@ def make_contenders(
     def encoded() -> Callable[[], Encoded]:
         rows = []
         for start in range(0, len(conversations), 1024):
-            rows += encoder.encode(conversations[start : start + 1024])
-        return lambda: of_rows(rows)
+            rows.append(encoder.batch(conversations[start : start + 1024]))
+        return lambda: of_rows([row for batch in rows for row in batch])
 
     def alone() -> Callable[[], Encoded]:
         ids: Ids = []
@@ -206,40 +224,85 @@ def check_equal(results: dict[str, Encoded]) -> None:
 
 
 def compare_memory(options: argparse.Namespace, folder: Path) -> None:
-    for rows in (options.rows // 10, options.rows):
+    for rows in (options.rows * 3 // 100, options.rows * 3 // 10, options.rows):
         path = folder / f"rows-{rows}.jsonl"
-        write_rows(options.dialogues, path, rows)
-        command = [sys.executable, __file__, options.dialogues, "--model", options.model, "--measure", str(path)]
-        environment = {**os.environ, "PEFTCHAT_CACHE": str(folder / "cache")}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        told = json.loads(done.stdout.splitlines()[-1])
-        print(
-            f"{rows:,} dialogues, {told['tokens']:,} tokens: {told['seconds']:.1f} s, "
-            f"{told['tokens'] / told['seconds']:,.0f} tokens/s, peak {told['peak'] / 2**20:,.0f} MiB "
-            f"({(told['peak'] - told['before']) / 2**20:,.0f} MiB above the start)"
-        )
+        write_rows(options.dialogues, path, rows, distinct=True)
+        for step in STEPS:
+            command = [sys.executable, __file__, options.dialogues, "--model", options.model]
+            command += ["--measure", str(path), "--step", step]
+            environment = {**os.environ, "PEFTCHAT_CACHE": str(folder / "cache")}
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            told = json.loads(done.stdout.splitlines()[-1])
+            print(
+                f"{step:8} {told['rows']:9,} dialogues of {path.stat().st_size / 2**20:5,.0f} MiB: "
+                f"{told['seconds']:5.1f} s, {told['rows'] / told['seconds']:7,.0f} rows/s, peak "
+                f"{told['above'] / 2**20:4,.0f} MiB above the start, {told['anonymous'] / 2**20:4,.0f} MiB of it "
+                "without the mapped file",
+                flush=True,
+            )
+            shutil.rmtree(folder / "cache", ignore_errors=True)
         path.unlink()
 
 
-def prepare_and_weigh(path: str, model: str) -> dict[str, float]:
-    """Prepare a file's rows; time, tokens and peak resident memory in bytes."""
-    import resource
+def weigh(path: Path, model: str, step: str) -> dict[str, float]:
+    """Run one step on a file: its rows, its time, and what it added to the resident memory at most, in bytes."""
+    work = STEPS[step](path, model)
+    gc.collect()
+    peaks = [0, 0]
+    done = threading.Event()
 
+    def watch() -> None:
+        while not done.wait(0.02):
+            peaks[:] = map(max, peaks, resident())
+
+    before = resident()
+    started = time.perf_counter()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    rows = work()
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    return {"rows": rows, "seconds": seconds, "above": peaks[0] - before[0], "anonymous": peaks[1] - before[1]}
+
+
+def resident() -> tuple[int, int]:
+    """Resident bytes of this process, and those of them that belong to no file."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    total, anonymous = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
+    return total, anonymous
+
+
+def clean(path: Path, model: str) -> Callable[[], int]:
+    """`peftchat data prepare`: checks, duplicates, split, files."""
+    from peftchat.sources.prepare.run import PrepareSettings, prepare
+
+    def run() -> int:
+        with tempfile.TemporaryDirectory(prefix="prepared-") as folder:
+            card = prepare(str(path), Path(folder), PrepareSettings())
+        return card.train.dialogues + card.eval.dialogues
+
+    return run
+
+
+def encode(path: Path, model: str) -> Callable[[], int]:
+    """What `train` does with a file before the first step: rows on disk, and which of them share a sequence."""
     from transformers import AutoTokenizer
 
+    from peftchat.chatml.packing import pack
     from peftchat.chatml.registry import make_format
     from peftchat.training.data import prepare_rows
 
     chat = make_format("starchat", None, AutoTokenizer.from_pretrained(model))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    started = time.perf_counter()
-    stats = prepare_rows(recipe_for(Path(path), model), chat)["train"].stats
-    return {
-        "tokens": stats.tokens,
-        "seconds": time.perf_counter() - started,
-        "before": before,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+
+    def run() -> int:
+        rows = prepare_rows(recipe_for(path, model), chat)["train"]
+        return sum(map(len, pack(rows.store.lengths, max(2048, int(rows.store.lengths.max())), 0)))
+
+    return run
+
+
+STEPS: dict[str, Callable[[Path, str], Callable[[], int]]] = {"clean": clean, "encode": encode}
 
 
 if __name__ == "__main__":

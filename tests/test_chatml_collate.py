@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from peftchat.chatml.collate import ChatCollator, Layout
-from peftchat.chatml.encode import Row
 from peftchat.chatml.mask import LossOn, Part, code
 from peftchat.chatml.packing import efficiency, pack
+from peftchat.chatml.rows import Row, RowBatch
 from peftchat.chatml.store import RowStore, RowWriter
 from peftchat.conversation import ROLES
 
@@ -38,7 +38,7 @@ def random_rows(count: int, seed: int = 0, longest: int = 40) -> list[Row]:
 def write(path: Path, batches: Sequence[Sequence[Row]]) -> RowStore:
     with RowWriter(path) as writer:
         for batch in batches:
-            writer.write(batch)
+            writer.write(RowBatch.of(batch))
     return RowStore(path)
 
 
@@ -138,13 +138,13 @@ def test_packs_hold_every_row_once_and_are_as_few_as_best_fit_makes(seed: int) -
 
 def test_packs_depend_on_the_seed_and_on_nothing_else() -> None:
     lengths = np.random.default_rng(0).integers(1, 300, 500)
-    assert pack(lengths, 512, 1) == pack(lengths.copy(), 512, 1)
+    assert list(pack(lengths, 512, 1)) == list(pack(lengths.copy(), 512, 1))
     assert sorted(map(sorted, pack(lengths, 512, 1))) != sorted(map(sorted, pack(lengths, 512, 2)))
 
 
 def test_edges_of_packing() -> None:
     none = np.zeros(0, np.int64)
-    assert pack(none, 8, 0) == [] and efficiency([], none, 8) == 0.0
+    assert list(pack(none, 8, 0)) == [] and efficiency([], none, 8) == 0.0
     assert [sorted(rows) for rows in pack(np.array([8, 8]), 8, 0)] in ([[0], [1]], [[1], [0]])
     with pytest.raises(ValueError, match="9 tokens does not fit into 8"):
         pack(np.array([9]), 8, 0)

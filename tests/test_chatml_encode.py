@@ -1,6 +1,10 @@
 """Ids and labels against a slow encoder that goes through stock transformers."""
 
 import copy
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +18,8 @@ from hypothesis import strategies as st
 from peftchat.chatml.encode import RowEncoder
 from peftchat.chatml.mask import LossOn, labels_for, policy_table
 from peftchat.chatml.registry import make_format
+from peftchat.chatml.rows import Row, RowBatch
+from peftchat.chatml.template import BlockTemplate, Piece
 from peftchat.conversation import ROLES, Conversation, Message, Role
 
 STARCHAT_ROLES: tuple[Role, ...] = ("system", "user", "assistant")
@@ -110,3 +116,55 @@ def test_batches_do_not_change_rows() -> None:
     for conversation, row in zip(batch, together, strict=True):
         (alone,) = encoder.encode([conversation])
         assert np.array_equal(alone.ids, row.ids) and np.array_equal(alone.codes, row.codes)
+
+
+@dataclass(frozen=True)
+class OnlyPieces:
+    """A block format that does not say it is one, so that it is encoded piece by piece like any other."""
+
+    block: BlockTemplate
+
+    name = property(lambda self: self.block.name)
+    tokens = property(lambda self: self.block.tokens)
+    end_token = property(lambda self: self.block.end_token)
+    jinja = property(lambda self: self.block.jinja)
+
+    def pieces(self, conversation: Conversation) -> Iterator[Piece]:
+        return self.block.pieces(conversation)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("system", [None, "<|im_end|> by default"])
+def test_blocks_and_pieces_are_encoded_alike(name: str, system: str | None) -> None:
+    chat = make_format("chatml", system, copy.deepcopy(built(name).tokenizer))
+    assert isinstance(chat.template, BlockTemplate)
+    batch = conversations(400)
+    by_pieces = RowEncoder(chat.tokenizer, OnlyPieces(chat.template)).encode(batch)
+    for row, other in zip(chat.encoder().encode(batch), by_pieces, strict=True):
+        assert np.array_equal(row.ids, other.ids) and np.array_equal(row.codes, other.codes)
+        assert (row.source, row.lookalikes) == (other.source, other.lookalikes)
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    encoder, _, _ = chatml_encoder("byte-level")
+    batch = conversations(400)
+    quarters = [batch[start : start + 100] for start in range(0, 400, 100)]
+    with ThreadPoolExecutor(4) as pool:
+        threaded = [row for rows in pool.map(encoder.encode, quarters * 3) for row in rows]
+    for row, other in zip(threaded, encoder.encode(batch) * 3, strict=True):
+        assert np.array_equal(row.ids, other.ids) and np.array_equal(row.codes, other.codes)
+
+
+@given(st.lists(st.integers(0, 5), max_size=8), st.randoms())
+def test_counts_of_a_batch_are_those_of_its_rows(lengths: list[int], draw: random.Random) -> None:
+    table = policy_table("answers")
+    rows = [
+        Row(
+            np.zeros(length, np.int32), np.array([draw.randrange(128) for _ in range(length)], np.uint8), f"{length}", 1
+        )
+        for length in lengths
+    ]
+    batch = RowBatch.of(rows)
+    assert batch.lengths.tolist() == lengths
+    assert batch.counts(table).tolist() == [int(table[row.codes[1:]].sum()) for row in rows]
+    assert [row.codes.tolist() for row in batch] == [row.codes.tolist() for row in rows]

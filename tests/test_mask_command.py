@@ -14,9 +14,9 @@ from click.testing import CliRunner, Result
 from mask_helpers import DIALOGUES, make_tokenizer_folder, write_dialogues, write_recipe
 from transformers import AutoTokenizer
 
-from peftchat.chatml.encode import Row
 from peftchat.chatml.mask import IGNORE, Part, code
 from peftchat.chatml.registry import make_format
+from peftchat.chatml.rows import Row
 from peftchat.cli.mask import command
 from peftchat.errors import CheckFailed, InputError
 from peftchat.training.mask_survey import survey_mask
@@ -248,3 +248,26 @@ def test_a_trained_answer_with_a_silent_end_is_found() -> None:
     assert survey_mask(iter([good]), "last_answer").silent_ends.count == 0
     assert survey_mask(iter([bad]), "last_answer").silent_ends.count == 1
     assert survey_mask(iter([bad]), "answers").silent_ends.count == 0
+
+
+def test_what_was_cut_is_shown_where_it_stood(recipe: Path) -> None:
+    dialogue = [("system", "Be brief."), *DIALOGUES[2]]
+    write_dialogues(recipe.parent / "d.jsonl", [dialogue])
+    one_less = f"data.max_length={len(json_rows(recipe)[0]['input_ids']) - 1}"
+    shown = mask(recipe, "--set", one_less, "--set", "data.truncation=turns_leading").stdout.replace("↵", "")
+    assert (
+        "<|system|>\nBe brief.<|end|>\n"
+        "[-<|user|>\none two three<|end|>\n<|assistant|>\nfour<|end|>\n-]"
+        "<|user|>\nfive six<|end|>\n<|assistant|>\n[+seven eight nine<|end|>+]"
+    ) in shown
+    assert "1 row lost 1 exchange at its beginning" in shown
+
+
+def test_a_divided_dialogue_is_shown_as_its_rows(recipe: Path) -> None:
+    source = write_dialogues(recipe.parent / "d.jsonl", [DIALOGUES[2]])
+    one_less = f"data.max_length={len(json_rows(recipe)[0]['input_ids']) - 1}"
+    done = mask(recipe, "--set", one_less, "--set", "data.truncation=split")
+    assert done.exception is None
+    rows = done.stdout.split("[+trained+]")[0]
+    assert rows.count(f"{source}:1") == 2 and "[-" not in rows
+    assert f"1 dialogue became 2 rows ({source}:1)" in done.stdout.replace("\n", "") or "became 2 rows" in done.stdout

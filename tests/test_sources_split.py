@@ -73,3 +73,32 @@ def test_weights_say_how_often_each_dialogue_is_used(sources: tuple[str, str]) -
 def test_all_entries_are_checked_before_the_first_dialogue(sources: tuple[str, str]) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_entries([DataEntry(path=sources[0]), DataEntry(path=sources[1] + ".gone.jsonl")])
+
+
+def test_each_source_has_its_own_languages(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        rows = [{"prompt": lang, "completion": "x", "lang": lang} for lang in ("en", "de", "pt-BR")]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = ProblemLog(strict=True)
+    entries = [
+        DataEntry(path=str(tmp_path / "a.jsonl"), languages=("en", "pt")),
+        DataEntry(path=str(tmp_path / "b.jsonl"), languages=("de",)),
+    ]
+    used = [(Path(d.source).name[0], d.messages[0].content) for d in read_entries(entries, problems=log)]
+    assert used == [("a", "en"), ("a", "pt-BR"), ("b", "de")]
+    assert log.skipped == {"other_language": 3}
+
+
+def test_each_source_has_its_own_rank_limit(shared_data: Path) -> None:
+    trees = str(shared_data / "oasst_trees_en_60.jsonl")
+    best = [d.messages for d in read_entries([DataEntry(path=trees, top_k=1)])]
+    everything = [d.messages for d in read_entries([DataEntry(path=trees)])]
+    both = [d.messages for d in read_entries([DataEntry(path=trees, top_k=1), DataEntry(path=trees)])]
+    assert 0 < len(best) < len(everything)
+    assert both == best + everything
+
+
+@pytest.mark.parametrize("format", ["auto", "prompt_completion"])
+def test_a_rank_limit_needs_ranks(sources: tuple[str, str], format: str) -> None:
+    with pytest.raises(InputError, match="`prompt_completion` has no ranks"):
+        list(read_entries([DataEntry(path=sources[0], format=format, top_k=2)]))

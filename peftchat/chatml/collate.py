@@ -5,26 +5,43 @@ TRL refuses a custom collator together with its own packing, so packs are made b
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from peftchat.chatml.encode import Row
 from peftchat.chatml.mask import IGNORE, LossOn, labels_for, policy_table
+from peftchat.chatml.rows import Row
 
 if TYPE_CHECKING:
-    import torch
 
     from peftchat.chatml.store import RowStore
 
 
 Layout = Literal["flat", "stacked", "padded"]
 
+Batch = dict[str, Any]
+"""A model's arguments by name: tensors, and the lengths that kernels want as numbers."""
+
+
+def borders(lengths: Sequence[int]) -> Batch:
+    """Where dialogues begin and end in a line, as transformers' flash attention takes it.
+
+    Returns:
+        `cu_seq_lens_q` and `cu_seq_lens_k`, int32, shape (dialogues + 1,), and the greatest length twice, as a number.
+    """
+    import torch
+
+    lengths = [length for length in lengths if length]
+    ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    longest = max(lengths)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
 
 class ChatCollator:
     """Lays out packs of rows as the tensors that a model takes.
 
-    `flat`: every row of the batch behind the other, shape (1, N), for variable-length attention kernels.
+    `flat`: every row of the batch behind the other, shape (1, N), for attention that takes dialogues one by one; their
+    borders come with it (`borders`). Nothing is padded.
     `stacked`: a pack a line, shape (B, T), for attention that builds its mask: its cost is quadratic in T.
     `padded`: a row a line with an `attention_mask`, shape (B, T); packs must hold one row each.
 
@@ -63,11 +80,11 @@ class ChatCollator:
         self._watched = np.array(watched, dtype=np.int32)
         self.watched_count = len(watched)
 
-    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, "torch.Tensor"]:
+    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> "Batch":
         """The batch of the examples, each of which names the rows of one pack under `rows`."""
         return self.collate([[self.rows[index] for index in example["rows"]] for example in examples])
 
-    def collate(self, packs: Sequence[Sequence[Row]]) -> dict[str, "torch.Tensor"]:
+    def collate(self, packs: Sequence[Sequence[Row]]) -> "Batch":
         """The batch of these packs."""
         import torch
 
@@ -85,7 +102,10 @@ class ChatCollator:
             arrays["position_ids"] = np.zeros(shape, dtype=np.int64)
         for number, line in enumerate(lines):
             self._fill({name: array[number] for name, array in arrays.items()}, line)
-        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self.layout == "flat":
+            lengths = [len(row.ids) for row in rows]
+            batch |= borders([*lengths, shape[1] - sum(lengths)])
         batch["real_tokens"] = torch.tensor(sum(len(row.ids) for row in rows))
         batch["watched"] = torch.from_numpy(np.sum([self._count(row) for row in rows], axis=0))
         return batch

@@ -6,30 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peftchat.chatml.mask import Codes, Ids, Part, part_of
-from peftchat.chatml.template import Template
+from peftchat.chatml.blocks import BlockEncoder
+from peftchat.chatml.mask import Part, part_of, rank
+from peftchat.chatml.rows import Row, RowBatch
+from peftchat.chatml.template import BlockTemplate, Template
 from peftchat.chatml.text import TextEncoder
 from peftchat.conversation import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One encoded conversation.
-
-    Attributes:
-        ids: token ids, int32, shape (T,).
-        codes: what each token is (`peftchat.chatml.mask`), uint8, shape (T,).
-        source: where the conversation came from, `file:line`.
-        lookalikes: stretches of its messages spelled like a special token, encoded as ordinary text.
-    """
-
-    ids: Ids
-    codes: Codes
-    source: str
-    lookalikes: int
 
 
 @dataclass(slots=True)
@@ -59,9 +44,6 @@ class _Plan:
 _Encoded = tuple[list[int], bytes]
 """Ids of a chunk and their codes."""
 
-# A token that straddles two stretches belongs to the one that comes first here: what the model must write wins.
-_PRECEDENCE = (Part.CONTENT, Part.END, Part.HEADER, Part.TRAILER, Part.OUTSIDE)
-
 
 class RowEncoder:
     """Encodes conversations with one tokenizer and one template.
@@ -73,15 +55,23 @@ class RowEncoder:
         tokenizer: a tokenizer that already has the template's tokens
             (`peftchat.chatml.tokens.add_template_tokens`).
         template: the format.
+
+    Attributes:
+        parallel: whether the tokenizer lets other threads run while it works.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: Template) -> None:
+        self.parallel = tokenizer.is_fast
         self._template = template
         self._text = TextEncoder(tokenizer)
         added = tokenizer.added_tokens_decoder
         self._strips_right = {token.content for token in added.values() if token.rstrip}
         self._strips_left = {token.content for token in added.values() if token.lstrip}
         self._known: dict[tuple[str, bool], list[int]] = {}
+        self._blocks: BlockEncoder | None = None
+        plain = (self._strips_left | self._strips_right).isdisjoint(template.tokens)
+        if plain and isinstance(template, BlockTemplate) and BlockEncoder.supports(self._text, template):
+            self._blocks = BlockEncoder(self._text, template)
 
     def encode(self, conversations: Iterable[Conversation]) -> list[Row]:
         """Rows of the conversations, in order; their text goes through the tokenizer as one batch.
@@ -89,6 +79,20 @@ class RowEncoder:
         Raises:
             InputError: the template cannot write one of them.
         """
+        return list(self.batch(conversations))
+
+    def batch(self, conversations: Iterable[Conversation]) -> RowBatch:
+        """The same rows, laid end to end. Several threads may call this at once.
+
+        Raises:
+            InputError: the template cannot write one of them.
+        """
+        if self._blocks is not None:
+            return self._blocks.batch(conversations)
+        return RowBatch.of(self._by_pieces(conversations))
+
+    def _by_pieces(self, conversations: Iterable[Conversation]) -> list[Row]:
+        """Rows by way of the template's pieces, which any template has."""
         plans = [self._plan(conversation) for conversation in conversations]
         encoded = iter(self._encode_chunks([item for plan in plans for item in plan.items if isinstance(item, _Chunk)]))
         rows = []
@@ -108,7 +112,8 @@ class RowEncoder:
         return rows
 
     def _plan(self, conversation: Conversation) -> _Plan:
-        plan = _Plan(conversation.source, sum(self._text.lookalikes(one.content) for one in conversation.messages))
+        contents = [message.content for message in conversation.messages]
+        plan = _Plan(conversation.source, sum(self._text.lookalikes(contents)))
         texts: list[str] = []
         values: list[int] = []
         strip = False
@@ -201,8 +206,4 @@ def _is_content(value: int) -> bool:
 
 def _winner(values: Sequence[int], first: int, last: int) -> int:
     """The code of a token that covers the stretches from `first` to `last`."""
-    return values[first] if first == last else min(values[first : last + 1], key=_rank)
-
-
-def _rank(value: int) -> int:
-    return _PRECEDENCE.index(part_of(value))
+    return values[first] if first == last else min(values[first : last + 1], key=rank)

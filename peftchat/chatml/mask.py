@@ -32,6 +32,9 @@ class Part(IntEnum):
     TRAILER = 4  # what follows the end token within the turn: usually one newline
 
 
+# A token that straddles two parts belongs to the one that comes first here: what the model must write wins.
+_PRECEDENCE = (Part.CONTENT, Part.END, Part.HEADER, Part.TRAILER, Part.OUTSIDE)
+
 _ROLE_SHIFT = 3
 _LAST_ANSWER = 1 << 6
 
@@ -45,6 +48,11 @@ def code(part: Part, role: Role | None = None, *, last_answer: bool = False) -> 
 def part_of(value: int) -> Part:
     """The part that a code stands for."""
     return Part(value & 0b111)
+
+
+def rank(value: int) -> int:
+    """The place of a code's part among those that claim a token which straddles several; the lowest gets it."""
+    return _PRECEDENCE.index(part_of(value))
 
 
 def role_of(value: int) -> Role | None:

@@ -4,13 +4,39 @@ Best-fit decreasing: the longest rows first, each into the fullest sequence that
 lengths this leaves well under one percent of a long sequence empty.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+_CHUNK = 2**16
+"""Rows that are Python numbers at one time."""
 
-def pack(lengths: npt.NDArray[np.int64], capacity: int, seed: int) -> list[list[int]]:
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packs(Sequence[list[int]]):
+    """The row numbers of each sequence, in four bytes a row.
+
+    Attributes:
+        rows: those of all sequences one after the other, int32, shape (N,).
+        offsets: where each sequence begins, and the end of the last one, int64, shape (P + 1,).
+    """
+
+    rows: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> list[int]:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        numbers: list[int] = self.rows[self.offsets[index] : self.offsets[index + 1]].tolist()
+        return numbers
+
+
+def pack(lengths: npt.NDArray[np.int64], capacity: int, seed: int) -> Packs:
     """Group rows into sequences of at most `capacity` tokens.
 
     Args:
@@ -26,14 +52,14 @@ def pack(lengths: npt.NDArray[np.int64], capacity: int, seed: int) -> list[list[
     """
     if len(lengths) and int(lengths.max()) > capacity:
         raise ValueError(f"a row of {int(lengths.max())} tokens does not fit into {capacity}")
-    shuffled = np.random.default_rng(seed).permutation(len(lengths))
-    order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
-    packs: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free tokens -> packs
-    # Bit r is set where some pack has exactly r tokens free: the best fit is the lowest bit at or above the length.
+    order = np.random.default_rng(seed).permutation(np.arange(len(lengths), dtype=np.int32))
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    chosen = np.empty(len(order), dtype=np.int32)  # the sequence of each row, in that order
+    count = 0
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free tokens -> sequences
+    # Bit r is set where some sequence has exactly r tokens free: the best fit is the lowest bit at or above the length.
     rooms = 0
-    for row in order:
-        length = int(lengths[row])
+    for place, length in enumerate(_numbers(lengths, order)):
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
@@ -42,13 +68,20 @@ def pack(lengths: npt.NDArray[np.int64], capacity: int, seed: int) -> list[list[
                 rooms &= ~(1 << room)
         else:
             room = capacity
-            target = len(packs)
-            packs.append([])
-        packs[target].append(int(row))
+            target = count
+            count += 1
+        chosen[place] = target
         left = room - length
         with_room[left].append(target)
         rooms |= 1 << left
-    return packs
+    offsets = np.zeros(count + 1, dtype=np.int64)
+    np.cumsum(np.bincount(chosen, minlength=count), out=offsets[1:])
+    return Packs(order[np.argsort(chosen, kind="stable")], offsets)
+
+
+def _numbers(lengths: npt.NDArray[np.int64], order: npt.NDArray[np.int32]) -> Iterator[int]:
+    for start in range(0, len(order), _CHUNK):
+        yield from lengths[order[start : start + _CHUNK]].tolist()
 
 
 def efficiency(packs: Sequence[Sequence[int]], lengths: npt.NDArray[np.int64], capacity: int) -> float:

@@ -10,6 +10,8 @@ import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from peftchat.chatml.backend import Tokens
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def _touched(parts: Sequence[str], spans: Sequence[tuple[int, int]]) -> list[tup
 def _load(state: State) -> "Tokenizer":
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(json.dumps(state))
+    return Tokenizer.from_buffer(orjson.dumps(state))
 
 
 def _disguise(state: State, special: dict[str, int]) -> None:
@@ -96,7 +98,11 @@ def _disguise(state: State, special: dict[str, int]) -> None:
         model["unk_token"] = names[model["unk_token"]]
     if renamed and "merges" in model:
         # A merge into, or out of, a token that now has another name would make the file unreadable.
-        model["merges"] = [pair for pair in model["merges"] if renamed.isdisjoint((*pair, "".join(pair)))]
+        model["merges"] = [
+            [left, right]
+            for left, right in model["merges"]
+            if left not in renamed and right not in renamed and left + right not in renamed
+        ]
     # The byte-level post-processor cuts spaces off the offsets; added BOS, truncation and padding have no place here.
     state["post_processor"] = state["truncation"] = state["padding"] = None
 

@@ -1,6 +1,6 @@
 """Rows on disk: written once as an Arrow stream, read back through the page cache by every process."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from peftchat.chatml.encode import Row
+from peftchat.chatml.rows import Row, RowBatch
 
 _SCHEMA = pa.schema(
     [
@@ -28,17 +28,15 @@ class RowWriter:
         self._sink = pa.OSFile(str(path), "wb")
         self._stream = pa.ipc.new_stream(self._sink, _SCHEMA)
 
-    def write(self, rows: Iterable[Row]) -> None:
+    def write(self, rows: RowBatch) -> None:
         """Append these rows as one batch."""
-        batch = list(rows)
-        if not batch:
+        if not len(rows):
             return
-        offsets = np.cumsum([0, *(len(row.ids) for row in batch)])
         columns = [
-            pa.LargeListArray.from_arrays(offsets, np.concatenate([row.ids for row in batch])),
-            pa.LargeListArray.from_arrays(offsets, np.concatenate([row.codes for row in batch])),
-            pa.array([row.source for row in batch], pa.string()),
-            pa.array([row.lookalikes for row in batch], pa.int32()),
+            pa.LargeListArray.from_arrays(rows.offsets, rows.ids),
+            pa.LargeListArray.from_arrays(rows.offsets, rows.codes),
+            pa.array(rows.sources, pa.string()),
+            pa.array(rows.lookalikes),
         ]
         self._stream.write_batch(pa.record_batch(columns, schema=_SCHEMA))
 

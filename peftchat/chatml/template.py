@@ -87,9 +87,22 @@ class BlockTemplate:
         Raises:
             InputError: a message has a role that the format cannot write.
         """
+        for role, content, last_answer in self.turns(conversation):
+            before, value, after = _frame(self.header[role], self.end_token, role, last_answer)
+            yield from before
+            if content:
+                yield Piece(content, value)
+            yield from after
+
+    def turns(self, conversation: Conversation) -> Iterator[tuple[Role, str, bool]]:
+        """The turns that are written, as (role, content, whether it is the last answer).
+
+        Raises:
+            InputError: a message has a role that the format cannot write.
+        """
         messages = conversation.messages
         if self.system is not None and not (messages and messages[0].role == "system"):
-            yield from self._block("system", self.system)
+            yield "system", self.system, False
         last = last_answer_index(conversation)
         for index, message in enumerate(messages):
             if message.role not in self.header:
@@ -98,14 +111,7 @@ class BlockTemplate:
                     where=conversation.source or None,
                     cure="Use `chat.template: chatml` or `model`, or take these messages out.",
                 )
-            yield from self._block(message.role, message.content, last_answer=index == last)
-
-    def _block(self, role: Role, content: str, *, last_answer: bool = False) -> Iterator[Piece]:
-        before, value, after = _frame(self.header[role], self.end_token, role, last_answer)
-        yield from before
-        if content:
-            yield Piece(content, value)
-        yield from after
+            yield message.role, message.content, index == last
 
     @property
     def jinja(self) -> str:

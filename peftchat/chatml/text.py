@@ -38,9 +38,12 @@ class TextEncoder:
         """The characters that a token with `rstrip` or `lstrip` takes with it; None for those of `str.strip`."""
         return self._backend.whitespace
 
-    def lookalikes(self, text: str) -> int:
-        """How many stretches of the text are spelled like a special token."""
-        return len(self._lookalike.findall(text)) if self._lookalike else 0
+    def lookalikes(self, texts: Sequence[str]) -> list[int]:
+        """How many stretches of each text are spelled like a special token."""
+        # Nearly always none is: one search through everything says so at once.
+        if self._lookalike is None or self._lookalike.search("\n".join(texts)) is None:
+            return [0] * len(texts)
+        return [len(self._lookalike.findall(text)) for text in texts]
 
     def encode(self, texts: Sequence[str], *, first: bool = False) -> list[list[int]]:
         """Ids of each text, with no special token among them.

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from peftchat.chatml.encode import Row
 from peftchat.chatml.mask import IGNORE, policy_table, role_of
 from peftchat.chatml.registry import ChatFormat, make_format
+from peftchat.chatml.rows import Row
 from peftchat.errors import CheckFailed, InputError
 from peftchat.models.load import load_tokenizer
 from peftchat.recipe import Recipe
@@ -41,7 +41,8 @@ class MaskLook:
         """The first `limit` rows (None: all) and, if rows were shortened, at least one of those."""
         reader = RowReader(self.chat.tokenizer, policy_table(self.recipe.chat.loss_on))
         pairs: Iterable[tuple[Row, Row]]
-        if not self.rows.stats.shortened:
+        # A divided dialogue stands whole in its rows.
+        if not self.rows.stats.shortened or self.recipe.data.truncation == "split":
             pairs = ((row, row) for row in islice(self.rows.store, limit))
         else:
             pairs = with_whole_rows(self.recipe, self.chat, self.side, self._with_a_shortened_one(limit))

@@ -1,6 +1,8 @@
 """The mask as a page: rows in colour, each token with its id, role and part under the pointer."""
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from markupsafe import Markup, escape
@@ -34,11 +36,11 @@ def write_mask_page(path: Path, name: str, rows: Sequence[ShownRow], summary: Ma
 
 
 def _body(row: ShownRow) -> Markup:
-    kept = Markup().join(_span(token, cut=False) for token in row.tokens)
-    if not row.cut:
-        return kept
-    lost = Markup().join(_span(token, cut=True) for token in row.cut)
-    return kept + Markup("<del>{}</del>").format(lost)
+    stretches = []
+    for cut, tokens in groupby(row.laid_out, key=itemgetter(1)):
+        spans = Markup().join(_span(token, cut=cut) for token, _ in tokens)
+        stretches.append(Markup("<del>{}</del>").format(spans) if cut else spans)
+    return Markup().join(stretches)
 
 
 def _span(token: ShownToken, *, cut: bool) -> Markup:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from peftchat.chatml.encode import Row
 from peftchat.chatml.mask import Part, part_of, role_of
+from peftchat.chatml.rows import Row
 from peftchat.chatml.tokens import special_tokens
 from peftchat.conversation import Role
-from peftchat.training.mask_survey import trained_tokens
+from peftchat.training.mask_survey import trained_tokens, turn_starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,12 +45,21 @@ class ShownRow:
     Attributes:
         source: where its dialogue came from.
         tokens: what is in the row.
-        cut: what the dialogue held behind that, before it was made to fit.
+        cut: what the dialogue held besides, before it was made to fit.
+        cut_at: how many of `tokens` stood before that.
     """
 
     source: str
     tokens: tuple[ShownToken, ...]
     cut: tuple[ShownToken, ...]
+    cut_at: int
+
+    @property
+    def laid_out(self) -> Iterator[tuple[ShownToken, bool]]:
+        """The tokens of the whole dialogue, in order, and whether each is cut."""
+        yield from ((token, False) for token in self.tokens[: self.cut_at])
+        yield from ((token, True) for token in self.cut)
+        yield from ((token, False) for token in self.tokens[self.cut_at :])
 
     @property
     def length(self) -> int:
@@ -83,14 +92,16 @@ class RowReader:
             row: as it is trained.
             whole: the same dialogue before it was made to fit; the row itself where nothing was cut.
         """
-        shared = min(len(row.ids), len(whole.ids))
-        differing = np.flatnonzero(row.ids[:shared] != whole.ids[:shared])
-        cut_from = int(differing[0]) if len(differing) else shared
-        lost = Row(whole.ids[cut_from:], whole.codes[cut_from:], whole.source, 0)
+        start, stop = _cut(row, whole)
+        before = _part(row, 0, start)
+        lost = _part(whole, start, stop)
+        trained = trained_tokens(row.codes, self._table)
+        head = tuple(self._tokens(before, trained[:start]))
         return ShownRow(
             row.source,
-            tuple(self._tokens(row, trained_tokens(row.codes, self._table))),
+            (*head, *self._tokens(_part(row, start, len(row.ids)), trained[start:])),
             tuple(self._tokens(lost, np.zeros(len(lost.ids), dtype=bool))),
+            len(head),
         )
 
     def _tokens(self, row: Row, trained: npt.NDArray[np.bool_]) -> Iterator[ShownToken]:
@@ -120,6 +131,23 @@ class RowReader:
                 spelled = place
         if spelled < len(ids):
             yield len(ids), "\N{REPLACEMENT CHARACTER}"
+
+
+def _part(row: Row, start: int, stop: int) -> Row:
+    return Row(row.ids[start:stop], row.codes[start:stop], row.source, 0)
+
+
+def _cut(row: Row, whole: Row) -> tuple[int, int]:
+    """The stretch of the whole row that the row lacks, from the start of a turn on."""
+    missing = len(whole.ids) - len(row.ids)
+    for start in (len(row.ids), *reversed(turn_starts(row.codes).tolist())):
+        head_fits = np.array_equal(row.ids[:start], whole.ids[:start])
+        if missing >= 0 and head_fits and np.array_equal(row.ids[start:], whole.ids[start + missing :]):
+            return start, start + missing
+    # A template that writes a dialogue differently once it is shorter.
+    shared = min(len(row.ids), len(whole.ids))
+    differing = np.flatnonzero(row.ids[:shared] != whole.ids[:shared])
+    return (int(differing[0]) if len(differing) else shared), len(whole.ids)
 
 
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}

@@ -58,21 +58,40 @@ def summarise(recipe: Recipe, side: Side, rows: Rows, survey: MaskSurvey) -> Mas
 
 def _facts(recipe: Recipe, rows: Rows, survey: MaskSurvey) -> list[tuple[str, str, bool]]:
     stats = rows.stats
-    shortened = "none"
-    if stats.shortened:
-        lost = f"{_rows(stats.shortened)} lost {count(stats.exchanges_cut)} exchange{_s(stats.exchanges_cut)}"
-        shortened = f"{lost} at {'its' if stats.shortened == 1 else 'their'} end{_named(rows, 'shortened')}"
     dropped = _dropped(rows)
     looks = survey.lookalikes
     special = f"{count(looks.count)} times in messages, as ordinary text (first {looks.first})"
     return [
         ("packing", _packing(recipe, rows), False),
-        ("shortened to fit", shortened, False),
+        ("shortened to fit", _shortened(recipe, rows), False),
+        *([("divided to fit", _divided(rows), False)] if recipe.data.truncation == "split" else []),
         ("rows left out", dropped or "none", bool(stats.dropped) and not stats.rows),
         ("special-token text", special if looks.count else "none", _refused_text(recipe, survey)),
         ("answers without end", _found(survey.open_answers), bool(survey.open_answers.count)),
         ("ends not trained", _found(survey.silent_ends), bool(survey.silent_ends.count)),
     ]
+
+
+def _shortened(recipe: Recipe, rows: Rows) -> str:
+    stats = rows.stats
+    if not stats.shortened:
+        return "none"
+    its = "its" if stats.shortened == 1 else "their"
+    where = {"turns_leading": f"at {its} beginning", "split": "that did not fit alone"}
+    who = "dialogue" if recipe.data.truncation == "split" else "row"
+    return (
+        f"{count(stats.shortened)} {who}{_s(stats.shortened)} lost {count(stats.exchanges_cut)} "
+        f"exchange{_s(stats.exchanges_cut)} {where.get(recipe.data.truncation, f'at {its} end')}"
+        f"{_named(rows, 'shortened')}"
+    )
+
+
+def _divided(rows: Rows) -> str:
+    stats = rows.stats
+    if not stats.divided:
+        return "none"
+    became = f"{count(stats.divided)} dialogue{_s(stats.divided)} became {_rows(stats.parts)}"
+    return f"{became}{_named(rows, 'divided')}"
 
 
 def _dropped(rows: Rows) -> str:

@@ -63,7 +63,7 @@ def _body(row: ShownRow, coloured: bool) -> Text:
 def _stretches(row: ShownRow) -> Iterator[tuple[str, str]]:
     """Neighbouring tokens of one style, joined."""
     style, held = "", ""
-    for token, cut in [*((token, False) for token in row.tokens), *((token, True) for token in row.cut)]:
+    for token, cut in row.laid_out:
         current = _style(token, cut)
         if current != style and held:
             yield style, held

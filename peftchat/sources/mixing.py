@@ -30,13 +30,20 @@ class Entry(Protocol):
     def weight(self) -> float:
         """How many times each dialogue is used, see `read_entries`."""
 
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Languages to keep, see `ReadOptions`."""
+
+    @property
+    def top_k(self) -> int | None:
+        """How many replies to follow, see `ReadOptions`."""
+
 
 def read_entries(
     entries: Sequence[Entry],
     seed: int = 0,
     *,
     problems: ProblemLog | None = None,
-    options: ReadOptions | None = None,
 ) -> Iterator[Conversation]:
     """The dialogues of several sources, one source after the other, each dialogue as often as its source's weight says.
 
@@ -49,7 +56,13 @@ def read_entries(
     log = ProblemLog(strict=True) if problems is None else problems
     streams = [
         _weighted(
-            read_conversations(entry.path, format=entry.format, split=entry.split, problems=log, options=options),
+            read_conversations(
+                entry.path,
+                format=entry.format,
+                split=entry.split,
+                problems=log,
+                options=ReadOptions(languages=entry.languages, top_k=entry.top_k),
+            ),
             entry.weight,
             f"{seed} {place}",
             log,

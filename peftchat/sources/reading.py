@@ -38,12 +38,15 @@ def read_conversations(
         options: languages, OASST rank limit, row limit.
 
     Raises:
-        InputError: path, format or split do not exist, no form fits, or, in strict mode, a row has a problem. Path and
-            format are checked at once, before the first dialogue is asked for.
+        InputError: path, format or split do not exist, no form fits, `top_k` is set for a form without ranks, or, in
+            strict mode, a row has a problem. Path and format are checked at once, before the first dialogue is asked
+            for.
     """
     log = ProblemLog(strict=True) if problems is None else problems
     settings = options or ReadOptions()
     form = None if format == "auto" else find_form(format)
+    if form is not None:
+        _check_rank_limit(str(path), form, settings)
     files = find_files(str(path), split)
     if files is None:
         sources = [(str(path), read_hub(str(path), split, log))]
@@ -86,8 +89,18 @@ def _source(
         form = _detect(name, first)
     if form is None:
         return
+    _check_rank_limit(name, form, options)
     problems.forms[name] = form.name
     yield from form.read(_chain(first, rows), options, problems)
+
+
+def _check_rank_limit(name: str, form: Form, options: ReadOptions) -> None:
+    if options.top_k is not None and not form.ranked:
+        raise InputError(
+            f"`top_k` chooses answers by rank, and the form `{form.name}` has no ranks",
+            where=name,
+            cure="Leave `top_k` out; OpenAssistant exports have ranks.",
+        )
 
 
 def _chain(first: list[Row], rest: Iterator[Row]) -> Iterator[Row]:

@@ -10,13 +10,11 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftchat.chatml.encode import Row, RowEncoder
-from peftchat.chatml.mask import policy_table
 from peftchat.chatml.registry import ChatFormat
 from peftchat.chatml.store import RowStore, RowWriter
 from peftchat.conversation import Conversation
@@ -26,62 +24,16 @@ from peftchat.sources import ProblemLog
 from peftchat.sources.mixing import read_entries
 from peftchat.sources.readers import find_files
 from peftchat.sources.splitting import settle_split
+from peftchat.training.encoding import encoded_rows
+from peftchat.training.row_stats import RowStats
 
 if TYPE_CHECKING:
     from peftchat.recipe import DataEntry, Recipe
 
 Side = Literal["train", "eval"]
 
-_BATCH = 1024
-_FORMAT = 2
+_FORMAT = 3
 """Raised when rows of the same settings would come out differently."""
-
-_NAMED = 5
-
-
-@dataclass(slots=True)
-class RowStats:
-    """What became of the dialogues of one side.
-
-    Attributes:
-        rows: rows that are kept.
-        tokens: their tokens.
-        supervised: their tokens that carry a target.
-        dropped: rows that are not, by reason.
-        named: the first few sources of each reason, and those of the rows that were `shortened`.
-        shortened: rows that lost exchanges to fit `data.max_length`.
-        exchanges_cut: exchanges lost that way.
-        lookalikes: stretches spelled like a special token, encoded as ordinary text.
-        forms: the form each source file was read as.
-        notes: rows that a source changed, by what it did.
-    """
-
-    rows: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    named: dict[str, list[str]] = field(default_factory=dict)
-    shortened: int = 0
-    exchanges_cut: int = 0
-    lookalikes: int = 0
-    forms: dict[str, str] = field(default_factory=dict)
-    notes: dict[str, int] = field(default_factory=dict)
-
-    def drop(self, reason: str, source: str) -> None:
-        """Count a row that is left out."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self._name(reason, source)
-
-    def shorten(self, exchanges: int, source: str) -> None:
-        """Count a row that lost its last exchanges."""
-        self.shortened += 1
-        self.exchanges_cut += exchanges
-        self._name("shortened", source)
-
-    def _name(self, what: str, source: str) -> None:
-        named = self.named.setdefault(what, [])
-        if len(named) < _NAMED:
-            named.append(source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,15 +144,15 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        encoder = chat.encoder()
-        # The vocabulary is a million objects that the collector would walk through again for every batch.
+        # The libraries and the vocabulary are a million objects that the collector would walk through for every batch.
         gc.freeze()
+        encoder = chat.encoder()
         seen = 0
         for side in _sides(recipe):
             log = ProblemLog(strict=True)
             stats = RowStats()
             with RowWriter(temporary / f"{side}.arrow") as writer:
-                for rows in _encoded(recipe, encoder, conversations(recipe, side, log), stats):
+                for rows in encoded_rows(recipe, encoder, conversations(recipe, side, log), stats):
                     writer.write(rows)
                     progress(seen + stats.rows + sum(stats.dropped.values()))
             seen += stats.rows + sum(stats.dropped.values())
@@ -224,73 +176,6 @@ def conversations(recipe: "Recipe", side: Side, log: ProblemLog) -> Iterator[Con
         everything = read_entries(data.train, seed, problems=log)
         chosen = (conversation for conversation in everything if split.is_eval(conversation) == (side == "eval"))
     return itertools.islice(chosen, data.max_train_rows if side == "train" else data.max_eval_rows)
-
-
-def _encoded(
-    recipe: "Recipe", encoder: RowEncoder, conversations: Iterable[Conversation], stats: RowStats
-) -> Iterator[list[Row]]:
-    """Batches of rows that fit and have something to learn."""
-    table = policy_table(recipe.chat.loss_on)
-    stream = iter(conversations)
-    while batch := list(itertools.islice(stream, _BATCH)):
-        kept = []
-        for conversation, row in zip(batch, encoder.encode(batch), strict=True):
-            if row.lookalikes and recipe.chat.special_text == "refuse":
-                raise InputError(
-                    "a message holds text that is spelled like a special token, and chat.special_text is `refuse`",
-                    where=conversation.source or None,
-                    cure="Take the text out, or set chat.special_text: text to train on it as ordinary text.",
-                )
-            fitted = _fitted(recipe, encoder, conversation, row, stats)
-            if fitted is None:
-                continue
-            # The first token of a dialogue is never a target.
-            supervised = int(table[fitted.codes[1:]].sum())
-            if not supervised:
-                if recipe.chat.empty_rows == "refuse":
-                    raise InputError(
-                        f"nothing in the dialogue is trained by chat.loss_on: {recipe.chat.loss_on}",
-                        where=conversation.source or None,
-                        cure="Take the dialogue out, or set chat.empty_rows: drop to leave such rows out.",
-                    )
-                stats.drop("nothing_to_learn", conversation.source)
-                continue
-            stats.rows += 1
-            stats.tokens += len(fitted.ids)
-            stats.supervised += supervised
-            stats.lookalikes += fitted.lookalikes
-            kept.append(fitted)
-        yield kept
-
-
-def _fitted(recipe: "Recipe", encoder: RowEncoder, conversation: Conversation, row: Row, stats: RowStats) -> Row | None:
-    """The row, or a shorter one without its last exchanges, or None where that cannot be."""
-    limit = recipe.data.max_length
-    if len(row.ids) <= limit:
-        return row
-    if recipe.data.truncation == "refuse":
-        raise InputError(
-            f"the dialogue has {len(row.ids)} tokens, and data.max_length is {limit}",
-            where=conversation.source or None,
-            cure="Raise data.max_length, or set data.truncation: turns or drop.",
-        )
-    if recipe.data.truncation == "turns":
-        answers = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
-        low, high = 0, len(answers) - 1  # how many exchanges surely fit, and how many may
-        best: Row | None = None
-        while low < high:
-            middle = (low + high + 1) // 2
-            shorter = replace(conversation, messages=conversation.messages[: answers[middle - 1] + 1])
-            candidate = encoder.encode([shorter])[0]
-            if len(candidate.ids) <= limit:
-                low, best = middle, candidate
-            else:
-                high = middle - 1
-        if best is not None:
-            stats.shorten(len(answers) - low, conversation.source)
-            return best
-    stats.drop("too_long", conversation.source)
-    return None
 
 
 def _check(recipe: "Recipe", side: Side, stats: RowStats) -> None:

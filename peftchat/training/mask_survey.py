@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from peftchat.chatml.encode import Row
 from peftchat.chatml.mask import Codes, LossOn, Part, code, policy_table, role_of
+from peftchat.chatml.rows import Row
 from peftchat.conversation import ROLES, Role
 
 _CHUNK = 2048
@@ -128,7 +128,7 @@ def _count(survey: MaskSurvey, rows: Sequence[Row], table: npt.NDArray[np.bool_]
 def _check_answers(survey: MaskSurvey, rows: Sequence[Row], table: npt.NDArray[np.bool_], loss_on: LossOn) -> None:
     """Find the answers that do not end, and those whose end the model would not learn to write."""
     for row in rows:
-        starts = _turn_starts(row.codes)
+        starts = turn_starts(row.codes)
         answers = np.flatnonzero(_ROLES[row.codes[starts]] == _SPEAKERS.index("assistant"))
         if not len(answers):
             continue
@@ -143,8 +143,12 @@ def _check_answers(survey: MaskSurvey, rows: Sequence[Row], table: npt.NDArray[n
         survey.silent_ends.add(int((has_end & promised & ~end_trained).sum()), row.source)
 
 
-def _turn_starts(codes: Codes) -> npt.NDArray[np.int64]:
-    """Where turns begin: another role, or the same one going back to an earlier part of a turn."""
+def turn_starts(codes: Codes) -> npt.NDArray[np.int64]:
+    """Where turns begin: another role, or the same one going back to an earlier part of a turn.
+
+    Args:
+        codes: of the row's tokens, uint8, shape (T,); T > 0.
+    """
     parts, roles = _PARTS[codes], _ROLES[codes]
     begins = (roles[1:] != roles[:-1]) | (np.diff(parts) < 0)
     return np.flatnonzero(np.concatenate([[True], begins]))

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from peftchat.chatml.encode import Row
 from peftchat.chatml.registry import ChatFormat
+from peftchat.chatml.rows import Row
 from peftchat.sources import ProblemLog
 from peftchat.training.data import Side, conversations
 

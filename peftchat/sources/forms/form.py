@@ -21,9 +21,11 @@ class Form:
         summary: one line: its fields.
         matches: whether a row has this form, judged by its fields alone.
         read: the dialogues in a stream of rows; bad rows go to the log.
+        ranked: whether its answers come with ranks, so that `ReadOptions.top_k` means something.
     """
 
     name: str
     summary: str
     matches: Callable[[Fields], bool]
     read: Callable[[Iterable[Row], ReadOptions, ProblemLog], Iterator[Conversation]]
+    ranked: bool = False

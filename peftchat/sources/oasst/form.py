@@ -143,4 +143,5 @@ FORM = Form(
     "OpenAssistant exports: trees (message_tree_id, prompt), threads (thread_id, thread), single messages (message_id)",
     _matches,
     _read,
+    ranked=True,
 )

@@ -1,0 +1,63 @@
+"""Draw the pictures of `peftchat mask` in the manual: `python scripts/make_mask_pictures.py` (after `make demo`).
+
+The terminal is what rich records of the command's own output; the page is photographed by a headless Chromium.
+"""
+
+import io
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import TerminalTheme
+
+from peftchat.quiet import quiet_libraries
+from peftchat.recipe import load_recipe
+from peftchat.reports.mask_look import look_at_mask
+from peftchat.reports.mask_page import write_mask_page
+from peftchat.reports.mask_terminal import print_mask
+
+RECIPE = Path("recipes/demo_cpu.yaml")
+PICTURES = Path("docs/pictures")
+ROWS = 3
+PAGE_SIZE = "1000,1480"
+
+# rich's own theme draws black as grey, which no terminal does.
+_COLOURS = [(224, 108, 117), (140, 194, 101), (209, 154, 102), (97, 175, 239), (198, 120, 221), (86, 182, 194)]
+_GROUND, _TEXT, _GREY = (24, 26, 31), (200, 204, 212), (128, 136, 152)
+THEME = TerminalTheme(_GROUND, _TEXT, [_GROUND, *_COLOURS, _TEXT], [_GREY, *_COLOURS, (255, 255, 255)])
+
+
+def main() -> None:
+    recipe = load_recipe(RECIPE, (), to_train=False).recipe
+    quiet_libraries()
+    look = look_at_mask(recipe, "train", lambda dialogues: None)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    console = Console(record=True, width=96, force_terminal=True, color_system="standard", file=io.StringIO())
+    print_mask(look.shown(ROWS), look.summary, console)
+    console.save_svg(str(PICTURES / "mask-terminal.svg"), title=f"peftchat mask {RECIPE}", theme=THEME)
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        sys.exit("no Chromium here: the page was not photographed")
+    with tempfile.TemporaryDirectory() as folder:
+        page = write_mask_page(Path(folder) / "mask.html", RECIPE.name, list(look.shown(ROWS)), look.summary)
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={folder}/user",
+        ]
+        command += [
+            f"--window-size={PAGE_SIZE}",
+            f"--screenshot={PICTURES.absolute() / 'mask-page.png'}",
+            page.as_uri(),
+        ]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
+if __name__ == "__main__":
+    main()

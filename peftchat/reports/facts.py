@@ -123,3 +123,10 @@ def read_run_json(run: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError("not a JSON object", where=str(path))
     return content
+
+
+def weights_size(run: Path) -> int | None:
+    """Bytes of the safetensors files that a run wrote: whole weights, or an adapter with the rows of new tokens."""
+    files = [*run.glob("*.safetensors"), *run.glob("token_rows/*.safetensors")]
+    sizes = [path.stat().st_size for path in files]
+    return sum(sizes) if sizes else None

@@ -1,6 +1,7 @@
 """Line plots as inline SVG, without a plotting library: a page of plots stays a few kilobytes and follows the theme.
 
-Colours come from the page's style sheet through the classes `line-0` to `line-3`; numbers and names are escaped.
+Colours come from the page's style sheet through the classes `line-0`, `line-1` and so on; numbers and names are
+escaped.
 """
 
 import math
@@ -13,6 +14,7 @@ _WIDTH, _HEIGHT = 480, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 42
 _MOST_POINTS = 500
 _MOST_MARKS = 40
+_HALF_DIGIT = 3.4
 
 
 @dataclass(frozen=True)
@@ -22,38 +24,42 @@ class Series:
     Args:
         name: the name in the legend.
         points: pairs of x and y in the order of x.
-        colour: which of the page's four line colours.
+        colour: which of the page's line colours.
         faint: draw it thin and pale, behind a line that matters more.
+        dashed: tell it from another line of the same colour.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     colour: int = 0
     faint: bool = False
+    dashed: bool = False
 
     @property
     def style(self) -> str:
         """Classes of its shapes."""
-        return f"line-{self.colour} faint" if self.faint else f"line-{self.colour}"
+        return f"line-{self.colour}" + " faint" * self.faint + " dashed" * self.dashed
 
 
-def line_plot(series: Sequence[Series], *, label: str, x_name: str) -> Markup:
+def line_plot(series: Sequence[Series], *, label: str, x_name: str, legend: bool = True) -> Markup:
     """A plot with axes, ticks, a legend if there are several lines, and each value as a tooltip.
+
+    Pages with many lines have a legend of their own and switch this one off.
 
     Returns an empty string where no series has a finite point.
     """
     drawn = [(line, points) for line in series if (points := _thinned(line.points))]
     if not drawn:
         return Markup()
-    xs = _axis([x for _, points in drawn for x, _ in points], most=7)
-    ys = _axis([y for _, points in drawn for _, y in points], most=6)
+    xs = axis([x for _, points in drawn for x, _ in points], most=7)
+    ys = axis([y for _, points in drawn for _, y in points], most=6)
     frame = _Frame(xs[0], xs[-1], ys[0], ys[-1])
     body = Markup().join(
         [
             _grid(frame, xs, ys),
             *(_line(frame, line, points, x_name) for line, points in drawn),
             _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, x_name, "middle"),
-            _legend([line for line, _ in drawn]) if len(drawn) > 1 else Markup(),
+            _legend([line for line, _ in drawn]) if legend and len(drawn) > 1 else Markup(),
         ]
     )
     return Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
@@ -88,8 +94,8 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [*means[:-1], finite[-1]]
 
 
-def _axis(values: Sequence[float], most: int) -> list[float]:
-    """Round tick values that enclose all values."""
+def axis(values: Sequence[float], most: int) -> list[float]:
+    """About `most` round tick values that enclose all values."""
     low, high = min(values), max(values)
     if low == high:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
@@ -100,7 +106,7 @@ def _axis(values: Sequence[float], most: int) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def _tick_texts(values: Sequence[float]) -> list[str]:
+def tick_texts(values: Sequence[float]) -> list[str]:
     """Tick values in one notation, with the digits that tell neighbours apart."""
     step = values[1] - values[0]
     largest = max(abs(value) for value in values)
@@ -120,14 +126,16 @@ def _scientific(value: float, finest: int) -> str:
 
 def _grid(frame: _Frame, xs: Sequence[float], ys: Sequence[float]) -> Markup:
     parts = []
-    for value, text in zip(ys, _tick_texts(ys), strict=True):
+    for value, text in zip(ys, tick_texts(ys), strict=True):
         y = frame.y(value)
         parts.append(
             Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(_LEFT, _WIDTH - _RIGHT, y, y)
         )
         parts.append(_text(_LEFT - 8, y + 4, text, "end"))
-    for value, text in zip(xs, _tick_texts(xs), strict=True):
-        parts.append(_text(frame.x(value), _HEIGHT - _BOTTOM + 18, text, "middle"))
+    for value, text in zip(xs, tick_texts(xs), strict=True):
+        # A long number at the right end would leave the picture.
+        x = min(frame.x(value), _WIDTH - _HALF_DIGIT * len(text))
+        parts.append(_text(x, _HEIGHT - _BOTTOM + 18, text, "middle"))
     return Markup().join(parts)
 
 

@@ -1,0 +1,36 @@
+"""Candidates with made-up results, and a recipe that needs no model."""
+
+from pathlib import Path
+
+from peftchat.comparing.candidates import Candidate
+from peftchat.comparing.outcome import Outcome
+from peftchat.comparing.plan import Job
+from peftchat.comparing.record import Measured, Record
+from peftchat.comparing.search import RATE
+
+
+def made(name: str, losses: list[float], *, seconds: float = 10.0, memory: int = 100, tokens: int = 1000) -> Outcome:
+    """A candidate with one run a seed."""
+    candidate = Candidate(name, name, {})
+    runs = [
+        Record(
+            Job(candidate, {RATE: 1e-3}, seed),
+            loss=loss,
+            loss_before=4.0,
+            steps=10,
+            tokens=tokens,
+            seconds=seconds,
+            peak_memory_bytes=memory,
+        )
+        for seed, loss in enumerate(losses)
+    ]
+    return Outcome(candidate, runs[:1], runs[1:], Measured(plain_loss=3.0))
+
+
+def write_rows_and_recipe(folder: Path, text: str) -> Path:
+    """A recipe on four rows that names a model which is not there; `text` is appended."""
+    path = folder / "recipe.yaml"
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 4, encoding="utf-8")
+    path.write_text(f"model: {{name: some/model}}\noutput_dir: runs/x\nmethod: lora\n{text}", encoding="utf-8")
+    return path

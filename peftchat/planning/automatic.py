@@ -1,0 +1,68 @@
+"""Choices that a user would otherwise tune, made from a prediction and told with their reason."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peftchat.numbers import size
+from peftchat.planning.search import largest_batch
+from peftchat.planning.settings import PlanSettings
+
+if TYPE_CHECKING:
+    from peftchat.planning.planner import Planner
+
+MARGIN = 0.9
+"""Share of a device's memory that a choice may fill: predictions are off by some percent."""
+
+TOKENS_AT_ONCE: Mapping[str, int] = {"cuda": 16384, "cpu": 2048}
+"""Tokens of one forward pass beyond which larger matrices run no faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Settings as they were chosen.
+
+    Attributes:
+        settings: with the choice made.
+        peak: predicted bytes of one device.
+        reason: in a few words, for the user.
+    """
+
+    settings: PlanSettings
+    peak: int
+    reason: str
+
+
+def choose_checkpointing(planner: "Planner", settings: PlanSettings, room: int) -> Choice:
+    """Gradient checkpointing only where the plan does not fit without it.
+
+    Args:
+        room: bytes of one device.
+    """
+    without = settings.with_changes(checkpointing=False)
+    peak = planner.memory(without).total
+    if peak <= MARGIN * room:
+        return Choice(without, peak, f"fits without checkpointing: {size(peak)} of {size(room)}")
+    with_it = settings.with_changes(checkpointing=True)
+    saved = planner.memory(with_it).total
+    if saved >= peak:
+        return Choice(without, peak, f"checkpointing would not help: {size(peak)} of {size(room)}")
+    return Choice(with_it, saved, f"{size(peak)} without checkpointing, {size(saved)} with it, of {size(room)}")
+
+
+def choose_batch(planner: "Planner", settings: PlanSettings, room: int, tokens: int) -> Choice:
+    """The largest micro-batch up to a budget of tokens that fits; rows of one optimizer step stay as many as asked for.
+
+    Args:
+        room: bytes of one device.
+        tokens: beyond this many in one forward pass nothing gets faster.
+    """
+    rows = settings.batch * settings.accumulation
+    fitting = largest_batch(planner, settings, int(MARGIN * room))
+    most = max(1, min(rows, fitting, tokens // settings.length))
+    # Whole micro-batches only, so that the step's rows stay exactly those of the recipe.
+    batch = next(count for count in range(most, 0, -1) if rows % count == 0)
+    chosen = settings.with_changes(batch=batch, accumulation=rows // batch)
+    peak = planner.memory(chosen).total
+    reason = f"{batch} x {settings.length} tokens at once, {rows // batch} times a step: {size(peak)} of {size(room)}"
+    return Choice(chosen, peak, reason)

@@ -1,0 +1,270 @@
+"""A plan as people read it, and as programs do."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from peftchat.numbers import count, duration, share, short_count
+from peftchat.planning.hardware import catalogue
+from peftchat.planning.memory import PARTS
+
+if TYPE_CHECKING:
+    from peftchat.planning.grid import Cell
+    from peftchat.planning.make import Plan
+    from peftchat.planning.probe import Probe
+    from peftchat.planning.search import Change
+    from peftchat.planning.settings import PlanSettings
+
+_GIB = 2**30
+_MOMENTS = {
+    "loading": "loading",
+    "forward": "the end of the forward pass",
+    "backward": "the backward pass",
+    "step": "the optimizer's step",
+}
+_MEANING = {
+    "weights": "the base model",
+    "adapter": "what is trained beside it",
+    "gradients": "of what is trained",
+    "optimizer": "its states, and float32 masters",
+    "activations": "kept for the backward pass",
+    "logits": "head and loss",
+    "buffers": "communication, gathered weights, work space",
+    "framework": "libraries and kernels",
+    "fragmentation": "lost between allocations",
+}
+
+
+def gib(value: float) -> str:
+    """Bytes as people compare them with a card: `7.4 GiB`, `0.03 GiB`."""
+    amount = value / _GIB
+    return f"{amount:.1f} GiB" if amount >= 1 else f"{amount:.2f} GiB"
+
+
+def print_plan(plan: "Plan", console: Console) -> None:
+    """The verdict, memory by part, what fits, what would make it fit, other ways, time and cost."""
+    console.print(_verdict(plan), soft_wrap=False)
+    console.print(_facts(plan))
+    console.print(_parts(plan))
+    if plan.changes:
+        console.print(_changes(plan))
+    if plan.grid:
+        console.print(_grid(plan))
+    for line in _notes(plan):
+        console.print(Text.assemble(("note: ", "yellow"), line), soft_wrap=False)
+
+
+def _verdict(plan: "Plan") -> Text:
+    room = plan.hardware.memory
+    left = room - plan.memory.total
+    if plan.fits:
+        return Text(f"It fits: {gib(plan.memory.total)} of {gib(room)}, {gib(left)} to spare.", style="bold green")
+    text = f"It does not fit: {gib(plan.memory.total)} needed, {gib(room)} there."
+    if plan.cheapest is not None:
+        flags = " ".join(f"--set {flag}" for flag in plan.cheapest.flags)
+        text += f" The cheapest way: {plan.cheapest.name} ({gib(plan.cheapest.memory.total)}), {flags}"
+    else:
+        text += " Nothing that peftchat knows makes it fit."
+    return Text(text, style="bold red")
+
+
+def _facts(plan: "Plan") -> Table:
+    table = _two_columns()
+    facts, trained = plan.facts, plan.trained
+    tie = "tied head" if facts.tied else "untied head"
+    shape = f"{facts.layers} layers of width {facts.hidden}, {facts.heads} heads ({facts.key_value_heads} for keys)"
+    table.add_row("model", f"{plan.model}: {short_count(facts.parameters)} parameters; {shape}")
+    table.add_row(
+        "", f"embedding {short_count(facts.embedding)} ({tie}), linear layers {short_count(facts.linear)}, "
+        f"the rest {short_count(facts.other)}",
+    )  # fmt: skip
+    weights = trained.parameters + trained.rows
+    table.add_row("trained", f"{short_count(weights)} parameters, {share(weights / facts.parameters)} of the model")
+    table.add_row("settings", _settings(plan.settings))
+    table.add_row("place", f"{plan.hardware.count} x {plan.hardware.label}, {gib(plan.hardware.memory)} each")
+    if plan.workload is not None:
+        work = plan.workload
+        table.add_row(
+            "data", f"{count(work.sequences)} sequences, {short_count(work.tokens)} tokens an epoch, the longest "
+            f"{count(work.longest)}, {share(work.supervised)} supervised",
+        )  # fmt: skip
+    if plan.cost is not None:
+        table.add_row("time", _cost(plan))
+    table.add_row("fits", _largest(plan))
+    return table
+
+
+def _settings(settings: "PlanSettings") -> str:
+    bits = "" if settings.bits is None else f", base in {settings.bits} bits"
+    kept = "checkpointing" if settings.checkpointing else "no checkpointing"
+    return (
+        f"{settings.method}{bits}, {settings.strategy}, {settings.batch} x {settings.length} tokens, "
+        f"{settings.accumulation} accumulated, {kept}, {settings.optimizer}, {settings.attention} attention"
+    )
+
+
+def _cost(plan: "Plan") -> str:
+    cost = plan.cost
+    assert cost is not None
+    money = "" if cost.money is None else f", {cost.money:,.2f} at the given price"
+    return f"about {duration(cost.seconds)}{money}, for {count(cost.steps)} steps and {short_count(cost.tokens)} tokens"
+
+
+def _largest(plan: "Plan") -> str:
+    if not plan.largest_batch:
+        return f"not even one row of {plan.settings.length} tokens"
+    longest = f"rows of {count(plan.largest_length)} tokens at a batch of {plan.settings.batch}"
+    return f"up to {count(plan.largest_batch)} rows of {plan.settings.length} tokens at once, or {longest}"
+
+
+def _parts(plan: "Plan") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    table.add_column("memory of each device")
+    table.add_column("GiB", justify="right")
+    table.add_column("", style="dim")
+    memory = plan.memory
+    for part in PARTS:
+        if memory.parts[part]:
+            table.add_row(part, f"{memory.parts[part] / _GIB:.2f}", _MEANING[part])
+    table.add_section()
+    table.add_row("together", f"{memory.total / _GIB:.2f}", f"the peak, at {_MOMENTS[memory.moment]}", style="bold")
+    if memory.host:
+        table.add_row("main memory", f"{memory.host / _GIB:.2f}", "of each process, by offloading")
+    return table
+
+
+def _changes(plan: "Plan") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    table.add_column("to save memory, the cheapest first")
+    table.add_column("GiB", justify="right")
+    table.add_column("fits")
+    table.add_column("costs")
+    table.add_column("write", overflow="fold")
+    chosen = [] if plan.cheapest is None or plan.cheapest in plan.changes else [plan.cheapest]
+    for change in [*plan.changes, *chosen]:
+        fits = change.memory.total <= plan.hardware.memory
+        flags = " ".join(f"--set {flag}" for flag in change.flags)
+        table.add_row(change.name, f"{change.memory.total / _GIB:.2f}", _yes(fits), change.costs, flags)
+    return table
+
+
+def _grid(plan: "Plan") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    table.add_column("method")
+    table.add_column("shared by")
+    for title in ("GiB", "rows that fit", "GiB, checkpointing", "rows that fit"):
+        table.add_column(title, justify="right")
+    for plain, checkpointed in zip(plan.grid[::2], plan.grid[1::2], strict=True):
+        settings = plain.settings
+        name = settings.method if settings.bits is None else f"{settings.method}, {settings.bits} bits"
+        table.add_row(name, settings.strategy, *_cell(plain), *_cell(checkpointed))
+    return table
+
+
+def _cell(cell: "Cell") -> tuple[Text, Text]:
+    style = "green" if cell.fits else "red"
+    return Text(f"{cell.peak / _GIB:.1f}", style=style), Text(
+        count(cell.largest_batch) if cell.largest_batch else "none"
+    )
+
+
+def _yes(fits: bool) -> Text:
+    return Text("yes", style="green") if fits else Text("no", style="red")
+
+
+def _notes(plan: "Plan") -> list[str]:
+    told = [f"Chosen, {choice}." for choice in plan.chosen]
+    if plan.unread is not None:
+        told.append(
+            f"The data was not read ({plan.unread}): rows of {plan.settings.length} tokens, "
+            f"{share(plan.settings.supervised)} of them supervised, are assumed."
+        )
+    if plan.estimated:
+        told.append("This architecture cannot be traced: its activations are a rule of thumb.")
+    if not plan.hardware.bf16 and plan.settings.dtype == "bfloat16":
+        told.append(f"{plan.hardware.label} does not compute in bfloat16: set model.dtype to float16.")
+    if plan.cost is not None:
+        told.append(f"The time assumes {'; '.join(plan.cost.assumptions)}.")
+    return told
+
+
+def print_probe(plan: "Plan", probe: "Probe", console: Console) -> None:
+    """What was measured beside what was predicted."""
+    predicted = plan.memory.total if plan.settings.device == "cpu" else plan.memory.allocated
+    error = predicted / probe.peak - 1
+    style = "green" if abs(error) <= 0.15 else "yellow"
+    console.print(
+        Text(
+            f"Probe: {gib(probe.peak)} measured, {gib(predicted)} predicted ({error:+.0%}); "
+            f"{duration(probe.seconds)} a step of {plan.settings.batch} x {plan.settings.length} tokens.",
+            style=style,
+        ),
+        soft_wrap=False,
+    )
+
+
+def as_data(plan: "Plan", probe: "Probe | None") -> dict[str, Any]:
+    """The plan as JSON knows it; sizes in bytes."""
+    return {
+        "model": plan.model,
+        "fits": plan.fits,
+        "memory": _memory(plan.memory),
+        "room": plan.hardware.memory,
+        "hardware": asdict(plan.hardware),
+        "settings": asdict(plan.settings),
+        "parameters": {**asdict(plan.facts), "all": plan.facts.parameters},
+        "trained": asdict(plan.trained),
+        "largest_batch": plan.largest_batch,
+        "largest_length": plan.largest_length,
+        "changes": [_change(change, plan.hardware.memory) for change in plan.changes],
+        "cheapest_change": None if plan.cheapest is None else _change(plan.cheapest, plan.hardware.memory),
+        "grid": [
+            {"settings": asdict(cell.settings), "peak": cell.peak, "fits": cell.fits,
+             "largest_batch": cell.largest_batch}
+            for cell in plan.grid
+        ],
+        "cost": None if plan.cost is None else asdict(plan.cost),
+        "workload": None if plan.workload is None else asdict(plan.workload),
+        "estimated": plan.estimated,
+        "chosen": list(plan.chosen),
+        "probe": None if probe is None else asdict(probe),
+    }  # fmt: skip
+
+
+def _memory(memory: Any) -> dict[str, Any]:
+    return {"total": memory.total, "allocated": memory.allocated, **asdict(memory)}
+
+
+def _change(change: "Change", room: int) -> dict[str, Any]:
+    return {
+        "name": change.name,
+        "costs": change.costs,
+        "set": list(change.flags),
+        "peak": change.memory.total,
+        "fits": change.memory.total <= room,
+    }
+
+
+def catalogue_table() -> Table:
+    """Every card that `--gpu` knows."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    for title in ("name", "card"):
+        table.add_column(title)
+    for title in ("GiB usable", "TFLOP/s in 16 bits", "GB/s"):
+        table.add_column(title, justify="right")
+    table.add_column("source", style="dim")
+    for card in catalogue().values():
+        numbers = (f"{card.memory / _GIB:.1f}", f"{card.tflops:g}", f"{card.bandwidth:,.0f}")
+        table.add_row(card.name, card.label, *numbers, card.source)
+    return table
+
+
+def _two_columns() -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    return table

@@ -1,0 +1,98 @@
+"""What a run works through: read from local data, else taken from the recipe's own numbers."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftchat.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from peftchat.recipe import Recipe
+
+_READ_AT_MOST = 64_000_000
+"""Bytes of data files that are encoded for a plan; larger sets count only if their rows are cached already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The rows of a recipe.
+
+    Attributes:
+        sequences: rows or packs an epoch.
+        tokens: tokens an epoch, padding not counted.
+        longest: tokens of the longest row or pack.
+        dialogue: tokens of the dialogue that a usual token belongs to.
+        supervised: share of tokens with a target.
+        new_tokens: rows that the template adds to this tokenizer.
+    """
+
+    sequences: int
+    tokens: int
+    longest: int
+    dialogue: int
+    supervised: float
+    new_tokens: int
+
+
+def read_workload(recipe: "Recipe") -> Workload | str:
+    """The recipe's rows where everything needed for them lies here, else the reason why they were not read."""
+    if not Path(recipe.model.name).is_dir():
+        return "the tokenizer is not in a local folder"
+    from peftchat.sources.readers import find_files
+
+    try:
+        files = [find_files(entry.path, entry.split) for entry in recipe.data.train]
+        if any(found is None for found in files):
+            return "the data is on a hub"
+        if sum(file.stat().st_size for found in files for file in found or ()) > _READ_AT_MOST:
+            return "the data is large"
+        return _read(recipe)
+    except InputError as error:
+        return str(error)
+
+
+def _read(recipe: "Recipe") -> Workload:
+    import numpy as np
+
+    from peftchat.training.build import chat_format
+    from peftchat.training.data import prepare_rows
+
+    chat = chat_format(recipe)
+    rows = prepare_rows(recipe, chat)["train"]
+    lengths = np.asarray(rows.store.lengths)
+    sequences = _sequences(recipe, lengths)
+    return Workload(
+        sequences=len(sequences),
+        tokens=int(lengths.sum()),
+        longest=int(sequences.max()),
+        dialogue=math.ceil(float((lengths.astype(np.float64) ** 2).sum() / lengths.sum())),
+        supervised=rows.stats.supervised / rows.stats.tokens,
+        new_tokens=len(chat.new_tokens),
+    )
+
+
+def _sequences(recipe: "Recipe", lengths: "np.ndarray") -> "np.ndarray":
+    """Tokens of each row or pack."""
+    import numpy as np
+
+    from peftchat.chatml.packing import pack
+
+    if not recipe.data.packing:
+        return lengths
+    packs = pack(lengths, recipe.data.max_length, recipe.training.seed)
+    return np.array([lengths[group].sum() for group in packs])
+
+
+def steps_of(recipe: "Recipe", workload: Workload | None, processes: int) -> int | None:
+    """Optimizer steps of the run; None where neither the recipe nor the data tells."""
+    training = recipe.training
+    if training.max_steps > 0:
+        return training.max_steps
+    if workload is None:
+        return None
+    batch = training.per_device_train_batch_size * processes
+    epoch = max(1, math.ceil(math.ceil(workload.sequences / batch) / training.gradient_accumulation_steps))
+    return math.ceil(epoch * training.num_train_epochs)

@@ -1,0 +1,257 @@
+"""How well `peftchat plan` predicts memory: two steps of training in many settings, each in a process of its own.
+
+    python scripts/bench_plan.py --base .cache/smollm2-135m            # all settings
+    python scripts/bench_plan.py --base .cache/smollm2-135m --only 0-5 # a slice
+    python scripts/bench_plan.py --predict --write docs/plan.md        # predict again, and put all into the page
+
+The base gives a tokenizer and one of the models; the others have its architecture in other sizes and random weights.
+The measured figure is the most that the training process had resident, as `run.json` tells it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from peftchat.planning.hardware import find_hardware
+from peftchat.planning.make import make_plan
+from peftchat.planning.memory import MemoryPlan
+from peftchat.recipe import load_recipe
+
+START, END = "<!-- bench_plan: begin -->", "<!-- bench_plan: end -->"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run: a model and what the recipe says of it."""
+
+    model: str
+    method: str = "lora"
+    length: int = 512
+    batch: int = 2
+    checkpointing: bool = False
+    accumulation: int = 1
+    dtype: str = "bfloat16"
+    packing: bool = True
+    bits: int = 4
+    dialogue: int = 96
+    variant: str = "lora"
+
+
+SHAPES = {
+    # name: layers, width, inner width, heads, key heads, rows of the embedding
+    "17M": (6, 256, 768, 4, 2, 49152),
+    "28M deep": (20, 256, 768, 4, 4, 49152),
+    "94M wide head": (6, 512, 1536, 8, 4, 151936),
+    "103M": (8, 768, 2048, 12, 4, 49152),
+    "135M": None,
+    "360M": (32, 960, 2560, 15, 5, 49152),
+    "480M": (20, 1280, 3584, 16, 4, 65536),
+}
+
+SETTINGS = (
+    Setting("17M"),
+    Setting("17M", method="full"),
+    Setting("17M", length=1024, batch=4),
+    Setting("17M", length=1024, batch=4, checkpointing=True),
+    Setting("17M", method="qlora", length=1024),
+    Setting("17M", dtype="float32", length=1024),
+    Setting("17M", packing=False, batch=16, dialogue=120),
+    Setting("17M", variant="dora", length=1024),
+    Setting("28M deep", length=1024),
+    Setting("28M deep", length=1024, checkpointing=True),
+    Setting("28M deep", method="full", accumulation=2),
+    Setting("28M deep", length=2048, batch=1, dialogue=900),
+    Setting("94M wide head"),
+    Setting("94M wide head", method="full"),
+    Setting("94M wide head", length=1024, batch=2, checkpointing=True),
+    Setting("94M wide head", method="qlora", bits=8),
+    Setting("103M", length=512),
+    Setting("103M", method="full", length=256),
+    Setting("103M", method="full", length=256, batch=4, checkpointing=True),
+    Setting("103M", method="qlora", length=256),
+    Setting("135M", length=256),
+    Setting("135M", length=512),
+    Setting("135M", method="full", length=256, batch=1),
+    Setting("135M", method="qlora", length=256),
+    Setting("135M", length=512, checkpointing=True),
+    Setting("360M", length=256, batch=1),
+    Setting("360M", method="full", length=256, batch=1, checkpointing=True),
+    Setting("480M", length=256, batch=1, checkpointing=True),
+    Setting("480M", method="qlora", length=128, batch=1),
+)
+
+
+def make_model(name: str, base: Path, folder: Path) -> Path:
+    """The folder of a model of this size with random weights, and the base's tokenizer."""
+    shape = SHAPES[name]
+    if shape is None:
+        return base
+    target = folder / name.replace(" ", "-")
+    if (target / "config.json").is_file():
+        return target
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    layers, hidden, inner, heads, key_heads, rows = shape
+    config = LlamaConfig(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
+        num_key_value_heads=key_heads, vocab_size=rows, tie_word_embeddings=True, max_position_embeddings=8192,
+    )  # fmt: skip
+    config.bos_token_id = config.eos_token_id = 0
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(base).save_pretrained(target)
+    return target
+
+
+def make_dialogues(tokens: int, folder: Path) -> Path:
+    """A file of dialogues of about so many tokens, most of them supervised."""
+    path = folder / f"dialogues-{tokens}.jsonl"
+    words = [
+        "The",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "the",
+        "lazy",
+        "dog",
+        "and",
+        "runs",
+        "away",
+        "from",
+        "it",
+        ".",
+    ]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(max(256, 40_000 // tokens)):
+            answer = " ".join(words[(number + i) % len(words)] for i in range(round(0.72 * tokens)))
+            asked = " ".join(words[(number * 3 + i) % len(words)] for i in range(round(0.2 * tokens)))
+            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def recipe_of(setting: Setting, base: Path, folder: Path) -> dict[str, object]:
+    recipe: dict[str, object] = {
+        "model": {"name": str(make_model(setting.model, base, folder)), "dtype": setting.dtype},
+        "method": setting.method,
+        "data": {
+            "train": [{"path": str(make_dialogues(setting.dialogue, folder))}],
+            "max_length": setting.length,
+            "packing": setting.packing,
+        },
+        "training": {
+            "max_steps": 2,
+            "per_device_train_batch_size": setting.batch,
+            "gradient_accumulation_steps": setting.accumulation,
+            "gradient_checkpointing": setting.checkpointing,
+            "save_strategy": "no",
+            "logging_steps": 1,
+        },
+        "distributed": {"strategy": "single"},
+        "output_dir": str(folder / "run"),
+    }
+    if setting.method != "full":
+        recipe["adapter"] = {"variant": setting.variant, "r": 16}
+    if setting.method == "qlora":
+        recipe["quantization"] = {"bits": setting.bits}
+    return recipe
+
+
+def measure(recipe: Path, folder: Path) -> int:
+    """Train in a process of its own; the most that it had resident, in bytes."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    command = [sys.executable, "-m", "peftchat", "train", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    told = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    return int(told["peak_memory_bytes"])
+
+
+def predict(recipe: Path) -> MemoryPlan:
+    """What `peftchat plan` says of the same recipe on this machine's processor."""
+    asked = load_recipe(recipe, to_train=False).recipe
+    return make_plan(asked, find_hardware("cpu", 1), with_grid=False).memory
+
+
+def line(result: dict) -> list[str]:
+    setting, predicted, measured = Setting(**result["setting"]), result["predicted"], result["measured"]
+    notes = [
+        *(["checkpointing"] if setting.checkpointing else []),
+        *([f"{setting.accumulation} accumulated"] if setting.accumulation > 1 else []),
+        *([setting.dtype] if setting.dtype != "bfloat16" else []),
+        *(["padded rows"] if not setting.packing else []),
+        *([f"{setting.bits} bits"] if setting.method == "qlora" else []),
+        *([setting.variant] if setting.variant != "lora" else []),
+    ]
+    return [
+        setting.model, setting.method, f"{setting.batch} x {setting.length}", ", ".join(notes),
+        f"{predicted / 1e6:,.0f}", f"{measured / 1e6:,.0f}", f"{100 * (predicted / measured - 1):+.0f} %",
+        result["moment"],
+    ]  # fmt: skip
+
+
+HEADER = ("model", "method", "batch", "settings", "predicted MB", "measured MB", "error", "peak at")
+
+
+def table(results: Sequence[dict]) -> str:
+    """The results as a Markdown table, and what they say together."""
+    errors = [abs(r["predicted"] / r["measured"] - 1) for r in results]
+    rows = [HEADER, ["---"] * 4 + ["---:"] * 3 + ["---"], *(line(result) for result in results)]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        f"{text}\n\n{len(results)} settings; the error is {100 * sum(errors) / len(errors):.1f} % in the mean and "
+        f"{100 * max(errors):.1f} % at most. Measured on {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores."
+    )
+
+
+def numbers(text: str) -> list[int]:
+    first, _, last = text.partition("-")
+    return list(range(int(first), int(last or first) + 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=Path(".cache/smollm2-135m"))
+    parser.add_argument("--only", type=numbers, default=range(len(SETTINGS)), metavar="FIRST-LAST")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "bench_plan", help="models, results"
+    )
+    parser.add_argument("--predict", action="store_true", help="only predict again what was measured before")
+    parser.add_argument("--write", type=Path, default=None, metavar="PAGE", help="put the table into this page")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    kept = args.folder / "results.json"
+    results = {r["number"]: r for r in json.loads(kept.read_text())} if kept.is_file() else {}
+    for number in [number for number in args.only if not args.predict or number in results]:
+        setting = SETTINGS[number]
+        recipe = args.folder / f"recipe-{number}.json"
+        recipe.write_text(json.dumps(recipe_of(setting, args.base.absolute(), args.folder)), encoding="utf-8")
+        measured = results[number]["measured"] if args.predict else measure(recipe, args.folder)
+        memory = predict(recipe)
+        results[number] = {
+            "number": number, "setting": asdict(setting), "predicted": memory.total, "measured": measured,
+            "moment": memory.moment, "parts": dict(memory.parts),
+        }  # fmt: skip
+        print(number, " | ".join(line(results[number])), flush=True)
+        kept.write_text(json.dumps([results[key] for key in sorted(results)], indent=1), encoding="utf-8")
+    shown = table([results[key] for key in sorted(results)])
+    print(shown)
+    if args.write is not None:
+        before, _, rest = args.write.read_text(encoding="utf-8").partition(START)
+        args.write.write_text(f"{before}{START}\n{shown}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,7 @@ def plain_nll(hidden, targets, weight, bias, rows, ids, rows_bias, size, transfo
 def test_equals_the_plain_formula(ids, bias, transform, chunk, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     size = VOCABULARY if ids is None else max(VOCABULARY, max(ids) + 1)
-    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", chunk * size)
+    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", {"cpu": chunk * size})
     hidden, weight = torch.randn(N, HIDDEN), torch.randn(VOCABULARY, HIDDEN)
     head_bias = torch.randn(VOCABULARY) if bias else None
     rows = None if ids is None else torch.randn(len(ids), HIDDEN)
@@ -57,7 +57,7 @@ def test_equals_the_plain_formula(ids, bias, transform, chunk, monkeypatch: pyte
         r = next(given) if rows is not None else None
         if ours:
             head = Head(w, b, None if r is None else HeadRows(r, rows_bias, row_ids, size), transform)
-            total, correct = supervised_nll(h, targets, head)
+            total, correct = supervised_nll(h, targets, head, count_correct=True)
         else:
             total, correct = plain_nll(h, targets, w, b, r, row_ids, rows_bias, size, transform)
         (total / 7).backward()

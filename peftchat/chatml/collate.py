@@ -13,7 +13,6 @@ from peftchat.chatml.mask import IGNORE, LossOn, labels_for, policy_table
 from peftchat.chatml.rows import Row
 
 if TYPE_CHECKING:
-
     from peftchat.chatml.store import RowStore
 
 

@@ -31,6 +31,8 @@ def sft_config(
 
     on_cpu = placement.gpus == 0
     arguments = training_arguments(recipe)
+    # Left out, TRL would switch it on.
+    arguments.setdefault("gradient_checkpointing", False)
     if recipe.training.gradient_checkpointing:
         arguments.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     if resuming:

@@ -1,22 +1,28 @@
 """The model of a run, ready to train: loaded, wrapped, its new tokens given rows."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
+from peftchat.chatml.collate import ChatCollator
 from peftchat.chatml.registry import ChatFormat, make_format
 from peftchat.errors import InputError
-from peftchat.models.adapters import peft_config
+from peftchat.models.adapters import wrap
+from peftchat.models.freezing import freeze_layers
 from peftchat.models.load import load_base, load_tokenizer
 from peftchat.models.new_tokens import InitialRows, add_rows_to_frozen, current_rows, grow_and_fill
 from peftchat.models.zero import is_zero3
 from peftchat.training.placement import Placement
 
 if TYPE_CHECKING:
+    from peftchat.chatml.store import RowStore
     from peftchat.recipe import Recipe
 
 
@@ -44,11 +50,20 @@ def chat_format(recipe: "Recipe") -> ChatFormat:
     return make_format(recipe.chat.template, recipe.chat.system, load_tokenizer(recipe))
 
 
-def build_model(recipe: "Recipe", placement: Placement, chat: ChatFormat) -> Built:
+def build_model(
+    recipe: "Recipe", placement: Placement, chat: ChatFormat, rows: "RowStore", checkpoint: Path | None = None
+) -> Built:
     """Load the base and prepare it for the recipe's method.
 
     Under ZeRO-3 the process group must exist and transformers must know the configuration, or every process loads
     the whole model.
+
+    Args:
+        recipe: says what to load and what to train.
+        placement: where it is trained.
+        chat: its new tokens get rows.
+        rows: the training rows, for variants that begin at what they find in them.
+        checkpoint: the checkpoint that the run goes on from.
 
     Raises:
         InputError: the model cannot be loaded or does not fit the method.
@@ -61,10 +76,12 @@ def build_model(recipe: "Recipe", placement: Placement, chat: ChatFormat) -> Bui
     how = recipe.chat.new_token_init
     if recipe.method == "full":
         grow_and_fill(model, chat.tokenizer, chat.new_tokens, how)
+        freeze_layers(model, recipe.model.freeze_layers)
         return Built(model, current_rows(model, chat.new_tokens))
     model.requires_grad_(False)
-    wrapped = _wrap(recipe, model)
     add_rows_to_frozen(model, chat.tokenizer, chat.new_tokens, how)
+    wrapped = wrap(recipe, model, partial(_batches, recipe, chat, rows, model.device), checkpoint)
+    _check_anything_trains(wrapped)
     if is_zero3() and recipe.method == "lora":
         # ZeRO-3 gathers parameters of one dtype at a time: https://github.com/deepspeedai/DeepSpeed/issues/8072
         # Its optimizer keeps a float32 master of every one of them.
@@ -74,16 +91,24 @@ def build_model(recipe: "Recipe", placement: Placement, chat: ChatFormat) -> Bui
     return Built(wrapped, current_rows(model, chat.new_tokens))
 
 
-def _wrap(recipe: "Recipe", model: PreTrainedModel) -> PeftModel:
-    try:
-        return get_peft_model(model, peft_config(recipe))
-    except ValueError as error:
-        # PEFT names the modules that it could not find.
+def _check_anything_trains(model: "PreTrainedModel | PeftModel") -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(
-            f"the adapter does not fit the model: {str(error).splitlines()[0]}",
-            where="adapter.target_modules",
-            cure="Use `all-linear`, or names of the model's own linear layers.",
-        ) from error
+            "the chat format adds no tokens to this tokenizer, so `trainable_tokens` has nothing to train",
+            where="adapter.variant",
+            cure="Take another variant, or a `chat.template` that adds tokens.",
+        )
+
+
+def _batches(
+    recipe: "Recipe", chat: ChatFormat, rows: "RowStore", device: torch.device, count: int
+) -> Iterator[dict[str, Any]]:
+    """Up to `count` training rows, one a batch: the same in every process."""
+    collator = ChatCollator(
+        rows, loss_on=recipe.chat.loss_on, layout="padded", pad_token_id=int(chat.tokenizer.pad_token_id)
+    )
+    for index in range(min(count, len(rows))):
+        yield {name: tensor.to(device) for name, tensor in collator.collate([[rows[index]]]).items()}
 
 
 def _held_dtype(recipe: "Recipe", placement: Placement) -> str:

@@ -23,6 +23,8 @@ _FREE = {
     "training": {
         "max_steps",
         "num_train_epochs",
+        "max_tokens",
+        "max_minutes",
         "save_strategy",
         "save_steps",
         "save_total_limit",
@@ -34,6 +36,11 @@ _FREE = {
         "run_name",
         "dataloader_num_workers",
         "per_device_eval_batch_size",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "rows_per_step",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
     },
     "distributed": {"processes", "nodes", "strategy", "offload", "deepspeed_config"},
     "model": {"attention"},
@@ -109,6 +116,8 @@ class RunFolder:
         try:
             yield temporary
             for file in sorted(temporary.glob("*")):
+                if (self.path / file.name).is_dir():
+                    shutil.rmtree(self.path / file.name)
                 file.replace(self.path / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -150,4 +159,9 @@ def _bound(values: dict[str, Any]) -> dict[str, Any]:
     for section, held in values.items():
         if isinstance(held, dict):
             flat |= {f"{section}.{key}": value for key, value in held.items() if key not in _FREE.get(section, set())}
+    training = values["training"]
+    # How a step is cut into forward passes does not matter to it; how many rows it takes does.
+    rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    if training["rows_per_step"] is None:
+        flat["training: rows of a process in a step"] = rows
     return flat

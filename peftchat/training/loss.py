@@ -15,8 +15,10 @@ from transformers import PretrainedConfig
 
 from peftchat.models.rows import HeadRows
 
-# Elements of one chunk of logits; in float32, 128 MiB.
-_CHUNK_ELEMENTS = 2**25
+# Elements of one chunk of logits. A GPU wants tall products; a CPU wants float32 logits that stay in its cache.
+_CHUNK_ELEMENTS = {"cuda": 2**25, "cpu": 3 * 2**21}
+# Adding up the gradient of a whole head costs a pass over it each chunk, so there are fewer.
+_TALLER_FOR_WEIGHT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +45,22 @@ class HeadTransform:
                 scale = 1.0 / value if inverse else float(value)
         return cls(scale, getattr(text, "final_logit_softcapping", None))
 
-    def apply(self, logits: Tensor) -> Tensor:
-        """The transformed logits (in place where nothing needs the old ones)."""
+    def apply_(self, logits: Tensor) -> Tensor | None:
+        """Transform logits in place; what `backward_` needs to know of them, if anything."""
         if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+            logits *= self.scale
+        if self.softcap is None:
+            return None
+        bent = logits.div_(self.softcap).tanh_().clone()
+        logits *= self.softcap
+        return bent
 
-    def backward_(self, gradient: Tensor, transformed: Tensor) -> Tensor:
+    def backward_(self, gradient: Tensor, bent: Tensor | None) -> None:
         """Turn the gradient of the transformed logits into that of the head's own, in place."""
-        if self.softcap is not None:
-            gradient *= 1.0 - (transformed / self.softcap) ** 2
+        if bent is not None:
+            gradient *= 1.0 - bent**2
         if self.scale != 1.0:
             gradient *= self.scale
-        return gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +85,20 @@ class Head:
         return self.weight.shape[0] if self.rows is None else self.rows.size
 
 
-def supervised_nll(hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def supervised_nll(
+    hidden: Tensor, targets: Tensor, head: Head, *, count_correct: bool = False
+) -> tuple[Tensor, Tensor]:
     """Sum of the negative log-likelihoods of the targets, and how many of them are the most likely token.
 
     Args:
         hidden: states at the supervised positions, float, shape (N, H).
         targets: the tokens to predict there, int64, shape (N,).
         head: the output layer.
+        count_correct: whether to look for the most likely tokens; training has no use for them.
 
     Returns:
         The sum, float32, shape (), differentiable in `hidden`, the head's weight and bias and the new rows; the
-        count, int64, shape ().
+        count, int64, shape (), 0 if it was not asked for.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -111,6 +117,7 @@ def supervised_nll(hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor,
             head.transform,
             dtype,
             differentiable,
+            count_correct,
         )
     return total, correct
 
@@ -130,6 +137,7 @@ class _SupervisedNLL(torch.autograd.Function):
         transform: HeadTransform,
         dtype: torch.dtype,
         differentiable: bool,
+        count_correct: bool,
     ) -> tuple[Tensor, Tensor]:
         needs = ctx.needs_input_grad
         wants = {
@@ -150,36 +158,45 @@ class _SupervisedNLL(torch.autograd.Function):
         vocabulary = weight.shape[0]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        step = max(16, _CHUNK_ELEMENTS // size)
+        step = rows_at_once(len(hidden), size, hidden.device.type, taller=wants["weight"])
+        # One set of buffers for all chunks: new memory of this size is slow to come by.
+        buffer = torch.empty(step, size, dtype=torch.float32, device=hidden.device)
+        products = torch.empty(step, vocabulary, dtype=dtype, device=hidden.device)
         for start in range(0, hidden.shape[0], step):
             states = hidden[start : start + step].to(dtype)
             wanted = targets[start : start + step, None]
-            logits = _project(states, cast_weight, bias, cast_rows, rows_bias, row_ids, size)
-            logits = transform.apply(logits)
-            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (normaliser - logits.gather(1, wanted)).sum()
-            correct += (logits.argmax(-1, keepdim=True) == wanted).sum()
+            logits, product = buffer[: len(states)], products[: len(states)]
+            torch.mm(states, cast_weight.T, out=product)
+            _fill_logits(logits, product, states, bias, cast_rows, rows_bias, row_ids)
+            bent = transform.apply_(logits)
+            if count_correct:
+                correct += (logits.argmax(-1, keepdim=True) == wanted).sum()
+            logits -= logits.amax(-1, keepdim=True)
+            of_targets = logits.gather(1, wanted)
+            logits.exp_()
+            mass = logits.sum(-1, keepdim=True)
+            total += (mass.log() - of_targets).sum()
             if not gradients:
                 continue
-            slope = torch.exp(logits - normaliser)
-            slope.scatter_add_(1, wanted, torch.full_like(slope[:, :1], -1.0))
-            slope = transform.backward_(slope, logits)
+            slope = logits.div_(mass)
+            slope.scatter_add_(1, wanted, torch.full_like(mass, -1.0))
+            transform.backward_(slope, bent)
             back: Tensor | None = None
             if row_ids is not None and cast_rows is not None:
-                of_rows = slope[:, row_ids]
+                of_rows = slope[:, row_ids].to(dtype)
                 slope.index_fill_(1, row_ids, 0.0)
-                back = of_rows.to(dtype) @ cast_rows
+                back = of_rows @ cast_rows
                 if "rows" in gradients:
-                    gradients["rows"] += (of_rows.to(dtype).T @ states).float()
+                    gradients["rows"] += of_rows.T @ states
             own = slope[:, :vocabulary]
             if "bias" in gradients:
                 gradients["bias"] += own.sum(0)
-            own = own.to(dtype)
+            product.copy_(own)
             if "weight" in gradients:
-                gradients["weight"] += own.T @ states
+                gradients["weight"] += product.T @ states
             if "hidden" in gradients:
-                product = own @ cast_weight
-                gradients["hidden"][start : start + step] = product if back is None else product + back
+                of_states = product @ cast_weight
+                gradients["hidden"][start : start + step] = of_states if back is None else of_states.add_(back)
         ctx.mark_non_differentiable(correct)
         ctx.names = list(gradients)
         ctx.dtypes = {"weight": weight.dtype, "bias": bias.dtype if bias is not None else None, "rows": torch.float32}
@@ -192,7 +209,7 @@ class _SupervisedNLL(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = outputs[0]
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        found: list[Tensor | None] = [None] * 11
+        found: list[Tensor | None] = [None] * 12
         for place, name in ((0, "hidden"), (2, "weight"), (3, "bias"), (4, "rows")):
             if name in saved:
                 gradient = saved[name] * scale.to(saved[name].dtype)
@@ -200,24 +217,36 @@ class _SupervisedNLL(torch.autograd.Function):
         return tuple(found)
 
 
-def _project(
+def rows_at_once(positions: int, size: int, device: str, *, taller: bool) -> int:
+    """How many positions are projected together."""
+    rows = _CHUNK_ELEMENTS["cpu" if device == "cpu" else "cuda"] // size
+    return max(1, min(positions, max(16, rows * (_TALLER_FOR_WEIGHT if taller else 1))))
+
+
+def _fill_logits(
+    logits: Tensor,
+    product: Tensor,
     states: Tensor,
-    weight: Tensor,
     bias: Tensor | None,
     rows: Tensor | None,
     rows_bias: Tensor | None,
     row_ids: Tensor | None,
-    size: int,
-) -> Tensor:
-    """Logits of the states over the grown vocabulary: float32, shape (N, size)."""
-    own = (states @ weight.T).float()
+) -> None:
+    """Write the logits over the grown vocabulary: float32, shape (N, size).
+
+    Args:
+        product: states times the head, shape (N, V).
+    """
+    vocabulary = product.shape[1]
+    own = logits[:, :vocabulary]
+    own.copy_(product)
     if bias is not None:
-        own += bias.float()
+        own += bias
     if rows is None or row_ids is None:
-        return own
+        return
+    # A gap between the model's vocabulary and the new tokens is never likely.
+    logits[:, vocabulary:].fill_(torch.finfo(torch.float32).min)
     new = (states @ rows.T).float()
     if rows_bias is not None:
-        new += rows_bias.float()
-    if size > own.shape[1]:
-        own = torch.nn.functional.pad(own, (0, size - own.shape[1]), value=torch.finfo(torch.float32).min)
-    return own.index_copy_(1, row_ids, new)
+        new += rows_bias
+    logits.index_copy_(1, row_ids, new)

@@ -154,7 +154,7 @@ def _check_cpu(loaded: "LoadedRecipe") -> None:
         raise InputError(
             f"the optimizer {recipe.training.optim} needs a GPU, and there is none here",
             where=loaded.where("training", "optim"),
-            cure="Use adamw_torch.",
+            cure="Use adamw_torch_fused.",
         )
 
 

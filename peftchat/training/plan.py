@@ -13,7 +13,11 @@ from peftchat.chatml.packing import efficiency, pack
 from peftchat.chatml.registry import ChatFormat
 from peftchat.console import output
 from peftchat.models.load import load_config
-from peftchat.numbers import count, share
+from peftchat.numbers import count, share, size
+from peftchat.planning.hardware import own_hardware
+from peftchat.planning.make import read_config, settings_on
+from peftchat.planning.planner import Planner
+from peftchat.planning.workload import Workload, read_workload
 from peftchat.training.build import chat_format
 from peftchat.training.data import Rows, RowStats, prepare_rows
 from peftchat.training.placement import Placement
@@ -45,6 +49,7 @@ def print_plan(loaded: "LoadedRecipe", placement: Placement) -> None:
         *_data(recipe, rows["train"].stats, "training"),
         *(_data(recipe, rows["eval"].stats, "held out") if "eval" in rows else ()),
         ("steps", _steps(recipe, placement, rows["train"])),
+        ("memory", _memory(recipe, placement)),
         ("output", f"{recipe.output_dir} (nothing is written now)"),
     ):
         table.add_row(name, value)
@@ -53,11 +58,24 @@ def print_plan(loaded: "LoadedRecipe", placement: Placement) -> None:
     output.print(_row_text(recipe, chat, rows["train"]))
 
 
+def _memory(recipe: "Recipe", placement: Placement) -> str:
+    """The predicted peak of each process beside what there is."""
+    hardware = own_hardware(placement.processes)
+    workload = read_workload(recipe)
+    settings = settings_on(recipe, hardware, workload if isinstance(workload, Workload) else None)
+    settings = settings.with_changes(strategy=placement.strategy, processes=placement.world_size)
+    memory = Planner(read_config(recipe), recipe).memory(settings)
+    verdict = "" if memory.total <= hardware.memory else ": it does not fit, `peftchat plan` says what would"
+    return f"about {size(memory.total)} at the peak, of {size(hardware.memory)}{verdict}"
+
+
 def _method(recipe: "Recipe") -> str:
     if recipe.adapter is None:
         return "full fine-tuning"
-    adapter = recipe.adapter
-    text = f"{recipe.method}: {adapter.variant}, r {adapter.r}, alpha {adapter.alpha}, on {adapter.target_modules}"
+    settings = recipe.adapter.model_dump(exclude={"variant"}, exclude_none=True)
+    text = ", ".join(
+        [f"{recipe.method}: {recipe.adapter.variant}", *(f"{key} {held}" for key, held in settings.items())]
+    )
     if recipe.quantization is not None:
         text += f"; base in {recipe.quantization.bits} bits"
     return text
@@ -84,6 +102,8 @@ def _data(recipe: "Recipe", stats: RowStats, name: str) -> list[tuple[str, str]]
         text += f"; left out: {', '.join(parts)}"
     if stats.shortened:
         text += f"; {stats.shortened} shortened to {recipe.data.max_length} tokens"
+    if stats.divided:
+        text += f"; {stats.divided} divided into {stats.parts} rows"
     if stats.lookalikes:
         text += f"; {stats.lookalikes} look-alikes of special tokens encoded as text"
     forms = ", ".join(sorted(set(stats.forms.values())))

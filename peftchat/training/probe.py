@@ -1,11 +1,12 @@
 """Two questions put to the real model before the first step, because the answer decides whether training is right."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftchat.chatml.collate import borders
 from peftchat.chatml.mask import IGNORE
 from peftchat.errors import InputError
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _LENGTH = 12
 
 
-def check_isolation(model: nn.Module, vocabulary: int, device: torch.device) -> None:
+def check_isolation(model: nn.Module, vocabulary: int, device: torch.device, *, with_borders: bool) -> None:
     """Refuse packing where a dialogue can see the one before it.
 
     Two packs that differ only in their first dialogue go through the model; the second dialogue's states must not
@@ -24,19 +25,22 @@ def check_isolation(model: nn.Module, vocabulary: int, device: torch.device) -> 
     Args:
         model: as it is called in training.
         vocabulary: ids below this are ordinary tokens.
+        with_borders: whether training tells the attention where dialogues begin.
 
     Raises:
         InputError: they do notice.
     """
     generator = torch.Generator().manual_seed(0)
     first, other, second = torch.randint(vocabulary, (3, 1, _LENGTH), generator=generator).to(device)
-    positions = torch.arange(_LENGTH, device=device).repeat(2)[None]
+    arguments: dict[str, Any] = {"position_ids": torch.arange(_LENGTH, device=device).repeat(2)[None]}
+    if with_borders:
+        arguments |= _borders_on(device, [_LENGTH, _LENGTH])
 
     def loss_behind(start: Tensor) -> float:
         ids = torch.cat([start, second], dim=1)
         labels = ids.clone()
         labels[:, : _LENGTH + 1] = IGNORE
-        return _supervised_loss(model, ids, labels, positions)
+        return _supervised_loss(model, ids, labels, arguments)
 
     one, two = loss_behind(first), loss_behind(other)
     if abs(one - two) > 1e-4 * max(1.0, abs(one)):
@@ -47,20 +51,30 @@ def check_isolation(model: nn.Module, vocabulary: int, device: torch.device) -> 
         )
 
 
-def check_loss(model: nn.Module, base: "PreTrainedModel", vocabulary: int, device: torch.device) -> None:
+def check_loss(
+    model: nn.Module, base: "PreTrainedModel", vocabulary: int, device: torch.device, *, with_borders: bool
+) -> None:
     """Refuse a model whose logits are not what the loss takes them for (an unknown scale or cap behind the head).
+
+    With borders, this also holds the attention between them against transformers' own.
 
     Raises:
         InputError: the loss differs from the plain formula on the model's own logits.
     """
     ids = torch.randint(vocabulary, (1, _LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
     positions = torch.arange(_LENGTH, device=device)[None]
-    ours = _supervised_loss(model, ids, ids.clone(), positions)
+    labels = ids.clone()
+    # Behind trained vectors even the first token would be a target.
+    labels[:, 0] = IGNORE
+    arguments = {"position_ids": positions} | (_borders_on(device, [_LENGTH]) if with_borders else {})
+    ours = _supervised_loss(model, ids, labels, arguments)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
     model.train(was_training)
+    # Trained vectors before the prompt have logits of their own.
+    logits = logits[:, -_LENGTH:]
     plain = float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
     if abs(ours - plain) > 0.02 * max(1.0, abs(plain)):
         raise InputError(
@@ -70,10 +84,14 @@ def check_loss(model: nn.Module, base: "PreTrainedModel", vocabulary: int, devic
         )
 
 
-def _supervised_loss(model: nn.Module, ids: Tensor, labels: Tensor, positions: Tensor) -> float:
+def _borders_on(device: torch.device, lengths: list[int]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in borders(lengths).items()}
+
+
+def _supervised_loss(model: nn.Module, ids: Tensor, labels: Tensor, arguments: dict[str, Any]) -> float:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        loss = model(input_ids=ids, labels=labels, position_ids=positions, supervised=True).loss
+        loss = model(input_ids=ids, labels=labels, supervised=True, **arguments).loss
     model.train(was_training)
     return float(loss)

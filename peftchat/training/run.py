@@ -9,22 +9,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftModel
 from transformers import TrainerCallback
 
-from peftchat.chatml.collate import ChatCollator, Layout
+from peftchat.chatml.collate import ChatCollator
 from peftchat.chatml.packing import pack
 from peftchat.chatml.registry import ChatFormat
 from peftchat.errors import CheckFailed, InputError
 from peftchat.files import write_text
+from peftchat.models.lora_branch import add_branches_at_once
 from peftchat.models.new_tokens import InitialRows, current_rows, movement
 from peftchat.models.saving import save_model_files
+from peftchat.models.zero import is_zero3
 from peftchat.training.answers import Answer, answers
 from peftchat.training.arguments import sft_config
+from peftchat.training.attention import fall_back, settle_attention
+from peftchat.training.budget import BudgetCallback, has_budget
 from peftchat.training.build import Built, build_model, chat_format
 from peftchat.training.checkpoint import step_of, totals_of
+from peftchat.training.choice import Choice
 from peftchat.training.data import Rows, Side, prepare_rows
 from peftchat.training.deepspeed_config import deepspeed_config
 from peftchat.training.folder import RunFolder
+from peftchat.training.memory_parts import held_before_model, memory_parts, seconds_since_start
 from peftchat.training.meter import Totals
 from peftchat.training.metrics_file import MetricsFile
 from peftchat.training.placement import Placement
@@ -33,6 +40,7 @@ from peftchat.training.progress import MetricsCallback, ProgressCallback
 from peftchat.training.space import check_space, is_disk_full
 from peftchat.training.summary import run_summary
 from peftchat.training.trainer import ChatTrainer
+from peftchat.training.variant_parts import variant_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,11 +56,13 @@ class Request:
         resume: go on from the last whole checkpoint, if there is one.
         questions: prompts to answer before and after training.
         command: the command line, for the record.
+        choices: what was settled for the user.
     """
 
     resume: bool = False
     questions: Sequence[str] = ()
     command: str = ""
+    choices: Sequence[Choice] = ()
 
 
 def run_training(loaded: "LoadedRecipe", placement: Placement, request: Request) -> dict[str, Any]:
@@ -88,12 +98,17 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
     # transformers has to know about ZeRO-3 before the model is loaded.
     arguments = sft_config(recipe, placement, folder.path, deepspeed=deepspeed, resuming=checkpoint is not None)
-    built = build_model(recipe, placement, chat)
+    at_start = held_before_model()
+    built = build_model(recipe, placement, chat, rows["train"].store, checkpoint)
+    if isinstance(built.model, PeftModel) and not is_zero3():
+        add_branches_at_once(built.model)
     progress = ProgressCallback()
     trainer = _trainer(recipe, folder, arguments, built, chat, rows, checkpoint, progress)
     before = _BeforeTraining(trainer, chat, recipe, folder, checkpoint, request.questions)
     # The others write into the run folder when training begins; it is claimed only when nothing speaks against it.
     trainer.callback_handler.callbacks.insert(0, before)
+    if has_budget(recipe.training):
+        trainer.add_callback(BudgetCallback(trainer, recipe.training))
     metrics = MetricsFile(folder.metrics)
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -112,6 +127,9 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
             "samples_before": [asdict(answer) for answer in before.answers],
             "samples_after": [asdict(answer) for answer in after],
             "command": request.command,
+            "memory_bytes": memory_parts(trainer, at_start),
+            "seconds_to_first_step": before.seconds_to_first_step,
+            "choices": [asdict(choice) for choice in request.choices],
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -150,19 +168,9 @@ def _packs(recipe: "Recipe", rows: Rows) -> "Dataset":
     """The rows of each sequence as the data set that the trainer draws from."""
     from datasets import Dataset
 
-    if recipe.data.packing:
-        groups = pack(rows.store.lengths, recipe.data.max_length, recipe.training.seed)
-    else:
-        groups = [[index] for index in range(len(rows.store))]
-    return Dataset.from_dict({"rows": groups})
-
-
-def _layout(recipe: "Recipe", built: Built) -> Layout:
     if not recipe.data.packing:
-        return "padded"
-    # Variable-length kernels never look across a border; the others compute what their mask throws away.
-    varlen = "flash" in str(built.causal_model.config._attn_implementation)
-    return "flat" if varlen else "stacked"
+        return Dataset.from_dict({"rows": [[index] for index in range(len(rows.store))]})
+    return Dataset.from_dict({"rows": pack(rows.store.lengths, recipe.data.max_length, recipe.training.seed)})
 
 
 def _trainer(
@@ -180,7 +188,7 @@ def _trainer(
         # Steps after the checkpoint are taken again and must not be told twice.
         metrics.keep_through(step_of(checkpoint) if checkpoint else -1)
 
-    layout = _layout(recipe, built)
+    layout = settle_attention(recipe, built.model, built.causal_model)
 
     def collator(side: Side) -> ChatCollator:
         return ChatCollator(
@@ -202,6 +210,7 @@ def _trainer(
         tokenizer=chat.tokenizer,
         callbacks=[MetricsCallback(MetricsFile(folder.metrics)), progress],
         totals=_totals_so_far(checkpoint),
+        parts=variant_parts(recipe, built.model),
     )
 
 
@@ -236,6 +245,7 @@ class _BeforeTraining(TrainerCallback):
         self._checkpoint = checkpoint
         self._questions = questions
         self.answers: list[Answer] = []
+        self.seconds_to_first_step: float | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Probe the loss and the isolation of packed dialogues, claim the folder, answer the questions."""
@@ -248,14 +258,31 @@ class _BeforeTraining(TrainerCallback):
         self._trainer.accelerator.wait_for_everyone()
         self.answers = answers(self._trainer.causal_model, self._chat, self._questions)
 
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note how long it took until the first step was done."""
+        if self.seconds_to_first_step is None:
+            self.seconds_to_first_step = seconds_since_start()
+
     def _probe(self) -> None:
+        try:
+            self._look()
+        except (InputError, RuntimeError):
+            # What was chosen for speed gives way; what the recipe asked for is reported.
+            layout = fall_back(self._recipe, self._trainer.causal_model)
+            if layout is None:
+                raise
+            self._trainer.lay_out(layout)
+            self._look()
+
+    def _look(self) -> None:
         trainer = self._trainer
         base, device = trainer.causal_model, trainer.args.device
         vocabulary = min(base.config.get_text_config().vocab_size, 1000)
+        flat = trainer.layout == "flat"
         with trainer.compute_loss_context_manager():
-            check_loss(trainer.model_wrapped, base, vocabulary, device)
-            if self._recipe.data.packing:
-                check_isolation(trainer.model_wrapped, vocabulary, device)
+            check_loss(trainer.model_wrapped, base, vocabulary, device, with_borders=flat)
+            if flat or self._recipe.data.packing:
+                check_isolation(trainer.model_wrapped, vocabulary, device, with_borders=flat)
 
 
 def _is_evaluated(trainer: ChatTrainer, step: int) -> bool:

@@ -5,9 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 
 from peftchat.chatml.registry import ChatFormat
+from peftchat.models.adapter_files import is_adapted
 from peftchat.models.new_tokens import is_tied, vocabulary_of
 from peftchat.models.rows import MODULE_NAME, rows_of
 from peftchat.training.data import Rows, Side
@@ -119,7 +119,7 @@ def _utilisation(trainer: "ChatTrainer", placement: Placement, totals: Totals) -
         body=sum(true_size(p) for p in body.values()),
         head=true_size(embedding if is_tied(model) else head),
         trained_body=trained,
-        trains_head=not isinstance(trainer.model, PeftModel),
+        trains_head=not is_adapted(trainer.model),
         tokens=totals.tokens,
         supervised=totals.supervised,
     )

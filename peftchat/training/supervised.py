@@ -27,7 +27,8 @@ class SupervisedOutput(ModelOutput):
 
     Attributes:
         loss: sum of the negative log-likelihoods in nats, float32, shape ().
-        correct: supervised positions whose most likely token is the target, int64, shape ().
+        correct: supervised positions whose most likely token is the target, int64, shape (); counted where no
+            gradient is wanted.
         aux_loss: load-balancing loss of mixtures of experts, float32, shape (), or None.
     """
 
@@ -58,7 +59,8 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
         rows = rows_of(self)
         with maybe_gather_lm_head_ctx(layer.weight, layer.bias):
             head = Head(layer.weight, layer.bias, None if rows is None else rows.head(), transform)
-            loss, correct = supervised_nll(backbone.last_hidden_state[:, :-1][chosen], targets[chosen], head)
+            states = backbone.last_hidden_state[:, :-1][chosen]
+            loss, correct = supervised_nll(states, targets[chosen], head, count_correct=not torch.is_grad_enabled())
         return SupervisedOutput(loss=loss, correct=correct, aux_loss=_aux_loss(self, backbone, kwargs))
 
     model.forward = types.MethodType(forward, model)

@@ -12,20 +12,21 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerContr
 from trl import SFTTrainer
 
 from peftchat.errors import CheckFailed
-from peftchat.models.adapter_files import WEIGHTS, load_adapter_state
+from peftchat.models.adapter_files import is_adapted, load_adapter_state
 from peftchat.models.rows import MODULE_NAME
 from peftchat.models.saving import save_model_files
 from peftchat.training.checkpoint import mark_complete
 from peftchat.training.meter import Meter, Totals
 from peftchat.training.progress import memory_in_use
 from peftchat.training.supervised import install_supervised_forward
+from peftchat.training.variant_parts import VariantParts, split_by_rate
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig
 
-    from peftchat.chatml.collate import ChatCollator
+    from peftchat.chatml.collate import ChatCollator, Layout
 
 _TENSORS_OF_OURS = ("real_tokens", "watched")
 
@@ -43,6 +44,7 @@ class ChatTrainer(SFTTrainer):
         tokenizer: saved with every checkpoint.
         callbacks: progress and metrics.
         totals: counts so far, when the run resumes.
+        parts: what the variant brings into the loop.
     """
 
     control: TrainerControl
@@ -59,7 +61,9 @@ class ChatTrainer(SFTTrainer):
         tokenizer: "PreTrainedTokenizerBase",
         callbacks: "Sequence[TrainerCallback]" = (),
         totals: Totals | None = None,
+        parts: VariantParts | None = None,
     ) -> None:
+        self._parts = parts or VariantParts()
         trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         super().__init__(
             model=model,
@@ -68,7 +72,7 @@ class ChatTrainer(SFTTrainer):
             train_dataset=train_packs,
             eval_dataset=eval_packs,
             processing_class=tokenizer,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, *self._parts.callbacks],
         )
         # TRL casts what is trained on a quantised base to bfloat16, in which small updates round to nothing.
         # https://github.com/huggingface/trl/issues/7268
@@ -79,6 +83,7 @@ class ChatTrainer(SFTTrainer):
         install_supervised_forward(self.causal_model)
         self.model_accepts_loss_kwargs = True
         self.meter = Meter(train_collator.watched_count, totals)
+        self._train_collator = train_collator
         self._eval_collator = eval_collator
         self._reported = Totals(**self.meter.totals.as_dict())
 
@@ -87,6 +92,17 @@ class ChatTrainer(SFTTrainer):
         """The language model itself, inside any PEFT wrapper."""
         base: PreTrainedModel = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return base
+
+    @property
+    def layout(self) -> "Layout":
+        """How batches are laid out."""
+        return self._train_collator.layout
+
+    def lay_out(self, layout: "Layout") -> None:
+        """Lay batches out otherwise from here on; before training begins."""
+        for collator in (self._train_collator, self._eval_collator):
+            if collator is not None:
+                collator.layout = layout
 
     def compute_loss(
         self,
@@ -106,6 +122,8 @@ class ChatTrainer(SFTTrainer):
         if num_items_in_batch is not None:
             # The count is that of all processes, and gradients are averaged over them.
             loss = loss * self.accelerator.num_processes
+        if self._parts.penalty is not None:
+            loss = loss + self._parts.penalty() / self.current_gradient_accumulation_steps
         if outputs.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
         return loss
@@ -185,6 +203,15 @@ class ChatTrainer(SFTTrainer):
             "seconds": now.seconds,
         }
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer, with the learning rates that the variant wants for some of its parameters."""
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made and self._parts.rate_of is not None:
+            names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+            split_by_rate(optimizer, names, self._parts.rate_of)
+        return optimizer
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """No decay on the rows of new tokens: it would pull them to zero, away from the other embeddings."""
         names: list[str] = super().get_decay_parameter_names(model)
@@ -218,8 +245,8 @@ class ChatTrainer(SFTTrainer):
         return gathered
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if isinstance(self.model, PeftModel):
-            load_adapter_state(self.model, Path(resume_from_checkpoint) / WEIGHTS)
+        if is_adapted(self.model):
+            load_adapter_state(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -122,7 +122,7 @@ def test_a_typo_in_any_section_names_line_key_and_nearest(
         ("model.dtype=bf16", "got the text `bf16`. Did you mean `bfloat16`?"),
         ("chat.template=startchat", "expected one of `starchat`, `chatml`, `model`"),
         ("adapter.variant=doraa", "Did you mean `dora`?"),
-        ("adapter.target_modules=attention", "expected `all-linear` or a list of module names"),
+        ("adapter.target_modules=attn", "expected `all-linear` or a list of module names"),
         ("data.train=rows.jsonl", "expected a list, got the text `rows.jsonl`. Write `train: [{path: rows.jsonl}]`."),
         ("data.train=[rows.jsonl]", "Write `{path: rows.jsonl}`."),
         ("data.train=[]", "--set data.train: is empty"),

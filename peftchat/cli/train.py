@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe
+    from peftchat.training.choice import Choice
     from peftchat.training.placement import Placement
 
 
@@ -37,6 +38,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     os.environ.update(slurm_variables(os.environ))
     placement = settle(loaded)
     _refuse_early(loaded, resume=resume)
+    loaded, choices = _choose(loaded, placement)
     if dry_run:
         from peftchat.training.plan import print_plan
 
@@ -50,7 +52,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     command_line = " ".join(["peftchat", *sys.argv[1:]])
     # Standard output is for data; DeepSpeed prints to it while it compiles.
     with contextlib.redirect_stdout(sys.stderr):
-        summary = run_training(loaded, placement, Request(resume, questions, command_line))
+        summary = run_training(loaded, placement, Request(resume, questions, command_line, choices))
     if summary:
         from peftchat.console import notes
         from peftchat.reports.records import write_records
@@ -61,6 +63,18 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
         print_summary(summary)
         print_samples(summary)
         notes.print(f"Run folder: {loaded.recipe.output_dir}")
+
+
+def _choose(loaded: "LoadedRecipe", placement: "Placement") -> "tuple[LoadedRecipe, tuple[Choice, ...]]":
+    """Settle what the recipe leaves open, and say what was settled: once, for all processes."""
+    from peftchat.console import notes
+    from peftchat.planning.settle import settle_open
+
+    chosen, choices = settle_open(loaded, placement)
+    if os.environ.get("RANK", "0") == "0" and placement.launcher != "elastic":
+        for choice in choices:
+            notes.print(f"Chosen: {choice}", markup=False, highlight=False)
+    return chosen, choices
 
 
 def _refuse_early(loaded: "LoadedRecipe", *, resume: bool) -> None:

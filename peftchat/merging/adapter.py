@@ -1,7 +1,7 @@
 """Load a PEFT adapter into a model without weights, and find the modules that it changes."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def install_adapter(hollow: HollowModel, config: Any, folder: Path) -> Adapter:
         result = set_peft_model_state_dict(model, state, low_cpu_mem_usage=mapped)
     except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
         raise _misfit(folder, str(error)) from error
-    _check_keys(result, model, folder)
+    _check_keys(result, model, folder, hollow.ties)
     model.eval()
     return Adapter(hollow, model, tuple(_sites(hollow, residual)), saved, folder)
 
@@ -160,15 +160,17 @@ def _misfit(folder: Path, why: str) -> InputError:
     )
 
 
-def _check_keys(result: Any, model: Any, folder: Path) -> None:
+def _check_keys(result: Any, model: Any, folder: Path, ties: Mapping[str, str]) -> None:
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     config = model.peft_config[ADAPTER]
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
     # Banks that several layers share are in the file once and hang in the model many times.
-    shared = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
+    shared = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.", "randlora_A", "randlora_B")
     missing = [key for key in result.missing_keys if prefix in key and f".{ADAPTER}" in key]
     missing = [key for key in missing if not any(mark in key for mark in shared)]
+    # The rows of a tied head are those of the embedding.
+    missing = [key for key in missing if f"{_base_name(key).partition('.trainable_tokens_')[0]}.weight" not in ties]
     if missing:
         raise _misfit(folder, f"{len(missing)} of its tensors are missing, first {missing[0]}")
     if result.unexpected_keys:

@@ -135,10 +135,11 @@ def _report(job: Job, options: MergeOptions, resumed: int, started: float) -> Me
     tensors = [tensor for shard in job.plan.shards.values() for tensor in shard]
     embedding = job.weights.hollow.model.get_input_embeddings().weight.shape[0]
     before = job.base.config.get_text_config().vocab_size
+    named = [member for member in job.members if not member.is_rows]
     return MergeReport(
         base=job.run.base,
-        adapters=[(str(member.folder), member.weight) for member in job.members],
-        method=[str(member.config.peft_type).rpartition(".")[2].lower() for member in job.members],
+        adapters=[(str(member.folder), member.weight) for member in named],
+        method=[str(member.config.peft_type).rpartition(".")[2].lower() for member in named],
         choice=job.choice,
         dtype=str(options.dtype or job.base.config.dtype).removeprefix("torch."),
         tensors=len(tensors),

@@ -27,15 +27,24 @@ from peftchat.merging.quantized import quantized_parameters
 from peftchat.merging.run import Run, base_config, find_base, open_run
 from peftchat.merging.shards import Checkpoint
 from peftchat.merging.weights import BaseWeights, RoundTrip
+from peftchat.models.adapter_files import TOKEN_ROWS
 
 
 @dataclass(frozen=True)
 class Member:
-    """One adapter of the merge: its folder, PEFT config and weight."""
+    """One adapter of the merge.
+
+    Attributes:
+        folder: where it lies.
+        config: its PEFT config.
+        weight: how much of it is wanted.
+        is_rows: it holds the rows of new tokens beside the adapter before it, which has no place for them.
+    """
 
     folder: Path
     config: Any
     weight: float
+    is_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,11 +87,11 @@ def prepare(folder: Path, options: MergeOptions) -> Job:
         InputError: whatever is wrong with run, base, adapters or options.
     """
     run = open_run(folder)
-    members = [Member(folder, run.config, options.scale)]
+    members = [Member(folder, run.config, options.scale), *_rows_beside(folder, options.scale)]
     for other, weight in options.adapters:
         config = read_config(other)
         check_weights(other)
-        members.append(Member(other, config, weight))
+        members += [Member(other, config, weight), *_rows_beside(other, weight)]
     base = _open_base(run, members)
     hollow = base.hollow()
     plain = BaseWeights(base.checkpoint, hollow)
@@ -110,6 +119,14 @@ def prepare(folder: Path, options: MergeOptions) -> Job:
         }
     )
     return Job(run, base, tuple(members), weights, choice, plan, mark)
+
+
+def _rows_beside(folder: Path, weight: float) -> list[Member]:
+    rows = folder / TOKEN_ROWS
+    if not rows.is_dir():
+        return []
+    check_weights(rows)
+    return [Member(rows, read_config(rows), weight, is_rows=True)]
 
 
 def _open_base(run: Run, members: list[Member]) -> Base:

@@ -5,7 +5,7 @@ first, which is what PEFT's own merge does with them: its unmerged forward leave
 (huggingface/peft#3649).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +58,18 @@ class FoldedWeights:
         return update.rows(self.weights.rows(name, start, stop).to(torch.float32, copy=True), start)
 
 
-def unmerged_model(adapter: Adapter, weights: BaseWeights) -> HollowModel:
-    """The adapter's model, computing with the base's weights as they stream in and PEFT's layers beside them."""
+def unmerged_model(adapter: Adapter, weights: BaseWeights, beside: Sequence[Adapter] = ()) -> HollowModel:
+    """The adapter's model, computing with the base's weights as they stream in and PEFT's layers beside them.
+
+    Args:
+        adapter: the adapter, in a model of its own.
+        weights: the base.
+        beside: adapters of token rows that belong to it.
+    """
     model = adapter.hollow.model
-    tokens, others = {}, []
+    found = ((site, token_rows.rows_of(site)) for other in beside for site in other.sites)
+    tokens = {f"{site.path}.weight": rows for site, rows in found if rows is not None}
+    others = []
     for site in adapter.sites:
         rows = token_rows.rows_of(site)
         if rows is None:

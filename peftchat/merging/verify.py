@@ -60,9 +60,10 @@ def verify_merged(job: Job, folder: Path, options: MergeOptions) -> Verification
     special = trained_token_ids(adapters)
     room = min(_LOGIT_BYTES, options.working_set or _LOGIT_BYTES) // (4 * vocabulary)
     batch = _batch(prompts(job.run, load_tokenizer(folder), special, vocabulary), max(_FEWEST_POSITIONS, room))
-    stock = len(job.members) == 1 and job.members[0].weight == 1.0
+    beside = [adapter for adapter, member in zip(adapters, job.members, strict=True) if member.is_rows]
+    stock = len(job.members) - len(beside) == 1 and job.members[0].weight == 1.0
     if stock:
-        expected = _logits(unmerged_model(adapters[0], job.weights), batch)
+        expected = _logits(unmerged_model(adapters[0], job.weights, beside), batch)
     else:
         folded = job.base.hollow()
         stream_weights(folded, FoldedWeights(job.weights, job.plan))

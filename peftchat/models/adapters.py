@@ -1,34 +1,104 @@
-"""The PEFT config of a recipe's adapter."""
+"""A variant around a frozen base: the stock PEFT model that is trained."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftchat.errors import InputError
+from peftchat.models.facts import model_facts
+from peftchat.models.rows import TokenRows
+from peftchat.models.starts import RowBatches, begin, prepare
+from peftchat.models.zero import is_zero3
+from peftchat.variants import entry
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
     from peftchat.recipe import Recipe
 
-_LORA_FLAVOURS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-}
-"""LoRA (Hu et al., 2021), rsLoRA (Kalajdzievski, 2023) and DoRA (Liu et al., 2024) by PEFT's own switches."""
+
+def peft_config(recipe: "Recipe", model: "PreTrainedModel") -> "PeftConfig | None":
+    """The stock PEFT config for the recipe's `adapter` section on this model; None where PEFT has no part.
+
+    Raises:
+        InputError: the variant does not find the layers that it works on.
+    """
+    from peft import TaskType
+
+    assert recipe.adapter is not None
+    variant = entry(recipe.adapter.variant)
+    if variant.build is None:
+        return None
+    try:
+        config = variant.build(recipe.adapter, model_facts(model))
+    except (ValueError, TypeError) as error:
+        raise _misfit(recipe, error) from error
+    config.task_type = TaskType.CAUSAL_LM
+    config.base_model_name_or_path = recipe.model.name
+    config.revision = recipe.model.revision
+    return config
 
 
-def peft_config(recipe: "Recipe") -> "PeftConfig":
-    """The stock PEFT config for the recipe's `adapter` section."""
-    from peft import LoraConfig, TaskType
+def wrap(
+    recipe: "Recipe", model: "PreTrainedModel", batches: RowBatches, checkpoint: Path | None
+) -> "PreTrainedModel | PeftModel":
+    """Put the recipe's adapter around a frozen model that has its token rows already.
 
-    adapter = recipe.adapter
-    assert adapter is not None
-    modules = adapter.target_modules
-    return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=recipe.model.name,
-        revision=recipe.model.revision,
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=modules if isinstance(modules, str) else list(modules),
-        **_LORA_FLAVOURS[adapter.variant],
+    Args:
+        recipe: says which adapter.
+        model: the base; its weights come out unchanged.
+        batches: yields training rows, for variants that begin at what they find in them.
+        checkpoint: a checkpoint whose values will be loaded, which makes looking for a start unnecessary.
+
+    Returns:
+        The wrapped model; the base itself where only token rows are trained.
+
+    Raises:
+        InputError: the adapter does not fit the model.
+    """
+    from peft import get_peft_model
+
+    config = peft_config(recipe, model)
+    if config is None:
+        return model
+    assert recipe.adapter is not None
+    variant = entry(recipe.adapter.variant)
+    try:
+        prepare(recipe, model, config, batches, checkpoint)
+        wrapped = get_peft_model(model, config)
+        if variant.start is not None:
+            begin(recipe, wrapped, batches, checkpoint)
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise _misfit(recipe, error) from error
+    _train_rows_too(model)
+    _hold_in_float32(wrapped)
+    return wrapped
+
+
+def _train_rows_too(model: "PreTrainedModel") -> None:
+    """PEFT freezes whatever it did not put there itself."""
+    for module in model.modules():
+        if isinstance(module, TokenRows):
+            module.requires_grad_(True)
+
+
+def _hold_in_float32(model: "PeftModel") -> None:
+    """Small steps round to nothing in 16 bits. Under ZeRO-3 the optimizer holds the float32 values."""
+    if is_zero3():
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
+def _misfit(recipe: "Recipe", error: Exception) -> InputError:
+    if isinstance(error, InputError):
+        return error
+    assert recipe.adapter is not None
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return InputError(
+        f"the adapter does not fit the model: {lines[0]}",
+        where=f"adapter: {recipe.adapter.variant}",
+        cure="Use `target_modules: all-linear`, or names of the model's own linear layers; "
+        f"`peftchat variants {recipe.adapter.variant}` tells what the variant takes.",
     )

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from peftchat.recipe import Recipe
 
+PER_DIALOGUE = "per_dialogue"
+"""The attention of `peftchat.models.per_dialogue`, by the name it has in recipes and in transformers' registry."""
+
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -166,6 +169,9 @@ def attention_implementation(recipe: "Recipe") -> str | None:
 
     import torch
 
+    if recipe.model.attention == PER_DIALOGUE:
+        # Put in the place of SDPA once the model is there.
+        return None
     if recipe.model.attention != "auto":
         return recipe.model.attention
     half = recipe.model.dtype != "float32"

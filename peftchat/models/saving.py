@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 
 from peftchat.errors import CheckFailed
-from peftchat.models.adapter_files import adapter_state, save_adapter
+from peftchat.models.adapter_files import adapter_state, is_adapted, save_adapter
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -32,7 +32,7 @@ def save_model_files(
         dtype: torch's name of the dtype for full weights; None keeps the one they have. Adapters stay as trained.
         wrapped: DeepSpeed's engine, where it holds the weights.
     """
-    if isinstance(model, PeftModel):
+    if is_adapted(model):
         state = adapter_state(model)
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)

@@ -142,10 +142,10 @@ class LossProfile:
     Args:
         trace: gives the bytes for a number of positions, as a CPU works through them.
         chunk: positions of the CPU's chunk.
-        rows_at_once: positions of a chunk on the device planned for, of so many in all.
+        of_a_chunk: positions of a chunk on the device planned for, of so many in all.
     """
 
-    def __init__(self, trace: Callable[[int], LossTrace], chunk: int, rows_at_once: Callable[[int], int]) -> None:
+    def __init__(self, trace: Callable[[int], LossTrace], chunk: int, of_a_chunk: Callable[[int], int]) -> None:
         half, one, four = (trace(count) for count in (chunk // 2, chunk, 4 * chunk))
         slope = (one.forward - half.forward) / (chunk - chunk // 2)
         self._position = (four.forward - one.forward) / (3 * chunk)
@@ -154,7 +154,7 @@ class LossProfile:
         self._back = (four.backward - one.backward) / (3 * chunk)
         self._back_constant = one.backward - self._back * chunk
         self._gradients = one.gradients
-        self.rows_at_once = rows_at_once
+        self.rows_at_once = of_a_chunk
 
     def at(self, targets: int) -> LossTrace:
         """The bytes for so many supervised positions."""
@@ -197,8 +197,8 @@ def loss_profile(
     """Trace the loss over a head of the model's size."""
     size = facts.vocabulary + (0 if trains_head else key.new_tokens)
 
-    def rows_at_once(device: str, targets: int) -> int:
-        return rows_at_once(targets, size, device, taller=trains_head)
+    def of_a_chunk(on: str, targets: int) -> int:
+        return rows_at_once(targets, size, on, taller=trains_head)
 
     def trace(targets: int) -> LossTrace:
         with fake_mode():
@@ -212,7 +212,7 @@ def loss_profile(
                 new_tokens=key.new_tokens,
             )
 
-    return LossProfile(trace, rows_at_once("cpu", 2**40), functools.partial(rows_at_once, device))
+    return LossProfile(trace, of_a_chunk("cpu", 2**40), functools.partial(of_a_chunk, device))
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

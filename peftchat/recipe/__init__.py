@@ -1,11 +1,9 @@
 """What the user asks for: the typed recipe, how it is read, and what is said when it is wrong."""
 
-from peftchat.recipe.choices import VARIANTS
 from peftchat.recipe.dump import dump_recipe, training_arguments
 from peftchat.recipe.load import LoadedRecipe, load_recipe
 from peftchat.recipe.schema import Recipe
 from peftchat.recipe.sections import (
-    AdapterSection,
     ChatSection,
     DataEntry,
     DataSection,
@@ -14,9 +12,9 @@ from peftchat.recipe.sections import (
     QuantizationSection,
 )
 from peftchat.recipe.training import TrainingSection
+from peftchat.variants.options import AdapterSection
 
 __all__ = [
-    "VARIANTS",
     "AdapterSection",
     "ChatSection",
     "DataEntry",

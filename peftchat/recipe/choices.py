@@ -4,11 +4,7 @@ from typing import Literal, get_args
 
 Method = Literal["full", "lora", "qlora"]
 Dtype = Literal["bfloat16", "float16", "float32"]
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
-
-Variant = Literal["lora", "rslora", "dora"]
-VARIANTS: tuple[str, ...] = get_args(Variant)
-"""Every value of `adapter.variant`."""
+Attention = Literal["auto", "per_dialogue", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 QuantizationType = Literal["nf4", "fp4"]
 
@@ -18,7 +14,7 @@ NewTokenInit = Literal["mean", "description", "zeros"]
 SpecialText = Literal["text", "refuse"]
 EmptyRows = Literal["drop", "refuse"]
 
-Truncation = Literal["turns", "refuse", "drop"]
+Truncation = Literal["turns", "turns_leading", "split", "refuse", "drop"]
 
 Strategy = Literal["auto", "single", "ddp", "zero2", "zero3"]
 Offload = Literal["none", "optimizer", "all"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from peftchat.recipe.document import Document, Keys, dotted
 from peftchat.recipe.problems import Problem
 from peftchat.recipe.schema import Recipe
+from peftchat.variants import entry
 
 ZERO_STRATEGIES = ("zero2", "zero3")
 
@@ -38,6 +39,8 @@ def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
 def _method(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.method == "full" and recipe.adapter is not None:
         yield Conflict(("adapter",), ("method",), "`method: full` trains all weights and has no adapter")
+    if recipe.method != "full" and recipe.model.freeze_layers is not None:
+        yield Conflict(("model", "freeze_layers"), ("method",), "an adapter leaves every layer of the base as it is")
     if recipe.method != "qlora" and recipe.quantization is not None:
         why = "quantised weights can only be trained through an adapter, by `method: qlora`"
         yield Conflict(("quantization",), ("method",), why)
@@ -48,6 +51,10 @@ def _method(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _chat_and_data(recipe: Recipe) -> Iterator[Conflict]:
+    if recipe.adapter is not None and recipe.data.packing:
+        why = entry(recipe.adapter.variant).refuses.get("packing")
+        if why is not None:
+            yield Conflict(("data", "packing"), ("adapter", "variant"), why)
     if recipe.chat.template == "model":
         why = "`chat.template: model` adds no tokens"
         yield Conflict(("chat", "new_token_init"), ("chat", "template"), why)
@@ -62,7 +69,11 @@ def _optimizer(recipe: Recipe) -> Iterator[Conflict]:
     if training.lr_scheduler_type == "constant":
         why = "a `constant` schedule has no warm-up; `constant_with_warmup` does"
         yield Conflict(("training", "warmup_steps"), ("training", "lr_scheduler_type"), why)
-    if not training.gradient_checkpointing:
+    if training.rows_per_step is not None:
+        why = "it follows from `rows_per_step`"
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            yield Conflict(("training", key), ("training", "rows_per_step"), why)
+    if training.gradient_checkpointing is False:
         because = ("training", "gradient_checkpointing")
         why = "`gradient_checkpointing` is off"
         yield Conflict(("training", "gradient_checkpointing_kwargs"), because, why)

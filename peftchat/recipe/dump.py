@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 from peftchat.recipe.conflicts import find_conflicts
 from peftchat.recipe.paths import make_absolute
 from peftchat.recipe.schema import Recipe
+from peftchat.recipe.training import OWN_KEYS
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -45,6 +46,8 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
     Keys without effect are left out. Evaluation is off where there is nothing to evaluate on.
     """
     arguments: dict[str, Any] = recipe_values(recipe)["training"]
+    for key in OWN_KEYS:
+        arguments.pop(key, None)
     arguments |= {"logging_first_step": True, "logging_nan_inf_filter": False}
     if not recipe.data.has_eval:
         arguments |= {"eval_strategy": "no", "eval_on_start": False}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peftchat.recipe.schema import Recipe
+from peftchat.variants import VARIANTS, AdapterSection
 
 SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
 """The schema as shipped; a recipe names it in its first line."""
@@ -14,9 +15,10 @@ def recipe_schema() -> dict[str, Any]:
     """The schema of a recipe file, which may extend another and then lack what that one has."""
     schema = Recipe.model_json_schema()
     sections: dict[str, Any] = schema["$defs"]
+    sections |= _adapter_sections()
     needed = {name: sections[name].pop("required") for name in ("ModelSection", "DataSection")}
     for part in (schema, *sections.values()):
-        for key, value in part["properties"].items():
+        for key, value in part.get("properties", {}).items():
             part["properties"][key] = _or_null(_without_titles(value))
         part.pop("title", None)
     schema["properties"]["extends"] = {
@@ -36,6 +38,40 @@ def recipe_schema() -> dict[str, Any]:
         "title": "peftchat recipe",
         **schema,
     }
+
+
+def _adapter_sections() -> dict[str, Any]:
+    """The `adapter` section, whose keys depend on its variant, and a section for each variant."""
+    sections: dict[str, Any] = {}
+    choices: list[dict[str, Any]] = []
+    for variant in VARIANTS.values():
+        if variant.options is None:
+            continue
+        name = variant.options.__name__
+        sections[name] = variant.options.model_json_schema()
+        sections[name]["properties"]["variant"] = {"enum": [variant.name, *variant.aliases], "type": "string"}
+        is_this = {"properties": {"variant": {"enum": [variant.name, *variant.aliases]}}, "required": ["variant"]}
+        choices.append({"if": is_this, "then": {"$ref": f"#/$defs/{name}"}})
+    # A recipe that extends another may leave the variant to that one.
+    homes: dict[str, list[dict[str, str]]] = {}
+    for name, section in sections.items():
+        for key in section["properties"]:
+            homes.setdefault(key, []).append({"$ref": f"#/$defs/{name}/properties/{key}"})
+    any_key = {"properties": {key: {"anyOf": home} for key, home in homes.items()}, "additionalProperties": False}
+    unnamed = {"if": {"not": {"required": ["variant"]}}, "then": any_key}
+    names = [name for variant in VARIANTS.values() if variant.options for name in (variant.name, *variant.aliases)]
+    kinds = {"enum": names, "type": "string", "default": "lora", "description": _meaning_of_variant()}
+    whole = {
+        "description": AdapterSection.__doc__,
+        "type": "object",
+        "properties": {"variant": kinds},
+        "allOf": [*choices, unnamed],
+    }
+    return {**sections, "AdapterSection": whole}
+
+
+def _meaning_of_variant() -> str:
+    return AdapterSection.model_fields["variant"].description or ""
 
 
 def _without_titles(value: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from peftchat.errors import InputError
+from peftchat.recipe.adapter import drop_settings_of_other_variants
 from peftchat.recipe.conflicts import conflict_problems, find_conflicts, settle
 from peftchat.recipe.deepspeed_file import deepspeed_problems
 from peftchat.recipe.document import Document, parse_yaml, plain
@@ -47,6 +48,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, to_train: bool = T
     for flag in overrides:
         apply_override(document, flag)
     find_beside_recipe(document)
+    drop_settings_of_other_variants(document)
     recipe = _settle(document, str(path))
     problems = list(impossible(recipe))
     if to_train:
@@ -114,5 +116,5 @@ def _validate(document: Document, name: str) -> Recipe:
     try:
         return Recipe.model_validate(document.values)
     except ValidationError as error:
-        refuse(schema_problems(error.errors(include_url=False)), document, name)
+        refuse(schema_problems(error.errors(include_url=False), document), document, name)
         raise

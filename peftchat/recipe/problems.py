@@ -9,10 +9,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from peftchat.errors import InputError
+from peftchat.recipe.adapter import options_of
 from peftchat.recipe.document import Document, Keys, dotted
 from peftchat.recipe.foreign import REFUSED, RENAMED
 from peftchat.recipe.schema import Recipe
-from peftchat.recipe.section import Section
+from peftchat.section import Section
+from peftchat.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,17 @@ def refuse(problems: Sequence[Problem], document: Document, name: str) -> None:
         raise InputError(f"{len(errors)} problems\n{lines}", where=name)
 
 
-def schema_problems(errors: Sequence[ErrorDetails]) -> list[Problem]:
+def schema_problems(errors: Sequence[ErrorDetails], document: Document) -> list[Problem]:
     """One problem for each of the errors that pydantic found in a recipe."""
-    return [_problem(error) for error in errors]
+    adapter = options_of(document.value(("adapter", "variant")) or "lora")
+    return [_problem(error, adapter) for error in errors]
 
 
-def _problem(error: ErrorDetails) -> Problem:
+def _problem(error: ErrorDetails, adapter: type[Section] | None) -> Problem:
     keys, kind, given = tuple(error["loc"]), error["type"], error["input"]
     context = error.get("ctx", {})
     if kind == "extra_forbidden":
-        return _unknown(keys, given)
+        return _unknown(keys, given, adapter)
     if kind == "missing":
         return _missing(keys)
     if kind == "literal_error":
@@ -62,6 +65,8 @@ def _problem(error: ErrorDetails) -> Problem:
         return Problem(keys, f"must be {_BOUNDS[kind]} {limit:g}, got {_shown(given)}")
     if kind in ("string_too_short", "too_short"):
         return Problem(keys, "is empty", _example(keys))
+    if kind == "string_pattern_mismatch":
+        return Problem(keys, f"is not of the right form, got {_shown(given)}", _example(keys))
     return Problem(keys, f"{error['msg']}, got {_shown(given)}")
 
 
@@ -176,13 +181,24 @@ def all_keys() -> dict[str, list[str]]:
         section = section_of(info.annotation)
         for key in section.model_fields if section else ():
             homes.setdefault(key, []).append(name)
+    for key in _settings_of_variants():
+        homes.setdefault(key, []).append("adapter")
     return homes
 
 
-def _unknown(keys: Keys, given: object) -> Problem:
+def _settings_of_variants() -> list[str]:
+    """What the `adapter` section takes beside `variant`, of any variant."""
+    return list(dict.fromkeys(key for variant in VARIANTS.values() for key in variant.keys))
+
+
+def _unknown(keys: Keys, given: object, adapter: type[Section] | None) -> Problem:
     name, section = str(keys[-1]), dotted(keys[:-1])
+    if section == "adapter" and adapter is not None and name in _settings_of_variants():
+        return _of_another_variant(keys, adapter)
     inside = _field(keys[:-1])
     known = section_of(inside.annotation) if inside else Recipe
+    if section == "adapter":
+        known = adapter
     valid = list(known.model_fields) if known else []
     homes = [home for home in all_keys().get(name, []) if home != section]
     if name in REFUSED:
@@ -201,6 +217,15 @@ def _unknown(keys: Keys, given: object) -> Problem:
         return Problem(keys, "unknown key", f"Did you mean `{f'{home}.' if home else ''}{elsewhere[0]}`?")
     listed = ", ".join(f"`{key}`" for key in valid)
     return Problem(keys, "unknown key", f"Here can stand: {listed}.")
+
+
+def _of_another_variant(keys: Keys, adapter: type[Section]) -> Problem:
+    variant = adapter.model_fields["variant"].default
+    taken = ", ".join(f"`{key}`" for key in adapter.model_fields if key != "variant")
+    others = [entry.name for entry in VARIANTS.values() if keys[-1] in entry.keys]
+    shown = ", ".join(others[:4]) + (", …" if len(others) > 4 else "")
+    what = f"`{variant}` has no such setting; it belongs to {shown}"
+    return Problem(keys, what, f"`{variant}` takes {taken}." if taken else f"`{variant}` takes no settings.")
 
 
 def _belongs(name: str, home: str, keys: Keys) -> str:

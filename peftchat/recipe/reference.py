@@ -9,8 +9,10 @@ from pydantic.fields import FieldInfo
 
 from peftchat.recipe.problems import section_of
 from peftchat.recipe.schema import Recipe
-from peftchat.recipe.section import Section
 from peftchat.recipe.sections import DataEntry
+from peftchat.section import Section
+from peftchat.variants import VARIANTS, AdapterSection
+from peftchat.variants.low_rank import LoraSection
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,21 @@ def sections() -> Iterator[SectionRows]:
     yield SectionRows("", "", tuple(_rows(Recipe, skip_sections=True)))
     for name, info in Recipe.model_fields.items():
         if (section := section_of(info.annotation)) is not None:
-            yield SectionRows(name, info.description or "", tuple(_rows(section)))
+            # Each variant has keys of its own; those of the default one stand for them.
+            shown = _LORA if section is AdapterSection else section
+            yield SectionRows(name, info.description or "", tuple(_rows(shown)))
+
+
+def _variant_row() -> KeyRow:
+    info = AdapterSection.model_fields["variant"]
+    return KeyRow("variant", "a name", default_text(info), info.description or "")
 
 
 def _rows(section: type[Section], skip_sections: bool = False) -> Iterator[KeyRow]:
     for name, info in section.model_fields.items():
+        if name == "variant":
+            yield _variant_row()
+            continue
         if skip_sections and section_of(info.annotation) is not None:
             continue
         yield KeyRow(name, type_name(info.annotation), default_text(info), info.description or "")
@@ -89,10 +101,29 @@ def manual() -> str:
         if section.meaning:
             lines.append(f"{section.meaning}\n")
         lines.append(_table(section.keys))
+        if section.name == "adapter":
+            lines.append(_ADAPTER_NOTE)
+            lines += _variant_tables()
         if section.name == "data":
             lines.append("### An entry of `data.train` or `data.eval`\n")
             lines.append(_table(tuple(_rows(DataEntry))))
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _variant_tables() -> Iterator[str]:
+    """The keys of each variant that LoRA has not, or that stand for something else there."""
+    shared = {row.name: row for row in _rows(_LORA)}
+    for variant in VARIANTS.values():
+        if variant.options is None or variant.options is _LORA:
+            continue
+        rows = [row for row in _rows(variant.options) if row.name != "variant"]
+        same = [f"`{row.name}`" for row in rows if shared.get(row.name) == row]
+        own = tuple(row for row in rows if shared.get(row.name) != row)
+        yield f"### `{variant.name}`\n"
+        taken = f" Takes {', '.join(same)} as above{', and' if own else '.'}" if same else " Takes" if own else ""
+        yield f"{variant.summary}{taken or ' Takes no settings.'}\n"
+        if own:
+            yield _table(own)
 
 
 def _table(rows: tuple[KeyRow, ...]) -> str:
@@ -103,6 +134,14 @@ def _table(rows: tuple[KeyRow, ...]) -> str:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
+
+_LORA = LoraSection
+
+_ADAPTER_NOTE = """\
+These are the keys of `lora`. Each variant takes settings of its own, listed below; a setting of another variant is an
+error. Where a recipe (or `--set adapter.variant=NAME`) changes the variant of the one it extends, the settings that
+the new variant does not take go with the old one. `peftchat variants NAME` shows the same on the command line.
+"""
 
 _HEAD = """\
 # The recipe

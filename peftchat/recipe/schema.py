@@ -1,14 +1,14 @@
 """The recipe: everything a run is asked to do, as one frozen, strictly typed object."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
+from pydantic.functional_validators import BeforeValidator
 
+from peftchat.recipe.adapter import section_of_variant
 from peftchat.recipe.choices import Method
-from peftchat.recipe.section import Section
 from peftchat.recipe.sections import (
-    AdapterSection,
     ChatSection,
     DataSection,
     DistributedSection,
@@ -16,6 +16,8 @@ from peftchat.recipe.sections import (
     QuantizationSection,
 )
 from peftchat.recipe.training import LEARNING_RATES, TrainingSection
+from peftchat.section import Section
+from peftchat.variants import VARIANTS, AdapterSection, Variant, proper_name
 
 
 class Recipe(Section):
@@ -26,7 +28,9 @@ class Recipe(Section):
         description="What is trained: all weights (`full`), an adapter (`lora`), or an adapter on a "
         "quantised base (`qlora`)."
     )
-    adapter: AdapterSection | None = Field(None, description="The adapter, for `lora` and `qlora`.")
+    adapter: Annotated[SerializeAsAny[AdapterSection], BeforeValidator(section_of_variant)] | None = Field(
+        None, description="The adapter that is trained beside the frozen base (methods `lora` and `qlora`)."
+    )
     quantization: QuantizationSection | None = Field(None, description="The quantised base, for `qlora`.")
     chat: ChatSection = Field(
         ChatSection(),
@@ -66,5 +70,26 @@ class Recipe(Section):
             filled["quantization"] = {}
         training = {} if filled.get("training") is None else filled["training"]
         if isinstance(training, Mapping) and training.get("learning_rate") is None:
-            filled["training"] = {**training, "learning_rate": LEARNING_RATES[method]}
+            filled["training"] = {**training, "learning_rate": _learning_rate(method, filled.get("adapter"))}
+        if _refuses_packing(filled):
+            data = filled.get("data")
+            if isinstance(data, Mapping) and data.get("packing") is None:
+                filled["data"] = {**data, "packing": False}
         return filled
+
+
+def _learning_rate(method: str, adapter: Any) -> float:
+    """What the recipe trains with where it gives no rate: the variant's own."""
+    variant = None if method == "full" else _variant(adapter)
+    return LEARNING_RATES[method] if variant is None else variant.learning_rate
+
+
+def _refuses_packing(given: Mapping[str, Any]) -> bool:
+    variant = None if given.get("method") == "full" else _variant(given.get("adapter"))
+    return variant is not None and variant.why_not("packing") is not None
+
+
+def _variant(adapter: Any) -> Variant | None:
+    """The variant that an `adapter` section names, before anything in it has been checked."""
+    name = adapter.get("variant") if isinstance(adapter, Mapping) else None
+    return VARIANTS.get(proper_name(name)) if isinstance(name, str) else None

@@ -3,7 +3,6 @@
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
 
 from peftchat.recipe.choices import (
     Attention,
@@ -17,9 +16,8 @@ from peftchat.recipe.choices import (
     Strategy,
     Template,
     Truncation,
-    Variant,
 )
-from peftchat.recipe.section import Section, list_to_tuple
+from peftchat.section import Section, list_to_tuple
 
 
 class ModelSection(Section):
@@ -39,37 +37,18 @@ class ModelSection(Section):
     )
     attention: Attention = Field(
         "auto",
-        description="The attention implementation. `auto` takes the fastest one here that keeps packed "
-        "dialogues apart.",
+        description="The attention implementation. `auto` takes the fastest one here that keeps packed dialogues "
+        "apart: `flash_attention_2` where it is installed, else `per_dialogue` (torch's variable-length kernel on a "
+        "GPU, dialogue by dialogue on a CPU), else `sdpa` with a mask.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with a hub model. Only for authors you trust."
     )
-
-
-def _module_list(value: object) -> object:
-    if value == "all-linear":
-        return value
-    if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
-        return tuple(value)
-    raise PydanticCustomError("module_list", "expected `all-linear` or a list of module names")
-
-
-class AdapterSection(Section):
-    """The adapter that is trained beside the frozen base (methods `lora` and `qlora`)."""
-
-    variant: Variant = Field("lora", description="The kind of adapter.")
-    r: int = Field(16, ge=1, description="Rank of the update. More rank can learn more and costs more memory.")
-    alpha: int = Field(
-        32,
-        ge=1,
-        description="Scale of the update: `alpha / r` (`alpha / sqrt(r)` for rslora) times the adapter's output.",
-    )
-    dropout: float = Field(0.05, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
-    target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_module_list)] = Field(
-        "all-linear",
-        description="The layers that get an adapter: `all-linear` (all linear layers but the output head) "
-        "or a list of module names such as `[q_proj, v_proj]`.",
+    freeze_layers: str | None = Field(
+        None,
+        pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$",
+        description="Decoder layers that `method: full` leaves as they are, from 0 on: `0-11`, or `0-3,8`.",
+        examples=["0-11"],
     )
 
 
@@ -138,6 +117,17 @@ class DataEntry(Section):
     weight: float = Field(
         1.0, gt=0, description="How often this source is drawn in a mix, relative to its number of rows."
     )
+    languages: Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)] = Field(
+        (),
+        description="Keep only dialogues in these languages, such as `[en, pt-BR]`; `pt` takes in `pt-BR`. The row's "
+        "own `lang` decides where there is one, else a detector.",
+    )
+    top_k: int | None = Field(
+        None,
+        ge=1,
+        description="OpenAssistant exports only: of each turn's ranked replies, follow the best this many. "
+        "Without it, all.",
+    )
 
 
 Entries = Annotated[tuple[DataEntry, ...], BeforeValidator(list_to_tuple), Field(min_length=1)]
@@ -169,8 +159,9 @@ class DataSection(Section):
     )
     truncation: Truncation = Field(
         "turns",
-        description="A dialogue longer than `max_length`: `turns` drops whole trailing exchanges, `drop` "
-        "drops the row, `refuse` stops with an error. All are counted.",
+        description="A dialogue longer than `max_length`: `turns` drops its last exchanges, `turns_leading` its "
+        "first ones, `split` makes several rows of it, each with the system message; `drop` drops the dialogue, "
+        "`refuse` stops with an error. All are counted.",
     )
     pad_to_multiple_of: int | None = Field(
         None,

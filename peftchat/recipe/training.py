@@ -6,10 +6,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from peftchat.recipe.choices import REPORTERS, EvalStrategy, Optimizer, Reporter, SaveStrategy, Schedule
-from peftchat.recipe.section import Section
+from peftchat.section import Section
 
 LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 """The learning rate of each method where the recipe gives none."""
+
+OWN_KEYS = ("max_tokens", "max_minutes", "rows_per_step")
+"""The keys that transformers does not know."""
 
 
 def _reporter_list(value: object) -> object:
@@ -36,13 +39,31 @@ class TrainingSection(Section):
     learning_rate: float = Field(
         LEARNING_RATES["lora"],
         gt=0,
-        description="Peak learning rate. Without it: 2e-5 for `full`, 2e-4 for `lora` and `qlora`.",
-        json_schema_extra={"x-default-text": "2e-5 (full), 2e-4 (lora, qlora)"},
+        description="Peak learning rate. Without it: 2e-5 for `full`, otherwise the variant's (`peftchat variants`).",
+        json_schema_extra={"x-default-text": "2e-5 (full), 2e-4 (lora), or the variant's"},
     )
     max_steps: int = Field(
         -1, description="Stop after this many optimizer steps; beats `num_train_epochs`. -1 trains by epochs."
     )
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Also stop after this many tokens, padding not counted. The learning rate then follows the share "
+        "that is used up.",
+    )
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Also stop after so many minutes of training; evaluating and saving do not count. The learning "
+        "rate then follows the share that is used up.",
+    )
+    rows_per_step: int | None = Field(
+        None,
+        ge=1,
+        description="Rows (packs, with `data.packing`) in one optimizer step of all processes together. Given instead "
+        "of the next key and `gradient_accumulation_steps`, which then follow from memory and a token budget.",
+    )
     per_device_train_batch_size: int = Field(
         2, ge=1, description="Rows (packs, with `data.packing`) in one forward pass of one process."
     )
@@ -62,16 +83,17 @@ class TrainingSection(Section):
     weight_decay: float = Field(0.0, ge=0, description="Decay of the trained weights; biases and norms are exempt.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm. 0 clips nothing.")
     optim: Optimizer = Field(
-        "adamw_torch",
+        "adamw_torch_fused",
         description="The optimizer. 8-bit and paged ones come from bitsandbytes and want a GPU.",
     )
     optim_args: str | None = Field(None, description="The optimizer's own options, as `name=value,name=value`.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's decay of the mean of gradients.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's decay of the mean of squared gradients.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Adam's guard against division by zero.")
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Recompute activations in the backward pass: much less memory, about a third more time.",
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Recompute activations in the backward pass: much less memory, about a third more time. Without "
+        "it: only if the run would not fit otherwise, by the estimate of `peftchat plan`.",
     )
     gradient_checkpointing_kwargs: dict[str, Any] | None = Field(
         None, description="Options of `torch.utils.checkpoint`, such as `{use_reentrant: false}`."

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from peftchat.recipe import QuantizationSection, Recipe
 from peftchat.reports.facts import RunFacts
+from peftchat.variants import entry
 
 _ASK = """
 messages = [{"role": "user", "content": "How do I read a text file line by line?"}]
@@ -65,7 +66,14 @@ def _adapter(recipe: Recipe, facts: RunFacts) -> list[str]:
         lines += _quantization(recipe)
         arguments.append("quantization_config=quantization")
     lines.append(f"model = AutoModelForCausalLM.from_pretrained(base, {', '.join(arguments)})")
-    return [*lines, *_growth(facts), "model = PeftModel.from_pretrained(model, run)"]
+    return [*lines, *_growth(facts), *_rows_beside(recipe, facts), "model = PeftModel.from_pretrained(model, run)"]
+
+
+def _rows_beside(recipe: Recipe, facts: RunFacts) -> list[str]:
+    """Where PEFT's adapter has no place for the rows of new tokens they lie in one of their own."""
+    if recipe.adapter is None or not facts.new_tokens or entry(recipe.adapter.variant).rows_inside:
+        return []
+    return ['model = PeftModel.from_pretrained(model, f"{run}/token_rows").merge_and_unload()  # new tokens']
 
 
 def _growth(facts: RunFacts) -> list[str]:

@@ -13,6 +13,7 @@ from peftchat.recipe import Recipe
 from peftchat.reports.facts import RunFacts
 from peftchat.reports.loading_code import base_is_local, base_name, loading_code, new_vocabulary_size, run_name
 from peftchat.reports.verdict import cautions, verdict
+from peftchat.variants import entry
 
 _END_TOKENS = {"starchat": starchat(None).end_token, "chatml": chatml(None).end_token}
 
@@ -80,6 +81,10 @@ def _use(recipe: Recipe, facts: RunFacts) -> str:
             f"The adapter carries rows for tokens up to id {needed - 1}. A base with fewer rows than that must be "
             "grown first, as above; without it PEFT stops with an `IndexError` when it puts the rows in their place."
         )
+    if recipe.adapter is not None and not entry(recipe.adapter.variant).folds:
+        parts.append("It cannot be folded into the base: the two belong together, and vLLM does not serve them.")
+        parts.append(f"To talk to it in the terminal: `peftchat chat {run_name(recipe)}`.")
+        return "\n\n".join(parts)
     merge = f"`peftchat merge {run_name(recipe)}` folds the adapter into the base's weights"
     if facts.new_tokens:
         parts.append(f"vLLM does not serve adapters that bring rows for new tokens: {merge}, and vLLM serves those.")

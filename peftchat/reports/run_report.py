@@ -7,7 +7,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from peftchat.numbers import count, decimal, duration, share, short_count, size
-from peftchat.reports.facts import Answer, RunFacts, read_run_json
+from peftchat.reports.facts import Answer, RunFacts, read_run_json, weights_size
 from peftchat.reports.page import write_page
 from peftchat.reports.svg import Series, line_plot
 from peftchat.reports.verdict import cautions, verdict
@@ -40,7 +40,7 @@ def write_report(run: Path) -> Path:
         tiles=_tiles(facts),
         plots=_plots(MetricsFile(run / "metrics.jsonl").read()),
         samples=_paired(facts.samples_before, facts.samples_after),
-        weights_size=_weights_size(run),
+        weights_size=weights_size(run),
         recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
         record=json.dumps(record, indent=2, ensure_ascii=False),
     )
@@ -103,9 +103,3 @@ def _paired(before: Sequence[Answer], after: Sequence[Answer]) -> list[tuple[str
     first = {answer.prompt: answer for answer in before}
     last = {answer.prompt: answer for answer in after}
     return [(prompt, first.get(prompt), last.get(prompt)) for prompt in {**first, **last}]
-
-
-def _weights_size(run: Path) -> int | None:
-    """Bytes of the safetensors files that the run wrote: an adapter, or whole weights."""
-    sizes = [path.stat().st_size for path in run.glob("*.safetensors")]
-    return sum(sizes) if sizes else None

@@ -139,16 +139,21 @@ def _with_adapter(folder: Path, recipe: Recipe | None) -> "PeftModel":
     from peft import PeftConfig, PeftModel
 
     from peftchat.merging.adapter import vocabulary_needed
+    from peftchat.models.adapter_files import TOKEN_ROWS
     from peftchat.serving.token_rows import fold_rows_of_biased_head
 
-    config = PeftConfig.from_pretrained(str(folder))
-    rows = vocabulary_needed(config, folder)
+    beside = folder / TOKEN_ROWS
+    holder = beside if beside.is_dir() else folder
+    rows = vocabulary_needed(PeftConfig.from_pretrained(str(holder)), holder)
     base = _plain(_base_name(folder, None), False) if recipe is None else _base_of(recipe)
     if rows > base.get_input_embeddings().weight.shape[0]:
         _grow(base, rows)
     quantized = recipe is not None and recipe.quantization is not None
     try:
-        model = PeftModel.from_pretrained(base if quantized else base.to(_device()), str(folder))
+        base = base if quantized else base.to(_device())
+        if beside.is_dir():
+            base = PeftModel.from_pretrained(base, str(beside)).merge_and_unload()
+        model = PeftModel.from_pretrained(base, str(folder))
     except (*_UNREADABLE, RuntimeError) as error:
         raise InputError(
             f"the adapter does not load onto its base: {_first_line(error)}",

@@ -104,7 +104,7 @@ class PromptEncoder:
         Raises:
             InputError: the template refuses the dialogue, or rewrites text that looks like a special token.
         """
-        lookalikes = sum(self._text.lookalikes(message.content) for message in messages)
+        lookalikes = sum(self._text.lookalikes([message.content for message in messages]))
         if lookalikes:
             template = _Opened(ModelTemplate(self._tokenizer), self._opening_pieces())
             (row,) = RowEncoder(self._tokenizer, template).encode([Conversation(tuple(messages))])

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from peftchat.chatml.collate import ChatCollator
-from peftchat.chatml.packing import pack
 from peftchat.chatml.registry import ChatFormat
 from peftchat.errors import CheckFailed, InputError
 from peftchat.files import write_text
@@ -23,12 +21,13 @@ from peftchat.models.saving import save_model_files
 from peftchat.models.zero import is_zero3
 from peftchat.training.answers import Answer, answers
 from peftchat.training.arguments import sft_config
-from peftchat.training.attention import fall_back, settle_attention
+from peftchat.training.assemble import make_trainer
+from peftchat.training.attention import fall_back
 from peftchat.training.budget import BudgetCallback, has_budget
-from peftchat.training.build import Built, build_model, chat_format
-from peftchat.training.checkpoint import step_of, totals_of
+from peftchat.training.build import build_model, chat_format
+from peftchat.training.checkpoint import step_of
 from peftchat.training.choice import Choice
-from peftchat.training.data import Rows, Side, prepare_rows
+from peftchat.training.data import prepare_rows
 from peftchat.training.deepspeed_config import deepspeed_config
 from peftchat.training.folder import RunFolder
 from peftchat.training.memory_parts import held_before_model, memory_parts, seconds_since_start
@@ -36,15 +35,12 @@ from peftchat.training.meter import Totals
 from peftchat.training.metrics_file import MetricsFile
 from peftchat.training.placement import Placement
 from peftchat.training.probe import check_isolation, check_loss
-from peftchat.training.progress import MetricsCallback, ProgressCallback
+from peftchat.training.progress import ProgressCallback
 from peftchat.training.space import check_space, is_disk_full
 from peftchat.training.summary import run_summary
 from peftchat.training.trainer import ChatTrainer
-from peftchat.training.variant_parts import variant_parts
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from peftchat.recipe import LoadedRecipe, Recipe
 
 
@@ -103,7 +99,7 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
     if isinstance(built.model, PeftModel) and not is_zero3():
         add_branches_at_once(built.model)
     progress = ProgressCallback()
-    trainer = _trainer(recipe, folder, arguments, built, chat, rows, checkpoint, progress)
+    trainer = make_trainer(recipe, folder, arguments, built, chat, rows, checkpoint, progress)
     before = _BeforeTraining(trainer, chat, recipe, folder, checkpoint, request.questions)
     # The others write into the run folder when training begins; it is claimed only when nothing speaks against it.
     trainer.callback_handler.callbacks.insert(0, before)
@@ -162,68 +158,6 @@ def _row_elements(recipe: "Recipe", chat: ChatFormat) -> int:
     config = load_config(recipe).get_text_config()
     beyond = max(token.id for token in chat.new_tokens) + 1 - int(config.vocab_size)
     return max(len(chat.new_tokens), beyond) * int(config.hidden_size)
-
-
-def _packs(recipe: "Recipe", rows: Rows) -> "Dataset":
-    """The rows of each sequence as the data set that the trainer draws from."""
-    from datasets import Dataset
-
-    if not recipe.data.packing:
-        return Dataset.from_dict({"rows": [[index] for index in range(len(rows.store))]})
-    return Dataset.from_dict({"rows": pack(rows.store.lengths, recipe.data.max_length, recipe.training.seed)})
-
-
-def _trainer(
-    recipe: "Recipe",
-    folder: RunFolder,
-    arguments: Any,
-    built: Built,
-    chat: ChatFormat,
-    rows: dict[Side, Rows],
-    checkpoint: Path | None,
-    progress: ProgressCallback,
-) -> ChatTrainer:
-    metrics = MetricsFile(folder.metrics)
-    if arguments.should_save:
-        # Steps after the checkpoint are taken again and must not be told twice.
-        metrics.keep_through(step_of(checkpoint) if checkpoint else -1)
-
-    layout = settle_attention(recipe, built.model, built.causal_model)
-
-    def collator(side: Side) -> ChatCollator:
-        return ChatCollator(
-            rows[side].store,
-            loss_on=recipe.chat.loss_on,
-            layout=layout,
-            pad_token_id=chat.tokenizer.pad_token_id,
-            pad_to_multiple_of=recipe.data.pad_to_multiple_of,
-            watched=[token.id for token in chat.new_tokens],
-        )
-
-    return ChatTrainer(
-        built.model,
-        arguments,
-        train_packs=_packs(recipe, rows["train"]),
-        train_collator=collator("train"),
-        eval_packs=_packs(recipe, rows["eval"]) if "eval" in rows else None,
-        eval_collator=collator("eval") if "eval" in rows else None,
-        tokenizer=chat.tokenizer,
-        callbacks=[MetricsCallback(MetricsFile(folder.metrics)), progress],
-        totals=_totals_so_far(checkpoint),
-        parts=variant_parts(recipe, built.model),
-    )
-
-
-def _totals_so_far(checkpoint: Path | None) -> Totals | None:
-    """This process's counts at the checkpoint; with another number of processes, the first one takes all."""
-    if checkpoint is None:
-        return None
-    everyone = [Totals(**counts) for counts in totals_of(checkpoint)]
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if len(everyone) == world:
-        return everyone[rank]
-    together = Totals.together(everyone)
-    return together if rank == 0 else Totals(seen=[0] * len(together.seen), seen_before_target=[0] * len(together.seen))
 
 
 class _BeforeTraining(TrainerCallback):

@@ -1,0 +1,31 @@
+"""`peftchat variants`: the ways to train, as a table or one by one."""
+
+import json
+
+import click
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object: all variants by name, or the one that is named."
+)
+def command(name: str | None, as_json: bool) -> None:
+    """List what `adapter.variant` knows, or tell about one: what it does, takes, and works with.
+
+    \b
+    Examples:
+        peftchat variants
+        peftchat variants dora
+    """
+    from peftchat.console import output
+    from peftchat.variants import VARIANTS, entry
+    from peftchat.variants.show import details, facts_of, overview
+
+    if as_json:
+        chosen = facts_of(entry(name)) if name else {each: facts_of(variant) for each, variant in VARIANTS.items()}
+        click.echo(json.dumps(chosen))
+    elif name:
+        output.print(details(entry(name)))
+    else:
+        output.print(overview(VARIANTS.values()))

@@ -1,0 +1,42 @@
+"""All variants by name. A new one is a file of its own and a place in this list."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from peftchat.errors import InputError
+from peftchat.variants import adalora, low_rank, parts, products, prompts, rotations, shared_bases, starts, whole
+from peftchat.variants.entry import Variant
+
+_MODULES = (low_rank, starts, adalora, products, parts, rotations, shared_bases, prompts, whole)
+
+VARIANTS: Mapping[str, Variant] = MappingProxyType(
+    {variant.name: variant for module in _MODULES for variant in module.VARIANTS}
+)
+"""Every variant, `full` included, in the order in which they are shown."""
+
+ADAPTERS: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.options is not None)
+"""The names that `adapter.variant` takes."""
+
+_CALLED = {alias: name for name, variant in VARIANTS.items() for alias in (name, *variant.aliases)}
+
+
+def proper_name(name: str) -> str:
+    """The registry's name for a name or an alias; what is neither comes back as it is."""
+    return _CALLED.get(name.lower(), name)
+
+
+def entry(name: str) -> Variant:
+    """The variant of that name or alias.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = VARIANTS.get(proper_name(name))
+    if found is None:
+        raise InputError(f"there is no variant `{name}`", cure=f"There are: {', '.join(VARIANTS)}.")
+    return found
+
+
+def names() -> tuple[str, ...]:
+    """The names of all variants."""
+    return tuple(VARIANTS)

@@ -3,7 +3,8 @@
     python scripts/bench_train.py dialogues.jsonl --model .cache/smollm2-135m
     python scripts/bench_train.py dialogues.jsonl --model FOLDER --methods lora,full --rounds 3 --steps 20
 
-Contenders run in turn, each in a process of its own, with the same batches of 8 dialogues, learning rate and seed:
+Contenders run in turn, each in a process of its own, with the same batches (8 dialogues), learning rate
+and seed:
 
 - `trl`: `SFTTrainer` with its defaults (gradient checkpointing, padding);
 - `trl tuned`: without checkpointing, and without padding (`padding_free`);
@@ -74,6 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--one", choices=["trl", "trl tuned"], help=argparse.SUPPRESS)
@@ -94,7 +96,7 @@ def recipe(source: Path, method: str, arguments: argparse.Namespace, folder: Pat
             "learning_rate": RATE,
             "lr_scheduler_type": "constant",
             "max_steps": arguments.steps,
-            "per_device_train_batch_size": max(1, PACK // arguments.max_length) if packed else BATCH,
+            "per_device_train_batch_size": max(1, PACK // arguments.max_length) if packed else arguments.batch,
             "gradient_accumulation_steps": 1,
             "gradient_checkpointing": False,
             "logging_steps": 1,
@@ -193,7 +195,7 @@ def with_peftchat(
 def with_trl(name: str, source: Path, method: str, rows: Path, arguments: argparse.Namespace, folder: Path) -> Measured:
     """Plain TRL in a process of its own."""
     command = [sys.executable, __file__, "--one", name, "--method", method, "--rows", str(rows)]
-    for option in ("model", "steps", "max_length", "dtype"):
+    for option in ("model", "steps", "batch", "max_length", "dtype"):
         command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
     return Measured(**json.loads(finished(command).splitlines()[-1]))
 
@@ -241,7 +243,7 @@ def train_with_trl(name: str, method: str, rows: Path, arguments: argparse.Names
             learning_rate=RATE,
             lr_scheduler_type="constant",
             max_steps=arguments.steps,
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=arguments.batch,
             bf16=arguments.dtype == "bfloat16",
             use_cpu=not on_gpu,
             optim="adamw_torch",

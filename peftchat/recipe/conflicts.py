@@ -73,9 +73,9 @@ def _optimizer(recipe: Recipe) -> Iterator[Conflict]:
         why = "it follows from `rows_per_step`"
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             yield Conflict(("training", key), ("training", "rows_per_step"), why)
-    if training.gradient_checkpointing is False:
+    if not training.gradient_checkpointing:
         because = ("training", "gradient_checkpointing")
-        why = "`gradient_checkpointing` is off"
+        why = "`gradient_checkpointing` is not switched on"
         yield Conflict(("training", "gradient_checkpointing_kwargs"), because, why)
     optim = training.optim
     unused: list[str] = [] if "ademamix" in optim else ["optim_args"]

@@ -156,7 +156,10 @@ def test_one_mistake_one_message(write: Write, change: str, expected: str) -> No
         (["data.eval_fraction=null", "training.eval_steps=5"], "there is nothing to evaluate on"),
         (["training.eval_strategy=epoch", "training.eval_steps=5"], "`eval_strategy` is `epoch`"),
         (["training.save_strategy=no", "training.save_steps=5"], "`save_strategy` is `no`"),
-        (["training.gradient_checkpointing_kwargs={use_reentrant: true}"], "`gradient_checkpointing` is not switched on"),
+        (
+            ["training.gradient_checkpointing_kwargs={use_reentrant: true}"],
+            "`gradient_checkpointing` is not switched on",
+        ),
         (["training.lr_scheduler_type=constant", "training.warmup_steps=5"], "has no warm-up"),
         (["training.optim_args=a=1"], "does not read it"),
         (["training.max_steps=5", "training.warmup_steps=10"], "longer than the run"),

@@ -40,7 +40,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     _refuse_early(loaded, resume=resume)
     loaded, choices = _choose(loaded, placement)
     if dry_run:
-        from peftchat.training.plan import print_plan
+        from peftchat.planning.dry_run import print_plan
 
         print_plan(loaded, placement)
         return

@@ -78,15 +78,19 @@ def _check_index(folder: Path) -> None:
         )
 
 
-def load_config(recipe: "Recipe") -> "PretrainedConfig":
+def load_config(recipe: "Recipe", *, need_weights: bool = True) -> "PretrainedConfig":
     """The base model's config.
+
+    Args:
+        need_weights: whether a folder without weights is refused.
 
     Raises:
         InputError: it cannot be read, or is not that of a causal language model.
     """
     from transformers import AutoConfig
 
-    check_model_folder(recipe.model.name)
+    if need_weights:
+        check_model_folder(recipe.model.name)
     try:
         return AutoConfig.from_pretrained(recipe.model.name, **_hub_arguments(recipe))
     except (OSError, ValueError, KeyError) as error:

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftchat.errors import InputError
+from peftchat.models.load import load_config
 from peftchat.planning.automatic import TOKENS_AT_ONCE, choose_batch, choose_checkpointing
 from peftchat.planning.cost import CostEstimate, cost_estimate
 from peftchat.planning.facts import ModelFacts, TrainedFacts
@@ -18,8 +17,6 @@ from peftchat.planning.settings import PlanSettings, attention_kind, plan_settin
 from peftchat.planning.workload import Workload, read_workload, steps_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from peftchat.recipe import Recipe
     from peftchat.training.placement import Strategy
 
@@ -86,7 +83,7 @@ def make_plan(
     """
     found = read_workload(recipe) if read_data else "not asked for"
     workload = found if isinstance(found, Workload) else None
-    planner = Planner(read_config(recipe), recipe)
+    planner = Planner(load_config(recipe, need_weights=False), recipe)
     room = hardware.memory
     settings, chosen = _settled(recipe, planner, settings_on(recipe, hardware, workload), room)
     memory = planner.memory(settings)
@@ -194,26 +191,3 @@ def _measured_rate(settings: PlanSettings) -> float:
     from peftchat.training.flops import matmul_peak
 
     return matmul_peak(torch.device(settings.device), getattr(torch, settings.dtype)) / 1e12
-
-
-def read_config(recipe: "Recipe") -> "PretrainedConfig":
-    """The base model's config; the weights need not be there.
-
-    Raises:
-        InputError: it cannot be read, or is not that of a causal language model.
-    """
-    from transformers import AutoConfig
-
-    name = recipe.model.name
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError("the folder has no config.json", where=f"model.name: {name}")
-    arguments = {"revision": recipe.model.revision} if recipe.model.revision else {}
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code, **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"the model's config cannot be read: {str(error).strip().splitlines()[0]}",
-            where=f"model.name: {name}",
-            cure=None if folder.exists() else "Check the name, the network and the login, or give a folder.",
-        ) from error

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peftchat.errors import InputError
+from peftchat.models.load import load_config
 from peftchat.planning.automatic import TOKENS_AT_ONCE, choose_batch, choose_checkpointing
 from peftchat.planning.hardware import own_hardware, own_processor
-from peftchat.planning.make import read_config
 from peftchat.planning.planner import Planner
 from peftchat.planning.settings import PlanSettings, attention_kind, plan_settings
 from peftchat.training.choice import Choice
@@ -35,7 +35,7 @@ def settle_open(loaded: "LoadedRecipe", placement: "Placement") -> "tuple[Loaded
     if training.gradient_checkpointing is not None and training.rows_per_step is None:
         return loaded, ()
     hardware = own_hardware(None) if placement.gpus else own_processor(placement.processes)
-    planner = Planner(read_config(recipe), recipe)
+    planner = Planner(load_config(recipe, need_weights=False), recipe)
     settings = _settings(loaded, placement, hardware.device)
     values: dict[str, Any] = {}
     choices = []

@@ -15,7 +15,7 @@ from peftchat.console import output
 from peftchat.models.load import load_config
 from peftchat.numbers import count, share, size
 from peftchat.planning.hardware import own_hardware
-from peftchat.planning.make import read_config, settings_on
+from peftchat.planning.make import settings_on
 from peftchat.planning.planner import Planner
 from peftchat.planning.workload import Workload, read_workload
 from peftchat.training.build import chat_format
@@ -64,7 +64,7 @@ def _memory(recipe: "Recipe", placement: Placement) -> str:
     workload = read_workload(recipe)
     settings = settings_on(recipe, hardware, workload if isinstance(workload, Workload) else None)
     settings = settings.with_changes(strategy=placement.strategy, processes=placement.world_size)
-    memory = Planner(read_config(recipe), recipe).memory(settings)
+    memory = Planner(load_config(recipe, need_weights=False), recipe).memory(settings)
     verdict = "" if memory.total <= hardware.memory else ": it does not fit, `peftchat plan` says what would"
     return f"about {size(memory.total)} at the peak, of {size(hardware.memory)}{verdict}"
 

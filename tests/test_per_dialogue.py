@@ -1,12 +1,14 @@
 """Attention dialogue by dialogue against torch's own attention under a mask."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training_helpers import peftchat, read_json, small_model, write_dialogues, write_recipe
 
 from peftchat.chatml.collate import borders
 from peftchat.models.per_dialogue import per_dialogue_attention
@@ -63,6 +65,39 @@ def test_dropped_weights_stay_within_the_dialogue():
         output, _ = per_dialogue_attention(Layer(), query, key, values, None, dropout=0.5, **borders([10, 20]))
         seen.append(output[:, 10:])
     assert torch.equal(*seen)
+
+
+def test_under_autocast_dtypes_may_differ() -> None:
+    """Rotary positions in float32 leave queries and keys in another dtype than values."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 30, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = per_dialogue_attention(Layer(), query, key, value.bfloat16(), None, **borders([10, 20]))
+    assert output.dtype == torch.bfloat16
+    assert (output.float() - masked(query, key, value, [10, 20])).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_in_bfloat16_uses_it(method: str, tmp_path: Path) -> None:
+    base, train = small_model(tmp_path / "base", "llama"), write_dialogues(tmp_path / "train.jsonl")
+    model = {"name": str(base), "dtype": "bfloat16"}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        base,
+        train,
+        None,
+        tmp_path / "run",
+        model=model,
+        method=method,
+        training={"max_steps": 1},
+    )
+    done = peftchat("train", str(recipe))
+    assert done.returncode == 0, done.stderr
+    summary = read_json(tmp_path / "run" / "run.json")
+    assert summary["attention"] == "per_dialogue"
+    assert summary["padding_fraction"] == 0
+    assert summary["memory_bytes"]["optimizer"] >= 2 * summary["memory_bytes"]["trained_weights"]
+    assert summary["memory_bytes"]["peak"] == summary["peak_memory_bytes"]
 
 
 def test_a_mask_or_no_borders_means_plain_attention():

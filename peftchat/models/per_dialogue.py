@@ -80,13 +80,19 @@ def per_dialogue_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = query[0], key[0], value[0]
-    if dropout:
-        output = torch.cat([_alone(q, k, v, scale, span, dropout) for span in _spans(tuple(cu_seq_lens_q.tolist()))])
-    elif q.is_cuda:
-        output = _by_flash_kernel(q, k, v, scale, cu_seq_lens_q, max_length_q)
-    else:
-        output = _by_groups(q, k, v, scale, tuple(cu_seq_lens_q.tolist()))
+    device = query.device.type
+    with_autocast = torch.is_autocast_enabled(device)
+    # Rotary positions in float32 leave queries and keys in another dtype than values.
+    dtype = torch.get_autocast_dtype(device) if with_autocast else value.dtype
+    q, k, v = (tensor[0].to(dtype) for tensor in (query, key, value))
+    with torch.autocast(device, enabled=False):
+        if dropout:
+            spans = _spans(tuple(cu_seq_lens_q.tolist()))
+            output = torch.cat([_alone(q, k, v, scale, span, dropout) for span in spans])
+        elif q.is_cuda:
+            output = _by_flash_kernel(q, k, v, scale, cu_seq_lens_q, max_length_q)
+        else:
+            output = _by_groups(q, k, v, scale, tuple(cu_seq_lens_q.tolist()))
     return output[None], None
 
 

@@ -13,8 +13,10 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from peftchat.chatml.registry import ChatFormat
+from peftchat.console import notes
 from peftchat.errors import CheckFailed, InputError
 from peftchat.files import write_text
+from peftchat.models.load import PER_DIALOGUE
 from peftchat.models.lora_branch import add_branches_at_once
 from peftchat.models.new_tokens import InitialRows, current_rows, movement
 from peftchat.models.saving import save_model_files
@@ -200,12 +202,19 @@ class _BeforeTraining(TrainerCallback):
     def _probe(self) -> None:
         try:
             self._look()
-        except (InputError, RuntimeError):
+        except (InputError, RuntimeError) as error:
             # What was chosen for speed gives way; what the recipe asked for is reported.
             layout = fall_back(self._recipe, self._trainer.causal_model)
             if layout is None:
                 raise
             self._trainer.lay_out(layout)
+            if self._trainer.args.should_save:
+                reason = str(error).splitlines()[0]
+                notes.print(
+                    f"Chosen: model.attention: sdpa, slower ({PER_DIALOGUE} does not work here: {reason})",
+                    markup=False,
+                    highlight=False,
+                )
             self._look()
 
     def _look(self) -> None:

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftchat.training.meter import peak_memory_bytes
-
 if TYPE_CHECKING:
     from peftchat.training.trainer import ChatTrainer
 
 
-def memory_parts(trainer: "ChatTrainer", at_start: int) -> dict[str, int]:
-    """Bytes of this process: what it held before the model came, what stays all the time, and the peak.
+def memory_parts(trainer: "ChatTrainer", at_start: int, peak: int) -> dict[str, int]:
+    """Bytes of this process by part: what it held before the model came, what stays all the time, and the rest.
 
     `activations_and_rest` is the peak without the parts that are known: activations, logits, gathered weights,
     buffers of communication, and what allocators keep.
 
     Args:
         at_start: bytes held before the model was loaded; 0 on a GPU.
+        peak: the most bytes held.
     """
     parameters = list(trainer.model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -34,8 +33,7 @@ def memory_parts(trainer: "ChatTrainer", at_start: int) -> dict[str, int]:
         "gradients": sum(map(_own_bytes, trained)),
         "optimizer": _bytes_of(_tensors(_states(trainer))),
     }
-    peak = peak_memory_bytes()
-    return known | {"activations_and_rest": max(0, peak - sum(known.values())), "peak": peak}
+    return known | {"activations_and_rest": max(0, peak - sum(known.values()))}
 
 
 def _own_bytes(parameter: nn.Parameter) -> int:

@@ -125,12 +125,12 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
             "samples_before": [asdict(answer) for answer in before.answers],
             "samples_after": [asdict(answer) for answer in after],
             "command": request.command,
-            "memory_bytes": memory_parts(trainer, at_start),
             "seconds_to_first_step": before.seconds_to_first_step,
             "choices": [asdict(choice) for choice in request.choices],
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        summary["memory_bytes"] = memory_parts(trainer, at_start, summary["peak_memory_bytes"])
         write_text(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     trainer.accelerator.wait_for_everyone()
     return summary

@@ -38,14 +38,14 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     os.environ.update(slurm_variables(os.environ))
     placement = settle(loaded)
     _refuse_early(loaded, resume=resume)
+    if placement.launcher == "elastic" and not dry_run:
+        _launch(loaded, placement, sys.argv[1:])
+        return
     loaded, choices = _choose(loaded, placement)
     if dry_run:
         from peftchat.planning.dry_run import print_plan
 
         print_plan(loaded, placement)
-        return
-    if placement.launcher == "elastic":
-        _launch(loaded, placement, sys.argv[1:])
         return
     from peftchat.training.run import Request, run_training
 
@@ -71,7 +71,7 @@ def _choose(loaded: "LoadedRecipe", placement: "Placement") -> "tuple[LoadedReci
     from peftchat.planning.settle import settle_open
 
     chosen, choices = settle_open(loaded, placement)
-    if os.environ.get("RANK", "0") == "0" and placement.launcher != "elastic":
+    if os.environ.get("RANK", "0") == "0":
         for choice in choices:
             notes.print(f"Chosen: {choice}", markup=False, highlight=False)
     return chosen, choices

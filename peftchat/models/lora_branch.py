@@ -58,14 +58,17 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if dropped is x and type(base) is nn.Linear and not base.weight.requires_grad:
         output: Tensor = _LinearAndBranch.apply(x, base.weight, base.bias, *branch)
     else:
-        output = _Branch.apply(dropped, base(x, *args, **kwargs), *branch)
-    return output
+        result = base(x, *args, **kwargs)
+        output = _Branch.apply(dropped, result.reshape(-1, result.shape[-1]), *branch)
+    # A view made out here may be changed in place, as some models do; one made in the function may not.
+    return output.view(*x.shape[:-1], -1)
 
 
 class _Branch(torch.autograd.Function):
     """`result + (x A^T) B^T * scaling`.
 
-    Shapes: x (..., I), result (..., O), A (r, I), B (O, r). The products are taken in the dtype of the result.
+    Shapes: x (..., I), result and output (n, O) for n rows of x, A (r, I), B (O, r). The products are taken in the
+    dtype of the result.
     """
 
     @staticmethod
@@ -75,17 +78,16 @@ class _Branch(torch.autograd.Function):
             x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
             rows = x.reshape(-1, x.shape[-1])
             narrow = rows @ a.T
-            output = torch.addmm(result.reshape(-1, result.shape[-1]), narrow, b.T, alpha=scaling)
+            output = torch.addmm(result, narrow, b.T, alpha=scaling)
         ctx.save_for_backward(x, narrow, a, b)
         ctx.scaling = scaling
-        return output.view(result.shape)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, narrow, a, b = ctx.saved_tensors
         slope = outputs[0]
-        flat = slope.reshape(-1, slope.shape[-1])
-        of_narrow, of_a, of_b = _slopes(flat, x, narrow, b, ctx.scaling)
+        of_narrow, of_a, of_b = _slopes(slope, x, narrow, b, ctx.scaling)
         of_x = (of_narrow @ a).view(x.shape) if ctx.needs_input_grad[0] else None
         return of_x, slope, of_a, of_b, None
 
@@ -93,7 +95,7 @@ class _Branch(torch.autograd.Function):
 class _LinearAndBranch(torch.autograd.Function):
     """A frozen linear layer and its branch together, so that the gradient of `x` is one tensor.
 
-    Shapes: x (..., I), weight (O, I), bias (O,) or None, A (r, I), B (O, r).
+    Shapes: x (..., I), weight (O, I), bias (O,) or None, A (r, I), B (O, r), output (n, O) for n rows of x.
     """
 
     @staticmethod
@@ -110,12 +112,12 @@ class _LinearAndBranch(torch.autograd.Function):
             result.addmm_(narrow, b.T, alpha=scaling)
         ctx.save_for_backward(x, narrow, weight, a, b)
         ctx.scaling = scaling
-        return result.view(*x.shape[:-1], -1)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, narrow, weight, a, b = ctx.saved_tensors
-        flat = outputs[0].reshape(-1, outputs[0].shape[-1])
+        flat = outputs[0]
         of_narrow, of_a, of_b = _slopes(flat, x, narrow, b, ctx.scaling)
         of_x = (flat @ weight).addmm_(of_narrow, a).view(x.shape) if ctx.needs_input_grad[0] else None
         return of_x, None, None, of_a, of_b, None

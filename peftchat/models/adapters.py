@@ -32,7 +32,7 @@ def peft_config(recipe: "Recipe", model: "PreTrainedModel") -> "PeftConfig | Non
     try:
         config = variant.build(recipe.adapter, model_facts(model))
     except (ValueError, TypeError) as error:
-        raise _misfit(recipe, error) from error
+        raise misfit(recipe, error) from error
     config.task_type = TaskType.CAUSAL_LM
     config.base_model_name_or_path = recipe.model.name
     config.revision = recipe.model.revision
@@ -69,7 +69,7 @@ def wrap(
         if variant.start is not None:
             begin(recipe, wrapped, batches, checkpoint)
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise _misfit(recipe, error) from error
+        raise misfit(recipe, error) from error
     _train_rows_too(model)
     _hold_in_float32(wrapped)
     return wrapped
@@ -91,7 +91,8 @@ def _hold_in_float32(model: "PeftModel") -> None:
             parameter.data = parameter.data.float()
 
 
-def _misfit(recipe: "Recipe", error: Exception) -> InputError:
+def misfit(recipe: "Recipe", error: Exception) -> InputError:
+    """What to tell of an error that PEFT raised when it put the recipe's adapter into the model."""
     if isinstance(error, InputError):
         return error
     assert recipe.adapter is not None

@@ -15,8 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftchat.errors import InputError
-from peftchat.models.adapters import peft_config
+from peftchat.models.adapters import misfit, peft_config
 from peftchat.models.lora_branch import add_branches_at_once
 from peftchat.models.rows import TokenRows, attach
 from peftchat.models.starts import begin
@@ -105,10 +104,7 @@ def wrap(model: "PreTrainedModel", recipe: "Recipe", new_tokens: int) -> nn.Modu
         try:
             wrapped = get_peft_model(model, config)
         except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-            raise InputError(
-                f"the adapter does not fit the model: {str(error).splitlines()[0]}",
-                where=f"adapter: {recipe.adapter.variant}",
-            ) from error
+            raise misfit(recipe, error) from error
         begin(recipe, wrapped, _no_rows, Path())
     for module in model.modules():
         if isinstance(module, TokenRows):

@@ -10,9 +10,9 @@ from time import monotonic
 
 from filelock import FileLock, Timeout
 
+from peftchat.allocator import return_large_blocks
 from peftchat.errors import CheckFailed, InputError
 from peftchat.merging import journal, report
-from peftchat.merging.allocator import return_large_blocks
 from peftchat.merging.check import check_written
 from peftchat.merging.companions import make_loadable, write_companions, write_index
 from peftchat.merging.journal import Journal

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import layer as lora_layer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -26,6 +27,11 @@ def add_branches_at_once(model: PeftModel) -> int:
     for layer in layers:
         layer.forward = types.MethodType(_forward, layer)
     return len(layers)
+
+
+def adapted_layers(model: PeftModel) -> int:
+    """How many layers the adapter has changed."""
+    return sum(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -121,6 +121,9 @@ def _distributed(recipe: Recipe) -> Iterator[Conflict]:
         for key in ("processes", "nodes"):
             if getattr(distributed, key) not in (None, 1):
                 yield Conflict(("distributed", key), because, "`strategy: single` is one process")
+    if distributed.strategy in ZERO_STRATEGIES:
+        why = f"under `{distributed.strategy}` layers are never compiled"
+        yield Conflict(("training", "torch_compile"), because, why)
     if distributed.strategy not in ZERO_STRATEGIES:
         why = "only the strategies `zero2` and `zero3` run on DeepSpeed"
         yield Conflict(("distributed", "deepspeed_config"), because, why)

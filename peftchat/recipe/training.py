@@ -11,8 +11,8 @@ from peftchat.section import Section
 LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 """The learning rate of each method where the recipe gives none."""
 
-OWN_KEYS = ("max_tokens", "max_minutes", "rows_per_step")
-"""The keys that transformers does not know."""
+OWN_KEYS = ("max_tokens", "max_minutes", "rows_per_step", "torch_compile")
+"""The keys that transformers does not know, or that are not left to it."""
 
 
 def _reporter_list(value: object) -> object:
@@ -97,6 +97,11 @@ class TrainingSection(Section):
     )
     gradient_checkpointing_kwargs: dict[str, Any] | None = Field(
         None, description="Options of `torch.utils.checkpoint`, such as `{use_reentrant: false}`."
+    )
+    torch_compile: bool | None = Field(
+        None,
+        description="Compile the model's layers: faster steps and less memory, after a wait of some seconds at the "
+        "start. Without it: on a CPU with a C++ compiler if the run is long.",
     )
     seed: int = Field(42, ge=0, description="Seed of adapter weights, dropout, and the split by `data.eval_fraction`.")
     data_seed: int | None = Field(None, ge=0, description="Seed of the order of rows. Without it `seed` is used.")

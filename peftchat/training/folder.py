@@ -38,6 +38,7 @@ _FREE = {
         "per_device_eval_batch_size",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
+        "torch_compile",
         "rows_per_step",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 from transformers import TrainerCallback
 
+from peftchat.allocator import keep_large_blocks
 from peftchat.chatml.registry import ChatFormat
 from peftchat.console import notes
 from peftchat.errors import CheckFailed, InputError
 from peftchat.files import write_text
 from peftchat.models.load import PER_DIALOGUE
-from peftchat.models.lora_branch import add_branches_at_once
+from peftchat.models.lora_branch import adapted_layers, add_branches_at_once
 from peftchat.models.new_tokens import InitialRows, current_rows, movement
 from peftchat.models.saving import save_model_files
 from peftchat.models.zero import is_zero3
@@ -29,6 +30,7 @@ from peftchat.training.budget import BudgetCallback, has_budget
 from peftchat.training.build import build_model, chat_format
 from peftchat.training.checkpoint import step_of
 from peftchat.training.choice import Choice
+from peftchat.training.compiling import compile_if_it_pays
 from peftchat.training.data import prepare_rows
 from peftchat.training.deepspeed_config import deepspeed_config
 from peftchat.training.folder import RunFolder
@@ -98,8 +100,12 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
     arguments = sft_config(recipe, placement, folder.path, deepspeed=deepspeed, resuming=checkpoint is not None)
     at_start = held_before_model()
     built = build_model(recipe, placement, chat, rows["train"].store, checkpoint)
+    plain = recipe.method == "full"
     if isinstance(built.model, PeftModel) and not is_zero3():
-        add_branches_at_once(built.model)
+        plain = 0 < add_branches_at_once(built.model) == adapted_layers(built.model)
+    compiling = compile_if_it_pays(loaded, placement, built, rows["train"].stats, plain=plain)
+    if compiling is not None and is_main:
+        notes.print(f"Chosen: {compiling}", markup=False, highlight=False)
     progress = ProgressCallback()
     trainer = make_trainer(recipe, folder, arguments, built, chat, rows, checkpoint, progress)
     before = _BeforeTraining(trainer, chat, recipe, folder, checkpoint, request.questions)
@@ -108,6 +114,8 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
     if has_budget(recipe.training):
         trainer.add_callback(BudgetCallback(trainer, recipe.training))
     metrics = MetricsFile(folder.metrics)
+    if not placement.gpus:
+        keep_large_blocks()
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if "eval" in rows and not _is_evaluated(trainer, result.global_step):
@@ -126,7 +134,7 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
             "samples_after": [asdict(answer) for answer in after],
             "command": request.command,
             "seconds_to_first_step": before.seconds_to_first_step,
-            "choices": [asdict(choice) for choice in request.choices],
+            "choices": [asdict(choice) for choice in (*request.choices, *([compiling] if compiling else ()))],
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }

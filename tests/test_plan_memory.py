@@ -72,7 +72,7 @@ def test_kept_activations_are_those_that_autograd_really_saves(tmp_path: Path, c
 
 
 @pytest.mark.parametrize(
-    ("method", "attention"), [("full", "fused"), ("lora", "by_dialogue"), ("lora", "masked"), ("qlora", "eager")]
+    ("method", "attention"), [("full", "fused"), ("lora", "fused"), ("lora", "masked"), ("qlora", "eager")]
 )
 def test_the_law_through_two_layers_holds_for_all(tmp_path: Path, method: str, attention: AttentionKind) -> None:
     recipe = recipe_on("small", tmp_path, method)

@@ -2,7 +2,7 @@
 
 A batch is one line of dialogues, shape (1, N). On a GPU torch's variable-length flash kernel takes it as it is. On a
 CPU that kernel does not exist, and the backward of the flash kernel that does is slow on short lines, so dialogues of
-like length are computed together by plain matrix products, and long ones one by one by torch's own attention.
+like length are computed together by plain matrix products, and long ones alone, some queries at a time.
 
 The borders travel to the attention layers as `cu_seq_lens_q` and `max_length_q`, the arguments of transformers' flash
 attention. A forward without them (generation, say) goes through transformers' SDPA attention.
@@ -22,8 +22,12 @@ from transformers.masking_utils import sdpa_mask
 
 from peftchat.models.load import PER_DIALOGUE
 
-# Up to here the scores of a dialogue, kept for the backward pass, are smaller than its other activations.
+# Longer dialogues are computed alone: together they would only need more memory at once.
 _SHORT = 256
+# Queries of a long dialogue that are computed together: what lies behind them is never computed.
+_STRETCH = 256
+# Matrix kernels run best on lengths of whole registers.
+_ALIGNED = 32
 # A dialogue joins a group of longer ones if padding it to their length costs less than computing it apart.
 _SMALLEST_SHARE = 0.75
 
@@ -87,12 +91,11 @@ def per_dialogue_attention(
     q, k, v = (tensor[0].to(dtype) for tensor in (query, key, value))
     with torch.autocast(device, enabled=False):
         if dropout:
-            spans = _spans(tuple(cu_seq_lens_q.tolist()))
-            output = torch.cat([_alone(q, k, v, scale, span, dropout) for span in spans])
+            output = _one_by_one(q, k, v, scale, _spans(tuple(cu_seq_lens_q.tolist())), dropout)
         elif q.is_cuda:
             output = _by_flash_kernel(q, k, v, scale, cu_seq_lens_q, max_length_q)
         else:
-            output = _by_groups(q, k, v, scale, tuple(cu_seq_lens_q.tolist()))
+            output = _attend(q, k, v, cu_seq_lens_q, scale)
     return output[None], None
 
 
@@ -111,29 +114,38 @@ def _by_flash_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, borders: Ten
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Dialogues that are computed together, each padded to the longest.
+    """Dialogues that are computed together, each padded to the same length.
 
     Attributes:
+        first: their first slot.
         count: dialogues.
-        length: tokens of the longest.
-        tokens: their tokens' places in the line, int64, shape (n,).
-        slots: the same tokens' places in the padded block, int64, shape (n,); None without padding.
-        block: for each slot of the block the token it holds, int64, shape (count * length,); padding repeats a token.
-        padding: slots that are padding, int64.
+        length: slots of each.
     """
 
+    first: int
     count: int
     length: int
-    tokens: Tensor
-    slots: Tensor | None
-    block: Tensor
-    padding: Tensor
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Its slots of a (slots, ...) tensor: shape (count, length, ...)."""
+        return rows[self.first : self.first + self.count * self.length].view(self.count, self.length, *rows.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
+    """The line of dialogues as groups of slots.
+
+    Attributes:
+        groups: in the order of their slots.
+        tokens: for each slot the token it holds, int64, shape (slots,); padding repeats a dialogue's last token.
+        slots: for each token the slot that holds it, int64, shape (N,).
+        padding: slots that are padding, int64.
+    """
+
     groups: tuple[_Group, ...]
-    long: tuple[tuple[int, int], ...]
+    tokens: Tensor
+    slots: Tensor
+    padding: Tensor
 
 
 def _spans(borders: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -143,135 +155,173 @@ def _spans(borders: tuple[int, ...]) -> list[tuple[int, int]]:
 # Every layer of a forward pass asks for the same plan.
 @functools.lru_cache(maxsize=8)
 def _plan(borders: tuple[int, ...]) -> _Plan:
-    spans = _spans(borders)
-    long = tuple(span for span in spans if span[1] - span[0] > _SHORT)
-    short = sorted((span for span in spans if span[1] - span[0] <= _SHORT), key=lambda span: span[0] - span[1])
+    spans = sorted(_spans(borders), key=lambda span: span[0] - span[1])
+    groups: list[_Group] = []
+    tokens = []
+    first = 0
+    for together in _alike(spans):
+        longest = together[0][1] - together[0][0]
+        length = -(-longest // _ALIGNED) * _ALIGNED if longest > _ALIGNED else longest
+        starts = torch.tensor([start for start, _ in together])[:, None]
+        lengths = torch.tensor([stop - start for start, stop in together])[:, None]
+        tokens.append((starts + torch.minimum(torch.arange(length), lengths - 1)).flatten())
+        groups.append(_Group(first, len(together), length))
+        first += len(together) * length
+    held = torch.cat(tokens)
+    real = torch.ones(len(held), dtype=torch.bool)
+    # A token's first slot is its own; those that repeat it follow at once.
+    real[1:] = held[1:] != held[:-1]
+    slots = torch.empty(borders[-1], dtype=torch.int64)
+    slots[held[real]] = torch.nonzero(real)[:, 0]
+    return _Plan(tuple(groups), held, slots, torch.nonzero(~real)[:, 0])
+
+
+def _alike(spans: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Dialogues of like length together, the longest of each group first; long ones stay alone."""
     groups: list[list[tuple[int, int]]] = []
-    for start, stop in short:
-        if groups:
-            first = groups[-1][0]
-            if stop - start >= _SMALLEST_SHARE * (first[1] - first[0]):
-                groups[-1].append((start, stop))
-                continue
-        groups.append([(start, stop)])
-    return _Plan(tuple(_group(spans) for spans in groups), long)
+    for start, stop in spans:
+        longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
+        if groups and longest <= _SHORT and stop - start >= _SMALLEST_SHARE * longest:
+            groups[-1].append((start, stop))
+        else:
+            groups.append([(start, stop)])
+    return groups
 
 
-def _group(spans: list[tuple[int, int]]) -> _Group:
-    length = spans[0][1] - spans[0][0]
-    offsets = torch.arange(length)
-    starts = torch.tensor([start for start, _ in spans])[:, None]
-    lengths = torch.tensor([stop - start for start, stop in spans])[:, None]
-    real = (offsets < lengths).flatten()
-    block = (starts + torch.minimum(offsets, lengths - 1)).flatten()
-    padding = torch.nonzero(~real)[:, 0]
-    return _Group(
-        count=len(spans),
-        length=length,
-        tokens=block[real],
-        slots=torch.nonzero(real)[:, 0] if len(padding) else None,
-        block=block,
-        padding=padding,
-    )
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: list[tuple[int, int]], dropout: float) -> Tensor:
+    """Attention of each dialogue by torch: shape (N, H, D)."""
+    parts = []
+    for start, stop in spans:
+        query, key, value = (tensor[None, :, start:stop] for tensor in (q, k, v))
+        parts.append(
+            F.scaled_dot_product_attention(
+                query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=len(k) != len(q)
+            )[0].transpose(0, 1)
+        )
+    return torch.cat(parts)
 
 
-def _by_groups(q: Tensor, k: Tensor, v: Tensor, scale: float, borders: tuple[int, ...]) -> Tensor:
-    plan = _plan(borders)
-    output: Tensor = _Grouped.apply(q, k, v, scale, plan.groups)
-    if not plan.long:
-        return output
-    parts = [output, *(_alone(q, k, v, scale, span) for span in plan.long)]
-    return torch.cat(parts).index_select(0, _places(borders))
+@torch.library.custom_op("peftchat::attend_by_dialogue", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scale: float) -> Tensor:
+    """Softmax attention within each dialogue of a line: an operator of its own, so that compiled layers keep whole.
 
-
-def _alone(q: Tensor, k: Tensor, v: Tensor, scale: float, span: tuple[int, int], dropout: float = 0.0) -> Tensor:
-    """Attention of one dialogue by torch: shape (its tokens, H, D)."""
-    query, key, value = (tensor[None, :, span[0] : span[1]] for tensor in (q, k, v))
-    output = F.scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=len(k) != len(q)
-    )
-    return output[0].transpose(0, 1)
-
-
-@functools.lru_cache(maxsize=8)
-def _places(borders: tuple[int, ...]) -> Tensor:
-    """Where each token of the line stands in the short dialogues' output with the long ones' behind it."""
-    places = torch.arange(borders[-1])
-    behind = borders[-1]
-    for start, stop in _plan(borders).long:
-        places[start:stop] = torch.arange(behind, behind + stop - start)
-        behind += stop - start
-    return places
-
-
-class _Grouped(torch.autograd.Function):
-    """Softmax attention of the grouped dialogues, and zeros for every other token.
-
-    Shapes: q (H, N, D), k and v (K, N, D), output (N, H, D).
+    Shapes: q (H, N, D), k and v (K, N, D), borders (dialogues + 1,), output (N, H, D).
     """
+    plan = _plan(tuple(borders.tolist()))
+    rows = [_in_slots(tensor, plan) for tensor in (q, k, v)]
+    output = []
+    for group in plan.groups:
+        query, key, value = (group.of(tensor).transpose(1, 2) for tensor in rows)
+        found = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        output.append(found.transpose(1, 2).flatten(0, 1))
+    return torch.cat(output).index_select(0, plan.slots)
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, groups: tuple[_Group, ...]) -> Tensor:
-        heads, tokens, _ = q.shape
-        output = q.new_zeros(tokens, heads, v.shape[-1])
-        saved = []
-        for group in groups:
-            queries, keys, values = _blocks(q, group, 1), _blocks(k, group, heads), _blocks(v, group, heads)
-            scores = torch.baddbmm(_causal(group.length, q.dtype), queries, keys.transpose(1, 2), alpha=scale)
-            # In bfloat16 this reads and writes bfloat16 but adds up in float32.
-            weights = torch.softmax(scores, dim=-1)
-            _put(output, torch.bmm(weights, values), group)
-            saved.append(weights)
-        ctx.groups, ctx.scale = groups, scale
-        ctx.save_for_backward(q, k, v, *saved)
-        return output
 
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *saved = ctx.saved_tensors
-        heads = len(q)
-        slope = outputs[0].transpose(0, 1)
-        found = [tensor.new_zeros(tensor.shape[1], len(tensor), tensor.shape[2]) for tensor in (q, k, v)]
-        for group, weights in zip(ctx.groups, saved, strict=True):
-            queries, keys, values = _blocks(q, group, 1), _blocks(k, group, heads), _blocks(v, group, heads)
-            of_output = _blocks(slope, group, 1)
-            if len(group.padding):
-                of_output.view(heads, -1, of_output.shape[-1]).index_fill_(1, group.padding, 0.0)
-            of_weights = torch.bmm(of_output, values.transpose(1, 2))
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape[1], q.shape[0], v.shape[2])
+
+
+@torch.library.custom_op("peftchat::attend_by_dialogue_backward", mutates_args=())
+def _attend_backward(
+    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of the output; the weights are computed again.
+
+    The backward of torch's kernel is slow on a CPU. Here the query heads that share a key head are one taller matrix.
+    """
+    plan, heads = _plan(tuple(borders.tolist())), len(k)
+    q, k, v = (_in_slots(tensor, plan) for tensor in (q, k, v))
+    slope = slope.index_select(0, plan.tokens)
+    if len(plan.padding):
+        slope.index_fill_(0, plan.padding, 0.0)
+    of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    # Sums over stretches are kept in float32 at least, as those within a stretch are.
+    exact = torch.promote_types(k.dtype, torch.float32)
+    for group in plan.groups:
+        queries, of_output = group.of(q), group.of(slope)
+        keys, values = _by_head(group.of(k), heads), _by_head(group.of(v), heads)
+        sums = [torch.zeros_like(tensor, dtype=exact) for tensor in (keys, values)]
+        for start in range(0, group.length, _STRETCH):
+            stop = min(start + _STRETCH, group.length)
+            asking, wanted = _by_head(queries[:, start:stop], heads), _by_head(of_output[:, start:stop], heads)
+            seen = keys[:, :stop]
+            weights = _weights(asking, seen, scale, stop - start)
+            of_weights = torch.bmm(wanted, values[:, :stop].transpose(1, 2))
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            of_scores *= ctx.scale
-            _put(found[0], torch.bmm(of_scores, keys), group)
-            _put(found[1], _sum_heads(torch.bmm(of_scores.transpose(1, 2), queries), len(k), group), group)
-            _put(found[2], _sum_heads(torch.bmm(weights.transpose(1, 2), of_output), len(v), group), group)
-        of_q, of_k, of_v = (tensor.transpose(0, 1) for tensor in found)
-        return of_q, of_k, of_v, None, None
+            _put(_scaled(of_scores, seen, scale), group.of(of_q)[:, start:stop], heads)
+            sums[0][:, :stop] += _scaled(of_scores.transpose(1, 2), asking, scale)
+            sums[1][:, :stop] += torch.bmm(weights.transpose(1, 2), wanted)
+        _put(sums[0], group.of(of_k), heads)
+        _put(sums[1], group.of(of_v), heads)
+    of_q, of_k, of_v = (found.index_select(0, plan.slots).transpose(0, 1) for found in (of_q, of_k, of_v))
+    return of_q, of_k, of_v
+
+
+@_attend_backward.register_fake
+def _(slope: Tensor, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    of_q, of_k, of_v = (tensor.new_empty(tensor.transpose(0, 1).shape).transpose(0, 1) for tensor in (q, k, v))
+    return of_q, of_k, of_v
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *ctx_tensors, ctx.scale = inputs
+    ctx.save_for_backward(*ctx_tensors)
+
+
+def _gradients(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    return *_attend_backward(slope, *ctx.saved_tensors, ctx.scale), None, None
+
+
+_attend.register_autograd(_gradients, setup_context=_keep)
+
+
+def _in_slots(tensor: Tensor, plan: _Plan) -> Tensor:
+    """Rows of a (H, N, D) tensor in the plan's slots: shape (slots, H, D)."""
+    return tensor.transpose(0, 1).index_select(0, plan.tokens)
+
+
+def _scaled(one: Tensor, other: Tensor, scale: float) -> Tensor:
+    """The product of two batches of matrices, times a factor."""
+    return torch.baddbmm(one.new_empty(1, 1, 1), one, other, beta=0, alpha=scale)
+
+
+def _weights(queries: Tensor, keys: Tensor, scale: float, length: int) -> Tensor:
+    """What each query takes of each key: shape (B, rows, n), for queries that are the last `length` of n tokens.
+
+    Args:
+        queries: shape (B, rows, D); rows are those of several heads, each `length` tokens.
+        keys: shape (B, n, D).
+    """
+    many, rows, seen = len(queries), queries.shape[1], keys.shape[1]
+    scores = _scaled(queries, keys.transpose(1, 2), scale)
+    scores.view(many, rows // length, length, seen)[..., seen - length :].add_(_causal(length, scores.dtype))
+    # In bfloat16 this reads and writes bfloat16 but adds up in float32.
+    return torch.softmax(scores, dim=-1)
 
 
 @functools.lru_cache(maxsize=64)
 def _causal(length: int, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: minus infinity on what comes later; shape (1, length, length)."""
-    return torch.full((1, length, length), float("-inf"), dtype=dtype).triu_(1)
+    """What is added to scores: minus infinity on what comes later; shape (length, length)."""
+    return torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
 
 
-def _blocks(tensor: Tensor, group: _Group, heads: int) -> Tensor:
-    """A group's rows of a (H, N, D) tensor, its heads repeated up to `heads`: shape (heads * count, length, D)."""
-    block = tensor.index_select(1, group.block)
-    own, slots, width = block.shape
-    if heads > own:
-        block = block[:, None].expand(own, heads // own, slots, width).reshape(heads, slots, width)
-    return block.reshape(-1, group.length, width)
+def _by_head(rows: Tensor, heads: int) -> Tensor:
+    """Dialogues' rows as matrices, one for each of the `heads` key heads.
+
+    Args:
+        rows: shape (count, length, H, D).
+
+    Returns:
+        Shape (count * heads, H / heads * length, D).
+    """
+    count, length, own, width = rows.shape
+    parted = rows.view(count, length, heads, own // heads, width).permute(0, 2, 3, 1, 4)
+    return parted.reshape(count * heads, -1, width)
 
 
-def _put(line: Tensor, block: Tensor, group: _Group) -> None:
-    """Write the real rows of a (H * count, length, D) block into a (N, H, D) line."""
-    rows = block.reshape(line.shape[1], -1, block.shape[-1])
-    if group.slots is not None:
-        rows = rows.index_select(1, group.slots)
-    line.index_copy_(0, group.tokens, rows.transpose(0, 1))
-
-
-def _sum_heads(block: Tensor, heads: int, group: _Group) -> Tensor:
-    """Add up what the query heads of each of the `heads` key heads found."""
-    width = block.shape[-1]
-    summed: Tensor = block.view(heads, -1, group.count * group.length, width).sum(1)
-    return summed.view(-1, group.length, width)
+def _put(block: Tensor, rows: Tensor, heads: int) -> None:
+    """Write matrices as `_by_head` makes them into rows of shape (count, length, H, D)."""
+    count, length, own, width = rows.shape
+    parted = block.view(count, heads, own // heads, length, width).permute(0, 3, 1, 2, 4)
+    rows.view(count, length, heads, own // heads, width).copy_(parted)

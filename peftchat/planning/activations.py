@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 _LENGTHS = (256, 512, 1024)
-_LINEAR = ("fused", "by_dialogue")
 """Attention that keeps nothing for pairs of positions across a whole row."""
 
 
@@ -36,7 +35,6 @@ class ActivationKey:
         autocast: dtype that products are cast to, None where nothing is cast.
         trained: dtype that trained weights are cast to before the step (DeepSpeed's), None for what PEFT makes them.
         attention: how attention is computed.
-        dialogue: tokens of a usual dialogue, for attention that keeps the scores of each.
         quantised: whether frozen weights are packed.
         checkpointing: whether each block is computed again in the backward pass.
         branches_at_once: whether plain LoRA layers run as `peftchat.models.lora_branch` has them.
@@ -47,7 +45,6 @@ class ActivationKey:
     autocast: str | None
     trained: str | None
     attention: AttentionKind
-    dialogue: int
     quantised: bool
     checkpointing: bool
     branches_at_once: bool
@@ -107,7 +104,7 @@ class ActivationProfile:
 
     def __init__(self, trace: Callable[[int, int], BackboneTrace], layers: int, attention: AttentionKind) -> None:
         self._layers = layers
-        lengths = _LENGTHS[::2] if attention in _LINEAR else _LENGTHS
+        lengths = _LENGTHS[::2] if attention == "fused" else _LENGTHS
         names = ("forward_peak", "saved", "first_layer_peak", "rest_peak", "gradients")
 
         def laws(depth: int) -> dict[str, _Law]:
@@ -179,7 +176,7 @@ def estimated_profile(facts: "ModelFacts", key: ActivationKey) -> ActivationProf
     Korthikanti et al. (2022), for 16 bits and fused attention; with scores or masks their quadratic term as well.
     """
     scale = 2 if key.autocast is None and key.held == "float32" else 1
-    scores = {"fused": 0, "by_dialogue": 0, "masked": 2, "eager": 5 * facts.heads}[key.attention]
+    scores = {"fused": 0, "masked": 2, "eager": 5 * facts.heads}[key.attention]
 
     def trace(layers: int, length: int) -> BackboneTrace:
         block = scale * length * (34 * facts.hidden + scores * length)

@@ -83,7 +83,7 @@ def cost_estimate(
 
 def _attention_flops(settings: "PlanSettings", facts: "ModelFacts", tokens: int) -> float:
     """Scores and weighted sums over the keys a query sees: half of its dialogue, or all positions under a mask."""
-    within = settings.attention in ("fused", "by_dialogue")
+    within = settings.attention == "fused"
     seen = min(settings.dialogue, settings.length) / 2 if within else settings.length
     return 12.0 * facts.layers * facts.hidden * seen * tokens
 

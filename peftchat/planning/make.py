@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftchat.models.load import load_config
-from peftchat.planning.automatic import TOKENS_AT_ONCE, choose_batch, choose_checkpointing
+from peftchat.planning.automatic import choose_open
 from peftchat.planning.cost import CostEstimate, cost_estimate
 from peftchat.planning.facts import ModelFacts, TrainedFacts
 from peftchat.planning.grid import Cell, alternatives
@@ -18,7 +18,7 @@ from peftchat.planning.workload import Workload, read_workload, steps_of
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
-    from peftchat.training.placement import Strategy
+    from peftchat.training.placement import Placement, Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def make_plan(
     workload = found if isinstance(found, Workload) else None
     planner = Planner(load_config(recipe, need_weights=False), recipe)
     room = hardware.memory
-    settings, chosen = _settled(recipe, planner, settings_on(recipe, hardware, workload), room)
+    settings, choices = choose_open(recipe, planner, settings_on(recipe, hardware, workload), room)
     memory = planner.memory(settings)
     fits = memory.total <= room
     return Plan(
@@ -104,40 +104,31 @@ def make_plan(
         workload=workload,
         unread=None if isinstance(found, Workload) else found,
         estimated=planner.estimated,
-        chosen=chosen,
+        chosen=tuple(f"{choice.key}: {choice.reason}" for choice in choices),
     )
 
 
-def _settled(
-    recipe: "Recipe", planner: Planner, settings: PlanSettings, room: int
-) -> tuple[PlanSettings, tuple[str, ...]]:
-    """Fill in what the recipe leaves open, as training does (`peftchat.planning.settle`)."""
-    rows = recipe.training.rows_per_step
-    told = []
-    if rows is not None:
-        # One row at a time decides whether checkpointing is needed at all.
-        settings = settings.with_changes(batch=1, accumulation=max(1, rows // settings.processes))
-    if recipe.training.gradient_checkpointing is None:
-        choice = choose_checkpointing(planner, settings, room)
-        settings = choice.settings
-        told.append(f"training.gradient_checkpointing: {choice.reason}")
-    if rows is not None:
-        choice = choose_batch(planner, settings, room, TOKENS_AT_ONCE[settings.device])
-        settings = choice.settings
-        told.append(f"training.rows_per_step: {choice.reason}")
-    return settings, tuple(told)
+def settings_on(
+    recipe: "Recipe", hardware: Hardware, workload: Workload | None, placement: "Placement | None" = None
+) -> PlanSettings:
+    """The recipe's settings on a device.
 
-
-def settings_on(recipe: "Recipe", hardware: Hardware, workload: Workload | None) -> PlanSettings:
-    """The recipe's settings on a device that need not be here."""
-    strategy, processes = _placed(recipe, hardware)
+    Args:
+        hardware: the device, which need not be here.
+        workload: the data, where it was read.
+        placement: where a run takes place; without it, what training would make of that many such devices.
+    """
+    if placement is None:
+        strategy, processes = _placed(recipe, hardware)
+    else:
+        strategy, processes = placement.strategy, placement.world_size
     dialogue = None if workload is None else workload.dialogue
     return plan_settings(
         recipe,
         strategy=strategy,
         processes=processes,
         device=hardware.device,
-        attention=attention_kind(recipe, hardware.device, dialogue),
+        attention=attention_kind(recipe, hardware.device),
         longest=None if workload is None else workload.longest,
         supervised=None if workload is None else workload.supervised,
         dialogue=dialogue,
@@ -165,7 +156,7 @@ def _cost(
     workload: Workload | None,
     price: float | None,
 ) -> CostEstimate | None:
-    steps = steps_of(recipe, workload, settings.processes)
+    steps = steps_of(recipe, workload, settings)
     if steps is None:
         return None
     per_step = settings.batch * settings.accumulation * settings.processes

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from peftchat.planning.activations import ActivationKey
 from peftchat.planning.facts import NEW_TOKENS
 from peftchat.planning.shadow import AttentionKind
+from peftchat.training.placement import held_dtype, is_sharded
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
@@ -19,9 +20,6 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 USUAL_SUPERVISED = 0.65
 """Share of tokens with a target where the data was not read; chat data sets lie between 0.4 and 0.8."""
-
-SHORT_DIALOGUE = 256
-"""Tokens up to which attention on a processor keeps the scores of a dialogue."""
 
 USUAL_DIALOGUE = 256
 """Tokens of a dialogue where the data was not read."""
@@ -72,12 +70,12 @@ class PlanSettings:
     @property
     def sharded(self) -> bool:
         """Whether DeepSpeed shards anything."""
-        return self.strategy in ("zero2", "zero3")
+        return is_sharded(self.strategy)
 
     @property
     def held(self) -> "Dtype":
-        """The dtype of unquantised weights: what is trained without DeepSpeed's masters is held in float32."""
-        return "float32" if self.method == "full" and not self.sharded else self.dtype
+        """The dtype of unquantised weights."""
+        return held_dtype(self.method, self.dtype, self.strategy)
 
     @property
     def targets(self) -> int:
@@ -93,7 +91,6 @@ class PlanSettings:
             autocast=None if self.sharded or self.dtype == "float32" else self.dtype,
             trained=self.dtype if self.sharded and self.method != "full" else None,
             attention=self.attention,
-            dialogue=min(self.dialogue, self.length) if self.attention == "by_dialogue" else 0,
             quantised=self.bits is not None,
             checkpointing=self.checkpointing,
             branches_at_once=self.method != "full" and self.strategy != "zero3",
@@ -150,12 +147,8 @@ def plan_settings(
     )
 
 
-def attention_kind(recipe: "Recipe", device: Device, dialogue: int | None = None) -> AttentionKind:
-    """The kind of attention that the recipe runs with, as `peftchat.training.attention` settles it.
-
-    Args:
-        dialogue: tokens of a usual dialogue; on a processor, scores of short ones are kept and of long ones not.
-    """
+def attention_kind(recipe: "Recipe", device: Device) -> AttentionKind:
+    """The kind of attention that the recipe runs with, as `peftchat.training.attention` settles it."""
     wanted = recipe.model.attention
     if wanted == "eager":
         return "eager"
@@ -165,4 +158,4 @@ def attention_kind(recipe: "Recipe", device: Device, dialogue: int | None = None
         return "masked"
     if device == "cuda":
         return "fused" if recipe.model.dtype != "float32" else "masked"
-    return "by_dialogue" if (dialogue or USUAL_DIALOGUE) <= SHORT_DIALOGUE else "fused"
+    return "fused"

@@ -15,9 +15,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftchat.models.adapters import misfit, peft_config
+from peftchat.models.adapters import hold_trained_in, misfit, peft_config
 from peftchat.models.lora_branch import add_branches_at_once
-from peftchat.models.rows import TokenRows, attach
+from peftchat.models.rows import TokenRows, attach, train_rows
 from peftchat.models.starts import begin
 
 if TYPE_CHECKING:
@@ -29,13 +29,11 @@ if TYPE_CHECKING:
     from peftchat.planning.activations import ActivationKey
     from peftchat.recipe import Recipe
 
-AttentionKind = Literal["fused", "by_dialogue", "masked", "eager"]
-"""`fused`: a kernel that keeps its inputs, its output and one number a query (Dao et al., 2022). `by_dialogue`: the
-scores within each short dialogue are kept. `masked`: SDPA with a mask of every pair of positions. `eager`: the scores
-of every pair are kept."""
+AttentionKind = Literal["fused", "masked", "eager"]
+"""`fused`: a kernel that keeps its inputs, its output and one number a query (Dao et al., 2022). `masked`: SDPA
+with a mask of every pair of positions. `eager`: the scores of every pair are kept."""
 
 _FUSED = "peftchat_shapes_fused"
-_BY_DIALOGUE = "peftchat_shapes_by_dialogue"
 
 
 def shadow_model(config: "PretrainedConfig", recipe: "Recipe", key: "ActivationKey", layers: int) -> "PreTrainedModel":
@@ -47,8 +45,6 @@ def shadow_model(config: "PretrainedConfig", recipe: "Recipe", key: "ActivationK
         key: dtypes, attention, quantisation, checkpointing, new rows.
     """
     model = on_meta(shallow(config, layers), getattr(torch, key.held), key.attention)
-    text = model.config.get_text_config()
-    text.dialogue_tokens = key.dialogue
     wrapped: nn.Module = model
     if recipe.method != "full":
         model.requires_grad_(False)
@@ -81,7 +77,7 @@ def on_meta(config: "PretrainedConfig", held: torch.dtype, attention: AttentionK
     from transformers import AutoModelForCausalLM
 
     _register_attention()
-    names = {"fused": _FUSED, "by_dialogue": _BY_DIALOGUE, "masked": "sdpa", "eager": "eager"}
+    names = {"fused": _FUSED, "masked": "sdpa", "eager": "eager"}
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=held, attn_implementation=names[attention])
 
@@ -106,12 +102,8 @@ def wrap(model: "PreTrainedModel", recipe: "Recipe", new_tokens: int) -> nn.Modu
         except (ValueError, TypeError, AssertionError, RuntimeError) as error:
             raise misfit(recipe, error) from error
         begin(recipe, wrapped, _no_rows, Path())
-    for module in model.modules():
-        if isinstance(module, TokenRows):
-            module.requires_grad_(True)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    train_rows(model)
+    hold_trained_in(wrapped, torch.float32)
     return wrapped
 
 
@@ -190,38 +182,6 @@ def _fused_attention(
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
-class _ScoresKept(torch.autograd.Function):
-    """Attention in which every query keeps its weights on `width` keys."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, width: int) -> Tensor:
-        out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
-        weights = _beside(query, width, keys=2)[-1].clone()
-        ctx.save_for_backward(query, key, value, weights)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, weights = ctx.saved_tensors
-        found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        beside = _beside(query, weights.shape[-1], keys=4)
-        del beside
-        return *found, None
-
-
-def _beside(query: Tensor, width: int, *, keys: int) -> list[Tensor]:
-    """What is made for a while: copies of queries and of keys for every head, and the scores."""
-    scores = torch.empty(*query.shape[:-1], width, dtype=query.dtype)
-    return [*(torch.empty_like(query) for _ in range(1 + keys)), scores]
-
-
-def _attention_by_dialogue(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
-) -> tuple[Tensor, None]:
-    width: int = module.config.get_text_config().dialogue_tokens  # type: ignore[union-attr, operator]
-    return _ScoresKept.apply(query, key, value, width).transpose(1, 2).contiguous(), None
-
-
 def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
@@ -230,9 +190,8 @@ def _no_mask(*_: Any, **__: Any) -> None:
 def _register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    for name, attention in ((_FUSED, _fused_attention), (_BY_DIALOGUE, _attention_by_dialogue)):
-        AttentionInterface.register(name, attention)
-        AttentionMaskInterface.register(name, _no_mask)
+    AttentionInterface.register(_FUSED, _fused_attention)
+    AttentionMaskInterface.register(_FUSED, _no_mask)
 
 
 def fake_mode() -> FakeTensorMode:

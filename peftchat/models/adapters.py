@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 from peftchat.errors import InputError
 from peftchat.models.facts import model_facts
-from peftchat.models.rows import TokenRows
+from peftchat.models.rows import train_rows
 from peftchat.models.starts import RowBatches, begin, prepare
 from peftchat.models.zero import is_zero3
 from peftchat.variants import entry
@@ -70,25 +73,18 @@ def wrap(
             begin(recipe, wrapped, batches, checkpoint)
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise misfit(recipe, error) from error
-    _train_rows_too(model)
-    _hold_in_float32(wrapped)
+    train_rows(model)
+    if not is_zero3():
+        # Small steps round to nothing in 16 bits. Under ZeRO-3 the optimizer holds the float32 values.
+        hold_trained_in(wrapped, torch.float32)
     return wrapped
 
 
-def _train_rows_too(model: "PreTrainedModel") -> None:
-    """PEFT freezes whatever it did not put there itself."""
-    for module in model.modules():
-        if isinstance(module, TokenRows):
-            module.requires_grad_(True)
-
-
-def _hold_in_float32(model: "PeftModel") -> None:
-    """Small steps round to nothing in 16 bits. Under ZeRO-3 the optimizer holds the float32 values."""
-    if is_zero3():
-        return
+def hold_trained_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep what is trained of a model in a dtype of its own."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(dtype)
 
 
 def misfit(recipe: "Recipe", error: Exception) -> InputError:

@@ -136,3 +136,10 @@ def attach(model: PreTrainedModel, rows: TokenRows) -> None:
 def rows_of(model: nn.Module) -> TokenRows | None:
     """The rows attached to a model, wherever wrappers have put it; None where there are none."""
     return next((module for module in model.modules() if isinstance(module, TokenRows)), None)
+
+
+def train_rows(model: nn.Module) -> None:
+    """Let the rows attached to a model be trained, after PEFT has frozen whatever it did not put there itself."""
+    rows = rows_of(model)
+    if rows is not None:
+        rows.requires_grad_(True)

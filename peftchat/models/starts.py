@@ -17,7 +17,7 @@ from peftchat.errors import InputError
 from peftchat.variants import entry
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, LoraGAConfig, PeftModel
     from transformers import PreTrainedModel
 
     from peftchat.recipe import Recipe
@@ -80,14 +80,11 @@ def _covariances(recipe: "Recipe", model: "PreTrainedModel", config: "LoraConfig
 
 
 def _gradients(recipe: "Recipe", model: "PreTrainedModel", config: "LoraConfig", batches: RowBatches) -> None:
-    from peft import LoraGAConfig
     from peft.tuners.lora.loraga import preprocess_loraga
 
     section: Any = recipe.adapter
     settings = _with_names(model, config)
-    settings.lora_ga_config = LoraGAConfig(
-        direction=section.direction, scale=section.scale, stable_gamma=section.stable_gamma
-    )
+    settings.lora_ga_config = _ga_config(section)
 
     def look() -> None:
         for batch in batches(section.start_rows):
@@ -95,6 +92,12 @@ def _gradients(recipe: "Recipe", model: "PreTrainedModel", config: "LoraConfig",
             torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:]).backward()
 
     preprocess_loraga(model, settings, look)
+
+
+def _ga_config(section: Any) -> "LoraGAConfig":
+    from peft import LoraGAConfig
+
+    return LoraGAConfig(direction=section.direction, scale=section.scale, stable_gamma=section.stable_gamma)
 
 
 def _with_names(model: "PreTrainedModel", config: "LoraConfig") -> "LoraConfig":
@@ -198,11 +201,7 @@ def _begin_layer(layer: Any, recipe: "Recipe", start: str) -> None:
     elif start == "corda":
         layer.corda_init("default", "corda")
     else:
-        from peft import LoraGAConfig
-
-        section: Any = recipe.adapter
-        settings = LoraGAConfig(direction=section.direction, scale=section.scale, stable_gamma=section.stable_gamma)
-        layer.lora_ga_init("default", settings)
+        layer.lora_ga_init("default", _ga_config(recipe.adapter))
     base.weight.data = untouched
     for side, sign in (("lora_A", 1), ("lora_B", -1)):
         held = getattr(layer, side)

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from peftchat.numbers import size
 from peftchat.planning.search import largest_batch
 from peftchat.planning.settings import PlanSettings
+from peftchat.training.choice import Choice
+from peftchat.variants import entry
 
 if TYPE_CHECKING:
     from peftchat.planning.planner import Planner
+    from peftchat.recipe import Recipe
 
 MARGIN = 0.9
 """Share of a device's memory that a choice may fill: predictions are off by some percent."""
@@ -19,7 +22,7 @@ TOKENS_AT_ONCE: Mapping[str, int] = {"cuda": 16384, "cpu": 2048}
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Chosen:
     """Settings as they were chosen.
 
     Attributes:
@@ -33,7 +36,43 @@ class Choice:
     reason: str
 
 
-def choose_checkpointing(planner: "Planner", settings: PlanSettings, room: int) -> Choice:
+def choose_open(
+    recipe: "Recipe", planner: "Planner", settings: PlanSettings, room: int
+) -> tuple[PlanSettings, tuple[Choice, ...]]:
+    """Settle what `training` leaves open: gradient checkpointing, and micro-batches for `rows_per_step`.
+
+    Args:
+        settings: the recipe's, as far as it gives them.
+        room: bytes of one device.
+
+    Returns:
+        The settings with every value in place, and what was chosen.
+    """
+    rows = recipe.training.rows_per_step
+    choices = []
+    if rows is not None:
+        # One row at a time decides whether checkpointing is needed at all.
+        settings = settings.with_changes(batch=1, accumulation=max(1, rows // settings.processes))
+    if recipe.training.gradient_checkpointing is None:
+        if _may_checkpoint(recipe):
+            chosen = choose_checkpointing(planner, settings, room)
+            settings, reason = chosen.settings, chosen.reason
+        else:
+            reason = "this variant does not bear it"
+        choices.append(Choice("training.gradient_checkpointing", "true" if settings.checkpointing else "false", reason))
+    if rows is not None:
+        chosen = choose_batch(planner, settings, room, TOKENS_AT_ONCE[settings.device])
+        settings = chosen.settings
+        value = f"{settings.batch}, {settings.accumulation} times a step"
+        choices.append(Choice("training.per_device_train_batch_size", value, chosen.reason))
+    return settings, tuple(choices)
+
+
+def _may_checkpoint(recipe: "Recipe") -> bool:
+    return recipe.adapter is None or entry(recipe.adapter.variant).why_not("checkpointing") is None
+
+
+def choose_checkpointing(planner: "Planner", settings: PlanSettings, room: int) -> Chosen:
     """Gradient checkpointing only where the plan does not fit without it.
 
     Args:
@@ -42,15 +81,15 @@ def choose_checkpointing(planner: "Planner", settings: PlanSettings, room: int) 
     without = settings.with_changes(checkpointing=False)
     peak = planner.memory(without).total
     if peak <= MARGIN * room:
-        return Choice(without, peak, f"fits without checkpointing: {size(peak)} of {size(room)}")
+        return Chosen(without, peak, f"fits without checkpointing: {size(peak)} of {size(room)}")
     with_it = settings.with_changes(checkpointing=True)
     saved = planner.memory(with_it).total
     if saved >= peak:
-        return Choice(without, peak, f"checkpointing would not help: {size(peak)} of {size(room)}")
-    return Choice(with_it, saved, f"{size(peak)} without checkpointing, {size(saved)} with it, of {size(room)}")
+        return Chosen(without, peak, f"checkpointing would not help: {size(peak)} of {size(room)}")
+    return Chosen(with_it, saved, f"{size(peak)} without checkpointing, {size(saved)} with it, of {size(room)}")
 
 
-def choose_batch(planner: "Planner", settings: PlanSettings, room: int, tokens: int) -> Choice:
+def choose_batch(planner: "Planner", settings: PlanSettings, room: int, tokens: int) -> Chosen:
     """The largest micro-batch up to a budget of tokens that fits; rows of one optimizer step stay as many as asked for.
 
     Args:
@@ -65,4 +104,4 @@ def choose_batch(planner: "Planner", settings: PlanSettings, room: int, tokens: 
     chosen = settings.with_changes(batch=batch, accumulation=rows // batch)
     peak = planner.memory(chosen).total
     reason = f"{batch} x {settings.length} tokens at once, {rows // batch} times a step: {size(peak)} of {size(room)}"
-    return Choice(chosen, peak, reason)
+    return Chosen(chosen, peak, reason)

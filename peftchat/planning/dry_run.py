@@ -1,7 +1,6 @@
 """`train --dry-run`: everything that can be known before a weight is loaded."""
 
 import itertools
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +8,6 @@ from rich.table import Table
 from rich.text import Text
 
 from peftchat.chatml.mask import policy_table
-from peftchat.chatml.packing import efficiency, pack
 from peftchat.chatml.registry import ChatFormat
 from peftchat.console import output
 from peftchat.models.load import load_config
@@ -17,7 +15,8 @@ from peftchat.numbers import count, share, size
 from peftchat.planning.hardware import own_hardware
 from peftchat.planning.make import settings_on
 from peftchat.planning.planner import Planner
-from peftchat.planning.workload import Workload, read_workload
+from peftchat.planning.settings import PlanSettings
+from peftchat.planning.workload import Workload, steps_an_epoch, steps_of, workload_of
 from peftchat.training.build import chat_format
 from peftchat.training.data import Rows, RowStats, prepare_rows
 from peftchat.training.placement import Placement
@@ -38,6 +37,9 @@ def print_plan(loaded: "LoadedRecipe", placement: Placement) -> None:
     config = load_config(recipe)
     chat = chat_format(recipe)
     rows = prepare_rows(recipe, chat)
+    workload = workload_of(recipe, chat, rows["train"])
+    hardware = own_hardware(placement.processes)
+    settings = settings_on(recipe, hardware, workload, placement)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -48,8 +50,8 @@ def print_plan(loaded: "LoadedRecipe", placement: Placement) -> None:
         ("chat", _chat(recipe, chat)),
         *_data(recipe, rows["train"].stats, "training"),
         *(_data(recipe, rows["eval"].stats, "held out") if "eval" in rows else ()),
-        ("steps", _steps(recipe, placement, rows["train"])),
-        ("memory", _memory(recipe, placement)),
+        ("steps", _steps(recipe, settings, workload)),
+        ("memory", _memory(Planner(config, recipe), settings, hardware.memory)),
         ("output", f"{recipe.output_dir} (nothing is written now)"),
     ):
         table.add_row(name, value)
@@ -58,15 +60,11 @@ def print_plan(loaded: "LoadedRecipe", placement: Placement) -> None:
     output.print(_row_text(recipe, chat, rows["train"]))
 
 
-def _memory(recipe: "Recipe", placement: Placement) -> str:
+def _memory(planner: Planner, settings: PlanSettings, room: int) -> str:
     """The predicted peak of each process beside what there is."""
-    hardware = own_hardware(placement.processes)
-    workload = read_workload(recipe)
-    settings = settings_on(recipe, hardware, workload if isinstance(workload, Workload) else None)
-    settings = settings.with_changes(strategy=placement.strategy, processes=placement.world_size)
-    memory = Planner(load_config(recipe, need_weights=False), recipe).memory(settings)
-    verdict = "" if memory.total <= hardware.memory else ": it does not fit, `peftchat plan` says what would"
-    return f"about {size(memory.total)} at the peak, of {size(hardware.memory)}{verdict}"
+    needed = planner.memory(settings).total
+    verdict = "" if needed <= room else ": it does not fit, `peftchat plan` says what would"
+    return f"about {size(needed)} at the peak, of {size(room)}{verdict}"
 
 
 def _method(recipe: "Recipe") -> str:
@@ -110,19 +108,15 @@ def _data(recipe: "Recipe", stats: RowStats, name: str) -> list[tuple[str, str]]
     return [(name, f"{text} ({forms})" if forms else text)]
 
 
-def _steps(recipe: "Recipe", placement: Placement, rows: Rows) -> str:
-    """How the rows become optimizer steps, as the trainer will count them."""
-    training, lengths = recipe.training, rows.store.lengths
-    packs, shape = len(rows.store), "padded rows"
+def _steps(recipe: "Recipe", settings: PlanSettings, workload: Workload) -> str:
+    """How the rows become optimizer steps."""
+    shape = "padded rows"
     if recipe.data.packing:
-        groups = pack(lengths, recipe.data.max_length, training.seed)
-        packs = len(groups)
-        shape = f"packs of {recipe.data.max_length} ({share(efficiency(groups, lengths, recipe.data.max_length))} full)"
-    batch = training.per_device_train_batch_size * placement.world_size
-    an_epoch = max(1, math.ceil(math.ceil(packs / batch) / training.gradient_accumulation_steps))
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(an_epoch * training.num_train_epochs)
-    whole = batch * training.gradient_accumulation_steps
-    return f"{steps} ({an_epoch} an epoch) of {whole} {shape}, {packs} in all"
+        length = recipe.data.max_length
+        shape = f"packs of {length} ({share(workload.tokens / (workload.sequences * length))} full)"
+    steps, an_epoch = steps_of(recipe, workload, settings), steps_an_epoch(workload, settings)
+    whole = settings.batch * settings.accumulation * settings.processes
+    return f"{steps} ({an_epoch} an epoch) of {whole} {shape}, {workload.sequences} in all"
 
 
 def _row_text(recipe: "Recipe", chat: ChatFormat, rows: Rows) -> Text:

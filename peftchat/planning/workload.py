@@ -10,7 +10,10 @@ from peftchat.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from peftchat.chatml.registry import ChatFormat
+    from peftchat.planning.settings import PlanSettings
     from peftchat.recipe import Recipe
+    from peftchat.training.data import Rows
 
 _READ_AT_MOST = 64_000_000
 """Bytes of data files that are encoded for a plan; larger sets count only if their rows are cached already."""
@@ -55,13 +58,22 @@ def read_workload(recipe: "Recipe") -> Workload | str:
 
 
 def _read(recipe: "Recipe") -> Workload:
-    import numpy as np
-
     from peftchat.training.build import chat_format
     from peftchat.training.data import prepare_rows
 
     chat = chat_format(recipe)
-    rows = prepare_rows(recipe, chat)["train"]
+    return workload_of(recipe, chat, prepare_rows(recipe, chat)["train"])
+
+
+def workload_of(recipe: "Recipe", chat: "ChatFormat", rows: "Rows") -> Workload:
+    """What the recipe makes of encoded rows.
+
+    Args:
+        chat: the tokenizer in the recipe's chat format.
+        rows: those to train on, at least one.
+    """
+    import numpy as np
+
     lengths = np.asarray(rows.store.lengths)
     sequences = _sequences(recipe, lengths)
     return Workload(
@@ -86,13 +98,17 @@ def _sequences(recipe: "Recipe", lengths: "np.ndarray") -> "np.ndarray":
     return np.array([lengths[group].sum() for group in packs])
 
 
-def steps_of(recipe: "Recipe", workload: Workload | None, processes: int) -> int | None:
+def steps_of(recipe: "Recipe", workload: Workload | None, settings: "PlanSettings") -> int | None:
     """Optimizer steps of the run; None where neither the recipe nor the data tells."""
     training = recipe.training
     if training.max_steps > 0:
         return training.max_steps
     if workload is None:
         return None
-    batch = training.per_device_train_batch_size * processes
-    epoch = max(1, math.ceil(math.ceil(workload.sequences / batch) / training.gradient_accumulation_steps))
-    return math.ceil(epoch * training.num_train_epochs)
+    return math.ceil(steps_an_epoch(workload, settings) * training.num_train_epochs)
+
+
+def steps_an_epoch(workload: Workload, settings: "PlanSettings") -> int:
+    """Optimizer steps in which every row or pack is seen once, as the trainer will count them."""
+    passes = math.ceil(workload.sequences / (settings.batch * settings.processes))
+    return max(1, math.ceil(passes / settings.accumulation))

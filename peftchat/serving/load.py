@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftchat.console import notes
 from peftchat.errors import InputError
+from peftchat.models.ends import end_ids
 from peftchat.models.load import check_model_folder, load_base
 from peftchat.recipe import Recipe, load_recipe
 from peftchat.serving.prompt import PromptEncoder
@@ -59,9 +60,7 @@ class ChatModel:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the model's own, and the one that its template writes after each turn."""
-        named = self.generation.eos_token_id
-        own = [] if named is None else [named] if isinstance(named, int) else named
-        return frozenset(own) | {self.prompts.end_id}
+        return frozenset(end_ids(self.generation.eos_token_id)) | {self.prompts.end_id}
 
 
 def load_for_chat(path: str) -> ChatModel:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from peftchat.chatml.registry import ChatFormat
+from peftchat.models.ends import end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,8 +54,6 @@ def _answer(model: "PreTrainedModel", chat: ChatFormat, question: str) -> Answer
             top_p=None,
             top_k=None,
         )[0, ids.shape[1] :].tolist()
-    ends = model.generation_config.eos_token_id
-    stops = {ends} if isinstance(ends, int) else set(ends)
-    stopped = bool(output) and output[-1] in stops
+    stopped = bool(output) and output[-1] in end_ids(model.generation_config.eos_token_id)
     text = tokenizer.decode(output[:-1] if stopped else output, skip_special_tokens=True)
     return Answer(question, text.strip(), stopped)

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel, set_seed
 from peftchat.chatml.collate import ChatCollator
 from peftchat.chatml.registry import ChatFormat, make_format
 from peftchat.errors import InputError
-from peftchat.models.adapters import wrap
+from peftchat.models.adapters import hold_trained_in, wrap
+from peftchat.models.ends import end_ids
 from peftchat.models.freezing import freeze_layers
 from peftchat.models.load import load_base, load_tokenizer
 from peftchat.models.new_tokens import InitialRows, add_rows_to_frozen, current_rows, grow_and_fill
 from peftchat.models.zero import is_zero3
-from peftchat.training.placement import Placement
+from peftchat.training.placement import Placement, held_dtype
 
 if TYPE_CHECKING:
     from peftchat.chatml.store import RowStore
@@ -69,7 +70,8 @@ def build_model(
         InputError: the model cannot be loaded or does not fit the method.
     """
     set_seed(recipe.training.seed)
-    model = load_base(recipe, dtype=_held_dtype(recipe, placement), device_map=_device_map(recipe, placement))
+    dtype = held_dtype(recipe.method, recipe.model.dtype, placement.strategy)
+    model = load_base(recipe, dtype=dtype, device_map=_device_map(recipe, placement))
     if model.get_output_embeddings() is None:
         raise InputError("the model has no language-model head", where=f"model.name: {recipe.model.name}")
     _set_special_ids(model, chat)
@@ -85,9 +87,7 @@ def build_model(
     if is_zero3() and recipe.method == "lora":
         # ZeRO-3 gathers parameters of one dtype at a time: https://github.com/deepspeedai/DeepSpeed/issues/8072
         # Its optimizer keeps a float32 master of every one of them.
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(getattr(torch, recipe.model.dtype))
+        hold_trained_in(wrapped, getattr(torch, recipe.model.dtype))
     return Built(wrapped, current_rows(model, chat.new_tokens))
 
 
@@ -111,13 +111,6 @@ def _batches(
         yield {name: tensor.to(device) for name, tensor in collator.collate([[rows[index]]]).items()}
 
 
-def _held_dtype(recipe: "Recipe", placement: Placement) -> str:
-    """The dtype of unquantised weights: what is trained without DeepSpeed's masters is held in float32."""
-    if recipe.method == "full" and not placement.uses_deepspeed:
-        return "float32"
-    return str(recipe.model.dtype)
-
-
 def _device_map(recipe: "Recipe", placement: Placement) -> dict[str, Any] | None:
     # Quantising happens where the weights are put, so they go straight to this process's GPU.
     if recipe.quantization is None or not placement.gpus or placement.strategy == "zero3":
@@ -129,9 +122,8 @@ def _set_special_ids(model: PreTrainedModel, chat: ChatFormat) -> None:
     """Make generation stop at the end of a turn, and at the base's own end of text."""
     end = int(chat.tokenizer.convert_tokens_to_ids(chat.template.end_token))
     generation = model.generation_config
-    old = generation.eos_token_id
-    others = [] if old is None else [old] if isinstance(old, int) else list(old)
-    generation.eos_token_id = [end, *(token_id for token_id in others if token_id != end)]
+    others = (token_id for token_id in end_ids(generation.eos_token_id) if token_id != end)
+    generation.eos_token_id = [end, *others]
     generation.pad_token_id = chat.tokenizer.pad_token_id
     model.config.get_text_config().eos_token_id = end
     model.config.get_text_config().pad_token_id = chat.tokenizer.pad_token_id

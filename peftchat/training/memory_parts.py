@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peftchat.training.progress import memory_in_use
+
 if TYPE_CHECKING:
     from peftchat.training.trainer import ChatTrainer
 
@@ -23,14 +25,14 @@ def memory_parts(trainer: "ChatTrainer", at_start: int, peak: int) -> dict[str, 
         peak: the most bytes held.
     """
     parameters = list(trainer.model.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = sum(_own_bytes(parameter) for parameter in parameters if parameter.requires_grad)
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     known = {
         "start": at_start,
         "frozen_weights": sum(map(_own_bytes, frozen)) + _bytes_of(trainer.model.buffers()),
-        "trained_weights": sum(map(_own_bytes, trained)),
+        "trained_weights": trained,
         # As large as the weights, wherever they are collected.
-        "gradients": sum(map(_own_bytes, trained)),
+        "gradients": trained,
         "optimizer": _bytes_of(_tensors(_states(trainer))),
     }
     return known | {"activations_and_rest": max(0, peak - sum(known.values()))}
@@ -79,6 +81,4 @@ def seconds_since_start() -> float:
 
 def held_before_model() -> int:
     """Bytes in use now, to be called before the model is loaded: 0 on a GPU."""
-    from peftchat.training.progress import memory_in_use
-
     return 0 if torch.cuda.is_available() else memory_in_use()

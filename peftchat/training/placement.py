@@ -11,6 +11,7 @@ from peftchat.errors import InputError
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
+    from peftchat.recipe.choices import Dtype, Method
 
 Strategy = Literal["single", "ddp", "zero2", "zero3"]
 Launcher = Literal["none", "elastic", "environment"]
@@ -48,7 +49,7 @@ class Placement:
     @property
     def uses_deepspeed(self) -> bool:
         """Whether DeepSpeed shards anything."""
-        return self.strategy in ("zero2", "zero3")
+        return is_sharded(self.strategy)
 
 
 def settle(loaded: "LoadedRecipe", environment: Mapping[str, str] = os.environ) -> Placement:
@@ -80,6 +81,16 @@ def settle(loaded: "LoadedRecipe", environment: Mapping[str, str] = os.environ) 
         )
     alone = strategy == "single" or (strategy == "ddp" and processes * recipe.distributed.nodes == 1)
     return Placement(strategy, processes, recipe.distributed.nodes, gpus, "none" if alone else "elastic")
+
+
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether DeepSpeed shards anything under a strategy."""
+    return strategy in ("zero2", "zero3")
+
+
+def held_dtype(method: "Method", dtype: "Dtype", strategy: Strategy) -> "Dtype":
+    """The dtype of unquantised weights: what is trained without DeepSpeed's masters is held in float32."""
+    return "float32" if method == "full" and not is_sharded(strategy) else dtype
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:

@@ -3,6 +3,6 @@
 from peftchat.variants.entry import Paper, Variant
 from peftchat.variants.facts import ModelFacts
 from peftchat.variants.options import AdapterSection
-from peftchat.variants.registry import ADAPTERS, VARIANTS, entry, names, proper_name
+from peftchat.variants.registry import ADAPTERS, VARIANTS, entry, proper_name
 
-__all__ = ["ADAPTERS", "VARIANTS", "AdapterSection", "ModelFacts", "Paper", "Variant", "entry", "names", "proper_name"]
+__all__ = ["ADAPTERS", "VARIANTS", "AdapterSection", "ModelFacts", "Paper", "Variant", "entry", "proper_name"]

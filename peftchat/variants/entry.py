@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from peftchat.variants.facts import ModelFacts
 from peftchat.variants.options import AdapterSection
@@ -81,7 +81,7 @@ class Variant:
 
     def why_not(self, setting: str) -> str | None:
         """Why it cannot be used with a setting (`Setting`, or a word that stands for none); None where it can."""
-        return next((why for refused, why in self.refuses.items() if refused == setting), None)
+        return self.refuses.get(cast("Setting", setting))
 
     @property
     def stages(self) -> str:

@@ -35,8 +35,3 @@ def entry(name: str) -> Variant:
     if found is None:
         raise InputError(f"there is no variant `{name}`", cure=f"There are: {', '.join(VARIANTS)}.")
     return found
-
-
-def names() -> tuple[str, ...]:
-    """The names of all variants."""
-    return tuple(VARIANTS)

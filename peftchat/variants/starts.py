@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from peftchat.errors import InputError
-from peftchat.variants.entry import Paper, Variant, targets
+from peftchat.variants.entry import Paper, Variant, needs_floats, targets
 from peftchat.variants.facts import ModelFacts
 from peftchat.variants.options import DropoutSection, LowRankSection
 
@@ -121,7 +121,7 @@ PISSA = Variant(
     build=_of_weights,
     learning_rate=1e-4,
     proved=frozenset({"zero2"}),
-    refuses={"4 bits": _NEEDS_FLOATS, "8 bits": _NEEDS_FLOATS, "zero3": _TAKES_OUT},
+    refuses={**needs_floats(_NEEDS_FLOATS), "zero3": _TAKES_OUT},
     vllm="adapter",
     rows_inside=True,
     start="pissa",
@@ -135,7 +135,7 @@ OLORA = Variant(
     options=OloraSection,
     build=_of_weights,
     learning_rate=1e-4,
-    refuses={"4 bits": _NEEDS_FLOATS, "8 bits": _NEEDS_FLOATS, "zero3": _TAKES_OUT},
+    refuses={**needs_floats(_NEEDS_FLOATS), "zero3": _TAKES_OUT},
     vllm="adapter",
     rows_inside=True,
     start="olora",
@@ -163,7 +163,7 @@ CORDA = Variant(
     options=CordaSection,
     build=_of_weights,
     learning_rate=1e-4,
-    refuses={"4 bits": _NEEDS_FLOATS, "8 bits": _NEEDS_FLOATS, "zero3": _TAKES_OUT},
+    refuses={**needs_floats(_NEEDS_FLOATS), "zero3": _TAKES_OUT},
     vllm="adapter",
     rows_inside=True,
     start="corda",
@@ -196,11 +196,7 @@ LORA_GA = Variant(
     options=LoraGaSection,
     build=_of_gradients,
     learning_rate=5e-5,
-    refuses={
-        "4 bits": "its start needs the gradient of full-precision weights",
-        "8 bits": "its start needs the gradient of full-precision weights",
-        "zero3": _TAKES_OUT,
-    },
+    refuses={**needs_floats("its start needs the gradient of full-precision weights"), "zero3": _TAKES_OUT},
     vllm="adapter",
     rows_inside=True,
     start="lora_ga",

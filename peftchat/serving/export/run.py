@@ -5,6 +5,7 @@ from pathlib import Path
 
 from peftchat.errors import InputError
 from peftchat.files import write_text
+from peftchat.models.ends import end_ids
 from peftchat.serving.export.format import read_frames
 from peftchat.serving.export.gguf_file import Written, write_gguf
 from peftchat.serving.export.ollama import modelfile
@@ -54,8 +55,7 @@ def export_ollama(path: str, options: ExportOptions) -> Written:
     tokenizer = source.tokenizer()
     frames = read_frames(tokenizer, str(source.folder))
     generation = source.generation()
-    named = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-    ends = [named] if isinstance(named, int) else list(named or ())
+    ends = end_ids(generation.eos_token_id) or end_ids(tokenizer.eos_token_id)
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends)]
     # Made before the weights are written: what it refuses is refused at once.
     modelfile(_file_name(source, options), frames, stops, generation, writes_start=True)

@@ -9,7 +9,8 @@ and seed:
 - `trl`: `SFTTrainer` with its defaults (gradient checkpointing, padding);
 - `trl tuned`: without checkpointing, and without padding (`padding_free`);
 - `peftchat`: the command `peftchat train`, without packing, so that every step sees the same dialogues;
-- `peftchat packed`: the same with packs of 1,024 tokens and about as many tokens a step; other steps, so no losses.
+- `peftchat packed`: the same with packs of 1,024 tokens and about as many tokens a step; other steps, so no losses;
+- `peftchat compiled`, `peftchat packed compiled`: with compiled layers, as a longer run would choose by itself.
 
 Rows are encoded once by peftchat (`chatml` template, whose tokens the model must know) and handed to TRL with their
 labels. Speed counts real tokens over all steps but the first; memory is the most that a process has held.
@@ -29,7 +30,7 @@ from typing import Any
 BATCH = 8
 PACK = 1024
 RATE = 1e-4
-CONTENDERS = ("trl", "trl tuned", "peftchat", "peftchat packed")
+CONTENDERS = ("trl", "trl tuned", "peftchat", "peftchat compiled", "peftchat packed", "peftchat packed compiled")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def parse() -> argparse.Namespace:
 
 def recipe(source: Path, method: str, arguments: argparse.Namespace, folder: Path, contender: str) -> Path:
     """The recipe of a run, as a file."""
-    packed = contender == "peftchat packed"
+    packed = "packed" in contender
     text = {
         "model": {"name": str(Path(arguments.model).resolve()), "dtype": arguments.dtype},
         "method": method,
@@ -99,6 +100,7 @@ def recipe(source: Path, method: str, arguments: argparse.Namespace, folder: Pat
             "per_device_train_batch_size": max(1, PACK // arguments.max_length) if packed else arguments.batch,
             "gradient_accumulation_steps": 1,
             "gradient_checkpointing": False,
+            "torch_compile": "compiled" in contender,
             "logging_steps": 1,
             "save_strategy": "no",
             "seed": 0,
@@ -147,7 +149,7 @@ def compare(source: Path, method: str, rows: Path, arguments: argparse.Namespace
     for name, runs in found.items():
         print(row_of(name, runs, found.get("trl")))
     for name, runs in found.items():
-        if name != "peftchat packed" and "trl" in found:
+        if "packed" not in name and "trl" in found:
             pairs = zip(runs[0].losses, found["trl"][0].losses, strict=True)
             print(f"largest difference of {name}'s losses from trl's: {max(abs(a / b - 1) for a, b in pairs):.2%}")
     print(flush=True)
@@ -188,7 +190,8 @@ def with_peftchat(
         peak=summary["peak_memory_bytes"],
         to_first_step=summary["seconds_to_first_step"] if "seconds_to_first_step" in summary else time.time() - began,
         losses=[line["loss"] for line in lines if "loss" in line],
-        utilisation=summary["model_flops_utilisation"],
+        # That of the run counts the first step too, in which layers are compiled.
+        utilisation=summary["model_flops_utilisation"] * speed / summary["tokens_per_second"],
     )
 
 

@@ -75,9 +75,9 @@ def recipe_file(folder: Path, **training: object) -> Path:
 def choose(folder: Path, tokens: int, placement: Placement = ALONE, plain: bool = True, **training: object):
     loaded = load_recipe(recipe_file(folder, **training), to_train=False)
     built = Built(small_model(), None)
-    before = [layer.forward.__func__ for layer in built.causal_model.model.layers]
+    before = [layer.forward for layer in built.causal_model.model.layers]
     choice = compile_if_it_pays(loaded, placement, built, RowStats(rows=10, tokens=tokens), plain=plain)
-    changed = [layer.forward.__func__ for layer in built.causal_model.model.layers] != before
+    changed = [layer.forward for layer in built.causal_model.model.layers] != before
     return choice, changed
 
 
@@ -119,6 +119,11 @@ def test_a_wish_that_cannot_be_granted_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="C\\+\\+ compiler") as told:
         choose(tmp_path, 1000, torch_compile="true")
     assert "torch_compile" in str(told.value.where)
+
+
+def test_a_run_that_turns_out_sharded_refuses_the_key(tmp_path):
+    with pytest.raises(InputError, match="never compiled"):
+        choose(tmp_path, 1000, replace(ALONE, strategy="zero3", processes=2), torch_compile="true")
 
 
 def test_sharded_runs_refuse_the_key(tmp_path):

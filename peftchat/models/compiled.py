@@ -8,7 +8,7 @@ gates, casts.
 
 import os
 import shutil
-import types
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,7 +24,7 @@ def compile_layers(model: nn.Module) -> int:
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
-        layer.forward = types.MethodType(_Switch(layer), layer)
+        layer.forward = _Switch(layer.forward)
     return len(layers)
 
 
@@ -39,10 +39,10 @@ def missing_compiler(device: str) -> str | None:
 class _Switch:
     """A layer's forward: compiled for training, as it was for anything else."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self._plain = layer.forward
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._plain = forward
         # Rows have lengths of their own; one program serves them all.
-        self._compiled = torch.compile(layer.forward, dynamic=True)
+        self._compiled = torch.compile(forward, dynamic=True)
 
-    def __call__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return (self._compiled if torch.is_grad_enabled() else self._plain)(*args, **kwargs)

@@ -47,6 +47,9 @@ def compile_if_it_pays(
         where = f"{loaded.where('training', 'torch_compile')}: true"
         if lacking:
             raise InputError(f"torch needs {lacking} to compile", where=where, cure="Install it, or remove the key.")
+        if placement.uses_deepspeed:
+            why = f"under `{placement.strategy}` layers are never compiled"
+            raise InputError(why, where=where, cure="Remove the key, or write `distributed.strategy: ddp`.")
         if not compile_layers(built.causal_model):
             raise InputError("this model's layers cannot be told apart", where=where, cure="Remove the key.")
         return None

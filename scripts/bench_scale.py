@@ -9,7 +9,8 @@ few steps each. How memory grows with the number of rows is measured by `bench_d
 - length: one dialogue of that many tokens a step, and beside it short dialogues packed to the same length;
 - width: the same tokens through wider layers;
 - processes: the same rows a step through 1 and 2 processes;
-- vocabulary: a step with and without the four new tokens of `starchat`, at 32k, 128k and 256k rows.
+- vocabulary: the same rows with the four tokens of `starchat` new, and with a model that has them already, at 48k,
+  128k and 256k rows; layers as SmolLM2-135M's.
 """
 
 import argparse
@@ -21,21 +22,27 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 STEPS = 5
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama to make."""
+    """A Llama to make.
+
+    Attributes:
+        intermediate: None for the usual share of the hidden size.
+        knows_tokens: whether its tokenizer and vocabulary have the tokens of `starchat` already.
+    """
 
     hidden: int = 256
     layers: int = 4
-    vocabulary: int = 49156
+    vocabulary: int = 49152
+    intermediate: int | None = None
+    knows_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,26 +64,29 @@ class Bench:
     def model(self, shape: Shape) -> Path:
         """A folder with a random model of this shape, made once."""
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-        folder = self.folder / f"h{shape.hidden}-l{shape.layers}-v{shape.vocabulary}"
+        from peftchat.chatml.template import starchat
+
+        folder = self.folder / f"{shape}"
         if folder.exists():
             return folder
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        if shape.knows_tokens:
+            tokenizer.add_tokens(list(starchat(None).tokens), special_tokens=True)
         config = LlamaConfig(
             hidden_size=shape.hidden,
-            intermediate_size=shape.hidden * 8 // 3 // 64 * 64,
+            intermediate_size=shape.intermediate or shape.hidden * 8 // 3 // 64 * 64,
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.hidden // 64,
             num_key_value_heads=shape.hidden // 64,
-            vocab_size=shape.vocabulary,
+            vocab_size=max(shape.vocabulary, len(tokenizer)),
             max_position_embeddings=32768,
             tie_word_embeddings=True,
         )
         torch.manual_seed(0)
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(str(folder))
-        for name in _TOKENIZER_FILES:
-            if (self.tokenizer / name).is_file():
-                shutil.copy(self.tokenizer / name, folder / name)
+        tokenizer.save_pretrained(str(folder))
         return folder
 
     def dialogues(self, tokens: int, count: int) -> Path:
@@ -97,13 +107,14 @@ class Bench:
             "model": {"name": str(self.model(shape))},
             "method": "lora",
             "adapter": {"dropout": 0.0},
-            "chat": {"template": changes.get("template", "starchat")},
+            "chat": {"template": "starchat"},
             "data": {"train": [{"path": str(source)}], "max_length": length, "packing": changes.get("packing", True)},
             "training": {
-                "max_steps": STEPS,
+                "max_steps": changes.get("steps", STEPS),
                 "per_device_train_batch_size": 1,
                 "gradient_accumulation_steps": changes.get("passes", 1),
                 "gradient_checkpointing": False,
+                "torch_compile": False,
                 "logging_steps": 1,
                 "save_strategy": "no",
                 "report_to": "none",
@@ -157,19 +168,20 @@ def processes(bench: Bench, most: int) -> Iterator[str]:
 
 def vocabulary(bench: Bench, most: int) -> Iterator[str]:
     """What the four new tokens add to a step."""
-    yield "| vocabulary | s a step without new tokens | with four | more | more memory, MB |"
+    yield "| vocabulary | s a step, tokens known | four new tokens | more | more memory, MB |"
     yield "|---:|---:|---:|---:|---:|"
     source = bench.dialogues(120, 64)
-    for rows in (32768, 131072, 262144):
-        # The model has a row for every id of the tokenizer, but for the four that `starchat` adds behind them.
-        shape = Shape(hidden=512, vocabulary=max(rows, 49152))
-        found: dict[str, list[Line]] = {"model": [], "starchat": []}
+    for rows in (49152, 131072, 262144):
+        shape = Shape(hidden=576, layers=30, vocabulary=rows, intermediate=1536)
+        # Both models have the same number of logits: rows that are new are not in the model yet.
+        known = replace(shape, vocabulary=rows + 4, knows_tokens=True)
+        found: dict[Shape, list[Line]] = {known: [], shape: []}
         for _ in range(3):
-            for template, lines in found.items():
-                lines.append(bench.train(shape, source, 1024, template=template))
-        plain, four = (statistics.median(line.seconds for line in lines) for lines in found.values())
-        memory = min(line.peak for line in found["starchat"]) - min(line.peak for line in found["model"])
-        yield f"| {shape.vocabulary:,} | {plain:.3f} | {four:.3f} | {four / plain - 1:.1%} | {memory / 1e6:.0f} |"
+            for each, lines in found.items():
+                lines.append(bench.train(each, source, 1024, steps=10))
+        without, four = (statistics.median(line.seconds for line in lines) for lines in found.values())
+        memory = min(line.peak for line in found[shape]) - min(line.peak for line in found[known])
+        yield f"| {rows:,} | {without:.3f} | {four:.3f} | {four / without - 1:.1%} | {memory / 1e6:.0f} |"
 
 
 def _cells(line: Line) -> str:

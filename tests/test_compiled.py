@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftchat.errors import InputError
 from peftchat.models.compiled import compile_layers
+from peftchat.models.lora_branch import add_branches_at_once
 from peftchat.recipe import load_recipe
 from peftchat.training.build import Built
 from peftchat.training.compiling import compile_if_it_pays
 from peftchat.training.placement import Placement
 from peftchat.training.row_stats import RowStats
+from peftchat.training.supervised import install_supervised_forward
 
 ALONE = Placement(strategy="single", processes=1, nodes=1, gpus=0, launcher="none")
 
@@ -46,6 +49,38 @@ def test_losses_and_gradients_are_those_of_the_plain_layers():
             found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@needs_compiler
+def test_adapters_and_loss_are_as_near_to_float32_as_the_plain_ones():
+    plain = get_peft_model(small_model(), LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False))
+    plain.base_model.model.config.final_logit_softcapping = 5.0
+    compiled = copy.deepcopy(plain)
+    assert add_branches_at_once(plain) == add_branches_at_once(compiled) == 14
+    assert compile_layers(compiled) == 2
+    for model in (plain, compiled):
+        install_supervised_forward(model.base_model.model)
+
+    def gradient(model, ids, in_bfloat16):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            loss = model(input_ids=ids, labels=ids, supervised=True).loss
+        loss.backward()
+        trained = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        assert len(trained) == 28
+        return torch.cat([loss.detach()[None], *(tensor.flatten() for tensor in trained)])
+
+    off = {True: 0.0, False: 0.0}
+    torch.manual_seed(1)
+    for length in (17, 40, 23, 17, 40, 23, 30, 12):
+        ids = torch.randint(64, (2, length))
+        exact = gradient(plain, ids, in_bfloat16=False)
+        torch.testing.assert_close(gradient(compiled, ids, in_bfloat16=False), exact, rtol=1e-4, atol=1e-4)
+        for model in (plain, compiled):
+            off[model is compiled] += float(
+                (gradient(model, ids, in_bfloat16=True) - exact)[1:].norm() / exact[1:].norm()
+            )
+    assert off[True] < 1.5 * off[False]
 
 
 @needs_compiler

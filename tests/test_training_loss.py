@@ -7,7 +7,8 @@ from torch import nn
 
 from peftchat.models.rows import HeadRows
 from peftchat.training import loss as loss_module
-from peftchat.training.loss import Head, HeadTransform, supervised_nll
+from peftchat.training.head import Head, HeadTransform
+from peftchat.training.loss import supervised_nll
 
 N, HIDDEN, VOCABULARY = 37, 16, 50
 
@@ -17,7 +18,7 @@ def plain_nll(hidden, targets, weight, bias, rows, ids, rows_bias, size, transfo
     logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
     if rows is not None:
         columns = [logits[:, index] for index in range(logits.shape[1])]
-        columns += [torch.full((len(hidden),), torch.finfo().min)] * (size - len(columns))
+        columns += [torch.zeros(len(hidden))] * (size - len(columns))
         for place, token_id in enumerate(ids.tolist()):
             new = hidden @ rows[place]
             columns[token_id] = new if rows_bias is None else new + rows_bias[place]
@@ -25,6 +26,10 @@ def plain_nll(hidden, targets, weight, bias, rows, ids, rows_bias, size, transfo
     logits = logits * transform.scale
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    if ids is not None:
+        # What no token has cannot be predicted.
+        nobody = [token for token in range(len(weight), size) if token not in ids.tolist()]
+        logits[:, nobody] = float("-inf")
     return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
 
 

@@ -28,6 +28,11 @@ def compile_layers(model: nn.Module) -> int:
     return len(layers)
 
 
+def has_compiled_layers(model: nn.Module) -> bool:
+    """Whether `compile_layers` has changed the model."""
+    return any(isinstance(vars(module).get("forward"), _Switch) for module in model.modules())
+
+
 def missing_compiler(device: str) -> str | None:
     """What torch would need to compile for a device and does not find; None where everything is there."""
     if device == "cuda":

@@ -114,8 +114,7 @@ class _LinearAndBranch(torch.autograd.Function):
             x, weight, a, b = x.to(dtype), weight.to(dtype), a.to(dtype), b.to(dtype)
             rows = x.reshape(-1, x.shape[-1])
             narrow = rows @ a.T
-            result = F.linear(rows, weight, None if bias is None else bias.to(dtype))
-            result.addmm_(narrow, b.T, alpha=scaling)
+            result = _plus(F.linear(rows, weight, None if bias is None else bias.to(dtype)), narrow * scaling, b.T)
         ctx.save_for_backward(x, narrow, weight, a, b)
         ctx.scaling = scaling
         return result
@@ -125,8 +124,17 @@ class _LinearAndBranch(torch.autograd.Function):
         x, narrow, weight, a, b = ctx.saved_tensors
         flat = outputs[0]
         of_narrow, of_a, of_b = _slopes(flat, x, narrow, b, ctx.scaling)
-        of_x = (flat @ weight).addmm_(of_narrow, a).view(x.shape) if ctx.needs_input_grad[0] else None
+        of_x = _plus(flat @ weight, of_narrow, a).view(x.shape) if ctx.needs_input_grad[0] else None
         return of_x, None, None, of_a, of_b, None
+
+
+def _plus(result: Tensor, narrow: Tensor, wide: Tensor) -> Tensor:
+    """`result + narrow wide`; the result may be changed in place."""
+    if torch.compiler.is_compiling():
+        # A compiled sum becomes part of whatever comes next, and a compiled `addmm` would copy the result first. The
+        # compiler does not make one of sums in float32, in which it adds anyway.
+        return (result.float() + (narrow @ wide).float()).to(result.dtype)
+    return result.addmm_(narrow, wide)
 
 
 def _slopes(flat: Tensor, x: Tensor, narrow: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:

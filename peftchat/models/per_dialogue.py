@@ -126,9 +126,10 @@ class _Group:
     count: int
     length: int
 
-    def of(self, rows: Tensor) -> Tensor:
-        """Its slots of a (slots, ...) tensor: shape (count, length, ...)."""
-        return rows[self.first : self.first + self.count * self.length].view(self.count, self.length, *rows.shape[1:])
+    def of(self, rows: Tensor, heads: int) -> Tensor:
+        """Its part of what `_Plan.rows` picked: shape (count, heads, length, D)."""
+        stop = self.first + self.count * self.length
+        return rows[self.first * heads : stop * heads].view(self.count, heads, self.length, rows.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +140,36 @@ class _Plan:
         groups: in the order of their slots.
         tokens: for each slot the token it holds, int64, shape (slots,); padding repeats a dialogue's last token.
         slots: for each token the slot that holds it, int64, shape (N,).
-        padding: slots that are padding, int64.
+        padding: whether a slot is padding, bool, shape (slots,).
     """
 
     groups: tuple[_Group, ...]
     tokens: Tensor
     slots: Tensor
     padding: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where the plan puts vectors of some heads: as matrices, so that a group's heads and slots follow each other.
+
+    Attributes:
+        picked: for each row of the matrices its vector among (N, heads) ones, int64, shape (slots * heads,).
+        back: for each of the (N, heads) vectors its row, int64, shape (N * heads,).
+        padding: rows that are padding, int64.
+    """
+
+    picked: Tensor
+    back: Tensor
+    padding: Tensor
+
+    def pick(self, tensor: Tensor) -> Tensor:
+        """The rows of a (heads, N, D) tensor: shape (slots * heads, D)."""
+        return tensor.transpose(0, 1).reshape(-1, tensor.shape[2]).index_select(0, self.picked)
+
+    def put_back(self, rows: Tensor, heads: int) -> Tensor:
+        """The (heads, N, D) tensor of such rows."""
+        return rows.index_select(0, self.back).view(-1, heads, rows.shape[1]).transpose(0, 1)
 
 
 def _spans(borders: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -173,7 +197,30 @@ def _plan(borders: tuple[int, ...]) -> _Plan:
     real[1:] = held[1:] != held[:-1]
     slots = torch.empty(borders[-1], dtype=torch.int64)
     slots[held[real]] = torch.nonzero(real)[:, 0]
-    return _Plan(tuple(groups), held, slots, torch.nonzero(~real)[:, 0])
+    return _Plan(tuple(groups), held, slots, ~real)
+
+
+@functools.lru_cache(maxsize=16)
+def _places(borders: tuple[int, ...], heads: int) -> _Places:
+    plan = _plan(borders)
+    # For each group a (count, heads, length) block of vectors, each named by slot * heads + head.
+    named = torch.arange(len(plan.tokens) * heads).view(-1, heads)
+    blocks = [
+        named[group.first : group.first + group.count * group.length]
+        .view(group.count, group.length, heads)
+        .transpose(1, 2)
+        .flatten()
+        for group in plan.groups
+    ]
+    order = torch.cat(blocks)
+    slot, head = order // heads, order % heads
+    rows = torch.empty_like(order)
+    rows[order] = torch.arange(len(order))
+    return _Places(
+        picked=plan.tokens[slot] * heads + head,
+        back=rows.view(-1, heads)[plan.slots].flatten(),
+        padding=torch.nonzero(plan.padding[slot])[:, 0],
+    )
 
 
 def _alike(spans: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
@@ -207,12 +254,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scale: float) -> T
 
     Shapes: q (H, N, D), k and v (K, N, D), borders (dialogues + 1,), output (N, H, D).
     """
-    plan = _plan(tuple(borders.tolist()))
-    rows = [_in_slots(tensor, plan) for tensor in (q, k, v)]
+    known, heads, key_heads = tuple(borders.tolist()), len(q), len(k)
+    own, shared = _places(known, heads), _places(known, key_heads)
+    queries, keys, values = own.pick(q), shared.pick(k), shared.pick(v)
+    plan = _plan(known)
     output = []
     for group in plan.groups:
-        query, key, value = (group.of(tensor).transpose(1, 2) for tensor in rows)
-        found = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        asking, seen, taken = group.of(queries, heads), group.of(keys, key_heads), group.of(values, key_heads)
+        found = F.scaled_dot_product_attention(asking, seen, taken, is_causal=True, scale=scale, enable_gqa=True)
         output.append(found.transpose(1, 2).flatten(0, 1))
     return torch.cat(output).index_select(0, plan.slots)
 
@@ -230,32 +279,22 @@ def _attend_backward(
 
     The backward of torch's kernel is slow on a CPU. Here the query heads that share a key head are one taller matrix.
     """
-    plan, heads = _plan(tuple(borders.tolist())), len(k)
-    q, k, v = (_in_slots(tensor, plan) for tensor in (q, k, v))
-    slope = slope.index_select(0, plan.tokens)
-    if len(plan.padding):
-        slope.index_fill_(0, plan.padding, 0.0)
-    of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    # Sums over stretches are kept in float32 at least, as those within a stretch are.
-    exact = torch.promote_types(k.dtype, torch.float32)
-    for group in plan.groups:
-        queries, of_output = group.of(q), group.of(slope)
-        keys, values = _by_head(group.of(k), heads), _by_head(group.of(v), heads)
-        sums = [torch.zeros_like(tensor, dtype=exact) for tensor in (keys, values)]
-        for start in range(0, group.length, _STRETCH):
-            stop = min(start + _STRETCH, group.length)
-            asking, wanted = _by_head(queries[:, start:stop], heads), _by_head(of_output[:, start:stop], heads)
-            seen = keys[:, :stop]
-            weights = _weights(asking, seen, scale, stop - start)
-            of_weights = torch.bmm(wanted, values[:, :stop].transpose(1, 2))
-            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            _put(_scaled(of_scores, seen, scale), group.of(of_q)[:, start:stop], heads)
-            sums[0][:, :stop] += _scaled(of_scores.transpose(1, 2), asking, scale)
-            sums[1][:, :stop] += torch.bmm(weights.transpose(1, 2), wanted)
-        _put(sums[0], group.of(of_k), heads)
-        _put(sums[1], group.of(of_v), heads)
-    of_q, of_k, of_v = (found.index_select(0, plan.slots).transpose(0, 1) for found in (of_q, of_k, of_v))
-    return of_q, of_k, of_v
+    known, heads, key_heads = tuple(borders.tolist()), len(q), len(k)
+    own, shared = _places(known, heads), _places(known, key_heads)
+    queries, keys, values = own.pick(q), shared.pick(k), shared.pick(v)
+    wanted = own.pick(slope.transpose(0, 1))
+    if len(own.padding):
+        wanted.index_fill_(0, own.padding, 0.0)
+    of_queries, of_keys, of_values = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
+    for group in _plan(known).groups:
+        _Gradients(
+            *(
+                group.of(rows, heads).unflatten(1, (key_heads, -1)).flatten(0, 1)
+                for rows in (queries, wanted, of_queries)
+            ),
+            *(group.of(rows, key_heads).flatten(0, 1) for rows in (keys, values, of_keys, of_values)),
+        ).find(scale)
+    return own.put_back(of_queries, heads), shared.put_back(of_keys, key_heads), shared.put_back(of_values, key_heads)
 
 
 @_attend_backward.register_fake
@@ -276,14 +315,70 @@ def _gradients(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
 _attend.register_autograd(_gradients, setup_context=_keep)
 
 
-def _in_slots(tensor: Tensor, plan: _Plan) -> Tensor:
-    """Rows of a (H, N, D) tensor in the plan's slots: shape (slots, H, D)."""
-    return tensor.transpose(0, 1).index_select(0, plan.tokens)
+@dataclass(frozen=True, slots=True)
+class _Gradients:
+    """Dialogues of n tokens whose gradients are to be found and written.
+
+    Attributes:
+        queries: for each of B key heads the G heads that share it, shape (B, G, n, D).
+        wanted: the gradient of the output, shape (B, G, n, D).
+        of_queries: to be written, shape (B, G, n, D).
+        keys, values: shape (B, n, D).
+        of_keys, of_values: to be written, shape (B, n, D).
+    """
+
+    queries: Tensor
+    wanted: Tensor
+    of_queries: Tensor
+    keys: Tensor
+    values: Tensor
+    of_keys: Tensor
+    of_values: Tensor
+
+    def find(self, scale: float) -> None:
+        """Find and write them."""
+        if self.keys.shape[1] <= _STRETCH:
+            self._at_once(scale)
+        else:
+            self._by_stretches(scale)
+
+    def _at_once(self, scale: float) -> None:
+        weights, of_scores, asking, owed = self._of_stretch(0, self.keys.shape[1], scale)
+        _scaled(of_scores, self.keys, scale, self.of_queries.flatten(1, 2))
+        _scaled(of_scores.transpose(1, 2), asking, scale, self.of_keys)
+        torch.bmm(weights.transpose(1, 2), owed, out=self.of_values)
+
+    def _by_stretches(self, scale: float) -> None:
+        """Some queries at a time: no scores of what comes later, and little memory."""
+        length = self.keys.shape[1]
+        # Sums over stretches are kept in float32 at least, as those within a stretch are.
+        exact = torch.promote_types(self.keys.dtype, torch.float32)
+        of_keys, of_values = (torch.zeros_like(tensor, dtype=exact) for tensor in (self.keys, self.values))
+        for start in range(0, length, _STRETCH):
+            stop = min(start + _STRETCH, length)
+            weights, of_scores, asking, owed = self._of_stretch(start, stop, scale)
+            of_queries = self.of_queries[:, :, start:stop]
+            of_queries.copy_(_scaled(of_scores, self.keys[:, :stop], scale).view_as(of_queries))
+            of_keys[:, :stop] += _scaled(of_scores.transpose(1, 2), asking, scale)
+            of_values[:, :stop] += torch.bmm(weights.transpose(1, 2), owed)
+        self.of_keys.copy_(of_keys)
+        self.of_values.copy_(of_values)
+
+    def _of_stretch(self, start: int, stop: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The queries from start to stop: weights, the gradient of their scores, they, and what is wanted of them.
+
+        Shapes: (B, rows, stop) twice, (B, rows, D) twice; the rows are those of G heads, one after the other.
+        """
+        asking, owed = (tensor[:, :, start:stop].flatten(1, 2) for tensor in (self.queries, self.wanted))
+        weights = _weights(asking, self.keys[:, :stop], scale, stop - start)
+        of_weights = torch.bmm(owed, self.values[:, :stop].transpose(1, 2))
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        return weights, of_scores, asking, owed
 
 
-def _scaled(one: Tensor, other: Tensor, scale: float) -> Tensor:
-    """The product of two batches of matrices, times a factor."""
-    return torch.baddbmm(one.new_empty(1, 1, 1), one, other, beta=0, alpha=scale)
+def _scaled(one: Tensor, other: Tensor, scale: float, into: Tensor | None = None) -> Tensor:
+    """The product of two batches of matrices, times a factor; written where there is a place for it."""
+    return torch.baddbmm(one.new_empty(1, 1, 1), one, other, beta=0, alpha=scale, out=into)
 
 
 def _weights(queries: Tensor, keys: Tensor, scale: float, length: int) -> Tensor:
@@ -304,24 +399,3 @@ def _weights(queries: Tensor, keys: Tensor, scale: float, length: int) -> Tensor
 def _causal(length: int, dtype: torch.dtype) -> Tensor:
     """What is added to scores: minus infinity on what comes later; shape (length, length)."""
     return torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
-
-
-def _by_head(rows: Tensor, heads: int) -> Tensor:
-    """Dialogues' rows as matrices, one for each of the `heads` key heads.
-
-    Args:
-        rows: shape (count, length, H, D).
-
-    Returns:
-        Shape (count * heads, H / heads * length, D).
-    """
-    count, length, own, width = rows.shape
-    parted = rows.view(count, length, heads, own // heads, width).permute(0, 2, 3, 1, 4)
-    return parted.reshape(count * heads, -1, width)
-
-
-def _put(block: Tensor, rows: Tensor, heads: int) -> None:
-    """Write matrices as `_by_head` makes them into rows of shape (count, length, H, D)."""
-    count, length, own, width = rows.shape
-    parted = block.view(count, heads, own // heads, length, width).permute(0, 3, 1, 2, 4)
-    rows.view(count, length, heads, own // heads, width).copy_(parted)

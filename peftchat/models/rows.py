@@ -28,12 +28,14 @@ class HeadRows:
         bias: float, shape (n,), or None.
         ids: the tokens' ids, int64, shape (n,).
         size: number of logits with them.
+        overlaid: whether some of the ids lie within the head's own vocabulary, whose columns they then replace.
     """
 
     weight: Tensor
     bias: Tensor | None
     ids: Tensor
     size: int
+    overlaid: bool = True
 
 
 class TokenRows(nn.Module):
@@ -81,7 +83,7 @@ class TokenRows(nn.Module):
     def head(self) -> HeadRows:
         """The rows as the loss and the logits need them."""
         rows = self.input_rows if self.output_rows is None else self.output_rows
-        return HeadRows(rows, self.output_bias, self.ids, self.size)
+        return HeadRows(rows, self.output_bias, self.ids, self.size, self._id_list[0] < self.vocabulary)
 
     def known_ids(self, ids: Tensor) -> Tensor:
         """The ids with the new ones replaced by 0, which every embedding knows."""

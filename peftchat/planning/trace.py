@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftchat.models.rows import HeadRows
-from peftchat.training.loss import Head, HeadTransform, supervised_nll
+from peftchat.training.head import Head, HeadTransform
+from peftchat.training.loss import supervised_nll
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -6,83 +6,17 @@ entropy (Hsu et al., 2024): one chunk of logits exists at a time and nothing is 
 no gradient; the rows of new tokens get one of their own small size.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from peftchat.models.rows import HeadRows
+from peftchat.training.head import Chunk, Head, spread, struck_out
 
 # Elements of one chunk of logits. A GPU wants tall products; a CPU wants float32 logits that stay in its cache.
 _CHUNK_ELEMENTS = {"cuda": 2**25, "cpu": 3 * 2**21}
 # Adding up the gradient of a whole head costs a pass over it each chunk, so there are fewer.
 _TALLER_FOR_WEIGHT = 4
-
-
-@dataclass(frozen=True, slots=True)
-class HeadTransform:
-    """What a model does to its logits after the head: `softcap * tanh(scale * logits / softcap)`.
-
-    Attributes:
-        scale: factor on the logits.
-        softcap: bound of the logits (Gemma 2), None for none.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> "HeadTransform":
-        """The transform that the model's config names; its spelling differs by family."""
-        text = config.get_text_config()
-        scale = 1.0
-        # Cohere and MPT, Falcon-H1, and Granite, which divides.
-        for name, inverse in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
-            value = getattr(text, name, None)
-            if isinstance(value, int | float):
-                scale = 1.0 / value if inverse else float(value)
-        return cls(scale, getattr(text, "final_logit_softcapping", None))
-
-    def apply_(self, logits: Tensor) -> Tensor | None:
-        """Transform logits in place; what `backward_` needs to know of them, if anything."""
-        if self.scale != 1.0:
-            logits *= self.scale
-        if self.softcap is None:
-            return None
-        bent = logits.div_(self.softcap).tanh_().clone()
-        logits *= self.softcap
-        return bent
-
-    def backward_(self, gradient: Tensor, bent: Tensor | None) -> None:
-        """Turn the gradient of the transformed logits into that of the head's own, in place."""
-        if bent is not None:
-            gradient *= 1.0 - bent**2
-        if self.scale != 1.0:
-            gradient *= self.scale
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The output layer with the rows of new tokens.
-
-    Attributes:
-        weight: float, shape (V, H).
-        bias: float, shape (V,), or None.
-        rows: rows of new tokens, or None.
-        transform: what follows the projection.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    rows: HeadRows | None
-    transform: HeadTransform
-
-    @property
-    def size(self) -> int:
-        """Number of logits."""
-        return self.weight.shape[0] if self.rows is None else self.rows.size
 
 
 def supervised_nll(
@@ -102,7 +36,6 @@ def supervised_nll(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    rows = head.rows
     differentiable = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
         total, correct = _SupervisedNLL.apply(
@@ -110,11 +43,8 @@ def supervised_nll(
             targets,
             head.weight,
             head.bias,
-            None if rows is None else rows.weight,
-            None if rows is None else rows.bias,
-            None if rows is None else rows.ids,
-            head.size,
-            head.transform,
+            None if head.rows is None else head.rows.weight,
+            head,
             dtype,
             differentiable,
             count_correct,
@@ -131,10 +61,7 @@ class _SupervisedNLL(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         rows: Tensor | None,
-        rows_bias: Tensor | None,
-        row_ids: Tensor | None,
-        size: int,
-        transform: HeadTransform,
+        head: Head,
         dtype: torch.dtype,
         differentiable: bool,
         count_correct: bool,
@@ -155,48 +82,36 @@ class _SupervisedNLL(torch.autograd.Function):
                 gradients[name] = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
         cast_weight = weight.to(dtype)
         cast_rows = None if rows is None else rows.to(dtype)
-        vocabulary = weight.shape[0]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        step = rows_at_once(len(hidden), size, hidden.device.type, taller=wants["weight"])
-        # One set of buffers for all chunks: new memory of this size is slow to come by.
-        buffer = torch.empty(step, size, dtype=torch.float32, device=hidden.device)
-        products = torch.empty(step, vocabulary, dtype=dtype, device=hidden.device)
+        step = rows_at_once(len(hidden), head.size, hidden.device.type, taller=wants["weight"])
+        # One buffer for all chunks: new memory of this size is slow to come by.
+        products = torch.empty(step, len(weight), dtype=dtype, device=hidden.device)
+        struck = struck_out(head)
         for start in range(0, hidden.shape[0], step):
             states = hidden[start : start + step].to(dtype)
-            wanted = targets[start : start + step, None]
-            logits, product = buffer[: len(states)], products[: len(states)]
-            torch.mm(states, cast_weight.T, out=product)
-            _fill_logits(logits, product, states, bias, cast_rows, rows_bias, row_ids)
-            bent = transform.apply_(logits)
+            product = torch.mm(states, cast_weight.T, out=products[: len(states)])
+            chunk = Chunk.of(product, states, targets[start : start + step, None], cast_rows, head)
             if count_correct:
-                correct += (logits.argmax(-1, keepdim=True) == wanted).sum()
-            logits -= logits.amax(-1, keepdim=True)
-            of_targets = logits.gather(1, wanted)
-            logits.exp_()
-            mass = logits.sum(-1, keepdim=True)
-            total += (mass.log() - of_targets).sum()
-            if not gradients:
+                correct += chunk.count_correct(struck)
+            log_mass, slope = (head.spread if gradients else spread)(
+                product, chunk.new, bias, struck, head.transform, bool(gradients)
+            )
+            total += (log_mass - chunk.of_targets).sum()
+            if slope is None:
                 continue
-            slope = logits.div_(mass)
-            slope.scatter_add_(1, wanted, torch.full_like(mass, -1.0))
-            transform.backward_(slope, bent)
-            back: Tensor | None = None
-            if row_ids is not None and cast_rows is not None:
-                of_rows = slope[:, row_ids].to(dtype)
-                slope.index_fill_(1, row_ids, 0.0)
-                back = of_rows @ cast_rows
-                if "rows" in gradients:
-                    gradients["rows"] += of_rows.T @ states
-            own = slope[:, :vocabulary]
+            of_rows = chunk.put_targets(slope, log_mass)
+            if "rows" in gradients and of_rows is not None:
+                gradients["rows"] += of_rows.T @ states
             if "bias" in gradients:
-                gradients["bias"] += own.sum(0)
-            product.copy_(own)
+                gradients["bias"] += slope.sum(0, dtype=torch.float32)
             if "weight" in gradients:
-                gradients["weight"] += product.T @ states
+                gradients["weight"] += slope.T @ states
             if "hidden" in gradients:
-                of_states = product @ cast_weight
-                gradients["hidden"][start : start + step] = of_states if back is None else of_states.add_(back)
+                of_states = slope @ cast_weight
+                if of_rows is not None and cast_rows is not None:
+                    of_states.addmm_(of_rows, cast_rows)
+                gradients["hidden"][start : start + step] = of_states
         ctx.mark_non_differentiable(correct)
         ctx.names = list(gradients)
         ctx.dtypes = {"weight": weight.dtype, "bias": bias.dtype if bias is not None else None, "rows": torch.float32}
@@ -209,7 +124,7 @@ class _SupervisedNLL(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = outputs[0]
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        found: list[Tensor | None] = [None] * 12
+        found: list[Tensor | None] = [None] * 9
         for place, name in ((0, "hidden"), (2, "weight"), (3, "bias"), (4, "rows")):
             if name in saved:
                 gradient = saved[name] * scale.to(saved[name].dtype)
@@ -221,32 +136,3 @@ def rows_at_once(positions: int, size: int, device: str, *, taller: bool) -> int
     """How many positions are projected together."""
     rows = _CHUNK_ELEMENTS["cpu" if device == "cpu" else "cuda"] // size
     return max(1, min(positions, max(16, rows * (_TALLER_FOR_WEIGHT if taller else 1))))
-
-
-def _fill_logits(
-    logits: Tensor,
-    product: Tensor,
-    states: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    rows_bias: Tensor | None,
-    row_ids: Tensor | None,
-) -> None:
-    """Write the logits over the grown vocabulary: float32, shape (N, size).
-
-    Args:
-        product: states times the head, shape (N, V).
-    """
-    vocabulary = product.shape[1]
-    own = logits[:, :vocabulary]
-    own.copy_(product)
-    if bias is not None:
-        own += bias
-    if rows is None or row_ids is None:
-        return
-    # A gap between the model's vocabulary and the new tokens is never likely.
-    logits[:, vocabulary:].fill_(torch.finfo(torch.float32).min)
-    new = (states @ rows.T).float()
-    if rows_bias is not None:
-        new += rows_bias
-    logits.index_copy_(1, row_ids, new)

@@ -17,8 +17,10 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from peftchat.chatml.mask import IGNORE
+from peftchat.models.compiled import has_compiled_layers
 from peftchat.models.rows import rows_of
-from peftchat.training.loss import Head, HeadTransform, supervised_nll
+from peftchat.training.head import Head, HeadTransform, spread
+from peftchat.training.loss import supervised_nll
 
 
 @dataclass
@@ -41,10 +43,12 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
     """Let `model(..., labels=labels, supervised=True)` return a `SupervisedOutput`.
 
     Without `supervised`, the forward is what it was. The model is the causal language model itself, inside any PEFT
-    wrapper.
+    wrapper. Where its layers are compiled, what the loss does with logits is too.
     """
     original = model.forward
     transform = HeadTransform.of(model.config)
+    # Chunks have sizes of their own; one program serves them all.
+    compiled = torch.compile(spread, dynamic=True) if has_compiled_layers(model) else spread
 
     @functools.wraps(original)
     def forward(self: PreTrainedModel, *args: Any, supervised: bool = False, **kwargs: Any) -> Any:
@@ -58,7 +62,7 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
         layer = self.get_output_embeddings()
         rows = rows_of(self)
         with maybe_gather_lm_head_ctx(layer.weight, layer.bias):
-            head = Head(layer.weight, layer.bias, None if rows is None else rows.head(), transform)
+            head = Head(layer.weight, layer.bias, None if rows is None else rows.head(), transform, compiled)
             states = backbone.last_hidden_state[:, :-1][chosen]
             loss, correct = supervised_nll(states, targets[chosen], head, count_correct=not torch.is_grad_enabled())
         return SupervisedOutput(loss=loss, correct=correct, aux_loss=_aux_loss(self, backbone, kwargs))

@@ -65,8 +65,8 @@ class DeloraSection(TargetedSection):
     r: int = own(8, "Rank of the update.", ge=1)
     delora_lambda: int | None = own(
         None,
-        "First length of the update, as PEFT counts it; it is trained. Without it: 15 for layers 4096 wide, less for "
-        "narrower ones, so that the update begins at about a twelfth of the weight's length.",
+        "First length of the update, as PEFT counts it; it is trained. Without it: 2 for layers 4096 wide, 1 for "
+        "narrow ones, so that the update begins at about a hundredth of the weight's length.",
         ge=1,
     )
     module_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
@@ -127,8 +127,9 @@ def _delora(section: DeloraSection, facts: ModelFacts) -> "DeloraConfig":
 
     return DeloraConfig(
         r=section.r,
-        # The update has its full length as soon as its direction has left zero: sqrt(r / width) * lambda / r.
-        delora_lambda=section.delora_lambda or max(1, min(15, round(math.sqrt(section.r * facts.hidden) / 12))),
+        # The first step, however small, gives the update its full length, lambda / sqrt(r * width) of the weight's.
+        # From a twelfth of it, small models never came back.
+        delora_lambda=section.delora_lambda or max(1, round(math.sqrt(section.r * facts.hidden) / 96)),
         module_dropout=section.module_dropout,
         target_modules=targets(section, facts),
     )

@@ -116,7 +116,7 @@ OFT = Variant(
     paper=Paper("Qiu et al.", 2023, "2306.07280"),
     options=OftSection,
     build=_oft,
-    learning_rate=1e-3,
+    learning_rate=5e-4,
     proved=frozenset({"zero3"}),
 )
 

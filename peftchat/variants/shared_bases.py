@@ -228,7 +228,7 @@ RANDLORA = Variant(
     paper=Paper("Albert et al.", 2025, "2502.00987"),
     options=RandloraSection,
     build=_randlora,
-    learning_rate=1e-3,
+    learning_rate=5e-4,
     proved=frozenset({"zero3"}),
 )
 
@@ -249,7 +249,7 @@ WAVEFT = Variant(
     paper=Paper("Bilican et al.", 2025, "2505.12532"),
     options=WaveftSection,
     build=_waveft,
-    learning_rate=1e-2,
+    learning_rate=5e-4,
 )
 
 C3A = Variant(
@@ -270,7 +270,7 @@ TINYLORA = Variant(
     paper=Paper("Morris et al.", 2026, "2602.04118"),
     options=TinyloraSection,
     build=_tinylora,
-    learning_rate=1e-2,
+    learning_rate=1e-3,
     refuses=needs_floats("PEFT decomposes the packed numbers as if they were the weights"),
 )
 

@@ -197,3 +197,10 @@ def test_on_a_terminal_bars_are_drawn_and_the_cursor_comes_back(tmp_path: Path) 
     assert words.count("a note before training") == 1
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()].count(4) == 2
+
+
+def test_the_peak_is_this_processs_own_and_not_that_of_the_one_that_started_it():
+    child = "from peftchat.training.meter import peak_memory_bytes; print(peak_memory_bytes())"
+    parent = f"import subprocess, sys; held = b'1' * 1_500_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
+    told = int(subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True).stdout)
+    assert 50_000_000 < told < 1_200_000_000

@@ -60,14 +60,12 @@ class StepBytes:
         forward: the most during the forward of the backbone, `kept` included.
         backward: the most while the last block's gradient is formed, nearly all of `kept` included.
         end: the most at the end of the backward pass, without the gradients themselves.
-        block: what one block keeps, or makes anew in the backward pass.
     """
 
     kept: float
     forward: float
     backward: float
     end: float
-    block: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +125,7 @@ class ActivationProfile:
 
         end = self._one["rest_peak"](batch, length) - self._one["gradients"](batch, length)
         kept, backward = whole("saved"), whole("first_layer_peak")
-        return StepBytes(kept, whole("forward_peak"), backward, max(0.0, end), max(block, backward - kept))
+        return StepBytes(kept, whole("forward_peak"), backward, max(0.0, end))
 
 
 class LossProfile:

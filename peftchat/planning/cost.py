@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _UTILISATION = {"full": 0.40, "lora": 0.35, "qlora": 0.25}
 """Share of the matrix rate that training reaches on a GPU, model FLOPs only; a careful guess for each method."""
 
-_UTILISATION_ON_CPU = 0.30
+_UTILISATION_ON_CPU = 0.20
 
 
 @dataclass(frozen=True, slots=True)

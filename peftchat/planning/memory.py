@@ -86,7 +86,7 @@ def memory_plan(
     for name, parts in moments.items():
         if name != "loading":
             parts |= {"weights": static.weights, "adapter": static.adapter, "optimizer": static.optimizer}
-        _add_overhead(parts, settings, static, step)
+        _add_overhead(parts, settings, static)
     peak = max(moments, key=lambda name: sum(moments[name].values()))
     return MemoryPlan(
         parts={part: round(moments[peak].get(part, 0)) for part in PARTS},
@@ -123,12 +123,12 @@ def _backward(settings: PlanSettings, static: Static, step: "StepBytes", head: "
     return {"gradients": gradients, "activations": activations, "logits": logits, "buffers": static.buffers}
 
 
-def _add_overhead(parts: dict[Part, float], settings: PlanSettings, static: Static, step: "StepBytes") -> None:
+def _add_overhead(parts: dict[Part, float], settings: PlanSettings, static: Static) -> None:
     """What the libraries need for themselves, and what lies between allocations."""
     overhead = OVERHEADS[settings.device]
     parts["framework"] = overhead.framework + (overhead.communication if settings.processes > 1 else 0)
     made = sum(parts.get(part, 0.0) for part in ("gradients", "activations", "logits", "buffers"))
-    parts["fragmentation"] = overhead.share * made + overhead.blocks * step.block + static.left if made else 0.0
+    parts["fragmentation"] = overhead.share * made + static.left if made else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,18 +139,16 @@ class Overhead:
         framework: bytes of the libraries, their kernels and workspaces.
         communication: bytes more where there are several processes.
         share: of what a step makes, lost between allocations.
-        blocks: the same in units of what one block of the model makes: what is freed inside a block leaves holes.
     """
 
     framework: int
     communication: int
     share: float
-    blocks: float
 
 
 OVERHEADS: Mapping[str, Overhead] = {
-    "cuda": Overhead(framework=600_000_000, communication=900_000_000, share=0.06, blocks=0.0),
-    "cpu": Overhead(framework=630_000_000, communication=100_000_000, share=0.24, blocks=2.0),
+    "cuda": Overhead(framework=600_000_000, communication=900_000_000, share=0.06),
+    "cpu": Overhead(framework=680_000_000, communication=100_000_000, share=0.28),
 }
 """By device. The processor's are fitted to `scripts/bench_plan.py`, glibc's heap included, which keeps more than what
 is alive. CUDA's are usual figures for its context, NCCL's buffers and torch's caching allocator; none was measured."""

@@ -152,7 +152,8 @@ def _step_bytes(settings: PlanSettings, trained: int, largest: int) -> float:
 
 
 def _loading_bytes(settings: PlanSettings, facts: "ModelFacts", weights: float) -> float:
-    if settings.device == "cpu":
-        # The file is mapped, and its pages stay until all weights are read.
+    as_in_file = settings.bits is None and BYTES[settings.held] == 2
+    if settings.device == "cpu" and not as_in_file:
+        # The file is mapped, and its pages stay until all weights are made of them.
         return weights + 2 * facts.parameters
     return weights

@@ -166,3 +166,9 @@ def test_sharded_runs_refuse_the_key(tmp_path):
     path.write_text(path.read_text().replace("single", "zero3"), encoding="utf-8")
     with pytest.raises(InputError, match="never compiled"):
         load_recipe(path, to_train=False)
+
+
+def test_sharded_runs_may_say_that_nothing_is_compiled(tmp_path):
+    path = recipe_file(tmp_path, torch_compile="false")
+    path.write_text(path.read_text().replace("single", "zero3"), encoding="utf-8")
+    assert load_recipe(path, to_train=False).recipe.training.torch_compile is False

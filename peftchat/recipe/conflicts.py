@@ -121,7 +121,7 @@ def _distributed(recipe: Recipe) -> Iterator[Conflict]:
         for key in ("processes", "nodes"):
             if getattr(distributed, key) not in (None, 1):
                 yield Conflict(("distributed", key), because, "`strategy: single` is one process")
-    if distributed.strategy in ZERO_STRATEGIES:
+    if distributed.strategy in ZERO_STRATEGIES and recipe.training.torch_compile:
         why = f"under `{distributed.strategy}` layers are never compiled"
         yield Conflict(("training", "torch_compile"), because, why)
     if distributed.strategy not in ZERO_STRATEGIES:

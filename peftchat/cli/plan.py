@@ -10,7 +10,7 @@ def _list(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted:
         return
     from peftchat.console import output
-    from peftchat.planning.report import catalogue_table
+    from peftchat.planning.cards import catalogue_table
 
     output.print(catalogue_table(), soft_wrap=False)
     context.exit()

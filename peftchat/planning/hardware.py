@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peftchat.errors import InputError
-from peftchat.planning.settings import Device
+
+if TYPE_CHECKING:
+    from peftchat.planning.settings import Device
 
 _GIB = 2**30
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -33,7 +36,7 @@ class Hardware:
 
     name: str
     label: str
-    device: Device
+    device: "Device"
     count: int
     memory: int
     tflops: float | None

@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from peftchat.numbers import count, duration, share, short_count
-from peftchat.planning.hardware import catalogue
 from peftchat.planning.memory import PARTS
 
 if TYPE_CHECKING:
@@ -247,20 +246,6 @@ def _change(change: "Change", room: int) -> dict[str, Any]:
         "peak": change.memory.total,
         "fits": change.memory.total <= room,
     }
-
-
-def catalogue_table() -> Table:
-    """Every card that `--gpu` knows."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
-    for title in ("name", "card"):
-        table.add_column(title)
-    for title in ("GiB usable", "TFLOP/s in 16 bits", "GB/s"):
-        table.add_column(title, justify="right")
-    table.add_column("source", style="dim")
-    for card in catalogue().values():
-        numbers = (f"{card.memory / _GIB:.1f}", f"{card.tflops:g}", f"{card.bandwidth:,.0f}")
-        table.add_row(card.name, card.label, *numbers, card.source)
-    return table
 
 
 def _two_columns() -> Table:

@@ -154,8 +154,8 @@ class _Places:
     """Where the plan puts vectors of some heads: as matrices, so that a group's heads and slots follow each other.
 
     Attributes:
-        picked: for each row of the matrices its vector among (N, heads) ones, int64, shape (slots * heads,).
-        back: for each of the (N, heads) vectors its row, int64, shape (N * heads,).
+        picked: for each row of the matrices its vector among (N, heads) ones, int32, shape (slots * heads,).
+        back: for each of the (N, heads) vectors its row, int32, shape (N * heads,).
         padding: rows that are padding, int64.
     """
 
@@ -200,7 +200,8 @@ def _plan(borders: tuple[int, ...]) -> _Plan:
     return _Plan(tuple(groups), held, slots, ~real)
 
 
-@functools.lru_cache(maxsize=16)
+# Those of queries and of keys, of this batch and the next; they are long.
+@functools.lru_cache(maxsize=4)
 def _places(borders: tuple[int, ...], heads: int) -> _Places:
     plan = _plan(borders)
     # For each group a (count, heads, length) block of vectors, each named by slot * heads + head.
@@ -217,8 +218,8 @@ def _places(borders: tuple[int, ...], heads: int) -> _Places:
     rows = torch.empty_like(order)
     rows[order] = torch.arange(len(order))
     return _Places(
-        picked=plan.tokens[slot] * heads + head,
-        back=rows.view(-1, heads)[plan.slots].flatten(),
+        picked=(plan.tokens[slot] * heads + head).int(),
+        back=rows.view(-1, heads)[plan.slots].flatten().int(),
         padding=torch.nonzero(plan.padding[slot])[:, 0],
     )
 

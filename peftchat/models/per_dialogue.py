@@ -127,7 +127,7 @@ class _Group:
     length: int
 
     def of(self, rows: Tensor, heads: int) -> Tensor:
-        """Its part of what `_Plan.rows` picked: shape (count, heads, length, D)."""
+        """Its part of what `_Places.pick` picked: shape (count, heads, length, D)."""
         stop = self.first + self.count * self.length
         return rows[self.first * heads : stop * heads].view(self.count, heads, self.length, rows.shape[1])
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 _LENGTHS = (256, 512, 1024)
-"""Attention that keeps nothing for pairs of positions across a whole row."""
+"""Tokens of the rows that are traced; two of them do where nothing grows with the square of the length."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,19 @@ class HeadTransform:
             gradient *= self.scale
 
 
+def _own_logits(
+    product: Tensor, bias: Tensor | None, struck: Tensor | None, transform: HeadTransform
+) -> tuple[Tensor, Tensor | None]:
+    """The logits that a product stands for, float32, shape (N, V), and what `HeadTransform.backward_` needs of them."""
+    logits = product.to(torch.float32, copy=True)
+    if bias is not None:
+        logits += bias
+    bent = transform.apply_(logits)
+    if struck is not None:
+        logits += struck
+    return logits, bent
+
+
 def spread(
     product: Tensor,
     new: Tensor | None,
@@ -73,12 +86,7 @@ def spread(
         The log of the sum of all exponentials, float32, shape (N, 1); and, if it is wanted, the gradient of that log
         with respect to the product, shape (N, V), in its dtype.
     """
-    logits = product.to(torch.float32, copy=True)
-    if bias is not None:
-        logits += bias
-    bent = transform.apply_(logits)
-    if struck is not None:
-        logits += struck
+    logits, bent = _own_logits(product, bias, struck, transform)
     top = logits.amax(-1, keepdim=True)
     if new is not None:
         top = torch.maximum(top, new.amax(-1, keepdim=True))
@@ -193,12 +201,7 @@ class Chunk:
 
     def count_correct(self, struck: Tensor | None) -> Tensor:
         """How many targets are the most likely token (of equal ones, the first)."""
-        logits = self.product.to(torch.float32, copy=True)
-        if self.head.bias is not None:
-            logits += self.head.bias
-        self.head.transform.apply_(logits)
-        if struck is not None:
-            logits += struck
+        logits, _ = _own_logits(self.product, self.head.bias, struck, self.head.transform)
         best, likeliest = logits.max(-1, keepdim=True)
         if self.new is not None and self.head.rows is not None:
             best_new, place = self.new.max(-1, keepdim=True)

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, SerializeAsAny, model_validator
-from pydantic.functional_validators import BeforeValidator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from peftchat.recipe.adapter import section_of_variant
 from peftchat.recipe.choices import Method

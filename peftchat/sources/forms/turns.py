@@ -1,17 +1,15 @@
 """The rules that every dialogue obeys, and the parsing that several forms share."""
 
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from peftchat.conversation import Conversation, Message, Role
-from peftchat.sources.forms.form import Form
+from peftchat.sources.forms.form import Fields, Form
 from peftchat.sources.languages import speaks_wanted
 from peftchat.sources.options import ReadOptions
 from peftchat.sources.problems import Problem, ProblemLog, RowError
 from peftchat.sources.row import Row
 
-Fields = Mapping[str, Any]
 _MAY_BE_EMPTY = ("system", "tool")
 _MAY_REPEAT = ("tool",)
 

@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
-notes = Console(stderr=True, highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 """Progress, notes and errors."""
 
-output = Console(highlight=False, soft_wrap=True)
+stdout = Console(highlight=False, soft_wrap=True)
 """What the command was asked for: tables, answers."""

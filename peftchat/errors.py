@@ -5,7 +5,7 @@ escapes is a defect of peftchat and keeps its traceback.
 """
 
 
-class InputError(Exception):
+class UserError(Exception):
     """What the user gave cannot be used: exit status 2.
 
     Args:
@@ -28,5 +28,5 @@ class InputError(Exception):
         return f"{text.rstrip('.')}. {self.cure}"
 
 
-class CheckFailed(Exception):
+class VerificationError(Exception):
     """The work was done and a check on its result did not pass: exit status 1."""

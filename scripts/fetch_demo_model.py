@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from peftchat.console import notes, output
-from peftchat.errors import CheckFailed, InputError
+from peftchat.console import stderr, stdout
+from peftchat.errors import UserError, VerificationError
 from peftchat.models.demo import ensure_demo_model
 
 
@@ -16,13 +16,13 @@ def main() -> int:
     )
     try:
         folder = ensure_demo_model(parser.parse_args().to)
-    except InputError as error:
-        notes.print(f"Error: {error}", style="bold red", markup=False)
+    except UserError as error:
+        stderr.print(f"Error: {error}", style="bold red", markup=False)
         return 2
-    except CheckFailed as error:
-        notes.print(f"Failed: {error}", style="bold red", markup=False)
+    except VerificationError as error:
+        stderr.print(f"Failed: {error}", style="bold red", markup=False)
         return 1
-    output.print(str(folder), markup=False)
+    stdout.print(str(folder), markup=False)
     return 0
 
 

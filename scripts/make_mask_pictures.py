@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
-from peftchat.quiet import quiet_libraries
+from peftchat.logging_setup import quiet_libraries
 from peftchat.recipe import load_recipe
 from peftchat.reports.mask_look import look_at_mask
 from peftchat.reports.mask_page import write_mask_page

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
 from peftchat.files import write_text
-from peftchat.numbers import size
-from peftchat.quiet import quiet_libraries
+from peftchat.formatting import format_bytes
+from peftchat.logging_setup import quiet_libraries
 from peftchat.variants import VARIANTS, Variant, entry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +79,7 @@ def _in_a_process(variant: str, model: Path, data: Path, length: int) -> dict[st
 def _measure_into(queue: Any, variant: str, model: Path, data: Path, length: int) -> None:
     try:
         queue.put(measure(variant, model, data, length))
-    except (InputError, CheckFailed) as error:
+    except (UserError, VerificationError) as error:
         queue.put({"failed": str(error).replace(str(model), model.name)})
 
 
@@ -102,18 +102,18 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
         loaded = load_recipe(work / "recipe.yaml")
         try:
             told = run_training(loaded, settle(loaded), Request())
-        except CheckFailed as error:
+        except VerificationError as error:
             if "diverged" in str(error):
                 continue
             raise
         if told["eval_loss"] < told["eval_loss_before"]:
             break
     else:
-        raise CheckFailed("the held-out loss did not fall at any of the learning rates tried")
+        raise VerificationError("the held-out loss did not fall at any of the learning rates tried")
     run = work / "run"
     stock = _stock_loss(run, model, loaded.recipe)
     if abs(stock - told["eval_loss"]) > 1e-4 * told["eval_loss"]:
-        raise CheckFailed(f"stock peft finds a held-out loss of {stock}, and training found {told['eval_loss']}")
+        raise VerificationError(f"stock peft finds a held-out loss of {stock}, and training found {told['eval_loss']}")
     result = {
         "learning_rate": loaded.recipe.training.learning_rate,
         "before": told["eval_loss_before"],
@@ -210,7 +210,7 @@ def _fold(run: Path) -> float:
     proof = merge_run(run, MergeOptions(dtype=torch.float32)).report.verification
     assert proof is not None
     if not proof.passed:
-        raise CheckFailed(proof.verdict)
+        raise VerificationError(proof.verdict)
     return float(proof.max_difference)
 
 
@@ -308,8 +308,8 @@ def _measured(folder: Path) -> Iterator[str]:
             f"{told['before']:.4f} → {told['after']:.4f}",
             f"{told['stock']:.4f}",
             f"{told['trainable']:,}",
-            size(told["bytes"]),
-            size(told["memory"]),
+            format_bytes(told["bytes"]),
+            format_bytes(told["memory"]),
             fold,
         )
         yield f"| {' | '.join(cells)} |"

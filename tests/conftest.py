@@ -30,12 +30,12 @@ def stories(shared_data: Path) -> Path:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The real 135M model, fetched once and kept in the project's cache."""
-    from peftchat.errors import InputError
+    from peftchat.errors import UserError
     from peftchat.models.demo import ensure_demo_model
 
     try:
         return ensure_demo_model(PROJECT / ".cache" / "smollm2-135m")
-    except InputError as error:
+    except UserError as error:
         pytest.skip(f"the 135M model cannot be fetched: {error}")
 
 

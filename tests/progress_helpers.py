@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from peftchat.console import notes
+from peftchat.console import stderr
 from peftchat.training.metrics_file import MetricsFile
 from peftchat.training.progress import MetricsCallback, ProgressCallback, memory_in_use
 
@@ -94,7 +94,7 @@ if __name__ == "__main__":
     )
     shown.pause = pause
     try:
-        notes.print("a note before training")
+        stderr.print("a note before training")
         shown.train()
     finally:
         progress.close()

@@ -19,7 +19,7 @@ from serving_helpers import (
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from peftchat.conversation import Conversation, Message
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.serving.answer import answer
 from peftchat.serving.load import load_for_chat
 from peftchat.serving.prompt import PromptEncoder
@@ -83,7 +83,7 @@ def test_a_long_history_loses_whole_exchanges_and_keeps_the_system_message(token
         # One exchange more would not have fitted.
         if prompt.dropped:
             assert len(encoder.encode([system, *messages[2 * prompt.dropped - 1 :]]).ids) > limit
-    with pytest.raises(InputError, match="the model has room for 5"):
+    with pytest.raises(UserError, match="the model has room for 5"):
         encoder.fit(messages, 5)
 
 
@@ -133,7 +133,7 @@ def test_the_answer_has_room_in_a_small_context(tmp_path: Path) -> None:
     said = answer(chat, [*turns, user("yy")], apply_sampling(chat.generation, Sampling()))
     assert said.text == "ok"
     assert said.dropped == 4
-    with pytest.raises(InputError, match="room for 32"):
+    with pytest.raises(UserError, match="room for 32"):
         answer(chat, [user("z" * 60)], apply_sampling(chat.generation, Sampling()))
 
 
@@ -151,7 +151,7 @@ def test_generation_config_is_respected_unless_flags_say_otherwise() -> None:
         assert (greedy.do_sample, greedy.temperature, greedy.top_p) == (False, None, None)
     assert apply_sampling(GenerationConfig(), Sampling(top_k=5)).do_sample
     assert own.temperature == 0.7
-    with pytest.raises(InputError, match="--greedy does not sample"):
+    with pytest.raises(UserError, match="--greedy does not sample"):
         Sampling(greedy=True, top_p=0.5)
 
 
@@ -206,27 +206,27 @@ def test_a_qlora_run_is_quantised_as_it_was_trained(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_talked_to_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         load_for_chat(str(tmp_path / "gone"))
     plain = save_model(tmp_path / "plain", tokenizer=byte_level())
-    with pytest.raises(InputError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         load_for_chat(str(plain))
     lost = save_model(tmp_path / "lost")
     (lost / "chat_template.jinja").write_text(
         "{% for m in messages %}<|speaker|>{{ m['content'] }}<|end|>{% endfor %}", encoding="utf-8"
     )
-    with pytest.raises(InputError, match=r"<\|speaker\|>, which is not a special token"):
+    with pytest.raises(UserError, match=r"<\|speaker\|>, which is not a special token"):
         load_for_chat(str(lost))
     small = save_model(tmp_path / "small")
     in_format(byte_level(merges=200)).save_pretrained(small)
-    with pytest.raises(InputError, match="tokens and the model has rows for"):
+    with pytest.raises(UserError, match="tokens and the model has rows for"):
         load_for_chat(str(small))
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "recipe.yaml").write_text("model: {name: x}\n", encoding="utf-8")
-    with pytest.raises(InputError, match="has not finished"):
+    with pytest.raises(UserError, match="has not finished"):
         load_for_chat(str(unfinished))
     run = save_adapter_run(tmp_path / "base", tmp_path / "run", in_format(byte_level()))
     save_model(tmp_path / "base", hidden_size=32)
-    with pytest.raises(InputError, match="does not load onto its base"):
+    with pytest.raises(UserError, match="does not load onto its base"):
         load_for_chat(str(run))

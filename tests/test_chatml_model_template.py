@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from peftchat.chatml.mask import Part, labels_for, part_of, policy_table, role_of
 from peftchat.chatml.registry import ChatFormat, make_format
 from peftchat.conversation import Conversation, Message
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 LOOP, END_LOOP = "{% for m in messages %}", "{% endfor %}"
 ALTERNATE = (
@@ -195,7 +195,7 @@ def test_rewritten_content_is_refused_by_name() -> None:
     ]
     assert "no thought" in answers and "b" in answers
     thought = Conversation((*plain[:1], Message("assistant", "<think>x</think>\n\ny"), *plain[2:]), "data.jsonl:2")
-    with pytest.raises(InputError, match=r"data\.jsonl:2: .*rewrites"):
+    with pytest.raises(UserError, match=r"data\.jsonl:2: .*rewrites"):
         chat.encoder().encode([kept, thought])
 
 
@@ -203,13 +203,13 @@ def test_rewritten_content_is_refused_by_name() -> None:
 def test_every_rewriting_is_seen(rewrite: str) -> None:
     template = TEMPLATES["zephyr"].replace("m['content'] + eos_token", f"({rewrite}) + eos_token")
     chat = chat_of("llama2", template)
-    with pytest.raises(InputError, match="rewrites"):
+    with pytest.raises(UserError, match="rewrites"):
         text_of(chat, Conversation((Message("user", "some  text"), Message("assistant", "more  text"))))
 
 
 def test_text_that_depends_on_a_content_is_seen() -> None:
     chat = chat_of("llama2", TEMPLATES["zephyr"] + "{% if 'text' in messages[0]['content'] %}!{% endif %}")
-    with pytest.raises(InputError, match="rewrites"):
+    with pytest.raises(UserError, match="rewrites"):
         text_of(chat, Conversation((Message("user", "some text"), Message("assistant", "more"))))
 
 
@@ -224,22 +224,22 @@ def test_white_space_may_go_from_some_contents_only() -> None:
 def test_a_template_that_refuses_is_an_input_error() -> None:
     chat = chat_of("llama2", TEMPLATES["llama2"])
     twice = Conversation((Message("user", "a"), Message("user", "b")), "data.jsonl:3")
-    with pytest.raises(InputError, match=r"data\.jsonl:3: .*roles must alternate"):
+    with pytest.raises(UserError, match=r"data\.jsonl:3: .*roles must alternate"):
         chat.encoder().encode([twice])
-    with pytest.raises(InputError, match=r"data\.jsonl:4"):
+    with pytest.raises(UserError, match=r"data\.jsonl:4"):
         chat.encoder().encode([Conversation((), "data.jsonl:4")])
     stumbling = chat_of("llama2", TEMPLATES["zephyr"] + "{{ 1 / (messages | length - 1) }}")
-    with pytest.raises(InputError, match="refuses"):
+    with pytest.raises(UserError, match="refuses"):
         stumbling.encoder().encode([Conversation((Message("user", "a"),))])
 
 
 def test_a_template_without_an_end_token_is_refused() -> None:
-    with pytest.raises(InputError, match="no special token after an answer"):
+    with pytest.raises(UserError, match="no special token after an answer"):
         chat_of("llama2", LOOP + "{{ m['role'] + ': ' + m['content'] + '\n' }}" + END_LOOP)
 
 
 def test_a_tokenizer_without_a_template_is_refused() -> None:
-    with pytest.raises(InputError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         make_format("model", None, copy.deepcopy(built("llama2").tokenizer))
 
 

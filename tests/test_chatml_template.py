@@ -13,7 +13,7 @@ from peftchat.chatml.mask import labels_for, policy_table
 from peftchat.chatml.registry import ChatFormat, make_format
 from peftchat.chatml.template import starchat
 from peftchat.conversation import ROLES, Conversation, Message, Role
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 SYSTEMS = [
     None,
@@ -96,7 +96,7 @@ def test_ids_and_mask_on_real_dialogues(demo_model: Path, shared_data: Path, tem
 
 def test_starchat_refuses_tools_with_the_place() -> None:
     conversation = Conversation((Message("user", "a"), Message("tool", "b")), "data.jsonl:7")
-    with pytest.raises(InputError, match=r"data\.jsonl:7: message 2 has the role `tool`") as error:
+    with pytest.raises(UserError, match=r"data\.jsonl:7: message 2 has the role `tool`") as error:
         list(starchat(None).pieces(conversation))
     assert error.value.cure
     chat = make_format("starchat", None, copy.deepcopy(built("byte-level").tokenizer))

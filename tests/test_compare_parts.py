@@ -20,7 +20,7 @@ from peftchat.comparing.rates import expected_rate, grid
 from peftchat.comparing.record import Measured, Record
 from peftchat.comparing.search import RATE, RateGrid, TreeParzen, parse_range
 from peftchat.comparing.statistics import estimate
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
 from peftchat.recipe.document import parse_yaml
 from peftchat.variants import ADAPTERS, entry
@@ -46,12 +46,12 @@ def test_names_mean_a_method_and_a_variant(name: str, method: str, variant: str)
 
 @pytest.mark.parametrize("name", ["lorra", "qlora+", "+qlora", "qlora+full", "full+dora", "dora+lora", ""])
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match="no variant"):
+    with pytest.raises(UserError, match="no variant"):
         make_candidates([name], [])
 
 
 def test_the_nearest_name_is_offered() -> None:
-    with pytest.raises(InputError, match="Did you mean `dora`"):
+    with pytest.raises(UserError, match="Did you mean `dora`"):
         make_candidates(["dorra"], [])
 
 
@@ -71,7 +71,7 @@ def test_commas_inside_brackets_and_quotes_part_no_values() -> None:
     "flag", ["adapter.r", "=3", "a..b=3", "method=full", "output_dir=x", "training.learning_rate=1e-3,1e-4", "a.b="]
 )
 def test_settings_that_are_none_are_refused(flag: str) -> None:
-    with pytest.raises(InputError):
+    with pytest.raises(UserError):
         parse_axis(flag)
 
 
@@ -105,7 +105,7 @@ def test_rates_look_as_people_write_them() -> None:
     "text", ["steps", "steps=0", "steps=1.5", "hours=3", "minutes=-1", "tokens=many", "minutes=inf"]
 )
 def test_budgets_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(InputError):
+    with pytest.raises(UserError):
         parse_budget(text)
 
 
@@ -118,7 +118,7 @@ def test_budgets_become_keys_of_the_recipe() -> None:
 
 @pytest.mark.parametrize("flag", ["a.b", "a.b=3", "a.b=3..1", "a.b=0..1:log", "a.b=1..2:lin", "a.b=x..y"])
 def test_ranges_that_are_none_are_refused(flag: str) -> None:
-    with pytest.raises(InputError):
+    with pytest.raises(UserError):
         parse_range(flag)
 
 
@@ -244,7 +244,7 @@ def test_all_runs_of_a_seed_differ_in_nothing_but_what_is_compared(tmp_path: Pat
 def test_what_cannot_be_compared_is_refused_first(
     tmp_path: Path, text: str, variants: list[str], axes: list[str], reason: str
 ) -> None:
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(UserError) as refusal:
         make_plan(Wish(write_rows_and_recipe(tmp_path, text), variants, [parse_axis(axis) for axis in axes]))
     assert reason in str(refusal.value)
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.models.compiled import compile_layers
 from peftchat.models.lora_branch import add_branches_at_once
 from peftchat.recipe import load_recipe
@@ -151,20 +151,20 @@ def test_a_wish_is_granted_without_a_word(tmp_path):
 
 def test_a_wish_that_cannot_be_granted_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(InputError, match="C\\+\\+ compiler") as told:
+    with pytest.raises(UserError, match="C\\+\\+ compiler") as told:
         choose(tmp_path, 1000, torch_compile="true")
     assert "torch_compile" in str(told.value.where)
 
 
 def test_a_run_that_turns_out_sharded_refuses_the_key(tmp_path):
-    with pytest.raises(InputError, match="never compiled"):
+    with pytest.raises(UserError, match="never compiled"):
         choose(tmp_path, 1000, replace(ALONE, strategy="zero3", processes=2), torch_compile="true")
 
 
 def test_sharded_runs_refuse_the_key(tmp_path):
     path = recipe_file(tmp_path, torch_compile="true")
     path.write_text(path.read_text().replace("single", "zero3"), encoding="utf-8")
-    with pytest.raises(InputError, match="never compiled"):
+    with pytest.raises(UserError, match="never compiled"):
         load_recipe(path, to_train=False)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources import read_conversations
 from peftchat.sources.languages import detect_language, matches_language
 from peftchat.sources.prepare import PrepareSettings, prepare
@@ -233,6 +233,6 @@ def test_the_language_of_rows_that_do_not_say_it_is_detected(tmp_path: Path, sha
 def test_without_the_detector_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py3langid", None)
     source = write_rows(tmp_path / "rows.jsonl", 5, 5)
-    with pytest.raises(InputError, match=r"pip install 'peftchat\[languages\]'"):
+    with pytest.raises(UserError, match=r"pip install 'peftchat\[languages\]'"):
         prepare(str(source), tmp_path / "out", PrepareSettings(languages=("en",)))
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mask_helpers import DIALOGUES, make_tokenizer_folder, write_dialogues, write_recipe
 from transformers import AutoTokenizer
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources import read_conversations
 from peftchat.sources.stats import gather, parts_of_path
 from peftchat.sources.stats.lengths import LengthSketch
@@ -251,5 +251,5 @@ def test_a_benchmark_without_questions_is_refused(tmp_path: Path) -> None:
     bench = tmp_path / "b.jsonl"
     bench.write_text('{"query": "too short"}\n')
     source = write_dialogues(tmp_path / "d.jsonl", DIALOGUES)
-    with pytest.raises(InputError, match="8 words"):
+    with pytest.raises(UserError, match="8 words"):
         stats_of(source, against=[bench])

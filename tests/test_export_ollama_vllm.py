@@ -10,7 +10,7 @@ import pytest
 from serving_helpers import byte_level, in_format, peftchat, save_adapter_run, save_model
 from transformers import GenerationConfig
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.serving.export.format import read_frames
 from peftchat.serving.export.ollama import go_template, modelfile
 from peftchat.serving.export.vllm import vllm_verdict
@@ -97,7 +97,7 @@ def test_a_template_that_rewrites_messages_is_refused() -> None:
         LLAMA3.replace("<|end|>", "{% if loop.index0 == 2 %}!{% endif %}<|end|>"),
     ):
         tokenizer.chat_template = template
-        with pytest.raises(InputError, match="no plain form for Ollama"):
+        with pytest.raises(UserError, match="no plain form for Ollama"):
             read_frames(tokenizer, "here")
 
 
@@ -118,7 +118,7 @@ def test_the_modelfile_says_when_to_stop_and_how_to_sample() -> None:
     ]
     assert "PARAMETER temperature 0\n" in modelfile("m.gguf", frames, [], GenerationConfig(), writes_start=True)
     quoting = read_frames(in_format(byte_level(), "starchat", 'Use """.'), "here")
-    with pytest.raises(InputError, match="cannot quote"):
+    with pytest.raises(UserError, match="cannot quote"):
         modelfile("m.gguf", quoting, [], sampling, writes_start=True)
 
 

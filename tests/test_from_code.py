@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from peftchat.cli.data_from_code import command
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources.from_code import STDLIB, CodeDialogue, dialogues_about, dialogues_from_code, survey
 from peftchat.sources.from_code.write import split, write_dialogues
 
@@ -391,7 +391,7 @@ def test_the_demo_data(tmp_path: Path) -> None:
     ],
 )
 def test_roots_that_cannot_be_read(tmp_path: Path, root: str, words: str) -> None:
-    with pytest.raises(InputError, match=words) as raised:
+    with pytest.raises(UserError, match=words) as raised:
         write_dialogues([root], tmp_path / "out")
     assert raised.value.where == root
     assert raised.value.cure
@@ -400,10 +400,10 @@ def test_roots_that_cannot_be_read(tmp_path: Path, root: str, words: str) -> Non
 
 def test_code_without_anything_to_say(tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()
-    with pytest.raises(InputError, match="holds no Python file"):
+    with pytest.raises(UserError, match="holds no Python file"):
         write_dialogues([str(tmp_path / "code")], tmp_path / "out")
     (tmp_path / "code/bare.py").write_text("x = 1\n")
-    with pytest.raises(InputError, match="no documented function"):
+    with pytest.raises(UserError, match="no documented function"):
         write_dialogues([str(tmp_path / "code")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -18,7 +18,7 @@ from peftchat.chatml.mask import IGNORE, Part, code
 from peftchat.chatml.registry import make_format
 from peftchat.chatml.rows import Row
 from peftchat.cli.mask import command
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
 from peftchat.training.mask_survey import survey_mask
 
 
@@ -80,7 +80,7 @@ def test_held_out_rows_are_shown_on_request(recipe: Path, tokenizer_folder: Path
     rows = json_rows(recipe, "--side", "eval", "--set", entry)
     assert [row["source"] for row in rows] == [f"{held_out}:1"]
     refused = mask(recipe, "--side", "eval")
-    assert isinstance(refused.exception, InputError)
+    assert isinstance(refused.exception, UserError)
 
 
 def test_nothing_is_touched_and_only_the_tokenizer_is_needed(recipe: Path) -> None:
@@ -117,17 +117,17 @@ def test_a_failed_check_is_one_message_and_status_1(recipe: Path) -> None:
 )
 def test_reasons_to_fail(recipe: Path, overrides: list[str], reason: str) -> None:
     done = mask(recipe, *(part for override in overrides for part in ("--set", override)))
-    assert isinstance(done.exception, CheckFailed)
+    assert isinstance(done.exception, VerificationError)
     assert reason in str(done.exception)
 
 
 def test_dialogues_without_answers_are_all_masked(recipe: Path) -> None:
     write_dialogues(recipe.parent / "d.jsonl", [[("user", "Is anybody there?")], [("user", "No?")]])
     done = mask(recipe)
-    assert isinstance(done.exception, CheckFailed)
+    assert isinstance(done.exception, VerificationError)
     assert "everything is masked" in str(done.exception)
     write_dialogues(recipe.parent / "d.jsonl", [[("user", "Is anybody there?")], DIALOGUES[0]])
-    assert isinstance(mask(recipe).exception, InputError)
+    assert isinstance(mask(recipe).exception, UserError)
 
 
 @pytest.mark.parametrize("policy", ["answers", "answers_and_headers", "last_answer"])
@@ -218,7 +218,7 @@ def test_the_page_holds_every_token_and_nothing_from_elsewhere(recipe: Path) -> 
 def test_bad_flags_are_refused(recipe: Path, tmp_path: Path) -> None:
     assert mask(recipe, "--rows", "many").exit_code == 2
     assert mask(recipe, "--rows", "-1").exit_code == 2
-    assert isinstance(mask(tmp_path / "none.yaml").exception, InputError)
+    assert isinstance(mask(tmp_path / "none.yaml").exception, UserError)
 
 
 def row_of(*codes: int) -> Row:

@@ -16,7 +16,7 @@ from merge_helpers import VOCABULARY, load, make_base, tensors_of, train_by_nois
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
 from peftchat.merging import MergeOptions, merge_run
 
 COMMAND = [sys.executable, "-m", "peftchat", "merge"]
@@ -107,7 +107,7 @@ def test_bad_input_is_one_error_and_nothing_written(how: str, run: Path, monkeyp
     damage_base(run, how)
     damage_adapter(run, how)
     before = sorted(run.iterdir())
-    with pytest.raises(InputError, match={**BASE_PROBLEMS, **ADAPTER_PROBLEMS}[how]):
+    with pytest.raises(UserError, match={**BASE_PROBLEMS, **ADAPTER_PROBLEMS}[how]):
         merge_run(run, MergeOptions())
     assert sorted(run.iterdir()) == before
 
@@ -120,14 +120,14 @@ def test_an_adapter_for_a_smaller_vocabulary_grows_the_base_and_one_for_other_ro
     larger = make_base(tmp_path / "larger", "llama", vocab_size=VOCABULARY + 8)
     shutil.rmtree(base)
     larger.rename(base)
-    with pytest.raises(InputError, match="does not fit"):
+    with pytest.raises(UserError, match="does not fit"):
         merge_run(tmp_path / "run", MergeOptions(out=tmp_path / "out"))
 
 
 def test_an_existing_folder_is_kept_unless_asked(run: Path) -> None:
     first = merge_run(run, MergeOptions(verify=False))
     before = files(first.folder)
-    with pytest.raises(InputError, match="already there"):
+    with pytest.raises(UserError, match="already there"):
         merge_run(run, MergeOptions(scale=0.5))
     assert files(first.folder) == before
     merge_run(run, MergeOptions(scale=0.5, overwrite=True))
@@ -149,7 +149,7 @@ def test_a_wrong_result_is_marked_and_does_not_load(run: Path, monkeypatch: pyte
         save_file({**tensors, name: tensors[name] * 1.02}, shard, metadata={"format": "pt"})
 
     monkeypatch.setattr(merge, "check_written", spoil)
-    with pytest.raises(CheckFailed, match="does not compute"):
+    with pytest.raises(VerificationError, match="does not compute"):
         merge_run(run, MergeOptions())
     assert [folder.name for folder in run.glob("merged*")] == ["merged.failed"]
     assert json.loads((run / "merged.failed" / "merge_report.json").read_text())["verification"]["passed"] is False
@@ -163,7 +163,7 @@ def test_values_that_are_not_finite_fail(run: Path) -> None:
     name = sorted(tensors)[0]
     tensors[name][0, 0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(CheckFailed, match="not finite"):
+    with pytest.raises(VerificationError, match="not finite"):
         merge_run(run, MergeOptions())
     assert not (run / "merged").exists()
 
@@ -208,7 +208,7 @@ def test_a_small_disk(run: Path, tmp_path: Path) -> None:
 
 def test_a_target_that_is_not_a_folder(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot write"):
         merge_run(run, MergeOptions(out=tmp_path / "file" / "out"))
 
 
@@ -266,7 +266,7 @@ def test_two_merges_do_not_share_a_folder(run: Path) -> None:
     partial = run / "merged.partial"
     partial.mkdir()
     (partial / "theirs").write_text("work of another process")
-    with FileLock(partial / ".lock"), pytest.raises(InputError, match="another merge"):
+    with FileLock(partial / ".lock"), pytest.raises(UserError, match="another merge"):
         merge_run(run, MergeOptions())
     assert (partial / "theirs").exists()
 
@@ -275,7 +275,7 @@ def test_a_layer_that_peft_cannot_merge_leaves_nothing(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
     model = get_peft_model(load(base), LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True))
     model.save_pretrained(tmp_path / "run")
-    with pytest.raises(InputError, match="cannot merge"):
+    with pytest.raises(UserError, match="cannot merge"):
         merge_run(tmp_path / "run", MergeOptions())
     assert not list((tmp_path / "run").glob("merged*"))
 
@@ -305,11 +305,11 @@ def test_a_method_that_needs_whole_tensors_says_how_much(tmp_path: Path) -> None
 
     base = make_base(tmp_path / "base", "llama")
     train_by_noise(base, tmp_path / "run", peft.LoHaConfig(r=4, target_modules=["q_proj"]))
-    with pytest.raises(InputError, match="in one piece"):
+    with pytest.raises(UserError, match="in one piece"):
         merge_run(tmp_path / "run", MergeOptions(working_set=1024))
 
 
 def test_full_runs_and_models_have_nothing_to_merge(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
-    with pytest.raises(InputError, match="nothing to merge"):
+    with pytest.raises(UserError, match="nothing to merge"):
         merge_run(base, MergeOptions())

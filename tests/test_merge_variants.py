@@ -8,7 +8,7 @@ import torch
 from merge_helpers import apart, make_base, merged_logits, tensors_of, train_by_noise
 from peft import LoraConfig
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.merging import MergeOptions, merge_run
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -150,6 +150,6 @@ def test_what_cannot_fold_is_refused_with_a_cure(method: str, tmp_path: Path) ->
     from merge_helpers import load
 
     peft.get_peft_model(load(base), config).save_pretrained(tmp_path / "run")
-    with pytest.raises(InputError, match=reason):
+    with pytest.raises(UserError, match=reason):
         merge_run(tmp_path / "run", MergeOptions())
     assert not list((tmp_path / "run").glob("merged*"))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.training.metrics_file import MetricsFile
 
 scalars = st.one_of(st.floats(), st.integers(), st.text(), st.none(), st.booleans()).filter(
@@ -79,10 +79,10 @@ def test_a_kill_at_any_byte_costs_the_last_line_at_most(tmp_path: Path) -> None:
 def test_damage_in_the_middle_is_named_by_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(InputError, match=r"metrics\.jsonl:2"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
         MetricsFile(path).read()
     path.write_text('{"step": 1}\n[2]\n')
-    with pytest.raises(InputError, match=r"metrics\.jsonl:2"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
         MetricsFile(path).read()
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources import ProblemLog, ReadOptions, read_conversations, split_eval
 from peftchat.sources.oasst.rules import RULES
 
@@ -222,7 +222,7 @@ def test_lost_and_circular_messages_are_problems_of_their_own(tmp_path: Path) ->
     log = ProblemLog()
     assert read(path, problems=log) == [(("user", "q"), ("assistant", "a"))]
     assert dict(log.problems) == {"broken_tree": 4}
-    with pytest.raises(InputError, match=r":3: message id '2' was there before"):
+    with pytest.raises(UserError, match=r":3: message id '2' was there before"):
         read(path)
 
 

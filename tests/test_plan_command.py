@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from plan_helpers import recipe_dict
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.planning.hardware import catalogue, find_hardware, main_memory
 
 GIB = 2**30
@@ -76,7 +76,7 @@ def test_every_card_is_found_by_its_name_however_it_is_written() -> None:
         assert 10 * GIB < card.memory < 300 * GIB
         assert card.source
     assert find_hardware("NVIDIA GeForce RTX 4090", 1).name == "rtx4090"
-    with pytest.raises(InputError, match="not in the catalogue"):
+    with pytest.raises(UserError, match="not in the catalogue"):
         find_hardware("voodoo", None)
 
 

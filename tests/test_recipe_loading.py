@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.recipe import LoadedRecipe, load_recipe, training_arguments
 
 GOOD = """\
@@ -45,7 +45,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 
 def error_of(path: Path, *overrides: str) -> str:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UserError) as caught:
         load_recipe(path, overrides)
     return str(caught.value)
 

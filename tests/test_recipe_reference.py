@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from peftchat.cli.init import command
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.recipe import Recipe, TrainingSection, load_recipe, training_arguments
 from peftchat.recipe.foreign import REFUSED, RENAMED
 from peftchat.recipe.json_schema import SCHEMA_FILE, schema_text
@@ -107,13 +107,13 @@ def test_init_writes_a_recipe_that_loads(method: str, tmp_path: Path) -> None:
     assert CliRunner().invoke(command, filled).exit_code == 0
     recipe = load_recipe(target).recipe
     assert (recipe.method, recipe.model.name, recipe.data.train[0].path) == (method, "a/b", "it's.jsonl")
-    assert isinstance(CliRunner().invoke(command, filled).exception, InputError), "a file is never overwritten"
+    assert isinstance(CliRunner().invoke(command, filled).exception, UserError), "a file is never overwritten"
 
 
 def test_init_says_what_is_to_be_filled_in(tmp_path: Path) -> None:
     target = tmp_path / "recipe.yaml"
     assert CliRunner().invoke(command, ["-o", str(target)]).exit_code == 0
-    with pytest.raises(InputError, match=r"model\.name: missing(.|\n)*data\.train: missing"):
+    with pytest.raises(UserError, match=r"model\.name: missing(.|\n)*data\.train: missing"):
         load_recipe(target)
     load_recipe(target, ["model.name=m", "data.train=[{path: d}]"])
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.recipe import Recipe, TrainingSection, dump_recipe, load_recipe
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30)
@@ -86,7 +86,7 @@ def test_any_value_anywhere_is_taken_or_refused_in_words(changes: list[tuple[str
     flags = [f"{way}={json.dumps(value)}" for way, value in changes]
     try:
         recipe = load_recipe(path, flags).recipe
-    except InputError as error:
+    except UserError as error:
         assert error.where
     else:
         dump_recipe(recipe)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftchat import numbers
+from peftchat import formatting as numbers
 
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from reports_helpers import RECIPE, RUN_JSON, Page, run_folder
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.reports.run_report import write_report
 
 
@@ -110,6 +110,6 @@ def test_a_folder_that_is_no_run_is_refused_and_left_as_it_was(tmp_path: Path, c
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(InputError):
+    with pytest.raises(UserError):
         write_report(tmp_path)
     assert sorted(tmp_path.iterdir()) == before

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from peftchat.conversation import Conversation, Message
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources import ProblemLog, ReadOptions, read_conversations
 from peftchat.sources.readers import json_values
 
@@ -110,7 +110,7 @@ def test_a_folder_with_splits_gives_one_of_them(tmp_path: Path) -> None:
 
     assert prompts(None) == prompts("train") == ["t"]
     assert prompts("validation") == prompts("eval") == ["v"]
-    with pytest.raises(InputError, match="splits found: eval, train"):
+    with pytest.raises(UserError, match="splits found: eval, train"):
         prompts("test")
 
 
@@ -172,7 +172,7 @@ def test_a_gzip_file_that_is_cut_off_gives_its_rows_and_one_problem(tmp_path: Pa
     ],
 )
 def test_a_source_without_rows_is_refused_in_words(tmp_path: Path, make: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         list(read_conversations(make(tmp_path)))
 
 

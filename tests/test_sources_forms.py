@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources import ProblemLog, list_formats, read_conversations
 from peftchat.sources.problems import KINDS
 
@@ -163,7 +163,7 @@ def test_a_bad_row_is_named_with_its_line_and_the_rest_is_read(tmp_path: Path, r
     assert log.first is not None
     assert log.first.where == f"{path}:2"
     assert log.rows == 3
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UserError) as caught:
         turns(path, [good, row, good, row, row])
     assert caught.value.where == f"{path}:2"
     assert "2 more problems" in caught.value.what
@@ -183,9 +183,9 @@ def test_an_unanswered_user_turn_at_the_end_is_taken_off_and_counted(tmp_path: P
 def test_unknown_form_and_unknown_fields_say_what_is_known(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question_text": 1, "reply": 2}\n')
-    with pytest.raises(InputError, match=r"question_text, reply.*sharegpt"):
+    with pytest.raises(UserError, match=r"question_text, reply.*sharegpt"):
         list(read_conversations(path))
-    with pytest.raises(InputError, match="'sharegpt'"):
+    with pytest.raises(UserError, match="'sharegpt'"):
         read_conversations(path, format="share-gpt")
 
 
@@ -194,7 +194,7 @@ def test_strict_reading_gives_nothing_from_behind_the_problem(tmp_path: Path) ->
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{good}\n" * 50 + f"broken\n{good}\n")
     given: list[str] = []
-    with pytest.raises(InputError, match=":51: not JSON"):
+    with pytest.raises(UserError, match=":51: not JSON"):
         given.extend(conversation.source for conversation in read_conversations(path))
     assert given == [f"{path}:{number}" for number in range(1, 51)]
 

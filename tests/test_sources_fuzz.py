@@ -1,4 +1,4 @@
-"""Broken input of every sort: good dialogues, counted problems or one `InputError`, and nothing else."""
+"""Broken input of every sort: good dialogues, counted problems or one `UserError`, and nothing else."""
 
 import csv
 import gzip
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources import ProblemLog, ReadOptions, read_conversations
 from peftchat.sources.forms import FORMS
 
@@ -78,8 +78,8 @@ POISON = (
 )
 
 
-def outcome(path: Path, *, strict: bool, format: str = "auto") -> InputError | ProblemLog:
-    """Read everything; whatever is not a dialogue, a counted problem or an `InputError` fails the test."""
+def outcome(path: Path, *, strict: bool, format: str = "auto") -> UserError | ProblemLog:
+    """Read everything; whatever is not a dialogue, a counted problem or an `UserError` fails the test."""
     log = ProblemLog(strict=strict)
     try:
         for conversation in read_conversations(
@@ -89,7 +89,7 @@ def outcome(path: Path, *, strict: bool, format: str = "auto") -> InputError | P
             for message in conversation.messages:
                 message.content.encode()
                 assert "\x00" not in message.content
-    except InputError as error:
+    except UserError as error:
         str(error).encode()
         assert "\n" not in str(error)
         return error

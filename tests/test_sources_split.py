@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftchat.conversation import Conversation, Message
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.recipe import DataEntry
 from peftchat.sources import ProblemLog, read_entries, settle_split, split_eval
 
@@ -71,7 +71,7 @@ def test_weights_say_how_often_each_dialogue_is_used(sources: tuple[str, str]) -
 
 
 def test_all_entries_are_checked_before_the_first_dialogue(sources: tuple[str, str]) -> None:
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_entries([DataEntry(path=sources[0]), DataEntry(path=sources[1] + ".gone.jsonl")])
 
 
@@ -100,5 +100,5 @@ def test_each_source_has_its_own_rank_limit(shared_data: Path) -> None:
 
 @pytest.mark.parametrize("format", ["auto", "prompt_completion"])
 def test_a_rank_limit_needs_ranks(sources: tuple[str, str], format: str) -> None:
-    with pytest.raises(InputError, match="`prompt_completion` has no ranks"):
+    with pytest.raises(UserError, match="`prompt_completion` has no ranks"):
         list(read_entries([DataEntry(path=sources[0], format=format, top_k=2)]))

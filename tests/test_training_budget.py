@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from training_helpers import read_json_lines, small_model, write_dialogues, write_recipe
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
 from peftchat.training.placement import settle
 from peftchat.training.run import Request, run_training
@@ -61,5 +61,5 @@ def test_steps_may_end_a_run_before_its_budget(recipe: Path) -> None:
 
 
 def test_a_warm_up_in_steps_is_refused(recipe: Path) -> None:
-    with pytest.raises(InputError, match="share below 1"):
+    with pytest.raises(UserError, match="share below 1"):
         load_recipe(recipe, ["training.max_tokens=1000", "training.warmup_steps=10"])

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 from training_helpers import peftchat
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.recipe import Recipe, load_recipe
 from peftchat.variants import ADAPTERS, VARIANTS, entry
 from peftchat.variants.entry import Setting
@@ -56,7 +56,7 @@ def test_a_variant_laid_on_top_takes_along_what_it_can_use(name: str, plain: Pat
 def test_settings_of_others_are_refused_with_those_it_has(name: str, plain: Path) -> None:
     others = {key for variant in VARIANTS.values() for key in variant.keys} - set(VARIANTS[name].keys)
     for key in others:
-        with pytest.raises(InputError) as found:
+        with pytest.raises(UserError) as found:
             load(plain, f"adapter={{variant: {name}, {key}: 1}}", *needs_quantised(name))
         assert f"adapter.{key}" in str(found.value) or "--set adapter" in str(found.value)
         assert f"`{name}` has no such setting" in str(found.value)
@@ -65,7 +65,7 @@ def test_settings_of_others_are_refused_with_those_it_has(name: str, plain: Path
 
 def test_a_refused_setting_is_told_by_file_and_line(plain: Path) -> None:
     plain.write_text(plain.read_text().replace("variant: lora", "variant: ia3"), encoding="utf-8")
-    with pytest.raises(InputError, match=re.escape(f"{plain}:3: adapter.r: `ia3` has no such setting")):
+    with pytest.raises(UserError, match=re.escape(f"{plain}:3: adapter.r: `ia3` has no such setting")):
         load(plain)
 
 
@@ -101,13 +101,13 @@ FLAGS: dict[Setting, tuple[str, ...]] = {
 @pytest.mark.parametrize(("name", "setting"), REFUSED)
 def test_what_does_not_go_together_is_refused_with_the_reason(name: str, setting: Setting, plain: Path) -> None:
     flags = needs_quantised(name) if "bits" not in setting else ()
-    with pytest.raises(InputError) as found:
+    with pytest.raises(UserError) as found:
         load(plain, f"adapter.variant={name}", *flags, *FLAGS[setting])
     assert VARIANTS[name].refuses[setting] in str(found.value)
 
 
 def test_an_unquantised_base_is_refused_where_there_is_nothing_to_undo(plain: Path) -> None:
-    with pytest.raises(InputError, match="Use `method: qlora`"):
+    with pytest.raises(UserError, match="Use `method: qlora`"):
         load(plain, "adapter.variant=loftq")
 
 
@@ -120,7 +120,7 @@ def test_other_names(alias: str, name: str, plain: Path) -> None:
 
 def test_freezing_belongs_to_full(plain: Path) -> None:
     assert load(plain, "method=full", "model.freeze_layers=0-3").model.freeze_layers == "0-3"
-    with pytest.raises(InputError, match="an adapter leaves every layer of the base as it is"):
+    with pytest.raises(UserError, match="an adapter leaves every layer of the base as it is"):
         load(plain, "model.freeze_layers=0-3")
 
 

@@ -11,7 +11,7 @@ from training_helpers import read_json, small_model, write_dialogues
 from transformers import AutoModelForCausalLM
 from variants_helpers import held_out_loss, method_of, stock_variant, train_variant
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.merging import MergeOptions, merge_run
 from peftchat.models.load import quantization_config
 from peftchat.recipe import load_recipe
@@ -39,7 +39,7 @@ def check_run(name: str, base: Path, held_out: Path, run: Path, told: dict[str, 
         stock = stock_variant(run, base, quantised)
     assert held_out_loss(stock, run, held_out) == pytest.approx(told["eval_loss"], rel=2e-5)
     if not VARIANTS[name].folds:
-        with pytest.raises(InputError):
+        with pytest.raises(UserError):
             merge_run(run, MergeOptions())
         return
     merged = merge_run(run, MergeOptions())

@@ -14,7 +14,7 @@ from peftchat.chatml.mask import Part, code
 from peftchat.chatml.template import Piece, last_answer_index
 from peftchat.chatml.tokens import special_tokens
 from peftchat.conversation import Conversation, Role
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ class ModelTemplate:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", system: str | None = None) -> None:
         if not tokenizer.chat_template:
-            raise InputError(
+            raise UserError(
                 "the model's tokenizer has no chat template",
                 where="chat.template: model",
                 cure="Use `starchat` or `chatml`.",
@@ -69,7 +69,7 @@ class ModelTemplate:
         stretches = self._skeleton([role for role, _ in turns], source)
         written = _written(rendered, stretches, [content for _, content in turns])
         if written is None:
-            raise InputError(
+            raise UserError(
                 "the model's template rewrites the content of a message, so that no exact mask exists",
                 where=source,
                 cure="Use `chat.template: chatml` or `starchat`, or take such messages out.",
@@ -84,7 +84,7 @@ class ModelTemplate:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
         # A template is code of the model's makers: what it cannot write, it may refuse or stumble over.
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise InputError(f"the model's chat template refuses the dialogue: {error}", where=source) from error
+            raise UserError(f"the model's chat template refuses the dialogue: {error}", where=source) from error
 
     def _skeleton(self, roles: Sequence[Role], source: str | None = None) -> list[str]:
         """What the template writes around the contents: text and numbers of messages in turn, text at both ends."""
@@ -135,7 +135,7 @@ class ModelTemplate:
         try:
             alone = self._skeleton(before)
             longer = self._skeleton((*before, role))
-        except InputError:
+        except UserError:
             return ""
         *shared, end = alone
         if longer[: len(shared)] != shared or len(longer) != len(alone) + 2 or not longer[-3].startswith(end):
@@ -153,7 +153,7 @@ class ModelTemplate:
         after = self._skeleton(("user", "assistant"))[-1]
         match = self._special.search(after) if self._special else None
         if match is None:
-            raise InputError(
+            raise UserError(
                 "the model's chat template writes no special token after an answer, so nothing would end it",
                 where="chat.template: model",
                 cure="Use `starchat` or `chatml`.",

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from peftchat.chatml.mask import Part, code
 from peftchat.conversation import Conversation, Role
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class BlockTemplate:
         last = last_answer_index(conversation)
         for index, message in enumerate(messages):
             if message.role not in self.header:
-                raise InputError(
+                raise UserError(
                     f"message {index + 1} has the role `{message.role}`, which the template `{self.name}` cannot write",
                     where=conversation.source or None,
                     cure="Use `chat.template: chatml` or `model`, or take these messages out.",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftchat.chatml.template import Template
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def add_template_tokens(tokenizer: "PreTrainedTokenizerBase", template: Template
     for token in template.tokens:
         ids = tokenizer.encode(token, add_special_tokens=False)
         if ids != [known.get(token)]:
-            raise InputError(
+            raise UserError(
                 f"the tokenizer turns the special token {token} into {ids} instead of one id",
                 where="chat.template",
                 cure="Choose another template, or a tokenizer that can take added tokens.",

@@ -38,14 +38,14 @@ def command(
     peftchat chat runs/assistant --prompt "How do I read a file line by line?"
     git diff | peftchat chat runs/assistant --system "Explain this change." --prompt -
     """
-    from peftchat.errors import InputError
+    from peftchat.errors import UserError
     from peftchat.serving.sampling import Sampling, apply_sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, greedy, seed)
     question = sys.stdin.read().strip() if prompt == "-" else prompt
     if question is not None and not question.strip():
-        raise InputError("the question is empty", where="--prompt", cure="Give it some text, or leave the option out.")
-    from peftchat.quiet import quiet_libraries
+        raise UserError("the question is empty", where="--prompt", cure="Give it some text, or leave the option out.")
+    from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
     from transformers import set_seed
@@ -59,7 +59,7 @@ def command(
     disable_progress_bar()
     loaded = load_for_chat(model)
     if system is not None and (refusal := system_refusal(loaded, system)):
-        raise InputError(refusal, where="--system")
+        raise UserError(refusal, where="--system")
     if seed is not None:
         set_seed(seed)
     chat = Chat(loaded, apply_sampling(loaded.generation, sampling), Dialogue(system), as_json)

@@ -59,15 +59,15 @@ def command(
     from peftchat.comparing.candidates import parse_axis, split_names
     from peftchat.comparing.plan import Wish, make_plan
     from peftchat.comparing.search import parse_range
-    from peftchat.errors import CheckFailed, InputError
+    from peftchat.errors import UserError, VerificationError
 
     if learning_rates is not None and fixed_learning_rate:
-        raise InputError("--learning-rates and --fixed-learning-rate exclude each other", cure="Give one of them.")
+        raise UserError("--learning-rates and --fixed-learning-rate exclude each other", cure="Give one of them.")
     if bool(trials) != bool(search):
-        raise InputError("--trials and --search belong together", cure="Give a number of trials and a range or more.")
+        raise UserError("--trials and --search belong together", cure="Give a number of trials and a range or more.")
     if trials and learning_rates is not None:
         cure = "Use --search training.learning_rate=LOW..HIGH:log."
-        raise InputError("--learning-rates is a grid, and --trials searches ranges", cure=cure)
+        raise UserError("--learning-rates is a grid, and --trials searches ranges", cure=cure)
     wish = Wish(
         recipe,
         split_names(variants),
@@ -82,30 +82,30 @@ def command(
     plan = make_plan(wish)
     from peftchat.comparing.run import Looks, compare
     from peftchat.comparing.terminal import print_comparison
-    from peftchat.console import notes, output
+    from peftchat.console import stderr, stdout
 
     # A scheduler that ends the job lets the run that is on end too, so that it can go on from its checkpoint.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = out or Path("runs") / f"compare-{recipe.stem}"
-    notes.print(f"{len(plan.candidates)} candidates, {plan.size} runs, in {folder}", markup=False)
+    stderr.print(f"{len(plan.candidates)} candidates, {plan.size} runs, in {folder}", markup=False)
     result, where = compare(plan, folder, Looks(plain_text, questions or None, samples, merge))
     if as_json:
         click.echo(json.dumps(result.as_dict(where)))
     else:
-        print_comparison(result, output)
-    notes.print(f"Report: {where.report}", markup=False)
+        print_comparison(result, stdout)
+    stderr.print(f"Report: {where.report}", markup=False)
     if result.recommendation is None:
-        raise CheckFailed(f"no run ended well; what they said is in {where.path / 'logs'}.")
-    notes.print(f"To run it: peftchat train {where.recommended}", markup=False)
+        raise VerificationError(f"no run ended well; what they said is in {where.path / 'logs'}.")
+    stderr.print(f"To run it: peftchat train {where.recommended}", markup=False)
 
 
 def _rates(text: str) -> list[float]:
-    from peftchat.errors import InputError
+    from peftchat.errors import UserError
 
     try:
         rates = sorted({float(part) for part in text.split(",")})
     except ValueError:
         rates = []
     if not rates or rates[0] <= 0:
-        raise InputError("not a list of rates", where=f"--learning-rates {text}", cure="Write for example 1e-4,3e-4.")
+        raise UserError("not a list of rates", where=f"--learning-rates {text}", cure="Write for example 1e-4,3e-4.")
     return rates

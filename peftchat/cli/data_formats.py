@@ -15,7 +15,7 @@ def command(as_json: bool) -> None:
         peftchat data formats
     """
     from peftchat.chatml.registry import TEMPLATE_NOTES
-    from peftchat.console import output
+    from peftchat.console import stdout
     from peftchat.sources import list_formats
 
     lists = {"formats": dict(list_formats()), "templates": TEMPLATE_NOTES}
@@ -23,7 +23,7 @@ def command(as_json: bool) -> None:
         click.echo(json.dumps(lists))
         return
     for title, entries in lists.items():
-        output.print(f"{title.capitalize()}:", style="bold")
+        stdout.print(f"{title.capitalize()}:", style="bold")
         width = max(map(len, entries))
         for name, summary in entries.items():
-            output.print(f"  {name:{width}}  {summary}", markup=False)
+            stdout.print(f"  {name:{width}}  {summary}", markup=False)

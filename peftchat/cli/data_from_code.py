@@ -42,23 +42,23 @@ def command(
       peftchat data from-code src/ -o data/mine --max-rows 2000
       peftchat data from-code --stdlib -o data/stdlib --max-rows 400
     """
-    from peftchat.console import notes, output
-    from peftchat.errors import InputError
+    from peftchat.console import stderr, stdout
+    from peftchat.errors import UserError
     from peftchat.sources.from_code.stdlib import available_stdlib
     from peftchat.sources.from_code.write import write_dialogues
 
     names = [name.strip() for root in roots for name in root.split(",") if name.strip()]
     names += available_stdlib() if stdlib else []
     if not names:
-        raise InputError("nothing to read", where="from-code", cure="Name a package or a folder, or pass --stdlib.")
+        raise UserError("nothing to read", where="from-code", cure="Name a package or a folder, or pass --stdlib.")
     written = write_dialogues(names, folder, seed=seed, max_rows=max_rows, eval_fraction=eval_fraction, private=private)
     card = written.card
     for line in card["unreadable"]:
-        notes.print(f"Not valid Python, left out: {line}", style="yellow", markup=False)
+        stderr.print(f"Not valid Python, left out: {line}", style="yellow", markup=False)
     for reason, count in card["skipped"].items():
-        notes.print(f"Left out: {count} {reason}", markup=False)
+        stderr.print(f"Left out: {count} {reason}", markup=False)
     if as_json:
-        output.print_json(data=card)
+        stdout.print_json(data=card)
         return
     rows = f"{card['train']['rows']} train and {card['eval']['rows']} eval rows"
-    output.print(f"{folder}: {rows} about {card['objects']} objects in {card['files_read']} files", markup=False)
+    stdout.print(f"{folder}: {rows} about {card['objects']} objects in {card['files_read']} files", markup=False)

@@ -74,11 +74,11 @@ def command(
 
 
 def _with_progress(source: str, folder: Path, settings: "PrepareSettings") -> "Card":
-    from peftchat.console import notes
+    from peftchat.console import stderr
     from peftchat.sources.prepare import prepare
 
     started = time.monotonic()
-    with notes.status("reading …") as status:
+    with stderr.status("reading …") as status:
 
         def advance(dialogues: int) -> None:
             if dialogues % 1000 == 0:
@@ -92,7 +92,7 @@ def _show(card: "Card", folder: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from peftchat.console import notes, output
+    from peftchat.console import stderr, stdout
     from peftchat.sources.prepare.card import funnel
 
     table = Table(box=None, pad_edge=False)
@@ -100,10 +100,10 @@ def _show(card: "Card", folder: Path) -> None:
     table.add_column("count", justify="right")
     for what, count in funnel(card):
         table.add_row(escape(what), f"{count:,}")
-    output.print(table)
+    stdout.print(table)
     for examples in card.examples.values():
-        notes.print(f"  {examples[0]}", markup=False, style="yellow")
+        stderr.print(f"  {examples[0]}", markup=False, style="yellow")
     rate = card.rows / card.seconds if card.seconds else 0
-    notes.print(
+    stderr.print(
         f"Wrote {folder} in {card.seconds:.1f} s ({rate:,.0f} rows/s). The counts are in card.md.", markup=False
     )

@@ -38,18 +38,18 @@ def command(
     parts, counter = _resolve(sources, tokenizer)
     stats = _gather(parts, benchmarks, counter)
     if page is not None:
-        from peftchat.console import notes
+        from peftchat.console import stderr
         from peftchat.reports.stats_page import write_stats_page
 
         write_stats_page(page, stats)
-        notes.print(f"Wrote {page}.", markup=False)
+        stderr.print(f"Wrote {page}.", markup=False)
     if as_json:
         click.echo(json.dumps(stats.as_dict()))
     elif page is None:
-        from peftchat.console import output
+        from peftchat.console import stdout
         from peftchat.reports.stats_terminal import print_stats
 
-        print_stats(stats, output)
+        print_stats(stats, stdout)
 
 
 def _resolve(sources: "Sequence[str]", tokenizer: str | None) -> "tuple[list[StatsPart], FileTokenCounter | None]":
@@ -74,11 +74,11 @@ def _resolve(sources: "Sequence[str]", tokenizer: str | None) -> "tuple[list[Sta
 def _gather(
     parts: "Sequence[StatsPart]", benchmarks: "Sequence[str]", counter: "FileTokenCounter | None"
 ) -> "DataStats":
-    from peftchat.console import notes
+    from peftchat.console import stderr
     from peftchat.sources.stats import gather
 
     started = time.monotonic()
-    with notes.status("reading …") as status:
+    with stderr.status("reading …") as status:
 
         def advance(dialogues: int) -> None:
             rate = dialogues / (time.monotonic() - started)

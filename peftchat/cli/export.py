@@ -30,30 +30,30 @@ def command(model: str, target: str, out: Path | None, type_name: str | None, ov
     peftchat export runs/assistant --to ollama && ollama create assistant -f runs/assistant/ollama/Modelfile
     $(peftchat export runs/assistant --to vllm)
     """
-    from peftchat.errors import CheckFailed, InputError
+    from peftchat.errors import UserError, VerificationError
 
     if target == "vllm":
         from peftchat.serving.export.vllm import vllm_verdict
 
         if out is not None or type_name is not None:
-            raise InputError("vLLM reads the folder as it is: nothing is written", where="-o, --type")
+            raise UserError("vLLM reads the folder as it is: nothing is written", where="-o, --type")
         verdict = vllm_verdict(model)
         if verdict.command is None:
-            raise CheckFailed(f"vLLM cannot serve {model}: {'; '.join(verdict.reasons)}")
+            raise VerificationError(f"vLLM cannot serve {model}: {'; '.join(verdict.reasons)}")
         click.echo(verdict.command)
         return
-    from peftchat.quiet import quiet_libraries
+    from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
-    from peftchat.console import notes
+    from peftchat.console import stderr
     from peftchat.serving.export.run import ExportOptions, export_gguf, export_ollama
 
     export = export_gguf if target == "gguf" else export_ollama
     written = export(model, ExportOptions(out, type_name, overwrite))
-    notes.print(f"{written.tensors} tensors, {written.type}, {written.bytes / 1e6:,.1f} MB, read back and equal.")
+    stderr.print(f"{written.tensors} tensors, {written.type}, {written.bytes / 1e6:,.1f} MB, read back and equal.")
     if target == "ollama":
         modelfile = written.path.parent / "Modelfile"
-        notes.print(f"ollama create {written.path.stem} -f {modelfile}", markup=False)
+        stderr.print(f"ollama create {written.path.stem} -f {modelfile}", markup=False)
         click.echo(modelfile)
     else:
         click.echo(written.path)

@@ -5,8 +5,8 @@ from typing import cast, get_args
 
 import click
 
-from peftchat.console import notes
-from peftchat.errors import InputError
+from peftchat.console import stderr
+from peftchat.errors import UserError
 from peftchat.recipe.choices import Method
 
 
@@ -44,9 +44,9 @@ def command(method: str, model: str | None, data: str | None, target: Path) -> N
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        raise InputError("exists already", where=str(target), cure="Choose another name with `-o`.") from error
+        raise UserError("exists already", where=str(target), cure="Choose another name with `-o`.") from error
     except OSError as error:
-        raise InputError(f"cannot be written: {error.strerror}", where=str(target)) from error
+        raise UserError(f"cannot be written: {error.strerror}", where=str(target)) from error
     open_keys = [key for key, given in (("model.name", model), ("data.train", data)) if given is None]
     todo = f"Fill in {' and '.join(open_keys)}, then: " if open_keys else "Next: "
-    notes.print(f"Wrote {target}. {todo}peftchat train {target} --dry-run", markup=False)
+    stderr.print(f"Wrote {target}. {todo}peftchat train {target} --dry-run", markup=False)

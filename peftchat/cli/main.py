@@ -8,7 +8,7 @@ import click
 
 from peftchat import __version__
 from peftchat.cli.lazy import LazyVerbs, Verb
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
 
 VERBS = {
     "init": Verb("peftchat.cli.init", "Write a recipe to start from."),
@@ -43,10 +43,10 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         _say("Interrupted.")
         sys.exit(130)
-    except InputError as error:
+    except UserError as error:
         _say(f"Error: {error}")
         sys.exit(2)
-    except CheckFailed as error:
+    except VerificationError as error:
         _say(f"Failed: {error}")
         sys.exit(1)
     except OSError as error:
@@ -59,7 +59,7 @@ def main() -> None:
 
 def _say(message: str) -> None:
     """One message for all processes of a run."""
-    from peftchat.console import notes
+    from peftchat.console import stderr
 
     if os.environ.get("RANK", "0") == "0":
-        notes.print(message, style="bold red", markup=False)
+        stderr.print(message, style="bold red", markup=False)

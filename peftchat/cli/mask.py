@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
@@ -66,7 +66,7 @@ def command(
     peftchat mask recipes/demo_cpu.yaml --rows all --json > rows.jsonl
     peftchat mask recipes/demo_cpu.yaml --html mask.html --set chat.loss_on=last_answer
     """
-    from peftchat.quiet import quiet_libraries
+    from peftchat.logging_setup import quiet_libraries
     from peftchat.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, to_train=False)
@@ -78,20 +78,20 @@ def command(
     if page is not None:
         _write_page(page, recipe.name, look, how_many)
     elif not as_json:
-        from peftchat.console import output
+        from peftchat.console import stdout
         from peftchat.reports.mask_terminal import print_mask
 
-        print_mask(look.shown(_limit(how_many, _ROWS_IN_TERMINAL)), look.summary, output)
+        print_mask(look.shown(_limit(how_many, _ROWS_IN_TERMINAL)), look.summary, stdout)
     if look.summary.failures:
-        raise CheckFailed("; ".join(look.summary.failures))
+        raise VerificationError("; ".join(look.summary.failures))
 
 
 def _look(recipe: "Recipe", side: Literal["train", "eval"]) -> "MaskLook":
-    from peftchat.console import notes
+    from peftchat.console import stderr
     from peftchat.reports.mask_look import look_at_mask
 
     started = time.monotonic()
-    with notes.status("encoding …") as status:
+    with stderr.status("encoding …") as status:
 
         def advance(dialogues: int) -> None:
             rate = dialogues / (time.monotonic() - started)
@@ -106,17 +106,17 @@ def _limit(how_many: int | Literal["all"] | None, default: int | Literal["all"])
 
 
 def _write_page(page: Path, name: str, look: "MaskLook", how_many: int | Literal["all"] | None) -> None:
-    from peftchat.console import notes
+    from peftchat.console import stderr
     from peftchat.reports.mask_page import write_mask_page
 
     there_are = len(look.rows.store)
     limit = _limit(how_many, _ROWS_ON_PAGE)
     wanted = there_are if limit is None else min(limit, there_are)
     if wanted > _MOST_ROWS_ON_PAGE:
-        raise InputError(
+        raise UserError(
             f"a page of {wanted:,} rows is more than a browser bears",
             where="--rows",
             cure=f"Give at most {_MOST_ROWS_ON_PAGE:,}; `--json` has no limit.",
         )
     write_mask_page(page, name, list(look.shown(wanted)), look.summary)
-    notes.print(f"{look.summary.headline}\nWrote {page}.", markup=False)
+    stderr.print(f"{look.summary.headline}\nWrote {page}.", markup=False)

@@ -92,7 +92,7 @@ def command(
     peftchat merge runs/assistant
     peftchat merge runs/assistant -o assistant-7b --working-set 512MB
     """
-    from peftchat.quiet import quiet_libraries
+    from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
     import torch
@@ -117,23 +117,23 @@ def command(
 
 
 def _print(folder: Path, report: "MergeReport") -> None:
-    from peftchat.console import output
+    from peftchat.console import stdout
 
     choice = report.choice
     if choice.distance_original is not None and choice.distance_dequantized is not None:
-        output.print(
+        stdout.print(
             f"Base: {choice.taken} weights. Distance to what was trained: original {choice.distance_original:.2e}, "
             f"dequantized {choice.distance_dequantized:.2e}."
         )
-    output.print(
+    stdout.print(
         f"Merged {report.tensors} tensors ({report.bytes / 1e9:.2f} GB, {report.folded_bytes / 1e9:.2f} GB changed) in "
         f"{report.seconds:.1f} s; vocabulary {report.vocabulary:,}"
         + (f" ({report.grown} new)" if report.grown else "")
         + f", head {'tied' if report.tied else 'not tied'}, {report.dtype}."
     )
     if report.verification is None:
-        output.print("Not verified.")
+        stdout.print("Not verified.")
     else:
         proof = report.verification
-        output.print(f"{proof.verdict} {proof.prompts} prompts, {proof.positions} positions, {proof.seconds:.1f} s.")
-    output.print(f"Model: {folder}")
+        stdout.print(f"{proof.verdict} {proof.prompts} prompts, {proof.positions} positions, {proof.seconds:.1f} s.")
+    stdout.print(f"Model: {folder}")

@@ -9,10 +9,10 @@ import click
 def _list(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted:
         return
-    from peftchat.console import output
+    from peftchat.console import stdout
     from peftchat.planning.cards import catalogue_table
 
-    output.print(catalogue_table(), soft_wrap=False)
+    stdout.print(catalogue_table(), soft_wrap=False)
     context.exit()
 
 
@@ -48,12 +48,12 @@ def command(
     peftchat plan recipes/zero3_full.yaml --gpu a100-80gb --gpus 8 --price 2.5
     peftchat plan recipes/demo_cpu.yaml --probe
     """
-    from peftchat.quiet import quiet_libraries
+    from peftchat.logging_setup import quiet_libraries
     from peftchat.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, to_train=False)
     quiet_libraries()
-    from peftchat.console import output
+    from peftchat.console import stdout
     from peftchat.planning.hardware import find_hardware
     from peftchat.planning.make import make_plan
     from peftchat.planning.probe import probe_run
@@ -63,9 +63,9 @@ def command(
     wanted = gpus or (distributed.processes * distributed.nodes if distributed.processes else None)
     plan = make_plan(loaded.recipe, find_hardware(gpu, wanted), price=price, with_grid=grid)
     if not as_json:
-        print_plan(plan, output)
+        print_plan(plan, stdout)
     measured = probe_run(loaded.recipe, plan) if probe else None
     if as_json:
         click.echo(json.dumps(as_data(plan, measured)))
     elif measured is not None:
-        print_probe(plan, measured, output)
+        print_probe(plan, measured, stdout)

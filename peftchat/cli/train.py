@@ -30,7 +30,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     from peftchat.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from peftchat.quiet import quiet_libraries
+    from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
     from peftchat.training.placement import settle, slurm_variables
@@ -54,7 +54,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     with contextlib.redirect_stdout(sys.stderr):
         summary = run_training(loaded, placement, Request(resume, questions, command_line, choices))
     if summary:
-        from peftchat.console import notes
+        from peftchat.console import stderr
         from peftchat.reports.records import write_records
         from peftchat.reports.samples import print_samples
         from peftchat.reports.summary import print_summary
@@ -62,18 +62,18 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
         write_records(Path(loaded.recipe.output_dir))
         print_summary(summary)
         print_samples(summary)
-        notes.print(f"Run folder: {loaded.recipe.output_dir}")
+        stderr.print(f"Run folder: {loaded.recipe.output_dir}")
 
 
 def _choose(loaded: "LoadedRecipe", placement: "Placement") -> "tuple[LoadedRecipe, tuple[Choice, ...]]":
     """Settle what the recipe leaves open, and say what was settled: once, for all processes."""
-    from peftchat.console import notes
+    from peftchat.console import stderr
     from peftchat.planning.settle import settle_open
 
     chosen, choices = settle_open(loaded, placement)
     if os.environ.get("RANK", "0") == "0":
         for choice in choices:
-            notes.print(f"Chosen: {choice}", markup=False, highlight=False)
+            stderr.print(f"Chosen: {choice}", markup=False, highlight=False)
     return chosen, choices
 
 

@@ -18,7 +18,7 @@ def command(name: str | None, as_json: bool) -> None:
         peftchat variants
         peftchat variants dora
     """
-    from peftchat.console import output
+    from peftchat.console import stdout
     from peftchat.variants import VARIANTS, entry
     from peftchat.variants.show import details, facts_of, overview
 
@@ -26,6 +26,6 @@ def command(name: str | None, as_json: bool) -> None:
         chosen = facts_of(entry(name)) if name else {each: facts_of(variant) for each, variant in VARIANTS.items()}
         click.echo(json.dumps(chosen))
     elif name:
-        output.print(details(entry(name)))
+        stdout.print(details(entry(name)))
     else:
-        output.print(overview(VARIANTS.values()))
+        stdout.print(overview(VARIANTS.values()))

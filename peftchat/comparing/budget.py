@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 Kind = Literal["steps", "tokens", "minutes"]
 _FAR = 1_000_000.0
@@ -44,12 +44,12 @@ def parse_budget(text: str) -> Budget:
     kind, _, amount = (part.strip() for part in text.partition("="))
     cure = "Write steps=N, tokens=N or minutes=N."
     if kind not in ("steps", "tokens", "minutes"):
-        raise InputError(f"`{kind}` is no budget", where=f"--budget {text}", cure=cure)
+        raise UserError(f"`{kind}` is no budget", where=f"--budget {text}", cure=cure)
     try:
         number = float(amount.replace("_", ""))
     except ValueError:
-        raise InputError(f"`{amount}` is not a number", where=f"--budget {text}", cure=cure) from None
+        raise UserError(f"`{amount}` is not a number", where=f"--budget {text}", cure=cure) from None
     if not 0 < number < 1e15 or (kind != "minutes" and not number.is_integer()):
         what = "must be above 0" if kind == "minutes" else "must be a whole number above 0"
-        raise InputError(what, where=f"--budget {text}", cure=cure)
+        raise UserError(what, where=f"--budget {text}", cure=cure)
     return Budget(kind, number)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.recipe.document import parse_yaml, plain
 from peftchat.variants import ADAPTERS, entry, proper_name
 
@@ -63,15 +63,15 @@ def parse_axis(flag: str) -> Axis:
     where = f"--set {key}"
     if not equals or not all(key.split(".")):
         cure = "Write for example `--set adapter.r=8,16,64`."
-        raise InputError("not of the form KEY=VALUE[,VALUE...]", where=f"--set {flag}", cure=cure)
+        raise UserError("not of the form KEY=VALUE[,VALUE...]", where=f"--set {flag}", cure=cure)
     if key in _DECIDED_HERE:
-        raise InputError("this key is not for `--set` here", where=where, cure=f"Use {_DECIDED_HERE[key]}.")
+        raise UserError("this key is not for `--set` here", where=where, cure=f"Use {_DECIDED_HERE[key]}.")
     values, _ = plain(parse_yaml(f"[{text}]", where), where)
     if not values:
-        raise InputError("no value is given", where=where)
+        raise UserError("no value is given", where=where)
     if len(values) > 1 and key in ("training.learning_rate", "training.seed"):
         cure = "Use --learning-rates, which are compared within each variant." if "rate" in key else "Use --seeds N."
-        raise InputError("several values of this key are no candidates of their own", where=where, cure=cure)
+        raise UserError("several values of this key are no candidates of their own", where=where, cure=cure)
     return Axis(key, tuple(values))
 
 
@@ -97,10 +97,10 @@ def make_candidates(names: Sequence[str], axes: Sequence[Axis]) -> list[Candidat
             told = [f"{label(key)}={_text(chosen[key])}" for key in (axis.key for axis in own if len(axis.values) > 1)]
             candidate = Candidate(" ".join([name, *told]), variant, settings | chosen)
             if candidate.name in made:
-                raise InputError(f"`{candidate.name}` is given twice", where="--variants", cure="Name it once.")
+                raise UserError(f"`{candidate.name}` is given twice", where="--variants", cure="Name it once.")
             made[candidate.name] = candidate
     if not made:
-        raise InputError("no variant is given", where="--variants", cure="Name some, such as lora,dora,full.")
+        raise UserError("no variant is given", where="--variants", cure="Name some, such as lora,dora,full.")
     return list(made.values())
 
 
@@ -116,7 +116,7 @@ def _variant(name: str) -> tuple[str, dict[str, Any]]:
     words = ["full", "qlora", *ADAPTERS]
     near = get_close_matches(name, words, n=1)
     cure = f"Did you mean `{near[0]}`?" if near else f"Known: {', '.join(words)}; and pairs such as qlora+dora."
-    raise InputError(f"`{name}` is no variant", where="--variants", cure=cure)
+    raise UserError(f"`{name}` is no variant", where="--variants", cure=cure)
 
 
 def _beside_qlora(name: str) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from peftchat.comparing.candidates import describe
 from peftchat.comparing.outcome import Outcome
 from peftchat.comparing.statistics import Estimate, estimate
-from peftchat.numbers import count, share
+from peftchat.formatting import format_count, format_percent
 
 NEGLIGIBLE = 0.005
 """A difference below this share of the lower loss is a tie, however sure it is."""
@@ -119,7 +119,7 @@ def _reasons(choice: Outcome, lowest: Outcome, tied: Sequence[Outcome], finished
         elif lower <= noise:
             within = f"which is within the noise (± {thousandths(noise)})"
         else:
-            within = f"which is under {share(NEGLIGIBLE)} of it"
+            within = f"which is under {format_percent(NEGLIGIBLE)} of it"
         reasons.append(
             f"{named(lowest)} is lower by {thousandths(lower)}, {within}; "
             f"{choice.candidate.name} {_cost_words(choice, lowest)}."
@@ -133,7 +133,7 @@ def _reasons(choice: Outcome, lowest: Outcome, tied: Sequence[Outcome], finished
     behind = sorted((outcome for outcome in finished if outcome not in tied), key=_mean)
     if behind:
         told = ", ".join(f"{one.candidate.name} ({excess(lowest, one).mean:+.3f})" for one in behind)
-        by = share(_UNSURE) if loss.margin is None else "the noise"
+        by = format_percent(_UNSURE) if loss.margin is None else "the noise"
         reasons.append(f"Behind by more than {by}: {told}.")
     return reasons
 
@@ -147,7 +147,7 @@ def _cost_words(one: Outcome, other: Outcome) -> str:
 
 
 def _ratio(value: float, what: str) -> str:
-    return f"{value:.2g} times {what.removeprefix('of ')}" if value >= 1 else f"{share(value)} {what}"
+    return f"{value:.2g} times {what.removeprefix('of ')}" if value >= 1 else f"{format_percent(value)} {what}"
 
 
 def _cautions(
@@ -163,7 +163,7 @@ def _cautions(
     tokens = [outcome.best.tokens for outcome in outcomes if outcome.best is not None]
     if max(tokens) > _UNEVEN * min(tokens):
         found.append(
-            f"The variants saw between {count(min(tokens))} and {count(max(tokens))} tokens: "
+            f"The variants saw between {format_count(min(tokens))} and {format_count(max(tokens))} tokens: "
             "with `--budget tokens=N` all see as many."
         )
     if best.loss_before is not None and loss.mean >= best.loss_before:
@@ -182,7 +182,7 @@ def _cautions(
             )
     plain = choice.measured.plain_loss
     if plain is not None and base_plain_loss and plain > (1 + _FORGETTING) * base_plain_loss:
-        rise = share(plain / base_plain_loss - 1)
+        rise = format_percent(plain / base_plain_loss - 1)
         found.append(f"Its loss on plain text rose by {rise}: it has forgotten some of what the base knew.")
     if choice.measured.merge == "differs":
         found.append("Merged into its base it computes something else: use the adapter as it is.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe, load_recipe
 from peftchat.recipe.document import parse_yaml, plain
@@ -56,10 +56,10 @@ class ComparisonFolder:
             InputError: it holds something else, a comparison by another recipe, or one that is going on.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise InputError("the folder is to be made here, and there is a file", where=f"--out {self.path}")
+            raise UserError("the folder is to be made here, and there is a file", where=f"--out {self.path}")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.base.is_file():
             cure = "Name an empty folder."
-            raise InputError("the folder already holds other files", where=f"--out {self.path}", cure=cure)
+            raise UserError("the folder already holds other files", where=f"--out {self.path}", cure=cure)
         text = dump_recipe(recipe)
         if self.base.is_file():
             _check_same(self.base, text)
@@ -69,7 +69,7 @@ class ComparisonFolder:
         try:
             lock.acquire()
         except Timeout as error:
-            raise InputError("another comparison is going on there", where=f"--out {self.path}") from error
+            raise UserError("another comparison is going on there", where=f"--out {self.path}") from error
         try:
             write_text(self.base, text)
             yield
@@ -96,7 +96,7 @@ def _check_same(file: Path, text: str) -> None:
     old, new = _flat(before), _flat(text)
     for key in sorted(old.keys() | new.keys()):
         if key != "output_dir" and old.get(key) != new.get(key):
-            raise InputError(
+            raise UserError(
                 f"the comparison was started with {key}: {old.get(key)}, and now it is {new.get(key)}",
                 where=str(file),
                 cure="Go on with the same value, or start another comparison with -o.",

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
 from peftchat.files import write_text
-from peftchat.quiet import quiet_libraries
+from peftchat.logging_setup import quiet_libraries
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
@@ -96,9 +96,9 @@ def _merged(run: Path, recipe: "Recipe") -> tuple[str, str]:
     out = run.with_name(f".{run.name}.merged")
     try:
         result = merge_run(run, MergeOptions(out=out, overwrite=True))
-    except InputError as error:
+    except UserError as error:
         return "does not fold", error.what
-    except CheckFailed as error:
+    except VerificationError as error:
         return "differs", str(error).partition(" The result is in")[0]
     finally:
         for left in out.parent.glob(f"{out.name}*"):
@@ -121,5 +121,5 @@ def main(request: Path, result: Path) -> None:
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), Path(sys.argv[2]))
-    except InputError as error:
+    except UserError as error:
         sys.exit(f"Error: {error}")

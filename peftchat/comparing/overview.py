@@ -12,9 +12,9 @@ from rich.text import Text
 from peftchat.comparing.candidates import describe
 from peftchat.comparing.plan import Job
 from peftchat.comparing.record import Record
-from peftchat.console import notes
-from peftchat.errors import InputError
-from peftchat.numbers import clock, decimal, duration
+from peftchat.console import stderr
+from peftchat.errors import UserError
+from peftchat.formatting import format_clock, format_decimal, format_duration
 from peftchat.training.metrics_file import MetricsFile
 
 
@@ -26,7 +26,7 @@ class Overview:
         console: where to show it.
     """
 
-    def __init__(self, total: int, console: Console = notes) -> None:
+    def __init__(self, total: int, console: Console = stderr) -> None:
         self._total = total
         self._console = console
         self._done = 0
@@ -52,11 +52,11 @@ class Overview:
         readings = ""
         try:
             lines = MetricsFile(run / "metrics.jsonl").read()
-        except InputError:
+        except UserError:
             lines = []
         for line in reversed(lines):
             if line.get("loss") is not None:
-                readings = f"step {line['step']}, loss {decimal(line['loss'])}"  # type: ignore[arg-type]
+                readings = f"step {line['step']}, loss {format_decimal(line['loss'])}"  # type: ignore[arg-type]
                 break
         self._now = Text.assemble((_title(job), "bold"), "  ", (readings or "starting", "dim"))
 
@@ -76,13 +76,13 @@ class Overview:
                 Text.assemble(f"{place}  {_title(record.job)}  ", ("failed: ", "red"), record.failure), soft_wrap=True
             )
             return
-        taken = "kept from before" if kept else f"trained {duration(record.seconds)}"
+        taken = "kept from before" if kept else f"trained {format_duration(record.seconds)}"
         left = self._left()
         self._console.print(
             Text.assemble(
                 f"{place}  {_title(record.job)}  held-out loss ",
-                (decimal(record.loss), "bold"),
-                (f"  {taken}" + (f", {clock(left)} left" if left else ""), "dim"),
+                (format_decimal(record.loss), "bold"),
+                (f"  {taken}" + (f", {format_clock(left)} left" if left else ""), "dim"),
             ),
             soft_wrap=True,
         )
@@ -105,7 +105,7 @@ class Overview:
         row.add_row(
             ProgressBar(total=max(1, self._total), completed=self._done),
             f"run {min(self._done + 1, self._total)} of {self._total}",
-            f"{clock(left)} left" if left else "",
+            f"{format_clock(left)} left" if left else "",
         )
         return Group(row, self._now)
 

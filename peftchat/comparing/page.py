@@ -12,7 +12,7 @@ from peftchat.comparing.choose import loss_words
 from peftchat.comparing.outcome import Outcome
 from peftchat.comparing.result import Result
 from peftchat.comparing.words import HEADERS, table_rows
-from peftchat.numbers import decimal
+from peftchat.formatting import format_decimal
 from peftchat.reports.intervals import Mark, interval_plot
 from peftchat.reports.page import write_page
 from peftchat.reports.svg import Series, line_plot
@@ -87,7 +87,7 @@ def _facts(result: Result, finished: Sequence[Outcome]) -> list[str]:
         )
     else:
         facts.append("One seed gives no interval.")
-    before = {decimal(one.best.loss_before) for one in finished if one.best and one.best.loss_before is not None}
+    before = {format_decimal(one.best.loss_before) for one in finished if one.best and one.best.loss_before is not None}
     if before:
         facts.append(
             f"Held-out loss before training: {' to '.join(sorted((min(before), max(before))[: len(before)]))}."
@@ -135,7 +135,7 @@ def _tried(outcome: Outcome) -> list[tuple[str, str, bool]]:
     return [
         (
             describe(record.job.settings),
-            "failed" if record.failure is not None else decimal(record.loss),
+            "failed" if record.failure is not None else format_decimal(record.loss),
             record is outcome.best,
         )
         for record in outcome.tried

@@ -10,7 +10,7 @@ from peftchat.comparing.budget import Budget
 from peftchat.comparing.candidates import Axis, Candidate, Settings, flags, make_candidates, slug
 from peftchat.comparing.rates import expected_rate, grid
 from peftchat.comparing.search import RATE, Range, RateGrid, Search, TreeParzen, check_optuna
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -143,10 +143,10 @@ def make_plan(wish: Wish) -> Plan:
     for axis in wish.axes:
         if len(axis.values) > 1 and axis.key.startswith(_DATA_KEYS):
             what = "all runs are trained on the same rows and judged by the same"
-            raise InputError(what, where=f"--set {axis.key}", cure="Give one value, or compare recipes of their own.")
+            raise UserError(what, where=f"--set {axis.key}", cure="Give one value, or compare recipes of their own.")
     base = load_recipe(wish.recipe, flags(_common(wish)))
     if not base.recipe.data.has_eval:
-        raise InputError(
+        raise UserError(
             "a comparison judges by held-out dialogues, and the recipe has none",
             where=base.where("data"),
             cure="Add `--set data.eval_fraction=0.1`, or name files in data.eval.",
@@ -172,8 +172,8 @@ def _check(plan: Plan, candidate: Candidate) -> None:
         try:
             plan.recommended(candidate, settings)
             plan.recipe_of(Job(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
-        except InputError as error:
-            raise InputError(error.what, where=f"{candidate.name}: {error.where}", cure=error.cure) from error
+        except UserError as error:
+            raise UserError(error.what, where=f"{candidate.name}: {error.where}", cure=error.cure) from error
 
 
 def _common(wish: Wish) -> dict[str, object]:

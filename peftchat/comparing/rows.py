@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from peftchat.comparing.folder import ComparisonFolder
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources.prepare.card import SideCount
 from peftchat.sources.prepare.folder import DialogueFile, appearing_folder
 from peftchat.sources.problems import ProblemLog
@@ -30,9 +30,7 @@ def settle_rows(recipe: "Recipe", folder: ComparisonFolder) -> None:
                 for conversation in conversations(recipe, side, ProblemLog(strict=True)):
                     file.write(conversation)
             if not count.dialogues:
-                raise InputError(
-                    f"no dialogue is left to {'train' if side == 'train' else 'evaluate'} on", where="data"
-                )
+                raise UserError(f"no dialogue is left to {'train' if side == 'train' else 'evaluate'} on", where="data")
 
 
 def first_questions(folder: ComparisonFolder, count: int) -> list[str]:

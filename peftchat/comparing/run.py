@@ -15,7 +15,7 @@ from peftchat.comparing.process import run_python
 from peftchat.comparing.record import Measured, Record, read_measured, read_record
 from peftchat.comparing.result import Result
 from peftchat.comparing.rows import first_questions, settle_rows
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe
 
@@ -49,7 +49,7 @@ def compare(plan: Plan, out: Path, looks: Looks) -> tuple[Result, ComparisonFold
     folder = ComparisonFolder(out.absolute())
     text = looks.plain_text or PLAIN_TEXT
     if not text.is_file():
-        raise InputError("no such file", where=f"--plain-text {text}")
+        raise UserError("no such file", where=f"--plain-text {text}")
     with folder.claimed(plan.base.recipe), Overview(plan.size) as overview:
         settle_rows(plan.base.recipe, folder)
         work = _Work(plan, folder, overview)

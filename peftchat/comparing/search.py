@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from peftchat.comparing.candidates import Settings
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 RATE = "training.learning_rate"
 
@@ -68,14 +68,14 @@ def parse_range(flag: str) -> Range:
     where = f"--search {flag}"
     cure = "Write KEY=LOW..HIGH, or KEY=LOW..HIGH:log."
     if not (equals and key and dots) or scale not in ("", "log"):
-        raise InputError("not a range", where=where, cure=cure)
+        raise UserError("not a range", where=where, cure=cure)
     try:
         first, last = float(low), float(high)
     except ValueError:
-        raise InputError("the ends of a range are numbers", where=where, cure=cure) from None
+        raise UserError("the ends of a range are numbers", where=where, cure=cure) from None
     if not first < last or (scale == "log" and first <= 0):
         what = "a range on a logarithmic scale is above 0 and rises" if scale else "a range rises"
-        raise InputError(what, where=where, cure=cure)
+        raise UserError(what, where=where, cure=cure)
     whole = all(end.strip().lstrip("-").isdecimal() for end in (low, high))
     return Range(key, first, last, scale == "log", whole)
 
@@ -87,7 +87,7 @@ def check_optuna() -> None:
         InputError: with the command that installs it.
     """
     if importlib.util.find_spec("optuna") is None:
-        raise InputError(
+        raise UserError(
             "a search over ranges needs optuna, which is not installed",
             where="--trials",
             cure="pip install 'peftchat[sweep]'",

@@ -8,7 +8,15 @@ from peftchat.comparing.choose import excess, loss_words, thousandths
 from peftchat.comparing.outcome import Outcome
 from peftchat.comparing.result import Result
 from peftchat.comparing.statistics import Estimate
-from peftchat.numbers import UNKNOWN, count, decimal, duration, share, short_count, size
+from peftchat.formatting import (
+    UNKNOWN,
+    format_bytes,
+    format_count,
+    format_decimal,
+    format_duration,
+    format_percent,
+    format_short_count,
+)
 
 HEADERS = (
     "variant",
@@ -68,11 +76,11 @@ def _row(result: Result, outcome: Outcome) -> Row:
         loss_words(loss),
         "" if outcome is advice.lowest else _difference_words(above),
         plain_words(outcome, result.base_plain_loss),
-        count(outcome.tokens_per_second),
-        duration(outcome.seconds),
-        size(outcome.peak_memory_bytes),
-        short_count(best.trainable_parameters),
-        size(best.weights_bytes),
+        format_count(outcome.tokens_per_second),
+        format_duration(outcome.seconds),
+        format_bytes(outcome.peak_memory_bytes),
+        format_short_count(best.trainable_parameters),
+        format_bytes(best.weights_bytes),
         _MERGES.get(outcome.measured.merge or "", ""),
     )
     return Row(cells, None, outcome is advice.choice, outcome in advice.tied)
@@ -88,6 +96,6 @@ def plain_words(outcome: Outcome, base: float | None) -> str:
     if after is None:
         return UNKNOWN if outcome.measured.failure else ""
     if not base:
-        return decimal(after)
+        return format_decimal(after)
     change = after / base - 1
-    return f"{decimal(after)} ({'+' if change >= 0 else '-'}{share(abs(change))})"
+    return f"{format_decimal(after)} ({'+' if change >= 0 else '-'}{format_percent(abs(change))})"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.merging.hollow import HollowModel, Slot
 from peftchat.merging.methods import RESIDUAL_INITS, refuse_unfoldable
 from peftchat.merging.shards import read_header
@@ -64,11 +64,11 @@ def read_config(folder: Path) -> Any:
     from peft import PeftConfig
 
     if not (folder / CONFIG_NAME).is_file():
-        raise InputError(f"no {CONFIG_NAME} here", where=str(folder), cure="Name a run folder or a PEFT adapter.")
+        raise UserError(f"no {CONFIG_NAME} here", where=str(folder), cure="Name a run folder or a PEFT adapter.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(folder / CONFIG_NAME)) from error
+        raise UserError(f"cannot be read: {error}", where=str(folder / CONFIG_NAME)) from error
     refuse_unfoldable(config, str(folder))
     return config
 
@@ -82,10 +82,10 @@ def check_weights(folder: Path) -> None:
     """
     entries = read_header(folder / WEIGHTS_NAME)
     if not entries:
-        raise InputError("the adapter holds no tensors", where=str(folder / WEIGHTS_NAME))
+        raise UserError("the adapter holds no tensors", where=str(folder / WEIGHTS_NAME))
     empty = [name for name, entry in entries.items() if entry.bytes == 0]
     if empty:
-        raise InputError(
+        raise UserError(
             f"{len(empty)} of {len(entries)} tensors have no elements, first {empty[0]}: the adapter was saved "
             "from a sharded model without gathering it",
             where=str(folder / WEIGHTS_NAME),
@@ -150,10 +150,10 @@ def _saved_whole(state: dict[str, torch.Tensor], hollow: HollowModel) -> dict[st
     }
 
 
-def _misfit(folder: Path, why: str) -> InputError:
+def _misfit(folder: Path, why: str) -> UserError:
     lines = [line.strip() for line in why.splitlines() if line.strip()]
     shapes = [line for line in lines if "size mismatch" in line]
-    return InputError(
+    return UserError(
         f"the adapter does not fit the base: {(shapes or lines or ['no reason given'])[0]}",
         where=str(folder),
         cure="It was trained on another base: check `model.name` of its recipe.",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
 from peftchat.merging.plan import Plan
 from peftchat.merging.shards import Checkpoint
 
@@ -17,17 +17,17 @@ def check_written(folder: Path, plan: Plan) -> None:
     """
     try:
         written = Checkpoint.open(folder).entries
-    except InputError as error:
-        raise CheckFailed(f"what was written cannot be read back: {error}") from error
+    except UserError as error:
+        raise VerificationError(f"what was written cannot be read back: {error}") from error
     planned = {tensor.spec.name: tensor.spec for tensors in plan.shards.values() for tensor in tensors}
     if written.keys() != planned.keys():
         first = sorted(written.keys() ^ planned.keys())[0]
-        raise CheckFailed(f"{folder}: the tensors written are not those planned, first {first}")
+        raise VerificationError(f"{folder}: the tensors written are not those planned, first {first}")
     for name, spec in planned.items():
         entry = written[name]
         if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
-            raise CheckFailed(
+            raise VerificationError(
                 f"{folder}: {name} is {entry.dtype} {list(entry.shape)}, planned {spec.dtype} {spec.shape}"
             )
         if entry.bytes == 0:
-            raise CheckFailed(f"{folder}: {name} has no elements")
+            raise VerificationError(f"{folder}: {name} has no elements")

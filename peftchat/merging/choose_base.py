@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.merging.fold.change import Update
 from peftchat.merging.weights import BaseWeights
 
@@ -50,7 +50,7 @@ def choose_base(
     """
     if dequantized is None:
         if mode == "dequantized":
-            raise InputError("the run was not trained on a quantised base", where="--base", cure="Leave the flag out.")
+            raise UserError("the run was not trained on a quantised base", where="--base", cure="Leave the flag out.")
         return BaseChoice("original")
     weights, updates = dequantized
     names = [name for name in updates if name in weights.round_tripped]

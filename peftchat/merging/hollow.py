@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def build_hollow(config: Any, *, rows: int = 0, trust_remote_code: bool = False)
                 copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
             )
     except ValueError as error:
-        raise InputError(f"transformers cannot build this model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"transformers cannot build this model: {str(error).splitlines()[0]}") from error
     if rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     ties = dict(model.all_tied_weights_keys)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.merging.hollow import HollowModel
 from peftchat.merging.shards import Checkpoint
 
@@ -47,7 +47,7 @@ class Fusion:
 
         tensors = revert_weight_conversion(self._model, parameters)
         if set(tensors) != set(self.keys):
-            raise InputError(
+            raise UserError(
                 f"transformers does not split {self.parameters[0]} into the tensors it was made of",
                 cure="Save the base once with transformers' save_pretrained and merge into that.",
             )
@@ -130,10 +130,10 @@ def _check(layout: Layout, checkpoint: Checkpoint, hollow: HollowModel) -> None:
         if name in layout.fusion_of or name in hollow.ties:
             continue
         if name not in layout.key_of:
-            raise InputError(f"the base has no tensor for {name}", where=str(checkpoint.folder))
+            raise UserError(f"the base has no tensor for {name}", where=str(checkpoint.folder))
         shape = checkpoint.entries[layout.key_of[name]].shape
         if tuple(slot.shape[1:]) != shape[1:] or (slot.shape and shape[0] > slot.shape[0]):
-            raise InputError(
+            raise UserError(
                 f"{name} has the shape {list(shape)} where config.json asks for {list(slot.shape)}",
                 where=str(checkpoint.folder),
             )

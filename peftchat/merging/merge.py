@@ -10,8 +10,8 @@ from time import monotonic
 
 from filelock import FileLock, Timeout
 
-from peftchat.allocator import return_large_blocks
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
+from peftchat.malloc import return_large_blocks
 from peftchat.merging import journal, report
 from peftchat.merging.check import check_written
 from peftchat.merging.companions import make_loadable, write_companions, write_index
@@ -49,14 +49,14 @@ def merge_run(folder: Path, options: MergeOptions) -> MergeResult:
     return_large_blocks()
     out = options.out or folder / "merged"
     if out.exists() and not options.overwrite:
-        raise InputError("the folder is already there", where=str(out), cure="Choose another with -o, or --overwrite.")
+        raise UserError("the folder is already there", where=str(out), cure="Choose another with -o, or --overwrite.")
     job = prepare(folder, options)
     partial = _beside(out, "partial")
     try:
         with _working_folder(partial, out):
             try:
                 resumed = _write_shards(job, partial, options.block)
-            except InputError:  # a layer that PEFT will not merge: no second start would do better
+            except UserError:  # a layer that PEFT will not merge: no second start would do better
                 shutil.rmtree(partial)
                 raise
             write_index(partial, job.plan)
@@ -68,15 +68,15 @@ def merge_run(folder: Path, options: MergeOptions) -> MergeResult:
             made = replace(made, seconds=monotonic() - started)
             report.write(partial, made)
             if made.verification is not None and not made.verification.passed:
-                raise CheckFailed(made.verification.verdict)
-    except CheckFailed as error:
+                raise VerificationError(made.verification.verdict)
+    except VerificationError as error:
         failed = _beside(out, "failed")
         shutil.rmtree(failed, ignore_errors=True)
         partial.rename(failed)
-        raise CheckFailed(f"{error} The result is in {failed}, not in {out}.") from error
+        raise VerificationError(f"{error} The result is in {failed}, not in {out}.") from error
     except OSError as error:
         cure = "What is written stays for a second start; free space or choose another folder with -o."
-        raise InputError(f"cannot write: {error.strerror or error}", where=str(partial), cure=cure) from error
+        raise UserError(f"cannot write: {error.strerror or error}", where=str(partial), cure=cure) from error
     _give_name(partial, out)
     return MergeResult(out, made)
 
@@ -94,7 +94,7 @@ def _working_folder(partial: Path, out: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise InputError("another merge is writing there", where=str(partial)) from error
+        raise UserError("another merge is writing there", where=str(partial)) from error
     try:
         yield
     finally:

@@ -5,7 +5,7 @@ Everything not named here folds: either by a rule of its own or by PEFT's own `m
 
 from typing import Any
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 _PROMPTS = "it trains vectors that are put before the prompt, not weights"
 _GATED = "what it adds depends on the input, so no fixed weights do the same"
@@ -55,14 +55,14 @@ def refuse_unfoldable(config: Any, where: str) -> None:
         cure = _CURE_PROMPTS
         if kind in _IN_MEMORY:
             cure = "Load base and adapter with peft and call merge_and_unload, which holds the whole model in memory."
-        raise InputError(f"{kind} cannot be merged: {REFUSED.get(kind, _PROMPTS)}", where=where, cure=cure)
+        raise UserError(f"{kind} cannot be merged: {REFUSED.get(kind, _PROMPTS)}", where=where, cure=cure)
     start = getattr(config, "init_lora_weights", None)
     if isinstance(start, str) and start.startswith(_LOST_INITS):
-        raise InputError(
+        raise UserError(
             f"the adapter was started with init_lora_weights={start}, which changed the base in a way that its file "
             "does not hold",
             where=where,
             cure="Save the adapter with `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it.",
         )
     if getattr(config, "layer_replication", None):
-        raise InputError("it repeats layers of the base, which peft does not merge either", where=where)
+        raise UserError("it repeats layers of the base, which peft does not merge either", where=where)

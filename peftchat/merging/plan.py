@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.merging.fold.change import Change, Replacement, Rows, Update, Weighted, combine
 from peftchat.merging.shards import Entry
 from peftchat.merging.weights import BaseWeights
@@ -127,7 +127,7 @@ def check_working_set(plan: Plan, weights: BaseWeights, working_set: int) -> Non
     for name, update in plan.updates.items():
         need = weights.hollow.slots[name].shape.numel() * _FLIGHT
         if need > working_set and (update.whole or not weights.in_blocks(name)):
-            raise InputError(
+            raise UserError(
                 f"{name} has to be folded in one piece, which takes {need >> 20:,} MB",
                 where="--working-set",
                 cure=f"Give at least {(need >> 20) + 1}MB.",

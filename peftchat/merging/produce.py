@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peftchat.errors import CheckFailed
+from peftchat.errors import VerificationError
 from peftchat.merging.layout import Fusion
 from peftchat.merging.plan import Plan, Tensor, block_bytes
 from peftchat.merging.shards import read_rows
@@ -34,7 +34,7 @@ class Producer:
         """
         for block in self._blocks(tensor):
             if block.is_floating_point() and block.numel() and not _finite(block):
-                raise CheckFailed(f"{tensor.spec.name} holds values that are not finite numbers")
+                raise VerificationError(f"{tensor.spec.name} holds values that are not finite numbers")
             yield block
 
     def _blocks(self, tensor: Tensor) -> Iterator[torch.Tensor]:

@@ -11,7 +11,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from peftchat.console import notes
+from peftchat.console import stderr
 
 
 class ByteProgress:
@@ -24,8 +24,8 @@ class ByteProgress:
             DownloadColumn(binary_units=True),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            console=notes,
-            disable=not notes.is_terminal,
+            console=stderr,
+            disable=not stderr.is_terminal,
         )
         self._task = self._bar.add_task(what, total=total, completed=done)
 

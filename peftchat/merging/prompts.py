@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.merging.run import Run
 
 MOST_PROMPTS = 20
@@ -65,7 +65,7 @@ def _encode(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 
 def _messages(run: Run) -> Iterator[list[dict[str, str]]]:
     if run.recipe is not None:
-        with suppress(InputError):  # the data may have moved since; the comparison does not depend on it
+        with suppress(UserError):  # the data may have moved since; the comparison does not depend on it
             yield from _of_run(run)
     for text in _BUILT_IN:
         yield [{"role": "user", "content": text}]

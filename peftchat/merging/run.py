@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.merging.adapter import CONFIG_NAME, check_weights, read_config
 from peftchat.merging.quantized import Quantization
 from peftchat.recipe.load import LoadedRecipe, load_recipe
@@ -44,16 +44,16 @@ def open_run(folder: Path) -> Run:
         InputError: not a run folder, a run of method `full`, or an adapter that is damaged or cannot be folded.
     """
     if not folder.is_dir():
-        raise InputError("no such folder", where=str(folder))
+        raise UserError("no such folder", where=str(folder))
     recipe = load_recipe(folder / "recipe.yaml", to_train=False) if (folder / "recipe.yaml").is_file() else None
     if recipe is not None and recipe.recipe.method == "full":
-        raise InputError(
+        raise UserError(
             "this run trained every weight, so there is nothing to merge",
             where=str(folder),
             cure="The run folder is already a model: `peftchat chat RUN` and every other tool load it as it is.",
         )
     if not (folder / CONFIG_NAME).is_file() and (folder / "config.json").is_file():
-        raise InputError(
+        raise UserError(
             "this is a model, not an adapter: there is nothing to merge",
             where=str(folder),
             cure="Use it as it is, or name the run folder that holds the adapter.",
@@ -71,7 +71,7 @@ def open_run(folder: Path) -> Run:
 
 def _base_of(config: Any, folder: Path) -> str:
     if not config.base_model_name_or_path:
-        raise InputError(
+        raise UserError(
             "the adapter does not say which base it belongs to",
             where=str(folder / CONFIG_NAME),
             cure="Set base_model_name_or_path there.",
@@ -94,10 +94,10 @@ def find_base(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.py"]))
     except HFValidationError as error:
-        raise InputError("the base model is not there", where=name, cure=cure) from error
+        raise UserError("the base model is not there", where=name, cure=cure) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"the base model cannot be fetched: {reason}", where=name, cure=cure) from error
+        raise UserError(f"the base model cannot be fetched: {reason}", where=name, cure=cure) from error
 
 
 def base_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -111,11 +111,11 @@ def base_config(folder: Path, trust_remote_code: bool) -> Any:
     where = folder / "config.json"
     try:
         if "quantization_config" in json.loads(where.read_text(encoding="utf-8")):
-            raise InputError(
+            raise UserError(
                 "the base is stored quantised, and folding an adapter needs its full weights",
                 where=str(where),
                 cure="Set `model.name` of the recipe to the 16-bit model it was made from.",
             )
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no usable model config: {str(error).splitlines()[0]}", where=str(where)) from error
+        raise UserError(f"no usable model config: {str(error).splitlines()[0]}", where=str(where)) from error

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.merging.dtypes import TORCH_DTYPES
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -57,7 +57,7 @@ def read_header(file: Path) -> dict[str, Entry]:
                 raise _damaged(file, "the header is cut off")
             header = json.loads(stream.read(length))
     except FileNotFoundError as error:
-        raise InputError("the file is missing", where=str(file), cure="Copy or download the model again.") from error
+        raise UserError("the file is missing", where=str(file), cure="Copy or download the model again.") from error
     except ValueError as error:
         raise _damaged(file, "the header cannot be read") from error
     if not isinstance(header, dict):
@@ -77,7 +77,7 @@ def _entry(file: Path, name: str, info: dict[str, Any], start: int) -> Entry:
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(file, f"the header entry of {name} cannot be read") from error
     if kind not in TORCH_DTYPES:
-        raise InputError(
+        raise UserError(
             f"{name} is stored as {kind}, a quantised or packed type",
             where=str(file),
             cure="Merge into the 16- or 32-bit version of the base model.",
@@ -88,8 +88,8 @@ def _entry(file: Path, name: str, info: dict[str, Any], start: int) -> Entry:
     return entry
 
 
-def _damaged(file: Path, why: str) -> InputError:
-    return InputError(f"damaged safetensors file: {why}", where=str(file), cure="Copy or download it again.")
+def _damaged(file: Path, why: str) -> UserError:
+    return UserError(f"damaged safetensors file: {why}", where=str(file), cure="Copy or download it again.")
 
 
 def read_rows(entry: Entry, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -137,7 +137,7 @@ class Checkpoint:
         elif (folder / SINGLE_NAME).is_file():
             weight_map, files = {}, (SINGLE_NAME,)
         else:
-            raise InputError(
+            raise UserError(
                 "no safetensors weights here",
                 where=str(folder),
                 cure="Save the model once with transformers' save_pretrained, which writes them.",
@@ -147,7 +147,7 @@ class Checkpoint:
             entries.update(read_header(folder / name))
         for tensor, name in weight_map.items():
             if tensor not in entries or entries[tensor].file.name != name:
-                raise InputError(f"{tensor} is not in {name}, where the index puts it", where=str(index))
+                raise UserError(f"{tensor} is not in {name}, where the index puts it", where=str(index))
         return cls(folder, entries, files)
 
     @property
@@ -170,4 +170,4 @@ def _read_index(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {str(tensor): str(name) for tensor, name in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError("the index of the shards cannot be read", where=str(index)) from error
+        raise UserError("the index of the shards cannot be read", where=str(index)) from error

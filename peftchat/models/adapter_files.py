@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peftchat.errors import CheckFailed
+from peftchat.errors import VerificationError
 from peftchat.models.rows import TokenRows, rows_of
 from peftchat.models.starts import START_ADAPTER
 from peftchat.models.zero import full_tensor
@@ -95,15 +95,17 @@ def check_adapter_file(path: Path, expected: dict[str, Tensor]) -> None:
         names = set(file.keys())
         if names != set(expected):
             odd = sorted(names ^ set(expected))[0]
-            raise CheckFailed(f"{path}: the tensor {odd} is in memory or in the file, but not in both")
+            raise VerificationError(f"{path}: the tensor {odd} is in memory or in the file, but not in both")
         for name, tensor in expected.items():
             stored = file.get_tensor(name)
             if stored.numel() == 0:
-                raise CheckFailed(f"{path}: the tensor {name} is empty")
+                raise VerificationError(f"{path}: the tensor {name} is empty")
             if stored.shape != tensor.shape or not torch.equal(stored, tensor):
-                raise CheckFailed(f"{path}: the tensor {name} was not written as it was trained")
+                raise VerificationError(f"{path}: the tensor {name} was not written as it was trained")
             if stored.is_floating_point() and not torch.isfinite(stored).all():
-                raise CheckFailed(f"{path}: the tensor {name} holds values that are not finite; training diverged")
+                raise VerificationError(
+                    f"{path}: the tensor {name} holds values that are not finite; training diverged"
+                )
 
 
 def load_adapter_state(model: "Adapted", folder: Path) -> None:
@@ -121,7 +123,9 @@ def load_adapter_state(model: "Adapted", folder: Path) -> None:
         for name, parameter in _row_tensors(_causal(model), rows).items():
             stored = held[home].pop(f"{_PREFIX}{name}{ending}", None)
             if stored is None or stored.shape != parameter.shape:
-                raise CheckFailed(f"{folder}: the rows of the new tokens for {name} are missing or of another shape")
+                raise VerificationError(
+                    f"{folder}: the rows of the new tokens for {name} are missing or of another shape"
+                )
             with torch.no_grad():
                 parameter.copy_(stored)
     if not isinstance(model, PeftModel):
@@ -132,7 +136,7 @@ def load_adapter_state(model: "Adapted", folder: Path) -> None:
         set_peft_model_state_dict(model, start, adapter_name=START_ADAPTER)
     result = set_peft_model_state_dict(model, state)
     if result.unexpected_keys:
-        raise CheckFailed(f"{folder}: the model has no place for the tensor {result.unexpected_keys[0]}")
+        raise VerificationError(f"{folder}: the model has no place for the tensor {result.unexpected_keys[0]}")
 
 
 def _peft_state(model: PeftModel) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.models.facts import model_facts
 from peftchat.models.rows import train_rows
 from peftchat.models.starts import RowBatches, begin, prepare
@@ -87,13 +87,13 @@ def hold_trained_in(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def misfit(recipe: "Recipe", error: Exception) -> InputError:
+def misfit(recipe: "Recipe", error: Exception) -> UserError:
     """What to tell of an error that PEFT raised when it put the recipe's adapter into the model."""
-    if isinstance(error, InputError):
+    if isinstance(error, UserError):
         return error
     assert recipe.adapter is not None
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return InputError(
+    return UserError(
         f"the adapter does not fit the model: {lines[0]}",
         where=f"adapter: {recipe.adapter.variant}",
         cure="Use `target_modules: all-linear`, or names of the model's own linear layers; "

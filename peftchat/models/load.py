@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,18 +30,18 @@ def check_model_folder(name: str) -> None:
         hint = ""
         if (folder / "adapter_config.json").is_file():
             hint = "This is an adapter: name its base here, or merge it first with `peftchat merge`."
-        raise InputError("the folder has no config.json", where=f"model.name: {name}", cure=hint or None)
+        raise UserError("the folder has no config.json", where=f"model.name: {name}", cure=hint or None)
     if any((folder / file).is_file() for file in _WEIGHTS):
         _check_index(folder)
         return
     pickled = next(iter(sorted(folder.glob("pytorch_model*.bin"))), None)
     if pickled is not None:
-        raise InputError(
+        raise UserError(
             f"the weights are pickled ({pickled.name}), and unpickling runs whatever the file says",
             where=f"model.name: {name}",
             cure="Save them as safetensors first: `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`.",
         )
-    raise InputError(
+    raise UserError(
         "the model folder holds no weights (model.safetensors or its index)",
         where=f"model.name: {name}",
         cure="Download the whole model, or check the path.",
@@ -57,10 +57,10 @@ def _is_folder(name: str) -> bool:
     folder = Path(name)
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise InputError("there is no such folder", where=f"model.name: {name}", cure="Check the path.")
+            raise UserError("there is no such folder", where=f"model.name: {name}", cure="Check the path.")
         return False
     if not folder.is_dir():
-        raise InputError("a model is a folder, and this is a file", where=f"model.name: {name}")
+        raise UserError("a model is a folder, and this is a file", where=f"model.name: {name}")
     return True
 
 
@@ -71,7 +71,7 @@ def _check_index(folder: Path) -> None:
     shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
-        raise InputError(
+        raise UserError(
             f"{len(missing)} of {len(shards)} weight files are missing, the first is {missing[0]}",
             where=f"model.name: {folder}",
             cure="Download the model again.",
@@ -191,9 +191,9 @@ def _hub_arguments(recipe: "Recipe") -> dict[str, Any]:
     return arguments
 
 
-def _unreadable(recipe: "Recipe", what: str, error: Exception) -> InputError:
+def _unreadable(recipe: "Recipe", what: str, error: Exception) -> UserError:
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return InputError(
+    return UserError(
         f"{what} cannot be loaded: {first_line}",
         where=f"model.name: {recipe.model.name}",
         cure=None

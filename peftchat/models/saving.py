@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftchat.errors import CheckFailed
+from peftchat.errors import VerificationError
 from peftchat.models.adapter_files import adapter_state, is_adapted, save_adapter
 
 if TYPE_CHECKING:
@@ -79,6 +79,6 @@ def _check_shapes(folder: Path, expected: dict[str, Tensor]) -> None:
     tied = {tensor.data_ptr() for name, tensor in expected.items() if name in stored}
     for name, tensor in expected.items():
         if name not in stored and tensor.data_ptr() not in tied:
-            raise CheckFailed(f"{folder}: the weight {name} was not written")
+            raise VerificationError(f"{folder}: the weight {name} was not written")
         if name in stored and (stored[name] != list(tensor.shape) or 0 in stored[name]):
-            raise CheckFailed(f"{folder}: the weight {name} was written with the shape {stored[name]}")
+            raise VerificationError(f"{folder}: the weight {name} was written with the shape {stored[name]}")

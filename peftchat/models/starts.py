@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.variants import entry
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _begin_loftq(recipe: "Recipe", model: "PeftModel") -> None:
         try:
             original = stored.get_tensor(f"{name.removeprefix('base_model.model.')}.weight")
         except KeyError as error:
-            raise InputError(
+            raise UserError(
                 f"the base's file has no weights under the name of the layer {name}",
                 where=f"model.name: {recipe.model.name}",
                 cure="LoftQ compares the file with the quantised layers, name by name; take another variant.",

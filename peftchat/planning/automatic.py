@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftchat.numbers import size
+from peftchat.formatting import format_bytes
 from peftchat.planning.search import largest_batch
 from peftchat.planning.settings import PlanSettings
 from peftchat.training.choice import Choice
@@ -81,12 +81,16 @@ def choose_checkpointing(planner: "Planner", settings: PlanSettings, room: int) 
     without = settings.with_changes(checkpointing=False)
     peak = planner.memory(without).total
     if peak <= MARGIN * room:
-        return Chosen(without, peak, f"fits without checkpointing: {size(peak)} of {size(room)}")
+        return Chosen(without, peak, f"fits without checkpointing: {format_bytes(peak)} of {format_bytes(room)}")
     with_it = settings.with_changes(checkpointing=True)
     saved = planner.memory(with_it).total
     if saved >= peak:
-        return Chosen(without, peak, f"checkpointing would not help: {size(peak)} of {size(room)}")
-    return Chosen(with_it, saved, f"{size(peak)} without checkpointing, {size(saved)} with it, of {size(room)}")
+        return Chosen(without, peak, f"checkpointing would not help: {format_bytes(peak)} of {format_bytes(room)}")
+    return Chosen(
+        with_it,
+        saved,
+        f"{format_bytes(peak)} without checkpointing, {format_bytes(saved)} with it, of {format_bytes(room)}",
+    )
 
 
 def choose_batch(planner: "Planner", settings: PlanSettings, room: int, tokens: int) -> Chosen:
@@ -103,5 +107,5 @@ def choose_batch(planner: "Planner", settings: PlanSettings, room: int, tokens: 
     batch = next(count for count in range(most, 0, -1) if rows % count == 0)
     chosen = settings.with_changes(batch=batch, accumulation=rows // batch)
     peak = planner.memory(chosen).total
-    reason = f"{batch} x {settings.length} tokens at once, {rows // batch} times a step: {size(peak)} of {size(room)}"
+    reason = f"{batch} x {settings.length} tokens at once, {rows // batch} times a step: {format_bytes(peak)} of {format_bytes(room)}"
     return Chosen(chosen, peak, reason)

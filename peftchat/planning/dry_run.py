@@ -9,17 +9,18 @@ from rich.text import Text
 
 from peftchat.chatml.mask import policy_table
 from peftchat.chatml.registry import ChatFormat
-from peftchat.console import output
+from peftchat.console import stdout
+from peftchat.formatting import format_bytes, format_count, format_percent
 from peftchat.models.load import load_config
-from peftchat.numbers import count, share, size
 from peftchat.planning.hardware import own_hardware
 from peftchat.planning.make import settings_on
 from peftchat.planning.planner import Planner
 from peftchat.planning.settings import PlanSettings
 from peftchat.planning.workload import Workload, steps_an_epoch, steps_of, workload_of
 from peftchat.training.build import chat_format
-from peftchat.training.data import Rows, RowStats, prepare_rows
+from peftchat.training.data import Rows, prepare_rows
 from peftchat.training.placement import Placement
+from peftchat.training.row_stats import RowStats
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -55,16 +56,16 @@ def print_plan(loaded: "LoadedRecipe", placement: Placement) -> None:
         ("output", f"{recipe.output_dir} (nothing is written now)"),
     ):
         table.add_row(name, value)
-    output.print(table)
-    output.print()
-    output.print(_row_text(recipe, chat, rows["train"]))
+    stdout.print(table)
+    stdout.print()
+    stdout.print(_row_text(recipe, chat, rows["train"]))
 
 
 def _memory(planner: Planner, settings: PlanSettings, room: int) -> str:
     """The predicted peak of each process beside what there is."""
     needed = planner.memory(settings).total
     verdict = "" if needed <= room else ": it does not fit, `peftchat plan` says what would"
-    return f"about {size(needed)} at the peak, of {size(room)}{verdict}"
+    return f"about {format_bytes(needed)} at the peak, of {format_bytes(room)}{verdict}"
 
 
 def _method(recipe: "Recipe") -> str:
@@ -92,8 +93,8 @@ def _chat(recipe: "Recipe", chat: ChatFormat) -> str:
 
 def _data(recipe: "Recipe", stats: RowStats, name: str) -> list[tuple[str, str]]:
     text = (
-        f"{count(stats.rows)} rows, {count(stats.tokens)} tokens, "
-        f"{share(stats.supervised / stats.tokens)} of them supervised"
+        f"{format_count(stats.rows)} rows, {format_count(stats.tokens)} tokens, "
+        f"{format_percent(stats.supervised / stats.tokens)} of them supervised"
     )
     parts = [f"{number} {reason.replace('_', ' ')}" for reason, number in stats.dropped.items()]
     if parts:
@@ -113,7 +114,7 @@ def _steps(recipe: "Recipe", settings: PlanSettings, workload: Workload) -> str:
     shape = "padded rows"
     if recipe.data.packing:
         length = recipe.data.max_length
-        shape = f"packs of {length} ({share(workload.tokens / (workload.sequences * length))} full)"
+        shape = f"packs of {length} ({format_percent(workload.tokens / (workload.sequences * length))} full)"
     steps, an_epoch = steps_of(recipe, workload, settings), steps_an_epoch(workload, settings)
     whole = settings.batch * settings.accumulation * settings.processes
     return f"{steps} ({an_epoch} an epoch) of {whole} {shape}, {workload.sequences} in all"

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from peftchat.planning.settings import Device
@@ -94,7 +94,7 @@ def find_hardware(name: str | None, count: int | None) -> Hardware:
     if known is None:
         near = difflib.get_close_matches(_plain(name), _aliases(), n=1, cutoff=0.4)
         hint = f"Did you mean `{_aliases()[near[0]]}`? " if near else ""
-        raise InputError(
+        raise UserError(
             f"`{name}` is not in the catalogue", where="--gpu", cure=f"{hint}Known: {', '.join(catalogue())}, cpu."
         )
     return _with_count(catalogue()[known], count or 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
     from peftchat.planning.make import Plan
@@ -44,9 +44,9 @@ def probe_run(recipe: "Recipe", plan: "Plan") -> Probe:
 
     settings = plan.settings
     if own_hardware(1).device != settings.device:
-        raise InputError("a probe runs on this machine", where="--gpu", cure="Leave `--gpu` out.")
+        raise UserError("a probe runs on this machine", where="--gpu", cure="Leave `--gpu` out.")
     if settings.processes > 1:
-        raise InputError("a probe runs in one process", where="--gpus", cure="Leave `--gpus` out.")
+        raise UserError("a probe runs in one process", where="--gpus", cure="Leave `--gpus` out.")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "rows.jsonl").write_text(_long_rows(settings.length, settings.batch), encoding="utf-8")
@@ -57,7 +57,7 @@ def probe_run(recipe: "Recipe", plan: "Plan") -> Probe:
         told = place / "run" / "run.json"
         if done.returncode or not told.is_file():
             last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-            raise CheckFailed(f"the probe's training ended early: {last}")
+            raise VerificationError(f"the probe's training ended early: {last}")
         summary = json.loads(told.read_text(encoding="utf-8"))
     return Probe(int(summary["peak_memory_bytes"]), float(summary["seconds"]) / _STEPS)
 

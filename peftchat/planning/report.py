@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftchat.numbers import count, duration, share, short_count
+from peftchat.formatting import format_count, format_duration, format_percent, format_short_count
 from peftchat.planning.memory import PARTS
 
 if TYPE_CHECKING:
@@ -76,20 +76,23 @@ def _facts(plan: "Plan") -> Table:
     facts, trained = plan.facts, plan.trained
     tie = "tied head" if facts.tied else "untied head"
     shape = f"{facts.layers} layers of width {facts.hidden}, {facts.heads} heads ({facts.key_value_heads} for keys)"
-    table.add_row("model", f"{plan.model}: {short_count(facts.parameters)} parameters; {shape}")
+    table.add_row("model", f"{plan.model}: {format_short_count(facts.parameters)} parameters; {shape}")
     table.add_row(
-        "", f"embedding {short_count(facts.embedding)} ({tie}), linear layers {short_count(facts.linear)}, "
-        f"the rest {short_count(facts.other)}",
+        "", f"embedding {format_short_count(facts.embedding)} ({tie}), linear layers {format_short_count(facts.linear)}, "
+        f"the rest {format_short_count(facts.other)}",
     )  # fmt: skip
     weights = trained.parameters + trained.rows
-    table.add_row("trained", f"{short_count(weights)} parameters, {share(weights / facts.parameters)} of the model")
+    table.add_row(
+        "trained",
+        f"{format_short_count(weights)} parameters, {format_percent(weights / facts.parameters)} of the model",
+    )
     table.add_row("settings", _settings(plan.settings))
     table.add_row("place", f"{plan.hardware.count} x {plan.hardware.label}, {gib(plan.hardware.memory)} each")
     if plan.workload is not None:
         work = plan.workload
         table.add_row(
-            "data", f"{count(work.sequences)} sequences, {short_count(work.tokens)} tokens an epoch, the longest "
-            f"{count(work.longest)}, {share(work.supervised)} supervised",
+            "data", f"{format_count(work.sequences)} sequences, {format_short_count(work.tokens)} tokens an epoch, the longest "
+            f"{format_count(work.longest)}, {format_percent(work.supervised)} supervised",
         )  # fmt: skip
     if plan.cost is not None:
         table.add_row("time", _cost(plan))
@@ -110,14 +113,14 @@ def _cost(plan: "Plan") -> str:
     cost = plan.cost
     assert cost is not None
     money = "" if cost.money is None else f", {cost.money:,.2f} at the given price"
-    return f"about {duration(cost.seconds)}{money}, for {count(cost.steps)} steps and {short_count(cost.tokens)} tokens"
+    return f"about {format_duration(cost.seconds)}{money}, for {format_count(cost.steps)} steps and {format_short_count(cost.tokens)} tokens"
 
 
 def _largest(plan: "Plan") -> str:
     if not plan.largest_batch:
         return f"not even one row of {plan.settings.length} tokens"
-    longest = f"rows of {count(plan.largest_length)} tokens at a batch of {plan.settings.batch}"
-    return f"up to {count(plan.largest_batch)} rows of {plan.settings.length} tokens at once, or {longest}"
+    longest = f"rows of {format_count(plan.largest_length)} tokens at a batch of {plan.settings.batch}"
+    return f"up to {format_count(plan.largest_batch)} rows of {plan.settings.length} tokens at once, or {longest}"
 
 
 def _parts(plan: "Plan") -> Table:
@@ -167,7 +170,7 @@ def _grid(plan: "Plan") -> Table:
 def _cell(cell: "Cell") -> tuple[Text, Text]:
     style = "green" if cell.fits else "red"
     return Text(f"{cell.peak / _GIB:.1f}", style=style), Text(
-        count(cell.largest_batch) if cell.largest_batch else "none"
+        format_count(cell.largest_batch) if cell.largest_batch else "none"
     )
 
 
@@ -180,7 +183,7 @@ def _notes(plan: "Plan") -> list[str]:
     if plan.unread is not None:
         told.append(
             f"The data was not read ({plan.unread}): rows of {plan.settings.length} tokens, "
-            f"{share(plan.settings.supervised)} of them supervised, are assumed."
+            f"{format_percent(plan.settings.supervised)} of them supervised, are assumed."
         )
     if plan.estimated:
         told.append("This architecture cannot be traced: its activations are a rule of thumb.")
@@ -199,7 +202,7 @@ def print_probe(plan: "Plan", probe: "Probe", console: Console) -> None:
     console.print(
         Text(
             f"Probe: {gib(probe.peak)} measured, {gib(predicted)} predicted ({error:+.0%}); "
-            f"{duration(probe.seconds)} a step of {plan.settings.batch} x {plan.settings.length} tokens.",
+            f"{format_duration(probe.seconds)} a step of {plan.settings.batch} x {plan.settings.length} tokens.",
             style=style,
         ),
         soft_wrap=False,

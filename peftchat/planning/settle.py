@@ -6,7 +6,7 @@ Every process of a run settles it for itself, so nothing here depends on what el
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.models.load import load_config
 from peftchat.planning.automatic import choose_open
 from peftchat.planning.hardware import own_hardware
@@ -51,7 +51,7 @@ def _check_rows(loaded: "LoadedRecipe", processes: int) -> None:
     """Refuse rows of a step that cannot be shared out evenly."""
     rows = loaded.recipe.training.rows_per_step
     if rows is not None and rows % processes:
-        raise InputError(
+        raise UserError(
             f"{rows} rows cannot be divided among {processes} processes",
             where=loaded.where("training", "rows_per_step"),
             cure=f"Take a multiple of {processes}.",

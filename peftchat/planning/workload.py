@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ def read_workload(recipe: "Recipe") -> Workload | str:
         if sum(file.stat().st_size for found in files for file in found or ()) > _READ_AT_MOST:
             return "the data is large"
         return _read(recipe)
-    except InputError as error:
+    except UserError as error:
         return str(error)
 
 

@@ -10,7 +10,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 Keys = tuple[str | int, ...]
 """The way to a value: `("data", "train", 0, "path")`."""
@@ -103,13 +103,13 @@ def parse_yaml(text: str, name: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
         what = str(error.problem or error.context)
-        raise InputError(f"not valid YAML: {what}", where=where, cure=_cure(what)) from error
+        raise UserError(f"not valid YAML: {what}", where=where, cure=_cure(what)) from error
     except YAMLError as error:
-        raise InputError(f"not valid YAML: {str(error).splitlines()[0]}", where=name) from error
+        raise UserError(f"not valid YAML: {str(error).splitlines()[0]}", where=name) from error
     except RecursionError as error:
-        raise InputError("not valid as a recipe: nested too deeply", where=name) from error
+        raise UserError("not valid as a recipe: nested too deeply", where=name) from error
     except ValueError as error:
-        raise InputError(f"not valid YAML: {error}", where=name) from error
+        raise UserError(f"not valid YAML: {error}", where=name) from error
 
 
 def _cure(problem: str) -> str:
@@ -138,7 +138,7 @@ class _Reader:
         self.seen += 1
         place = Place(self.name, line, self.file, self.layer)
         if self.seen > MOST_VALUES or len(keys) > DEEPEST:
-            raise InputError(
+            raise UserError(
                 "holds more values, or deeper ones, than any recipe", where=place.label, cure="Check its aliases."
             )
         self.places[keys] = place
@@ -165,7 +165,7 @@ class _Reader:
         for plain in (str, int, float):
             if isinstance(node, plain):
                 return plain(node)
-        raise InputError(
+        raise UserError(
             f"holds {_kind(node)}, which no key takes",
             where=place.of(keys),
             cure="Put it in quotes if it is meant as text.",

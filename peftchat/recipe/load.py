@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.recipe.adapter import drop_settings_of_other_variants
 from peftchat.recipe.conflicts import conflict_problems, find_conflicts, settle
 from peftchat.recipe.deepspeed_file import deepspeed_problems
@@ -63,9 +63,9 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Document:
     text = _read_text(path)
     values, places = plain(parse_yaml(text, name), name, file=path, layer=-len(extending))
     if values is None:
-        raise InputError("the recipe is empty", where=name, cure="`peftchat init` writes one to start from.")
+        raise UserError("the recipe is empty", where=name, cure="`peftchat init` writes one to start from.")
     if not isinstance(values, dict):
-        raise InputError(
+        raise UserError(
             "a recipe is keys with values",
             where=name,
             cure="Begin with keys such as `model:` and `method:`; `peftchat init` writes one to start from.",
@@ -76,30 +76,30 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Document:
         return document
     where = document.place(("extends",)).of(("extends",))
     if not isinstance(base, str):
-        raise InputError("expected the path of one recipe", where=where)
+        raise UserError("expected the path of one recipe", where=where)
     target = path.parent / Path(base).expanduser()
     chain = (*extending, path.resolve())
     if target.resolve() in chain:
-        raise InputError(f"`{base}` extends this recipe in turn", where=where, cure="Break the circle.")
+        raise UserError(f"`{base}` extends this recipe in turn", where=where, cure="Break the circle.")
     if not target.exists():
-        raise InputError(f"`{base}` does not exist", where=where, cure=f"The path is taken from {path.parent or '.'}.")
+        raise UserError(f"`{base}` does not exist", where=where, cure=f"The path is taken from {path.parent or '.'}.")
     return merge(_read(target, chain), document)
 
 
 def _read_text(path: Path) -> str:
     if path.is_dir():
-        raise InputError("is a folder, not a recipe", where=str(path), cure="Give the YAML file.")
+        raise UserError("is a folder, not a recipe", where=str(path), cure="Give the YAML file.")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise InputError(
+        raise UserError(
             "no such file", where=str(path), cure="`peftchat init` writes a recipe to start from."
         ) from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise InputError("not UTF-8", where=f"{path}:{line}", cure="Save the file as UTF-8.") from error
+        raise UserError("not UTF-8", where=f"{path}:{line}", cure="Save the file as UTF-8.") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(path)) from error
+        raise UserError(f"cannot be read: {error}", where=str(path)) from error
 
 
 def _settle(document: Document, name: str) -> Recipe:

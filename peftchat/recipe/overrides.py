@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.recipe.document import Document, Keys, dotted, parse_yaml, plain
 
 
@@ -21,13 +21,13 @@ def apply_override(document: Document, flag: str) -> None:
     where = f"--set {path}"
     steps = path.split(".")
     if not equals or not all(steps):
-        raise InputError(
+        raise UserError(
             "not of the form KEY=VALUE",
             where=f"--set {flag}",
             cure="Write for example `--set training.learning_rate=1e-4`.",
         )
     if steps[0] == "extends":
-        raise InputError("`extends` can only stand in a file", where=where, cure="Pass that file instead.")
+        raise UserError("`extends` can only stand in a file", where=where, cure="Pass that file instead.")
     keys, holder = _descend(document, steps, where)
     document.forget(keys)
     value, places = plain(parse_yaml(text, where), where, keys=keys, layer=1)
@@ -44,7 +44,7 @@ def _descend(document: Document, steps: list[str], where: str) -> tuple[Keys, An
         if isinstance(holder, list):
             key = _index(step, holder, keys, where)
         elif not isinstance(holder, dict):
-            raise InputError(f"`{dotted(keys)}` holds a single value, not keys", where=where)
+            raise UserError(f"`{dotted(keys)}` holds a single value, not keys", where=where)
         keys = (*keys, key)
         if position == len(steps) - 1:
             break
@@ -57,7 +57,7 @@ def _descend(document: Document, steps: list[str], where: str) -> tuple[Keys, An
 def _index(step: str, holder: list[Any], keys: Keys, where: str) -> int:
     if step.isdecimal() and int(step) < len(holder):
         return int(step)
-    raise InputError(
+    raise UserError(
         f"`{dotted(keys)}` is a list of {len(holder)}, and `{step}` is none of its places",
         where=where,
         cure=f"Use a number from 0 to {len(holder) - 1}, or set the whole list.",

@@ -8,12 +8,12 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.recipe.adapter import options_of
 from peftchat.recipe.document import Document, Keys, dotted
 from peftchat.recipe.foreign import REFUSED, RENAMED
 from peftchat.recipe.schema import Recipe
-from peftchat.section import Section
+from peftchat.strict_model import StrictModel
 from peftchat.variants import VARIANTS
 
 
@@ -25,9 +25,9 @@ class Problem:
     what: str
     cure: str | None = None
 
-    def error(self, document: Document) -> InputError:
+    def error(self, document: Document) -> UserError:
         """The problem as an error that shows its place."""
-        return InputError(self.what, where=document.place(self.keys).of(self.keys), cure=self.cure)
+        return UserError(self.what, where=document.place(self.keys).of(self.keys), cure=self.cure)
 
 
 def refuse(problems: Sequence[Problem], document: Document, name: str) -> None:
@@ -38,7 +38,7 @@ def refuse(problems: Sequence[Problem], document: Document, name: str) -> None:
         raise errors[0]
     if errors:
         lines = "\n".join(f"  {error}" for error in errors)
-        raise InputError(f"{len(errors)} problems\n{lines}", where=name)
+        raise UserError(f"{len(errors)} problems\n{lines}", where=name)
 
 
 def schema_problems(errors: Sequence[ErrorDetails], document: Document) -> list[Problem]:
@@ -47,7 +47,7 @@ def schema_problems(errors: Sequence[ErrorDetails], document: Document) -> list[
     return [_problem(error, adapter) for error in errors]
 
 
-def _problem(error: ErrorDetails, adapter: type[Section] | None) -> Problem:
+def _problem(error: ErrorDetails, adapter: type[StrictModel] | None) -> Problem:
     keys, kind, given = tuple(error["loc"]), error["type"], error["input"]
     context = error.get("ctx", {})
     if kind == "extra_forbidden":
@@ -151,7 +151,7 @@ def _example(keys: Keys) -> str | None:
 
 def _field(keys: Keys) -> FieldInfo | None:
     """The field a path of keys leads to; list indices are stepped over."""
-    model: type[Section] | None = Recipe
+    model: type[StrictModel] | None = Recipe
     found: FieldInfo | None = None
     for key in keys:
         if isinstance(key, int):
@@ -163,9 +163,9 @@ def _field(keys: Keys) -> FieldInfo | None:
     return found
 
 
-def section_of(annotation: Any) -> type[Section] | None:
+def section_of(annotation: Any) -> type[StrictModel] | None:
     """The Section class within an annotation such as `AdapterSection | None` or `tuple[DataEntry, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    if isinstance(annotation, type) and issubclass(annotation, StrictModel):
         return annotation
     for part in get_args(annotation):
         if (found := section_of(part)) is not None:
@@ -191,7 +191,7 @@ def _settings_of_variants() -> list[str]:
     return list(dict.fromkeys(key for variant in VARIANTS.values() for key in variant.keys))
 
 
-def _unknown(keys: Keys, given: object, adapter: type[Section] | None) -> Problem:
+def _unknown(keys: Keys, given: object, adapter: type[StrictModel] | None) -> Problem:
     name, section = str(keys[-1]), dotted(keys[:-1])
     if section == "adapter" and adapter is not None and name in _settings_of_variants():
         return _of_another_variant(keys, adapter)
@@ -219,7 +219,7 @@ def _unknown(keys: Keys, given: object, adapter: type[Section] | None) -> Proble
     return Problem(keys, "unknown key", f"Here can stand: {listed}.")
 
 
-def _of_another_variant(keys: Keys, adapter: type[Section]) -> Problem:
+def _of_another_variant(keys: Keys, adapter: type[StrictModel]) -> Problem:
     variant = adapter.model_fields["variant"].default
     taken = ", ".join(f"`{key}`" for key in adapter.model_fields if key != "variant")
     others = [entry.name for entry in VARIANTS.values() if keys[-1] in entry.keys]

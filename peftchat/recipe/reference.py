@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from peftchat.recipe.problems import section_of
 from peftchat.recipe.schema import Recipe
 from peftchat.recipe.sections import DataEntry
-from peftchat.section import Section
+from peftchat.strict_model import StrictModel
 from peftchat.variants import VARIANTS, AdapterSection
 from peftchat.variants.low_rank import LoraSection
 
@@ -49,7 +49,7 @@ def _variant_row() -> KeyRow:
     return KeyRow("variant", "a name", default_text(info), info.description or "")
 
 
-def _rows(section: type[Section], skip_sections: bool = False) -> Iterator[KeyRow]:
+def _rows(section: type[StrictModel], skip_sections: bool = False) -> Iterator[KeyRow]:
     for name, info in section.model_fields.items():
         if name == "variant":
             yield _variant_row()
@@ -75,7 +75,7 @@ def type_name(annotation: Any) -> str:
         return f"list of {type_name(parts[0])}"
     if origin in (Union, UnionType):
         return " or ".join(type_name(part) for part in parts if part is not NoneType)
-    return "entries (below)" if isinstance(annotation, type) and issubclass(annotation, Section) else "mapping"
+    return "entries (below)" if isinstance(annotation, type) and issubclass(annotation, StrictModel) else "mapping"
 
 
 def default_text(info: FieldInfo) -> str | None:

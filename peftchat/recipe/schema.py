@@ -7,19 +7,13 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from peftchat.recipe.adapter import section_of_variant
 from peftchat.recipe.choices import Method
-from peftchat.recipe.sections import (
-    ChatSection,
-    DataSection,
-    DistributedSection,
-    ModelSection,
-    QuantizationSection,
-)
+from peftchat.recipe.sections import ChatSection, DataSection, DistributedSection, ModelSection, QuantizationSection
 from peftchat.recipe.training import LEARNING_RATES, TrainingSection
-from peftchat.section import Section
+from peftchat.strict_model import StrictModel
 from peftchat.variants import VARIANTS, AdapterSection, Variant, proper_name
 
 
-class Recipe(Section):
+class Recipe(StrictModel):
     """What the user asks for. `adapter` and `quantization` are set exactly where `method` uses them."""
 
     model: ModelSection = Field(description="The base model and how it is held in memory.", examples=["{name: MODEL}"])

@@ -17,10 +17,10 @@ from peftchat.recipe.choices import (
     Template,
     Truncation,
 )
-from peftchat.section import Section, list_to_tuple
+from peftchat.strict_model import StrictModel, list_to_tuple
 
 
-class ModelSection(Section):
+class ModelSection(StrictModel):
     """The base model and how it is held in memory."""
 
     name: str = Field(
@@ -52,7 +52,7 @@ class ModelSection(Section):
     )
 
 
-class QuantizationSection(Section):
+class QuantizationSection(StrictModel):
     """How the frozen base is quantised with bitsandbytes (method `qlora`)."""
 
     bits: Literal[4, 8] = Field(4, description="Bits a weight of the frozen base.")
@@ -63,7 +63,7 @@ class QuantizationSection(Section):
     )
 
 
-class ChatSection(Section):
+class ChatSection(StrictModel):
     """How a dialogue becomes tokens, and which of them are learned."""
 
     template: Template = Field(
@@ -100,7 +100,7 @@ class ChatSection(Section):
     )
 
 
-class DataEntry(Section):
+class DataEntry(StrictModel):
     """One source of dialogues."""
 
     path: str = Field(
@@ -133,7 +133,7 @@ class DataEntry(Section):
 Entries = Annotated[tuple[DataEntry, ...], BeforeValidator(list_to_tuple), Field(min_length=1)]
 
 
-class DataSection(Section):
+class DataSection(StrictModel):
     """What the model is trained and evaluated on."""
 
     train: Entries = Field(
@@ -177,7 +177,7 @@ class DataSection(Section):
         return self.eval is not None or self.eval_fraction is not None
 
 
-class DistributedSection(Section):
+class DistributedSection(StrictModel):
     """How many processes train, and what they share."""
 
     strategy: Strategy = Field(

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from peftchat.recipe.choices import REPORTERS, EvalStrategy, Optimizer, Reporter, SaveStrategy, Schedule
-from peftchat.section import Section
+from peftchat.strict_model import StrictModel
 
 LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 """The learning rate of each method where the recipe gives none."""
@@ -33,7 +33,7 @@ _REPORTERS_SCHEMA = WithJsonSchema(
 )
 
 
-class TrainingSection(Section):
+class TrainingSection(StrictModel):
     """Optimisation, evaluation, checkpoints and logging, by the names of transformers' TrainingArguments."""
 
     learning_rate: float = Field(

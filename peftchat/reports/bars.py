@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from peftchat.numbers import count, short_count
+from peftchat.formatting import format_count, format_short_count
 
 _WIDTH, _HEIGHT = 480, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 40
@@ -30,13 +30,13 @@ def bar_plot(bars: Sequence[Bar], *, label: str, x_name: str) -> Markup:
     width = (_WIDTH - _LEFT - _RIGHT) / len(bars)
     floor = _HEIGHT - _BOTTOM
     scale = (floor - _TOP) / highest
-    parts = [_grid(floor - scale * value, count(value)) for value in _round_values(highest)]
+    parts = [_grid(floor - scale * value, format_count(value)) for value in _round_values(highest)]
     every = -(-len(bars) // _TICKS)
     for place, bar in enumerate(bars):
         left = _LEFT + place * width
         parts.append(_bar(bar, left + _GAP / 2, width - _GAP, floor, scale, x_name))
         if place % every == 0:
-            parts.append(_text(left + width / 2, floor + 17, short_count(bar.first), "middle"))
+            parts.append(_text(left + width / 2, floor + 17, format_short_count(bar.first), "middle"))
     parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 5, x_name, "middle"))
     return Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _WIDTH, _HEIGHT, label, Markup().join(parts)
@@ -53,7 +53,9 @@ def _round_values(highest: int) -> list[int]:
 
 
 def _bar(bar: Bar, left: float, width: float, floor: float, scale: float, x_name: str) -> Markup:
-    lengths = count(bar.first) if bar.first == bar.last else f"{count(bar.first)} to {count(bar.last)}"
+    lengths = (
+        format_count(bar.first) if bar.first == bar.last else f"{format_count(bar.first)} to {format_count(bar.last)}"
+    )
     # A single dialogue must not vanish beside thousands.
     height = max(1.0, bar.count * scale) if bar.count else 0.0
     return Markup('<rect class="bar" x="{}" y="{}" width="{}" height="{}" rx="1.5"><title>{}</title></rect>').format(
@@ -61,7 +63,7 @@ def _bar(bar: Bar, left: float, width: float, floor: float, scale: float, x_name
         round(floor - height, 1),
         round(max(1.0, width), 1),
         round(height, 1),
-        f"{lengths} {x_name}: {count(bar.count)} dialogues",
+        f"{lengths} {x_name}: {format_count(bar.count)} dialogues",
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 
 class NewToken(BaseModel):
@@ -115,13 +115,13 @@ def read_run_json(run: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(
+        raise UserError(
             "this folder has no run.json", where=str(run), cure="Give the folder of a run that has finished."
         ) from None
     except ValueError as error:
-        raise InputError(f"not a JSON file ({error})", where=str(path)) from None
+        raise UserError(f"not a JSON file ({error})", where=str(path)) from None
     if not isinstance(content, dict):
-        raise InputError("not a JSON object", where=str(path))
+        raise UserError("not a JSON object", where=str(path))
     return content
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from peftchat.chatml.mask import IGNORE, policy_table, role_of
 from peftchat.chatml.registry import ChatFormat, make_format
 from peftchat.chatml.rows import Row
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
 from peftchat.models.load import load_tokenizer
 from peftchat.recipe import Recipe
 from peftchat.reports.mask_rows import RowReader, ShownRow
@@ -87,14 +87,14 @@ def look_at_mask(recipe: Recipe, side: Side, progress: Callable[[int], None]) ->
         InputError: the recipe holds nothing out, or a source cannot be read.
     """
     if side == "eval" and not recipe.data.has_eval:
-        raise InputError("the recipe holds nothing out", where="data", cure="Set data.eval or data.eval_fraction.")
+        raise UserError("the recipe holds nothing out", where="data", cure="Set data.eval or data.eval_fraction.")
     chat = make_format(recipe.chat.template, recipe.chat.system, load_tokenizer(recipe))
     lenient = _lenient(recipe)
     try:
         rows = encode_rows(lenient, chat, progress)[side]
-    except InputError as error:
+    except UserError as error:
         if _nobody_answers(recipe):
-            raise CheckFailed(f"everything is masked: no dialogue has an answer ({error})") from error
+            raise VerificationError(f"everything is masked: no dialogue has an answer ({error})") from error
         raise
     survey = survey_mask(iter(rows.store), recipe.chat.loss_on)
     return MaskLook(lenient, chat, side, rows, summarise(recipe, side, rows, survey))
@@ -114,6 +114,6 @@ def _nobody_answers(recipe: Recipe) -> bool:
     log = ProblemLog()
     try:
         usable = any(True for _ in read_entries(recipe.data.train, recipe.training.seed, problems=log))
-    except InputError:
+    except UserError:
         return False
     return not usable and log.total > 0 and log.problems["no_answer"] == log.total

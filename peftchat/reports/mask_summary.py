@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from peftchat.chatml.packing import efficiency, pack
-from peftchat.numbers import count, share
+from peftchat.formatting import format_count, format_percent
 from peftchat.recipe import Recipe
 from peftchat.training.data import Rows, Side
 from peftchat.training.mask_survey import Found, MaskSurvey, Tally
@@ -44,7 +44,7 @@ def summarise(recipe: Recipe, side: Side, rows: Rows, survey: MaskSurvey) -> Mas
     """
     total = survey.total
     headline = (
-        f"{side}: {_rows(survey.rows)}, {count(total.tokens)} tokens, {share(total.share)} trained "
+        f"{side}: {_rows(survey.rows)}, {format_count(total.tokens)} tokens, {format_percent(total.share)} trained "
         f"(chat.loss_on: {recipe.chat.loss_on})"
     )
     return MaskSummary(
@@ -60,7 +60,7 @@ def _facts(recipe: Recipe, rows: Rows, survey: MaskSurvey) -> list[tuple[str, st
     stats = rows.stats
     dropped = _dropped(rows)
     looks = survey.lookalikes
-    special = f"{count(looks.count)} times in messages, as ordinary text (first {looks.first})"
+    special = f"{format_count(looks.count)} times in messages, as ordinary text (first {looks.first})"
     return [
         ("packing", _packing(recipe, rows), False),
         ("shortened to fit", _shortened(recipe, rows), False),
@@ -80,7 +80,7 @@ def _shortened(recipe: Recipe, rows: Rows) -> str:
     where = {"turns_leading": f"at {its} beginning", "split": "that did not fit alone"}
     who = "dialogue" if recipe.data.truncation == "split" else "row"
     return (
-        f"{count(stats.shortened)} {who}{_s(stats.shortened)} lost {count(stats.exchanges_cut)} "
+        f"{format_count(stats.shortened)} {who}{_s(stats.shortened)} lost {format_count(stats.exchanges_cut)} "
         f"exchange{_s(stats.exchanges_cut)} {where.get(recipe.data.truncation, f'at {its} end')}"
         f"{_named(rows, 'shortened')}"
     )
@@ -90,19 +90,19 @@ def _divided(rows: Rows) -> str:
     stats = rows.stats
     if not stats.divided:
         return "none"
-    became = f"{count(stats.divided)} dialogue{_s(stats.divided)} became {_rows(stats.parts)}"
+    became = f"{format_count(stats.divided)} dialogue{_s(stats.divided)} became {_rows(stats.parts)}"
     return f"{became}{_named(rows, 'divided')}"
 
 
 def _dropped(rows: Rows) -> str:
     return "; ".join(
-        f"{count(number)} {_REASONS.get(reason, reason)}{_named(rows, reason)}"
+        f"{format_count(number)} {_REASONS.get(reason, reason)}{_named(rows, reason)}"
         for reason, number in rows.stats.dropped.items()
     )
 
 
 def _rows(number: int) -> str:
-    return f"{count(number)} row{_s(number)}"
+    return f"{format_count(number)} row{_s(number)}"
 
 
 def _s(number: int) -> str:
@@ -115,7 +115,7 @@ def _packing(recipe: Recipe, rows: Rows) -> str:
         return "off: one dialogue a row, padded to the longest of its batch"
     lengths = rows.store.lengths
     packs = pack(lengths, length, recipe.training.seed)
-    return f"{count(len(packs))} sequences of {count(length)} tokens, {share(efficiency(packs, lengths, length))} full"
+    return f"{format_count(len(packs))} sequences of {format_count(length)} tokens, {format_percent(efficiency(packs, lengths, length))} full"
 
 
 def _named(rows: Rows, what: str) -> str:
@@ -124,7 +124,7 @@ def _named(rows: Rows, what: str) -> str:
 
 
 def _found(found: Found) -> str:
-    return f"{count(found.count)} (first {found.first})" if found.count else "none"
+    return f"{format_count(found.count)} (first {found.first})" if found.count else "none"
 
 
 def _refused_text(recipe: Recipe, survey: MaskSurvey) -> bool:
@@ -143,17 +143,17 @@ def _failures(recipe: Recipe, rows: Rows, survey: MaskSurvey) -> list[str]:
         failures.append(f"nothing is masked: every token is trained ({policy}{asked})")
     if survey.silent_ends.count:
         failures.append(
-            f"the end token of {count(survey.silent_ends.count)} answers is not trained, the first is in "
+            f"the end token of {format_count(survey.silent_ends.count)} answers is not trained, the first is in "
             f"{survey.silent_ends.first}: the model would not learn to stop"
         )
     if survey.open_answers.count:
         failures.append(
-            f"{count(survey.open_answers.count)} answers are cut: they have no end token, the first is in "
+            f"{format_count(survey.open_answers.count)} answers are cut: they have no end token, the first is in "
             f"{survey.open_answers.first}"
         )
     if _refused_text(recipe, survey):
         failures.append(
-            f"text spelled like a special token stands {count(survey.lookalikes.count)} times in messages, the first "
+            f"text spelled like a special token stands {format_count(survey.lookalikes.count)} times in messages, the first "
             f"in {survey.lookalikes.first}, and chat.special_text: refuse does not let it be encoded as text"
         )
     for refusing, reason, key in (

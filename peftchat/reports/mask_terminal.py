@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftchat.chatml.mask import Part
-from peftchat.numbers import count, share
+from peftchat.formatting import format_count, format_percent
 from peftchat.reports.mask_rows import ShownRow, ShownToken, harmless
 from peftchat.reports.mask_summary import MaskSummary
 
@@ -43,9 +43,11 @@ def _title(row: ShownRow) -> Text:
     trained = row.trained / row.length if row.length else 0.0
     cut = sum(len(token.ids) for token in row.cut)
     text = Text(harmless(row.source), style="bold underline")
-    text.append(f"  {count(row.length)} tokens, {share(trained)} trained", style="not bold not underline")
+    text.append(
+        f"  {format_count(row.length)} tokens, {format_percent(trained)} trained", style="not bold not underline"
+    )
     if cut:
-        text.append(f", {count(cut)} cut", style="not bold not underline red")
+        text.append(f", {format_count(cut)} cut", style="not bold not underline red")
     return text
 
 
@@ -108,9 +110,11 @@ def _roles(summary: MaskSummary) -> Table:
     for name in ("tokens", "trained", "share"):
         table.add_column(name, justify="right", min_width=9)
     for name, tally in summary.roles:
-        table.add_row(name, count(tally.tokens), count(tally.trained), share(tally.share))
+        table.add_row(name, format_count(tally.tokens), format_count(tally.trained), format_percent(tally.share))
     total = summary.total
-    table.add_row("all", count(total.tokens), count(total.trained), share(total.share), style="bold")
+    table.add_row(
+        "all", format_count(total.tokens), format_count(total.trained), format_percent(total.share), style="bold"
+    )
     return table
 
 

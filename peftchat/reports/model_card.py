@@ -8,7 +8,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from peftchat.chatml.template import chatml, starchat
-from peftchat.numbers import count, decimal, duration, share, size
+from peftchat.formatting import format_bytes, format_count, format_decimal, format_duration, format_percent
 from peftchat.recipe import Recipe
 from peftchat.reports.facts import RunFacts
 from peftchat.reports.loading_code import base_is_local, base_name, loading_code, new_vocabulary_size, run_name
@@ -120,17 +120,21 @@ def _training(recipe: Recipe, facts: RunFacts) -> str:
         options = recipe.adapter.model_dump(mode="json", exclude_none=True)
         lines.append("- adapter: " + ", ".join(f"{name} {_option(value)}" for name, value in options.items()))
     rows = [
-        ("dialogues", count(facts.rows), facts.rows),
-        ("tokens seen", f"{count(facts.tokens)}, loss on {share(facts.supervised_share)}", facts.tokens),
-        ("steps", count(facts.steps), facts.steps),
-        ("learning rate", decimal(recipe.training.learning_rate), recipe.training.learning_rate),
-        ("trained parameters", count(facts.trainable_parameters), facts.trainable_parameters),
-        ("held-out loss before", decimal(facts.eval_loss_before), facts.eval_loss_before),
-        ("held-out loss after", decimal(facts.eval_loss), facts.eval_loss),
-        ("training loss, mean", decimal(facts.train_loss), facts.train_loss),
-        ("time", duration(facts.seconds), facts.seconds),
-        ("speed", f"{count(facts.tokens_per_second)} tokens/s", facts.tokens_per_second),
-        ("peak memory", size(facts.peak_memory_bytes), facts.peak_memory_bytes),
+        ("dialogues", format_count(facts.rows), facts.rows),
+        (
+            "tokens seen",
+            f"{format_count(facts.tokens)}, loss on {format_percent(facts.supervised_share)}",
+            facts.tokens,
+        ),
+        ("steps", format_count(facts.steps), facts.steps),
+        ("learning rate", format_decimal(recipe.training.learning_rate), recipe.training.learning_rate),
+        ("trained parameters", format_count(facts.trainable_parameters), facts.trainable_parameters),
+        ("held-out loss before", format_decimal(facts.eval_loss_before), facts.eval_loss_before),
+        ("held-out loss after", format_decimal(facts.eval_loss), facts.eval_loss),
+        ("training loss, mean", format_decimal(facts.train_loss), facts.train_loss),
+        ("time", format_duration(facts.seconds), facts.seconds),
+        ("speed", f"{format_count(facts.tokens_per_second)} tokens/s", facts.tokens_per_second),
+        ("peak memory", format_bytes(facts.peak_memory_bytes), facts.peak_memory_bytes),
     ]
     lines += [f"- {name}: {words}" for name, words, value in rows if value is not None]
     if facts.versions:

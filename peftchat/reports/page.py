@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from peftchat import numbers
+from peftchat import formatting
 from peftchat.files import write_text
 
 
@@ -18,13 +18,13 @@ def write_page(path: Path, template: str, **values: object) -> Path:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        count=numbers.count,
-        short_count=numbers.short_count,
-        size=numbers.size,
-        share=numbers.share,
-        decimal=numbers.decimal,
-        duration=numbers.duration,
-        moment=numbers.moment,
+        count=formatting.format_count,
+        short_count=formatting.format_short_count,
+        size=formatting.format_bytes,
+        share=formatting.format_percent,
+        decimal=formatting.format_decimal,
+        duration=formatting.format_duration,
+        moment=formatting.format_time,
     )
     text = environment.get_template(template).render(values)
     # Text from dialogues may hold lone surrogates, which UTF-8 has no bytes for.

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from peftchat.numbers import count, decimal, duration, share, short_count, size
+from peftchat.formatting import (
+    format_bytes,
+    format_count,
+    format_decimal,
+    format_duration,
+    format_percent,
+    format_short_count,
+)
 from peftchat.reports.facts import Answer, RunFacts, read_run_json, weights_size
 from peftchat.reports.page import write_page
 from peftchat.reports.svg import Series, line_plot
@@ -48,12 +55,12 @@ def write_report(run: Path) -> Path:
 
 def _tiles(facts: RunFacts) -> list[tuple[str, str]]:
     return [
-        ("Held-out loss", decimal(facts.eval_loss)),
-        ("Time", duration(facts.seconds)),
-        ("Tokens/s", count(facts.tokens_per_second)),
-        ("Supervised", share(facts.supervised_share)),
-        ("Trained", short_count(facts.trainable_parameters)),
-        ("Peak memory", size(facts.peak_memory_bytes)),
+        ("Held-out loss", format_decimal(facts.eval_loss)),
+        ("Time", format_duration(facts.seconds)),
+        ("Tokens/s", format_count(facts.tokens_per_second)),
+        ("Supervised", format_percent(facts.supervised_share)),
+        ("Trained", format_short_count(facts.trainable_parameters)),
+        ("Peak memory", format_bytes(facts.peak_memory_bytes)),
     ]
 
 

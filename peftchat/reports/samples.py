@@ -6,7 +6,7 @@ from typing import Any
 from rich.panel import Panel
 from rich.text import Text
 
-from peftchat.console import output
+from peftchat.console import stdout
 
 
 def print_samples(summary: Mapping[str, Any]) -> None:
@@ -23,7 +23,7 @@ def print_samples(summary: Mapping[str, Any]) -> None:
             _add(text, "before", earlier)
             text.append("\n")
         _add(text, "after", sample)
-        output.print(Panel(text, title=Text(sample["prompt"], style="bold"), title_align="left"), soft_wrap=False)
+        stdout.print(Panel(text, title=Text(sample["prompt"], style="bold"), title_align="left"), soft_wrap=False)
 
 
 def _add(text: Text, when: str, sample: Mapping[str, Any]) -> None:

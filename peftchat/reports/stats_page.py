@@ -4,7 +4,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from peftchat.numbers import count, share
+from peftchat.formatting import format_count, format_percent
 from peftchat.reports.bars import Bar, bar_plot
 from peftchat.reports.page import write_page
 from peftchat.reports.stats_words import facts_of, findings_of, leaks
@@ -32,12 +32,14 @@ def _tiles(part: PartStats) -> list[tuple[str, str]]:
     repeats = part.exact_duplicates + (part.near_duplicates or 0)
     unusable = sum(part.problems.values())
     return [
-        ("Dialogues", count(part.dialogues)),
-        ("Turns", count(part.turns.total)),
-        ("Tokens", count(part.tokens.total)) if part.tokens else ("Characters", count(part.characters.total)),
-        ("Code", share(part.code_share)),
-        ("Repeats", share(repeats / part.dialogues if part.dialogues else 0.0)),
-        ("Unusable rows", count(unusable)),
+        ("Dialogues", format_count(part.dialogues)),
+        ("Turns", format_count(part.turns.total)),
+        ("Tokens", format_count(part.tokens.total))
+        if part.tokens
+        else ("Characters", format_count(part.characters.total)),
+        ("Code", format_percent(part.code_share)),
+        ("Repeats", format_percent(repeats / part.dialogues if part.dialogues else 0.0)),
+        ("Unusable rows", format_count(unusable)),
     ]
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftchat.numbers import count
+from peftchat.formatting import format_count
 from peftchat.reports.mask_rows import harmless
 from peftchat.reports.stats_words import Finding, facts_of, findings_of, leaks
 from peftchat.sources.stats import DataStats, PartStats
@@ -42,8 +42,8 @@ def _longest(part: PartStats) -> Table:
     if part.tokens is not None:
         table.add_column("tokens", justify="right")
     for row in part.longest:
-        tokens = [] if row.tokens is None else [count(row.tokens)]
-        table.add_row(Text(harmless(row.where)), count(row.characters), *tokens)
+        tokens = [] if row.tokens is None else [format_count(row.tokens)]
+        table.add_row(Text(harmless(row.where)), format_count(row.characters), *tokens)
     return table
 
 

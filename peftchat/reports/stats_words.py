@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from peftchat.numbers import count, share
+from peftchat.formatting import format_count, format_percent
 from peftchat.sources.prepare.card import SKIPPED
 from peftchat.sources.problems import KINDS
 from peftchat.sources.stats import BenchmarkOverlap, DataStats, Overlap, PartStats
@@ -25,16 +25,19 @@ class Finding:
 def facts_of(part: PartStats) -> Iterator[tuple[str, str]]:
     """One part, a line a fact: name, value."""
     yield "form", ", ".join(sorted(set(part.forms.values()))) or "none"
-    yield "rows", count(part.rows)
-    yield "dialogues", count(part.dialogues)
+    yield "rows", format_count(part.rows)
+    yield "dialogues", format_count(part.dialogues)
     for name, sketch in (("turns", part.turns), ("characters", part.characters), ("tokens", part.tokens)):
         if sketch is not None:
             yield name, _lengths(sketch)
     for role, tally in part.roles.items():
-        yield f"{role} turns", f"{count(tally.messages)}, {_mean(tally.characters, tally.messages)} characters each"
+        yield (
+            f"{role} turns",
+            f"{format_count(tally.messages)}, {_mean(tally.characters, tally.messages)} characters each",
+        )
     yield "languages", _languages(part)
-    with_code = share(part.with_code / part.dialogues if part.dialogues else 0.0)
-    yield "code", f"in {with_code} of the dialogues, {share(part.code_share)} of the characters"
+    with_code = format_percent(part.with_code / part.dialogues if part.dialogues else 0.0)
+    yield "code", f"in {with_code} of the dialogues, {format_percent(part.code_share)} of the characters"
     yield "exact duplicates", _of(part.exact_duplicates, part.dialogues)
     near = part.near_duplicates
     yield "near duplicates", _NO_HYGIENE if near is None else _of(near, part.dialogues)
@@ -44,30 +47,34 @@ def facts_of(part: PartStats) -> Iterator[tuple[str, str]]:
 def findings_of(part: PartStats) -> Iterator[Finding]:
     """What is worth a look in one part."""
     for kind, number in part.problems.items():
-        yield Finding(f"unusable, {count(number)}: {KINDS[kind]}", tuple(part.problem_examples[kind]))
+        yield Finding(f"unusable, {format_count(number)}: {KINDS[kind]}", tuple(part.problem_examples[kind]))
     for rule, number in part.skipped.items():
-        yield Finding(f"{count(number)} left out: {SKIPPED.get(rule, rule.replace('_', ' '))}", ())
+        yield Finding(f"{format_count(number)} left out: {SKIPPED.get(rule, rule.replace('_', ' '))}", ())
     if part.exact_duplicates:
-        yield Finding(f"{count(part.exact_duplicates)} repeat an earlier dialogue", _pairs(part.duplicate_examples))
+        yield Finding(
+            f"{format_count(part.exact_duplicates)} repeat an earlier dialogue", _pairs(part.duplicate_examples)
+        )
     if part.near_duplicates:
-        yield Finding(f"{count(part.near_duplicates)} nearly repeat an earlier dialogue", _pairs(part.near_examples))
+        yield Finding(
+            f"{format_count(part.near_duplicates)} nearly repeat an earlier dialogue", _pairs(part.near_examples)
+        )
 
 
 def overlap_words(overlap: Overlap) -> str:
     """What two parts share, in one sentence."""
     if not (overlap.same or overlap.same_start or overlap.near):
         return f"nothing of {overlap.first} is in {overlap.second}"
-    near = "" if overlap.near is None else f", {count(overlap.near)} nearly the same"
+    near = "" if overlap.near is None else f", {format_count(overlap.near)} nearly the same"
     return (
-        f"{overlap.second} shares with {overlap.first}: {count(overlap.same)} dialogues word for word{near}, "
-        f"{count(overlap.same_start)} with the same first user message"
+        f"{overlap.second} shares with {overlap.first}: {format_count(overlap.same)} dialogues word for word{near}, "
+        f"{format_count(overlap.same_start)} with the same first user message"
     )
 
 
 def benchmark_words(benchmark: BenchmarkOverlap) -> str:
     """What of a benchmark stands in the data, in one sentence."""
-    where = f"{benchmark.path}: {count(benchmark.found)} of {count(benchmark.questions)} questions found"
-    dialogues = "1 dialogue" if benchmark.dialogues == 1 else f"{count(benchmark.dialogues)} dialogues"
+    where = f"{benchmark.path}: {format_count(benchmark.found)} of {format_count(benchmark.questions)} questions found"
+    dialogues = "1 dialogue" if benchmark.dialogues == 1 else f"{format_count(benchmark.dialogues)} dialogues"
     return f"{where}, in {dialogues}" if benchmark.found else where
 
 
@@ -87,17 +94,17 @@ def _lengths(sketch: LengthSketch) -> str:
     if not sketch.count:
         return "none"
     return (
-        f"{count(sketch.total)}; a dialogue {count(sketch.smallest)} to {count(sketch.largest)}, "
-        f"half of them up to {count(sketch.quantile(0.5))}, 95 % up to {count(sketch.quantile(0.95))}"
+        f"{format_count(sketch.total)}; a dialogue {format_count(sketch.smallest)} to {format_count(sketch.largest)}, "
+        f"half of them up to {format_count(sketch.quantile(0.5))}, 95 % up to {format_count(sketch.quantile(0.95))}"
     )
 
 
 def _mean(total: int, number: int) -> str:
-    return count(total / number) if number else "0"
+    return format_count(total / number) if number else "0"
 
 
 def _of(number: int, all_of_them: int) -> str:
-    return f"{count(number)} ({share(number / all_of_them)})" if number and all_of_them else "none"
+    return f"{format_count(number)} ({format_percent(number / all_of_them)})" if number and all_of_them else "none"
 
 
 def _languages(part: PartStats) -> str:
@@ -107,6 +114,6 @@ def _languages(part: PartStats) -> str:
     sampled = part.languages.sampled
     if not sampled:
         return "none"
-    named = ", ".join(f"{code} {share(number / sampled)}" for code, number in found[:_MOST_LANGUAGES])
+    named = ", ".join(f"{code} {format_percent(number / sampled)}" for code, number in found[:_MOST_LANGUAGES])
     rest = f", {len(found) - _MOST_LANGUAGES} more" if len(found) > _MOST_LANGUAGES else ""
-    return f"{named}{rest} (of {count(sampled)} looked at)"
+    return f"{named}{rest} (of {format_count(sampled)} looked at)"

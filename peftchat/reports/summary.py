@@ -7,8 +7,16 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from peftchat.console import notes
-from peftchat.numbers import UNKNOWN, count, decimal, duration, share, short_count, size
+from peftchat.console import stderr
+from peftchat.formatting import (
+    UNKNOWN,
+    format_bytes,
+    format_count,
+    format_decimal,
+    format_duration,
+    format_percent,
+    format_short_count,
+)
 from peftchat.reports.facts import RunFacts
 from peftchat.reports.verdict import cautions, verdict
 
@@ -19,13 +27,13 @@ def print_summary(run_json: Mapping[str, Any]) -> None:
     """Print the verdict, the main numbers and the new tokens of a run to standard error."""
     facts = RunFacts.of(run_json)
     result = verdict(facts)
-    notes.print()
-    notes.print(Text(result.headline, style=f"bold {_COLOURS[result.outcome]}"), soft_wrap=False)
-    notes.print(_numbers(facts))
+    stderr.print()
+    stderr.print(Text(result.headline, style=f"bold {_COLOURS[result.outcome]}"), soft_wrap=False)
+    stderr.print(_numbers(facts))
     if facts.new_tokens:
-        notes.print(_tokens(facts))
+        stderr.print(_tokens(facts))
     for caution in cautions(facts):
-        notes.print(Text.assemble(("note: ", "yellow"), caution), soft_wrap=False)
+        stderr.print(Text.assemble(("note: ", "yellow"), caution), soft_wrap=False)
 
 
 def _numbers(facts: RunFacts) -> Table:
@@ -33,12 +41,12 @@ def _numbers(facts: RunFacts) -> Table:
     table.add_column(style="dim")
     table.add_column()
     rows = [
-        ("training loss", decimal(facts.train_loss)),
-        ("steps", count(facts.steps)),
-        ("time", duration(facts.seconds)),
-        ("tokens", f"{count(facts.tokens)}, {share(facts.supervised_share)} supervised"),
+        ("training loss", format_decimal(facts.train_loss)),
+        ("steps", format_count(facts.steps)),
+        ("time", format_duration(facts.seconds)),
+        ("tokens", f"{format_count(facts.tokens)}, {format_percent(facts.supervised_share)} supervised"),
         ("speed", _per_second(facts)),
-        ("peak memory", size(facts.peak_memory_bytes)),
+        ("peak memory", format_bytes(facts.peak_memory_bytes)),
         ("trained", _parameters(facts)),
     ]
     for name, value in rows:
@@ -49,15 +57,15 @@ def _numbers(facts: RunFacts) -> Table:
 
 def _per_second(facts: RunFacts) -> str:
     if facts.tokens_per_second is None or facts.model_flops_utilisation is None:
-        return UNKNOWN if facts.tokens_per_second is None else f"{count(facts.tokens_per_second)} tokens/s"
-    utilisation = share(facts.model_flops_utilisation)
-    return f"{count(facts.tokens_per_second)} tokens/s, {utilisation} of the peak matrix rate"
+        return UNKNOWN if facts.tokens_per_second is None else f"{format_count(facts.tokens_per_second)} tokens/s"
+    utilisation = format_percent(facts.model_flops_utilisation)
+    return f"{format_count(facts.tokens_per_second)} tokens/s, {utilisation} of the peak matrix rate"
 
 
 def _parameters(facts: RunFacts) -> str:
     if facts.trainable_parameters is None:
         return UNKNOWN
-    return f"{short_count(facts.trainable_parameters)} parameters"
+    return f"{format_short_count(facts.trainable_parameters)} parameters"
 
 
 def _tokens(facts: RunFacts) -> Table:
@@ -67,7 +75,9 @@ def _tokens(facts: RunFacts) -> Table:
         table.add_column(name, justify="right")
     table.add_column("result")
     for token in facts.new_tokens:
-        moved = [decimal(token.input_moved), decimal(token.output_moved)]
+        moved = [format_decimal(token.input_moved), format_decimal(token.output_moved)]
         style = "red" if token.verdict == "did not move" else ""
-        table.add_row(Text(token.token), str(token.id), count(token.seen), *moved, Text(token.verdict, style=style))
+        table.add_row(
+            Text(token.token), str(token.id), format_count(token.seen), *moved, Text(token.verdict, style=style)
+        )
     return table

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from peftchat.numbers import count, decimal, duration, share
+from peftchat.formatting import format_count, format_decimal, format_duration, format_percent
 from peftchat.reports.facts import RunFacts
 
 Outcome = Literal["better", "worse", "unknown", "failed"]
@@ -36,11 +36,13 @@ def _result(facts: RunFacts) -> tuple[str, Outcome]:
     if after is None:
         return "No held-out dialogues were given, so nothing here shows that the model got better.", "unknown"
     if before is None or before <= 0:
-        text = f"Held-out loss is {decimal(after)}; it was not measured before training."
+        text = f"Held-out loss is {format_decimal(after)}; it was not measured before training."
         return text, "unknown"
     if after == before:
-        return f"Held-out loss stayed at {decimal(after)}.", "worse"
-    change = f"from {decimal(before)} to {decimal(after)}, by {share(abs(after - before) / before)}"
+        return f"Held-out loss stayed at {format_decimal(after)}.", "worse"
+    change = (
+        f"from {format_decimal(before)} to {format_decimal(after)}, by {format_percent(abs(after - before) / before)}"
+    )
     if after < before:
         return f"Held-out loss fell {change}.", "better"
     return f"Held-out loss rose {change}: on dialogues it did not see, the model got worse.", "worse"
@@ -49,13 +51,13 @@ def _result(facts: RunFacts) -> tuple[str, Outcome]:
 def _effort(facts: RunFacts) -> str:
     parts = []
     if facts.steps is not None:
-        parts.append(f"{count(facts.steps)} steps")
+        parts.append(f"{format_count(facts.steps)} steps")
     if facts.seconds is not None:
-        parts.append(f"in {duration(facts.seconds)}")
+        parts.append(f"in {format_duration(facts.seconds)}")
     if facts.tokens is not None:
-        parts.append(f"over {count(facts.tokens)} tokens")
+        parts.append(f"over {format_count(facts.tokens)} tokens")
     if facts.tokens_per_second is not None:
-        parts.append(f"at {count(facts.tokens_per_second)} tokens/s")
+        parts.append(f"at {format_count(facts.tokens_per_second)} tokens/s")
     if facts.world_size is not None and facts.world_size > 1:
         parts.append(f"on {facts.world_size} processes")
     text = " ".join(parts)
@@ -66,18 +68,18 @@ def cautions(facts: RunFacts) -> list[str]:
     """What a reader should know before relying on the model, each from a number of the run."""
     found = []
     if facts.rows is not None and facts.rows < _FEW_ROWS:
-        found.append(f"It was trained on only {count(facts.rows)} dialogues.")
+        found.append(f"It was trained on only {format_count(facts.rows)} dialogues.")
     if facts.eval_loss is None:
         found.append("No held-out dialogues were used: whether it got better is not known.")
     elif facts.eval_loss_before is not None and facts.eval_loss >= facts.eval_loss_before:
         found.append("Its loss on held-out dialogues did not fall.")
     if facts.epochs is not None and facts.epochs > _MANY_EPOCHS:
-        found.append(f"It saw each dialogue about {decimal(facts.epochs)} times and may recite some of them.")
+        found.append(f"It saw each dialogue about {format_decimal(facts.epochs)} times and may recite some of them.")
     if facts.dropped_rows:
-        found.append(f"{count(facts.dropped_rows)} rows of the data were left out.")
+        found.append(f"{format_count(facts.dropped_rows)} rows of the data were left out.")
     if facts.special_text:
         found.append(
-            f"Text that looks like a special token occurred {count(facts.special_text)} times in the dialogues and "
+            f"Text that looks like a special token occurred {format_count(facts.special_text)} times in the dialogues and "
             "was trained as ordinary text."
         )
     for token in facts.new_tokens:

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftchat.console import notes
+from peftchat.console import stderr
 from peftchat.conversation import Message
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.serving.dialogue import Dialogue
 from peftchat.serving.load import ChatModel
@@ -102,7 +102,7 @@ def system_refusal(chat: ChatModel, system: str) -> str | None:
     """Why the model's template cannot take a system prompt; None where it can."""
     try:
         chat.prompts.encode((Message("system", system), Message("user", "question")))
-    except InputError as error:
+    except UserError as error:
         return str(error)
     return None
 
@@ -113,4 +113,4 @@ def _shortened(text: str) -> str:
 
 
 def _say(text: str) -> None:
-    notes.print(text, style="dim", markup=False)
+    stderr.print(text, style="dim", markup=False)

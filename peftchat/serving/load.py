@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftchat.console import notes
-from peftchat.errors import InputError
+from peftchat.console import stderr
+from peftchat.errors import UserError
 from peftchat.models.ends import end_ids
 from peftchat.models.load import check_model_folder, load_base
 from peftchat.recipe import Recipe, load_recipe
@@ -93,7 +93,7 @@ def load_for_chat(path: str) -> ChatModel:
 def _refuse_unfinished(folder: Path) -> None:
     finished = any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json"))
     if (folder / "recipe.yaml").is_file() and not finished:
-        raise InputError(
+        raise UserError(
             "this run has not finished, so there is no model in its folder yet",
             where=str(folder),
             cure="Finish it with `peftchat train RECIPE --resume`.",
@@ -104,8 +104,8 @@ def _check_folder(name: str) -> None:
     """Refuse a folder without a model, in words of the command line, where there is no recipe to point at."""
     try:
         check_model_folder(name)
-    except InputError as error:
-        raise InputError(error.what, where=name, cure=error.cure) from error
+    except UserError as error:
+        raise UserError(error.what, where=name, cure=error.cure) from error
 
 
 def _recipe_of(folder: Path) -> Recipe | None:
@@ -129,7 +129,7 @@ def _base_name(folder: Path, recipe: Recipe | None) -> str:
         return recipe.model.name
     name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not name:
-        raise InputError("the adapter does not name its base", where=str(folder / ADAPTER_CONFIG))
+        raise UserError("the adapter does not name its base", where=str(folder / ADAPTER_CONFIG))
     return str(name)
 
 
@@ -154,7 +154,7 @@ def _with_adapter(folder: Path, recipe: Recipe | None) -> "PeftModel":
             base = PeftModel.from_pretrained(base, str(beside)).merge_and_unload()
         model = PeftModel.from_pretrained(base, str(folder))
     except (*_UNREADABLE, RuntimeError) as error:
-        raise InputError(
+        raise UserError(
             f"the adapter does not load onto its base: {_first_line(error)}",
             where=str(folder),
             cure="Check that `model.name` of its recipe is the base that it was trained on.",
@@ -176,7 +176,7 @@ def _grow(base: "PreTrainedModel", rows: int) -> None:
 def _base_of(recipe: Recipe) -> "PreTrainedModel":
     """The base as it was held in training; unquantised where bitsandbytes is not at hand."""
     if recipe.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
-        notes.print("bitsandbytes is not installed: the base is loaded without quantisation.", style="yellow")
+        stderr.print("bitsandbytes is not installed: the base is loaded without quantisation.", style="yellow")
         recipe = recipe.model_copy(update={"quantization": None})
     device_map = None
     if recipe.quantization is not None and _device().type != "cpu":
@@ -217,7 +217,7 @@ def _generation(path: str, model: Any) -> "GenerationConfig":
 
 def _check_template(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
     if not tokenizer.chat_template:
-        raise InputError(
+        raise UserError(
             "the tokenizer has no chat template, so there is no telling how to put a question to this model",
             where=path,
             cure="A base model completes text; train it first (`peftchat init`), or name a chat model.",
@@ -228,7 +228,7 @@ def _check_template(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
 def _check_fit(chat: ChatModel) -> None:
     rows = chat.model.get_input_embeddings().weight.shape[0]
     if len(chat.tokenizer) > rows:
-        raise InputError(
+        raise UserError(
             f"the tokenizer knows {len(chat.tokenizer)} tokens and the model has rows for {rows}",
             where=chat.name,
             cure="Weights and tokenizer do not belong together; take both from the same run.",
@@ -241,9 +241,9 @@ def _device() -> "torch.device":
     return best_device()
 
 
-def _unreadable(what: str, name: str, error: Exception) -> InputError:
+def _unreadable(what: str, name: str, error: Exception) -> UserError:
     cure = None if Path(name).exists() else "Check the name, the network and the login, or name a folder."
-    return InputError(f"{what} cannot be loaded: {_first_line(error)}", where=name, cure=cure)
+    return UserError(f"{what} cannot be loaded: {_first_line(error)}", where=name, cure=cure)
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from peftchat.chatml.model_template import ModelTemplate
 from peftchat.chatml.template import Piece
 from peftchat.chatml.text import TextEncoder
 from peftchat.conversation import Conversation, Message
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ class PromptEncoder:
         for text in (self._render(_PROBE, opening=False), self._opening_text()):
             for token in _TOKEN_SPELLING.findall(text):
                 if token not in self._text.special:
-                    raise InputError(
+                    raise UserError(
                         f"the chat template writes {token}, which is not a special token of the tokenizer",
                         where=where,
                         cure="Template and tokenizer do not belong together; take both from the same run.",
@@ -127,13 +127,13 @@ class PromptEncoder:
         try:
             return str(self._tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=opening))
         except TemplateError as error:
-            raise InputError(f"the model's chat template refuses the dialogue: {error}") from error
+            raise UserError(f"the model's chat template refuses the dialogue: {error}") from error
 
     def _opening_text(self) -> str:
         closed = self._render(_PROBE[:1], opening=False)
         opened = self._render(_PROBE[:1], opening=True)
         if not opened.startswith(closed):
-            raise InputError("the model's chat template does not open an answer by adding to the dialogue")
+            raise UserError("the model's chat template does not open an answer by adding to the dialogue")
         return opened[len(closed) :]
 
     def _opening_pieces(self) -> tuple[Piece, ...]:
@@ -159,7 +159,7 @@ def fit(messages: Sequence[Message], limit: int, encode: Callable[[Sequence[Mess
         prompt = encode([*messages[:start], *messages[turn:]])
         if len(prompt.ids) <= limit:
             return Prompt(prompt.ids, dropped, prompt.lookalikes)
-    raise InputError(
+    raise UserError(
         f"the message takes {len(prompt.ids)} tokens with its frame, and the model has room for {limit}",
         cure="Shorten it, or take a model with a longer context.",
     )

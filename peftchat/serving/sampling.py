@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -38,7 +38,7 @@ class Sampling:
         chosen = {"--temperature": self.temperature, "--top-p": self.top_p, "--top-k": self.top_k}
         first = next((flag for flag, value in chosen.items() if value), None)
         if self.greedy and first is not None:
-            raise InputError(
+            raise UserError(
                 f"{first} says how to sample, and --greedy does not sample", where=first, cure="Leave one of them out."
             )
 

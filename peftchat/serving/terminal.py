@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftchat.console import notes
-from peftchat.errors import InputError
+from peftchat.console import stderr
+from peftchat.errors import UserError
 from peftchat.serving.answer import Answer, answer
 from peftchat.serving.commands import Commands
 from peftchat.serving.dialogue import Dialogue
@@ -57,7 +57,7 @@ class Chat:
         is_terminal = sys.stdin.isatty()
         if is_terminal:
             _prepare_line_editing(commands.names)
-            notes.print(f"{self.model.name}  (/help lists the commands)", style="bold", markup=False)
+            stderr.print(f"{self.model.name}  (/help lists the commands)", style="bold", markup=False)
         told = 0
         for entry in read_entries(_terminal_line if is_terminal else _piped_line):
             if entry.is_command:
@@ -66,13 +66,13 @@ class Chat:
                 continue
             try:
                 said = self.ask(entry.text)
-            except InputError as error:
-                notes.print(str(error), style="red", markup=False)
+            except UserError as error:
+                stderr.print(str(error), style="red", markup=False)
                 continue
             if said.finish in _CUT:
-                notes.print(_CUT[said.finish], style="dim", markup=False)
+                stderr.print(_CUT[said.finish], style="dim", markup=False)
             if said.dropped > told:
-                notes.print(f"[the first {said.dropped} exchanges no longer fit into the context]", style="dim")
+                stderr.print(f"[the first {said.dropped} exchanges no longer fit into the context]", style="dim")
             told = said.dropped
 
     def _show(self, text: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftchat.conversation import Message
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 _FIELDS = ("lang", "language")
 _DETECT_CHARACTERS = 2_000
@@ -27,7 +27,7 @@ def detect_language(messages: Sequence[Message]) -> str:
     try:
         import py3langid
     except ImportError as error:
-        raise InputError(
+        raise UserError(
             "rows without a `lang` field need a language detector, and none is installed",
             where="languages (--lang)",
             cure="pip install 'peftchat[languages]'",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 Kind = Literal[
     "not_json",
@@ -87,7 +87,7 @@ class ProblemLog:
     """Counts what happened to the rows of one reading.
 
     Args:
-        strict: end the reading with an `InputError` at the first problem instead of going on without the row.
+        strict: end the reading with an `UserError` at the first problem instead of going on without the row.
         quarantine: called with each problem and the raw row (None where the row has no bytes of its own).
 
     Attributes:
@@ -134,7 +134,7 @@ class ProblemLog:
         if self.strict and self.total >= STRICT_SCAN_PROBLEMS:
             raise self.failure()
 
-    def failure(self) -> InputError:
+    def failure(self) -> UserError:
         """The error of a strict reading: the first problem, and how many more were seen behind it."""
         if self.first is None:
             raise ValueError("no problem was recorded")
@@ -142,7 +142,7 @@ class ProblemLog:
         what = self.first.detail
         if more:
             what += f" ({more:,} more problem{'s' if more > 1 else ''} in the rows behind it)"
-        return InputError(
+        return UserError(
             what,
             where=self.first.where,
             cure="Repair the rows, or let `peftchat data prepare` write a clean file and put the bad rows aside.",

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from peftchat.conversation import Conversation
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources.forms import FORMS, Form, find_form, matching_form
 from peftchat.sources.forms.turns import field_names
 from peftchat.sources.options import ReadOptions
@@ -63,7 +63,7 @@ def _rows(file: Path, options: ReadOptions, problems: ProblemLog) -> Iterator[Ro
     try:
         yield from reader(file, options.max_row_bytes, problems)
     except OSError as error:
-        raise InputError(f"the file cannot be read: {error.strerror or error}", where=str(file)) from error
+        raise UserError(f"the file cannot be read: {error.strerror or error}", where=str(file)) from error
 
 
 def _all_sources(
@@ -77,7 +77,7 @@ def _all_sources(
     for name, rows in sources:
         yield from _source(name, rows, form, options, problems)
     if problems.rows + problems.total == before:
-        raise InputError("there are no rows", where=path, cure="Give a file with rows.")
+        raise UserError("there are no rows", where=path, cure="Give a file with rows.")
 
 
 def _source(
@@ -96,7 +96,7 @@ def _source(
 
 def _check_rank_limit(name: str, form: Form, options: ReadOptions) -> None:
     if options.top_k is not None and not form.ranked:
-        raise InputError(
+        raise UserError(
             f"`top_k` chooses answers by rank, and the form `{form.name}` has no ranks",
             where=name,
             cure="Leave `top_k` out; OpenAssistant exports have ranks.",
@@ -118,7 +118,7 @@ def _detect(name: str, rows: Iterable[Row]) -> Form:
         if form is not None:
             return form
         shown = shown or field_names(row.value)
-    raise InputError(
+    raise UserError(
         f"no known form has the fields found here: {shown}",
         where=name,
         cure=f"Known forms: {', '.join(FORMS)} (`peftchat data formats` shows their fields).",

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 
 from peftchat.chatml.collate import Layout
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.models import per_dialogue
 from peftchat.models.load import PER_DIALOGUE
 
@@ -33,7 +33,7 @@ def settle_attention(recipe: "Recipe", model: "PreTrainedModel | PeftModel", bas
     before_rows = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     possible = not before_rows and _takes_other_attention(base)
     if wanted == PER_DIALOGUE and not possible:
-        raise InputError(
+        raise UserError(
             "this model cannot compute the attention of each dialogue by itself",
             where=f"model.attention: {wanted}",
             cure="Set it to `auto`.",

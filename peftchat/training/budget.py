@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from peftchat.recipe import TrainingSection
@@ -73,7 +73,7 @@ def _lambda_schedule(trainer: "ChatTrainer") -> LambdaLR:
     # accelerate wraps the schedule it was given.
     inner = getattr(schedule, "scheduler", schedule)
     if not isinstance(inner, LambdaLR):
-        raise InputError(
+        raise UserError(
             "a budget of tokens or minutes needs a schedule that is a function of progress, and this one is not",
             where=f"training.lr_scheduler_type: {trainer.args.lr_scheduler_type}",
             cure="Use linear, cosine or constant.",

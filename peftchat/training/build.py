@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 
 from peftchat.chatml.collate import ChatCollator
 from peftchat.chatml.registry import ChatFormat, make_format
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.models.adapters import hold_trained_in, wrap
 from peftchat.models.ends import end_ids
 from peftchat.models.freezing import freeze_layers
@@ -73,7 +73,7 @@ def build_model(
     dtype = held_dtype(recipe.method, recipe.model.dtype, placement.strategy)
     model = load_base(recipe, dtype=dtype, device_map=_device_map(recipe, placement))
     if model.get_output_embeddings() is None:
-        raise InputError("the model has no language-model head", where=f"model.name: {recipe.model.name}")
+        raise UserError("the model has no language-model head", where=f"model.name: {recipe.model.name}")
     _set_special_ids(model, chat)
     how = recipe.chat.new_token_init
     if recipe.method == "full":
@@ -93,7 +93,7 @@ def build_model(
 
 def _check_anything_trains(model: "PreTrainedModel | PeftModel") -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputError(
+        raise UserError(
             "the chat format adds no tokens to this tokenizer, so `trainable_tokens` has nothing to train",
             where="adapter.variant",
             cure="Take another variant, or a `chat.template` that adds tokens.",

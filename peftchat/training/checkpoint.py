@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from peftchat.errors import CheckFailed
+from peftchat.errors import VerificationError
 from peftchat.files import write_text
 
 MARKER = "complete.json"
@@ -28,7 +28,7 @@ def mark_complete(checkpoint: Path, totals: list[dict[str, Any]]) -> None:
     }
     empty = [name for name, size in sizes.items() if size == 0]
     if empty:
-        raise CheckFailed(f"{checkpoint}: the checkpoint's file {empty[0]} is empty")
+        raise VerificationError(f"{checkpoint}: the checkpoint's file {empty[0]} is empty")
     write_text(checkpoint / MARKER, json.dumps({"files": sizes, "totals": totals}, indent=1))
 
 

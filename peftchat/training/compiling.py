@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from peft import PeftModel
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
+from peftchat.formatting import format_duration
 from peftchat.models.compiled import compile_layers, missing_compiler
-from peftchat.numbers import duration
 from peftchat.training.choice import Choice
 from peftchat.training.flops import parameters_of
 
@@ -46,12 +46,12 @@ def compile_if_it_pays(
     if wanted:
         where = f"{loaded.where('training', 'torch_compile')}: true"
         if lacking:
-            raise InputError(f"torch needs {lacking} to compile", where=where, cure="Install it, or remove the key.")
+            raise UserError(f"torch needs {lacking} to compile", where=where, cure="Install it, or remove the key.")
         if placement.uses_deepspeed:
             why = f"under `{placement.strategy}` layers are never compiled"
-            raise InputError(why, where=where, cure="Remove the key, or write `distributed.strategy: ddp`.")
+            raise UserError(why, where=where, cure="Remove the key, or write `distributed.strategy: ddp`.")
         if not compile_layers(built.causal_model):
-            raise InputError("this model's layers cannot be told apart", where=where, cure="Remove the key.")
+            raise UserError("this model's layers cannot be told apart", where=where, cure="Remove the key.")
         return None
     # Elsewhere it was never measured.
     if lacking or not plain or placement.gpus or placement.uses_deepspeed:
@@ -59,7 +59,7 @@ def compile_if_it_pays(
     seconds = _seconds_at_least(loaded.recipe, placement, built, stats)
     if seconds < _WORTH_IT or not compile_layers(built.causal_model):
         return None
-    return Choice("training.torch_compile", "true", f"the steps take at least {duration(seconds)}")
+    return Choice("training.torch_compile", "true", f"the steps take at least {format_duration(seconds)}")
 
 
 def _seconds_at_least(recipe: "Recipe", placement: "Placement", built: "Built", stats: "RowStats") -> float:

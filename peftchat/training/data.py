@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peftchat.chatml.registry import ChatFormat
 from peftchat.chatml.store import RowStore, RowWriter
 from peftchat.conversation import Conversation
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.sources import ProblemLog
 from peftchat.sources.mixing import read_entries
@@ -188,13 +188,13 @@ def _check(recipe: "Recipe", side: Side, stats: RowStats) -> None:
     reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in stats.dropped.items())
     empty = stats.dropped.get("nothing_to_learn", 0)
     if not stats.rows:
-        raise InputError(
+        raise UserError(
             f"no row is left to {'train' if side == 'train' else 'evaluate'} on ({reasons or 'the source is empty'})",
             where=f"data.{side if side == 'train' or recipe.data.eval is not None else 'eval_fraction'}",
             cure="Check the source, data.max_length and chat.loss_on.",
         )
     if empty > (stats.rows + dropped) / 2:
-        raise InputError(
+        raise UserError(
             f"{empty} of {stats.rows + dropped} rows have nothing to learn, the first is "
             f"{stats.named['nothing_to_learn'][0]}",
             where=f"data.{side}",

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from peftchat.numbers import clock, count, decimal, share, size
+from peftchat.formatting import format_bytes, format_clock, format_count, format_decimal, format_percent
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,21 @@ class Readings:
     def words(self) -> list[tuple[str, str]]:
         """Name and value of each reading there is."""
         fields = [
-            ("loss", decimal(self.loss), self.loss),
+            ("loss", format_decimal(self.loss), self.loss),
             ("held out", self.held_out(), self.eval_loss),
-            ("lr", decimal(self.learning_rate), self.learning_rate),
-            ("grad norm", decimal(self.grad_norm), self.grad_norm),
-            ("tokens/s", count(self.tokens_per_second), self.tokens_per_second),
-            ("supervised", share(self.supervised_share), self.supervised_share),
-            ("memory", size(self.memory_bytes), self.memory_bytes),
+            ("lr", format_decimal(self.learning_rate), self.learning_rate),
+            ("grad norm", format_decimal(self.grad_norm), self.grad_norm),
+            ("tokens/s", format_count(self.tokens_per_second), self.tokens_per_second),
+            ("supervised", format_percent(self.supervised_share), self.supervised_share),
+            ("memory", format_bytes(self.memory_bytes), self.memory_bytes),
         ]
         return [(name, words) for name, words, value in fields if value is not None]
 
     def held_out(self) -> str:
         """The held-out loss, with the one before training where that was measured."""
         if self.eval_loss_before is None or self.eval_loss_before == self.eval_loss:
-            return decimal(self.eval_loss)
-        return f"{decimal(self.eval_loss_before)} → {decimal(self.eval_loss)}"
+            return format_decimal(self.eval_loss)
+        return f"{format_decimal(self.eval_loss_before)} → {format_decimal(self.eval_loss)}"
 
 
 class Pace:
@@ -109,7 +109,7 @@ class PlainDisplay:
         fields = [f"{name} {words}" for name, words in readings.words() if name != "held out"]
         left = self._pace.left() if self._pace is not None else None
         if left is not None:
-            fields.append(f"{clock(left)} left")
+            fields.append(f"{format_clock(left)} left")
         self._print(step, fields)
 
     def evaluating(self, batches: int) -> None:
@@ -124,7 +124,7 @@ class PlainDisplay:
 
     def _print(self, step: int, fields: list[str]) -> None:
         total = self._pace.total if self._pace is not None else 0
-        place = f"step {step}/{total} ({share(step / total)})" if total else f"step {step}"
+        place = f"step {step}/{total} ({format_percent(step / total)})" if total else f"step {step}"
         self._console.print("  ".join([place, *fields]), markup=False, soft_wrap=True)
 
 
@@ -195,7 +195,7 @@ class LiveDisplay:
                 self._training,
                 completed=self._pace.step,
                 done=f"{int(self._pace.step)}/{self._pace.total}",
-                left="" if left is None or done else f"{clock(left)} left",
+                left="" if left is None or done else f"{format_clock(left)} left",
             )
         fields = [Text.assemble((f"{name} ", "dim"), words) for name, words in self._readings.words()]
         return Group(self._bars, Columns(fields, padding=(0, 3)))

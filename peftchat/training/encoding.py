@@ -12,7 +12,7 @@ from peftchat.chatml.encode import RowEncoder
 from peftchat.chatml.mask import policy_table
 from peftchat.chatml.rows import Row, RowBatch
 from peftchat.conversation import Conversation
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.training.row_stats import RowStats
 from peftchat.training.truncation import fit
 
@@ -100,7 +100,7 @@ def _fitting(
             kept.append(row)
             continue
         if policy == "refuse":
-            raise InputError(
+            raise UserError(
                 f"the dialogue has {len(row.ids)} tokens, and data.max_length is {limit}",
                 where=conversation.source or None,
                 cure="Raise data.max_length, or set data.truncation: turns, turns_leading, split or drop.",
@@ -126,7 +126,7 @@ def _learnable(recipe: "Recipe", rows: RowBatch, has_targets: npt.NDArray[np.boo
         if learnable:
             kept.append(row)
         elif recipe.chat.empty_rows == "refuse":
-            raise InputError(
+            raise UserError(
                 f"nothing in the dialogue is trained by chat.loss_on: {recipe.chat.loss_on}",
                 where=row.source or None,
                 cure="Take the dialogue out, or set chat.empty_rows: drop to leave such rows out.",
@@ -136,8 +136,8 @@ def _learnable(recipe: "Recipe", rows: RowBatch, has_targets: npt.NDArray[np.boo
     return RowBatch.of(kept)
 
 
-def _special_text(source: str) -> InputError:
-    return InputError(
+def _special_text(source: str) -> UserError:
+    return UserError(
         "a message holds text that is spelled like a special token, and chat.special_text is `refuse`",
         where=source or None,
         cure="Take the text out, or set chat.special_text: text to train on it as ordinary text.",

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe, load_recipe
 from peftchat.training.checkpoint import latest_complete, remove_incomplete
@@ -79,18 +79,18 @@ class RunFolder:
             self._check_writable()
             return None
         if not self.path.is_dir():
-            raise InputError("the run folder is to be made here, and there is a file", where=f"output_dir: {self.path}")
+            raise UserError("the run folder is to be made here, and there is a file", where=f"output_dir: {self.path}")
         if not any(self.path.iterdir()):
             return None
         is_run = (self.path / RECIPE).is_file()
         if not resume or not is_run:
             what = "the folder already holds another run" if is_run else "the folder already holds other files"
             cure = "Go on with `--resume`, or" if is_run else "Name an empty folder, or"
-            raise InputError(what, where=f"output_dir: {self.path}", cure=f"{cure} give another `--set output_dir=…`.")
+            raise UserError(what, where=f"output_dir: {self.path}", cure=f"{cure} give another `--set output_dir=…`.")
         self._check_same(recipe)
         checkpoint = latest_complete(self.checkpoints)
         if checkpoint is None and self.is_finished:
-            raise InputError(
+            raise UserError(
                 "the run is finished, and left no checkpoint to go on from",
                 where=f"output_dir: {self.path}",
                 cure="Start a new run in another folder.",
@@ -129,7 +129,7 @@ class RunFolder:
 
         parent = next(folder for folder in self.path.absolute().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise InputError(f"nothing can be written into {parent}", where=f"output_dir: {self.path}")
+            raise UserError(f"nothing can be written into {parent}", where=f"output_dir: {self.path}")
 
     def _check_same(self, recipe: "Recipe") -> None:
         """Refuse to continue a run by another recipe."""
@@ -137,7 +137,7 @@ class RunFolder:
         old, new = (_bound(one.model_dump(mode="json")) for one in (before, _absolute(recipe)))
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
-                raise InputError(
+                raise UserError(
                     f"the run was started with {key}: {old.get(key)}, and now it is {new.get(key)}",
                     where=str(self.path / RECIPE),
                     cure="Continue with the same value, or start a new run in another folder.",

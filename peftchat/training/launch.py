@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
 from peftchat.training.placement import Placement
 
 
@@ -43,7 +43,7 @@ def launch(placement: Placement, arguments: Sequence[str]) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return int(failure.exitcode)
-        raise CheckFailed(
+        raise VerificationError(
             f"process {rank} was ended by signal {-failure.exitcode}"
             + (" (the machine ran out of memory?)" if failure.exitcode == -9 else "")
         ) from error
@@ -55,7 +55,7 @@ def _meeting_point(placement: Placement) -> str:
         return "localhost:0"
     host = os.environ.get("MASTER_ADDR")
     if not host:
-        raise InputError(
+        raise UserError(
             f"the recipe asks for {placement.nodes} machines, and nothing says where they meet",
             where="distributed.nodes",
             cure="Set MASTER_ADDR (and MASTER_PORT) to the first machine everywhere, or start with srun or torchrun.",

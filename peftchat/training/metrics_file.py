@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.files import write_text
 
 Scalar = float | int | str | bool | None
@@ -64,7 +64,7 @@ class MetricsFile:
         if rest:
             try:
                 lines.append(self._decode(rest, len(whole) + 1))
-            except InputError:
+            except UserError:
                 return lines
         return lines
 
@@ -82,11 +82,11 @@ class MetricsFile:
         try:
             line = json.loads(text)
         except ValueError as error:
-            raise InputError(
+            raise UserError(
                 "this line is not JSON", where=f"{self.path}:{number}", cure="Remove the line, or the file."
             ) from error
         if not isinstance(line, dict):
-            raise InputError("this line is not a JSON object", where=f"{self.path}:{number}")
+            raise UserError("this line is not a JSON object", where=f"{self.path}:{number}")
         return {key: _NAMED.get(value, value) if isinstance(value, str) else value for key, value in line.items()}
 
 

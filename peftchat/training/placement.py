@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -74,7 +74,7 @@ def settle(loaded: "LoadedRecipe", environment: Mapping[str, str] = os.environ) 
     _check_machine(loaded, processes, gpus)
     strategy = _strategy(recipe, processes * recipe.distributed.nodes)
     if strategy == "single" and processes * recipe.distributed.nodes > 1:
-        raise InputError(
+        raise UserError(
             f"`single` is one process, and the recipe asks for {processes * recipe.distributed.nodes}",
             where=loaded.where("distributed", "strategy"),
             cure="Write `ddp`, `zero2` or `zero3`, or set distributed.processes: 1.",
@@ -128,13 +128,13 @@ def _inside_launcher(loaded: "LoadedRecipe", started: tuple[int, int], gpus: int
     recipe = loaded.recipe
     wanted = recipe.distributed.processes
     if wanted is not None and wanted * recipe.distributed.nodes != world:
-        raise InputError(
+        raise UserError(
             f"the recipe asks for {wanted * recipe.distributed.nodes} processes, and the launcher started {world}",
             where=loaded.where("distributed", "processes"),
             cure=f"Start as many, or add `--set distributed.processes={local}`.",
         )
     if gpus and local > gpus:
-        raise InputError(
+        raise UserError(
             f"the launcher started {local} processes on this machine, which has {gpus} GPUs",
             where="launcher",
             cure="Start one process a GPU.",
@@ -156,13 +156,13 @@ def _check_cpu(loaded: "LoadedRecipe") -> None:
     """Refuse what only a GPU can do."""
     recipe = loaded.recipe
     if recipe.model.dtype == "float16":
-        raise InputError(
+        raise UserError(
             "float16 needs a GPU, and there is none here",
             where=loaded.where("model", "dtype"),
             cure="Use bfloat16 or float32.",
         )
     if "8bit" in recipe.training.optim or recipe.training.optim.startswith("paged_"):
-        raise InputError(
+        raise UserError(
             f"the optimizer {recipe.training.optim} needs a GPU, and there is none here",
             where=loaded.where("training", "optim"),
             cure="Use adamw_torch_fused.",
@@ -177,13 +177,13 @@ def _check_machine(loaded: "LoadedRecipe", processes: int, gpus: int) -> None:
     training = loaded.recipe.training
     accumulation = max(1, training.gradient_accumulation_steps * processes // max(1, gpus))
     if gpus:
-        raise InputError(
+        raise UserError(
             f"the recipe asks for {processes} GPUs on each machine, and there {'is' if gpus == 1 else 'are'} {gpus}",
             where=loaded.where("distributed", "processes"),
             cure=f"For the same batch on what is here: `--set distributed.processes={gpus} "
             f"--set training.gradient_accumulation_steps={accumulation}`.",
         )
-    raise InputError(
+    raise UserError(
         f"the recipe asks for {processes} GPUs, there is none, and as processes on {cores} CPU cores they are too many",
         where=loaded.where("distributed", "processes"),
         cure=f"Run it where the GPUs are, or try it on the CPU with `--set distributed.processes={min(2, cores)}` "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peftchat.chatml.collate import borders
 from peftchat.chatml.mask import IGNORE
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ def check_isolation(model: nn.Module, vocabulary: int, device: torch.device, *, 
 
     one, two = loss_behind(first), loss_behind(other)
     if abs(one - two) > 1e-4 * max(1.0, abs(one)):
-        raise InputError(
+        raise UserError(
             "this model does not keep packed dialogues apart: what stands before a dialogue changes its loss",
             where="data.packing: true",
             cure="Set data.packing: false, or another model.attention.",
@@ -77,7 +77,7 @@ def check_loss(
     logits = logits[:, -_LENGTH:]
     plain = float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
     if abs(ours - plain) > 0.02 * max(1.0, abs(plain)):
-        raise InputError(
+        raise UserError(
             f"the model changes its logits in a way that the loss does not know ({ours:.4f} instead of {plain:.4f})",
             where=f"model.name: {base.config.name_or_path}",
             cure="This architecture cannot be trained yet.",

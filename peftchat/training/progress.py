@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from peftchat.console import notes
+from peftchat.console import stderr
 from peftchat.training.display import Display, LiveDisplay, PlainDisplay, Readings
 from peftchat.training.metrics_file import MetricsFile, Scalar
 
@@ -38,7 +38,7 @@ class ProgressCallback(TrainerCallback):
         console: where to show it; standard error by default.
     """
 
-    def __init__(self, console: Console = notes) -> None:
+    def __init__(self, console: Console = stderr) -> None:
         terminal = console.file.isatty() and not console.is_dumb_terminal
         self._display: Display = LiveDisplay(console) if terminal else PlainDisplay(console)
         self._readings = Readings()

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from peftchat.allocator import keep_large_blocks
 from peftchat.chatml.registry import ChatFormat
-from peftchat.console import notes
-from peftchat.errors import CheckFailed, InputError
+from peftchat.console import stderr
+from peftchat.errors import UserError, VerificationError
 from peftchat.files import write_text
+from peftchat.malloc import keep_large_blocks
 from peftchat.models.load import PER_DIALOGUE
 from peftchat.models.lora_branch import adapted_layers, add_branches_at_once
 from peftchat.models.new_tokens import InitialRows, current_rows, movement
@@ -105,7 +105,7 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
         plain = 0 < add_branches_at_once(built.model) == adapted_layers(built.model)
     compiling = compile_if_it_pays(loaded, placement, built, rows["train"].stats, plain=plain)
     if compiling is not None and is_main:
-        notes.print(f"Chosen: {compiling}", markup=False, highlight=False)
+        stderr.print(f"Chosen: {compiling}", markup=False, highlight=False)
     progress = ProgressCallback()
     trainer = make_trainer(recipe, folder, arguments, built, chat, rows, checkpoint, progress)
     before = _BeforeTraining(trainer, chat, recipe, folder, checkpoint, request.questions)
@@ -150,7 +150,7 @@ def _start_processes(placement: Placement) -> None:
     try:
         import deepspeed
     except ImportError as error:
-        raise InputError(
+        raise UserError(
             f"`{placement.strategy}` needs DeepSpeed, which is not installed",
             where="distributed.strategy",
             cure="pip install 'peftchat[deepspeed]'",
@@ -210,7 +210,7 @@ class _BeforeTraining(TrainerCallback):
     def _probe(self) -> None:
         try:
             self._look()
-        except (InputError, RuntimeError) as error:
+        except (UserError, RuntimeError) as error:
             # What was chosen for speed gives way; what the recipe asked for is reported.
             layout = fall_back(self._recipe, self._trainer.causal_model)
             if layout is None:
@@ -218,7 +218,7 @@ class _BeforeTraining(TrainerCallback):
             self._trainer.lay_out(layout)
             if self._trainer.args.should_save:
                 reason = str(error).splitlines()[0]
-                notes.print(
+                stderr.print(
                     f"Chosen: model.attention: sdpa, slower ({PER_DIALOGUE} does not work here: {reason})",
                     markup=False,
                     highlight=False,
@@ -275,7 +275,7 @@ def _new_tokens(
     for entry, with_gradient in zip(told, totals.seen_before_target, strict=True):
         still = [side for side in ("input", "output") if entry[f"{side}_moved"] == 0.0]
         if with_gradient and still:
-            raise CheckFailed(
+            raise VerificationError(
                 f"the {still[0]} embedding of {entry['token']} did not move, though the token occurs "
                 f"{with_gradient} times before a target"
             )

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from peftchat.errors import InputError
-from peftchat.numbers import size
+from peftchat.errors import UserError
+from peftchat.formatting import format_bytes
 from peftchat.training.flops import true_size
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def check_space(folder: Path, model: nn.Module, recipe: "Recipe") -> None:
     needed = finished + kept * 12 * trained + _SMALL_FILES
     free = shutil.disk_usage(_nearest(folder)).free
     if free < needed:
-        raise InputError(
-            f"the run needs about {size(needed)} on the disk, and there is no space left beyond {size(free)}",
+        raise UserError(
+            f"the run needs about {format_bytes(needed)} on the disk, and there is no space left beyond {format_bytes(free)}",
             where=f"output_dir: {folder}",
             cure="Make room, choose another folder, or save fewer checkpoints (training.save_strategy: no).",
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerControl
 from trl import SFTTrainer
 
-from peftchat.errors import CheckFailed
+from peftchat.errors import VerificationError
 from peftchat.models.adapter_files import is_adapted, load_adapter_state
 from peftchat.models.rows import MODULE_NAME
 from peftchat.models.saving import save_model_files
@@ -181,7 +181,7 @@ class ChatTrainer(SFTTrainer):
         """Add speed, supervised share and memory to the lines of training steps."""
         if "loss" in logs and "train_runtime" not in logs:
             if not math.isfinite(logs["loss"]):
-                raise CheckFailed(
+                raise VerificationError(
                     f"the loss is {logs['loss']} at step {self.state.global_step}: training diverged. "
                     "Lower training.learning_rate, or clip by training.max_grad_norm"
                 )

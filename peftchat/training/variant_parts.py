@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -114,7 +114,7 @@ class _Ranks(TrainerCallback):
         config.tinit = _steps(self._section.tinit, total)
         config.tfinal = _steps(self._section.tfinal, total)
         if config.tinit >= total - config.tfinal:
-            raise InputError(
+            raise UserError(
                 f"of {total} steps none is left in which ranks could move",
                 where="adapter.tinit, adapter.tfinal",
                 cure="Lower them, or train for more steps.",
@@ -140,7 +140,7 @@ class _Ranks(TrainerCallback):
 
     def _go_on_from(self, file: Path) -> None:
         if not file.is_file():
-            raise InputError(
+            raise UserError(
                 "the checkpoint does not hold the importance of directions by which AdaLoRA moves ranks",
                 where=str(file),
                 cure="Delete this checkpoint to go on from an earlier one, or start a new run.",

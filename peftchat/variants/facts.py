@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ModelFacts:
         wanted = (name for name in self.linear if group == "all-linear" or (group == "attention") == in_attention(name))
         found = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in wanted))
         if not found:
-            raise InputError(
+            raise UserError(
                 f"no layer of the model looks like `{group}`",
                 where="adapter.target_modules",
                 cure="Write `all-linear`, or the names of the layers.",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from peftchat.section import Section
+from peftchat.strict_model import StrictModel
 
 
 def list_or(*words: str) -> Callable[[object], object]:
@@ -37,7 +37,7 @@ def own(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={NOT_INHERITED: True}, **limits)
 
 
-class AdapterSection(Section):
+class AdapterSection(StrictModel):
     """What every variant has: its name. Each variant adds the settings that it takes."""
 
     variant: str = Field("lora", description="The kind of adapter; `peftchat variants` lists them.")

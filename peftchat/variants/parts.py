@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.variants.entry import Paper, Variant, targets
 from peftchat.variants.facts import ModelFacts, in_attention
 from peftchat.variants.options import NOT_INHERITED, AdapterSection, TargetedSection, list_or, own
@@ -97,7 +97,7 @@ def _ia3_targets(facts: ModelFacts) -> list[str]:
         if not in_attention(name) and outputs == facts.hidden != inputs and any(map(str.isdigit, name.split(".")))
     }
     if not attention and not second:
-        raise InputError(
+        raise UserError(
             f"keys, values and feed-forward layers of a {facts.family} are not known by name",
             where="adapter.target_modules",
             cure="Name the layers to be scaled.",
@@ -115,7 +115,7 @@ def _ln_tuning(section: LnTuningSection, facts: ModelFacts) -> "LNTuningConfig":
     wanted = section.target_modules
     names = list(dict.fromkeys(_last(name) for name in facts.norms)) if isinstance(wanted, str) else list(wanted)
     if not names:
-        raise InputError(
+        raise UserError(
             "no normalisation layer was found in the model",
             where="adapter.target_modules",
             cure="Name the layers to be trained.",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.variants import adalora, low_rank, parts, products, prompts, rotations, shared_bases, starts, whole
 from peftchat.variants.entry import Variant
 
@@ -33,5 +33,5 @@ def entry(name: str) -> Variant:
     """
     found = VARIANTS.get(proper_name(name))
     if found is None:
-        raise InputError(f"there is no variant `{name}`", cure=f"There are: {', '.join(VARIANTS)}.")
+        raise UserError(f"there is no variant `{name}`", cure=f"There are: {', '.join(VARIANTS)}.")
     return found

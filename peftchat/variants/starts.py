@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.variants.entry import Paper, Variant, needs_floats, targets
 from peftchat.variants.facts import ModelFacts
 from peftchat.variants.options import DropoutSection, LowRankSection
@@ -86,7 +86,7 @@ def _check_rank(section: LowRankSection, facts: ModelFacts, *, vectors: int) -> 
     """Refuse a rank for which a layer has too few singular vectors."""
     most = min(min(shape) for shape in facts.shapes(section.target_modules)) // vectors
     if section.r > most:
-        raise InputError(
+        raise UserError(
             f"the start needs {vectors * section.r} singular vectors, and the smallest layer has {vectors * most}",
             where=f"adapter.r: {section.r}",
             cure=f"Use at most r: {most}, or other target_modules.",

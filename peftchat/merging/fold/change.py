@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 Read = Callable[[str], torch.Tensor]
 """Parameter name -> the base's weights, whole, float32."""
@@ -96,7 +96,7 @@ def _mean(parts: list[tuple[float, torch.Tensor]]) -> torch.Tensor | None:
         return parts[0][1] if parts else None
     total = sum(weight for weight, _ in parts)
     if total <= 0:
-        raise InputError("the weights of the adapters do not add up to more than 0", where="--adapter")
+        raise UserError("the weights of the adapters do not add up to more than 0", where="--adapter")
     mean = torch.zeros_like(parts[0][1], dtype=torch.float32)
     for weight, value in parts:
         mean += value.to(torch.float32) * (weight / total)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.merging.adapter import Site
 from peftchat.merging.fold.change import Change, Fold, Read, Update
 from peftchat.merging.residual import take_out_start
@@ -47,7 +47,7 @@ class _LayerFolder:
         try:
             _merge_in_place(site.module)
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            raise InputError(f"PEFT cannot merge {site.path}: {error}") from error
+            raise UserError(f"PEFT cannot merge {site.path}: {error}") from error
         merged = {name: slot.value() for name, slot in site.slots.items()}
         for slot in site.slots.values():
             slot.empty()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -55,21 +55,21 @@ def architecture_of(config: Any, where: str) -> Architecture:
     """
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
-        raise InputError(
+        raise UserError(
             f"the architecture {config.model_type} is not exported to GGUF (these are: {', '.join(ARCHITECTURES)})",
             where=where,
             cure=_ELSEWHERE,
         )
     activation = getattr(config, "hidden_act", None) or config.activation_function
     if activation not in found.activation:
-        raise InputError(f"llama.cpp does not compute {config.model_type} with {activation}", where=where)
+        raise UserError(f"llama.cpp does not compute {config.model_type} with {activation}", where=where)
     scaling = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if scaling not in _SCALINGS:
-        raise InputError(
+        raise UserError(
             f"rotary embeddings scaled by `{scaling}` are not exported to GGUF", where=where, cure=_ELSEWHERE
         )
     if config.model_type == "gpt_bigcode" and not config.multi_query:
-        raise InputError("llama.cpp computes gpt_bigcode with multi-query attention only", where=where)
+        raise UserError("llama.cpp computes gpt_bigcode with multi-query attention only", where=where)
     return found
 
 

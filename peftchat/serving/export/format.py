@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,10 +58,10 @@ def read_frames(tokenizer: "PreTrainedTokenizerBase", where: str) -> ChatFrames:
         InputError: there is no template, or its turns are not frames around messages.
     """
     if not tokenizer.chat_template:
-        raise InputError("the tokenizer has no chat template", where=where)
+        raise UserError("the tokenizer has no chat template", where=where)
     found = _found(tokenizer)
     if found is None or not _agrees(tokenizer, found):
-        raise InputError(
+        raise UserError(
             "the chat template does more than put a frame around each message, so it has no plain form for Ollama",
             where=where,
             cure="Export with `--to gguf`, which carries the template itself, and write the Modelfile by hand.",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from peftchat.errors import CheckFailed, InputError
+from peftchat.errors import UserError, VerificationError
 from peftchat.merging.progress import ByteProgress
 from peftchat.merging.shards import Checkpoint, Entry, read_rows
 from peftchat.serving.export.architectures import Architecture, architecture_of, rope_factors
@@ -72,7 +72,7 @@ def require_gguf() -> None:
         InputError: it is not.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("writing GGUF needs the package gguf", cure="Install it: pip install 'peftchat[gguf]'.")
+        raise UserError("writing GGUF needs the package gguf", cure="Install it: pip install 'peftchat[gguf]'.")
 
 
 def write_gguf(source: Source, path: Path, type_name: str | None = None) -> Written:
@@ -113,7 +113,7 @@ def write_gguf(source: Source, path: Path, type_name: str | None = None) -> Writ
         check_gguf(temporary, digests)
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write: {error.strerror or error}", where=str(path)) from error
+        raise UserError(f"cannot write: {error.strerror or error}", where=str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     return Written(path, type_name, len(tensors), path.stat().st_size, adds_start)
@@ -133,7 +133,7 @@ def check_gguf(path: Path, digests: dict[str, int]) -> None:
     found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     for name in sorted(digests.keys() | found.keys()):
         if name not in found or name not in digests or _digest(found[name].data) != digests[name]:
-            raise CheckFailed(f"{path}: the tensor {name} was not written as it should be")
+            raise VerificationError(f"{path}: the tensor {name} was not written as it should be")
 
 
 def _stored_type(checkpoint: Checkpoint) -> str:
@@ -152,7 +152,7 @@ def _tensors(checkpoint: Checkpoint, config: Any, architecture: Architecture, ty
             continue
         name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise InputError(f"llama.cpp has no place for the weight {entry.name}", where=str(entry.file))
+            raise UserError(f"llama.cpp has no place for the weight {entry.name}", where=str(entry.file))
         kind = _kind(name, entry.shape, type_name)
         yield _Tensor(name, entry.name, entry.shape, kind, _size(entry.shape, kind), entry)
     factors = rope_factors(config)
@@ -254,7 +254,7 @@ def _converted(tensor: _Tensor, config: Any, architecture: Architecture) -> np.n
     weight = architecture.rotated(tensor.source, read_rows(tensor.entry), config)
     data: np.ndarray = quantize(weight.to(torch.float32).contiguous().numpy(), tensor.kind)
     if data.dtype == np.float16 and not np.isfinite(data).all():
-        raise InputError(f"{tensor.source} holds values beyond float16", where="--type", cure="Use --type bf16.")
+        raise UserError(f"{tensor.source} holds values beyond float16", where="--type", cure="Use --type bf16.")
     return np.ascontiguousarray(data)
 
 

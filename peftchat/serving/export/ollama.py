@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.serving.export.format import ChatFrames
 
 if TYPE_CHECKING:
@@ -77,5 +77,5 @@ def _sampling(generation: "GenerationConfig") -> Iterator[tuple[str, float | int
 
 def _quoted(text: str) -> str:
     if _QUOTES in text:
-        raise InputError(f'the text holds {_QUOTES}, which a Modelfile cannot quote: "{text[:60]}"')
+        raise UserError(f'the text holds {_QUOTES}, which a Modelfile cannot quote: "{text[:60]}"')
     return f"{_QUOTES}{text}{_QUOTES}"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.models.ends import end_ids
 from peftchat.serving.export.format import read_frames
@@ -71,4 +71,4 @@ def _file_name(source: Source, options: ExportOptions) -> str:
 
 def _refuse_existing(out: Path | None, options: ExportOptions) -> None:
     if out is not None and out.exists() and not options.overwrite:
-        raise InputError("it is already there", where=str(out), cure="Choose another name with -o, or --overwrite.")
+        raise UserError("it is already there", where=str(out), cure="Choose another name with -o, or --overwrite.")

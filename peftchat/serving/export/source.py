@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftchat.console import notes
-from peftchat.errors import InputError
+from peftchat.console import stderr
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ class Source:
         try:
             return AutoTokenizer.from_pretrained(str(self.folder))
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise InputError(f"no usable tokenizer: {str(error).splitlines()[0]}", where=str(self.folder)) from error
+            raise UserError(f"no usable tokenizer: {str(error).splitlines()[0]}", where=str(self.folder)) from error
 
     def generation(self) -> "GenerationConfig":
         """The model's generation settings; transformers' defaults where it has none."""
@@ -80,7 +80,7 @@ def read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder)).get_text_config()
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no usable model config: {str(error).splitlines()[0]}", where=str(folder)) from error
+        raise UserError(f"no usable model config: {str(error).splitlines()[0]}", where=str(folder)) from error
 
 
 def open_source(path: str) -> Source:
@@ -95,7 +95,7 @@ def open_source(path: str) -> Source:
     if (folder / "config.json").is_file():
         return Source(folder, folder.resolve().name, folder)
     if folder.exists():
-        raise InputError("neither a finished run nor a model", where=path, cure="Name a run folder or a model folder.")
+        raise UserError("neither a finished run nor a model", where=path, cure="Name a run folder or a model folder.")
     return Source(_fetched(path), path.rpartition("/")[2], Path.cwd())
 
 
@@ -104,10 +104,10 @@ def _merged(run: Path) -> Path:
 
     merged = run / "merged"
     if not (merged / "config.json").is_file():
-        notes.print(f"The adapter is merged into {merged} first.", markup=False)
+        stderr.print(f"The adapter is merged into {merged} first.", markup=False)
         return merge_run(run, MergeOptions()).folder
     if (merged / "config.json").stat().st_mtime < (run / "adapter_model.safetensors").stat().st_mtime:
-        raise InputError(
+        raise UserError(
             "the merged model is older than the adapter",
             where=str(merged),
             cure=f"Merge again: `peftchat merge {run} --overwrite`.",
@@ -123,4 +123,4 @@ def _fetched(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"there is no such folder, and it cannot be fetched: {reason}", where=name) from error
+        raise UserError(f"there is no such folder, and it cannot be fetched: {reason}", where=name) from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.merging.shards import Checkpoint
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -46,7 +46,7 @@ def vllm_verdict(path: str) -> Verdict:
             return Verdict(None, (*reasons, f"merge it first: `peftchat merge {folder}`"))
         folder = merged
     elif not (folder / "config.json").is_file():
-        raise InputError("neither a finished run nor a model", where=path, cure="Name a run folder or a model folder.")
+        raise UserError("neither a finished run nor a model", where=path, cure="Name a run folder or a model folder.")
     reasons = tuple(_model_reasons(folder))
     name = folder.resolve().parent.name if folder.name == "merged" else folder.resolve().name
     return Verdict(None, reasons) if reasons else Verdict(_command([str(folder), "--served-model-name", name]))
@@ -111,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError("the file cannot be read", where=str(path)) from error
+        raise UserError("the file cannot be read", where=str(path)) from error
     if not isinstance(found, dict):
-        raise InputError("the file holds no JSON object", where=str(path))
+        raise UserError("the file holds no JSON object", where=str(path))
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftchat.chatml.tokens import special_tokens
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -95,7 +95,7 @@ def _tokens(
 
     by_id = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     if max(by_id) >= rows:
-        raise InputError(f"the tokenizer has the id {max(by_id)} and the model only {rows} rows", where=where)
+        raise UserError(f"the tokenizer has the id {max(by_id)} and the model only {rows} rows", where=where)
     special = special_tokens(tokenizer)
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     tokens, types = [], []
@@ -156,8 +156,8 @@ def _steps(part: dict[str, Any] | None, inner: str = "pretokenizers") -> list[di
     return list(part[inner]) if part["type"] == "Sequence" else [part]
 
 
-def _unsupported(why: str, where: str) -> InputError:
-    return InputError(
+def _unsupported(why: str, where: str) -> UserError:
+    return UserError(
         f"the tokenizer cannot be written as GGUF: {why}",
         where=where,
         cure="Convert the merged folder with llama.cpp's own convert_hf_to_gguf.py.",

@@ -2,7 +2,7 @@
 
 import difflib
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources.forms import alpaca, guanaco, messages, prompt_completion, sharegpt
 from peftchat.sources.forms.form import Fields, Form
 from peftchat.sources.oasst import form as oasst
@@ -33,7 +33,7 @@ def find_form(name: str) -> Form:
         return FORMS[name]
     nearest = difflib.get_close_matches(name, FORMS, n=1)
     hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
-    raise InputError(f"unknown format {name!r}", cure=f"{hint}Known: auto, {', '.join(FORMS)}.")
+    raise UserError(f"unknown format {name!r}", cure=f"{hint}Known: auto, {', '.join(FORMS)}.")
 
 
 def matching_form(fields: Fields) -> Form | None:

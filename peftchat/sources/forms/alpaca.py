@@ -1,7 +1,8 @@
 """Alpaca's form: `instruction`, `input`, `output`, with optional `system` and `history`."""
 
 from peftchat.conversation import Message
-from peftchat.sources.forms.turns import Fields, optional_text, row_form, text_field, type_name
+from peftchat.sources.forms.form import Fields
+from peftchat.sources.forms.turns import optional_text, row_form, text_field, type_name
 from peftchat.sources.problems import RowError
 
 

@@ -3,7 +3,8 @@
 import re
 
 from peftchat.conversation import Message, Role
-from peftchat.sources.forms.turns import Fields, row_form, text_field
+from peftchat.sources.forms.form import Fields
+from peftchat.sources.forms.turns import row_form, text_field
 
 _MARK = re.compile(r"###\s?(Human|Assistant|System):")
 _ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant", "System": "system"}

@@ -6,7 +6,8 @@ from typing import Any
 import orjson
 
 from peftchat.conversation import Message, Role
-from peftchat.sources.forms.turns import Fields, row_form, turn_list, type_name
+from peftchat.sources.forms.form import Fields
+from peftchat.sources.forms.turns import row_form, turn_list, type_name
 from peftchat.sources.problems import RowError
 
 ROLES: dict[str, Role] = {

@@ -1,8 +1,9 @@
 """Pairs: `prompt` and `completion`, and the other names in use for the two."""
 
 from peftchat.conversation import Message, Role
+from peftchat.sources.forms.form import Fields
 from peftchat.sources.forms.messages import parse_turns
-from peftchat.sources.forms.turns import Fields, optional_text, row_form, text_field, turn_list
+from peftchat.sources.forms.turns import optional_text, row_form, text_field, turn_list
 
 PAIRS = (
     ("prompt", "completion"),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 MAX_BYTES = 1_000_000
 _VENDORED = frozenset(
@@ -58,7 +58,7 @@ def locate(roots: Sequence[str], skipped: Counter[str]) -> list[SourceFile]:
         for file in _root_files(root, skipped):
             found.setdefault(file.path, file)
         if len(found) == before and not any(_inside(root, file.path) for file in found.values()):
-            raise InputError(
+            raise UserError(
                 "holds no Python file to read", where=root, cure="Name a package or a folder with .py files."
             )
     return sorted(found.values(), key=lambda file: file.module)
@@ -81,7 +81,7 @@ def _root_files(root: str, skipped: Counter[str]) -> Iterator[SourceFile]:
     elif path.is_file() and path.suffix == ".py":
         yield SourceFile(path.resolve(), _module_name(path.resolve()))
     else:
-        raise InputError(
+        raise UserError(
             "no package of this Python and no folder has this name",
             where=root,
             cure="Install the package into this environment, or give the folder of its source.",
@@ -109,7 +109,7 @@ def _find_module(dotted: str) -> Path | None:
     if spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations))).resolve()
     if spec.origin is None or not spec.origin.endswith(".py"):
-        raise InputError("is compiled, not Python source", where=dotted, cure="Name a package written in Python.")
+        raise UserError("is compiled, not Python source", where=dotted, cure="Name a package written in Python.")
     return Path(spec.origin).resolve()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peftchat import __version__
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.sources.from_code.dialogues import CodeDialogue, dialogues_about
 from peftchat.sources.from_code.survey import survey
@@ -48,11 +48,11 @@ def write_dialogues(
         InputError: a root cannot be read, nothing documented was found, or `folder` cannot be written.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError("is a file, not a folder", where=str(folder), cure="Name a folder with -o.")
+        raise UserError("is a file, not a folder", where=str(folder), cure="Name a folder with -o.")
     found = survey(roots, private=private)
     everything = list(dialogues_about(found, seed=seed))
     if not everything:
-        raise InputError(
+        raise UserError(
             f"no documented function, class or module in the {found.files} files read",
             where=", ".join(roots),
             cure="Dialogues are made from docstrings and signatures: add docstrings, or name another package.",
@@ -81,7 +81,7 @@ def write_dialogues(
         write_text(folder / "eval.jsonl", _lines(held_out))
         write_text(folder / "card.json", json.dumps(card, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
-        raise InputError(
+        raise UserError(
             f"cannot be written ({error.strerror})", where=str(folder), cure="Name another folder."
         ) from error
     return Written(folder, card)

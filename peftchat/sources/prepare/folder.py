@@ -12,7 +12,7 @@ from typing import BinaryIO, Self
 import orjson
 
 from peftchat.conversation import Conversation
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources.prepare.card import SideCount
 from peftchat.sources.problems import Problem
 
@@ -28,18 +28,18 @@ def appearing_folder(folder: Path) -> Iterator[Path]:
     """
     cure = "Give a folder that does not exist yet, or an empty one."
     if folder.is_dir() and any(folder.iterdir()):
-        raise InputError("the output folder is not empty", where=str(folder), cure=cure)
+        raise UserError("the output folder is not empty", where=str(folder), cure=cure)
     if folder.exists() and not folder.is_dir():
-        raise InputError("the output is a file, not a folder", where=str(folder), cure=cure)
+        raise UserError("the output is a file, not a folder", where=str(folder), cure=cure)
     draft = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     try:
         draft.mkdir(parents=True)
         yield draft
         draft.rename(folder)
     except OSError as error:
-        raise InputError(f"cannot write here: {error.strerror or error}", where=str(folder)) from error
+        raise UserError(f"cannot write here: {error.strerror or error}", where=str(folder)) from error
     except sqlite3.Error as error:
-        raise InputError(f"cannot write here: {error}", where=str(folder)) from error
+        raise UserError(f"cannot write here: {error}", where=str(folder)) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -10,7 +10,7 @@ import orjson
 
 from peftchat import __version__
 from peftchat.conversation import Conversation, Message
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources.fingerprint import fingerprint
 from peftchat.sources.options import ReadOptions
 from peftchat.sources.prepare.card import SKIPPED, Card, SideCount, card_text
@@ -81,7 +81,7 @@ def prepare(
             split = _write_sides(_new_only(dialogues, draft, log, progress), draft, settings, card)
         card.take(log)
         if not card.train.dialogues + card.eval.dialogues:
-            raise InputError("no dialogue is left", where=source, cure=_why_nothing(card))
+            raise UserError("no dialogue is left", where=source, cure=_why_nothing(card))
         if split is not None:
             _split_again(draft, split, card)
         card.seconds = round(time.monotonic() - started, 3)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources.problems import ProblemLog
 from peftchat.sources.readers.json_values import read_json_values
 from peftchat.sources.readers.jsonl import read_jsonl
@@ -51,18 +51,18 @@ def find_files(path: str, split: str | None = None) -> list[Path] | None:
         return [_single_file(place, split)]
     if _HUB_ID.fullmatch(path) and reader_for(place) is None:
         return None
-    raise InputError("there is no such file or folder", where=path, cure="Check the path.")
+    raise UserError("there is no such file or folder", where=path, cure="Check the path.")
 
 
 def _single_file(path: Path, split: str | None) -> Path:
     if split is not None:
         cure = "Leave `split` out, or give the folder."
-        raise InputError(f"a single file has no split {split!r}", where=str(path), cure=cure)
+        raise UserError(f"a single file has no split {split!r}", where=str(path), cure=cure)
     if reader_for(path) is None:
         endings = ", ".join(READERS)
-        raise InputError("the file's ending says nothing about its form", where=str(path), cure=f"Known: {endings}.")
+        raise UserError("the file's ending says nothing about its form", where=str(path), cure=f"Known: {endings}.")
     if path.stat().st_size == 0:
-        raise InputError("the file is empty", where=str(path), cure="Give a file with rows.")
+        raise UserError("the file is empty", where=str(path), cure="Give a file with rows.")
     return path
 
 
@@ -77,7 +77,7 @@ def _in_folder(folder: Path, split: str | None) -> list[Path]:
     ]
     if not files:
         endings = ", ".join(READERS)
-        raise InputError("the folder holds no data files", where=str(folder), cure=f"Known endings: {endings}.")
+        raise UserError("the folder holds no data files", where=str(folder), cure=f"Known endings: {endings}.")
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
@@ -88,7 +88,7 @@ def _in_folder(folder: Path, split: str | None) -> list[Path]:
     chosen = by_split.get(_SPLITS.get(wanted, wanted))
     if not chosen:
         found = ", ".join(named) or "none"
-        raise InputError(f"no file of split {wanted!r}; splits found: {found}", where=str(folder))
+        raise UserError(f"no file of split {wanted!r}; splits found: {found}", where=str(folder))
     return chosen
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources.problems import ProblemLog
 from peftchat.sources.row import Row
 
@@ -27,7 +27,7 @@ def read_hub(name: str, split: str | None, problems: ProblemLog) -> Iterator[Row
     except Exception as error:
         # `datasets` lets a dozen unrelated types through: HTTP, file system, its own.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
+        raise UserError(
             f"there is no such file or folder, and no hub data set could be opened: {reason}",
             where=f"{name} (split {split})",
             cure="Give the path of a file or folder, or check the hub id and the connection.",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources.problems import ProblemLog
 from peftchat.sources.readers import find_files, reader_for
 from peftchat.sources.row import MAX_ROW_BYTES
@@ -51,7 +51,7 @@ class Benchmark:
                         runs.setdefault(length, {}).setdefault(value, set()).add(number)
         self._runs = {length: _Table(table) for length, table in runs.items()}
         if not self._runs:
-            raise InputError(
+            raise UserError(
                 f"no text in it has {_SHORTEST} words", where=path, cure="Give a file with whole questions."
             )
 
@@ -91,7 +91,7 @@ class _Table:
 def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     files = find_files(path)
     if files is None:
-        raise InputError("a benchmark is a file or a folder of files", where=path, cure="Download it first.")
+        raise UserError("a benchmark is a file or a folder of files", where=path, cure="Download it first.")
     for file in files:
         reader = reader_for(Path(file))
         if reader is None:
@@ -100,7 +100,7 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for row in reader(Path(file), MAX_ROW_BYTES, log):
             yield row.where, row.value
         if log.first is not None:
-            raise InputError(f"a row of the benchmark cannot be read: {log.first.detail}", where=log.first.where)
+            raise UserError(f"a row of the benchmark cannot be read: {log.first.detail}", where=log.first.where)
 
 
 def _texts(value: object) -> Iterator[str]:

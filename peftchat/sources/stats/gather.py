@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftchat.conversation import Conversation
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources.fingerprint import fingerprint
 from peftchat.sources.languages import detect_language
 from peftchat.sources.problems import ProblemLog
@@ -158,7 +158,7 @@ class _Gathering:
     def _languages(self) -> LanguageCount | None:
         try:
             found = Counter(detect_language(one.messages) for one in self._sample)
-        except InputError:
+        except UserError:
             return None
         return LanguageCount(len(self._sample), dict(found.most_common()))
 

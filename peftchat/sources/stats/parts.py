@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftchat.conversation import Conversation
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 from peftchat.sources.mixing import read_entries
 from peftchat.sources.problems import ProblemLog
 from peftchat.sources.readers import find_files
@@ -78,5 +78,5 @@ def _has_split(path: str, split: str) -> bool:
     try:
         # Without a split in any name, `find_files` takes all files for None and none for a name.
         return bool(find_files(path, split))
-    except InputError:
+    except UserError:
         return False

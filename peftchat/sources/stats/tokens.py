@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from peftchat.errors import InputError
+from peftchat.errors import UserError
 
 _FILE = "tokenizer.json"
 
@@ -27,7 +27,7 @@ class FileTokenCounter:
         from tokenizers import Tokenizer
 
         if not has_tokenizer(folder):
-            raise InputError(
+            raise UserError(
                 f"the folder has no {_FILE}",
                 where=f"--tokenizer {folder}",
                 cure="Give a model's folder, or save its tokenizer there with transformers' `save_pretrained`.",
@@ -35,7 +35,7 @@ class FileTokenCounter:
         try:
             self._tokenizer: Tokenizer = Tokenizer.from_file(str(Path(folder).expanduser() / _FILE))
         except Exception as error:  # the library raises nothing narrower
-            raise InputError(f"the tokenizer cannot be read: {error}", where=f"--tokenizer {folder}") from error
+            raise UserError(f"the tokenizer cannot be read: {error}", where=f"--tokenizer {folder}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 

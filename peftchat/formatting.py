@@ -7,19 +7,19 @@ UNKNOWN = "not measured"
 """Stands wherever a run has no value."""
 
 
-def count(value: float | None) -> str:
+def format_count(value: float | None) -> str:
     """Whole number with thousands separated: `1,234,567`."""
     return UNKNOWN if value is None else f"{value:,.0f}"
 
 
-def short_count(value: float | None) -> str:
+def format_short_count(value: float | None) -> str:
     """Large number with a suffix, from ten thousand on: `26.6 k`, `4.88 M`, `15.5 B`."""
     if value is None:
         return UNKNOWN
-    return count(value) if abs(value) < 1e4 else _scaled(value, ("T", "B", "M", "k"))
+    return format_count(value) if abs(value) < 1e4 else _scaled(value, ("T", "B", "M", "k"))
 
 
-def size(value: float | None) -> str:
+def format_bytes(value: float | None) -> str:
     """Bytes in decimal units: `236 MB`, `1.27 GB`."""
     if value is None:
         return UNKNOWN
@@ -35,7 +35,7 @@ def _scaled(value: float, units: tuple[str, str, str, str]) -> str:
     return f"{value / smallest[0]:.3g} {smallest[1]}"
 
 
-def share(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
     """Fraction as percent: `63 %`, and with one decimal below ten percent: `4.2 %`."""
     if value is None:
         return UNKNOWN
@@ -43,7 +43,7 @@ def share(value: float | None) -> str:
     return f"{percent:.0f} %" if percent == 0 or abs(percent) >= 9.95 else f"{percent:.1f} %"
 
 
-def decimal(value: float | None) -> str:
+def format_decimal(value: float | None) -> str:
     """Loss, norm or rate to four significant digits, in powers of ten only where it is tiny or huge."""
     if value is None:
         return UNKNOWN
@@ -55,7 +55,7 @@ def decimal(value: float | None) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """Time in the two largest units that matter: `38 s`, `4 min 12 s`, `2 h 05 min`, `3 d 4 h`."""
     if seconds is None:
         return UNKNOWN
@@ -73,14 +73,14 @@ def duration(seconds: float | None) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def clock(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     """Time left as a clock shows it: `0:38`, `4:12`, `2:05:00`."""
     whole = max(0, round(seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def moment(iso: str | None) -> str:
+def format_time(iso: str | None) -> str:
     """An ISO time to the minute, as `2026-01-14 10:06 UTC`; text of any other form as it is."""
     if iso is None:
         return UNKNOWN

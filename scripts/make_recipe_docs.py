@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from peftchat.recipe.json_schema import SCHEMA_FILE, schema_text
-from peftchat.recipe.reference import manual
+from peftchat.recipe.reference import SCHEMA_FILE, manual, schema_text
 
 MANUAL = Path(__file__).parent.parent / "docs" / "recipe.md"
 

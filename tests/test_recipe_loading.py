@@ -298,7 +298,7 @@ def test_a_path_is_found_beside_the_recipe_unless_it_is_here(write: Write) -> No
 
 
 def test_a_tracker_must_be_installed_to_train(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftchat.recipe.rules.find_spec", lambda name: None)
+    monkeypatch.setattr("peftchat.recipe.validation.find_spec", lambda name: None)
     path = write(GOOD)
     message = error_of(path, "training.report_to=mlflow")
     assert message.startswith("--set training.report_to: the package `mlflow` is not installed. Run `pip install")

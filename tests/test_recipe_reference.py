@@ -13,11 +13,9 @@ from click.testing import CliRunner
 from peftchat.cli.init import command
 from peftchat.errors import UserError
 from peftchat.recipe import Recipe, TrainingSection, load_recipe, training_arguments
-from peftchat.recipe.foreign import REFUSED, RENAMED
-from peftchat.recipe.json_schema import SCHEMA_FILE, schema_text
-from peftchat.recipe.problems import all_keys, section_of
-from peftchat.recipe.reference import manual
-from peftchat.recipe.training import OWN_KEYS
+from peftchat.recipe.error_messages import RENAMED, UNSUPPORTED_KEYS, all_keys, section_of
+from peftchat.recipe.reference import SCHEMA_FILE, manual, schema_text
+from peftchat.recipe.schema import OWN_KEYS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -70,7 +68,7 @@ def test_every_training_argument_is_a_key_or_explained() -> None:
     transformers = pytest.importorskip("transformers")
     names = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     assert set(TrainingSection.model_fields) - set(OWN_KEYS) <= names
-    assert names <= set(TrainingSection.model_fields) | set(RENAMED) | set(REFUSED)
+    assert names <= set(TrainingSection.model_fields) | set(RENAMED) | set(UNSUPPORTED_KEYS)
 
 
 def test_training_arguments_are_accepted_as_they_are(tmp_path: Path) -> None:
@@ -84,7 +82,7 @@ def test_training_arguments_are_accepted_as_they_are(tmp_path: Path) -> None:
 def test_names_from_elsewhere_lead_to_keys_that_exist() -> None:
     known = {f"{home}.{name}".lstrip(".") for name, homes in all_keys().items() for home in homes}
     assert set(RENAMED.values()) <= known
-    assert not (set(RENAMED) | set(REFUSED)) & set(TrainingSection.model_fields)
+    assert not (set(RENAMED) | set(UNSUPPORTED_KEYS)) & set(TrainingSection.model_fields)
 
 
 def test_the_schema_judges_recipes_as_the_loader_does() -> None:

@@ -9,7 +9,7 @@ from training_helpers import config_for
 from transformers import AutoModelForCausalLM
 
 from peftchat.models.facts import model_facts
-from peftchat.recipe.adapter import section_of_variant
+from peftchat.recipe.schema import validate_adapter
 from peftchat.variants import VARIANTS, entry
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi", "gpt2", "gpt_bigcode", "falcon", "opt", "gpt_neox")
@@ -23,7 +23,7 @@ def wrapped(family: str, **section: Any) -> tuple[Any, list[str]]:
     model = AutoModelForCausalLM.from_config(config_for(family, 64))
     variant = entry(section["variant"])
     assert variant.build is not None
-    config = variant.build(section_of_variant(section), model_facts(model))
+    config = variant.build(validate_adapter(section), model_facts(model))
     config.task_type = "CAUSAL_LM"
     model = get_peft_model(model, config)
     names = [name for name, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)]

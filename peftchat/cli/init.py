@@ -7,7 +7,7 @@ import click
 
 from peftchat.console import stderr
 from peftchat.errors import UserError
-from peftchat.recipe.choices import Method
+from peftchat.recipe.sections import Method
 
 
 @click.command()
@@ -37,7 +37,7 @@ def command(method: str, model: str | None, data: str | None, target: Path) -> N
         peftchat init --method qlora --model HuggingFaceTB/SmolLM2-135M --data dialogues.jsonl
         peftchat train recipe.yaml --dry-run
     """
-    from peftchat.recipe.starter import starting_recipe
+    from peftchat.recipe.reference import starting_recipe
 
     text = starting_recipe(cast("Method", method), target, model=model, data=data)
     try:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from peftchat.errors import UserError
-from peftchat.recipe.document import parse_yaml, plain
+from peftchat.recipe.document import parse_yaml, to_plain
 from peftchat.variants import ADAPTERS, entry, proper_name
 
 Settings = Mapping[str, Any]
@@ -66,7 +66,7 @@ def parse_axis(flag: str) -> Axis:
         raise UserError("not of the form KEY=VALUE[,VALUE...]", where=f"--set {flag}", cure=cure)
     if key in _DECIDED_HERE:
         raise UserError("this key is not for `--set` here", where=where, cure=f"Use {_DECIDED_HERE[key]}.")
-    values, _ = plain(parse_yaml(f"[{text}]", where), where)
+    values, _ = to_plain(parse_yaml(f"[{text}]", where), where)
     if not values:
         raise UserError("no value is given", where=where)
     if len(values) > 1 and key in ("training.learning_rate", "training.seed"):

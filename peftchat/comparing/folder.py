@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe, load_recipe
-from peftchat.recipe.document import parse_yaml, plain
+from peftchat.recipe.document import parse_yaml, to_plain
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
@@ -105,7 +105,7 @@ def _check_same(file: Path, text: str) -> None:
 
 def _flat(text: str) -> dict[str, Any]:
     """The values of a recipe's YAML by dotted key."""
-    values, _ = plain(parse_yaml(text, "recipe"), "recipe")
+    values, _ = to_plain(parse_yaml(text, "recipe"), "recipe")
     flat: dict[str, Any] = {}
     for section, held in values.items():
         flat |= (

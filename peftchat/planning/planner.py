@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from peftchat.recipe import Recipe
-    from peftchat.recipe.choices import Method
+    from peftchat.recipe.sections import Method
 
 
 class Planner:

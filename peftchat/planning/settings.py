@@ -10,7 +10,7 @@ from peftchat.training.placement import held_dtype, is_sharded
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
-    from peftchat.recipe.choices import Dtype, Method, Offload, Optimizer
+    from peftchat.recipe.sections import Dtype, Method, Offload, Optimizer
     from peftchat.training.placement import Strategy
 
 Device = Literal["cuda", "cpu"]

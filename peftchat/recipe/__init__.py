@@ -1,8 +1,7 @@
 """What the user asks for: the typed recipe, how it is read, and what is said when it is wrong."""
 
-from peftchat.recipe.dump import dump_recipe, training_arguments
 from peftchat.recipe.load import LoadedRecipe, load_recipe
-from peftchat.recipe.schema import Recipe
+from peftchat.recipe.schema import Recipe, TrainingSection
 from peftchat.recipe.sections import (
     ChatSection,
     DataEntry,
@@ -11,7 +10,7 @@ from peftchat.recipe.sections import (
     ModelSection,
     QuantizationSection,
 )
-from peftchat.recipe.training import TrainingSection
+from peftchat.recipe.validation import dump_recipe, training_arguments
 from peftchat.variants.options import AdapterSection
 
 __all__ = [

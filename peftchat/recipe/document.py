@@ -21,7 +21,7 @@ DEEPEST = 100
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """Where a value was written: a line of a file, or a `--set` flag (`file` is None).
 
     `layer` tells what lies on top: 0 is the recipe, 1 the flags over it, -1 what it extends, and so on down.
@@ -50,9 +50,9 @@ class Document:
     """Plain values and their places, under construction: files and flags are merged into it."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[Keys, Place] = field(default_factory=dict)
+    places: dict[Keys, SourceLocation] = field(default_factory=dict)
 
-    def place(self, keys: Keys) -> Place:
+    def place(self, keys: Keys) -> SourceLocation:
         """The place of a value, or of the nearest thing around it that was written anywhere."""
         for length in range(len(keys), 0, -1):
             if keys[:length] in self.places:
@@ -131,12 +131,12 @@ class _Reader:
         self.name = name
         self.file = file
         self.layer = layer
-        self.places: dict[Keys, Place] = {}
+        self.places: dict[Keys, SourceLocation] = {}
         self.seen = 0
 
     def read(self, node: Any, keys: Keys, line: int | None) -> Any:
         self.seen += 1
-        place = Place(self.name, line, self.file, self.layer)
+        place = SourceLocation(self.name, line, self.file, self.layer)
         if self.seen > MOST_VALUES or len(keys) > DEEPEST:
             raise UserError(
                 "holds more values, or deeper ones, than any recipe", where=place.label, cure="Check its aliases."
@@ -157,14 +157,14 @@ class _Reader:
         known: Mapping[Any, list[int]] = node.lc.data or {}
         return known[key][0] + 1 if key in known and self.file is not None else around
 
-    def scalar(self, node: Any, place: Place, keys: Keys) -> str | int | float | bool | None:
+    def scalar(self, node: Any, place: SourceLocation, keys: Keys) -> str | int | float | bool | None:
         if node is None or type(node) is bool:
             return node
         if isinstance(node, ScalarBoolean):  # a boolean with an anchor, which ruamel derives from int
             return bool(node)
-        for plain in (str, int, float):
-            if isinstance(node, plain):
-                return plain(node)
+        for to_plain in (str, int, float):
+            if isinstance(node, to_plain):
+                return to_plain(node)
         raise UserError(
             f"holds {_kind(node)}, which no key takes",
             where=place.of(keys),
@@ -177,9 +177,9 @@ def _kind(node: Any) -> str:
     return f"a value tagged `{tag.value}`" if tag is not None and tag.value else "a date or other special value"
 
 
-def plain(
+def to_plain(
     node: Any, name: str, *, keys: Keys = (), file: Path | None = None, layer: int = 0
-) -> tuple[Any, dict[Keys, Place]]:
+) -> tuple[Any, dict[Keys, SourceLocation]]:
     """Plain Python values for what `parse_yaml` returned, and the place of each.
 
     Args:
@@ -192,3 +192,138 @@ def plain(
     reader = _Reader(name, file, layer)
     values = reader.read(node, keys, None)
     return values, reader.places
+
+
+LOCAL_MARKS = ("/", "./", "../", "~")
+"""Beginnings that no hub id has."""
+
+
+def path_keys(values: dict[str, Any]) -> Iterator[Keys]:
+    """The keys in `values` that can hold a local path, whether or not they do; `output_dir` aside."""
+    if isinstance(values.get("model"), dict):
+        yield ("model", "name")
+    if isinstance(values.get("distributed"), dict):
+        yield ("distributed", "deepspeed_config")
+    data = values.get("data")
+    for kind in ("train", "eval"):
+        entries = data.get(kind) if isinstance(data, dict) else None
+        for at, entry in enumerate(entries if isinstance(entries, list) else []):
+            if isinstance(entry, dict):
+                yield ("data", kind, at, "path")
+
+
+def _holder(values: dict[str, Any], keys: Keys) -> dict[str, Any]:
+    holder: Any = values
+    for key in keys[:-1]:
+        holder = holder[key]
+    found: dict[str, Any] = holder
+    return found
+
+
+def find_beside_recipe(document: Document) -> None:
+    """Paths are relative to the current folder; one that is not there, but is beside its recipe, becomes that."""
+    for keys in path_keys(document.values):
+        holder, key = _holder(document.values, keys), str(keys[-1])
+        value, file = holder.get(key), document.place(keys).file
+        if not isinstance(value, str) or not value or file is None or exists(value):
+            continue
+        if exists(str(beside := file.parent / value)):
+            holder[key] = str(beside)
+
+
+def make_absolute(values: dict[str, Any]) -> None:
+    """Replace local paths in the plain values of a recipe by absolute ones; hub ids stay."""
+    for keys in path_keys(values):
+        holder, key = _holder(values, keys), str(keys[-1])
+        value = holder.get(key)
+        if isinstance(value, str) and (value.startswith(LOCAL_MARKS) or exists(value)):
+            holder[key] = str(Path(value).expanduser().absolute())
+    values["output_dir"] = str(Path(values["output_dir"]).expanduser().absolute())
+
+
+def exists(value: str) -> bool:
+    """Whether `value` is the path of something here; a text that cannot be a path is not."""
+    try:
+        return Path(value).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def merge_recipes(base: Document, over: Document) -> Document:
+    """`base` with the values and places of `over` on top. Lists are replaced, not joined."""
+    merged = Document(dict(base.values), dict(base.places))
+    _lay(merged, merged.values, over, over.values, ())
+    merged.places[()] = over.places[()]
+    return merged
+
+
+def _lay(merged: Document, into: dict[str, Any], over: Document, values: dict[str, Any], keys: Keys) -> None:
+    for key, value in values.items():
+        here = (*keys, key)
+        below = into.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            into[key] = dict(below)
+            merged.places[here] = over.places[here]
+            _lay(merged, into[key], over, value, here)
+            continue
+        merged.forget(here)
+        into[key] = value
+        merged.places |= {known: place for known, place in over.places.items() if known[: len(here)] == here}
+
+
+def apply_override(document: Document, flag: str) -> None:
+    """Put the value of one `--set` flag into `document`.
+
+    Args:
+        document: changed in place.
+        flag: `a.b.c=YAML`; a whole number steps into a list (`data.train.0.path=x`).
+
+    Raises:
+        InputError: the flag is not of that form, its value is not YAML, or its path leads nowhere.
+    """
+    path, equals, text = flag.partition("=")
+    path = path.strip()
+    where = f"--set {path}"
+    steps = path.split(".")
+    if not equals or not all(steps):
+        raise UserError(
+            "not of the form KEY=VALUE",
+            where=f"--set {flag}",
+            cure="Write for example `--set training.learning_rate=1e-4`.",
+        )
+    if steps[0] == "extends":
+        raise UserError("`extends` can only stand in a file", where=where, cure="Pass that file instead.")
+    keys, holder = _descend(document, steps, where)
+    document.forget(keys)
+    value, places = to_plain(parse_yaml(text, where), where, keys=keys, layer=1)
+    holder[keys[-1]] = value
+    document.places |= places
+
+
+def _descend(document: Document, steps: list[str], where: str) -> tuple[Keys, Any]:
+    """The keys that the steps stand for, and the mapping or list that holds the last of them."""
+    keys: Keys = ()
+    holder: Any = document.values
+    for position, step in enumerate(steps):
+        key: str | int = step
+        if isinstance(holder, list):
+            key = _index(step, holder, keys, where)
+        elif not isinstance(holder, dict):
+            raise UserError(f"`{dotted(keys)}` holds a single value, not keys", where=where)
+        keys = (*keys, key)
+        if position == len(steps) - 1:
+            break
+        if isinstance(holder, dict) and holder.get(step) is None:
+            holder[step] = {}
+        holder = holder[key]
+    return keys, holder
+
+
+def _index(step: str, holder: list[Any], keys: Keys, where: str) -> int:
+    if step.isdecimal() and int(step) < len(holder):
+        return int(step)
+    raise UserError(
+        f"`{dotted(keys)}` is a list of {len(holder)}, and `{step}` is none of its places",
+        where=where,
+        cure=f"Use a number from 0 to {len(holder) - 1}, or set the whole list.",
+    )

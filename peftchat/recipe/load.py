@@ -7,16 +7,17 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from peftchat.errors import UserError
-from peftchat.recipe.adapter import drop_settings_of_other_variants
-from peftchat.recipe.conflicts import conflict_problems, find_conflicts, settle
-from peftchat.recipe.deepspeed_file import deepspeed_problems
-from peftchat.recipe.document import Document, parse_yaml, plain
-from peftchat.recipe.merge import merge
-from peftchat.recipe.overrides import apply_override
-from peftchat.recipe.paths import find_beside_recipe
-from peftchat.recipe.problems import refuse, schema_problems
-from peftchat.recipe.rules import impossible, missing_here
-from peftchat.recipe.schema import Recipe
+from peftchat.recipe.document import Document, apply_override, find_beside_recipe, merge_recipes, parse_yaml, to_plain
+from peftchat.recipe.error_messages import refuse, schema_problems
+from peftchat.recipe.schema import Recipe, drop_settings_of_other_variants
+from peftchat.recipe.validation import (
+    conflict_problems,
+    deepspeed_problems,
+    find_conflicts,
+    invalid_combinations,
+    missing_dependencies,
+    resolve_defaults,
+)
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, to_train: bool = T
     find_beside_recipe(document)
     drop_settings_of_other_variants(document)
     recipe = _settle(document, str(path))
-    problems = list(impossible(recipe))
+    problems = list(invalid_combinations(recipe))
     if to_train:
-        problems += [*missing_here(recipe), *deepspeed_problems(recipe)]
+        problems += [*missing_dependencies(recipe), *deepspeed_problems(recipe)]
     refuse(problems, document, str(path))
     return LoadedRecipe(recipe, Path(path), document)
 
@@ -61,7 +62,7 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Document:
     """The document at `path`, laid over what it extends."""
     name = str(path)
     text = _read_text(path)
-    values, places = plain(parse_yaml(text, name), name, file=path, layer=-len(extending))
+    values, places = to_plain(parse_yaml(text, name), name, file=path, layer=-len(extending))
     if values is None:
         raise UserError("the recipe is empty", where=name, cure="`peftchat init` writes one to start from.")
     if not isinstance(values, dict):
@@ -83,7 +84,7 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Document:
         raise UserError(f"`{base}` extends this recipe in turn", where=where, cure="Break the circle.")
     if not target.exists():
         raise UserError(f"`{base}` does not exist", where=where, cure=f"The path is taken from {path.parent or '.'}.")
-    return merge(_read(target, chain), document)
+    return merge_recipes(_read(target, chain), document)
 
 
 def _read_text(path: Path) -> str:
@@ -107,7 +108,7 @@ def _settle(document: Document, name: str) -> Recipe:
     while True:
         recipe = _validate(document, name)
         conflicts = [found for found in find_conflicts(recipe) if document.value(found.keys) is not None]
-        if not settle(document, conflicts):
+        if not resolve_defaults(document, conflicts):
             refuse(conflict_problems(conflicts), document, name)
             return recipe
 

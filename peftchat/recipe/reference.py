@@ -1,15 +1,18 @@
 """Every key of a recipe as a row (type, default, meaning): for the manual, and for a first recipe to fill in."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from peftchat.recipe.problems import section_of
-from peftchat.recipe.schema import Recipe
-from peftchat.recipe.sections import DataEntry
+from peftchat.recipe.error_messages import section_of
+from peftchat.recipe.schema import LEARNING_RATES, Recipe
+from peftchat.recipe.sections import DataEntry, Method
 from peftchat.strict_model import StrictModel
 from peftchat.variants import VARIANTS, AdapterSection
 from peftchat.variants.low_rank import LoraSection
@@ -164,3 +167,170 @@ work is an error before anything is loaded; all errors are told at once, each wi
 - Editors with a YAML language server complete and check recipes whose first line is
   `# yaml-language-server: $schema=` and the path of `peftchat/recipe/recipe.schema.json`.
 """
+
+
+SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
+"""The schema as shipped; a recipe names it in its first line."""
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The schema of a recipe file, which may extend another and then lack what that one has."""
+    schema = Recipe.model_json_schema()
+    sections: dict[str, Any] = schema["$defs"]
+    sections |= _adapter_sections()
+    needed = {name: sections[name].pop("required") for name in ("ModelSection", "DataSection")}
+    for part in (schema, *sections.values()):
+        for key, value in part.get("properties", {}).items():
+            part["properties"][key] = _or_null(_without_titles(value))
+        part.pop("title", None)
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "Another recipe, relative to this file, whose keys hold where this one has none.",
+    }
+    schema["if"] = {"not": {"required": ["extends"]}}
+    schema["then"] = {
+        "required": schema.pop("required"),
+        "properties": {
+            "model": {"required": needed["ModelSection"]},
+            "data": {"required": needed["DataSection"]},
+        },
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "peftchat recipe",
+        **schema,
+    }
+
+
+def _adapter_sections() -> dict[str, Any]:
+    """The `adapter` section, whose keys depend on its variant, and a section for each variant."""
+    sections: dict[str, Any] = {}
+    choices: list[dict[str, Any]] = []
+    for variant in VARIANTS.values():
+        if variant.options is None:
+            continue
+        name = variant.options.__name__
+        sections[name] = variant.options.model_json_schema()
+        sections[name]["properties"]["variant"] = {"enum": [variant.name, *variant.aliases], "type": "string"}
+        is_this = {"properties": {"variant": {"enum": [variant.name, *variant.aliases]}}, "required": ["variant"]}
+        choices.append({"if": is_this, "then": {"$ref": f"#/$defs/{name}"}})
+    # A recipe that extends another may leave the variant to that one.
+    homes: dict[str, list[dict[str, str]]] = {}
+    for name, section in sections.items():
+        for key in section["properties"]:
+            homes.setdefault(key, []).append({"$ref": f"#/$defs/{name}/properties/{key}"})
+    any_key = {"properties": {key: {"anyOf": home} for key, home in homes.items()}, "additionalProperties": False}
+    unnamed = {"if": {"not": {"required": ["variant"]}}, "then": any_key}
+    names = [name for variant in VARIANTS.values() if variant.options for name in (variant.name, *variant.aliases)]
+    kinds = {"enum": names, "type": "string", "default": "lora", "description": _meaning_of_variant()}
+    whole = {
+        "description": AdapterSection.__doc__,
+        "type": "object",
+        "properties": {"variant": kinds},
+        "allOf": [*choices, unnamed],
+    }
+    return {**sections, "AdapterSection": whole}
+
+
+def _meaning_of_variant() -> str:
+    return AdapterSection.model_fields["variant"].description or ""
+
+
+def _without_titles(value: dict[str, Any]) -> dict[str, Any]:
+    # The default of a whole section would repeat the defaults of all its keys.
+    section_default = "$ref" in value
+    return {key: part for key, part in value.items() if key != "title" and not (key == "default" and section_default)}
+
+
+def _or_null(value: dict[str, Any]) -> dict[str, Any]:
+    """Any key may hold null, which stands for its default."""
+    if {"type": "null"} in value.get("anyOf", []):
+        return value
+    notes: dict[str, Any] = {key: value.pop(key) for key in ("description", "default", "examples") if key in value}
+    return {**notes, "anyOf": [value, {"type": "null"}]}
+
+
+def schema_text() -> str:
+    """The schema as it stands in SCHEMA_FILE."""
+    return json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+_WIDTH = 100
+
+_ALWAYS = {
+    "model": ("name",),
+    "adapter": ("r", "alpha"),
+    "quantization": ("bits",),
+    "chat": ("template", "system", "loss_on"),
+    "data": ("train", "eval_fraction", "max_length"),
+    "training": (
+        "learning_rate",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    ),
+}
+"""The keys that are written out; all others stand as comments with their defaults."""
+
+_SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
+    "full": (),
+    "lora": ("adapter",),
+    "qlora": ("adapter", "quantization"),
+}
+
+
+def starting_recipe(method: Method, target: Path, *, model: str | None = None, data: str | None = None) -> str:
+    """The text of a commented recipe for `method`.
+
+    Args:
+        method: what is to be trained.
+        target: where the recipe will lie, for the command in its first lines.
+        model: folder or hub id of the base model; left to be filled in where it is None.
+        data: file, folder or hub id of the dialogues; left to be filled in where it is None.
+    """
+    values = {
+        "method": method,
+        "output_dir": json.dumps(f"runs/{target.stem}", ensure_ascii=False),
+        "model.name": "" if model is None else json.dumps(model, ensure_ascii=False),
+        "data.train": "" if data is None else f"[{{path: {json.dumps(data, ensure_ascii=False)}}}]",
+        "data.eval_fraction": "0.05",
+        "training.learning_rate": f"{LEARNING_RATES[method]:.0e}".replace("e-0", "e-"),
+    }
+    lines = [
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
+        "#",
+        f"#     peftchat train {target}",
+        "#",
+        "# Keys that are commented out show their defaults. Check before training: `--dry-run`.",
+    ]
+    top, *others = sections()
+    for section in (top, *others):
+        if section.name in ("adapter", "quantization") and section.name not in _SECTIONS_OF[method]:
+            continue
+        lines += ["", *_starter_section(section, values)]
+    return "\n".join(lines) + "\n"
+
+
+def _starter_section(section: SectionRows, values: Mapping[str, str]) -> Iterator[str]:
+    indent = "  " if section.name else ""
+    if section.name:
+        yield from _comment(section.meaning, "")
+        yield f"{section.name}:"
+    for row in section.keys:
+        yield from _comment(row.meaning, indent)
+        yield from _key(row, section.name, values, indent)
+
+
+def _key(row: KeyRow, section: str, values: Mapping[str, str], indent: str) -> Iterator[str]:
+    value = values.get(f"{section}.{row.name}" if section else row.name, row.default)
+    if section and row.name not in _ALWAYS.get(section, ()):
+        yield f"{indent}# {row.name}: {value}"
+    elif value:
+        yield f"{indent}{row.name}: {value}"
+    else:
+        yield f"{indent}{row.name}:  # to be filled in"
+
+
+def _comment(text: str, indent: str) -> Iterator[str]:
+    for line in wrap(text, _WIDTH - len(indent) - 2):
+        yield f"{indent}# {line}"

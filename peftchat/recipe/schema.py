@@ -1,16 +1,211 @@
-"""The recipe: everything a run is asked to do, as one frozen, strictly typed object."""
+"""The `adapter` section: each variant takes settings of its own."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, WithJsonSchema, create_model, model_validator
 
-from peftchat.recipe.adapter import section_of_variant
-from peftchat.recipe.choices import Method
-from peftchat.recipe.sections import ChatSection, DataSection, DistributedSection, ModelSection, QuantizationSection
-from peftchat.recipe.training import LEARNING_RATES, TrainingSection
+from peftchat.recipe.document import Document
+from peftchat.recipe.sections import (
+    REPORTERS,
+    ChatSection,
+    DataSection,
+    DistributedSection,
+    EvalStrategy,
+    Method,
+    ModelSection,
+    Optimizer,
+    QuantizationSection,
+    Reporter,
+    SaveStrategy,
+    Schedule,
+)
 from peftchat.strict_model import StrictModel
-from peftchat.variants import VARIANTS, AdapterSection, Variant, proper_name
+from peftchat.variants import ADAPTERS, VARIANTS, AdapterSection, Variant, proper_name
+from peftchat.variants.options import NOT_INHERITED
+
+_AnyName: Any = Literal[ADAPTERS]
+_Named: type[BaseModel] = create_model("_Named", variant=(_AnyName, ...))
+
+
+def options_of(variant: object) -> type[AdapterSection] | None:
+    """The section of a variant that a recipe names; None for a name that is no adapter's."""
+    known = VARIANTS.get(proper_name(variant)) if isinstance(variant, str) else None
+    return None if known is None else known.options
+
+
+def validate_adapter(given: Any) -> Any:
+    """Check an `adapter` section by the settings of the variant that it names."""
+    if not isinstance(given, Mapping):
+        return given
+    name = "lora" if given.get("variant") is None else given["variant"]
+    options = options_of(name)
+    if options is None:
+        _Named.model_validate({"variant": name})  # raises, and lists the names there are
+    assert options is not None
+    return options.model_validate({**given, "variant": proper_name(name)})
+
+
+def drop_settings_of_other_variants(document: Document) -> None:
+    """Let a variant that was laid on top of a recipe win over the settings below it that it does not take.
+
+    A number that every variant counts in its own way, such as the rank of a shared random matrix, is not taken over
+    either.
+    """
+    options = options_of(document.value(("adapter", "variant")))
+    layer = document.layer(("adapter", "variant"))
+    section = document.value(("adapter",))
+    if options is None or layer is None or not isinstance(section, dict):
+        return
+    for key in [key for key in section if key != "variant"]:
+        own = document.layer(("adapter", key))
+        if own is not None and own < layer and not _taken_over(options, key):
+            document.remove(("adapter", key))
+
+
+def _taken_over(options: type[AdapterSection], key: str) -> bool:
+    info = options.model_fields.get(key)
+    if info is None:
+        # A key that no variant knows is a mistake, and stays to be told.
+        return not any(variant.options and key in variant.options.model_fields for variant in VARIANTS.values())
+    extra = info.json_schema_extra
+    return not (isinstance(extra, dict) and extra.get(NOT_INHERITED))
+
+
+LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+"""The learning rate of each method where the recipe gives none."""
+
+OWN_KEYS = ("max_tokens", "max_minutes", "rows_per_step", "torch_compile")
+"""The keys that transformers does not know, or that are not left to it."""
+
+
+def _reporter_list(value: object) -> object:
+    """Accept one name, a list of names, or `none`."""
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, list | tuple):
+        return () if list(names) == ["none"] else tuple(names)
+    return value
+
+
+_REPORTERS_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            {"enum": ["none", *REPORTERS], "type": "string"},
+            {"items": {"enum": list(REPORTERS), "type": "string"}, "type": "array"},
+        ]
+    }
+)
+
+
+class TrainingSection(StrictModel):
+    """Optimisation, evaluation, checkpoints and logging, by the names of transformers' TrainingArguments."""
+
+    learning_rate: float = Field(
+        LEARNING_RATES["lora"],
+        gt=0,
+        description="Peak learning rate. Without it: 2e-5 for `full`, otherwise the variant's (`peftchat variants`).",
+        json_schema_extra={"x-default-text": "2e-5 (full), 2e-4 (lora), or the variant's"},
+    )
+    max_steps: int = Field(
+        -1, description="Stop after this many optimizer steps; beats `num_train_epochs`. -1 trains by epochs."
+    )
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Also stop after this many tokens, padding not counted. The learning rate then follows the share "
+        "that is used up.",
+    )
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Also stop after so many minutes of training; evaluating and saving do not count. The learning "
+        "rate then follows the share that is used up.",
+    )
+    rows_per_step: int | None = Field(
+        None,
+        ge=1,
+        description="Rows (packs, with `data.packing`) in one optimizer step of all processes together. Given instead "
+        "of the next key and `gradient_accumulation_steps`, which then follow from memory and a token budget.",
+    )
+    per_device_train_batch_size: int = Field(
+        2, ge=1, description="Rows (packs, with `data.packing`) in one forward pass of one process."
+    )
+    per_device_eval_batch_size: int = Field(2, ge=1, description="The same for evaluation.")
+    gradient_accumulation_steps: int = Field(
+        4, ge=1, description="Forward passes in an optimizer step. The update is that of the larger batch."
+    )
+    lr_scheduler_type: Schedule = Field("cosine", description="How the learning rate moves after the warm-up.")
+    lr_scheduler_kwargs: dict[str, Any] | None = Field(
+        None, description="The schedule's own options, such as `{min_lr_rate: 0.1}` for `cosine_with_min_lr`."
+    )
+    warmup_steps: float = Field(
+        0.03,
+        ge=0,
+        description="Steps in which the learning rate rises from zero. Below 1 it is a share of all steps.",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decay of the trained weights; biases and norms are exempt.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm. 0 clips nothing.")
+    optim: Optimizer = Field(
+        "adamw_torch_fused",
+        description="The optimizer. 8-bit and paged ones come from bitsandbytes and want a GPU.",
+    )
+    optim_args: str | None = Field(None, description="The optimizer's own options, as `name=value,name=value`.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's decay of the mean of gradients.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's decay of the mean of squared gradients.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's guard against division by zero.")
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Recompute activations in the backward pass: much less memory, about a third more time. Without "
+        "it: only if the run would not fit otherwise, by the estimate of `peftchat plan`.",
+    )
+    gradient_checkpointing_kwargs: dict[str, Any] | None = Field(
+        None, description="Options of `torch.utils.checkpoint`, such as `{use_reentrant: false}`."
+    )
+    torch_compile: bool | None = Field(
+        None,
+        description="Compile the model's layers: faster steps and less memory, after a wait of some seconds at the "
+        "start. Without it: on a CPU with a C++ compiler if the run is long.",
+    )
+    seed: int = Field(42, ge=0, description="Seed of adapter weights, dropout, and the split by `data.eval_fraction`.")
+    data_seed: int | None = Field(None, ge=0, description="Seed of the order of rows. Without it `seed` is used.")
+    save_strategy: SaveStrategy = Field(
+        "steps",
+        description="When to write a checkpoint that `--resume` can go on from. The final model is always saved.",
+    )
+    save_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints (`save_strategy: steps`).")
+    save_total_limit: int = Field(
+        2, ge=1, description="Checkpoints kept; the oldest goes first. Write a large number to keep all."
+    )
+    eval_strategy: EvalStrategy = Field(
+        "epoch",
+        description="When to evaluate on the held-out rows. Giving `eval_steps` alone means `steps`.",
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between evaluations. Without it `logging_steps` is used."
+    )
+    eval_on_start: bool = Field(True, description="Evaluate before the first step, to have a figure to compare with.")
+    logging_steps: int = Field(10, ge=1, description="Optimizer steps between lines of `metrics.jsonl`.")
+    report_to: Annotated[tuple[Reporter, ...], BeforeValidator(_reporter_list), _REPORTERS_SCHEMA] = Field(
+        (), description="Experiment trackers to report to, one or a list. Each needs its package."
+    )
+    run_name: str | None = Field(
+        None, min_length=1, description="The run's name in the trackers. Without it the output folder's name."
+    )
+    dataloader_num_workers: int = Field(
+        0,
+        ge=0,
+        description="Extra processes that prepare batches. Rows are encoded beforehand, so 0 rarely waits.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eval_steps_mean_steps(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        if given.get("eval_steps") is not None and given.get("eval_strategy") is None:
+            return {**given, "eval_strategy": "steps"}
+        return given
 
 
 class Recipe(StrictModel):
@@ -21,7 +216,7 @@ class Recipe(StrictModel):
         description="What is trained: all weights (`full`), an adapter (`lora`), or an adapter on a "
         "quantised base (`qlora`)."
     )
-    adapter: Annotated[SerializeAsAny[AdapterSection], BeforeValidator(section_of_variant)] | None = Field(
+    adapter: Annotated[SerializeAsAny[AdapterSection], BeforeValidator(validate_adapter)] | None = Field(
         None, description="The adapter that is trained beside the frozen base (methods `lora` and `qlora`)."
     )
     quantization: QuantizationSection | None = Field(None, description="The quantised base, for `qlora`.")

@@ -11,7 +11,7 @@ from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
-    from peftchat.recipe.choices import Dtype, Method
+    from peftchat.recipe.sections import Dtype, Method
 
 Strategy = Literal["single", "ddp", "zero2", "zero3"]
 Launcher = Literal["none", "elastic", "environment"]

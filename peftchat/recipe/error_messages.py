@@ -1,4 +1,4 @@
-"""What pydantic found, told by file, line and key, in words that say what to write instead."""
+"""Names that people know from elsewhere and that are no keys of a recipe, each with what to write instead."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,167 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from peftchat.errors import UserError
-from peftchat.recipe.adapter import options_of
 from peftchat.recipe.document import Document, Keys, dotted
-from peftchat.recipe.foreign import REFUSED, RENAMED
-from peftchat.recipe.schema import Recipe
+from peftchat.recipe.schema import Recipe, options_of
 from peftchat.strict_model import StrictModel
 from peftchat.variants import VARIANTS
+
+RENAMED: Mapping[str, str] = {
+    "evaluation_strategy": "training.eval_strategy",
+    "num_epochs": "training.num_train_epochs",
+    "epochs": "training.num_train_epochs",
+    "n_epochs": "training.num_train_epochs",
+    "lr": "training.learning_rate",
+    "batch_size": "training.per_device_train_batch_size",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "per_gpu_train_batch_size": "training.per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
+    "lr_scheduler": "training.lr_scheduler_type",
+    "optimizer": "training.optim",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "activation_checkpointing_kwargs": "training.gradient_checkpointing_kwargs",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "block_size": "data.max_length",
+    "sample_packing": "data.packing",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train",
+    "val_set_size": "data.eval_fraction",
+    "max_samples": "data.max_train_rows",
+    "max_train_samples": "data.max_train_rows",
+    "max_eval_samples": "data.max_eval_rows",
+    "base_model": "model.name",
+    "model_name_or_path": "model.name",
+    "model_id": "model.name",
+    "model_revision": "model.revision",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "finetuning_type": "method",
+    "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target": "adapter.target_modules",
+    "lora_target_modules": "adapter.target_modules",
+    "bnb_4bit_quant_type": "quantization.type",
+    "bnb_4bit_use_double_quant": "quantization.double",
+    "chat_template": "chat.template",
+    "system_prompt": "chat.system",
+    "num_processes": "distributed.processes",
+    "num_gpus": "distributed.processes",
+    "num_machines": "distributed.nodes",
+    "deepspeed": "distributed.deepspeed_config",
+}
+"""Another tool's or an older version's name -> ours."""
+
+_DTYPE = "`model.dtype` decides the number type of the run."
+_LOSS = "peftchat computes its own loss, on the learned positions only, which does not do this."
+_PREPARED = "Rows are encoded, ordered and collated by peftchat; see `data`."
+_LAUNCH = "Processes are started and joined as `distributed` says."
+_RUN_FOLDER = "The run folder is written by peftchat in one form; it loads in stock transformers and peft."
+_HUB = "peftchat does not upload: push the run folder when you have looked at it."
+_REPORT = "peftchat writes `metrics.jsonl` and shows its own progress."
+_EVAL = "Evaluation is the mean loss of the learned positions on the held-out rows."
+
+UNSUPPORTED_KEYS: Mapping[str, str] = {
+    "warmup_ratio": "Write `warmup_steps`: below 1 it is a share of all steps.",
+    "overwrite_output_dir": "A run folder is never overwritten: choose another `output_dir`, or use `--resume`.",
+    "do_train": "`peftchat train` always trains.",
+    "do_eval": "Give `data.eval` or `data.eval_fraction` to evaluate.",
+    "do_predict": "`peftchat chat` answers with the trained model.",
+    "resume_from_checkpoint": "Use the flag `--resume`.",
+    "output_dir": "It stands at the top level of the recipe, not in a section.",
+    "load_in_4bit": "Write `method: qlora`; `quantization.bits` is 4 unless set.",
+    "load_in_8bit": "Write `method: qlora` with `quantization: {bits: 8}`.",
+    "bf16": _DTYPE,
+    "fp16": _DTYPE,
+    "bf16_full_eval": _DTYPE,
+    "fp16_full_eval": _DTYPE,
+    "tf32": _DTYPE,
+    "torch_compile_backend": "`torch_compile` compiles by torch's default.",
+    "torch_compile_mode": "`torch_compile` compiles by torch's default.",
+    "label_smoothing_factor": _LOSS,
+    "use_liger_kernel": _LOSS,
+    "liger_kernel_config": _LOSS,
+    "neftune_noise_alpha": "Noise on embeddings would also move the rows of the new tokens.",
+    "average_tokens_across_devices": "It is always on: the loss is the mean over all learned tokens of a step.",
+    "use_cache": "Training never uses the generation cache.",
+    "auto_find_batch_size": "A batch that changes by itself cannot be repeated; lower the batch size by hand.",
+    "optim_target_modules": "The optimizers that need it are not offered.",
+    "torch_empty_cache_steps": "Lower `per_device_train_batch_size` or `data.max_length` if memory is short.",
+    "logging_strategy": "Lines are logged every `logging_steps`.",
+    "logging_first_step": "The first step is always logged.",
+    "log_on_each_node": _REPORT,
+    "logging_nan_inf_filter": "A loss is logged as it is, also when it is not a number.",
+    "include_num_input_tokens_seen": "Tokens are always counted; see `run.json`.",
+    "log_level": _REPORT,
+    "log_level_replica": _REPORT,
+    "disable_tqdm": _REPORT,
+    "project": "Set it by the tracker's own environment variables.",
+    "trackio_space_id": "Set it by the tracker's own environment variables.",
+    "trackio_bucket_id": "Set it by the tracker's own environment variables.",
+    "trackio_static_space_id": "Set it by the tracker's own environment variables.",
+    "eval_delay": _EVAL,
+    "prediction_loss_only": _EVAL,
+    "eval_do_concat_batches": _EVAL,
+    "eval_use_gather_object": _EVAL,
+    "eval_accumulation_steps": _EVAL,
+    "include_for_metrics": _EVAL,
+    "batch_eval_metrics": _EVAL,
+    "save_only_model": "A checkpoint always holds what `--resume` needs.",
+    "save_on_each_node": _RUN_FOLDER,
+    "enable_jit_checkpoint": _RUN_FOLDER,
+    "load_best_model_at_end": "The run folder holds the last weights; `checkpoints/` holds earlier ones.",
+    "metric_for_best_model": "The run folder holds the last weights; `checkpoints/` holds earlier ones.",
+    "greater_is_better": "The run folder holds the last weights; `checkpoints/` holds earlier ones.",
+    "push_to_hub": _HUB,
+    "hub_token": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "hub_always_push": _HUB,
+    "hub_revision": _HUB,
+    "ignore_data_skip": "A resumed run always goes on with the rows it has not seen.",
+    "restore_callback_states_from_checkpoint": "A resumed run needs no such setting.",
+    "full_determinism": "Set `seed`; runs on the same machine and versions repeat.",
+    "use_cpu": "A CPU is used where there is no GPU; set CUDA_VISIBLE_DEVICES to an empty text to force it.",
+    "accelerator_config": _LAUNCH,
+    "parallelism_config": _LAUNCH,
+    "local_rank": _LAUNCH,
+    "ddp_find_unused_parameters": _LAUNCH,
+    "ddp_bucket_cap_mb": _LAUNCH,
+    "ddp_broadcast_buffers": _LAUNCH,
+    "ddp_static_graph": _LAUNCH,
+    "ddp_backend": _LAUNCH,
+    "ddp_timeout": _LAUNCH,
+    "fsdp": "Use `distributed.strategy: zero3`, which shards the same things.",
+    "fsdp_config": "Use `distributed.strategy: zero3`, which shards the same things.",
+    "debug": "Use the ordinary debuggers of Python and torch.",
+    "skip_memory_metrics": "Peak memory is always in `run.json`.",
+    "dataloader_drop_last": _PREPARED,
+    "dataloader_pin_memory": _PREPARED,
+    "dataloader_persistent_workers": _PREPARED,
+    "dataloader_prefetch_factor": _PREPARED,
+    "dataloader_multiprocessing_context": _PREPARED,
+    "dataloader_in_order": _PREPARED,
+    "remove_unused_columns": _PREPARED,
+    "label_names": _PREPARED,
+    "train_sampling_strategy": _PREPARED,
+    "length_column_name": _PREPARED,
+    "group_by_length": _PREPARED,
+    "assistant_only_loss": "Use `chat.loss_on`.",
+    "completion_only_loss": "Use `chat.loss_on`.",
+    "train_on_inputs": "Use `chat.loss_on`.",
+    "padding_free": "`data.packing` does it.",
+    "neat_packing": "`data.packing` always keeps the dialogues of a pack apart.",
+    "eval_packing": "`data.packing` holds for training and evaluation.",
+    "packing_strategy": "Packs are always filled with whole dialogues.",
+    "bias": "Biases of the base stay as they are.",
+}
+"""A known name that is not passed on -> why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -201,9 +356,9 @@ def _unknown(keys: Keys, given: object, adapter: type[StrictModel] | None) -> Pr
         known = adapter
     valid = list(known.model_fields) if known else []
     homes = [home for home in all_keys().get(name, []) if home != section]
-    if name in REFUSED:
+    if name in UNSUPPORTED_KEYS:
         what = f"`{name}` is a known setting that peftchat does not pass on"
-        return Problem(keys, what, REFUSED[name])
+        return Problem(keys, what, UNSUPPORTED_KEYS[name])
     if name in RENAMED:
         return Problem(keys, f"`{name}` is called `{RENAMED[name]}` here")
     if homes:

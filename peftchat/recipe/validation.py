@@ -1,0 +1,349 @@
+"""A user's own DeepSpeed file: everything in it that would quietly overrule the recipe is an error."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from peftchat.recipe.document import Document, Keys, dotted, make_absolute
+from peftchat.recipe.error_messages import Problem
+from peftchat.recipe.schema import OWN_KEYS, Recipe
+from peftchat.variants import entry
+
+KEYS: Keys = ("distributed", "deepspeed_config")
+
+
+def deepspeed_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What is wrong with the file that `distributed.deepspeed_config` names; nothing if it names none."""
+    name = recipe.distributed.deepspeed_config
+    if name is None:
+        return
+    path = Path(name).expanduser()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        yield Problem(KEYS, f"cannot read `{name}`: {error.strerror}", "Check the path.")
+    except (ValueError, RecursionError) as error:
+        yield Problem(KEYS, f"`{name}` is not JSON: {error}")
+    else:
+        if isinstance(content, dict):
+            yield from _contradictions(content, name, recipe)
+        else:
+            yield Problem(KEYS, f"`{name}` does not hold a JSON object")
+
+
+def _contradictions(content: Mapping[str, Any], name: str, recipe: Recipe) -> Iterator[Problem]:
+    if "scheduler" in content:
+        what = f"`{name}` has a `scheduler`, which overrules `training.lr_scheduler_type` without a word"
+        yield Problem(KEYS, what, "Remove that block.")
+    zero = content.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if f"zero{stage}" != recipe.distributed.strategy:
+        what = f"`{name}` sets ZeRO stage {stage}, and `distributed.strategy` is `{recipe.distributed.strategy}`"
+        yield Problem(KEYS, what, "Make the two agree.")
+    for key, found, wanted in _pairs(content, recipe):
+        if found not in ("auto", wanted):
+            what = f"`{name}` sets `{key}` to {json.dumps(found)}, and the recipe says {json.dumps(wanted)}"
+            yield Problem(KEYS, what, 'Write "auto" in the file, so that the recipe decides.')
+
+
+def _pairs(content: Mapping[str, Any], recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """Each setting the file shares with the recipe: its key there, its value there, the recipe's value."""
+    training = recipe.training
+    plain = {
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
+        "gradient_clipping": training.max_grad_norm,
+    }
+    for key, wanted in plain.items():
+        if key in content:
+            yield key, content[key], wanted
+    for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        block = content.get(key)
+        if isinstance(block, dict) and "enabled" in block:
+            yield f"{key}.enabled", block["enabled"], recipe.model.dtype == dtype
+    optimizer = content.get("optimizer")
+    if isinstance(optimizer, dict):
+        yield from _file_optimizer_pairs(optimizer, recipe)
+
+
+def _file_optimizer_pairs(optimizer: Mapping[str, Any], recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    training = recipe.training
+    yield "optimizer.type", optimizer.get("type"), "AdamW" if "adamw" in training.optim else training.optim
+    params = optimizer.get("params")
+    wanted = {
+        "lr": training.learning_rate,
+        "betas": [training.adam_beta1, training.adam_beta2],
+        "eps": training.adam_epsilon,
+        "weight_decay": training.weight_decay,
+    }
+    for key, value in wanted.items():
+        if isinstance(params, dict) and key in params:
+            yield f"optimizer.params.{key}", params[key], value
+
+
+_NEEDED_BY_SCHEDULE = {
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
+"""Schedules with no default end -> the options of which one must be given."""
+
+
+def invalid_combinations(recipe: Recipe) -> Iterator[Problem]:
+    """What cannot work anywhere."""
+    training = recipe.training
+    if training.max_steps == 0 or training.max_steps < -1:
+        cure = "Give a number above 0, or -1 to train for `num_train_epochs`."
+        yield Problem(("training", "max_steps"), f"must be above 0 or -1, got {training.max_steps}", cure)
+    if training.warmup_steps > 1 and not training.warmup_steps.is_integer():
+        what = f"a number of steps must be whole, got {training.warmup_steps}"
+        yield Problem(("training", "warmup_steps"), what, "Below 1 it is a share of all steps.")
+    budgets = [key for key in ("max_tokens", "max_minutes") if getattr(training, key) is not None]
+    if budgets and training.warmup_steps > 1:
+        what = f"with `{budgets[0]}` the schedule follows the budget, and a warm-up in steps has no place in it"
+        yield Problem(("training", "warmup_steps"), what, "Give a share below 1 such as 0.03.")
+    if 0 < training.max_steps < training.warmup_steps:
+        what = f"the warm-up ({training.warmup_steps:g} steps) is longer than the run ({training.max_steps})"
+        cure = "Lower it, or give a share below 1 such as 0.03."
+        yield Problem(("training", "warmup_steps"), what, cure)
+    needed = _NEEDED_BY_SCHEDULE.get(training.lr_scheduler_type, ())
+    given = [key for key in needed if key in (training.lr_scheduler_kwargs or {})]
+    if needed and len(given) != 1:
+        what = f"`{training.lr_scheduler_type}` needs one of: {', '.join(needed)}"
+        example = f"Add `{needed[-1]}` to `lr_scheduler_kwargs`." if not given else "Remove one of the two."
+        yield Problem(("training", "lr_scheduler_kwargs"), what, example)
+    if recipe.model.dtype == "float32" and recipe.model.attention.startswith("flash_attention"):
+        what = f"`{recipe.model.attention}` computes in 16 bits and the model is in float32"
+        yield Problem(("model", "attention"), what, "Use `auto`, or `model.dtype: bfloat16`.")
+    if recipe.distributed.strategy == "zero3" and recipe.quantization and recipe.quantization.bits == 8:
+        what = "ZeRO-3 cannot shard 8-bit weights, whose storage is an integer type"
+        yield Problem(("quantization", "bits"), what, "Use 4 bits, or `distributed.strategy: ddp`.")
+    yield from _of_the_variant(recipe)
+
+
+def _of_the_variant(recipe: Recipe) -> Iterator[Problem]:
+    """What the adapter does not go together with."""
+    if recipe.adapter is None:
+        return
+    variant = entry(recipe.adapter.variant)
+    base = "unquantised" if recipe.quantization is None else f"{recipe.quantization.bits} bits"
+    if variant.why_not(base) is not None:
+        held = "an unquantised base" if base == "unquantised" else f"a base in {base}"
+        cure = "Use `method: qlora`" if base == "unquantised" else "Use `method: lora`"
+        what = f"`{variant.name}` does not work on {held}: {variant.why_not(base)}"
+        yield Problem(("adapter", "variant"), what, f"{cure}, or another variant (`peftchat variants`).")
+    if variant.name == "adalora" and (recipe.training.max_tokens or recipe.training.max_minutes):
+        key = "max_tokens" if recipe.training.max_tokens else "max_minutes"
+        what = "`adalora` moves its ranks by a schedule over steps, and this budget does not say how many there are"
+        yield Problem(("training", key), what, "Give `max_steps` or `num_train_epochs`.")
+    strategy: str = recipe.distributed.strategy
+    if variant.why_not(strategy) is not None:
+        what = f"`{variant.name}` does not work under `{strategy}`: {variant.why_not(strategy)}"
+        yield Problem(("distributed", "strategy"), what, "Use `ddp`, or another variant (`peftchat variants`).")
+    if recipe.training.gradient_checkpointing and variant.why_not("checkpointing") is not None:
+        what = f"`{variant.name}` does not work with it: {variant.why_not('checkpointing')}"
+        yield Problem(("training", "gradient_checkpointing"), what, "Write `false`.")
+
+
+def missing_dependencies(recipe: Recipe) -> Iterator[Problem]:
+    """What this machine lacks."""
+    for name in recipe.training.report_to:
+        if find_spec(name) is None:
+            what = f"the package `{name}` is not installed"
+            yield Problem(("training", "report_to"), what, f"Run `pip install {name}`, or write `none`.")
+
+
+ZERO_STRATEGIES = ("zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A key without effect, why, and the key that takes it away (where several do, the `others` as well)."""
+
+    keys: Keys
+    because: Keys
+    why: str
+    others: tuple[Keys, ...] = ()
+
+
+def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """All keys of `recipe` that have no effect, whether they were written or hold their default."""
+    yield from _method(recipe)
+    yield from _chat_and_data(recipe)
+    yield from _optimizer(recipe)
+    yield from _saving(recipe)
+    yield from _evaluation(recipe)
+    yield from _distributed(recipe)
+
+
+def _method(recipe: Recipe) -> Iterator[Conflict]:
+    if recipe.method == "full" and recipe.adapter is not None:
+        yield Conflict(("adapter",), ("method",), "`method: full` trains all weights and has no adapter")
+    if recipe.method != "full" and recipe.model.freeze_layers is not None:
+        yield Conflict(("model", "freeze_layers"), ("method",), "an adapter leaves every layer of the base as it is")
+    if recipe.method != "qlora" and recipe.quantization is not None:
+        why = "quantised weights can only be trained through an adapter, by `method: qlora`"
+        yield Conflict(("quantization",), ("method",), why)
+    elif recipe.quantization is not None and recipe.quantization.bits == 8:
+        for key in ("type", "double"):
+            why = "only `quantization.bits: 4` has such a setting"
+            yield Conflict(("quantization", key), ("quantization", "bits"), why)
+
+
+def _chat_and_data(recipe: Recipe) -> Iterator[Conflict]:
+    if recipe.adapter is not None and recipe.data.packing:
+        why = entry(recipe.adapter.variant).refuses.get("packing")
+        if why is not None:
+            yield Conflict(("data", "packing"), ("adapter", "variant"), why)
+    if recipe.chat.template == "model":
+        why = "`chat.template: model` adds no tokens"
+        yield Conflict(("chat", "new_token_init"), ("chat", "template"), why)
+    if recipe.data.eval is not None and recipe.data.eval_fraction is not None:
+        why = "there are held-out sources in `data.eval` already"
+        yield Conflict(("data", "eval_fraction"), ("data", "eval"), why)
+        yield Conflict(("data", "eval"), ("data", "eval_fraction"), "a share of `data.train` is held out already")
+
+
+def _optimizer(recipe: Recipe) -> Iterator[Conflict]:
+    training = recipe.training
+    if training.lr_scheduler_type == "constant":
+        why = "a `constant` schedule has no warm-up; `constant_with_warmup` does"
+        yield Conflict(("training", "warmup_steps"), ("training", "lr_scheduler_type"), why)
+    if training.rows_per_step is not None:
+        why = "it follows from `rows_per_step`"
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            yield Conflict(("training", key), ("training", "rows_per_step"), why)
+    if not training.gradient_checkpointing:
+        because = ("training", "gradient_checkpointing")
+        why = "`gradient_checkpointing` is not switched on"
+        yield Conflict(("training", "gradient_checkpointing_kwargs"), because, why)
+    optim = training.optim
+    unused: list[str] = [] if "ademamix" in optim else ["optim_args"]
+    if optim in ("adafactor", "adagrad", "rmsprop", "sgd"):
+        unused += ["adam_beta1", "adam_beta2", "adam_epsilon"]
+    elif "lion" in optim:
+        unused += ["adam_epsilon"]
+    for key in unused:
+        why = f"`optim: {optim}` does not read it"
+        yield Conflict(("training", key), ("training", "optim"), why)
+
+
+def _saving(recipe: Recipe) -> Iterator[Conflict]:
+    strategy = recipe.training.save_strategy
+    because = ("training", "save_strategy")
+    if strategy != "steps":
+        yield Conflict(("training", "save_steps"), because, f"`save_strategy` is `{strategy}`")
+    if strategy == "no":
+        yield Conflict(("training", "save_total_limit"), because, "`save_strategy` is `no`")
+
+
+def _evaluation(recipe: Recipe) -> Iterator[Conflict]:
+    training = recipe.training
+    if recipe.data.has_eval:
+        if training.eval_strategy != "steps":
+            why = f"`eval_strategy` is `{training.eval_strategy}`"
+            yield Conflict(("training", "eval_steps"), ("training", "eval_strategy"), why)
+        return
+    why = "there is nothing to evaluate on: give `data.eval` or `data.eval_fraction`"
+    keys: list[Keys] = [("data", "max_eval_rows"), ("training", "eval_steps")]
+    if training.eval_strategy != "no":
+        keys.append(("training", "eval_strategy"))
+    if training.eval_on_start:
+        keys.append(("training", "eval_on_start"))
+    for key in keys:
+        yield Conflict(key, ("data", "eval_fraction"), why, others=(("data", "eval"),))
+
+
+def _distributed(recipe: Recipe) -> Iterator[Conflict]:
+    distributed = recipe.distributed
+    because = ("distributed", "strategy")
+    if distributed.strategy == "single":
+        for key in ("processes", "nodes"):
+            if getattr(distributed, key) not in (None, 1):
+                yield Conflict(("distributed", key), because, "`strategy: single` is one process")
+    if distributed.strategy in ZERO_STRATEGIES and recipe.training.torch_compile:
+        why = f"under `{distributed.strategy}` layers are never compiled"
+        yield Conflict(("training", "torch_compile"), because, why)
+    if distributed.strategy not in ZERO_STRATEGIES:
+        why = "only the strategies `zero2` and `zero3` run on DeepSpeed"
+        yield Conflict(("distributed", "deepspeed_config"), because, why)
+        if distributed.offload != "none":
+            yield Conflict(("distributed", "offload"), because, why)
+    elif distributed.offload == "all" and distributed.strategy == "zero2":
+        why = "`zero2` keeps the weights whole on each device; `zero3` can offload them"
+        yield Conflict(("distributed", "offload"), because, why)
+    elif distributed.deepspeed_config is not None:
+        why = "the DeepSpeed file decides about offloading"
+        yield Conflict(("distributed", "offload"), ("distributed", "deepspeed_config"), why)
+
+
+def resolve_defaults(document: Document, conflicts: Sequence[Conflict]) -> bool:
+    """Take out of `document` every key that loses to a setting laid on top of it; True if there was one."""
+    beaten = [conflict for conflict in conflicts if _is_beaten(document, conflict)]
+    for keys in {conflict.keys for conflict in beaten}:
+        document.remove(keys)
+    return bool(beaten)
+
+
+def _is_beaten(document: Document, conflict: Conflict) -> bool:
+    own = document.layer(conflict.keys)
+    above = [document.layer(because) for because in (conflict.because, *conflict.others)]
+    return own is not None and any(layer is not None and layer > own for layer in above)
+
+
+def conflict_problems(conflicts: Sequence[Conflict]) -> list[Problem]:
+    """The conflicts that are left, as problems: each pair of keys that exclude each other is told once."""
+    told: dict[Keys, Problem] = {}
+    for conflict in conflicts:
+        if conflict.because not in told:
+            cure = f"Remove it, or change `{dotted(conflict.because)}`."
+            told[conflict.keys] = Problem(conflict.keys, f"has no effect: {conflict.why}", cure)
+    return list(told.values())
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """Every key of `recipe` that has a value and an effect, as plain values."""
+    idle = {conflict.keys for conflict in find_conflicts(recipe)}
+    values: dict[str, Any] = {}
+    for name, value in recipe.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            value = {key: held for key, held in value.items() if held is not None and (name, key) not in idle}
+        if value is not None and (name,) not in idle:
+            values[name] = value
+    for entry in (entry for kind in ("train", "eval") for entry in values["data"].get(kind, ())):
+        if entry["split"] is None:
+            del entry["split"]
+    return values
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML of `recipe` with every default filled in and every local path absolute."""
+    values = recipe_values(recipe)
+    make_absolute(values)
+    yaml = YAML()
+    # YAML reads these as line breaks unless they are escaped, and then all of the text is.
+    yaml.allow_unicode = not re.search("[\x85\u2028\u2029]", json.dumps(values, ensure_ascii=False))
+    text = StringIO()
+    yaml.dump(values, text)
+    return text.getvalue()
+
+
+def training_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The `training` section as keyword arguments for transformers' TrainingArguments.
+
+    Keys without effect are left out. Evaluation is off where there is nothing to evaluate on.
+    """
+    arguments: dict[str, Any] = recipe_values(recipe)["training"]
+    for key in OWN_KEYS:
+        arguments.pop(key, None)
+    arguments |= {"logging_first_step": True, "logging_nan_inf_filter": False}
+    if not recipe.data.has_eval:
+        arguments |= {"eval_strategy": "no", "eval_on_start": False}
+    return arguments

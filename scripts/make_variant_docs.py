@@ -21,7 +21,7 @@ from peftchat.errors import UserError, VerificationError
 from peftchat.files import write_text
 from peftchat.formatting import format_bytes
 from peftchat.logging_setup import quiet_libraries
-from peftchat.variants import VARIANTS, Variant, entry
+from peftchat.variants import VARIANTS, Variant, get_variant
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".cache" / "variants"
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure also what is there already")
     parser.add_argument("--write", action="store_true", help="write the page from the results that are there")
     chosen = parser.parse_args()
-    wanted = [entry(name) for name in chosen.only.split(",")] if chosen.only else list(VARIANTS.values())
+    wanted = [get_variant(name) for name in chosen.only.split(",")] if chosen.only else list(VARIANTS.values())
     started = time.monotonic()
     quiet_libraries()
     for model in chosen.model:
@@ -98,7 +98,9 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
     for factor in RATES:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        write_text(work / "recipe.yaml", json.dumps(_recipe(entry(name), model, data, work / "run", factor, length)))
+        write_text(
+            work / "recipe.yaml", json.dumps(_recipe(get_variant(name), model, data, work / "run", factor, length))
+        )
         loaded = load_recipe(work / "recipe.yaml")
         try:
             told = run_training(loaded, settle(loaded), Request())
@@ -122,7 +124,7 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
         "trainable": told["trainable_parameters"],
         "memory": told["peak_memory_bytes"],
         "bytes": sum(file.stat().st_size for file in run.rglob("*.safetensors")),
-        "fold": _fold(run) if entry(name).folds else None,
+        "fold": _fold(run) if get_variant(name).folds else None,
     }
     shutil.rmtree(work)
     return result

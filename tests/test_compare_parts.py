@@ -23,7 +23,7 @@ from peftchat.comparing.statistics import estimate
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
 from peftchat.recipe.document import parse_yaml
-from peftchat.variants import ADAPTERS, entry
+from peftchat.variants import ADAPTERS, get_variant
 
 
 @pytest.mark.parametrize(
@@ -203,11 +203,11 @@ DATA = "data: {train: [{path: rows.jsonl}], eval_fraction: 0.25}\n"
 def test_each_variant_is_tried_around_its_own_rate(tmp_path: Path, name: str) -> None:
     plain = load_recipe(write_rows_and_recipe(tmp_path, DATA))
     (candidate,) = make_candidates([name], [])
-    own = entry(candidate.variant).learning_rate
+    own = get_variant(candidate.variant).learning_rate
     assert expected_rate(candidate, plain) == own
     # A recipe that trains LoRA at five times the customary rate wants that of every variant.
     times_five = load_recipe(
-        write_rows_and_recipe(tmp_path, f"{DATA}training: {{learning_rate: {5 * entry('lora').learning_rate}}}")
+        write_rows_and_recipe(tmp_path, f"{DATA}training: {{learning_rate: {5 * get_variant('lora').learning_rate}}}")
     )
     assert expected_rate(candidate, times_five) == pytest.approx(5 * own, rel=0.05)
     assert all(later / earlier == pytest.approx(3, rel=0.1) for earlier, later in pairwise(grid(own)))

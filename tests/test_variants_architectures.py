@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from peftchat.models.facts import model_facts
 from peftchat.recipe.schema import validate_adapter
-from peftchat.variants import VARIANTS, entry
+from peftchat.variants import VARIANTS, get_variant
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi", "gpt2", "gpt_bigcode", "falcon", "opt", "gpt_neox")
 CONV1D = ("gpt2",)
@@ -21,7 +21,7 @@ NO_CONV1D = ("shira", "oft", "boft", "c3a", "loha", "lokr", "hra", "road", "miss
 def wrapped(family: str, **section: Any) -> tuple[Any, list[str]]:
     """The model with a variant around it, and the layers that have become the variant's."""
     model = AutoModelForCausalLM.from_config(config_for(family, 64))
-    variant = entry(section["variant"])
+    variant = get_variant(section["variant"])
     assert variant.build is not None
     config = variant.build(validate_adapter(section), model_facts(model))
     config.task_type = "CAUSAL_LM"

@@ -12,9 +12,8 @@ from training_helpers import peftchat
 
 from peftchat.errors import UserError
 from peftchat.recipe import Recipe, load_recipe
-from peftchat.variants import ADAPTERS, VARIANTS, entry
-from peftchat.variants.entry import Setting
-from peftchat.variants.options import NOT_INHERITED
+from peftchat.variants import ADAPTERS, VARIANTS, get_variant
+from peftchat.variants.base import NOT_INHERITED, Setting
 
 
 @pytest.fixture
@@ -71,7 +70,7 @@ def test_a_refused_setting_is_told_by_file_and_line(plain: Path) -> None:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_the_example_is_a_recipe(name: str, tmp_path: Path) -> None:
-    from peftchat.variants.show import example
+    from peftchat.variants.describe import example
 
     file = tmp_path / "recipe.yaml"
     rest = "\nmodel: {name: m/m}\ndata: {train: [{path: d/d}]}\noutput_dir: runs/x\n"
@@ -113,7 +112,7 @@ def test_an_unquantised_base_is_refused_where_there_is_nothing_to_undo(plain: Pa
 
 @pytest.mark.parametrize(("alias", "name"), [("lora+", "loraplus"), ("bone", "miss"), ("LoRA-GA", "lora_ga")])
 def test_other_names(alias: str, name: str, plain: Path) -> None:
-    assert entry(alias).name == name
+    assert get_variant(alias).name == name
     section = load(plain, f"adapter.variant={alias}").adapter
     assert section is not None and section.variant == name
 

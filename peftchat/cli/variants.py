@@ -19,13 +19,15 @@ def command(name: str | None, as_json: bool) -> None:
         peftchat variants dora
     """
     from peftchat.console import stdout
-    from peftchat.variants import VARIANTS, entry
-    from peftchat.variants.show import details, facts_of, overview
+    from peftchat.variants import VARIANTS, get_variant
+    from peftchat.variants.describe import details, facts_of, overview
 
     if as_json:
-        chosen = facts_of(entry(name)) if name else {each: facts_of(variant) for each, variant in VARIANTS.items()}
+        chosen = (
+            facts_of(get_variant(name)) if name else {each: facts_of(variant) for each, variant in VARIANTS.items()}
+        )
         click.echo(json.dumps(chosen))
     elif name:
-        stdout.print(details(entry(name)))
+        stdout.print(details(get_variant(name)))
     else:
         stdout.print(overview(VARIANTS.values()))

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from peftchat.comparing.candidates import Candidate
-from peftchat.variants import entry
+from peftchat.variants import get_variant
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe
@@ -22,11 +22,11 @@ def expected_rate(candidate: Candidate, loaded: "LoadedRecipe") -> float:
         loaded: the recipe that all candidates start from.
     """
     recipe = loaded.recipe
-    hint = entry(candidate.variant).learning_rate
+    hint = get_variant(candidate.variant).learning_rate
     if loaded.document.value(("training", "learning_rate")) is None:
         return hint
     own = "full" if recipe.adapter is None else recipe.adapter.variant
-    return _round(recipe.training.learning_rate * hint / entry(own).learning_rate)
+    return _round(recipe.training.learning_rate * hint / get_variant(own).learning_rate)
 
 
 def grid(rate: float) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from peftchat.models.facts import model_facts
 from peftchat.models.rows import train_rows
 from peftchat.models.starts import RowBatches, begin, prepare
 from peftchat.models.zero import is_zero3
-from peftchat.variants import entry
+from peftchat.variants import get_variant
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -29,7 +29,7 @@ def peft_config(recipe: "Recipe", model: "PreTrainedModel") -> "PeftConfig | Non
     from peft import TaskType
 
     assert recipe.adapter is not None
-    variant = entry(recipe.adapter.variant)
+    variant = get_variant(recipe.adapter.variant)
     if variant.build is None:
         return None
     try:
@@ -65,7 +65,7 @@ def wrap(
     if config is None:
         return model
     assert recipe.adapter is not None
-    variant = entry(recipe.adapter.variant)
+    variant = get_variant(recipe.adapter.variant)
     try:
         prepare(recipe, model, config, batches, checkpoint)
         wrapped = get_peft_model(model, config)

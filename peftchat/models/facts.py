@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftchat.variants.facts import ModelFacts
+from peftchat.variants.base import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def model_facts(model: "PreTrainedModel") -> ModelFacts:
+def model_facts(model: "PreTrainedModel") -> ModelShape:
     """Names and sizes of the model's layers; its weights may be quantised, sliced, or not there at all."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
@@ -26,7 +26,7 @@ def model_facts(model: "PreTrainedModel") -> ModelFacts:
             transposed = True
         elif "norm" in type(module).__name__.lower() and "weight" in dict(module.named_parameters(recurse=False)):
             norms.append(name)
-    return ModelFacts(
+    return ModelShape(
         family=str(model.config.model_type),
         hidden=int(config.hidden_size),
         layers=int(config.num_hidden_layers),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftchat.errors import UserError
-from peftchat.variants import entry
+from peftchat.variants import get_variant
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraGAConfig, PeftModel
@@ -61,7 +61,7 @@ def begin(recipe: "Recipe", model: "PeftModel", batches: RowBatches, checkpoint:
 
 def _start(recipe: "Recipe") -> str | None:
     assert recipe.adapter is not None
-    return entry(recipe.adapter.variant).start
+    return get_variant(recipe.adapter.variant).start
 
 
 def _covariances(recipe: "Recipe", model: "PreTrainedModel", config: "LoraConfig", batches: RowBatches) -> None:

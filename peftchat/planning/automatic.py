@@ -8,7 +8,7 @@ from peftchat.formatting import format_bytes
 from peftchat.planning.search import largest_batch
 from peftchat.planning.settings import PlanSettings
 from peftchat.training.choice import Choice
-from peftchat.variants import entry
+from peftchat.variants import get_variant
 
 if TYPE_CHECKING:
     from peftchat.planning.planner import Planner
@@ -69,7 +69,7 @@ def choose_open(
 
 
 def _may_checkpoint(recipe: "Recipe") -> bool:
-    return recipe.adapter is None or entry(recipe.adapter.variant).why_not("checkpointing") is None
+    return recipe.adapter is None or get_variant(recipe.adapter.variant).why_not("checkpointing") is None
 
 
 def choose_checkpointing(planner: "Planner", settings: PlanSettings, room: int) -> Chosen:

@@ -11,7 +11,7 @@ from peftchat.recipe.sections import (
     QuantizationSection,
 )
 from peftchat.recipe.validation import dump_recipe, training_arguments
-from peftchat.variants.options import AdapterSection
+from peftchat.variants.base import AdapterSection
 
 __all__ = [
     "AdapterSection",

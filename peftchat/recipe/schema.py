@@ -21,8 +21,8 @@ from peftchat.recipe.sections import (
     Schedule,
 )
 from peftchat.strict_model import StrictModel
-from peftchat.variants import ADAPTERS, VARIANTS, AdapterSection, Variant, proper_name
-from peftchat.variants.options import NOT_INHERITED
+from peftchat.variants import ADAPTERS, VARIANTS, AdapterSection, Variant, canonical_name
+from peftchat.variants.base import NOT_INHERITED
 
 _AnyName: Any = Literal[ADAPTERS]
 _Named: type[BaseModel] = create_model("_Named", variant=(_AnyName, ...))
@@ -30,7 +30,7 @@ _Named: type[BaseModel] = create_model("_Named", variant=(_AnyName, ...))
 
 def options_of(variant: object) -> type[AdapterSection] | None:
     """The section of a variant that a recipe names; None for a name that is no adapter's."""
-    known = VARIANTS.get(proper_name(variant)) if isinstance(variant, str) else None
+    known = VARIANTS.get(canonical_name(variant)) if isinstance(variant, str) else None
     return None if known is None else known.options
 
 
@@ -43,7 +43,7 @@ def validate_adapter(given: Any) -> Any:
     if options is None:
         _Named.model_validate({"variant": name})  # raises, and lists the names there are
     assert options is not None
-    return options.model_validate({**given, "variant": proper_name(name)})
+    return options.model_validate({**given, "variant": canonical_name(name)})
 
 
 def drop_settings_of_other_variants(document: Document) -> None:
@@ -280,4 +280,4 @@ def _refuses_packing(given: Mapping[str, Any]) -> bool:
 def _variant(adapter: Any) -> Variant | None:
     """The variant that an `adapter` section names, before anything in it has been checked."""
     name = adapter.get("variant") if isinstance(adapter, Mapping) else None
-    return VARIANTS.get(proper_name(name)) if isinstance(name, str) else None
+    return VARIANTS.get(canonical_name(name)) if isinstance(name, str) else None

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from peftchat.recipe.document import Document, Keys, dotted, make_absolute
 from peftchat.recipe.error_messages import Problem
 from peftchat.recipe.schema import OWN_KEYS, Recipe
-from peftchat.variants import entry
+from peftchat.variants import get_variant
 
 KEYS: Keys = ("distributed", "deepspeed_config")
 
@@ -132,7 +132,7 @@ def _of_the_variant(recipe: Recipe) -> Iterator[Problem]:
     """What the adapter does not go together with."""
     if recipe.adapter is None:
         return
-    variant = entry(recipe.adapter.variant)
+    variant = get_variant(recipe.adapter.variant)
     base = "unquantised" if recipe.quantization is None else f"{recipe.quantization.bits} bits"
     if variant.why_not(base) is not None:
         held = "an unquantised base" if base == "unquantised" else f"a base in {base}"
@@ -199,7 +199,7 @@ def _method(recipe: Recipe) -> Iterator[Conflict]:
 
 def _chat_and_data(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.adapter is not None and recipe.data.packing:
-        why = entry(recipe.adapter.variant).refuses.get("packing")
+        why = get_variant(recipe.adapter.variant).refuses.get("packing")
         if why is not None:
             yield Conflict(("data", "packing"), ("adapter", "variant"), why)
     if recipe.chat.template == "model":
@@ -317,9 +317,9 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
             value = {key: held for key, held in value.items() if held is not None and (name, key) not in idle}
         if value is not None and (name,) not in idle:
             values[name] = value
-    for entry in (entry for kind in ("train", "eval") for entry in values["data"].get(kind, ())):
-        if entry["split"] is None:
-            del entry["split"]
+    for get_variant in (get_variant for kind in ("train", "eval") for get_variant in values["data"].get(kind, ())):
+        if get_variant["split"] is None:
+            del get_variant["split"]
     return values
 
 

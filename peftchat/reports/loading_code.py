@@ -4,7 +4,7 @@ from pathlib import Path
 
 from peftchat.recipe import QuantizationSection, Recipe
 from peftchat.reports.facts import RunFacts
-from peftchat.variants import entry
+from peftchat.variants import get_variant
 
 _ASK = """
 messages = [{"role": "user", "content": "How do I read a text file line by line?"}]
@@ -71,7 +71,7 @@ def _adapter(recipe: Recipe, facts: RunFacts) -> list[str]:
 
 def _rows_beside(recipe: Recipe, facts: RunFacts) -> list[str]:
     """Where PEFT's adapter has no place for the rows of new tokens they lie in one of their own."""
-    if recipe.adapter is None or not facts.new_tokens or entry(recipe.adapter.variant).rows_inside:
+    if recipe.adapter is None or not facts.new_tokens or get_variant(recipe.adapter.variant).rows_inside:
         return []
     return ['model = PeftModel.from_pretrained(model, f"{run}/token_rows").merge_and_unload()  # new tokens']
 

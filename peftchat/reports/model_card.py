@@ -13,7 +13,7 @@ from peftchat.recipe import Recipe
 from peftchat.reports.facts import RunFacts
 from peftchat.reports.loading_code import base_is_local, base_name, loading_code, new_vocabulary_size, run_name
 from peftchat.reports.verdict import cautions, verdict
-from peftchat.variants import entry
+from peftchat.variants import get_variant
 
 _END_TOKENS = {"starchat": starchat(None).end_token, "chatml": chatml(None).end_token}
 
@@ -81,7 +81,7 @@ def _use(recipe: Recipe, facts: RunFacts) -> str:
             f"The adapter carries rows for tokens up to id {needed - 1}. A base with fewer rows than that must be "
             "grown first, as above; without it PEFT stops with an `IndexError` when it puts the rows in their place."
         )
-    if recipe.adapter is not None and not entry(recipe.adapter.variant).folds:
+    if recipe.adapter is not None and not get_variant(recipe.adapter.variant).folds:
         parts.append("It cannot be folded into the base: the two belong together, and vLLM does not serve them.")
         parts.append(f"To talk to it in the terminal: `peftchat chat {run_name(recipe)}`.")
         return "\n\n".join(parts)
@@ -114,7 +114,7 @@ def _quoted(text: str) -> str:
 
 
 def _training(recipe: Recipe, facts: RunFacts) -> str:
-    names = ", ".join(f"`{_data_name(entry.path)}`" for entry in recipe.data.train)
+    names = ", ".join(f"`{_data_name(get_variant.path)}`" for get_variant in recipe.data.train)
     lines = [f"- data: {names}", f"- method: {recipe.method}"]
     if recipe.adapter is not None:
         options = recipe.adapter.model_dump(mode="json", exclude_none=True)

@@ -1,8 +1,6 @@
 """The ways to train: what each is, what it takes, and what it works with. Light to import; libraries come when used."""
 
-from peftchat.variants.entry import Paper, Variant
-from peftchat.variants.facts import ModelFacts
-from peftchat.variants.options import AdapterSection
-from peftchat.variants.registry import ADAPTERS, VARIANTS, entry, proper_name
+from peftchat.variants.base import AdapterSection, ModelShape, Paper, Variant
+from peftchat.variants.registry import ADAPTERS, VARIANTS, canonical_name, get_variant
 
-__all__ = ["ADAPTERS", "VARIANTS", "AdapterSection", "ModelFacts", "Paper", "Variant", "entry", "proper_name"]
+__all__ = ["ADAPTERS", "VARIANTS", "AdapterSection", "ModelShape", "Paper", "Variant", "get_variant", "canonical_name"]

@@ -4,9 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from peftchat.variants.entry import Paper, Variant, targets
-from peftchat.variants.facts import ModelFacts
-from peftchat.variants.options import TargetedSection
+from peftchat.variants.base import ModelShape, Paper, TargetedSection, Variant, targets
 
 if TYPE_CHECKING:
     from peft import AdaLoraConfig
@@ -32,7 +30,7 @@ class AdaloraSection(TargetedSection):
     )
 
 
-def _build(section: AdaloraSection, facts: ModelFacts) -> "AdaLoraConfig":
+def _build(section: AdaloraSection, facts: ModelShape) -> "AdaLoraConfig":
     from peft import AdaLoraConfig
 
     return AdaLoraConfig(

@@ -4,9 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from peftchat.variants.entry import Paper, Variant, targets
-from peftchat.variants.facts import ModelFacts
-from peftchat.variants.options import DropoutSection
+from peftchat.variants.base import DropoutSection, ModelShape, Paper, Variant, targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -46,7 +44,7 @@ class LoraPlusSection(DropoutSection):
     )
 
 
-def lora_config(section: DropoutSection, facts: ModelFacts, **settings: Any) -> "LoraConfig":
+def lora_config(section: DropoutSection, facts: ModelShape, **settings: Any) -> "LoraConfig":
     """PEFT's config of a LoRA with these further settings."""
     from peft import LoraConfig
 
@@ -60,19 +58,19 @@ def lora_config(section: DropoutSection, facts: ModelFacts, **settings: Any) -> 
     )
 
 
-def _lora(section: LoraSection, facts: ModelFacts) -> "LoraConfig":
+def _lora(section: LoraSection, facts: ModelShape) -> "LoraConfig":
     return lora_config(section, facts, init_lora_weights=True if section.init == "default" else section.init)
 
 
-def _rslora(section: RsloraSection, facts: ModelFacts) -> "LoraConfig":
+def _rslora(section: RsloraSection, facts: ModelShape) -> "LoraConfig":
     return lora_config(section, facts, use_rslora=True)
 
 
-def _dora(section: DoraSection, facts: ModelFacts) -> "LoraConfig":
+def _dora(section: DoraSection, facts: ModelShape) -> "LoraConfig":
     return lora_config(section, facts, use_dora=True)
 
 
-def _loraplus(section: LoraPlusSection, facts: ModelFacts) -> "LoraConfig":
+def _loraplus(section: LoraPlusSection, facts: ModelShape) -> "LoraConfig":
     return lora_config(section, facts)
 
 

@@ -4,9 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from peftchat.variants.entry import Paper, Setting, Variant
-from peftchat.variants.facts import ModelFacts
-from peftchat.variants.options import AdapterSection
+from peftchat.variants.base import AdapterSection, ModelShape, Paper, Setting, Variant
 
 if TYPE_CHECKING:
     from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
@@ -38,7 +36,7 @@ class PrefixTuningSection(AdapterSection):
     virtual_tokens: int = Field(20, ge=1, description="Trained keys and values before each dialogue, in every layer.")
 
 
-def _prompt_tuning(section: PromptTuningSection, facts: ModelFacts) -> "PromptTuningConfig":
+def _prompt_tuning(section: PromptTuningSection, facts: ModelShape) -> "PromptTuningConfig":
     from peft import PromptTuningConfig, PromptTuningInit
 
     return PromptTuningConfig(
@@ -46,13 +44,13 @@ def _prompt_tuning(section: PromptTuningSection, facts: ModelFacts) -> "PromptTu
     )
 
 
-def _p_tuning(section: PTuningSection, facts: ModelFacts) -> "PromptEncoderConfig":
+def _p_tuning(section: PTuningSection, facts: ModelShape) -> "PromptEncoderConfig":
     from peft import PromptEncoderConfig
 
     return PromptEncoderConfig(num_virtual_tokens=section.virtual_tokens, encoder_hidden_size=section.encoder_hidden)
 
 
-def _prefix_tuning(section: PrefixTuningSection, facts: ModelFacts) -> "PrefixTuningConfig":
+def _prefix_tuning(section: PrefixTuningSection, facts: ModelShape) -> "PrefixTuningConfig":
     from peft import PrefixTuningConfig
 
     return PrefixTuningConfig(num_virtual_tokens=section.virtual_tokens)

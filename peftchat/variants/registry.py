@@ -4,8 +4,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from peftchat.errors import UserError
-from peftchat.variants import adalora, low_rank, parts, products, prompts, rotations, shared_bases, starts, whole
-from peftchat.variants.entry import Variant
+from peftchat.variants import adalora, low_rank, prompts
+from peftchat.variants import full as whole
+from peftchat.variants import hadamard_kronecker as products
+from peftchat.variants import initialized_lora as starts
+from peftchat.variants import orthogonal as rotations
+from peftchat.variants import random_projection as shared_bases
+from peftchat.variants import selective as parts
+from peftchat.variants.base import Variant
 
 _MODULES = (low_rank, starts, adalora, products, parts, rotations, shared_bases, prompts, whole)
 
@@ -20,18 +26,18 @@ ADAPTERS: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if 
 _CALLED = {alias: name for name, variant in VARIANTS.items() for alias in (name, *variant.aliases)}
 
 
-def proper_name(name: str) -> str:
+def canonical_name(name: str) -> str:
     """The registry's name for a name or an alias; what is neither comes back as it is."""
     return _CALLED.get(name.lower(), name)
 
 
-def entry(name: str) -> Variant:
+def get_variant(name: str) -> Variant:
     """The variant of that name or alias.
 
     Raises:
         InputError: there is none.
     """
-    found = VARIANTS.get(proper_name(name))
+    found = VARIANTS.get(canonical_name(name))
     if found is None:
         raise UserError(f"there is no variant `{name}`", cure=f"There are: {', '.join(VARIANTS)}.")
     return found

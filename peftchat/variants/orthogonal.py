@@ -4,9 +4,16 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from peftchat.variants.entry import Paper, Variant, largest_divisor, needs_floats, targets
-from peftchat.variants.facts import ModelFacts
-from peftchat.variants.options import TargetedSection, own
+from peftchat.variants.base import (
+    ModelShape,
+    Paper,
+    TargetedSection,
+    Variant,
+    largest_divisor,
+    requires_unquantized,
+    targets,
+    type_specific,
+)
 
 if TYPE_CHECKING:
     from peft import BOFTConfig, HRAConfig, OFTConfig, RoadConfig
@@ -43,7 +50,9 @@ class HraSection(TargetedSection):
     """Settings of HRA."""
 
     variant: Literal["hra"] = "hra"
-    r: int = own(8, "Number of reflections; an even number makes them begin as the identity.", ge=2, multiple_of=2)
+    r: int = type_specific(
+        8, "Number of reflections; an even number makes them begin as the identity.", ge=2, multiple_of=2
+    )
 
 
 class RoadSection(TargetedSection):
@@ -61,7 +70,7 @@ class RoadSection(TargetedSection):
     )
 
 
-def _oft(section: OftSection, facts: ModelFacts) -> "OFTConfig":
+def _oft(section: OftSection, facts: ModelShape) -> "OFTConfig":
     from peft import OFTConfig
 
     size = section.block_size or largest_divisor(_inputs(section, facts), 32)
@@ -74,7 +83,7 @@ def _oft(section: OftSection, facts: ModelFacts) -> "OFTConfig":
     )
 
 
-def _boft(section: BoftSection, facts: ModelFacts) -> "BOFTConfig":
+def _boft(section: BoftSection, facts: ModelShape) -> "BOFTConfig":
     from peft import BOFTConfig
 
     size = section.block_size or largest_divisor(_inputs(section, facts), 8)
@@ -87,17 +96,17 @@ def _boft(section: BoftSection, facts: ModelFacts) -> "BOFTConfig":
     )
 
 
-def _inputs(section: TargetedSection, facts: ModelFacts) -> list[int]:
+def _inputs(section: TargetedSection, facts: ModelShape) -> list[int]:
     return [inputs for inputs, _ in facts.shapes(section.target_modules)]
 
 
-def _hra(section: HraSection, facts: ModelFacts) -> "HRAConfig":
+def _hra(section: HraSection, facts: ModelShape) -> "HRAConfig":
     from peft import HRAConfig
 
     return HRAConfig(r=section.r, target_modules=targets(section, facts))
 
 
-def _road(section: RoadSection, facts: ModelFacts) -> "RoadConfig":
+def _road(section: RoadSection, facts: ModelShape) -> "RoadConfig":
     from peft import RoadConfig
 
     outputs = [outputs for _, outputs in facts.shapes(section.target_modules)]
@@ -140,7 +149,7 @@ HRA = Variant(
     build=_hra,
     learning_rate=1e-3,
     proved=frozenset({"zero3"}),
-    refuses=needs_floats("PEFT multiplies the packed numbers as if they were the weights"),
+    refuses=requires_unquantized("PEFT multiplies the packed numbers as if they were the weights"),
 )
 
 ROAD = Variant(

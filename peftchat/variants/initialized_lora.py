@@ -5,9 +5,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from peftchat.errors import UserError
-from peftchat.variants.entry import Paper, Variant, needs_floats, targets
-from peftchat.variants.facts import ModelFacts
-from peftchat.variants.options import DropoutSection, LowRankSection
+from peftchat.variants.base import (
+    DropoutSection,
+    LowRankSection,
+    ModelShape,
+    Paper,
+    Variant,
+    requires_unquantized,
+    targets,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -71,18 +77,18 @@ class LoraGaSection(LowRankSection):
     start_rows: int = Field(32, ge=1, description="Training rows whose gradient is taken to find the start.")
 
 
-def _of_weights(section: LowRankSection, facts: ModelFacts) -> "LoraConfig":
+def _of_weights(section: LowRankSection, facts: ModelShape) -> "LoraConfig":
     _check_rank(section, facts, vectors=1)
     return _plain(section, facts)
 
 
-def _of_gradients(section: LoraGaSection, facts: ModelFacts) -> "LoraConfig":
+def _of_gradients(section: LoraGaSection, facts: ModelShape) -> "LoraConfig":
     # One half of the vectors goes to one matrix, the other half to the other.
     _check_rank(section, facts, vectors=2)
     return _plain(section, facts)
 
 
-def _check_rank(section: LowRankSection, facts: ModelFacts, *, vectors: int) -> None:
+def _check_rank(section: LowRankSection, facts: ModelShape, *, vectors: int) -> None:
     """Refuse a rank for which a layer has too few singular vectors."""
     most = min(min(shape) for shape in facts.shapes(section.target_modules)) // vectors
     if section.r > most:
@@ -93,7 +99,7 @@ def _check_rank(section: LowRankSection, facts: ModelFacts, *, vectors: int) -> 
         )
 
 
-def _plain(section: LowRankSection, facts: ModelFacts, **settings: Any) -> "LoraConfig":
+def _plain(section: LowRankSection, facts: ModelShape, **settings: Any) -> "LoraConfig":
     from peft import LoraConfig
 
     return LoraConfig(
@@ -105,7 +111,7 @@ def _plain(section: LowRankSection, facts: ModelFacts, **settings: Any) -> "Lora
     )
 
 
-def _eva(section: EvaSection, facts: ModelFacts) -> "LoraConfig":
+def _eva(section: EvaSection, facts: ModelShape) -> "LoraConfig":
     from peft import EvaConfig
 
     eva = EvaConfig(rho=section.rho, use_label_mask=False)
@@ -121,7 +127,7 @@ PISSA = Variant(
     build=_of_weights,
     learning_rate=1e-4,
     proved=frozenset({"zero2"}),
-    refuses={**needs_floats(_NEEDS_FLOATS), "zero3": _TAKES_OUT},
+    refuses={**requires_unquantized(_NEEDS_FLOATS), "zero3": _TAKES_OUT},
     vllm="adapter",
     rows_inside=True,
     start="pissa",
@@ -135,7 +141,7 @@ OLORA = Variant(
     options=OloraSection,
     build=_of_weights,
     learning_rate=1e-4,
-    refuses={**needs_floats(_NEEDS_FLOATS), "zero3": _TAKES_OUT},
+    refuses={**requires_unquantized(_NEEDS_FLOATS), "zero3": _TAKES_OUT},
     vllm="adapter",
     rows_inside=True,
     start="olora",
@@ -163,7 +169,7 @@ CORDA = Variant(
     options=CordaSection,
     build=_of_weights,
     learning_rate=1e-4,
-    refuses={**needs_floats(_NEEDS_FLOATS), "zero3": _TAKES_OUT},
+    refuses={**requires_unquantized(_NEEDS_FLOATS), "zero3": _TAKES_OUT},
     vllm="adapter",
     rows_inside=True,
     start="corda",
@@ -196,7 +202,7 @@ LORA_GA = Variant(
     options=LoraGaSection,
     build=_of_gradients,
     learning_rate=5e-5,
-    refuses={**needs_floats("its start needs the gradient of full-precision weights"), "zero3": _TAKES_OUT},
+    refuses={**requires_unquantized("its start needs the gradient of full-precision weights"), "zero3": _TAKES_OUT},
     vllm="adapter",
     rows_inside=True,
     start="lora_ga",

@@ -5,9 +5,17 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from peftchat.variants.entry import Paper, Variant, needs_floats, targets
-from peftchat.variants.facts import ModelFacts
-from peftchat.variants.options import DropoutSection, LowRankSection, TargetedSection, own
+from peftchat.variants.base import (
+    DropoutSection,
+    LowRankSection,
+    ModelShape,
+    Paper,
+    TargetedSection,
+    Variant,
+    requires_unquantized,
+    targets,
+    type_specific,
+)
 
 if TYPE_CHECKING:
     from peft import DeloraConfig, GraloraConfig, HiraConfig, LoHaConfig, LoKrConfig
@@ -54,7 +62,7 @@ class HiraSection(TargetedSection):
     """Settings of HiRA."""
 
     variant: Literal["hira"] = "hira"
-    r: int = own(32, "Rank of the factor that multiplies the weight.", ge=1)
+    r: int = type_specific(32, "Rank of the factor that multiplies the weight.", ge=1)
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
 
 
@@ -62,8 +70,8 @@ class DeloraSection(TargetedSection):
     """Settings of DeLoRA."""
 
     variant: Literal["delora"] = "delora"
-    r: int = own(8, "Rank of the update.", ge=1)
-    delora_lambda: int | None = own(
+    r: int = type_specific(8, "Rank of the update.", ge=1)
+    delora_lambda: int | None = type_specific(
         None,
         "First length of the update, as PEFT counts it; it is trained. Without it: 2 for layers 4096 wide, 1 for "
         "narrow ones, so that the update begins at about a hundredth of the weight's length.",
@@ -72,7 +80,7 @@ class DeloraSection(TargetedSection):
     module_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
 
 
-def _loha(section: LohaSection, facts: ModelFacts) -> "LoHaConfig":
+def _loha(section: LohaSection, facts: ModelShape) -> "LoHaConfig":
     from peft import LoHaConfig
 
     return LoHaConfig(
@@ -84,7 +92,7 @@ def _loha(section: LohaSection, facts: ModelFacts) -> "LoHaConfig":
     )
 
 
-def _lokr(section: LokrSection, facts: ModelFacts) -> "LoKrConfig":
+def _lokr(section: LokrSection, facts: ModelShape) -> "LoKrConfig":
     from peft import LoKrConfig
 
     return LoKrConfig(
@@ -98,7 +106,7 @@ def _lokr(section: LokrSection, facts: ModelFacts) -> "LoKrConfig":
     )
 
 
-def _gralora(section: GraloraSection, facts: ModelFacts) -> "GraloraConfig":
+def _gralora(section: GraloraSection, facts: ModelShape) -> "GraloraConfig":
     from peft import GraloraConfig
 
     return GraloraConfig(
@@ -111,7 +119,7 @@ def _gralora(section: GraloraSection, facts: ModelFacts) -> "GraloraConfig":
     )
 
 
-def _hira(section: HiraSection, facts: ModelFacts) -> "HiraConfig":
+def _hira(section: HiraSection, facts: ModelShape) -> "HiraConfig":
     from peft import HiraConfig
 
     return HiraConfig(
@@ -122,7 +130,7 @@ def _hira(section: HiraSection, facts: ModelFacts) -> "HiraConfig":
     )
 
 
-def _delora(section: DeloraSection, facts: ModelFacts) -> "DeloraConfig":
+def _delora(section: DeloraSection, facts: ModelShape) -> "DeloraConfig":
     from peft import DeloraConfig
 
     return DeloraConfig(
@@ -143,7 +151,7 @@ LOHA = Variant(
     options=LohaSection,
     build=_loha,
     learning_rate=1e-3,
-    refuses={**needs_floats(_SHAPE), "zero3": _SLICED},
+    refuses={**requires_unquantized(_SHAPE), "zero3": _SLICED},
 )
 
 LOKR = Variant(
@@ -155,7 +163,7 @@ LOKR = Variant(
     build=_lokr,
     learning_rate=1e-3,
     proved=frozenset({"zero3"}),
-    refuses=needs_floats(_SHAPE),
+    refuses=requires_unquantized(_SHAPE),
 )
 
 GRALORA = Variant(
@@ -187,7 +195,7 @@ DELORA = Variant(
     options=DeloraSection,
     build=_delora,
     learning_rate=1e-3,
-    refuses={**needs_floats(_NORMS), "zero3": _NORMS_OF_SLICES},
+    refuses={**requires_unquantized(_NORMS), "zero3": _NORMS_OF_SLICES},
 )
 
 VARIANTS = (LOHA, LOKR, GRALORA, HIRA, DELORA)

@@ -2,8 +2,7 @@
 
 from typing import Literal
 
-from peftchat.variants.entry import Variant
-from peftchat.variants.options import AdapterSection
+from peftchat.variants.base import AdapterSection, Variant
 
 _NO_LAYERS = "transformers trains a quantised base only where an adapter sits in its layers"
 

@@ -7,8 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peftchat.variants.entry import Setting, Variant
-from peftchat.variants.options import AdapterSection
+from peftchat.variants.base import AdapterSection, Setting, Variant
 
 _BASES: tuple[Setting, ...] = ("unquantised", "8 bits", "4 bits")
 _SHORT = {"unquantised": "16", "8 bits": "8", "4 bits": "4"}

@@ -4,9 +4,16 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from peftchat.variants.entry import Paper, Variant, largest_divisor, needs_floats, targets
-from peftchat.variants.facts import ModelFacts
-from peftchat.variants.options import TargetedSection, own
+from peftchat.variants.base import (
+    ModelShape,
+    Paper,
+    TargetedSection,
+    Variant,
+    largest_divisor,
+    requires_unquantized,
+    targets,
+    type_specific,
+)
 
 if TYPE_CHECKING:
     from peft import (
@@ -25,7 +32,9 @@ class VeraSection(TargetedSection):
     """Settings of VeRA."""
 
     variant: Literal["vera"] = "vera"
-    r: int = own(256, "Rank of the fixed random matrices. It costs time, and hardly any trained parameters.", ge=1)
+    r: int = type_specific(
+        256, "Rank of the fixed random matrices. It costs time, and hardly any trained parameters.", ge=1
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
     d_initial: float = Field(0.1, gt=0, description="First value of the trained vector between the two matrices.")
 
@@ -34,8 +43,8 @@ class RandloraSection(TargetedSection):
     """Settings of RandLoRA."""
 
     variant: Literal["randlora"] = "randlora"
-    r: int = own(32, "Rank of each fixed random pair; a layer has as many pairs as full rank takes.", ge=1)
-    alpha: int = own(640, "Scale of the update: `alpha / r`; its authors take 20 times `r`.", ge=1)
+    r: int = type_specific(32, "Rank of each fixed random pair; a layer has as many pairs as full rank takes.", ge=1)
+    alpha: int = type_specific(640, "Scale of the update: `alpha / r`; its authors take 20 times `r`.", ge=1)
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
 
 
@@ -43,24 +52,24 @@ class FourierftSection(TargetedSection):
     """Settings of FourierFT."""
 
     variant: Literal["fourierft"] = "fourierft"
-    n_frequency: int | None = own(
+    n_frequency: int | None = type_specific(
         None,
         "Trained Fourier coefficients of each layer. Without it: 1000, or half the weights of the smallest layer.",
         ge=1,
     )
-    scaling: float = own(150.0, "Scale of the update.", gt=0)
+    scaling: float = type_specific(150.0, "Scale of the update.", gt=0)
 
 
 class WaveftSection(TargetedSection):
     """Settings of WaveFT."""
 
     variant: Literal["waveft"] = "waveft"
-    n_frequency: int | None = own(
+    n_frequency: int | None = type_specific(
         None,
         "Trained wavelet coefficients of each layer. Without it: 2592, or half the weights of the smallest layer.",
         ge=1,
     )
-    scaling: float = own(25.0, "Scale of the update.", gt=0)
+    scaling: float = type_specific(25.0, "Scale of the update.", gt=0)
 
 
 class C3aSection(TargetedSection):
@@ -79,7 +88,7 @@ class TinyloraSection(TargetedSection):
     """Settings of TinyLoRA."""
 
     variant: Literal["tinylora"] = "tinylora"
-    r: int = own(2, "Singular directions of each weight that the update moves.", ge=1)
+    r: int = type_specific(2, "Singular directions of each weight that the update moves.", ge=1)
     u: int = Field(64, ge=1, description="Trained numbers of each layer.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
 
@@ -88,7 +97,7 @@ class UniloraSection(TargetedSection):
     """Settings of Uni-LoRA."""
 
     variant: Literal["unilora"] = "unilora"
-    r: int = own(4, "Rank of the update of each layer.", ge=1)
+    r: int = type_specific(4, "Rank of the update of each layer.", ge=1)
     theta_d_length: int = Field(4096, ge=1, description="Trained numbers of the whole model.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
 
@@ -97,7 +106,7 @@ class VbloraSection(TargetedSection):
     """Settings of VB-LoRA."""
 
     variant: Literal["vblora"] = "vblora"
-    r: int = own(4, "Rank of the update of each layer.", ge=1)
+    r: int = type_specific(4, "Rank of the update of each layer.", ge=1)
     num_vectors: int = Field(256, ge=1, description="Vectors in the bank that all layers share.")
     vector_length: int | None = Field(
         None,
@@ -109,7 +118,7 @@ class VbloraSection(TargetedSection):
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
 
 
-def _vera(section: VeraSection, facts: ModelFacts) -> "VeraConfig":
+def _vera(section: VeraSection, facts: ModelShape) -> "VeraConfig":
     from peft import VeraConfig
 
     return VeraConfig(
@@ -121,7 +130,7 @@ def _vera(section: VeraSection, facts: ModelFacts) -> "VeraConfig":
     )
 
 
-def _randlora(section: RandloraSection, facts: ModelFacts) -> "RandLoraConfig":
+def _randlora(section: RandloraSection, facts: ModelShape) -> "RandLoraConfig":
     from peft import RandLoraConfig
 
     return RandLoraConfig(
@@ -133,7 +142,7 @@ def _randlora(section: RandloraSection, facts: ModelFacts) -> "RandLoraConfig":
     )
 
 
-def _fourierft(section: FourierftSection, facts: ModelFacts) -> "FourierFTConfig":
+def _fourierft(section: FourierftSection, facts: ModelShape) -> "FourierFTConfig":
     from peft import FourierFTConfig
 
     return FourierFTConfig(
@@ -146,7 +155,7 @@ def _fourierft(section: FourierftSection, facts: ModelFacts) -> "FourierFTConfig
     )
 
 
-def _waveft(section: WaveftSection, facts: ModelFacts) -> "WaveFTConfig":
+def _waveft(section: WaveftSection, facts: ModelShape) -> "WaveFTConfig":
     from peft import WaveFTConfig
 
     return WaveFTConfig(
@@ -157,22 +166,22 @@ def _waveft(section: WaveftSection, facts: ModelFacts) -> "WaveFTConfig":
     )
 
 
-def _half_of_smallest(section: TargetedSection, facts: ModelFacts) -> int:
+def _half_of_smallest(section: TargetedSection, facts: ModelShape) -> int:
     return min(inputs * outputs for inputs, outputs in facts.shapes(section.target_modules)) // 2
 
 
-def _sides(section: TargetedSection, facts: ModelFacts) -> list[int]:
+def _sides(section: TargetedSection, facts: ModelShape) -> list[int]:
     return [side for shape in facts.shapes(section.target_modules) for side in shape]
 
 
-def _c3a(section: C3aSection, facts: ModelFacts) -> "C3AConfig":
+def _c3a(section: C3aSection, facts: ModelShape) -> "C3AConfig":
     from peft import C3AConfig
 
     size = section.block_size or largest_divisor(_sides(section, facts), 256)
     return C3AConfig(block_size=size, target_modules=targets(section, facts))
 
 
-def _tinylora(section: TinyloraSection, facts: ModelFacts) -> "TinyLoraConfig":
+def _tinylora(section: TinyloraSection, facts: ModelShape) -> "TinyLoraConfig":
     from peft import TinyLoraConfig
 
     return TinyLoraConfig(
@@ -184,7 +193,7 @@ def _tinylora(section: TinyloraSection, facts: ModelFacts) -> "TinyLoraConfig":
     )
 
 
-def _unilora(section: UniloraSection, facts: ModelFacts) -> "UniLoraConfig":
+def _unilora(section: UniloraSection, facts: ModelShape) -> "UniLoraConfig":
     from peft import UniLoraConfig
 
     return UniLoraConfig(
@@ -196,7 +205,7 @@ def _unilora(section: UniloraSection, facts: ModelFacts) -> "UniLoraConfig":
     )
 
 
-def _vblora(section: VbloraSection, facts: ModelFacts) -> "VBLoRAConfig":
+def _vblora(section: VbloraSection, facts: ModelShape) -> "VBLoRAConfig":
     from peft import VBLoRAConfig
 
     return VBLoRAConfig(
@@ -271,7 +280,7 @@ TINYLORA = Variant(
     options=TinyloraSection,
     build=_tinylora,
     learning_rate=1e-3,
-    refuses=needs_floats("PEFT decomposes the packed numbers as if they were the weights"),
+    refuses=requires_unquantized("PEFT decomposes the packed numbers as if they were the weights"),
 )
 
 UNILORA = Variant(

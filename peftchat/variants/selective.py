@@ -5,9 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from peftchat.errors import UserError
-from peftchat.variants.entry import Paper, Variant, targets
-from peftchat.variants.facts import ModelFacts, in_attention
-from peftchat.variants.options import NOT_INHERITED, AdapterSection, TargetedSection, list_or, own
+from peftchat.variants.base import (
+    NOT_INHERITED,
+    AdapterSection,
+    ModelShape,
+    Paper,
+    TargetedSection,
+    Variant,
+    in_attention,
+    list_or,
+    targets,
+    type_specific,
+)
 
 if TYPE_CHECKING:
     from peft import IA3Config, LNTuningConfig, MissConfig, ShiraConfig
@@ -58,7 +67,7 @@ class ShiraSection(TargetedSection):
     """Settings of SHiRA."""
 
     variant: Literal["shira"] = "shira"
-    r: int | None = own(
+    r: int | None = type_specific(
         None,
         "Decides how many weights are trained: as many as a LoRA of this rank has. Without it: 32, or less where the "
         "smallest layer would be trained to more than a half.",
@@ -70,7 +79,7 @@ class MissSection(TargetedSection):
     """Settings of MiSS."""
 
     variant: Literal["miss"] = "miss"
-    r: int | None = own(
+    r: int | None = type_specific(
         None,
         "Rank of the update: the number of pieces that a layer's inputs are summed into. Without it: 64, or the inputs "
         "of the smallest layer.",
@@ -79,7 +88,7 @@ class MissSection(TargetedSection):
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
 
 
-def _ia3(section: Ia3Section, facts: ModelFacts) -> "IA3Config":
+def _ia3(section: Ia3Section, facts: ModelShape) -> "IA3Config":
     from peft import IA3Config
 
     names = _ia3_targets(facts) if isinstance(section.target_modules, str) else list(section.target_modules)
@@ -88,7 +97,7 @@ def _ia3(section: Ia3Section, facts: ModelFacts) -> "IA3Config":
     return IA3Config(target_modules=names, feedforward_modules=forward, fan_in_fan_out=facts.transposed)
 
 
-def _ia3_targets(facts: ModelFacts) -> list[str]:
+def _ia3_targets(facts: ModelShape) -> list[str]:
     attention = [name for name in facts.endings("attention") if name.endswith(_KEYS_AND_VALUES)]
     second = {
         ".".join(name.split(".")[-2:])
@@ -105,11 +114,11 @@ def _ia3_targets(facts: ModelFacts) -> list[str]:
     return [*attention, *sorted(second)]
 
 
-def _feeds_forward(ending: str, facts: ModelFacts) -> bool:
+def _feeds_forward(ending: str, facts: ModelShape) -> bool:
     return any(name.endswith(f".{ending}") and not in_attention(name) for name in facts.linear)
 
 
-def _ln_tuning(section: LnTuningSection, facts: ModelFacts) -> "LNTuningConfig":
+def _ln_tuning(section: LnTuningSection, facts: ModelShape) -> "LNTuningConfig":
     from peft import LNTuningConfig
 
     wanted = section.target_modules
@@ -127,7 +136,7 @@ def _last(name: str) -> str:
     return name.split(".")[-1]
 
 
-def _shira(section: ShiraSection, facts: ModelFacts) -> "ShiraConfig":
+def _shira(section: ShiraSection, facts: ModelShape) -> "ShiraConfig":
     from peft import ShiraConfig
 
     most = min(inputs * outputs // (2 * (inputs + outputs)) for inputs, outputs in facts.shapes(section.target_modules))
@@ -140,7 +149,7 @@ def _shira(section: ShiraSection, facts: ModelFacts) -> "ShiraConfig":
     )
 
 
-def _miss(section: MissSection, facts: ModelFacts) -> "MissConfig":
+def _miss(section: MissSection, facts: ModelShape) -> "MissConfig":
     from peft import MissConfig
 
     most = min(inputs for inputs, _ in facts.shapes(section.target_modules))

@@ -69,7 +69,7 @@ def write_rows(source: str, path: Path, rows: int, *, distinct: bool = False) ->
 
     The source's are repeated; with `distinct` each of them has its number in front, and is no duplicate.
     """
-    from peftchat.sources import read_conversations
+    from peftchat.conversations import read_conversations
 
     conversations = [one.as_dicts() for one in read_conversations(source)]
     conversations = [one for one in conversations if not any("<|" in message["content"] for message in one)]
@@ -148,7 +148,7 @@ def make_contenders(
     from transformers import AutoTokenizer
 
     from peftchat.chatml.registry import make_format
-    from peftchat.sources import read_conversations
+    from peftchat.conversations import read_conversations
     from peftchat.training.data import prepare_rows
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -275,7 +275,7 @@ def resident() -> tuple[int, int]:
 
 def clean(path: Path, model: str) -> Callable[[], int]:
     """`peftchat data prepare`: checks, duplicates, split, files."""
-    from peftchat.sources.prepare.run import PrepareSettings, prepare
+    from peftchat.conversations.prepare import PrepareSettings, prepare
 
     def run() -> int:
         with tempfile.TemporaryDirectory(prefix="prepared-") as folder:

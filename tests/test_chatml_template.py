@@ -86,7 +86,7 @@ def test_ids_and_mask_of_stock_transformers(name: str, template: str) -> None:
 def test_ids_and_mask_on_real_dialogues(demo_model: Path, shared_data: Path, template: str) -> None:
     from transformers import AutoTokenizer
 
-    from peftchat.sources import read_conversations
+    from peftchat.conversations import read_conversations
 
     chat = make_format(template, None, AutoTokenizer.from_pretrained(demo_model))
     batch = list(read_conversations(shared_data / "oasst_code_151.jsonl"))

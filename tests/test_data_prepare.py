@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from peftchat.conversations import read_conversations
+from peftchat.conversations.languages import detect_language, matches_language
+from peftchat.conversations.prepare import PrepareSettings, prepare
 from peftchat.errors import UserError
-from peftchat.sources import read_conversations
-from peftchat.sources.languages import detect_language, matches_language
-from peftchat.sources.prepare import PrepareSettings, prepare
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -197,7 +197,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
         program = textwrap.dedent(f"""
             import resource
             from pathlib import Path
-            from peftchat.sources.prepare import PrepareSettings, prepare
+            from peftchat.conversations.prepare import PrepareSettings, prepare
             prepare({str(source)!r}, Path({str(tmp_path / f"out{rows}")!r}), PrepareSettings())
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         """)

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from mask_helpers import DIALOGUES, make_tokenizer_folder, write_dialogues, write_recipe
 from transformers import AutoTokenizer
 
+from peftchat.conversations import read_conversations
+from peftchat.conversations.stats import gather, parts_of_path
+from peftchat.conversations.stats.overlap import run_hashes, word_hashes
+from peftchat.conversations.stats.result import LengthSketch
 from peftchat.errors import UserError
-from peftchat.sources import read_conversations
-from peftchat.sources.stats import gather, parts_of_path
-from peftchat.sources.stats.lengths import LengthSketch
-from peftchat.sources.stats.words import run_hashes, word_hashes
 
 Dialogue = list[tuple[str, str]]
 

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from peftchat.cli.data_from_code import command
 from peftchat.errors import UserError
-from peftchat.sources.from_code import STDLIB, CodeDialogue, dialogues_about, dialogues_from_code, survey
-from peftchat.sources.from_code.write import split, write_dialogues
+from peftchat.from_code import STDLIB, CodeConversation, conversations_about, conversations_from_code, survey
+from peftchat.from_code.writer import split, write_conversations
 
 MODULE = '''
 """Shapes and what can be computed about them."""
@@ -159,20 +159,20 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def many(package: Path) -> list[CodeDialogue]:
+def many(package: Path) -> list[CodeConversation]:
     """The package's dialogues under several seeds, so that every phrasing and branch is likely to occur."""
     found = survey([str(package)])
-    return [dialogue for seed in range(12) for dialogue in dialogues_about(found, seed=seed)]
+    return [dialogue for seed in range(12) for dialogue in conversations_about(found, seed=seed)]
 
 
 @pytest.fixture(scope="module")
-def stdlib() -> list[CodeDialogue]:
+def stdlib() -> list[CodeConversation]:
     return list(
-        dialogues_about(survey(["json", "shutil", "statistics", "textwrap", "collections", "contextlib"]), seed=3)
+        conversations_about(survey(["json", "shutil", "statistics", "textwrap", "collections", "contextlib"]), seed=3)
     )
 
 
-def answers(dialogues: list[CodeDialogue], name: str, kind: str | None = None) -> list[str]:
+def answers(dialogues: list[CodeConversation], name: str, kind: str | None = None) -> list[str]:
     return [
         message.content
         for dialogue in dialogues
@@ -208,7 +208,7 @@ def test_every_dialogue_is_well_formed(which: str, request: pytest.FixtureReques
 
 def test_nothing_is_imported(package: Path) -> None:
     program = (
-        "import sys; from peftchat.sources.from_code import dialogues_from_code as d; before = set(sys.modules);"
+        "import sys; from peftchat.from_code import dialogues_from_code as d; before = set(sys.modules);"
         f"rows = list(d([{str(package)!r}, 'sched', 'wsgiref.handlers'])); assert len(rows) > 20;"
         "new = set(sys.modules) - before; print([m for m in new if m.split('.')[0] in ('shapes', 'sched', 'wsgiref')]);"
         "print([m for m in sys.modules if m in ('torch', 'transformers')])"
@@ -240,13 +240,13 @@ def test_private_names_are_asked_about_on_request(package: Path) -> None:
     assert {"shapes.core._hidden", "shapes._private.kept"} <= names
 
 
-def test_no_secret_leaves_the_source(many: list[CodeDialogue]) -> None:
+def test_no_secret_leaves_the_source(many: list[CodeConversation]) -> None:
     text = json.dumps([dialogue.conversation.as_dicts() for dialogue in many])
     for secret in ("hunter2", "ghp_", "sk-abcdef"):
         assert secret not in text
 
 
-def test_answers_about_a_function(many: list[CodeDialogue]) -> None:
+def test_answers_about_a_function(many: list[CodeConversation]) -> None:
     what = answers(many, "shapes.area", "what")
     opening = "`shapes.area` computes the area of a rectangle and returns it with its unit."
     assert opening in what
@@ -269,7 +269,7 @@ def test_answers_about_a_function(many: list[CodeDialogue]) -> None:
     ) in meaning
 
 
-def test_written_code_is_the_real_source(many: list[CodeDialogue], package: Path) -> None:
+def test_written_code_is_the_real_source(many: list[CodeConversation], package: Path) -> None:
     written = {
         block
         for d in many
@@ -312,16 +312,16 @@ def _undocumented(node: ast.stmt) -> ast.stmt:
         ("shapes.core.Point.Inner", "inner = Point.Inner()"),
     ],
 )
-def test_example_calls_fit_the_definition(many: list[CodeDialogue], name: str, expected: str) -> None:
+def test_example_calls_fit_the_definition(many: list[CodeConversation], name: str, expected: str) -> None:
     assert any(expected in block for text in answers(many, name) for block in code_blocks(text))
 
 
-def test_functions_inside_functions_are_not_asked_about(many: list[CodeDialogue]) -> None:
+def test_functions_inside_functions_are_not_asked_about(many: list[CodeConversation]) -> None:
     assert not any("inner" in dialogue.object for dialogue in many)
 
 
 def test_same_seed_same_dialogues_other_seed_other_words(package: Path) -> None:
-    first, again, other = (list(dialogues_from_code([str(package)], seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (list(conversations_from_code([str(package)], seed=seed)) for seed in (0, 0, 1))
     assert first == again
     assert {d.messages for d in first} != {d.messages for d in other}
 
@@ -329,13 +329,13 @@ def test_same_seed_same_dialogues_other_seed_other_words(package: Path) -> None:
 def test_adding_a_function_leaves_the_other_dialogues_alone(tmp_path: Path) -> None:
     path = tmp_path / "growing.py"
     path.write_text('def one(a):\n    """Return one."""\n    return a, 1\n')
-    before = {d.messages for d in dialogues_from_code([str(path)])}
+    before = {d.messages for d in conversations_from_code([str(path)])}
     path.write_text(path.read_text() + '\n\ndef two(a):\n    """Return two."""\n    return a, 2\n')
-    assert before < {d.messages for d in dialogues_from_code([str(path)])}
+    assert before < {d.messages for d in conversations_from_code([str(path)])}
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])
-def test_no_object_is_on_both_sides(stdlib: list[CodeDialogue], fraction: float) -> None:
+def test_no_object_is_on_both_sides(stdlib: list[CodeConversation], fraction: float) -> None:
     train, held_out = split(stdlib, fraction, seed=1)
     assert len(train) + len(held_out) == len(stdlib)
     assert not {d.group for d in train} & {d.group for d in held_out}
@@ -344,7 +344,9 @@ def test_no_object_is_on_both_sides(stdlib: list[CodeDialogue], fraction: float)
 
 
 def test_stdlib_answers() -> None:
-    dialogues = [d for seed in range(8) for d in dialogues_about(survey(["shutil", "json", "statistics"]), seed=seed)]
+    dialogues = [
+        d for seed in range(8) for d in conversations_about(survey(["shutil", "json", "statistics"]), seed=seed)
+    ]
     assert any(
         t.startswith("`shutil.copy2` copies data and metadata. It returns the file's destination.")
         for t in answers(dialogues, "shutil.copy2", "what")
@@ -369,14 +371,14 @@ def test_files_and_card(tmp_path: Path, package: Path) -> None:
 
 
 def test_max_rows_keeps_many_objects(tmp_path: Path) -> None:
-    card = write_dialogues(["statistics", "textwrap"], tmp_path, max_rows=60, seed=5).card
+    card = write_conversations(["statistics", "textwrap"], tmp_path, max_rows=60, seed=5).card
     assert card["train"]["rows"] + card["eval"]["rows"] == 60
     assert card["left_out_by_max_rows"] == card["dialogues_made"] - 60
     assert card["train"]["objects"] + card["eval"]["objects"] >= min(60, card["objects"] - 5)
 
 
 def test_the_demo_data(tmp_path: Path) -> None:
-    card = write_dialogues(list(STDLIB[:20]), tmp_path, max_rows=400).card
+    card = write_conversations(list(STDLIB[:20]), tmp_path, max_rows=400).card
     assert card["train"]["rows"] + card["eval"]["rows"] == 400
     assert 120 < card["train"]["mean_answer_characters"] < 400
 
@@ -392,7 +394,7 @@ def test_the_demo_data(tmp_path: Path) -> None:
 )
 def test_roots_that_cannot_be_read(tmp_path: Path, root: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as raised:
-        write_dialogues([root], tmp_path / "out")
+        write_conversations([root], tmp_path / "out")
     assert raised.value.where == root
     assert raised.value.cure
     assert not (tmp_path / "out").exists()
@@ -401,18 +403,18 @@ def test_roots_that_cannot_be_read(tmp_path: Path, root: str, words: str) -> Non
 def test_code_without_anything_to_say(tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()
     with pytest.raises(UserError, match="holds no Python file"):
-        write_dialogues([str(tmp_path / "code")], tmp_path / "out")
+        write_conversations([str(tmp_path / "code")], tmp_path / "out")
     (tmp_path / "code/bare.py").write_text("x = 1\n")
     with pytest.raises(UserError, match="no documented function"):
-        write_dialogues([str(tmp_path / "code")], tmp_path / "out")
+        write_conversations([str(tmp_path / "code")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_files_are_read_back_as_they_were_made(tmp_path: Path) -> None:
-    from peftchat.sources import read_conversations
+    from peftchat.conversations import read_conversations
 
-    write_dialogues(["textwrap"], tmp_path, eval_fraction=0.2, seed=2)
+    write_conversations(["textwrap"], tmp_path, eval_fraction=0.2, seed=2)
     back = [row.messages for side in ("train", "eval") for row in read_conversations(tmp_path / f"{side}.jsonl")]
-    made = [row.messages for row in dialogues_from_code(["textwrap"], seed=2)]
+    made = [row.messages for row in conversations_from_code(["textwrap"], seed=2)]
     assert len(back) == len(made) > 20
     assert set(back) == set(made)

@@ -4,12 +4,12 @@ import ast
 
 import pytest
 
-from peftchat.sources.from_code.behaviour import Shape, behaviour, raised, shape_of
-from peftchat.sources.from_code.calls import describe_parameters, signature
-from peftchat.sources.from_code.docstrings import read_docstring
-from peftchat.sources.from_code.english import about, article, base_phrase, continue_about, sentences
-from peftchat.sources.from_code.inventory import CodeObject, build, top_level
-from peftchat.sources.from_code.leaks import has_secret
+from peftchat.from_code.behavior import Shape, behavior, raised, shape_of
+from peftchat.from_code.calls import describe_parameters, signature
+from peftchat.from_code.docstrings import read_docstring
+from peftchat.from_code.english import about, article, base_phrase, continue_about, sentences
+from peftchat.from_code.inventory import CodeObject, build, top_level
+from peftchat.from_code.survey import has_secret
 
 
 def only_object(source: str) -> CodeObject:
@@ -175,4 +175,4 @@ def f(a, b):
         ("ValueError", None, "late"),
         ("KeyError", None, None),
     ]
-    assert "It loops over `b`, calling each element `x`." in behaviour(ast.parse(source).body[0])
+    assert "It loops over `b`, calling each element `x`." in behavior(ast.parse(source).body[0])

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peftchat.conversations import ProblemLog, ReadOptions, read_conversations, split_eval
+from peftchat.conversations.formats.oasst import RULES
 from peftchat.errors import UserError
-from peftchat.sources import ProblemLog, ReadOptions, read_conversations, split_eval
-from peftchat.sources.oasst.rules import RULES
 
 Tree = dict[str, Any]
 Dialogue = tuple[tuple[str, str], ...]

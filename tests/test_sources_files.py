@@ -14,9 +14,9 @@ import pytest
 from pyarrow import parquet
 
 from peftchat.conversation import Conversation, Message
+from peftchat.conversations import ProblemLog, ReadOptions, read_conversations
+from peftchat.conversations.readers import json_values
 from peftchat.errors import UserError
-from peftchat.sources import ProblemLog, ReadOptions, read_conversations
-from peftchat.sources.readers import json_values
 
 ROWS = [{"prompt": f"Question {i} … ¿qué? 你好", "completion": f"Answer {i}\nin two lines 🙂"} for i in range(30)]
 EXPECTED = [(Message("user", row["prompt"]), Message("assistant", row["completion"])) for row in ROWS]
@@ -124,7 +124,7 @@ def test_a_long_row_is_skipped_without_being_read_into_memory(tmp_path: Path) ->
         file.write(b'", "completion": "y"}\n' + LINES.encode())
     program = textwrap.dedent(f"""
         import resource
-        from peftchat.sources import ProblemLog, read_conversations
+        from peftchat.conversations import ProblemLog, read_conversations
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         log = ProblemLog()
         count = sum(1 for _ in read_conversations({str(path)!r}, problems=log))
@@ -178,7 +178,7 @@ def test_a_source_without_rows_is_refused_in_words(tmp_path: Path, make: Any, me
 
 def test_a_hub_id_that_cannot_be_had_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    program = "from peftchat.sources import read_conversations; list(read_conversations('nobody/nothing'))"
+    program = "from peftchat.conversations import read_conversations; list(read_conversations('nobody/nothing'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert "InputError: nobody/nothing (split train): there is no such file or folder" in done.stderr
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from peftchat.conversations import ProblemLog, list_formats, read_conversations
+from peftchat.conversations.problems import KINDS
 from peftchat.errors import UserError
-from peftchat.sources import ProblemLog, list_formats, read_conversations
-from peftchat.sources.problems import KINDS
 
 QUESTION, ANSWER = "What is 2 + 2?", "It is 4."
 PLAIN = [("user", QUESTION), ("assistant", ANSWER)]

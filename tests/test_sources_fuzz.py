@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from peftchat.conversations import ProblemLog, ReadOptions, read_conversations
+from peftchat.conversations.formats import FORMATS
 from peftchat.errors import UserError
-from peftchat.sources import ProblemLog, ReadOptions, read_conversations
-from peftchat.sources.forms import FORMS
 
 TURNS = [{"role": "user", "content": "Grüße 你好"}, {"role": "assistant", "content": "Hello."}]
 SEEDS: dict[str, dict[str, Any]] = {
@@ -159,7 +159,7 @@ def test_any_value_may_stand_anywhere(folder: Path, data: st.DataObject, name: s
     target[place[-1]] = data.draw(json_values)
     path = folder / "values.jsonl"
     path.write_text(json.dumps(row, ensure_ascii=True) + "\n", encoding="utf-8")
-    outcome(path, strict=strict, format=data.draw(st.sampled_from(("auto", name, *sorted(FORMS)))))
+    outcome(path, strict=strict, format=data.draw(st.sampled_from(("auto", name, *sorted(FORMATS)))))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftchat.conversation import Conversation, Message
+from peftchat.conversations import ProblemLog, fit_split, read_sources, split_eval
 from peftchat.errors import UserError
 from peftchat.recipe import DataEntry
-from peftchat.sources import ProblemLog, read_entries, settle_split, split_eval
 
 
 def dialogue(question: str, answer: str = "a") -> Conversation:
@@ -42,7 +42,7 @@ def test_the_fraction_is_honoured_and_the_seed_decides() -> None:
 
 def test_a_dialogues_side_does_not_depend_on_the_others() -> None:
     everything = [dialogue(str(number)) for number in range(1_000)]
-    whole, half = settle_split(everything, 0.3, 0), settle_split(everything[::2], 0.3, 0)
+    whole, half = fit_split(everything, 0.3, 0), fit_split(everything[::2], 0.3, 0)
     assert [whole.is_eval(d) for d in everything] == [half.is_eval(d) for d in everything]
 
 
@@ -57,7 +57,7 @@ def sources(tmp_path: Path) -> tuple[str, str]:
 def test_weights_say_how_often_each_dialogue_is_used(sources: tuple[str, str]) -> None:
     entries = [DataEntry(path=sources[0], weight=0.25), DataEntry(path=sources[1], weight=2.5)]
     log = ProblemLog(strict=True)
-    used = Counter(d.messages[0].content for d in read_entries(entries, seed=3, problems=log))
+    used = Counter(d.messages[0].content for d in read_sources(entries, seed=3, problems=log))
     first = [used[f"a{number}"] for number in range(2_000)]
     second = [used[f"b{number}"] for number in range(2_000)]
     assert set(first) == {0, 1}
@@ -66,13 +66,13 @@ def test_weights_say_how_often_each_dialogue_is_used(sources: tuple[str, str]) -
     assert abs(sum(second) - 5_000) < 100
     assert log.skipped["left_out_by_weight"] == 2_000 - sum(first)
     assert log.notes["repeated_by_weight"] == sum(second) - 2_000
-    assert used == Counter(d.messages[0].content for d in read_entries(entries, seed=3))
-    assert used != Counter(d.messages[0].content for d in read_entries(entries, seed=4))
+    assert used == Counter(d.messages[0].content for d in read_sources(entries, seed=3))
+    assert used != Counter(d.messages[0].content for d in read_sources(entries, seed=4))
 
 
 def test_all_entries_are_checked_before_the_first_dialogue(sources: tuple[str, str]) -> None:
     with pytest.raises(UserError, match="no such file"):
-        read_entries([DataEntry(path=sources[0]), DataEntry(path=sources[1] + ".gone.jsonl")])
+        read_sources([DataEntry(path=sources[0]), DataEntry(path=sources[1] + ".gone.jsonl")])
 
 
 def test_each_source_has_its_own_languages(tmp_path: Path) -> None:
@@ -84,16 +84,16 @@ def test_each_source_has_its_own_languages(tmp_path: Path) -> None:
         DataEntry(path=str(tmp_path / "a.jsonl"), languages=("en", "pt")),
         DataEntry(path=str(tmp_path / "b.jsonl"), languages=("de",)),
     ]
-    used = [(Path(d.source).name[0], d.messages[0].content) for d in read_entries(entries, problems=log)]
+    used = [(Path(d.source).name[0], d.messages[0].content) for d in read_sources(entries, problems=log)]
     assert used == [("a", "en"), ("a", "pt-BR"), ("b", "de")]
     assert log.skipped == {"other_language": 3}
 
 
 def test_each_source_has_its_own_rank_limit(shared_data: Path) -> None:
     trees = str(shared_data / "oasst_trees_en_60.jsonl")
-    best = [d.messages for d in read_entries([DataEntry(path=trees, top_k=1)])]
-    everything = [d.messages for d in read_entries([DataEntry(path=trees)])]
-    both = [d.messages for d in read_entries([DataEntry(path=trees, top_k=1), DataEntry(path=trees)])]
+    best = [d.messages for d in read_sources([DataEntry(path=trees, top_k=1)])]
+    everything = [d.messages for d in read_sources([DataEntry(path=trees)])]
+    both = [d.messages for d in read_sources([DataEntry(path=trees, top_k=1), DataEntry(path=trees)])]
     assert 0 < len(best) < len(everything)
     assert both == best + everything
 
@@ -101,4 +101,4 @@ def test_each_source_has_its_own_rank_limit(shared_data: Path) -> None:
 @pytest.mark.parametrize("format", ["auto", "prompt_completion"])
 def test_a_rank_limit_needs_ranks(sources: tuple[str, str], format: str) -> None:
     with pytest.raises(UserError, match="`prompt_completion` has no ranks"):
-        list(read_entries([DataEntry(path=sources[0], format=format, top_k=2)]))
+        list(read_sources([DataEntry(path=sources[0], format=format, top_k=2)]))

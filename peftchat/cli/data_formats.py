@@ -16,7 +16,7 @@ def command(as_json: bool) -> None:
     """
     from peftchat.chatml.registry import TEMPLATE_NOTES
     from peftchat.console import stdout
-    from peftchat.sources import list_formats
+    from peftchat.conversations import list_formats
 
     lists = {"formats": dict(list_formats()), "templates": TEMPLATE_NOTES}
     if as_json:

@@ -44,14 +44,16 @@ def command(
     """
     from peftchat.console import stderr, stdout
     from peftchat.errors import UserError
-    from peftchat.sources.from_code.stdlib import available_stdlib
-    from peftchat.sources.from_code.write import write_dialogues
+    from peftchat.from_code.survey import available_stdlib
+    from peftchat.from_code.writer import write_conversations
 
     names = [name.strip() for root in roots for name in root.split(",") if name.strip()]
     names += available_stdlib() if stdlib else []
     if not names:
         raise UserError("nothing to read", where="from-code", cure="Name a package or a folder, or pass --stdlib.")
-    written = write_dialogues(names, folder, seed=seed, max_rows=max_rows, eval_fraction=eval_fraction, private=private)
+    written = write_conversations(
+        names, folder, seed=seed, max_rows=max_rows, eval_fraction=eval_fraction, private=private
+    )
     card = written.card
     for line in card["unreadable"]:
         stderr.print(f"Not valid Python, left out: {line}", style="yellow", markup=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from peftchat.sources.prepare import Card, PrepareSettings
+    from peftchat.conversations.prepare import Card, PrepareSettings
 
 
 def _languages(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def command(
     Example:
         peftchat data prepare oasst_trees.jsonl.gz -o data/oasst --lang en --eval-fraction 0.1
     """
-    from peftchat.sources.prepare import PrepareSettings
+    from peftchat.conversations.prepare import PrepareSettings
 
     settings = PrepareSettings(
         format=form,
@@ -75,7 +75,7 @@ def command(
 
 def _with_progress(source: str, folder: Path, settings: "PrepareSettings") -> "Card":
     from peftchat.console import stderr
-    from peftchat.sources.prepare import prepare
+    from peftchat.conversations.prepare import prepare
 
     started = time.monotonic()
     with stderr.status("reading …") as status:
@@ -93,7 +93,7 @@ def _show(card: "Card", folder: Path) -> None:
     from rich.table import Table
 
     from peftchat.console import stderr, stdout
-    from peftchat.sources.prepare.card import funnel
+    from peftchat.conversations.dataset_card import funnel
 
     table = Table(box=None, pad_edge=False)
     table.add_column("what became of the rows")

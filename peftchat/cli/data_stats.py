@@ -10,8 +10,8 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from peftchat.sources.stats import DataStats, StatsPart
-    from peftchat.sources.stats.tokens import FileTokenCounter
+    from peftchat.conversations.stats import DataStats, StatsPart
+    from peftchat.conversations.stats.parts import FileTokenCounter
 
 _RECIPE_ENDINGS = (".yaml", ".yml")
 
@@ -54,8 +54,8 @@ def command(
 
 def _resolve(sources: "Sequence[str]", tokenizer: str | None) -> "tuple[list[StatsPart], FileTokenCounter | None]":
     """The parts, and what counts their tokens: the tokenizer asked for, else that of a recipe, if it is on disk."""
-    from peftchat.sources.stats import parts_of_path, parts_of_recipe
-    from peftchat.sources.stats.tokens import FileTokenCounter, has_tokenizer
+    from peftchat.conversations.stats import parts_of_path, parts_of_recipe
+    from peftchat.conversations.stats.parts import FileTokenCounter, has_tokenizer
 
     parts: list[StatsPart] = []
     for source in sources:
@@ -75,7 +75,7 @@ def _gather(
     parts: "Sequence[StatsPart]", benchmarks: "Sequence[str]", counter: "FileTokenCounter | None"
 ) -> "DataStats":
     from peftchat.console import stderr
-    from peftchat.sources.stats import gather
+    from peftchat.conversations.stats import gather
 
     started = time.monotonic()
     with stderr.status("reading …") as status:

@@ -79,8 +79,8 @@ def _choose(loaded: "LoadedRecipe", placement: "Placement") -> "tuple[LoadedReci
 
 def _refuse_early(loaded: "LoadedRecipe", *, resume: bool) -> None:
     """What can be known in the first second is said in the first second."""
+    from peftchat.conversations.readers import find_files
     from peftchat.models.load import check_model_folder
-    from peftchat.sources.readers import find_files
     from peftchat.training.folder import RunFolder
 
     recipe = loaded.recipe

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 
 from peftchat.comparing.folder import ComparisonFolder
+from peftchat.conversations.dataset_card import SplitCount
+from peftchat.conversations.prepare import ConversationFile, atomic_directory
+from peftchat.conversations.problems import ProblemLog
 from peftchat.errors import UserError
-from peftchat.sources.prepare.card import SideCount
-from peftchat.sources.prepare.folder import DialogueFile, appearing_folder
-from peftchat.sources.problems import ProblemLog
 from peftchat.training.data import conversations
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ def settle_rows(recipe: "Recipe", folder: ComparisonFolder) -> None:
     """
     if folder.data.is_dir():
         return
-    with appearing_folder(folder.data) as draft:
+    with atomic_directory(folder.data) as draft:
         for side in ("train", "eval"):
-            count = SideCount()
-            with DialogueFile(draft / f"{side}.jsonl", count) as file:
+            count = SplitCount()
+            with ConversationFile(draft / f"{side}.jsonl", count) as file:
                 for conversation in conversations(recipe, side, ProblemLog(strict=True)):
                     file.write(conversation)
             if not count.dialogues:
@@ -35,7 +35,7 @@ def settle_rows(recipe: "Recipe", folder: ComparisonFolder) -> None:
 
 def first_questions(folder: ComparisonFolder, count: int) -> list[str]:
     """The first user message of the first held-out dialogues, none twice."""
-    from peftchat.sources import read_conversations
+    from peftchat.conversations import read_conversations
 
     found: dict[str, None] = {}
     for conversation in read_conversations(str(folder.data / "eval.jsonl"), format="messages"):

@@ -73,13 +73,13 @@ def _messages(run: Run) -> Iterator[list[dict[str, str]]]:
 
 def _of_run(run: Run) -> Iterator[list[dict[str, str]]]:
     """The run's held-out dialogues; those it trained on where it held out none."""
-    from peftchat.sources import read_entries, settle_split
+    from peftchat.conversations import fit_split, read_sources
 
     assert run.recipe is not None
     data, seed = run.recipe.recipe.data, run.recipe.recipe.training.seed
-    conversations = read_entries(data.eval or data.train, seed)
+    conversations = read_sources(data.eval or data.train, seed)
     if data.eval is None and data.eval_fraction is not None:
-        split = settle_split(read_entries(data.train, seed), data.eval_fraction, seed)
+        split = fit_split(read_sources(data.train, seed), data.eval_fraction, seed)
         conversations = filter(split.is_eval, conversations)
     for conversation in conversations:
         yield [message for message in conversation.as_dicts() if message["role"] in ("user", "assistant")]

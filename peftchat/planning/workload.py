@@ -44,7 +44,7 @@ def read_workload(recipe: "Recipe") -> Workload | str:
     """The recipe's rows where everything needed for them lies here, else the reason why they were not read."""
     if not Path(recipe.model.name).is_dir():
         return "the tokenizer is not in a local folder"
-    from peftchat.sources.readers import find_files
+    from peftchat.conversations.readers import find_files
 
     try:
         files = [find_files(entry.path, entry.split) for entry in recipe.data.train]

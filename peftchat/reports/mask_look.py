@@ -8,12 +8,12 @@ from typing import Any
 from peftchat.chatml.mask import IGNORE, policy_table, role_of
 from peftchat.chatml.registry import ChatFormat, make_format
 from peftchat.chatml.rows import Row
+from peftchat.conversations import ProblemLog, read_sources
 from peftchat.errors import UserError, VerificationError
 from peftchat.models.load import load_tokenizer
 from peftchat.recipe import Recipe
 from peftchat.reports.mask_rows import RowReader, ShownRow
 from peftchat.reports.mask_summary import MaskSummary, summarise
-from peftchat.sources import ProblemLog, read_entries
 from peftchat.training.data import Rows, Side, encode_rows
 from peftchat.training.mask_survey import survey_mask, trained_tokens
 from peftchat.training.whole_rows import with_whole_rows
@@ -113,7 +113,7 @@ def _nobody_answers(recipe: Recipe) -> bool:
     """Whether the training sources hold nothing but dialogues without an answer."""
     log = ProblemLog()
     try:
-        usable = any(True for _ in read_entries(recipe.data.train, recipe.training.seed, problems=log))
+        usable = any(True for _ in read_sources(recipe.data.train, recipe.training.seed, problems=log))
     except UserError:
         return False
     return not usable and log.total > 0 and log.problems["no_answer"] == log.total

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from peftchat.conversations.stats import DataStats, PartStats
 from peftchat.formatting import format_count, format_percent
 from peftchat.reports.bars import Bar, bar_plot
 from peftchat.reports.page import write_page
 from peftchat.reports.stats_words import facts_of, findings_of, leaks
-from peftchat.sources.stats import DataStats, PartStats
 
 
 def write_stats_page(path: Path, stats: DataStats) -> Path:

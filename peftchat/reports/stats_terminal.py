@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from peftchat.conversations.stats import DataStats, PartStats
 from peftchat.formatting import format_count
 from peftchat.reports.mask_rows import harmless
 from peftchat.reports.stats_words import Finding, facts_of, findings_of, leaks
-from peftchat.sources.stats import DataStats, PartStats
 
 
 def print_stats(stats: DataStats, console: Console) -> None:

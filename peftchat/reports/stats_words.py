@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from peftchat.conversations.dataset_card import SKIPPED
+from peftchat.conversations.problems import KINDS
+from peftchat.conversations.stats import BenchmarkOverlap, DataStats, Overlap, PartStats
+from peftchat.conversations.stats.result import LengthSketch
 from peftchat.formatting import format_count, format_percent
-from peftchat.sources.prepare.card import SKIPPED
-from peftchat.sources.problems import KINDS
-from peftchat.sources.stats import BenchmarkOverlap, DataStats, Overlap, PartStats
-from peftchat.sources.stats.lengths import LengthSketch
 
 _NO_HYGIENE = "not looked for (pip install 'peftchat[hygiene]')"
 _NO_DETECTOR = "not detected (pip install 'peftchat[languages]')"

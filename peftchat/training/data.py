@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from peftchat.chatml.registry import ChatFormat
 from peftchat.chatml.store import RowStore, RowWriter
 from peftchat.conversation import Conversation
+from peftchat.conversations import ProblemLog
+from peftchat.conversations.readers import find_files
+from peftchat.conversations.reading import read_sources
+from peftchat.conversations.splitting import fit_split
 from peftchat.errors import UserError
 from peftchat.files import write_text
-from peftchat.sources import ProblemLog
-from peftchat.sources.mixing import read_entries
-from peftchat.sources.readers import find_files
-from peftchat.sources.splitting import settle_split
 from peftchat.training.encoding import encoded_rows
 from peftchat.training.row_stats import RowStats
 
@@ -168,12 +168,12 @@ def conversations(recipe: "Recipe", side: Side, log: ProblemLog) -> Iterator[Con
     """The dialogues of one side in the order of their rows, before any is cut or left out."""
     data, seed = recipe.data, recipe.training.seed
     if side == "eval" and data.eval is not None:
-        chosen = read_entries(data.eval, seed, problems=log)
+        chosen = read_sources(data.eval, seed, problems=log)
     elif data.eval_fraction is None:
-        chosen = read_entries(data.train, seed, problems=log)
+        chosen = read_sources(data.train, seed, problems=log)
     else:
-        split = settle_split(read_entries(data.train, seed), data.eval_fraction, seed)
-        everything = read_entries(data.train, seed, problems=log)
+        split = fit_split(read_sources(data.train, seed), data.eval_fraction, seed)
+        everything = read_sources(data.train, seed, problems=log)
         chosen = (conversation for conversation in everything if split.is_eval(conversation) == (side == "eval"))
     return itertools.islice(chosen, data.max_train_rows if side == "train" else data.max_eval_rows)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from peftchat.chatml.registry import ChatFormat
 from peftchat.chatml.rows import Row
-from peftchat.sources import ProblemLog
+from peftchat.conversations import ProblemLog
 from peftchat.training.data import Side, conversations
 
 if TYPE_CHECKING:

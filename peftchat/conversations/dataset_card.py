@@ -1,0 +1,131 @@
+"""The card: what became of every row, in numbers a program can read and sentences a person can."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
+
+from peftchat.conversation import Conversation
+from peftchat.conversations.formats.oasst import RULES, TreeRule
+from peftchat.conversations.problems import KINDS, Kind, ProblemLog
+
+SKIPPED: dict[str, str] = {
+    **{str(rule): meaning for rule, meaning in RULES.items()},
+    "other_language": "dialogues in another language",
+    "duplicate": "dialogues that were there before, word for word",
+}
+"""Rule -> what it leaves out, as card and table say it."""
+
+
+@dataclass(slots=True)
+class SplitCount:
+    """How much is in one of the written files."""
+
+    dialogues: int = 0
+    messages: int = 0
+    answers: int = 0
+    characters: int = 0
+
+    def add(self, conversation: Conversation) -> None:
+        """Count one dialogue."""
+        self.dialogues += 1
+        self.messages += len(conversation.messages)
+        for message in conversation.messages:
+            self.answers += message.role == "assistant"
+            self.characters += len(message.content)
+
+
+@dataclass(slots=True)
+class Card:
+    """The counts of one preparation.
+
+    Attributes:
+        source: the path or hub id as given.
+        settings: what was asked for.
+        forms: input file -> form it was read as.
+        rows: rows read.
+        oasst: messages, trees and paths of OpenAssistant exports; empty for other forms.
+        problems: rows in quarantine by kind.
+        examples: the first problems of each kind, as `file:line: detail`.
+        skipped: what was left out by rule.
+        trimmed: dialogues that lost a user turn at their end.
+        train: what `train.jsonl` holds.
+        eval: what `eval.jsonl` holds.
+        stopped_early: whether `max_dialogues` ended the reading.
+        seconds: wall time.
+        peftchat: version that wrote this.
+    """
+
+    source: str
+    settings: dict[str, Any]
+    peftchat: str
+    forms: dict[str, str] = field(default_factory=dict)
+    rows: int = 0
+    oasst: dict[str, int] = field(default_factory=dict)
+    problems: dict[Kind, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    trimmed: int = 0
+    train: SplitCount = field(default_factory=SplitCount)
+    eval: SplitCount = field(default_factory=SplitCount)
+    stopped_early: bool = False
+    seconds: float = 0.0
+
+    def take(self, log: ProblemLog) -> None:
+        """Fill in what the log of the reading counted."""
+        self.forms = dict(log.forms)
+        self.rows = log.rows
+        self.oasst = {name: count for name, count in log.notes.items() if name.startswith("oasst_")}
+        self.problems = {kind: log.problems[kind] for kind in KINDS if kind in log.problems}
+        self.examples = {kind: [str(problem) for problem in log.examples[kind]] for kind in self.problems}
+        self.skipped = {rule: log.skipped[rule] for rule in SKIPPED if rule in log.skipped}
+        self.trimmed = log.notes["trailing_user_trimmed"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The card as plain data, for `card.json` and `--json`."""
+        return asdict(self)
+
+
+def funnel(card: Card) -> Iterator[tuple[str, int]]:
+    """The way from rows to dialogues, a line a step: what, how many."""
+    yield "rows read", card.rows
+    yield from _oasst_steps(card.oasst, card.skipped)
+    for kind, count in card.problems.items():
+        yield f"in quarantine: {KINDS[kind]}", -count
+    for rule, count in card.skipped.items():
+        if rule not in get_args(TreeRule):
+            yield f"left out: {SKIPPED[rule]}", -count
+    if card.trimmed:
+        yield "changed: an unanswered user turn at the end taken off", card.trimmed
+    yield "dialogues in train.jsonl", card.train.dialogues
+    yield "dialogues in eval.jsonl", card.eval.dialogues
+
+
+def _oasst_steps(oasst: Mapping[str, int], skipped: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    if not oasst:
+        return
+    yield "messages in them", oasst["oasst_messages"]
+    yield "message trees or threads", oasst["oasst_trees"]
+    for rule in get_args(TreeRule):
+        if rule in skipped:
+            messages = oasst[f"oasst_messages_in_{rule}"]
+            yield f"left out: {RULES[rule]} (with {messages:,} messages)", -skipped[rule]
+    yield "paths from prompt to last reply in the trees that are left", oasst.get("oasst_paths", 0)
+
+
+def card_text(card: Card) -> str:
+    """The card as Markdown."""
+    lines = [f"# Data from {card.source}", ""]
+    lines += [f"Read as {form}: `{file}`" for file, form in card.forms.items()]
+    lines += ["", "| what became of the rows | count |", "| --- | ---: |"]
+    lines += [f"| {what} | {count:,} |" for what, count in funnel(card)]
+    lines += ["", "| file | dialogues | messages | answers | characters |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, side in (("train.jsonl", card.train), ("eval.jsonl", card.eval)):
+        lines.append(f"| {name} | {side.dialogues:,} | {side.messages:,} | {side.answers:,} | {side.characters:,} |")
+    lines += ["", "Dialogues that start with the same user message are all in the same file.", "", "Settings:", ""]
+    lines += [f"- {name}: {value}" for name, value in card.settings.items()]
+    if card.stopped_early:
+        lines += ["", "The reading stopped at `max_dialogues`: the source holds more than is counted here."]
+    if card.examples:
+        lines += ["", "First problems of each kind (all of them are in `quarantine.jsonl`):", ""]
+        lines += [f"- {example}" for examples in card.examples.values() for example in examples]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,371 @@
+"""OpenAssistant's messages as their exports hold them."""
+
+import math
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+from peftchat.conversation import Conversation, Message
+from peftchat.conversations.formats.base import (
+    Fields,
+    Format,
+    field_names,
+    optional_text,
+    text_field,
+    turn_list,
+    type_name,
+    validate_messages,
+)
+from peftchat.conversations.languages import matches_language
+from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, ReadOptions, RecordError
+from peftchat.conversations.splitting import fingerprint
+
+ExportRole = Literal["prompter", "assistant"]
+_ROLES: dict[str, ExportRole] = {"prompter": "prompter", "assistant": "assistant"}
+
+
+@dataclass(slots=True, eq=False)
+class TreeMessage:
+    """A message with its replies in export order.
+
+    Attributes:
+        rank: place among its siblings by people's votes, 0 the best; None where nobody ranked.
+        reviewed: the reviewers' verdict; None where the export does not say.
+    """
+
+    text: str
+    role: ExportRole
+    lang: str
+    reviewed: bool | None
+    deleted: bool
+    synthetic: bool
+    rank: int | None
+    replies: list["TreeMessage"] = field(default_factory=list)
+
+
+def parse_message(fields: Mapping[str, Any]) -> TreeMessage:
+    """One message without its replies.
+
+    Raises:
+        RowError: text, role or rank are not what the export format says.
+    """
+    name = text_field(fields, "role")
+    role = _ROLES.get(name)
+    if role is None:
+        raise RecordError("unknown_role", f"unknown role {reprlib.repr(name)}; OpenAssistant's are prompter, assistant")
+    rank = fields.get("rank")
+    # A column with gaps comes out of pandas as floats, the gaps as NaN.
+    if isinstance(rank, float):
+        rank = None if math.isnan(rank) else int(rank) if rank.is_integer() else rank
+    if rank is not None and type(rank) is not int:
+        raise RecordError("wrong_type", f"'rank' must be a whole number, it is {type_name(rank)}")
+    return TreeMessage(
+        text=text_field(fields, "text"),
+        role=role,
+        lang=str(fields.get("lang") or ""),
+        reviewed=fields.get("review_result"),
+        deleted=bool(fields.get("deleted")),
+        synthetic=bool(fields.get("synthetic")),
+        rank=rank,
+    )
+
+
+def parse_tree(prompt: Mapping[str, Any]) -> TreeMessage:
+    """A message and, through `replies`, everything below it.
+
+    Raises:
+        RowError: a message below it cannot be parsed.
+    """
+    root = parse_message(prompt)
+    open_messages = [(root, prompt)]
+    while open_messages:
+        message, fields = open_messages.pop()
+        replies = fields.get("replies") or []
+        if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+            raise RecordError("wrong_type", f"'replies' must be a list of messages, it is {type_name(replies)}")
+        message.replies = [parse_message(reply) for reply in replies]
+        open_messages.extend(zip(message.replies, replies, strict=True))
+    return root
+
+
+@dataclass(frozen=True, slots=True)
+class FlatTree:
+    """A tree found among single messages.
+
+    Attributes:
+        where: the place of its prompt.
+        state: the tree's state, None where the export does not carry it.
+    """
+
+    where: str
+    state: str | None
+    prompt: TreeMessage
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    where: str
+    parent: str | None
+    state: str | None
+    message: TreeMessage
+
+
+class FlatMessages:
+    """Single messages, collected until the file ends: a reply may come before its parent."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, _Found] = {}
+
+    def add(self, row: RawRecord) -> None:
+        """Keep one message.
+
+        Raises:
+            RowError: it cannot be parsed, or its id was there before.
+        """
+        key = text_field(row.value, "message_id")
+        if key in self._found:
+            raise RecordError("broken_tree", f"message id {key[:80]!r} was there before, at {self._found[key].where}")
+        state, parent = row.value.get("tree_state"), optional_text(row.value, "parent_id") or None
+        self._found[key] = _Found(row.where, parent, state, parse_message(row.value))
+
+    def trees(self, problems: ProblemLog) -> Iterator[FlatTree]:
+        """The trees in order of their prompts, replies in order of their rows.
+
+        Messages that no prompt leads to (a lost parent, a circle) are problems.
+        """
+        found = self._found
+        for entry in found.values():
+            if entry.parent in found:
+                found[entry.parent].message.replies.append(entry.message)
+        rooted: set[int] = set()
+        for entry in found.values():
+            if entry.parent is None:
+                rooted.update(map(id, _all_messages(entry.message)))
+                yield FlatTree(entry.where, entry.state, entry.message)
+        for entry in found.values():
+            if id(entry.message) not in rooted:
+                parent = reprlib.repr(entry.parent)
+                detail = f"no prompt leads to this message: its parent {parent} is missing or in a circle"
+                text = entry.message.text.encode(errors="backslashreplace")
+                problems.add(Problem(entry.where, "broken_tree", detail), text)
+
+
+def _all_messages(root: TreeMessage) -> Iterator[TreeMessage]:
+    open_messages = [root]
+    while open_messages:
+        message = open_messages.pop()
+        yield message
+        open_messages.extend(message.replies)
+
+
+TreeRule = Literal["tree_not_ready", "prompt_not_reviewed", "prompt_in_other_language"]
+PathRule = Literal[
+    "prompt_without_reply",
+    "path_with_deleted_message",
+    "path_with_synthetic_message",
+    "open_turn_that_is_not_the_first_reply",
+    "reply_ranked_below_top_k",
+    "roles_do_not_alternate",
+]
+
+RULES: dict[TreeRule | PathRule, str] = {
+    "tree_not_ready": "trees whose state is not ready_for_export",
+    "prompt_not_reviewed": "trees whose prompt did not pass review",
+    "prompt_in_other_language": "trees whose prompt is in another language",
+    "prompt_without_reply": "paths that are a prompt and nothing else",
+    "path_with_deleted_message": "paths with a deleted message",
+    "path_with_synthetic_message": "paths with a message written by a model",
+    "open_turn_that_is_not_the_first_reply": "paths that end in a user turn other than its parent's first reply",
+    "reply_ranked_below_top_k": "paths with a reply ranked below top_k, or unranked among siblings",
+    "roles_do_not_alternate": "paths in which prompter and assistant do not alternate",
+}
+
+Path = Sequence[TreeMessage]
+
+
+def leaf_paths(root: TreeMessage) -> Iterator[list[TreeMessage]]:
+    """Every path from the root to a message without replies, depth first in export order."""
+    path: list[TreeMessage] = []
+    open_messages = [(root, 0)]
+    while open_messages:
+        message, depth = open_messages.pop()
+        del path[depth:]
+        path.append(message)
+        if not message.replies:
+            yield list(path)
+        open_messages.extend((reply, depth + 1) for reply in reversed(message.replies))
+
+
+def without_open_turn(path: Path) -> Path:
+    """The path without a user turn at its end, which nobody answered."""
+    return path[:-1] if path[-1].role == "prompter" else path
+
+
+def broken_rule(path: Path, top_k: int | None) -> PathRule | None:
+    """The first rule that a root-to-leaf path breaks, None if it becomes a dialogue."""
+    if len(path) == 1:
+        return "prompt_without_reply"
+    if any(message.deleted for message in path):
+        return "path_with_deleted_message"
+    if any(message.synthetic for message in path):
+        return "path_with_synthetic_message"
+    # Of several open questions below one answer, one stands for the dialogue that ends there.
+    if path[-1].role == "prompter" and path[-2].replies[0] is not path[-1]:
+        return "open_turn_that_is_not_the_first_reply"
+    if top_k is not None and not _within_top(path, top_k):
+        return "reply_ranked_below_top_k"
+    if not alternates(without_open_turn(path)):
+        return "roles_do_not_alternate"
+    return None
+
+
+def alternates(path: Path) -> bool:
+    """Whether the path goes prompter, assistant, prompter, … and ends with an assistant."""
+    roles = ("prompter", "assistant")
+    return len(path) % 2 == 0 and all(message.role == roles[i % 2] for i, message in enumerate(path))
+
+
+def _within_top(path: Path, top_k: int) -> bool:
+    for parent, message in pairwise(path):
+        if message.role != "assistant":
+            continue
+        if message.rank is None:
+            if len(parent.replies) > 1:
+                return False
+        elif message.rank >= top_k:
+            return False
+    return True
+
+
+_READY = "ready_for_export"
+
+
+def _is_tree(fields: Fields) -> bool:
+    return "message_tree_id" in fields and isinstance(fields.get("prompt"), dict)
+
+
+def _is_thread(fields: Fields) -> bool:
+    return "thread_id" in fields and "thread" in fields
+
+
+def _is_message(fields: Fields) -> bool:
+    return "message_id" in fields and "role" in fields and "text" in fields
+
+
+def _matches(fields: Fields) -> bool:
+    return _is_tree(fields) or _is_thread(fields) or _is_message(fields)
+
+
+class _Reading:
+    """One pass over an export: applies the rules, counts at each of them."""
+
+    def __init__(self, options: ReadOptions, problems: ProblemLog) -> None:
+        self.options = options
+        self.problems = problems
+        self.seen: set[bytes] = set()
+
+    def tree(self, row: RawRecord) -> Iterator[Conversation]:
+        prompt = parse_tree(row.value["prompt"])
+        # In a tree export a missing state or verdict is not a good one.
+        ready, reviewed = row.value.get("tree_state") == _READY, prompt.reviewed is True
+        yield from self.dialogues(prompt, row.where, ready=ready, reviewed=reviewed, row=row)
+
+    def thread(self, row: RawRecord) -> Iterator[Conversation]:
+        """A thread is a tree without branches; its ranks were given among siblings that are not here."""
+        fields = turn_list(row.value, "thread")
+        if not fields:
+            raise RecordError("no_answer", "the thread is empty")
+        path = [parse_message(message) for message in fields]
+        for parent, message in pairwise(path):
+            parent.replies.append(message)
+        yield from self.dialogues(path[0], row.where, reviewed=path[0].reviewed is not False, row=row)
+
+    def dialogues(
+        self,
+        prompt: TreeMessage,
+        where: str,
+        *,
+        ready: bool = True,
+        reviewed: bool = True,
+        row: RawRecord | None = None,
+    ) -> Iterator[Conversation]:
+        """The dialogues of one tree, each once; `row` is what a quarantine shows of it."""
+        notes, skipped = self.problems.notes, self.problems.skipped
+        notes["oasst_trees"] += 1
+        notes["oasst_messages"] += _tree_size(prompt)
+        if rule := self._broken_tree_rule(prompt, ready, reviewed):
+            skipped[rule] += 1
+            notes[f"oasst_messages_in_{rule}"] += _tree_size(prompt)
+            return
+        for path in leaf_paths(prompt):
+            notes["oasst_paths"] += 1
+            if broken := broken_rule(path, self.options.top_k):
+                skipped[broken] += 1
+                continue
+            kept = without_open_turn(path)
+            if len(kept) < len(path):
+                notes["trailing_user_trimmed"] += 1
+            try:
+                messages = validate_messages(_messages(kept), self.problems)
+            except RecordError as error:
+                self.problems.add(Problem(where, error.kind, error.detail), row and row.as_bytes())
+                continue
+            mark = fingerprint(messages)
+            if mark in self.seen:
+                skipped["duplicate"] += 1
+                continue
+            self.seen.add(mark)
+            yield Conversation(messages, where)
+
+    def _broken_tree_rule(self, prompt: TreeMessage, ready: bool, reviewed: bool) -> TreeRule | None:
+        if not ready:
+            return "tree_not_ready"
+        if not reviewed:
+            return "prompt_not_reviewed"
+        if self.options.languages and not matches_language(prompt.lang, self.options.languages):
+            return "prompt_in_other_language"
+        return None
+
+
+def _messages(path: Path) -> list[Message]:
+    return [Message("user" if message.role == "prompter" else "assistant", message.text) for message in path]
+
+
+def _tree_size(root: TreeMessage) -> int:
+    count, open_messages = 0, [root]
+    while open_messages:
+        count += 1
+        open_messages.extend(open_messages.pop().replies)
+    return count
+
+
+def _read(rows: Iterable[RawRecord], options: ReadOptions, problems: ProblemLog) -> Iterator[Conversation]:
+    reading = _Reading(options, problems)
+    single = FlatMessages()
+    for row in rows:
+        try:
+            if _is_tree(row.value):
+                yield from reading.tree(row)
+            elif _is_thread(row.value):
+                yield from reading.thread(row)
+            elif _is_message(row.value):
+                single.add(row)
+            else:
+                raise RecordError("other_form", f"not in oasst form; fields: {field_names(row.value)}")
+        except RecordError as error:
+            problems.add(Problem(row.where, error.kind, error.detail), row.as_bytes())
+    for tree in single.trees(problems):
+        ready = tree.state is None or tree.state == _READY
+        reviewed = tree.prompt.reviewed is not False
+        yield from reading.dialogues(tree.prompt, tree.where, ready=ready, reviewed=reviewed)
+
+
+FORMAT = Format(
+    "oasst",
+    "OpenAssistant exports: trees (message_tree_id, prompt), threads (thread_id, thread), single messages (message_id)",
+    _matches,
+    _read,
+    ranked=True,
+)

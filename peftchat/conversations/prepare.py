@@ -1,0 +1,273 @@
+"""A folder that appears whole or not at all, and the files in it."""
+
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import orjson
+
+from peftchat import __version__
+from peftchat.conversation import Conversation, Message
+from peftchat.conversations.dataset_card import SKIPPED, Card, SplitCount, card_text
+from peftchat.conversations.problems import KINDS, MAX_RECORD_BYTES, Problem, ProblemLog, ReadOptions
+from peftchat.conversations.reading import read_conversations
+from peftchat.conversations.splitting import EvalSplit, SplitCensus, fingerprint
+from peftchat.errors import UserError
+
+_KEPT_OF_RAW_RECORD = 64 * 1024
+
+
+@contextmanager
+def atomic_directory(folder: Path) -> Iterator[Path]:
+    """A draft folder beside `folder` that takes its name if the block ends well, and goes if it does not.
+
+    Raises:
+        InputError: `folder` is a file or holds something, or the disk does not let us write.
+    """
+    cure = "Give a folder that does not exist yet, or an empty one."
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError("the output folder is not empty", where=str(folder), cure=cure)
+    if folder.exists() and not folder.is_dir():
+        raise UserError("the output is a file, not a folder", where=str(folder), cure=cure)
+    draft = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        draft.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write here: {error.strerror or error}", where=str(folder)) from error
+    except sqlite3.Error as error:
+        raise UserError(f"cannot write here: {error}", where=str(folder)) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+class ConversationFile:
+    """A `.jsonl` file in messages form that counts what it holds."""
+
+    def __init__(self, path: Path, count: SplitCount) -> None:
+        self.count = count
+        self._file = path.open("wb")
+
+    def write(self, conversation: Conversation) -> None:
+        """Append one dialogue: its messages, and where it came from."""
+        row = {"messages": conversation.as_dicts(), "source": conversation.source}
+        self._file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        self.count.add(conversation)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+class Quarantine:
+    """The bad rows, each with its place and reason; the file is made with the first of them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    def write(self, problem: Problem, raw: bytes | None) -> None:
+        """Append one row; of a very long one only the start is kept, and said to be."""
+        if self._file is None:
+            self._file = self._path.open("wb")
+        text = (raw or b"")[:_KEPT_OF_RAW_RECORD].decode(errors="backslashreplace")
+        row = {
+            "where": problem.where,
+            "kind": problem.kind,
+            "detail": printable(problem.detail),
+            "row": text,
+            "cut": len(raw or b"") > _KEPT_OF_RAW_RECORD,
+        }
+        self._file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def printable(text: str) -> str:
+    """The text with halves of surrogate pairs spelt out, so that any file or terminal takes it."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+_CACHE_KIB = 32 * 1024
+
+
+class FingerprintSet:
+    """A set of fingerprints on disk: a million of them cost a Python set 100 MB, and this its page cache.
+
+    Args:
+        file: where to keep it; removed at the end.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._base = sqlite3.connect(file, isolation_level=None)
+        self._base.execute("PRAGMA journal_mode = OFF")
+        self._base.execute("PRAGMA synchronous = OFF")
+        self._base.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        self._base.execute("CREATE TABLE seen (fingerprint BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._base.execute("BEGIN")
+
+    def add(self, fingerprint: bytes) -> bool:
+        """Remember a fingerprint; True if it was new."""
+        return self._base.execute("INSERT OR IGNORE INTO seen VALUES (?)", (fingerprint,)).rowcount > 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._base.close()
+        self._file.unlink(missing_ok=True)
+
+
+_TRAIN, _EVAL, _WHOLE = "train.jsonl", "eval.jsonl", ".whole.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareSettings:
+    """What to make of a source.
+
+    Attributes:
+        format: input form, or `auto`.
+        split: of a folder or hub data set.
+        languages: keep only these; empty keeps all.
+        top_k: OpenAssistant only: follow the best `top_k` replies of each turn.
+        eval_fraction: share of first user messages whose dialogues are held out.
+        seed: of that choice.
+        strict: end at the first problem.
+        max_dialogues: stop after this many.
+        max_row_bytes: a longer row is a problem.
+    """
+
+    format: str = "auto"
+    split: str | None = None
+    languages: tuple[str, ...] = ()
+    top_k: int | None = None
+    eval_fraction: float = 0.1
+    seed: int = 0
+    strict: bool = False
+    max_dialogues: int | None = None
+    max_row_bytes: int = MAX_RECORD_BYTES
+
+
+def _no_progress(dialogues: int) -> None:
+    """Say nothing."""
+
+
+def prepare(
+    source: str, folder: Path, settings: PrepareSettings, progress: Callable[[int], None] = _no_progress
+) -> Card:
+    """Write `train.jsonl`, `eval.jsonl`, `card.md`, `card.json` and, if any row is bad, `quarantine.jsonl`.
+
+    Exact duplicates are left out. Memory does not grow with the source. Everything is written beside `folder` first
+    and renamed at the end.
+
+    Args:
+        source: a file, a folder or a hub id.
+        folder: absent or empty.
+        settings: what to make of the source.
+        progress: called with the number of dialogues seen so far.
+
+    Raises:
+        InputError: as `read_conversations`; or `folder` is not empty or cannot be written, or no dialogue is left.
+    """
+    started = time.monotonic()
+    card = Card(source, asdict(settings), __version__)
+    with atomic_directory(folder) as draft:
+        with Quarantine(draft / "quarantine.jsonl") as quarantine:
+            log = ProblemLog(strict=settings.strict, quarantine=quarantine.write)
+            dialogues = _conversations(source, settings, log, card)
+            split = _write_splits(_new_only(dialogues, draft, log, progress), draft, settings, card)
+        card.take(log)
+        if not card.train.dialogues + card.eval.dialogues:
+            raise UserError("no dialogue is left", where=source, cure=_why_nothing(card))
+        if split is not None:
+            _split_again(draft, split, card)
+        card.seconds = round(time.monotonic() - started, 3)
+        (draft / "card.md").write_text(card_text(card), encoding="utf-8")
+        (draft / "card.json").write_bytes(orjson.dumps(card.as_dict(), option=orjson.OPT_INDENT_2))
+    return card
+
+
+def _conversations(source: str, settings: PrepareSettings, log: ProblemLog, card: Card) -> Iterator[Conversation]:
+    options = ReadOptions(settings.languages, settings.top_k, settings.max_row_bytes)
+    stream = read_conversations(source, format=settings.format, split=settings.split, problems=log, options=options)
+    yield from islice(stream, settings.max_dialogues)
+    card.stopped_early = next(stream, None) is not None
+
+
+def _new_only(
+    stream: Iterator[Conversation], draft: Path, log: ProblemLog, progress: Callable[[int], None]
+) -> Iterator[Conversation]:
+    with FingerprintSet(draft / ".seen") as seen:
+        for number, conversation in enumerate(stream, start=1):
+            progress(number)
+            if seen.add(fingerprint(conversation.messages)):
+                yield conversation
+            else:
+                log.skipped["duplicate"] += 1
+
+
+def _write_splits(
+    stream: Iterator[Conversation], draft: Path, settings: PrepareSettings, card: Card
+) -> EvalSplit | None:
+    """Write both files by the split that large sets end with; return another if the set turns out to need it."""
+    census = SplitCensus(settings.eval_fraction, settings.seed)
+    split = census.tentative
+    with ConversationFile(draft / _TRAIN, card.train) as train, ConversationFile(draft / _EVAL, card.eval) as held_out:
+        for conversation in stream:
+            number = split.number(conversation)
+            census.see(number)
+            (held_out if number < split.threshold else train).write(conversation)
+    settled = census.settle()
+    return None if settled == split else settled
+
+
+def _split_again(draft: Path, split: EvalSplit, card: Card) -> None:
+    """Divide a small set anew, of which all fell on one side."""
+    for name in (_TRAIN, _EVAL):
+        if (draft / name).stat().st_size:
+            (draft / name).rename(draft / _WHOLE)
+    card.train, card.eval = SplitCount(), SplitCount()
+    with ConversationFile(draft / _TRAIN, card.train) as train, ConversationFile(draft / _EVAL, card.eval) as held_out:
+        for conversation in _reread(draft / _WHOLE):
+            (held_out if split.is_eval(conversation) else train).write(conversation)
+    (draft / _WHOLE).unlink()
+
+
+def _reread(path: Path) -> Iterator[Conversation]:
+    with path.open("rb") as lines:
+        for line in lines:
+            row = orjson.loads(line)
+            messages = tuple(Message(**message) for message in row["messages"])
+            yield Conversation(messages, row["source"])
+
+
+def _why_nothing(card: Card) -> str:
+    reasons = [f"in {count:,} {KINDS[kind]}" for kind, count in card.problems.items()]
+    reasons += [f"{count:,} {SKIPPED[rule]}" for rule, count in card.skipped.items()]
+    return f"What became of the {card.rows:,} rows: {'; '.join(reasons) or 'nothing'}."
+
+
+__all__ = ["Card", "PrepareSettings", "card_text", "prepare"]

@@ -1,0 +1,190 @@
+"""A row as it comes out of a file, before anyone knows what it means."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from peftchat.errors import UserError
+
+MAX_RECORD_BYTES = 16 * 2**20
+"""Default limit for one row: a dialogue of 16 MiB is a broken file, not a dialogue."""
+
+
+class RawRecord(NamedTuple):
+    """One JSON object or table row.
+
+    Attributes:
+        where: `file:line` or `file:element`, from 1.
+        value: the fields.
+        raw: the bytes it was read from, None for tables.
+    """
+
+    where: str
+    value: dict[str, Any]
+    raw: bytes | None
+
+    def as_bytes(self) -> bytes:
+        """What a quarantine file shows of the row: its bytes, or its fields as JSON where it came from a table."""
+        if self.raw is not None:
+            return self.raw
+        return json.dumps(self.value, default=str).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """Settings of one reading.
+
+    Attributes:
+        languages: keep only dialogues in these languages (`en`, `pt-BR`; `pt` includes `pt-BR`); empty keeps all.
+            The row's own `lang` field decides where there is one, else a detector.
+        top_k: OASST only: of each turn's ranked replies, follow the best `top_k`; None follows all.
+        max_row_bytes: a longer row is a problem and is not read into memory.
+    """
+
+    languages: tuple[str, ...] = ()
+    top_k: int | None = None
+    max_row_bytes: int = MAX_RECORD_BYTES
+
+
+Kind = Literal[
+    "not_json",
+    "not_utf8",
+    "nul_character",
+    "lone_surrogate",
+    "nested_too_deep",
+    "row_too_long",
+    "broken_file",
+    "not_an_object",
+    "missing_field",
+    "wrong_type",
+    "other_form",
+    "unknown_role",
+    "repeated_role",
+    "system_not_first",
+    "no_answer",
+    "empty_content",
+    "unsupported_content",
+    "broken_tree",
+]
+
+KINDS: dict[Kind, str] = {
+    "not_json": "the row is not JSON",
+    "not_utf8": "the row is not UTF-8 text",
+    "nul_character": "the text holds a NUL character",
+    "lone_surrogate": "the text holds half of a surrogate pair",
+    "nested_too_deep": "the JSON is nested too deep to be a dialogue",
+    "row_too_long": "the row is longer than the limit",
+    "broken_file": "the file cannot be read on from here",
+    "not_an_object": "the row is JSON but not an object",
+    "missing_field": "a field of the form is missing",
+    "wrong_type": "a field holds another type than its form says",
+    "other_form": "the row lacks the fields of the form that the file is read as",
+    "unknown_role": "a turn has a role that the form does not know",
+    "repeated_role": "two turns of one role follow each other",
+    "system_not_first": "a system message stands behind other turns",
+    "no_answer": "the dialogue has no assistant message",
+    "empty_content": "a turn says nothing",
+    "unsupported_content": "a turn holds something other than text",
+    "broken_tree": "a message does not belong to any tree of its file",
+}
+
+STRICT_SCAN_RECORDS = 10_000
+"""How many more dialogues a strict reader looks at, after the first problem, to say how many there are."""
+STRICT_SCAN_PROBLEMS = 1_000
+_EXAMPLES_PER_KIND = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One row that cannot be used.
+
+    Attributes:
+        where: `file:line` (or `file:element` for JSON arrays and tables), from 1.
+        kind: a key of `KINDS`.
+        detail: what exactly, for this row.
+    """
+
+    where: str
+    kind: Kind
+    detail: str
+
+    def __str__(self) -> str:
+        """`where: detail`."""
+        return f"{self.where}: {self.detail}"
+
+
+class RecordError(Exception):
+    """A row cannot become a dialogue; the reader that knows its place turns it into a `Problem`."""
+
+    def __init__(self, kind: Kind, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+
+
+class ProblemLog:
+    """Counts what happened to the rows of one reading.
+
+    Args:
+        strict: end the reading with an `UserError` at the first problem instead of going on without the row.
+        quarantine: called with each problem and the raw row (None where the row has no bytes of its own).
+
+    Attributes:
+        rows: rows read from files, good and bad.
+        problems: rows that could not be used, by kind.
+        skipped: rows left out on purpose, by the name of the rule.
+        notes: rows that were kept but changed, or are worth knowing about, by name.
+        examples: the first few problems of each kind.
+        forms: the form each source file was read as, by path.
+    """
+
+    def __init__(
+        self, *, strict: bool = False, quarantine: Callable[[Problem, bytes | None], None] | None = None
+    ) -> None:
+        self.strict = strict
+        self.rows = 0
+        self.problems: Counter[Kind] = Counter()
+        self.skipped: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        self.examples: defaultdict[Kind, list[Problem]] = defaultdict(list)
+        self.forms: dict[str, str] = {}
+        self.first: Problem | None = None
+        self._quarantine = quarantine
+
+    @property
+    def total(self) -> int:
+        """The number of problems, of all kinds."""
+        return self.problems.total()
+
+    def add(self, problem: Problem, raw: bytes | None = None) -> None:
+        """Record a row that cannot be used.
+
+        Raises:
+            InputError: in strict mode, once there are more problems than are worth counting.
+        """
+        if self.first is None:
+            self.first = problem
+        self.problems[problem.kind] += 1
+        examples = self.examples[problem.kind]
+        if len(examples) < _EXAMPLES_PER_KIND:
+            examples.append(problem)
+        if self._quarantine is not None:
+            self._quarantine(problem, raw)
+        if self.strict and self.total >= STRICT_SCAN_PROBLEMS:
+            raise self.failure()
+
+    def failure(self) -> UserError:
+        """The error of a strict reading: the first problem, and how many more were seen behind it."""
+        if self.first is None:
+            raise ValueError("no problem was recorded")
+        more = self.total - 1
+        what = self.first.detail
+        if more:
+            what += f" ({more:,} more problem{'s' if more > 1 else ''} in the rows behind it)"
+        return UserError(
+            what,
+            where=self.first.where,
+            cure="Repair the rows, or let `peftchat data prepare` write a clean file and put the bad rows aside.",
+        )

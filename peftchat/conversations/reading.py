@@ -1,0 +1,217 @@
+"""Several sources as one stream."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Protocol
+
+from peftchat.conversation import Conversation
+from peftchat.conversations.formats import FORMATS, Format, find_format, matching_format
+from peftchat.conversations.formats.base import field_names
+from peftchat.conversations.problems import STRICT_SCAN_RECORDS, ProblemLog, RawRecord, ReadOptions
+from peftchat.conversations.readers import find_files, reader_for
+from peftchat.conversations.readers.hub import read_hub
+from peftchat.conversations.splitting import seeded_fraction
+from peftchat.errors import UserError
+
+
+class SourceEntry(Protocol):
+    """What a recipe says about one source."""
+
+    @property
+    def path(self) -> str:
+        """A file, a folder or a hub id."""
+
+    @property
+    def format(self) -> str:
+        """An input form, or `auto`."""
+
+    @property
+    def split(self) -> str | None:
+        """The split of a folder or hub data set."""
+
+    @property
+    def weight(self) -> float:
+        """How many times each dialogue is used, see `read_sources`."""
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Languages to keep, see `ReadOptions`."""
+
+    @property
+    def top_k(self) -> int | None:
+        """How many replies to follow, see `ReadOptions`."""
+
+
+def read_sources(
+    entries: Sequence[SourceEntry],
+    seed: int = 0,
+    *,
+    problems: ProblemLog | None = None,
+) -> Iterator[Conversation]:
+    """The dialogues of several sources, one source after the other, each dialogue as often as its source's weight says.
+
+    Weight 1 uses every dialogue once, 2 twice, 0.5 a half, 1.5 every dialogue once and a half of them twice. Which
+    half depends on `seed` and the dialogue's place alone. Shuffling is left to whoever draws batches.
+
+    Raises:
+        InputError: as `read_conversations`; paths and formats of all entries are checked before the first dialogue.
+    """
+    log = ProblemLog(strict=True) if problems is None else problems
+    streams = [
+        _weighted(
+            read_conversations(
+                entry.path,
+                format=entry.format,
+                split=entry.split,
+                problems=log,
+                options=ReadOptions(languages=entry.languages, top_k=entry.top_k),
+            ),
+            entry.weight,
+            f"{seed} {place}",
+            log,
+        )
+        for place, entry in enumerate(entries)
+    ]
+    return chain.from_iterable(streams)
+
+
+def _weighted(
+    conversations: Iterator[Conversation], weight: float, seed: str, problems: ProblemLog
+) -> Iterator[Conversation]:
+    if weight == 1:
+        yield from conversations
+        return
+    whole, share = divmod(weight, 1)
+    for number, conversation in enumerate(conversations):
+        copies = int(whole) + (seeded_fraction(seed, str(number)) < share)
+        if not copies:
+            problems.skipped["left_out_by_weight"] += 1
+        elif copies > 1:
+            problems.notes["repeated_by_weight"] += copies - 1
+        for _ in range(copies):
+            yield conversation
+
+
+_DETECT_RECORDS = 20
+
+
+def read_conversations(
+    path: str | Path,
+    *,
+    format: str = "auto",
+    split: str | None = None,
+    problems: ProblemLog | None = None,
+    options: ReadOptions | None = None,
+) -> Iterator[Conversation]:
+    """The dialogues of a file, a folder of files or a hub data set, one at a time.
+
+    Memory does not grow with the number of rows; only OpenAssistant exports are remembered (to find duplicates), and
+    those of single messages held until the file ends.
+
+    Args:
+        path: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file, a folder of them, or a hub id.
+        format: one of `list_formats()`; `auto` decides by the first rows of each file.
+        split: of a folder or hub data set; see `find_files`.
+        problems: where bad rows are counted; by default a strict log, so that the first one ends the reading.
+        options: languages, OASST rank limit, row limit.
+
+    Raises:
+        InputError: path, format or split do not exist, no form fits, `top_k` is set for a form without ranks, or, in
+            strict mode, a row has a problem. Path and format are checked at once, before the first dialogue is asked
+            for.
+    """
+    log = ProblemLog(strict=True) if problems is None else problems
+    settings = options or ReadOptions()
+    form = None if format == "auto" else find_format(format)
+    if form is not None:
+        _check_rank_limit(str(path), form, settings)
+    files = find_files(str(path), split)
+    if files is None:
+        sources = [(str(path), read_hub(str(path), split, log))]
+    else:
+        sources = [(str(file), _records(file, settings, log)) for file in files]
+    stream = _all_sources(str(path), sources, form, settings, log)
+    return _until_problem(stream, log) if log.strict else stream
+
+
+def _records(file: Path, options: ReadOptions, problems: ProblemLog) -> Iterator[RawRecord]:
+    reader = reader_for(file)
+    if reader is None:
+        raise ValueError(f"no reader for {file}")
+    try:
+        yield from reader(file, options.max_row_bytes, problems)
+    except OSError as error:
+        raise UserError(f"the file cannot be read: {error.strerror or error}", where=str(file)) from error
+
+
+def _all_sources(
+    path: str,
+    sources: list[tuple[str, Iterator[RawRecord]]],
+    form: Format | None,
+    options: ReadOptions,
+    problems: ProblemLog,
+) -> Iterator[Conversation]:
+    before = problems.rows + problems.total
+    for name, rows in sources:
+        yield from _source(name, rows, form, options, problems)
+    if problems.rows + problems.total == before:
+        raise UserError("there are no rows", where=path, cure="Give a file with rows.")
+
+
+def _source(
+    name: str, rows: Iterator[RawRecord], form: Format | None, options: ReadOptions, problems: ProblemLog
+) -> Iterator[Conversation]:
+    """The dialogues of one file, its form settled first."""
+    first = list(itertools.islice(rows, _DETECT_RECORDS))
+    if form is None and first:
+        form = _detect(name, first)
+    if form is None:
+        return
+    _check_rank_limit(name, form, options)
+    problems.forms[name] = form.name
+    yield from form.read(_chain(first, rows), options, problems)
+
+
+def _check_rank_limit(name: str, form: Format, options: ReadOptions) -> None:
+    if options.top_k is not None and not form.ranked:
+        raise UserError(
+            f"`top_k` chooses answers by rank, and the form `{form.name}` has no ranks",
+            where=name,
+            cure="Leave `top_k` out; OpenAssistant exports have ranks.",
+        )
+
+
+def _chain(first: list[RawRecord], rest: Iterator[RawRecord]) -> Iterator[RawRecord]:
+    yield from first
+    # The rows looked at for detection must not stay in memory for the length of the file.
+    first.clear()
+    yield from rest
+
+
+def _detect(name: str, rows: Iterable[RawRecord]) -> Format:
+    """The form of the first row that has one."""
+    shown = ""
+    for row in rows:
+        form = matching_format(row.value)
+        if form is not None:
+            return form
+        shown = shown or field_names(row.value)
+    raise UserError(
+        f"no known form has the fields found here: {shown}",
+        where=name,
+        cure=f"Known forms: {', '.join(FORMATS)} (`peftchat data formats` shows their fields).",
+    )
+
+
+def _until_problem(stream: Iterator[Conversation], problems: ProblemLog) -> Iterator[Conversation]:
+    """The dialogues up to the first problem, which becomes the error; a little further on others are counted."""
+    for conversation in stream:
+        if problems.first is not None:
+            break
+        yield conversation
+    if problems.first is not None:
+        for _ in itertools.islice(stream, STRICT_SCAN_RECORDS):
+            pass
+        raise problems.failure()

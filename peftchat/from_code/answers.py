@@ -1,0 +1,204 @@
+"""One answer per question about one object; None where the source gives no honest answer."""
+
+import ast
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from peftchat.from_code.behavior import behavior, body_of, describe_raise, is_stub, raised
+from peftchat.from_code.calls import describe_default, describe_options, describe_parameters, example_call, signature
+from peftchat.from_code.docstrings import Docstring, read_docstring, worked_example
+from peftchat.from_code.english import about, base_phrase, continue_about, listing
+from peftchat.from_code.inventory import CodeObject, Parameter
+
+MAX_ANSWER = 800
+"""Characters of the longest answer, about 200 tokens."""
+MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Everything that can be said about one object.
+
+    Args:
+        item: the object.
+        siblings: the public names of its module.
+    """
+
+    item: CodeObject
+    siblings: frozenset[str]
+
+    @cached_property
+    def doc(self) -> Docstring:
+        """Its docstring, taken apart."""
+        text = self.item.docstring
+        for parameter in self.item.parameters or ():
+            text = text and re.sub(rf"(?<!\w)'{parameter.name}'(?!\w)", f"`{parameter.name}`", text)
+        return read_docstring(text)
+
+    @cached_property
+    def task(self) -> str | None:
+        """What it does, as it follows "to": `copy data and metadata`."""
+        phrase = base_phrase(self.doc.prose[0]) if self.doc.prose else None
+        if phrase is None or len(phrase.split()) > 18 or " self" in phrase or ". " in phrase:
+            return None
+        return f"get {phrase.removeprefix('return ')}" if phrase.startswith("return ") else phrase
+
+    def what(self) -> str | None:
+        """What it is or does, from the docstring's first sentences."""
+        if not self.doc.prose:
+            return None
+        first, *others = self.doc.prose
+        subject = f"`{self.item.full_name}`"
+        opening = about(subject, first, kind=self.item.kind)
+        if opening is None:
+            quoted = first.rstrip(".").replace('"', "'")
+            opening = f'The documentation of {subject} says: "{quoted}."'
+        return _fit([opening, *(continue_about(sentence) for sentence in others)])
+
+    def call(self, *, from_import: bool) -> str | None:
+        """An example call with a word about what stands in for the reader's values."""
+        name = self.item.name.rpartition(".")[2]
+        if self.item.kind in {"function", "class"} and (
+            code := worked_example(self.doc.examples, name, self.item.module, self.siblings)
+        ):
+            return f"An example from its documentation:\n\n{_block(code)}"
+        if (example := example_call(self.item, from_import=from_import)) is None:
+            return None
+        opening = "Like this:" if self.doc.prose else "It has no docstring to go by; from its signature:"
+        said = [self._placeholders(example.placeholders), describe_options(self.item)]
+        return "\n\n".join(filter(None, [opening, _block(example.code), " ".join(filter(None, said))]))
+
+    def parameters(self) -> str | None:
+        """Its parameters in words, with their documentation where the docstring has it."""
+        said = describe_parameters(self.item)
+        if said is None or not self.item.parameters:
+            return None
+        if said.startswith("It "):
+            said = f"`{self.item.full_name}` {said[3:]}"
+        for parameter in self.item.parameters:
+            line = f"\n- `{parameter.name}`: {self.doc.parameters.get(parameter.name)}"
+            if parameter.name in self.doc.parameters and len(said) + len(line) <= MAX_ANSWER:
+                said += line
+        return said
+
+    def parameter(self, parameter: Parameter) -> str | None:
+        """What one documented parameter means."""
+        if (text := self.doc.parameters.get(parameter.name)) is None:
+            return None
+        meaning = text[:1].upper() + text[1:]
+        default = f" {describe_default(parameter)}" if parameter.default is not None else " It is required."
+        typed = f" Its annotation is `{parameter.annotation}`." if parameter.annotation else ""
+        return f"{meaning}{typed}{default}"
+
+    def default(self, parameter: Parameter) -> str:
+        """What happens when one optional parameter is left out."""
+        return describe_default(parameter)
+
+    def raises(self) -> str | None:
+        """The exceptions its own statements raise."""
+        found = raised(self.item.node) if self.item.kind in {"function", "method"} else ()
+        if not found:
+            return None
+        sentences = [describe_raise(item) for item in found[:3]]
+        sentences[0] = sentences[0].replace("It ", f"`{self.item.full_name}` ", 1)
+        more = "Functions that it calls may raise others."
+        return _fit([*sentences, more])
+
+    def source(self) -> str | None:
+        """Its real source without a long docstring, where it is short and does something."""
+        node = self.item.node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_stub(node):
+            return None
+        code = _without_docstring(self.item.source)
+        if code is None or len(code) > 600 or not 2 <= code.count("\n") + 1 <= 20:
+            return None
+        return code
+
+    def explanation(self) -> str | None:
+        """What the docstring and the statements say about how it works."""
+        how = behavior(self.item.node)
+        what = self.what()
+        if what is None or not how:
+            return None
+        return _fit([what, *how])
+
+    def how(self) -> str | None:
+        """The statements alone in words, for a reader who has the description already."""
+        how = behavior(self.item.node)
+        return _fit(how) if len(how) >= 2 else None
+
+    def members(self) -> str | None:
+        """The documented names inside a class or module."""
+        parts: list[str] = []
+        for kind, plural in (
+            ("function", "functions"),
+            ("class", "classes"),
+            ("method", "methods"),
+            ("property", "properties"),
+        ):
+            if names := [name for own_kind, name in self.item.members if own_kind == kind]:
+                shown = [f"`{name}`" for name in names[:MAX_LISTED]]
+                rest = len(names) - len(shown)
+                word = kind if len(names) == 1 else plural
+                parts.append(f"the {word} {listing([*shown, f'{rest} more'] if rest else shown)}")
+        if not parts or len(self.item.members) < 2:
+            return None
+        return f"`{self.item.full_name}` has {', '.join(parts[:-1])}{', and ' if len(parts) > 1 else ''}{parts[-1]}."
+
+    def signature(self) -> str:
+        """The call as one writes it."""
+        return signature(self.item)
+
+    def _placeholders(self, names: tuple[str, ...]) -> str | None:
+        if not names:
+            return None
+        owner = self.item.full_name.rpartition(".")[0]
+        if self.item.kind in {"method", "property"} and self.item.binding == "instance":
+            receiver, *names_left = names
+            said = f"`{receiver}` is an instance of `{owner}`"
+            return f"{said}, and {_stand_for(names_left)}." if names_left else f"{said}."
+        return f"Here {_stand_for(list(names))}."
+
+
+def _stand_for(names: list[str]) -> str:
+    shown = listing([f"`{name}`" for name in names])
+    return f"{shown} {'stands' if len(names) == 1 else 'stand'} for your own value{'s' if len(names) > 1 else ''}"
+
+
+def _block(code: str) -> str:
+    return f"```python\n{code.strip()}\n```"
+
+
+def _fit(parts: list[str]) -> str:
+    """As many leading parts as an answer may hold."""
+    kept = ""
+    for part in parts:
+        if kept and len(kept) + len(part) + 1 > MAX_ANSWER:
+            break
+        kept = f"{kept} {part}".strip(" ")
+    return kept
+
+
+def _without_docstring(source: str) -> str | None:
+    """The definition with a docstring of several lines cut out; None where that leaves no valid code."""
+    try:
+        (node,) = ast.parse(source).body
+    except (SyntaxError, ValueError):
+        return None
+    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    text = node.body[0]
+    if body_of(node) is not node.body and text.end_lineno is not None:
+        body = body_of(node)
+        if not body or body[0].lineno <= text.end_lineno:
+            return None
+        if text.end_lineno > text.lineno:
+            lines = source.splitlines()
+            after = next(number for number in range(text.end_lineno, len(lines)) if lines[number].strip())
+            source = "\n".join(lines[: text.lineno - 1] + lines[after:])
+    source = "\n".join(line.rstrip() for line in source.splitlines()).strip("\n")
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return None
+    return source

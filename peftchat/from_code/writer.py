@@ -1,0 +1,300 @@
+"""Puts questions and answers about one object together into dialogues."""
+
+import json
+import random
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from peftchat import __version__
+from peftchat.conversation import Conversation, Message
+from peftchat.errors import UserError
+from peftchat.files import write_text
+from peftchat.from_code import phrases
+from peftchat.from_code.answers import Answers
+from peftchat.from_code.english import article
+from peftchat.from_code.inventory import CodeObject
+from peftchat.from_code.survey import Survey, survey
+
+Turn = tuple[str, str | None]
+"""A question and its answer, None where there is no honest one."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodeConversation:
+    """A dialogue, the object it asks about, and the outermost object that one belongs to."""
+
+    conversation: Conversation
+    object: str
+    group: str
+    kind: str
+
+
+def conversations_from_code(roots: Sequence[str], *, seed: int = 0, private: bool = False) -> Iterator[Conversation]:
+    """Dialogues about the Python code of some packages or folders, the same for the same seed.
+
+    Args:
+        roots: package names, folders or files; they are read, never imported.
+        seed: chooses the phrasings.
+        private: ask also about names that start with an underscore.
+
+    Raises:
+        InputError: a root does not exist or has no Python source.
+    """
+    for dialogue in conversations_about(survey(roots, private=private), seed=seed):
+        yield dialogue.conversation
+
+
+def conversations_about(found: Survey, *, seed: int) -> Iterator[CodeConversation]:
+    """Every dialogue about the objects of a survey, in its order."""
+    for item in found.objects:
+        answers = Answers(item, found.siblings.get(item.module, frozenset()))
+        # Seeded by the object's name, so that adding one function to a package leaves the others' dialogues alone.
+        choose = _Chooser(item, random.Random(f"{seed}:{item.full_name}"))
+        for kind, turns in _plans(item, answers, choose):
+            messages = _messages(turns)
+            if messages:
+                conversation = Conversation(messages, found.places[item.full_name])
+                yield CodeConversation(conversation, item.full_name, item.top, kind)
+
+
+class _Chooser:
+    """Picks phrasings for one object."""
+
+    def __init__(self, item: CodeObject, rng: random.Random) -> None:
+        owner, _, short = item.full_name.rpartition(".")
+        self.rng = rng
+        self.fields = {
+            "name": item.full_name,
+            "short": short,
+            "owner": owner,
+            "module": item.module,
+            "a_owner": f"{article(owner or short)} `{owner}`",
+            "a_name": f"{article(item.full_name)} `{item.full_name}`",
+        }
+
+    def __call__(self, options: Sequence[str], **fields: str) -> str:
+        return self.rng.choice(options).format(**self.fields, **fields)
+
+    def coin(self, chance: float = 0.5) -> bool:
+        """True with this probability."""
+        return self.rng.random() < chance
+
+
+def _messages(turns: Sequence[Turn]) -> tuple[Message, ...]:
+    """The leading turns that have an answer; later ones would refer to what was not said."""
+    messages: list[Message] = []
+    for question, answer in turns:
+        if answer is None:
+            break
+        messages += [Message("user", question), Message("assistant", answer)]
+    return tuple(messages)
+
+
+def _plans(item: CodeObject, answers: Answers, choose: _Chooser) -> Iterator[tuple[str, list[Turn]]]:
+    """The dialogues worth having about one object, as (kind, turns)."""
+    if item.kind == "module":
+        yield "module", _module_turns(answers, choose)
+        return
+    if answers.doc.prose:
+        yield "what", _what_turns(item, answers, choose)
+    if item.kind in phrases.CALL:
+        call = answers.call(from_import=choose.coin())
+        if not answers.doc.prose or (item.kind != "property" and choose.coin(0.35)):
+            yield "call", [(choose(phrases.CALL[item.kind]), call)]
+    if item.kind in {"function", "method"}:
+        yield from _function_plans(item, answers, choose)
+    if item.kind == "class" and choose.coin():
+        yield "members", [(choose(phrases.MEMBERS["class"]), answers.members())]
+    for parameter in item.parameters or ():
+        if (meaning := answers.parameter(parameter)) is not None and choose.coin():
+            yield "parameter", [(choose(phrases.PARAMETER, parameter=parameter.name), meaning)]
+
+
+def _module_turns(answers: Answers, choose: _Chooser) -> list[Turn]:
+    what, members = answers.what(), answers.members()
+    if what is None:
+        return [(choose(phrases.MEMBERS["module"]), members)]
+    return [(choose(phrases.WHAT["module"]), what), (choose(phrases.MEMBERS_NEXT["module"]), members)]
+
+
+def _what_turns(item: CodeObject, answers: Answers, choose: _Chooser) -> list[Turn]:
+    """What it is, then how to use it, then one more detail."""
+    turns: list[Turn] = [(choose(phrases.WHAT[item.kind]), answers.what())]
+    following = {"class": phrases.CREATE_NEXT, "property": phrases.READ_NEXT}.get(item.kind, phrases.CALL_NEXT)
+    if choose.coin(0.7):
+        turns.append((choose(following), answers.call(from_import=choose.coin())))
+    elif item.kind == "class":
+        turns.append((choose(phrases.MEMBERS_NEXT["class"]), answers.members()))
+    if item.kind in {"function", "method"} and choose.coin(0.4):
+        if (errors := answers.raises()) is not None and choose.coin():
+            turns.append((choose(phrases.RAISES_NEXT), errors))
+        elif item.options:
+            parameter = choose.rng.choice(item.options)
+            answer = answers.default(parameter)
+            if not any(answer in (said or "") for _, said in turns):
+                turns.append((choose(phrases.DEFAULT_NEXT, parameter=parameter.name), answer))
+    return turns
+
+
+def _function_plans(item: CodeObject, answers: Answers, choose: _Chooser) -> Iterator[tuple[str, list[Turn]]]:
+    if answers.task and item.kind == "function" and not answers.task.startswith("get "):
+        call = answers.call(from_import=True)
+        found = f"Use `{item.full_name}`. {call}" if call else None
+        yield "find", [(choose(phrases.FIND, task=answers.task, kind=item.kind), found)]
+    source = answers.source()
+    if source is not None:
+        if (question := _write_question(item, answers, choose)) is not None:
+            written = f"{choose(phrases.WROTE)}\n\n```python\n{source}\n```"
+            follow_up: list[Turn] = [(choose(phrases.EXPLAIN_NEXT), answers.how())] if choose.coin(0.4) else []
+            yield "write", [(question, written), *follow_up]
+        if choose.coin(0.6):
+            yield "explain", [(f"{choose(phrases.EXPLAIN)}\n\n```python\n{source}\n```", answers.explanation())]
+    if choose.coin(0.3):
+        yield "parameters", [(choose(phrases.PARAMETERS), answers.parameters())]
+    if choose.coin(0.3):
+        yield "raises", [(choose(phrases.RAISES), answers.raises())]
+
+
+def _write_question(item: CodeObject, answers: Answers, choose: _Chooser) -> str | None:
+    if answers.task is not None:
+        task = f"return {answers.task[4:]}" if answers.task.startswith("get ") else answers.task
+        if item.kind == "method":
+            return choose(phrases.WRITE["method"], signature=answers.signature(), task=task)
+        return choose(phrases.WRITE["plain"], signature=answers.signature(), task=task)
+    if answers.doc.prose and item.kind == "function":
+        return choose(phrases.WRITE["described"], signature=answers.signature(), description=answers.doc.prose[0])
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenConversations:
+    """What `write_conversations` left in its folder; `card` is the content of `card.json`."""
+
+    folder: Path
+    card: dict[str, Any]
+
+
+def write_conversations(
+    roots: Sequence[str],
+    folder: Path,
+    *,
+    seed: int = 0,
+    max_rows: int | None = None,
+    eval_fraction: float = 0.1,
+    private: bool = False,
+) -> WrittenConversations:
+    """Make dialogues about some code and write `train.jsonl`, `eval.jsonl` and `card.json` into `folder`.
+
+    Args:
+        roots: package names, folders or files.
+        folder: created where it is missing; files of an earlier call are replaced.
+        seed: chooses phrasings, the split and, with `max_rows`, the rows.
+        max_rows: at most this many rows in both files together, drawn evenly over the objects.
+        eval_fraction: share of the rows held out, from 0 (no eval rows) to below 1.
+        private: ask also about names that start with an underscore.
+
+    Raises:
+        InputError: a root cannot be read, nothing documented was found, or `folder` cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError("is a file, not a folder", where=str(folder), cure="Name a folder with -o.")
+    found = survey(roots, private=private)
+    everything = list(conversations_about(found, seed=seed))
+    if not everything:
+        raise UserError(
+            f"no documented function, class or module in the {found.files} files read",
+            where=", ".join(roots),
+            cure="Dialogues are made from docstrings and signatures: add docstrings, or name another package.",
+        )
+    kept = _draw(everything, max_rows, seed)
+    train, held_out = split(kept, eval_fraction, seed)
+    card = {
+        "made_by": f"peftchat {__version__} data from-code",
+        "roots": list(roots),
+        "seed": seed,
+        "max_rows": max_rows,
+        "eval_fraction": eval_fraction,
+        "split_by": "object",
+        "files_read": found.files,
+        "objects": len(found.objects),
+        "dialogues_made": len(everything),
+        "left_out_by_max_rows": len(everything) - len(kept),
+        "skipped": dict(sorted(found.skipped.items())),
+        "unreadable": list(found.unreadable),
+        "train": _facts(train),
+        "eval": _facts(held_out),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "train.jsonl", _lines(train))
+        write_text(folder / "eval.jsonl", _lines(held_out))
+        write_text(folder / "card.json", json.dumps(card, ensure_ascii=False, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot be written ({error.strerror})", where=str(folder), cure="Name another folder."
+        ) from error
+    return WrittenConversations(folder, card)
+
+
+def split(
+    dialogues: Sequence[CodeConversation], eval_fraction: float, seed: int
+) -> tuple[list[CodeConversation], list[CodeConversation]]:
+    """(train, eval), shuffled; a class, its methods and its properties are on one side together."""
+    rng = random.Random(f"{seed}:split")
+    groups = sorted({dialogue.group for dialogue in dialogues})
+    rng.shuffle(groups)
+    sizes = Counter(dialogue.group for dialogue in dialogues)
+    wanted = round(len(dialogues) * eval_fraction)
+    held_out: set[str] = set()
+    rows = 0
+    for group in groups:
+        # A group that would overshoot by more than it helps is passed over: one big class must not fill the eval set.
+        if rows < wanted and (rows + sizes[group] <= 1.5 * wanted or sizes[group] == 1):
+            held_out.add(group)
+            rows += sizes[group]
+    train = [dialogue for dialogue in dialogues if dialogue.group not in held_out]
+    test = [dialogue for dialogue in dialogues if dialogue.group in held_out]
+    rng.shuffle(train)
+    rng.shuffle(test)
+    return train, test
+
+
+def _draw(dialogues: Sequence[CodeConversation], limit: int | None, seed: int) -> list[CodeConversation]:
+    """At most `limit` dialogues: one of each object before a second of any."""
+    if limit is None or len(dialogues) <= limit:
+        return list(dialogues)
+    rng = random.Random(f"{seed}:draw")
+    shuffled = rng.sample(range(len(dialogues)), len(dialogues))
+    seen: Counter[str] = Counter()
+    rounds = []
+    for index in shuffled:
+        rounds.append((seen[dialogues[index].object], index))
+        seen[dialogues[index].object] += 1
+    rounds.sort(key=itemgetter(0))  # stable: the shuffled order stays within a round
+    return [dialogues[index] for index in sorted(index for _, index in rounds[:limit])]
+
+
+def _facts(dialogues: Sequence[CodeConversation]) -> dict[str, Any]:
+    answers = [
+        len(message.content)
+        for dialogue in dialogues
+        for message in dialogue.conversation.messages
+        if message.role == "assistant"
+    ]
+    return {
+        "rows": len(dialogues),
+        "objects": len({dialogue.object for dialogue in dialogues}),
+        "turns": sum(len(dialogue.conversation.messages) for dialogue in dialogues),
+        "kinds": dict(sorted(Counter(dialogue.kind for dialogue in dialogues).items())),
+        "mean_answer_characters": round(statistics.fmean(answers), 1) if answers else 0,
+    }
+
+
+def _lines(dialogues: Sequence[CodeConversation]) -> str:
+    rows = ({"messages": item.conversation.as_dicts(), "object": item.object} for item in dialogues)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,1 +1,0 @@
-"""OpenAssistant's exports and their rules."""

@@ -147,9 +147,9 @@ def make_contenders(
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from peftchat.chatml.registry import make_format
+    from peftchat.chat_template.registry import make_format
     from peftchat.conversations import read_conversations
-    from peftchat.training.data import prepare_rows
+    from peftchat.dataset.cache import load_splits
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     chat = make_format("starchat", None, tokenizer)
@@ -183,7 +183,7 @@ def make_contenders(
 
     def prepared() -> Callable[[], Encoded]:
         os.environ["PEFTCHAT_CACHE"] = str(folder / f"cache-{next(counter)}")
-        store = prepare_rows(recipe, chat)["train"].store
+        store = load_splits(recipe, chat)["train"].store
         return lambda: of_rows(store)
 
     def encoded() -> Callable[[], Encoded]:
@@ -210,9 +210,9 @@ def make_contenders(
 
 
 def of_rows(rows: Any) -> Encoded:
-    from peftchat.chatml.mask import policy_table
+    from peftchat.chat_template.loss_mask import loss_mask_table
 
-    table = policy_table("answers")
+    table = loss_mask_table("answers")
     return Encoded([row.ids.tolist() for row in rows], [table[row.codes].astype(int).tolist() for row in rows])
 
 
@@ -289,14 +289,14 @@ def encode(path: Path, model: str) -> Callable[[], int]:
     """What `train` does with a file before the first step: rows on disk, and which of them share a sequence."""
     from transformers import AutoTokenizer
 
-    from peftchat.chatml.packing import pack
-    from peftchat.chatml.registry import make_format
-    from peftchat.training.data import prepare_rows
+    from peftchat.chat_template.registry import make_format
+    from peftchat.dataset.cache import load_splits
+    from peftchat.dataset.packing import pack
 
     chat = make_format("starchat", None, AutoTokenizer.from_pretrained(model))
 
     def run() -> int:
-        rows = prepare_rows(recipe_for(path, model), chat)["train"]
+        rows = load_splits(recipe_for(path, model), chat)["train"]
         return sum(map(len, pack(rows.store.lengths, max(2048, int(rows.store.lengths.max())), 0)))
 
     return run

@@ -66,7 +66,7 @@ class Bench:
         import torch
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-        from peftchat.chatml.template import starchat
+        from peftchat.chat_template.templates import starchat
 
         folder = self.folder / f"{shape}"
         if folder.exists():

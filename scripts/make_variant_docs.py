@@ -158,14 +158,14 @@ def _stock_loss(run: Path, base: Path, recipe: Any) -> float:
     """The held-out loss of a run that stock transformers and peft have loaded, over the run's own held-out rows."""
     import torch
 
+    from peftchat.dataset.cache import load_splits
     from peftchat.training.build import chat_format
-    from peftchat.training.data import prepare_rows
 
     model = _stock_model(run, base, recipe)
     chat = chat_format(recipe)
-    from peftchat.chatml.collate import ChatCollator
+    from peftchat.dataset.collator import ChatCollator
 
-    rows = prepare_rows(recipe, chat)["eval"].store
+    rows = load_splits(recipe, chat)["eval"].store
     collator = ChatCollator(rows, loss_on=recipe.chat.loss_on, layout="padded", pad_token_id=0)
     total, count = 0.0, 0
     for row in rows:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from peftchat.console import stderr
-from peftchat.training.metrics_file import MetricsFile
+from peftchat.runs.metrics_file import MetricsFile
 from peftchat.training.progress import MetricsCallback, ProgressCallback, memory_in_use
 
 

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from peftchat.training.metrics_file import MetricsFile
+from peftchat.runs.metrics_file import MetricsFile
 
 RUN_JSON: dict[str, Any] = {
     "method": "lora",

@@ -8,42 +8,41 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from peftchat.chatml.collate import ChatCollator, Layout
-from peftchat.chatml.mask import LossOn, Part, code
-from peftchat.chatml.packing import efficiency, pack
-from peftchat.chatml.rows import Row, RowBatch
-from peftchat.chatml.store import RowStore, RowWriter
+from peftchat.chat_template.examples import EncodedExample, ExampleBatch, ExampleStore, ExampleWriter
+from peftchat.chat_template.loss_mask import LossOn, TurnPart, token_tag
 from peftchat.conversation import ROLES
+from peftchat.dataset.collator import BatchLayout, ChatCollator
+from peftchat.dataset.packing import efficiency, pack
 
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+LAYOUTS: tuple[BatchLayout, ...] = get_args(BatchLayout)
 POLICIES: tuple[LossOn, ...] = get_args(LossOn)
 PAD = 3
 """Also an id that rows hold, the end token's: labels must not depend on it."""
 
 
-def random_rows(count: int, seed: int = 0, longest: int = 40) -> list[Row]:
+def random_rows(count: int, seed: int = 0, longest: int = 40) -> list[EncodedExample]:
     draw = np.random.default_rng(seed)
     rows = []
     for number in range(count):
         length = int(draw.integers(1, longest))
         values = [
-            code(Part(draw.integers(5)), (None, *ROLES)[draw.integers(5)], last_answer=bool(draw.integers(2)))
+            token_tag(TurnPart(draw.integers(5)), (None, *ROLES)[draw.integers(5)], last_answer=bool(draw.integers(2)))
             for _ in range(length)
         ]
         ids = draw.integers(0, 20, length).astype(np.int32)
-        rows.append(Row(ids, np.array(values, np.uint8), f"é{number}.jsonl:{number}", number % 3))
+        rows.append(EncodedExample(ids, np.array(values, np.uint8), f"é{number}.jsonl:{number}", number % 3))
     return rows
 
 
-def write(path: Path, batches: Sequence[Sequence[Row]]) -> RowStore:
-    with RowWriter(path) as writer:
+def write(path: Path, batches: Sequence[Sequence[EncodedExample]]) -> ExampleStore:
+    with ExampleWriter(path) as writer:
         for batch in batches:
-            writer.write(RowBatch.of(batch))
-    return RowStore(path)
+            writer.write(ExampleBatch.of(batch))
+    return ExampleStore(path)
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> RowStore:
+def store(tmp_path_factory: pytest.TempPathFactory) -> ExampleStore:
     rows = random_rows(60)
     return write(tmp_path_factory.mktemp("rows") / "rows.arrow", [rows[:7], rows[7:8], [], rows[8:]])
 
@@ -52,12 +51,12 @@ def learns(value: int, policy: LossOn) -> bool:
     """The policies, written out for one code."""
     if policy == "everything":
         return True
-    parts = (Part.CONTENT, Part.END) if policy != "answers_and_headers" else tuple(Part)
+    parts = (TurnPart.CONTENT, TurnPart.END) if policy != "answers_and_headers" else tuple(TurnPart)
     lasts = (True,) if policy == "last_answer" else (False, True)
-    return value in [code(part, "assistant", last_answer=last) for part in parts for last in lasts]
+    return value in [token_tag(part, "assistant", last_answer=last) for part in parts for last in lasts]
 
 
-def one_by_one(row: Row, policy: LossOn) -> list[tuple[int, int, int]]:
+def one_by_one(row: EncodedExample, policy: LossOn) -> list[tuple[int, int, int]]:
     """(id, label, position) of each token, one at a time."""
     found = []
     for place, (token, value) in enumerate(zip(row.ids.tolist(), row.codes.tolist(), strict=True)):
@@ -65,7 +64,7 @@ def one_by_one(row: Row, policy: LossOn) -> list[tuple[int, int, int]]:
     return found
 
 
-def collator(store: RowStore, policy: LossOn, layout: Layout, **options: Any) -> ChatCollator:
+def collator(store: ExampleStore, policy: LossOn, layout: BatchLayout, **options: Any) -> ChatCollator:
     return ChatCollator(store, loss_on=policy, layout=layout, pad_token_id=PAD, **options)
 
 
@@ -73,7 +72,7 @@ def collator(store: RowStore, policy: LossOn, layout: Layout, **options: Any) ->
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_token_its_label_and_its_position(
-    store: RowStore, policy: LossOn, layout: Layout, multiple: int | None
+    store: ExampleStore, policy: LossOn, layout: BatchLayout, multiple: int | None
 ) -> None:
     packs = [[0, 5, 9], [1], [2, 3]] if layout != "padded" else [[0], [5], [9], [1]]
     batch = collator(store, policy, layout, pad_to_multiple_of=multiple)([{"rows": numbers} for numbers in packs])
@@ -98,7 +97,7 @@ def test_every_token_its_label_and_its_position(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_watched_tokens_are_counted(store: RowStore, policy: LossOn) -> None:
+def test_watched_tokens_are_counted(store: ExampleStore, policy: LossOn) -> None:
     watched = [3, 7, 11, 99]
     numbers = list(range(len(store)))
     batch = collator(store, policy, "flat", watched=watched)([{"rows": numbers}])
@@ -150,13 +149,13 @@ def test_edges_of_packing() -> None:
         pack(np.array([9]), 8, 0)
 
 
-def same(row: Row, other: Row) -> bool:
+def same(row: EncodedExample, other: EncodedExample) -> bool:
     arrays = np.array_equal(row.ids, other.ids) and np.array_equal(row.codes, other.codes)
     types = row.ids.dtype == other.ids.dtype == np.int32 and row.codes.dtype == other.codes.dtype == np.uint8
     return arrays and types and (row.source, row.lookalikes) == (other.source, other.lookalikes)
 
 
-def test_the_store_gives_back_what_was_written(store: RowStore) -> None:
+def test_the_store_gives_back_what_was_written(store: ExampleStore) -> None:
     rows = random_rows(60)
     assert len(store) == 60
     assert store.lengths.tolist() == [len(row.ids) for row in rows]
@@ -168,19 +167,19 @@ def test_the_store_gives_back_what_was_written(store: RowStore) -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 60, 1_000])
-def test_rows_that_are_not_there(store: RowStore, index: int) -> None:
+def test_rows_that_are_not_there(store: ExampleStore, index: int) -> None:
     with pytest.raises(IndexError, match=f"row {index} of 60"):
         store[index]
 
 
 def test_many_batches_and_empty_rows(tmp_path: Path) -> None:
     rows = random_rows(300, seed=1)
-    rows[17] = Row(np.zeros(0, np.int32), np.zeros(0, np.uint8), "", 0)
+    rows[17] = EncodedExample(np.zeros(0, np.int32), np.zeros(0, np.uint8), "", 0)
     found = write(tmp_path / "many.arrow", [[row] for row in rows])
     assert all(same(row, other) for row, other in zip(found, rows, strict=True))
 
 
 @pytest.mark.parametrize("batches", [[], [[]]])
-def test_an_empty_store(tmp_path: Path, batches: list[list[Row]]) -> None:
+def test_an_empty_store(tmp_path: Path, batches: list[list[EncodedExample]]) -> None:
     found = write(tmp_path / "empty.arrow", batches)
     assert len(found) == 0 and list(found) == [] and found.lengths.tolist() == []

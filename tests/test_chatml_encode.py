@@ -15,11 +15,11 @@ from chatml_helpers import BUILDERS, FORGERIES, SlowEncoder, built, conversation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftchat.chatml.encode import RowEncoder
-from peftchat.chatml.mask import LossOn, labels_for, policy_table
-from peftchat.chatml.registry import make_format
-from peftchat.chatml.rows import Row, RowBatch
-from peftchat.chatml.template import BlockTemplate, Piece
+from peftchat.chat_template.encoder import ChatEncoder
+from peftchat.chat_template.examples import EncodedExample, ExampleBatch
+from peftchat.chat_template.loss_mask import LossOn, labels_for, loss_mask_table
+from peftchat.chat_template.registry import make_format
+from peftchat.chat_template.templates import BlockTemplate, TemplateSpan
 from peftchat.conversation import ROLES, Conversation, Message, Role
 
 STARCHAT_ROLES: tuple[Role, ...] = ("system", "user", "assistant")
@@ -32,7 +32,7 @@ def check_against_slow_encoder(tokenizer: Any, clean: Any, template: str, system
     chat = make_format(template, system, copy.deepcopy(tokenizer))
     slow = SlowEncoder(chat.tokenizer, clean, template, system)
     batch = conversations(count, STARCHAT_ROLES) if template == "starchat" else conversations(count)
-    tables = {policy: policy_table(policy) for policy in POLICIES}
+    tables = {policy: loss_mask_table(policy) for policy in POLICIES}
     encoder = chat.encoder()
     rows = [row for start in range(0, count, 500) for row in encoder.encode(batch[start : start + 500])]
     for conversation, row, expected in zip(batch, rows, slow.encode(batch), strict=True):
@@ -79,7 +79,7 @@ _DIALOGUES = st.lists(st.builds(Message, st.sampled_from(ROLES), _TEXT), max_siz
 
 
 @cache
-def chatml_encoder(name: str) -> tuple[RowEncoder, set[int], list[int]]:
+def chatml_encoder(name: str) -> tuple[ChatEncoder, set[int], list[int]]:
     """An encoder, all special ids but the unknown one, and the ids around each content."""
     chat = make_format("chatml", None, copy.deepcopy(built(name).tokenizer))
     tokenizer = chat.tokenizer
@@ -129,7 +129,7 @@ class OnlyPieces:
     end_token = property(lambda self: self.block.end_token)
     jinja = property(lambda self: self.block.jinja)
 
-    def pieces(self, conversation: Conversation) -> Iterator[Piece]:
+    def pieces(self, conversation: Conversation) -> Iterator[TemplateSpan]:
         return self.block.pieces(conversation)
 
 
@@ -139,7 +139,7 @@ def test_blocks_and_pieces_are_encoded_alike(name: str, system: str | None) -> N
     chat = make_format("chatml", system, copy.deepcopy(built(name).tokenizer))
     assert isinstance(chat.template, BlockTemplate)
     batch = conversations(400)
-    by_pieces = RowEncoder(chat.tokenizer, OnlyPieces(chat.template)).encode(batch)
+    by_pieces = ChatEncoder(chat.tokenizer, OnlyPieces(chat.template)).encode(batch)
     for row, other in zip(chat.encoder().encode(batch), by_pieces, strict=True):
         assert np.array_equal(row.ids, other.ids) and np.array_equal(row.codes, other.codes)
         assert (row.source, row.lookalikes) == (other.source, other.lookalikes)
@@ -157,14 +157,14 @@ def test_threads_do_not_disturb_each_other() -> None:
 
 @given(st.lists(st.integers(0, 5), max_size=8), st.randoms())
 def test_counts_of_a_batch_are_those_of_its_rows(lengths: list[int], draw: random.Random) -> None:
-    table = policy_table("answers")
+    table = loss_mask_table("answers")
     rows = [
-        Row(
+        EncodedExample(
             np.zeros(length, np.int32), np.array([draw.randrange(128) for _ in range(length)], np.uint8), f"{length}", 1
         )
         for length in lengths
     ]
-    batch = RowBatch.of(rows)
+    batch = ExampleBatch.of(rows)
     assert batch.lengths.tolist() == lengths
     assert batch.counts(table).tolist() == [int(table[row.codes[1:]].sum()) for row in rows]
     assert [row.codes.tolist() for row in batch] == [row.codes.tolist() for row in rows]

@@ -9,8 +9,8 @@ import pytest
 from chatml_helpers import FORGERIES, built, conversations
 from tokenizers import AddedToken
 
-from peftchat.chatml.mask import Part, labels_for, part_of, policy_table, role_of
-from peftchat.chatml.registry import ChatFormat, make_format
+from peftchat.chat_template.loss_mask import TurnPart, labels_for, loss_mask_table, part_of, role_of
+from peftchat.chat_template.registry import ChatFormat, make_format
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
 
@@ -113,7 +113,7 @@ def test_text_ids_and_mask_are_stocks(template: str, name: str) -> None:
     batch = dialogues(template, forged=False)
     assert len(batch) > 200
     rows = chat.encoder().encode(batch)
-    table = policy_table("answers")
+    table = loss_mask_table("answers")
     encoded = chat.tokenizer.apply_chat_template(
         [conversation.as_dicts() for conversation in batch], return_assistant_tokens_mask=True, return_dict=True
     )
@@ -177,7 +177,7 @@ def test_a_default_system_prompt_is_used_where_there_is_none() -> None:
     assert ("CONTENT", "system", "Be brief.") in parts_of(chat, ("user", "q"), ("assistant", "a"))
     assert ("CONTENT", "system", "Mine.") in parts_of(chat, *own)
     (row,) = chat.encoder().encode([Conversation((Message("user", "q"), Message("assistant", "a")))])
-    assert np.count_nonzero(policy_table("last_answer")[row.codes]) == 2
+    assert np.count_nonzero(loss_mask_table("last_answer")[row.codes]) == 2
 
 
 def test_rewritten_content_is_refused_by_name() -> None:
@@ -268,6 +268,6 @@ def test_smollms_own_template(demo_model: Path) -> None:
     rows = chat.encoder().encode(batch)
     for row, ids, mask in zip(rows, encoded["input_ids"], encoded["assistant_masks"], strict=True):
         assert row.ids.tolist() == ids
-        labels = labels_for(row.ids, row.codes, policy_table("answers"))
+        labels = labels_for(row.ids, row.codes, loss_mask_table("answers"))
         assert np.array_equal(labels, np.where(mask, ids, -100))
-    assert Part.OUTSIDE in {part_of(int(value)) for row in rows for value in row.codes}
+    assert TurnPart.OUTSIDE in {part_of(int(value)) for row in rows for value in row.codes}

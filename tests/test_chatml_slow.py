@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from chatml_helpers import CORPUS, conversations
 
-from peftchat.chatml.mask import Part, labels_for, part_of, policy_table
-from peftchat.chatml.registry import make_format
-from peftchat.chatml.tokens import special_tokens
+from peftchat.chat_template.loss_mask import TurnPart, labels_for, loss_mask_table, part_of
+from peftchat.chat_template.registry import make_format
+from peftchat.chat_template.templates import special_tokens
 from peftchat.conversation import Conversation, Message
 
 spm = pytest.importorskip("sentencepiece", reason="the extra `sentencepiece` is not installed")
@@ -75,7 +75,7 @@ def test_ids_and_labels_by_sentencepiece_itself(model_file: Path, legacy: bool) 
     for conversation, row in zip(batch, chat.encoder().encode(batch), strict=True):
         ids, labels = by_hand(chat.tokenizer, conversation)
         assert row.ids.tolist() == ids, conversation
-        assert labels_for(row.ids, row.codes, policy_table("answers")).tolist() == labels, conversation
+        assert labels_for(row.ids, row.codes, loss_mask_table("answers")).tolist() == labels, conversation
 
 
 @pytest.mark.parametrize("kind", ["legacy", "modern", "gpt-sw3", "bytes"])
@@ -107,7 +107,9 @@ def test_a_message_of_special_tokens(model_file: Path) -> None:
     text = "<pad></s><|end|>"
     (row,) = chat.encoder().encode([Conversation((Message("assistant", text),))])
     content = [
-        number for number, value in zip(row.ids.tolist(), row.codes, strict=True) if part_of(int(value)) == Part.CONTENT
+        number
+        for number, value in zip(row.ids.tolist(), row.codes, strict=True)
+        if part_of(int(value)) == TurnPart.CONTENT
     ]
     assert chat.tokenizer.sp_model.decode(content).replace(" ", "").endswith("<|end|>")
     assert not set(content) & (set(special_tokens(chat.tokenizer).values()) - {chat.tokenizer.unk_token_id})
@@ -130,12 +132,11 @@ def test_spans_by_prefix_agree_with_spans_by_offsets() -> None:
     """The way for tokenizers without offsets, on a tokenizer that has them."""
     from chatml_helpers import built
 
-    from peftchat.chatml.rust_text import RustText
-    from peftchat.chatml.slow_text import SlowText
+    from peftchat.chat_template.text_encoder import FastTextEncoder, SlowTextEncoder
 
     tokenizer = built("byte-level-digits").tokenizer
     special = special_tokens(tokenizer)
-    rust, slow = RustText(tokenizer, special), SlowText(tokenizer, special)
+    rust, slow = FastTextEncoder(tokenizer, special), SlowTextEncoder(tokenizer, special)
     contents = [message.content for one in conversations(COUNT, forged=False) for message in one.messages]
     texts = [["user\n", one, " ", "\nmore"] for one in itertools.islice(filter(None, contents), 400)]
     by_offsets, by_prefix = (one.encode_parts(texts, first=False) for one in (rust, slow))

@@ -9,9 +9,9 @@ import pytest
 from chatml_helpers import BUILDERS, built, conversations
 from jinja2.exceptions import TemplateError
 
-from peftchat.chatml.mask import labels_for, policy_table
-from peftchat.chatml.registry import ChatFormat, make_format
-from peftchat.chatml.template import starchat
+from peftchat.chat_template.loss_mask import labels_for, loss_mask_table
+from peftchat.chat_template.registry import ChatFormat, make_format
+from peftchat.chat_template.templates import starchat
 from peftchat.conversation import ROLES, Conversation, Message, Role
 from peftchat.errors import UserError
 
@@ -62,7 +62,7 @@ def stock(tokenizer: Any, batch: list[Conversation]) -> tuple[list[list[int]], l
 
 
 def check_against_stock(chat: ChatFormat, batch: list[Conversation], *, masks: bool) -> None:
-    table = policy_table("answers")
+    table = loss_mask_table("answers")
     rows = chat.encoder().encode(batch)
     for conversation, row, ids, mask in zip(batch, rows, *stock(chat.tokenizer, batch), strict=True):
         assert row.ids.tolist() == ids, conversation

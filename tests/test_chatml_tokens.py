@@ -7,9 +7,9 @@ import pytest
 from chatml_helpers import BUILDERS, built
 from tokenizers import AddedToken
 
-from peftchat.chatml.mask import policy_table
-from peftchat.chatml.registry import make_format
-from peftchat.chatml.tokens import NewToken, special_tokens
+from peftchat.chat_template.loss_mask import loss_mask_table
+from peftchat.chat_template.registry import make_format
+from peftchat.chat_template.templates import NewToken, special_tokens
 from peftchat.conversation import Conversation, Message
 
 ORDER = ["<|system|>", "<|assistant|>", "<|user|>", "<|end|>"]
@@ -48,7 +48,7 @@ def test_tokens_that_are_there_keep_their_ids() -> None:
     spelled = row.ids.tolist()[2:-6]
     assert first + 1 not in spelled
     assert row.ids.tolist() == [first + 1, *newline, *spelled, first, *newline, first + 3, *newline, first, *newline]
-    assert policy_table("answers")[row.codes].nonzero()[0].tolist() == [len(row.ids) - 2]
+    assert loss_mask_table("answers")[row.codes].nonzero()[0].tolist() == [len(row.ids) - 2]
 
 
 def test_an_old_end_token_stays_special() -> None:

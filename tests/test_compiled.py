@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peftchat.dataset.encode import EncodingStats
 from peftchat.errors import UserError
 from peftchat.models.compiled import compile_layers
 from peftchat.models.lora_branch import add_branches_at_once
@@ -17,7 +18,6 @@ from peftchat.recipe import load_recipe
 from peftchat.training.build import Built
 from peftchat.training.compiling import compile_if_it_pays
 from peftchat.training.placement import Placement
-from peftchat.training.row_stats import RowStats
 from peftchat.training.supervised import install_supervised_forward
 
 ALONE = Placement(strategy="single", processes=1, nodes=1, gpus=0, launcher="none")
@@ -111,7 +111,7 @@ def choose(folder: Path, tokens: int, placement: Placement = ALONE, plain: bool 
     loaded = load_recipe(recipe_file(folder, **training), to_train=False)
     built = Built(small_model(), None)
     before = [layer.forward for layer in built.causal_model.model.layers]
-    choice = compile_if_it_pays(loaded, placement, built, RowStats(rows=10, tokens=tokens), plain=plain)
+    choice = compile_if_it_pays(loaded, placement, built, EncodingStats(rows=10, tokens=tokens), plain=plain)
     changed = [layer.forward for layer in built.causal_model.model.layers] != before
     return choice, changed
 

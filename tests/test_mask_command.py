@@ -14,9 +14,9 @@ from click.testing import CliRunner, Result
 from mask_helpers import DIALOGUES, make_tokenizer_folder, write_dialogues, write_recipe
 from transformers import AutoTokenizer
 
-from peftchat.chatml.mask import IGNORE, Part, code
-from peftchat.chatml.registry import make_format
-from peftchat.chatml.rows import Row
+from peftchat.chat_template.examples import EncodedExample
+from peftchat.chat_template.loss_mask import IGNORE_INDEX, TurnPart, token_tag
+from peftchat.chat_template.registry import make_format
 from peftchat.cli.mask import command
 from peftchat.errors import UserError, VerificationError
 from peftchat.training.mask_survey import survey_mask
@@ -58,7 +58,7 @@ def test_json_lines_equal_what_stock_transformers_marks(recipe: Path, tokenizer_
         )
         ids = list(stock["input_ids"])
         assert row["input_ids"] == ids
-        expected = [i if marked else IGNORE for i, marked in zip(ids, stock["assistant_masks"], strict=True)]
+        expected = [i if marked else IGNORE_INDEX for i, marked in zip(ids, stock["assistant_masks"], strict=True)]
         assert row["labels"] == expected
         assert row["tokens"] == tokenizer.convert_ids_to_tokens(ids)
         # Each role token opens a turn of its role, and every token up to the next one belongs to it.
@@ -143,9 +143,11 @@ def test_counts_are_those_of_the_rows(recipe: Path) -> None:
     pairs = [pair for row in rows for pair in zip(row["roles"], row["labels"], strict=True)]
     for role in ("system", "user", "assistant"):
         tokens = sum(told == role for told, _ in pairs)
-        trained = sum(told == role and label != IGNORE for told, label in pairs)
+        trained = sum(told == role and label != IGNORE_INDEX for told, label in pairs)
         assert re.search(rf"^{role} +{tokens} +{trained} ", done.stdout, re.MULTILINE), done.stdout
-    assert re.search(rf"^all +{len(pairs)} +{sum(label != IGNORE for _, label in pairs)} ", done.stdout, re.MULTILINE)
+    assert re.search(
+        rf"^all +{len(pairs)} +{sum(label != IGNORE_INDEX for _, label in pairs)} ", done.stdout, re.MULTILINE
+    )
 
 
 def test_without_colours_brackets_mark_what_is_trained(recipe: Path, tokenizer_folder: Path) -> None:
@@ -212,7 +214,7 @@ def test_the_page_holds_every_token_and_nothing_from_elsewhere(recipe: Path) -> 
     told = [hint.split(" · ") for hint in parser.hints]
     assert [int(number) for ids, *_ in told for number in ids.split()] == [i for row in rows for i in row["input_ids"]]
     trained = sum(len(ids.split()) for ids, *_, state in told if state == "trained")
-    assert trained == sum(label != IGNORE for row in rows for label in row["labels"])
+    assert trained == sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
 
 
 def test_bad_flags_are_refused(recipe: Path, tmp_path: Path) -> None:
@@ -221,13 +223,13 @@ def test_bad_flags_are_refused(recipe: Path, tmp_path: Path) -> None:
     assert isinstance(mask(tmp_path / "none.yaml").exception, UserError)
 
 
-def row_of(*codes: int) -> Row:
-    return Row(np.arange(len(codes), dtype=np.int32), np.array(codes, dtype=np.uint8), "file:1", 0)
+def row_of(*codes: int) -> EncodedExample:
+    return EncodedExample(np.arange(len(codes), dtype=np.int32), np.array(codes, dtype=np.uint8), "file:1", 0)
 
 
 def turn(role: str, *, last: bool = False, end: bool = True, marked_end: bool = True) -> list[int]:
-    codes = [code(part, role, last_answer=last) for part in (Part.HEADER, Part.CONTENT)]  # type: ignore[arg-type]
-    return codes + ([code(Part.END, role, last_answer=last and marked_end)] if end else [])  # type: ignore[arg-type]
+    codes = [token_tag(part, role, last_answer=last) for part in (TurnPart.HEADER, TurnPart.CONTENT)]  # type: ignore[arg-type]
+    return codes + ([token_tag(TurnPart.END, role, last_answer=last and marked_end)] if end else [])  # type: ignore[arg-type]
 
 
 def test_an_answer_without_an_end_is_found_wherever_it_stands() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftchat.errors import UserError
-from peftchat.training.metrics_file import MetricsFile
+from peftchat.runs.metrics_file import MetricsFile
 
 scalars = st.one_of(st.floats(), st.integers(), st.text(), st.none(), st.booleans()).filter(
     lambda value: value not in ("NaN", "Infinity", "-Infinity")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_helpers import peftchat, read_json, small_model, write_dialogues, write_recipe
 
-from peftchat.chatml.collate import borders
+from peftchat.dataset.collator import borders
 from peftchat.models.per_dialogue import per_dialogue_attention
 
 

@@ -13,8 +13,8 @@ from progress_helpers import tiny_trainer
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peftchat.runs.metrics_file import MetricsFile
 from peftchat.training.display import Pace
-from peftchat.training.metrics_file import MetricsFile
 from peftchat.training.progress import MetricsCallback, ProgressCallback
 
 TRAIN_KEYS = {

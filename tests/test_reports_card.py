@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from peftchat.chatml.template import starchat
+from peftchat.chat_template.templates import starchat
 from peftchat.reports import summary
 from peftchat.reports.model_card import model_card
 

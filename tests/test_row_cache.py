@@ -13,17 +13,17 @@ import pytest
 from mask_helpers import DIALOGUES, make_tokenizer_folder, write_dialogues, write_recipe
 from transformers import AutoTokenizer
 
-from peftchat.chatml.registry import ChatFormat, make_format
+from peftchat.chat_template.registry import ChatFormat, make_format
+from peftchat.dataset.cache import encode_splits, load_splits
 from peftchat.recipe import Recipe, load_recipe
-from peftchat.training.data import encode_rows, prepare_rows
 
 PREPARE = """
 import sys
 from pathlib import Path
 from transformers import AutoTokenizer
-from peftchat.chatml.registry import make_format
+from peftchat.chat_template.registry import make_format
 from peftchat.recipe import load_recipe
-from peftchat.training.data import encode_rows
+from peftchat.dataset.cache import encode_rows
 recipe = load_recipe(Path(sys.argv[1]), to_train=False).recipe
 chat = make_format("starchat", None, AutoTokenizer.from_pretrained(recipe.model.name))
 calls = []
@@ -68,12 +68,12 @@ def cache() -> Path:
 def test_a_second_run_encodes_nothing(recipe_file: Path) -> None:
     recipe, chat = of(recipe_file)
     calls: list[int] = []
-    first = encode_rows(recipe, chat, calls.append)["train"]
+    first = encode_splits(recipe, chat, calls.append)["train"]
     assert calls[-1] == len(first.store) == 4500
     (folder,) = (path for path in cache().iterdir() if path.is_dir())
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     calls.clear()
-    second = prepare_rows(recipe, chat)["train"]
+    second = load_splits(recipe, chat)["train"]
     assert not calls and {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert second.stats == first.stats
     for number in (0, 1, 4499):
@@ -85,8 +85,8 @@ def test_a_second_run_encodes_nothing(recipe_file: Path) -> None:
 )
 def test_another_setting_is_another_entry(recipe_file: Path, change: str) -> None:
     write_dialogues(recipe_file.parent / "d.jsonl", DIALOGUES)
-    encode_rows(*of(recipe_file))
-    encode_rows(*of(recipe_file, change))
+    encode_splits(*of(recipe_file))
+    encode_splits(*of(recipe_file, change))
     assert sum(path.is_dir() for path in cache().iterdir()) == 2
 
 
@@ -94,11 +94,11 @@ def test_another_content_under_the_same_name_is_another_entry(recipe_file: Path)
     source = recipe_file.parent / "d.jsonl"
     write_dialogues(source, DIALOGUES)
     time_before = source.stat()
-    first = encode_rows(*of(recipe_file))["train"]
+    first = encode_splits(*of(recipe_file))["train"]
     text = source.read_text().replace("four", "5our")
     source.write_text(text)
     os.utime(source, ns=(time_before.st_atime_ns, time_before.st_mtime_ns))
-    second = encode_rows(*of(recipe_file))["train"]
+    second = encode_splits(*of(recipe_file))["train"]
     assert first.store.path != second.store.path
     assert any(not np.array_equal(one.ids, other.ids) for one, other in zip(first.store, second.store, strict=True))
 
@@ -126,7 +126,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(recipe_file: Path) -> None:
     time.sleep(0.1)
     left = [path for path in cache().iterdir() if path.is_dir()]
     assert [path.suffix for path in left] == [".tmp"]
-    rows = encode_rows(*of(recipe_file))["train"]
+    rows = encode_splits(*of(recipe_file))["train"]
     assert len(rows.store) == 4500
     assert [path.suffix for path in cache().iterdir() if path.is_dir()] == [""]
     stats = json.loads((rows.store.path.parent / "train.json").read_text())

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from mask_helpers import make_tokenizer_folder, write_dialogues, write_recipe
 from transformers import AutoTokenizer
 
-from peftchat.chatml.mask import Part, part_of, role_of
-from peftchat.chatml.registry import ChatFormat, make_format
-from peftchat.chatml.rows import Row
+from peftchat.chat_template.examples import EncodedExample
+from peftchat.chat_template.loss_mask import TurnPart, part_of, role_of
+from peftchat.chat_template.registry import ChatFormat, make_format
 from peftchat.conversation import Conversation, Message, Role
+from peftchat.dataset.cache import EncodedSplit, encode_splits
+from peftchat.dataset.truncation import Truncated, TruncationSide, rounds, truncate_to_fit
 from peftchat.recipe import load_recipe
-from peftchat.training.data import Rows, encode_rows
-from peftchat.training.truncation import Cut, Fitted, exchanges, fit
 
-CUTS: tuple[Cut, ...] = ("turns", "turns_leading", "split")
+CUTS: tuple[TruncationSide, ...] = ("turns", "turns_leading", "split")
 _WORDS = st.lists(st.sampled_from(["one", "two", "three", "\n", "日本", "12", "  "]), min_size=1, max_size=12).map(
     " ".join
 )
@@ -59,16 +59,17 @@ def joined(parts: list[list[Message]]) -> list[Message]:
     return [message for part in parts for message in part]
 
 
-def cut_up(system: list[Message], parts: list[list[Message]], limit: int, cut: Cut) -> Fitted:
+def cut_up(system: list[Message], parts: list[list[Message]], limit: int, cut: TruncationSide) -> Truncated:
     conversation, encoder = Conversation((*system, *joined(parts)), "d:1"), chatml().encoder()
-    return fit(conversation, encoder.encode([conversation])[0], encoder, limit, cut)
+    return truncate_to_fit(conversation, encoder.encode([conversation])[0], encoder, limit, cut)
 
 
-def ends_every_answer(row: Row) -> bool:
+def ends_every_answer(row: EncodedExample) -> bool:
     """Whether each assistant turn of the row holds exactly one end token, behind its content."""
     parts = [part_of(value) for value in row.codes.tolist() if role_of(value) == "assistant"]
-    return parts.count(Part.END) == sum(
-        part == Part.HEADER and (place == 0 or parts[place - 1] != Part.HEADER) for place, part in enumerate(parts)
+    return parts.count(TurnPart.END) == sum(
+        part == TurnPart.HEADER and (place == 0 or parts[place - 1] != TurnPart.HEADER)
+        for place, part in enumerate(parts)
     )
 
 
@@ -90,7 +91,7 @@ def test_the_first_or_last_exchanges_that_fit_are_kept(
         fitted = cut_up(system, parts, limit, cut)  # type: ignore[arg-type]
         best = next((one for one in ranges if lengths[one] <= limit), None)
         if best is None:
-            assert fitted == Fitted((), len(parts))
+            assert fitted == Truncated((), len(parts))
         else:
             (row,) = fitted.rows
             assert row.ids.tolist() == stock_ids([*system, *joined(parts[slice(*best)])])
@@ -127,12 +128,12 @@ def test_a_divided_dialogue_keeps_every_exchange_that_fits_alone(
 @settings(max_examples=30, deadline=None, database=None)
 def test_exchanges_begin_with_the_user(dialogue: tuple[list[Message], list[list[Message]]]) -> None:
     system, parts = dialogue
-    found_system, found = exchanges(Conversation((*system, *joined(parts))))
+    found_system, found = rounds(Conversation((*system, *joined(parts))))
     assert list(found_system) == system and [list(one) for one in found] == parts
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_question_without_an_answer_is_no_row(cut: Cut) -> None:
+def test_a_question_without_an_answer_is_no_row(cut: TruncationSide) -> None:
     parts = [[Message("user", "one"), Message("assistant", "two")], [Message("user", "three " * 50)]]
     fitted = cut_up([], parts, 30, cut)
     kept = [] if cut == "turns_leading" else [stock_ids(parts[0])]
@@ -147,12 +148,14 @@ def turns(*words: str) -> list[tuple[str, str]]:
 LONG = [("system", "Be brief."), *turns("one", "two", "three", "four", "five " * 40, "six", "seven", "eight")]
 
 
-def rows_of(tmp_path: Path, truncation: str, max_length: int) -> Rows:
+def rows_of(tmp_path: Path, truncation: str, max_length: int) -> EncodedSplit:
     tokenizer = make_tokenizer_folder(tmp_path / "model")
     source = write_dialogues(tmp_path / "d.jsonl", [turns("one", "two"), LONG, turns("one " * 80, "two")])
     data = {"max_length": max_length, "truncation": truncation}
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tokenizer, source, data=data), to_train=False).recipe
-    return encode_rows(recipe, make_format("starchat", None, AutoTokenizer.from_pretrained(recipe.model.name)))["train"]
+    return encode_splits(recipe, make_format("starchat", None, AutoTokenizer.from_pretrained(recipe.model.name)))[
+        "train"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def command(as_json: bool) -> None:
     Example:
         peftchat data formats
     """
-    from peftchat.chatml.registry import TEMPLATE_NOTES
+    from peftchat.chat_template.registry import TEMPLATE_NOTES
     from peftchat.console import stdout
     from peftchat.conversations import list_formats
 

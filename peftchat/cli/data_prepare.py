@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from peftchat.conversations.prepare import Card, PrepareSettings
+    from peftchat.conversations.dataset_card import Card
+    from peftchat.conversations.prepare import PrepareSettings
 
 
 def _languages(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:

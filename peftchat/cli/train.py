@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe
-    from peftchat.training.choice import Choice
+    from peftchat.runs.run_summary import AutoSetting
     from peftchat.training.placement import Placement
 
 
@@ -65,7 +65,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
         stderr.print(f"Run folder: {loaded.recipe.output_dir}")
 
 
-def _choose(loaded: "LoadedRecipe", placement: "Placement") -> "tuple[LoadedRecipe, tuple[Choice, ...]]":
+def _choose(loaded: "LoadedRecipe", placement: "Placement") -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
     """Settle what the recipe leaves open, and say what was settled: once, for all processes."""
     from peftchat.console import stderr
     from peftchat.planning.settle import settle_open
@@ -81,7 +81,7 @@ def _refuse_early(loaded: "LoadedRecipe", *, resume: bool) -> None:
     """What can be known in the first second is said in the first second."""
     from peftchat.conversations.readers import find_files
     from peftchat.models.load import check_model_folder
-    from peftchat.training.folder import RunFolder
+    from peftchat.runs.run_folder import RunFolder
 
     recipe = loaded.recipe
     check_model_folder(recipe.model.name)
@@ -92,9 +92,9 @@ def _refuse_early(loaded: "LoadedRecipe", *, resume: bool) -> None:
 
 def _launch(loaded: "LoadedRecipe", placement: "Placement", arguments: list[str]) -> None:
     """Encode the data once, here, where an error is told once; then start the processes."""
+    from peftchat.dataset.cache import load_splits
     from peftchat.training.build import chat_format
-    from peftchat.training.data import prepare_rows
     from peftchat.training.launch import launch
 
-    prepare_rows(loaded.recipe, chat_format(loaded.recipe))
+    load_splits(loaded.recipe, chat_format(loaded.recipe))
     sys.exit(launch(placement, arguments))

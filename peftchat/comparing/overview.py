@@ -15,7 +15,7 @@ from peftchat.comparing.record import Record
 from peftchat.console import stderr
 from peftchat.errors import UserError
 from peftchat.formatting import format_clock, format_decimal, format_duration
-from peftchat.training.metrics_file import MetricsFile
+from peftchat.runs.metrics_file import MetricsFile
 
 
 class Overview:

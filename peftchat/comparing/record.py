@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftchat.comparing.plan import Job
-from peftchat.reports.facts import read_run_json, weights_size
-from peftchat.training.metrics_file import MetricsFile
+from peftchat.runs.metrics_file import MetricsFile
+from peftchat.runs.run_summary import read_run_json, weights_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

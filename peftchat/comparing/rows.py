@@ -6,8 +6,8 @@ from peftchat.comparing.folder import ComparisonFolder
 from peftchat.conversations.dataset_card import SplitCount
 from peftchat.conversations.prepare import ConversationFile, atomic_directory
 from peftchat.conversations.problems import ProblemLog
+from peftchat.dataset.cache import conversations
 from peftchat.errors import UserError
-from peftchat.training.data import conversations
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe

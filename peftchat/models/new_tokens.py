@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from peftchat.chatml.tokens import NewToken
+from peftchat.chat_template.templates import NewToken
 from peftchat.models.rows import TokenRows, attach, rows_of
 from peftchat.models.zero import full_tensor, gathered, same_storage
 

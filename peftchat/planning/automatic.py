@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peftchat.formatting import format_bytes
 from peftchat.planning.search import largest_batch
 from peftchat.planning.settings import PlanSettings
-from peftchat.training.choice import Choice
+from peftchat.runs.run_summary import AutoSetting
 from peftchat.variants import get_variant
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Chosen:
 
 def choose_open(
     recipe: "Recipe", planner: "Planner", settings: PlanSettings, room: int
-) -> tuple[PlanSettings, tuple[Choice, ...]]:
+) -> tuple[PlanSettings, tuple[AutoSetting, ...]]:
     """Settle what `training` leaves open: gradient checkpointing, and micro-batches for `rows_per_step`.
 
     Args:
@@ -59,12 +59,14 @@ def choose_open(
             settings, reason = chosen.settings, chosen.reason
         else:
             reason = "this variant does not bear it"
-        choices.append(Choice("training.gradient_checkpointing", "true" if settings.checkpointing else "false", reason))
+        choices.append(
+            AutoSetting("training.gradient_checkpointing", "true" if settings.checkpointing else "false", reason)
+        )
     if rows is not None:
         chosen = choose_batch(planner, settings, room, TOKENS_AT_ONCE[settings.device])
         settings = chosen.settings
         value = f"{settings.batch}, {settings.accumulation} times a step"
-        choices.append(Choice("training.per_device_train_batch_size", value, chosen.reason))
+        choices.append(AutoSetting("training.per_device_train_batch_size", value, chosen.reason))
     return settings, tuple(choices)
 
 

@@ -7,9 +7,11 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from peftchat.chatml.mask import policy_table
-from peftchat.chatml.registry import ChatFormat
+from peftchat.chat_template.loss_mask import loss_mask_table
+from peftchat.chat_template.registry import ChatFormat
 from peftchat.console import stdout
+from peftchat.dataset.cache import EncodedSplit, load_splits
+from peftchat.dataset.encode import EncodingStats
 from peftchat.formatting import format_bytes, format_count, format_percent
 from peftchat.models.load import load_config
 from peftchat.planning.hardware import own_hardware
@@ -18,9 +20,7 @@ from peftchat.planning.planner import Planner
 from peftchat.planning.settings import PlanSettings
 from peftchat.planning.workload import Workload, steps_an_epoch, steps_of, workload_of
 from peftchat.training.build import chat_format
-from peftchat.training.data import Rows, prepare_rows
 from peftchat.training.placement import Placement
-from peftchat.training.row_stats import RowStats
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -37,7 +37,7 @@ def print_plan(loaded: "LoadedRecipe", placement: Placement) -> None:
     recipe = loaded.recipe
     config = load_config(recipe)
     chat = chat_format(recipe)
-    rows = prepare_rows(recipe, chat)
+    rows = load_splits(recipe, chat)
     workload = workload_of(recipe, chat, rows["train"])
     hardware = own_hardware(placement.processes)
     settings = settings_on(recipe, hardware, workload, placement)
@@ -91,7 +91,7 @@ def _chat(recipe: "Recipe", chat: ChatFormat) -> str:
     return f"{recipe.chat.template}, trains {recipe.chat.loss_on}; new tokens: {new}"
 
 
-def _data(recipe: "Recipe", stats: RowStats, name: str) -> list[tuple[str, str]]:
+def _data(recipe: "Recipe", stats: EncodingStats, name: str) -> list[tuple[str, str]]:
     text = (
         f"{format_count(stats.rows)} rows, {format_count(stats.tokens)} tokens, "
         f"{format_percent(stats.supervised / stats.tokens)} of them supervised"
@@ -120,11 +120,11 @@ def _steps(recipe: "Recipe", settings: PlanSettings, workload: Workload) -> str:
     return f"{steps} ({an_epoch} an epoch) of {whole} {shape}, {workload.sequences} in all"
 
 
-def _row_text(recipe: "Recipe", chat: ChatFormat, rows: Rows) -> Text:
+def _row_text(recipe: "Recipe", chat: ChatFormat, rows: EncodedSplit) -> Text:
     """A row of middling length, what is trained in green."""
     middle = int(np.argsort(rows.store.lengths)[len(rows.store) // 2])
     row = rows.store[middle]
-    trained = policy_table(recipe.chat.loss_on)[row.codes]
+    trained = loss_mask_table(recipe.chat.loss_on)[row.codes]
     trained[:1] = False
     text = Text(f"A row ({row.source}), trained tokens in green:\n", style="bold")
     for start, stop in _runs(trained[:_SHOWN_TOKENS]):

@@ -15,11 +15,11 @@ from peftchat.planning.planner import Planner
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe
-    from peftchat.training.choice import Choice
+    from peftchat.runs.run_summary import AutoSetting
     from peftchat.training.placement import Placement
 
 
-def settle_open(loaded: "LoadedRecipe", placement: "Placement") -> "tuple[LoadedRecipe, tuple[Choice, ...]]":
+def settle_open(loaded: "LoadedRecipe", placement: "Placement") -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
     """Fill in what `training` leaves open: gradient checkpointing, and micro-batches for `rows_per_step`.
 
     Returns:

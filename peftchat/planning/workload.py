@@ -10,10 +10,10 @@ from peftchat.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from peftchat.chatml.registry import ChatFormat
+    from peftchat.chat_template.registry import ChatFormat
+    from peftchat.dataset.cache import EncodedSplit
     from peftchat.planning.settings import PlanSettings
     from peftchat.recipe import Recipe
-    from peftchat.training.data import Rows
 
 _READ_AT_MOST = 64_000_000
 """Bytes of data files that are encoded for a plan; larger sets count only if their rows are cached already."""
@@ -58,14 +58,14 @@ def read_workload(recipe: "Recipe") -> Workload | str:
 
 
 def _read(recipe: "Recipe") -> Workload:
+    from peftchat.dataset.cache import load_splits
     from peftchat.training.build import chat_format
-    from peftchat.training.data import prepare_rows
 
     chat = chat_format(recipe)
-    return workload_of(recipe, chat, prepare_rows(recipe, chat)["train"])
+    return workload_of(recipe, chat, load_splits(recipe, chat)["train"])
 
 
-def workload_of(recipe: "Recipe", chat: "ChatFormat", rows: "Rows") -> Workload:
+def workload_of(recipe: "Recipe", chat: "ChatFormat", rows: "EncodedSplit") -> Workload:
     """What the recipe makes of encoded rows.
 
     Args:
@@ -90,7 +90,7 @@ def _sequences(recipe: "Recipe", lengths: "np.ndarray") -> "np.ndarray":
     """Tokens of each row or pack."""
     import numpy as np
 
-    from peftchat.chatml.packing import pack
+    from peftchat.dataset.packing import pack
 
     if not recipe.data.packing:
         return lengths

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from peftchat.recipe import QuantizationSection, Recipe
-from peftchat.reports.facts import RunFacts
+from peftchat.runs.run_summary import RunSummary
 from peftchat.variants import get_variant
 
 _ASK = """
@@ -14,7 +14,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def loading_code(recipe: Recipe, facts: RunFacts) -> str:
+def loading_code(recipe: Recipe, facts: RunSummary) -> str:
     """A program that loads the run and answers one question.
 
     For an adapter whose new tokens lie beyond the base's vocabulary it first grows the base; where `run.json` does
@@ -24,7 +24,7 @@ def loading_code(recipe: Recipe, facts: RunFacts) -> str:
     return "\n".join(lines) + "\n" + _ASK
 
 
-def new_vocabulary_size(facts: RunFacts) -> int | None:
+def new_vocabulary_size(facts: RunSummary) -> int | None:
     """Rows that the base's embeddings must have for the new tokens; `None` if they are known to have them."""
     if not facts.new_tokens:
         return None
@@ -46,7 +46,7 @@ def _full(recipe: Recipe) -> list[str]:
     ]
 
 
-def _adapter(recipe: Recipe, facts: RunFacts) -> list[str]:
+def _adapter(recipe: Recipe, facts: RunSummary) -> list[str]:
     quantized = recipe.method == "qlora"
     names = "AutoModelForCausalLM, AutoTokenizer, GenerationConfig"
     lines = ["from peft import PeftModel"]
@@ -69,14 +69,14 @@ def _adapter(recipe: Recipe, facts: RunFacts) -> list[str]:
     return [*lines, *_growth(facts), *_rows_beside(recipe, facts), "model = PeftModel.from_pretrained(model, run)"]
 
 
-def _rows_beside(recipe: Recipe, facts: RunFacts) -> list[str]:
+def _rows_beside(recipe: Recipe, facts: RunSummary) -> list[str]:
     """Where PEFT's adapter has no place for the rows of new tokens they lie in one of their own."""
     if recipe.adapter is None or not facts.new_tokens or get_variant(recipe.adapter.variant).rows_inside:
         return []
     return ['model = PeftModel.from_pretrained(model, f"{run}/token_rows").merge_and_unload()  # new tokens']
 
 
-def _growth(facts: RunFacts) -> list[str]:
+def _growth(facts: RunSummary) -> list[str]:
     needed = new_vocabulary_size(facts)
     if needed is None:
         return []

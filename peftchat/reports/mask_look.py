@@ -5,18 +5,17 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from peftchat.chatml.mask import IGNORE, policy_table, role_of
-from peftchat.chatml.registry import ChatFormat, make_format
-from peftchat.chatml.rows import Row
+from peftchat.chat_template.examples import EncodedExample
+from peftchat.chat_template.loss_mask import IGNORE_INDEX, loss_mask_table, role_of
+from peftchat.chat_template.registry import ChatFormat, make_format
 from peftchat.conversations import ProblemLog, read_sources
+from peftchat.dataset.cache import EncodedSplit, Split, encode_splits, reject_truncation
 from peftchat.errors import UserError, VerificationError
 from peftchat.models.load import load_tokenizer
 from peftchat.recipe import Recipe
 from peftchat.reports.mask_rows import RowReader, ShownRow
 from peftchat.reports.mask_summary import MaskSummary, summarise
-from peftchat.training.data import Rows, Side, encode_rows
 from peftchat.training.mask_survey import survey_mask, trained_tokens
-from peftchat.training.whole_rows import with_whole_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +32,23 @@ class MaskLook:
 
     recipe: Recipe
     chat: ChatFormat
-    side: Side
-    rows: Rows
+    side: Split
+    rows: EncodedSplit
     summary: MaskSummary
 
     def shown(self, limit: int | None) -> Iterator[ShownRow]:
         """The first `limit` rows (None: all) and, if rows were shortened, at least one of those."""
-        reader = RowReader(self.chat.tokenizer, policy_table(self.recipe.chat.loss_on))
-        pairs: Iterable[tuple[Row, Row]]
+        reader = RowReader(self.chat.tokenizer, loss_mask_table(self.recipe.chat.loss_on))
+        pairs: Iterable[tuple[EncodedExample, EncodedExample]]
         # A divided dialogue stands whole in its rows.
         if not self.rows.stats.shortened or self.recipe.data.truncation == "split":
             pairs = ((row, row) for row in islice(self.rows.store, limit))
         else:
-            pairs = with_whole_rows(self.recipe, self.chat, self.side, self._with_a_shortened_one(limit))
+            pairs = reject_truncation(self.recipe, self.chat, self.side, self._with_a_shortened_one(limit))
         for row, whole in pairs:
             yield reader.read(row, whole)
 
-    def _with_a_shortened_one(self, limit: int | None) -> Iterator[Row]:
+    def _with_a_shortened_one(self, limit: int | None) -> Iterator[EncodedExample]:
         shortened = set(self.rows.stats.named["shortened"])
         stream = iter(self.rows.store)
         for row in islice(stream, limit):
@@ -60,7 +59,7 @@ class MaskLook:
 
     def as_json(self, limit: int | None) -> Iterator[dict[str, Any]]:
         """The first `limit` rows (None: all): four lists of one length, with the row's number, from 0, and source."""
-        table = policy_table(self.recipe.chat.loss_on)
+        table = loss_mask_table(self.recipe.chat.loss_on)
         for number, row in enumerate(islice(self.rows.store, limit)):
             ids = row.ids.tolist()
             trained = trained_tokens(row.codes, table)
@@ -68,19 +67,19 @@ class MaskLook:
                 "row": number,
                 "source": row.source,
                 "input_ids": ids,
-                "labels": [token_id if target else IGNORE for token_id, target in zip(ids, trained, strict=True)],
+                "labels": [token_id if target else IGNORE_INDEX for token_id, target in zip(ids, trained, strict=True)],
                 "tokens": self.chat.tokenizer.convert_ids_to_tokens(ids),
                 "roles": [role_of(value) for value in row.codes.tolist()],
             }
 
 
-def look_at_mask(recipe: Recipe, side: Side, progress: Callable[[int], None]) -> MaskLook:
+def look_at_mask(recipe: Recipe, side: Split, progress: Callable[[int], None]) -> MaskLook:
     """Encode a recipe's data, or take what is encoded already, and check the mask of every row.
 
     Args:
         recipe: nothing of what it refuses ends the look; it is named in the summary's failures.
         side: train or eval.
-        progress: as in `encode_rows`.
+        progress: as in `encode_splits`.
 
     Raises:
         CheckFailed: no dialogue has an answer.
@@ -91,7 +90,7 @@ def look_at_mask(recipe: Recipe, side: Side, progress: Callable[[int], None]) ->
     chat = make_format(recipe.chat.template, recipe.chat.system, load_tokenizer(recipe))
     lenient = _lenient(recipe)
     try:
-        rows = encode_rows(lenient, chat, progress)[side]
+        rows = encode_splits(lenient, chat, progress)[side]
     except UserError as error:
         if _nobody_answers(recipe):
             raise VerificationError(f"everything is masked: no dialogue has an answer ({error})") from error

@@ -7,17 +7,17 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from peftchat.chatml.mask import Part
+from peftchat.chat_template.loss_mask import TurnPart
 from peftchat.reports.mask_rows import ShownRow, ShownToken, harmless
 from peftchat.reports.mask_summary import MaskSummary
 from peftchat.reports.page import write_page
 
 _PARTS = {
-    Part.OUTSIDE: "outside the turns",
-    Part.HEADER: "header",
-    Part.CONTENT: "content",
-    Part.END: "end",
-    Part.TRAILER: "after the end",
+    TurnPart.OUTSIDE: "outside the turns",
+    TurnPart.HEADER: "header",
+    TurnPart.CONTENT: "content",
+    TurnPart.END: "end",
+    TurnPart.TRAILER: "after the end",
 }
 _BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 

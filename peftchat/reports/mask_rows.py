@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from peftchat.chatml.mask import Part, part_of, role_of
-from peftchat.chatml.rows import Row
-from peftchat.chatml.tokens import special_tokens
+from peftchat.chat_template.examples import EncodedExample
+from peftchat.chat_template.loss_mask import TurnPart, part_of, role_of
+from peftchat.chat_template.templates import special_tokens
 from peftchat.conversation import Role
 from peftchat.training.mask_survey import trained_tokens, turn_starts
 
@@ -33,7 +33,7 @@ class ShownToken:
     text: str
     ids: tuple[int, ...]
     role: Role | None
-    part: Part
+    part: TurnPart
     trained: bool
     special: bool
 
@@ -85,7 +85,7 @@ class RowReader:
         self._table = table
         self._special = frozenset(special_tokens(tokenizer).values())
 
-    def read(self, row: Row, whole: Row) -> ShownRow:
+    def read(self, row: EncodedExample, whole: EncodedExample) -> ShownRow:
         """The row, and what it lost.
 
         Args:
@@ -104,7 +104,7 @@ class RowReader:
             len(head),
         )
 
-    def _tokens(self, row: Row, trained: npt.NDArray[np.bool_]) -> Iterator[ShownToken]:
+    def _tokens(self, row: EncodedExample, trained: npt.NDArray[np.bool_]) -> Iterator[ShownToken]:
         start = 0
         for stop, text in self._texts(row.ids.tolist()):
             value = int(row.codes[stop - 1])
@@ -133,11 +133,11 @@ class RowReader:
             yield len(ids), "\N{REPLACEMENT CHARACTER}"
 
 
-def _part(row: Row, start: int, stop: int) -> Row:
-    return Row(row.ids[start:stop], row.codes[start:stop], row.source, 0)
+def _part(row: EncodedExample, start: int, stop: int) -> EncodedExample:
+    return EncodedExample(row.ids[start:stop], row.codes[start:stop], row.source, 0)
 
 
-def _cut(row: Row, whole: Row) -> tuple[int, int]:
+def _cut(row: EncodedExample, whole: EncodedExample) -> tuple[int, int]:
     """The stretch of the whole row that the row lacks, from the start of a turn on."""
     missing = len(whole.ids) - len(row.ids)
     for start in (len(row.ids), *reversed(turn_starts(row.codes).tolist())):

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from peftchat.chatml.packing import efficiency, pack
+from peftchat.dataset.cache import EncodedSplit, Split
+from peftchat.dataset.packing import efficiency, pack
 from peftchat.formatting import format_count, format_percent
 from peftchat.recipe import Recipe
-from peftchat.training.data import Rows, Side
 from peftchat.training.mask_survey import Found, MaskSurvey, Tally
 
 _REASONS = {
@@ -33,7 +33,7 @@ class MaskSummary:
     failures: tuple[str, ...]
 
 
-def summarise(recipe: Recipe, side: Side, rows: Rows, survey: MaskSurvey) -> MaskSummary:
+def summarise(recipe: Recipe, side: Split, rows: EncodedSplit, survey: MaskSurvey) -> MaskSummary:
     """The summary of one side's rows.
 
     Args:
@@ -56,7 +56,7 @@ def summarise(recipe: Recipe, side: Side, rows: Rows, survey: MaskSurvey) -> Mas
     )
 
 
-def _facts(recipe: Recipe, rows: Rows, survey: MaskSurvey) -> list[tuple[str, str, bool]]:
+def _facts(recipe: Recipe, rows: EncodedSplit, survey: MaskSurvey) -> list[tuple[str, str, bool]]:
     stats = rows.stats
     dropped = _dropped(rows)
     looks = survey.lookalikes
@@ -72,7 +72,7 @@ def _facts(recipe: Recipe, rows: Rows, survey: MaskSurvey) -> list[tuple[str, st
     ]
 
 
-def _shortened(recipe: Recipe, rows: Rows) -> str:
+def _shortened(recipe: Recipe, rows: EncodedSplit) -> str:
     stats = rows.stats
     if not stats.shortened:
         return "none"
@@ -86,7 +86,7 @@ def _shortened(recipe: Recipe, rows: Rows) -> str:
     )
 
 
-def _divided(rows: Rows) -> str:
+def _divided(rows: EncodedSplit) -> str:
     stats = rows.stats
     if not stats.divided:
         return "none"
@@ -94,7 +94,7 @@ def _divided(rows: Rows) -> str:
     return f"{became}{_named(rows, 'divided')}"
 
 
-def _dropped(rows: Rows) -> str:
+def _dropped(rows: EncodedSplit) -> str:
     return "; ".join(
         f"{format_count(number)} {_REASONS.get(reason, reason)}{_named(rows, reason)}"
         for reason, number in rows.stats.dropped.items()
@@ -109,7 +109,7 @@ def _s(number: int) -> str:
     return "" if number == 1 else "s"
 
 
-def _packing(recipe: Recipe, rows: Rows) -> str:
+def _packing(recipe: Recipe, rows: EncodedSplit) -> str:
     length = recipe.data.max_length
     if not recipe.data.packing:
         return "off: one dialogue a row, padded to the longest of its batch"
@@ -118,7 +118,7 @@ def _packing(recipe: Recipe, rows: Rows) -> str:
     return f"{format_count(len(packs))} sequences of {format_count(length)} tokens, {format_percent(efficiency(packs, lengths, length))} full"
 
 
-def _named(rows: Rows, what: str) -> str:
+def _named(rows: EncodedSplit, what: str) -> str:
     named = rows.stats.named.get(what, [])
     return f" ({', '.join(named[:3])}{', …' if len(named) > 3 else ''})" if named else ""
 
@@ -131,7 +131,7 @@ def _refused_text(recipe: Recipe, survey: MaskSurvey) -> bool:
     return recipe.chat.special_text == "refuse" and survey.lookalikes.count > 0
 
 
-def _failures(recipe: Recipe, rows: Rows, survey: MaskSurvey) -> list[str]:
+def _failures(recipe: Recipe, rows: EncodedSplit, survey: MaskSurvey) -> list[str]:
     """Why the mask cannot be trusted, each reason with the place to look at."""
     policy = f"chat.loss_on: {recipe.chat.loss_on}"
     failures = []

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftchat.chatml.mask import Part
+from peftchat.chat_template.loss_mask import TurnPart
 from peftchat.formatting import format_count, format_percent
 from peftchat.reports.mask_rows import ShownRow, ShownToken, harmless
 from peftchat.reports.mask_summary import MaskSummary
@@ -87,7 +87,7 @@ def _style(token: ShownToken, cut: bool) -> str:
 def _shown(token: ShownToken) -> str:
     """The token's text; a line break of the template gets a sign, since whether it is trained matters."""
     text = harmless(token.text)
-    return text if token.part == Part.CONTENT else text.replace("\n", f"{_BREAK}\n")
+    return text if token.part == TurnPart.CONTENT else text.replace("\n", f"{_BREAK}\n")
 
 
 def _legend(coloured: bool) -> Text:

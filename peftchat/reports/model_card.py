@@ -7,12 +7,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from peftchat.chatml.template import chatml, starchat
+from peftchat.chat_template.templates import chatml, starchat
 from peftchat.formatting import format_bytes, format_count, format_decimal, format_duration, format_percent
 from peftchat.recipe import Recipe
-from peftchat.reports.facts import RunFacts
 from peftchat.reports.loading_code import base_is_local, base_name, loading_code, new_vocabulary_size, run_name
 from peftchat.reports.verdict import cautions, verdict
+from peftchat.runs.run_summary import RunSummary
 from peftchat.variants import get_variant
 
 _END_TOKENS = {"starchat": starchat(None).end_token, "chatml": chatml(None).end_token}
@@ -31,7 +31,7 @@ def model_card(run_json: Mapping[str, Any], recipe_text: str) -> str:
         pydantic.ValidationError: the text is not a recipe, or a key of `run_json` is of another kind.
     """
     recipe = Recipe.model_validate(YAML(typ="safe").load(recipe_text))
-    facts = RunFacts.of(run_json)
+    facts = RunSummary.of(run_json)
     sections = [
         _front_matter(recipe),
         _introduction(recipe, facts),
@@ -58,7 +58,7 @@ def _front_matter(recipe: Recipe) -> str:
     return f"---\n{text.getvalue()}---"
 
 
-def _introduction(recipe: Recipe, facts: RunFacts) -> str:
+def _introduction(recipe: Recipe, facts: RunSummary) -> str:
     kind = "A chat model" if recipe.method == "full" else "A chat adapter"
     text = f"# {run_name(recipe)}\n\n{kind}: `{base_name(recipe)}`, fine-tuned on dialogues with peftchat"
     return f"{text} ({_method(recipe)}). {verdict(facts).headline}"
@@ -70,7 +70,7 @@ def _method(recipe: Recipe) -> str:
     return f"{recipe.adapter.variant} on a quantised base" if recipe.method == "qlora" else recipe.adapter.variant
 
 
-def _use(recipe: Recipe, facts: RunFacts) -> str:
+def _use(recipe: Recipe, facts: RunSummary) -> str:
     parts = ["## Use it", f"```python\n{loading_code(recipe, facts)}```"]
     if recipe.method == "full":
         parts.append("vLLM serves this folder as it is.")
@@ -94,7 +94,7 @@ def _use(recipe: Recipe, facts: RunFacts) -> str:
     return "\n\n".join(parts)
 
 
-def _format(recipe: Recipe, facts: RunFacts) -> str:
+def _format(recipe: Recipe, facts: RunSummary) -> str:
     template = recipe.chat.template
     own = "the tokenizer's own chat template" if template == "model" else f"the chat template `{template}`"
     end = _END_TOKENS.get(template)
@@ -113,7 +113,7 @@ def _quoted(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines()) if text else "    (empty)"
 
 
-def _training(recipe: Recipe, facts: RunFacts) -> str:
+def _training(recipe: Recipe, facts: RunSummary) -> str:
     names = ", ".join(f"`{_data_name(get_variant.path)}`" for get_variant in recipe.data.train)
     lines = [f"- data: {names}", f"- method: {recipe.method}"]
     if recipe.adapter is not None:
@@ -152,7 +152,7 @@ def _data_name(path: str) -> str:
     return path if is_hub_id else path.rstrip("/").rsplit("/")[-1]
 
 
-def _limits(facts: RunFacts) -> str:
+def _limits(facts: RunSummary) -> str:
     found = [*cautions(facts), "Nothing in this run measured whether its answers are true or safe."]
     # A token such as <s> would be taken for an HTML tag.
     return "## Limits\n\n" + "\n".join(f"- {escape(caution, quote=False)}" for caution in found)

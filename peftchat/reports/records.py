@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from peftchat.files import write_text
-from peftchat.reports.facts import read_run_json
 from peftchat.reports.model_card import model_card
 from peftchat.reports.run_report import write_report
+from peftchat.runs.run_summary import read_run_json
 
 
 def write_records(run: Path) -> None:

@@ -14,11 +14,11 @@ from peftchat.formatting import (
     format_percent,
     format_short_count,
 )
-from peftchat.reports.facts import Answer, RunFacts, read_run_json, weights_size
 from peftchat.reports.page import write_page
 from peftchat.reports.svg import Series, line_plot
 from peftchat.reports.verdict import cautions, verdict
-from peftchat.training.metrics_file import MetricsFile, Scalar
+from peftchat.runs.metrics_file import MetricsFile, Scalar
+from peftchat.runs.run_summary import Answer, RunSummary, read_run_json, weights_size
 
 _SMOOTH_FROM = 40
 
@@ -35,7 +35,7 @@ def write_report(run: Path) -> Path:
         InputError: `run.json` is missing, or a file is not what its name says.
     """
     record = read_run_json(run)
-    facts = RunFacts.of(record)
+    facts = RunSummary.of(record)
     recipe = run / "recipe.yaml"
     return write_page(
         run / "report.html",
@@ -53,7 +53,7 @@ def write_report(run: Path) -> Path:
     )
 
 
-def _tiles(facts: RunFacts) -> list[tuple[str, str]]:
+def _tiles(facts: RunSummary) -> list[tuple[str, str]]:
     return [
         ("Held-out loss", format_decimal(facts.eval_loss)),
         ("Time", format_duration(facts.seconds)),

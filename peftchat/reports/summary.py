@@ -17,15 +17,15 @@ from peftchat.formatting import (
     format_percent,
     format_short_count,
 )
-from peftchat.reports.facts import RunFacts
 from peftchat.reports.verdict import cautions, verdict
+from peftchat.runs.run_summary import RunSummary
 
 _COLOURS = {"better": "green", "worse": "red", "failed": "red", "unknown": "yellow"}
 
 
 def print_summary(run_json: Mapping[str, Any]) -> None:
     """Print the verdict, the main numbers and the new tokens of a run to standard error."""
-    facts = RunFacts.of(run_json)
+    facts = RunSummary.of(run_json)
     result = verdict(facts)
     stderr.print()
     stderr.print(Text(result.headline, style=f"bold {_COLOURS[result.outcome]}"), soft_wrap=False)
@@ -36,7 +36,7 @@ def print_summary(run_json: Mapping[str, Any]) -> None:
         stderr.print(Text.assemble(("note: ", "yellow"), caution), soft_wrap=False)
 
 
-def _numbers(facts: RunFacts) -> Table:
+def _numbers(facts: RunSummary) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()
@@ -55,20 +55,20 @@ def _numbers(facts: RunFacts) -> Table:
     return table
 
 
-def _per_second(facts: RunFacts) -> str:
+def _per_second(facts: RunSummary) -> str:
     if facts.tokens_per_second is None or facts.model_flops_utilisation is None:
         return UNKNOWN if facts.tokens_per_second is None else f"{format_count(facts.tokens_per_second)} tokens/s"
     utilisation = format_percent(facts.model_flops_utilisation)
     return f"{format_count(facts.tokens_per_second)} tokens/s, {utilisation} of the peak matrix rate"
 
 
-def _parameters(facts: RunFacts) -> str:
+def _parameters(facts: RunSummary) -> str:
     if facts.trainable_parameters is None:
         return UNKNOWN
     return f"{format_short_count(facts.trainable_parameters)} parameters"
 
 
-def _tokens(facts: RunFacts) -> Table:
+def _tokens(facts: RunSummary) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     table.add_column("new token")
     for name in ("id", "seen", "input moved", "output moved"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftchat.formatting import format_count, format_decimal, format_duration, format_percent
-from peftchat.reports.facts import RunFacts
+from peftchat.runs.run_summary import RunSummary
 
 Outcome = Literal["better", "worse", "unknown", "failed"]
 
@@ -22,13 +22,13 @@ class Verdict:
     outcome: Outcome
 
 
-def verdict(facts: RunFacts) -> Verdict:
+def verdict(facts: RunSummary) -> Verdict:
     """The result of a run in words, judged by the held-out loss where there is one."""
     headline, outcome = _result(facts)
     return Verdict(headline, _effort(facts), outcome)
 
 
-def _result(facts: RunFacts) -> tuple[str, Outcome]:
+def _result(facts: RunSummary) -> tuple[str, Outcome]:
     before, after = facts.eval_loss_before, facts.eval_loss
     losses = [loss for loss in (after, facts.train_loss) if loss is not None]
     if any(not math.isfinite(loss) for loss in losses):
@@ -48,7 +48,7 @@ def _result(facts: RunFacts) -> tuple[str, Outcome]:
     return f"Held-out loss rose {change}: on dialogues it did not see, the model got worse.", "worse"
 
 
-def _effort(facts: RunFacts) -> str:
+def _effort(facts: RunSummary) -> str:
     parts = []
     if facts.steps is not None:
         parts.append(f"{format_count(facts.steps)} steps")
@@ -64,7 +64,7 @@ def _effort(facts: RunFacts) -> str:
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
-def cautions(facts: RunFacts) -> list[str]:
+def cautions(facts: RunSummary) -> list[str]:
     """What a reader should know before relying on the model, each from a number of the run."""
     found = []
     if facts.rows is not None and facts.rows < _FEW_ROWS:

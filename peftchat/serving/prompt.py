@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftchat.chatml.encode import RowEncoder
-from peftchat.chatml.mask import Part, part_of
-from peftchat.chatml.model_template import ModelTemplate
-from peftchat.chatml.template import Piece
-from peftchat.chatml.text import TextEncoder
+from peftchat.chat_template.encoder import ChatEncoder
+from peftchat.chat_template.loss_mask import TurnPart, part_of
+from peftchat.chat_template.templates import TemplateSpan
+from peftchat.chat_template.text_encoder import TextEncoder
+from peftchat.chat_template.tokenizer_template import TokenizerTemplate
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
 
@@ -42,13 +42,13 @@ class _Opened:
     name = "model"
     tokens: tuple[str, ...] = ()
 
-    def __init__(self, template: ModelTemplate, opening: tuple[Piece, ...]) -> None:
+    def __init__(self, template: TokenizerTemplate, opening: tuple[TemplateSpan, ...]) -> None:
         self._template = template
         self._opening = opening
         self.end_token = template.end_token
         self.jinja = template.jinja
 
-    def pieces(self, conversation: Conversation) -> Iterator[Piece]:
+    def pieces(self, conversation: Conversation) -> Iterator[TemplateSpan]:
         yield from self._template.pieces(conversation)
         yield from self._opening
 
@@ -69,7 +69,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         self._text = TextEncoder(tokenizer)
-        self._template = ModelTemplate(tokenizer)
+        self._template = TokenizerTemplate(tokenizer)
 
     @property
     def end_id(self) -> int:
@@ -80,7 +80,7 @@ class PromptEncoder:
     def turn_ids(self) -> frozenset[int]:
         """Special tokens that open a turn: an answer that writes one has gone on to speak for somebody else."""
         pieces = self._template.pieces(Conversation(_PROBE * 2))
-        headers = (piece.text for piece in pieces if piece.special and part_of(piece.code) == Part.HEADER)
+        headers = (piece.text for piece in pieces if piece.special and part_of(piece.code) == TurnPart.HEADER)
         return frozenset(self._text.special[text] for text in headers) - {self.end_id}
 
     def check(self, where: str) -> None:
@@ -106,8 +106,8 @@ class PromptEncoder:
         """
         lookalikes = sum(self._text.lookalikes([message.content for message in messages]))
         if lookalikes:
-            template = _Opened(ModelTemplate(self._tokenizer), self._opening_pieces())
-            (row,) = RowEncoder(self._tokenizer, template).encode([Conversation(tuple(messages))])
+            template = _Opened(TokenizerTemplate(self._tokenizer), self._opening_pieces())
+            (row,) = ChatEncoder(self._tokenizer, template).encode([Conversation(tuple(messages))])
             return Prompt(row.ids.tolist(), 0, lookalikes)
         ids = self._tokenizer.encode(self._render(messages, opening=True), add_special_tokens=False)
         return Prompt(ids, 0, 0)
@@ -136,12 +136,14 @@ class PromptEncoder:
             raise UserError("the model's chat template does not open an answer by adding to the dialogue")
         return opened[len(closed) :]
 
-    def _opening_pieces(self) -> tuple[Piece, ...]:
+    def _opening_pieces(self) -> tuple[TemplateSpan, ...]:
         text = self._opening_text()
         special = "|".join(map(re.escape, sorted(self._text.special, key=len, reverse=True)))
         parts = re.split(f"({special})", text)
         return tuple(
-            Piece(part, int(Part.HEADER), special=number % 2 == 1) for number, part in enumerate(parts) if part
+            TemplateSpan(part, int(TurnPart.HEADER), special=number % 2 == 1)
+            for number, part in enumerate(parts)
+            if part
         )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftchat.chatml.registry import ChatFormat
+from peftchat.chat_template.registry import ChatFormat
 from peftchat.models.ends import end_ids
 
 if TYPE_CHECKING:

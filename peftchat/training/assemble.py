@@ -4,16 +4,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftchat.chatml.collate import ChatCollator, Layout
-from peftchat.chatml.packing import pack
-from peftchat.chatml.registry import ChatFormat
+from peftchat.chat_template.registry import ChatFormat
+from peftchat.dataset.cache import EncodedSplit, Split
+from peftchat.dataset.collator import BatchLayout, ChatCollator
+from peftchat.dataset.packing import pack
+from peftchat.runs.metrics_file import MetricsFile
+from peftchat.runs.run_folder import RunFolder, token_counts_of
 from peftchat.training.attention import settle_attention
 from peftchat.training.build import Built
-from peftchat.training.checkpoint import totals_of
-from peftchat.training.data import Rows, Side
-from peftchat.training.folder import RunFolder
 from peftchat.training.meter import Totals
-from peftchat.training.metrics_file import MetricsFile
 from peftchat.training.progress import MetricsCallback, ProgressCallback
 from peftchat.training.trainer import ChatTrainer
 from peftchat.training.variant_parts import variant_parts
@@ -30,7 +29,7 @@ def make_trainer(
     arguments: Any,
     built: Built,
     chat: ChatFormat,
-    rows: dict[Side, Rows],
+    rows: dict[Split, EncodedSplit],
     checkpoint: Path | None,
     progress: ProgressCallback,
 ) -> ChatTrainer:
@@ -45,7 +44,7 @@ def make_trainer(
         # Rows of like length share a batch, so that little of it is padding.
         arguments.train_sampling_strategy = "group_by_length"
 
-    def collator(side: Side) -> ChatCollator:
+    def collator(side: Split) -> ChatCollator:
         return ChatCollator(
             rows[side].store,
             loss_on=recipe.chat.loss_on,
@@ -69,7 +68,7 @@ def make_trainer(
     )
 
 
-def _packs(recipe: "Recipe", rows: Rows, layout: Layout) -> "Dataset":
+def _packs(recipe: "Recipe", rows: EncodedSplit, layout: BatchLayout) -> "Dataset":
     """The rows of each sequence as the data set that the trainer draws from."""
     from datasets import Dataset
 
@@ -86,7 +85,7 @@ def _totals_so_far(checkpoint: Path | None) -> Totals | None:
     """This process's counts at the checkpoint; with another number of processes, the first one takes all."""
     if checkpoint is None:
         return None
-    everyone = [Totals(**counts) for counts in totals_of(checkpoint)]
+    everyone = [Totals(**counts) for counts in token_counts_of(checkpoint)]
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if len(everyone) == world:
         return everyone[rank]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftModel
 
-from peftchat.chatml.collate import Layout
+from peftchat.dataset.collator import BatchLayout
 from peftchat.errors import UserError
 from peftchat.models import per_dialogue
 from peftchat.models.load import PER_DIALOGUE
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _KERNEL_DTYPES = ("bfloat16", "float16")
 
 
-def settle_attention(recipe: "Recipe", model: "PreTrainedModel | PeftModel", base: "PreTrainedModel") -> Layout:
+def settle_attention(recipe: "Recipe", model: "PreTrainedModel | PeftModel", base: "PreTrainedModel") -> BatchLayout:
     """Give the model the attention of the recipe, and say how batches have to lie for it.
 
     Args:
@@ -44,7 +44,7 @@ def settle_attention(recipe: "Recipe", model: "PreTrainedModel | PeftModel", bas
     return _layout(recipe, base, before_rows=before_rows)
 
 
-def fall_back(recipe: "Recipe", base: "PreTrainedModel") -> Layout | None:
+def fall_back(recipe: "Recipe", base: "PreTrainedModel") -> BatchLayout | None:
     """Give up attention by dialogue if `auto` had chosen it; the layout that batches need then, or None."""
     if recipe.model.attention != "auto" or base.config._attn_implementation != PER_DIALOGUE:
         return None
@@ -52,7 +52,7 @@ def fall_back(recipe: "Recipe", base: "PreTrainedModel") -> Layout | None:
     return _layout(recipe, base, before_rows=False)
 
 
-def _layout(recipe: "Recipe", base: "PreTrainedModel", *, before_rows: bool) -> Layout:
+def _layout(recipe: "Recipe", base: "PreTrainedModel", *, before_rows: bool) -> BatchLayout:
     attention = str(base.config._attn_implementation)
     # Attention between borders never looks across one; the others compute what their mask throws away.
     if not before_rows and (attention == PER_DIALOGUE or "flash" in attention):

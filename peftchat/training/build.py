@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
-from peftchat.chatml.collate import ChatCollator
-from peftchat.chatml.registry import ChatFormat, make_format
+from peftchat.chat_template.registry import ChatFormat, make_format
+from peftchat.dataset.collator import ChatCollator
 from peftchat.errors import UserError
 from peftchat.models.adapters import hold_trained_in, wrap
 from peftchat.models.ends import end_ids
@@ -23,7 +23,7 @@ from peftchat.models.zero import is_zero3
 from peftchat.training.placement import Placement, held_dtype
 
 if TYPE_CHECKING:
-    from peftchat.chatml.store import RowStore
+    from peftchat.chat_template.examples import ExampleStore
     from peftchat.recipe import Recipe
 
 
@@ -52,7 +52,7 @@ def chat_format(recipe: "Recipe") -> ChatFormat:
 
 
 def build_model(
-    recipe: "Recipe", placement: Placement, chat: ChatFormat, rows: "RowStore", checkpoint: Path | None = None
+    recipe: "Recipe", placement: Placement, chat: ChatFormat, rows: "ExampleStore", checkpoint: Path | None = None
 ) -> Built:
     """Load the base and prepare it for the recipe's method.
 
@@ -101,7 +101,7 @@ def _check_anything_trains(model: "PreTrainedModel | PeftModel") -> None:
 
 
 def _batches(
-    recipe: "Recipe", chat: ChatFormat, rows: "RowStore", device: torch.device, count: int
+    recipe: "Recipe", chat: ChatFormat, rows: "ExampleStore", device: torch.device, count: int
 ) -> Iterator[dict[str, Any]]:
     """Up to `count` training rows, one a batch: the same in every process."""
     collator = ChatCollator(

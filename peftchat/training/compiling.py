@@ -8,14 +8,14 @@ from peft import PeftModel
 from peftchat.errors import UserError
 from peftchat.formatting import format_duration
 from peftchat.models.compiled import compile_layers, missing_compiler
-from peftchat.training.choice import Choice
+from peftchat.runs.run_summary import AutoSetting
 from peftchat.training.flops import parameters_of
 
 if TYPE_CHECKING:
+    from peftchat.dataset.encode import EncodingStats
     from peftchat.recipe import LoadedRecipe, Recipe
     from peftchat.training.build import Built
     from peftchat.training.placement import Placement
-    from peftchat.training.row_stats import RowStats
 
 _WORTH_IT = 150.0
 """Seconds of steps from which on compiling (about 20 seconds the first time, 5 later) is won back."""
@@ -25,8 +25,8 @@ _QUICK_CORE = 2e11
 
 
 def compile_if_it_pays(
-    loaded: "LoadedRecipe", placement: "Placement", built: "Built", stats: "RowStats", *, plain: bool
-) -> Choice | None:
+    loaded: "LoadedRecipe", placement: "Placement", built: "Built", stats: "EncodingStats", *, plain: bool
+) -> AutoSetting | None:
     """Compile the model's layers where the recipe says so, or leaves it open and the run is long.
 
     Args:
@@ -59,10 +59,10 @@ def compile_if_it_pays(
     seconds = _seconds_at_least(loaded.recipe, placement, built, stats)
     if seconds < _WORTH_IT or not compile_layers(built.causal_model):
         return None
-    return Choice("training.torch_compile", "true", f"the steps take at least {format_duration(seconds)}")
+    return AutoSetting("training.torch_compile", "true", f"the steps take at least {format_duration(seconds)}")
 
 
-def _seconds_at_least(recipe: "Recipe", placement: "Placement", built: "Built", stats: "RowStats") -> float:
+def _seconds_at_least(recipe: "Recipe", placement: "Placement", built: "Built", stats: "EncodingStats") -> float:
     """How long the steps take on quick cores."""
     training = recipe.training
     tokens = stats.tokens * training.num_train_epochs

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from peftchat.chatml.mask import Codes, LossOn, Part, code, policy_table, role_of
-from peftchat.chatml.rows import Row
+from peftchat.chat_template.examples import EncodedExample
+from peftchat.chat_template.loss_mask import LossOn, TokenTags, TurnPart, loss_mask_table, role_of, token_tag
 from peftchat.conversation import ROLES, Role
 
 _CHUNK = 2048
-_LAST_ANSWER = code(Part.OUTSIDE, last_answer=True)
+_LAST_ANSWER = token_tag(TurnPart.OUTSIDE, last_answer=True)
 
 Flags = npt.NDArray[np.bool_]
 
@@ -20,9 +20,9 @@ Flags = npt.NDArray[np.bool_]
 _PARTS = np.zeros(256, dtype=np.int8)
 _ROLES = np.zeros(256, dtype=np.int8)
 _SPEAKERS: tuple[Role | None, ...] = (None, *ROLES)
-for _part, (_number, _role), _last in itertools.product(Part, enumerate(_SPEAKERS), (False, True)):
-    _PARTS[code(_part, _role, last_answer=_last)] = _part
-    _ROLES[code(_part, _role, last_answer=_last)] = _number
+for _part, (_number, _role), _last in itertools.product(TurnPart, enumerate(_SPEAKERS), (False, True)):
+    _PARTS[token_tag(_part, _role, last_answer=_last)] = _part
+    _ROLES[token_tag(_part, _role, last_answer=_last)] = _number
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class MaskSurvey:
         return self.total.trained == 0
 
 
-def trained_tokens(codes: Codes, table: npt.NDArray[np.bool_]) -> Flags:
+def trained_tokens(codes: TokenTags, table: npt.NDArray[np.bool_]) -> Flags:
     """Which tokens of one row carry a target: bool, shape (T,).
 
     Args:
@@ -101,9 +101,9 @@ def trained_tokens(codes: Codes, table: npt.NDArray[np.bool_]) -> Flags:
     return trained
 
 
-def survey_mask(rows: Iterator[Row], loss_on: LossOn) -> MaskSurvey:
+def survey_mask(rows: Iterator[EncodedExample], loss_on: LossOn) -> MaskSurvey:
     """Count and check the mask of all rows; memory does not grow with their number."""
-    table = policy_table(loss_on)
+    table = loss_mask_table(loss_on)
     survey = MaskSurvey(roles={role: Tally() for role in (*ROLES, None)})
     while chunk := [row for row in itertools.islice(rows, _CHUNK) if len(row.codes)]:
         _count(survey, chunk, table)
@@ -113,7 +113,7 @@ def survey_mask(rows: Iterator[Row], loss_on: LossOn) -> MaskSurvey:
     return survey
 
 
-def _count(survey: MaskSurvey, rows: Sequence[Row], table: npt.NDArray[np.bool_]) -> None:
+def _count(survey: MaskSurvey, rows: Sequence[EncodedExample], table: npt.NDArray[np.bool_]) -> None:
     survey.rows += len(rows)
     codes = np.concatenate([row.codes for row in rows])
     trained = np.concatenate([trained_tokens(row.codes, table) for row in rows])
@@ -125,7 +125,9 @@ def _count(survey: MaskSurvey, rows: Sequence[Row], table: npt.NDArray[np.bool_]
         tally.trained += int(targets[value])
 
 
-def _check_answers(survey: MaskSurvey, rows: Sequence[Row], table: npt.NDArray[np.bool_], loss_on: LossOn) -> None:
+def _check_answers(
+    survey: MaskSurvey, rows: Sequence[EncodedExample], table: npt.NDArray[np.bool_], loss_on: LossOn
+) -> None:
     """Find the answers that do not end, and those whose end the model would not learn to write."""
     for row in rows:
         starts = turn_starts(row.codes)
@@ -143,7 +145,7 @@ def _check_answers(survey: MaskSurvey, rows: Sequence[Row], table: npt.NDArray[n
         survey.silent_ends.add(int((has_end & promised & ~end_trained).sum()), row.source)
 
 
-def turn_starts(codes: Codes) -> npt.NDArray[np.int64]:
+def turn_starts(codes: TokenTags) -> npt.NDArray[np.int64]:
     """Where turns begin: another role, or the same one going back to an earlier part of a turn.
 
     Args:
@@ -154,9 +156,9 @@ def turn_starts(codes: Codes) -> npt.NDArray[np.int64]:
     return np.flatnonzero(np.concatenate([[True], begins]))
 
 
-def _last_end_tokens(codes: Codes, starts: npt.NDArray[np.int64]) -> Flags:
+def _last_end_tokens(codes: TokenTags, starts: npt.NDArray[np.int64]) -> Flags:
     """The last token of each turn's end: text may stand between a content and its end token."""
-    ends = _PARTS[codes] == Part.END
+    ends = _PARTS[codes] == TurnPart.END
     followed = np.concatenate([ends[1:], [False]])
     followed[starts[1:] - 1] = False
     last: Flags = ends & ~followed

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftchat.chatml.collate import borders
-from peftchat.chatml.mask import IGNORE
+from peftchat.chat_template.loss_mask import IGNORE_INDEX
+from peftchat.dataset.collator import borders
 from peftchat.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def check_isolation(model: nn.Module, vocabulary: int, device: torch.device, *, 
     def loss_behind(start: Tensor) -> float:
         ids = torch.cat([start, second], dim=1)
         labels = ids.clone()
-        labels[:, : _LENGTH + 1] = IGNORE
+        labels[:, : _LENGTH + 1] = IGNORE_INDEX
         return _supervised_loss(model, ids, labels, arguments)
 
     one, two = loss_behind(first), loss_behind(other)
@@ -65,7 +65,7 @@ def check_loss(
     positions = torch.arange(_LENGTH, device=device)[None]
     labels = ids.clone()
     # Behind trained vectors even the first token would be a target.
-    labels[:, 0] = IGNORE
+    labels[:, 0] = IGNORE_INDEX
     arguments = {"position_ids": positions} | (_borders_on(device, [_LENGTH]) if with_borders else {})
     ours = _supervised_loss(model, ids, labels, arguments)
     was_training = model.training

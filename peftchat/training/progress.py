@@ -13,8 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import has_length
 
 from peftchat.console import stderr
+from peftchat.runs.metrics_file import MetricsFile, Scalar
 from peftchat.training.display import Display, LiveDisplay, PlainDisplay, Readings
-from peftchat.training.metrics_file import MetricsFile, Scalar
 
 _SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "supervised_share", "memory_bytes")
 _TRAIN_LINE = ("epoch", *_SHOWN)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from peftchat.chatml.registry import ChatFormat
+from peftchat.chat_template.registry import ChatFormat
 from peftchat.console import stderr
+from peftchat.dataset.cache import load_splits
 from peftchat.errors import UserError, VerificationError
 from peftchat.files import write_text
 from peftchat.malloc import keep_large_blocks
@@ -22,21 +23,19 @@ from peftchat.models.lora_branch import adapted_layers, add_branches_at_once
 from peftchat.models.new_tokens import InitialRows, current_rows, movement
 from peftchat.models.saving import save_model_files
 from peftchat.models.zero import is_zero3
+from peftchat.runs.metrics_file import MetricsFile
+from peftchat.runs.run_folder import RunFolder, step_of
+from peftchat.runs.run_summary import AutoSetting
 from peftchat.training.answers import Answer, answers
 from peftchat.training.arguments import sft_config
 from peftchat.training.assemble import make_trainer
 from peftchat.training.attention import fall_back
 from peftchat.training.budget import BudgetCallback, has_budget
 from peftchat.training.build import build_model, chat_format
-from peftchat.training.checkpoint import step_of
-from peftchat.training.choice import Choice
 from peftchat.training.compiling import compile_if_it_pays
-from peftchat.training.data import prepare_rows
 from peftchat.training.deepspeed_config import deepspeed_config
-from peftchat.training.folder import RunFolder
 from peftchat.training.memory_parts import held_before_model, memory_parts, seconds_since_start
 from peftchat.training.meter import Totals
-from peftchat.training.metrics_file import MetricsFile
 from peftchat.training.placement import Placement
 from peftchat.training.probe import check_isolation, check_loss
 from peftchat.training.progress import ProgressCallback
@@ -62,7 +61,7 @@ class Request:
     resume: bool = False
     questions: Sequence[str] = ()
     command: str = ""
-    choices: Sequence[Choice] = ()
+    choices: Sequence[AutoSetting] = ()
 
 
 def run_training(loaded: "LoadedRecipe", placement: Placement, request: Request) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
     checkpoint = folder.check(recipe, resume=request.resume)
     _start_processes(placement)
     chat = chat_format(recipe)
-    rows = prepare_rows(recipe, chat)
+    rows = load_splits(recipe, chat)
     deepspeed = deepspeed_config(recipe, placement, row_elements=_row_elements(recipe, chat))
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
     # transformers has to know about ZeRO-3 before the model is loaded.

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftchat.chatml.registry import ChatFormat
+from peftchat.chat_template.registry import ChatFormat
+from peftchat.dataset.cache import EncodedSplit, Split
 from peftchat.models.adapter_files import is_adapted
 from peftchat.models.new_tokens import is_tied, vocabulary_of
 from peftchat.models.rows import MODULE_NAME, rows_of
-from peftchat.training.data import Rows, Side
 from peftchat.training.flops import matmul_peak, parameters_of, training_flops, true_size
 from peftchat.training.meter import Totals, peak_memory_bytes
 from peftchat.training.placement import Placement
@@ -38,7 +38,7 @@ def run_summary(
     placement: Placement,
     trainer: "ChatTrainer",
     chat: ChatFormat,
-    rows: Mapping[Side, Rows],
+    rows: Mapping[Split, EncodedSplit],
     lines: Sequence[Mapping[str, Any]],
     totals: Totals,
 ) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from peftchat.chatml.mask import IGNORE
+from peftchat.chat_template.loss_mask import IGNORE_INDEX
 from peftchat.models.compiled import has_compiled_layers
 from peftchat.models.rows import rows_of
 from peftchat.training.head import Head, HeadTransform, spread
@@ -58,7 +58,7 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
         backbone = self.base_model(*args, **kwargs, use_cache=False)
         # The state at position t predicts the token at t + 1.
         targets = labels[:, 1:]
-        chosen = targets != IGNORE
+        chosen = targets != IGNORE_INDEX
         layer = self.get_output_embeddings()
         rows = rows_of(self)
         with maybe_gather_lm_head_ctx(layer.weight, layer.bias):

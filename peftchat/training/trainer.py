@@ -15,7 +15,7 @@ from peftchat.errors import VerificationError
 from peftchat.models.adapter_files import is_adapted, load_adapter_state
 from peftchat.models.rows import MODULE_NAME
 from peftchat.models.saving import save_model_files
-from peftchat.training.checkpoint import mark_complete
+from peftchat.runs.run_folder import mark_complete
 from peftchat.training.meter import Meter, Totals
 from peftchat.training.progress import memory_in_use
 from peftchat.training.supervised import install_supervised_forward
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig
 
-    from peftchat.chatml.collate import ChatCollator, Layout
+    from peftchat.dataset.collator import BatchLayout, ChatCollator
 
 _TENSORS_OF_OURS = ("real_tokens", "watched")
 
@@ -94,11 +94,11 @@ class ChatTrainer(SFTTrainer):
         return base
 
     @property
-    def layout(self) -> "Layout":
+    def layout(self) -> "BatchLayout":
         """How batches are laid out."""
         return self._train_collator.layout
 
-    def lay_out(self, layout: "Layout") -> None:
+    def lay_out(self, layout: "BatchLayout") -> None:
         """Lay batches out otherwise from here on; before training begins."""
         for collator in (self._train_collator, self._eval_collator):
             if collator is not None:

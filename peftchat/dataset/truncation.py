@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
-from peftchat.chatml.encode import RowEncoder
-from peftchat.chatml.rows import Row
+from peftchat.chat_template.encoder import ChatEncoder
+from peftchat.chat_template.examples import EncodedExample
 from peftchat.conversation import Conversation, Message
 
-Cut = Literal["turns", "turns_leading", "split"]
+TruncationSide = Literal["turns", "turns_leading", "split"]
 
-Exchange = tuple[Message, ...]
+Round = tuple[Message, ...]
 
 _AROUND = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class Truncated:
     """A dialogue made to fit.
 
     Attributes:
@@ -29,11 +29,11 @@ class Fitted:
         lost: exchanges that are in none of them.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[EncodedExample, ...]
     lost: int
 
 
-def exchanges(conversation: Conversation) -> tuple[Exchange, list[Exchange]]:
+def rounds(conversation: Conversation) -> tuple[Round, list[Round]]:
     """The system message, if there is one, and the exchanges, the last of which may lack its answer."""
     messages = conversation.messages
     start = 1 if messages and messages[0].role == "system" else 0
@@ -48,7 +48,9 @@ def exchanges(conversation: Conversation) -> tuple[Exchange, list[Exchange]]:
     return messages[:start], [tuple(one) for one in found]
 
 
-def fit(conversation: Conversation, whole: Row, encoder: RowEncoder, limit: int, cut: Cut) -> Fitted:
+def truncate_to_fit(
+    conversation: Conversation, whole: EncodedExample, encoder: ChatEncoder, limit: int, cut: TruncationSide
+) -> Truncated:
     """The dialogue in rows of at most `limit` tokens, each with the system message.
 
     Args:
@@ -59,10 +61,10 @@ def fit(conversation: Conversation, whole: Row, encoder: RowEncoder, limit: int,
         cut: `turns` keeps the first exchanges, `turns_leading` the last ones; `split` keeps all in several rows and
             loses only exchanges that are too long by themselves.
     """
-    system, parts = exchanges(conversation)
+    system, parts = rounds(conversation)
     room = limit * _size(conversation.messages) / len(whole.ids) - _size(system)
 
-    def row_of(some: Sequence[Exchange]) -> Row | None:
+    def row_of(some: Sequence[Round]) -> EncodedExample | None:
         messages = [message for exchange in some for message in exchange]
         while messages and messages[-1].role != "assistant":
             messages.pop()
@@ -78,12 +80,14 @@ def fit(conversation: Conversation, whole: Row, encoder: RowEncoder, limit: int,
     else:
         guess = _guess(parts[::-1], room)
         kept, row = _longest(len(parts), lambda count: row_of(parts[len(parts) - count :]), guess)
-    return Fitted(() if row is None else (row,), len(parts) - kept)
+    return Truncated(() if row is None else (row,), len(parts) - kept)
 
 
-def _split(parts: Sequence[Exchange], row_of: Callable[[Sequence[Exchange]], Row | None], room: float) -> Fitted:
+def _split(
+    parts: Sequence[Round], row_of: Callable[[Sequence[Round]], EncodedExample | None], room: float
+) -> Truncated:
     """As few rows of neighbouring exchanges as possible."""
-    rows: list[Row] = []
+    rows: list[EncodedExample] = []
     start = lost = 0
     while start < len(parts):
         rest = parts[start:]
@@ -94,15 +98,17 @@ def _split(parts: Sequence[Exchange], row_of: Callable[[Sequence[Exchange]], Row
         else:
             rows.append(row)
             start += kept
-    return Fitted(tuple(rows), lost)
+    return Truncated(tuple(rows), lost)
 
 
-def _longest(most: int, row_of: Callable[[int], Row | None], guess: int) -> tuple[int, Row | None]:
+def _longest(
+    most: int, row_of: Callable[[int], EncodedExample | None], guess: int
+) -> tuple[int, EncodedExample | None]:
     """The largest number of exchanges, up to `most`, of which a row can be made, and that row; 0 and None if none.
 
     Every try encodes a dialogue, so the search begins at a guess and widens from there.
     """
-    kept: tuple[int, Row | None] = (0, None)
+    kept: tuple[int, EncodedExample | None] = (0, None)
     low, high = 0, most + 1  # so many fit, and so many do not
     count, step = min(max(guess, 1), most), 1
     while high - low > 1:
@@ -121,7 +127,7 @@ def _longest(most: int, row_of: Callable[[int], Row | None], guess: int) -> tupl
     return kept
 
 
-def _guess(parts: Sequence[Exchange], room: float) -> int:
+def _guess(parts: Sequence[Round], room: float) -> int:
     """How many of the first exchanges have the size that there is room for."""
     return sum(size <= room for size in accumulate(map(_size, parts)))
 

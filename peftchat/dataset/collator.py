@@ -1,7 +1,7 @@
 """The collator: rows to the tensors of one batch.
 
 TRL refuses a custom collator together with its own packing, so packs are made beforehand
-(`peftchat.chatml.packing`) and laid out here.
+(`peftchat.dataset.packing`) and laid out here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from peftchat.chatml.mask import IGNORE, LossOn, labels_for, policy_table
-from peftchat.chatml.rows import Row
+from peftchat.chat_template.examples import EncodedExample
+from peftchat.chat_template.loss_mask import IGNORE_INDEX, LossOn, labels_for, loss_mask_table
 
 if TYPE_CHECKING:
-    from peftchat.chatml.store import RowStore
+    from peftchat.chat_template.examples import ExampleStore
 
 
-Layout = Literal["flat", "stacked", "padded"]
+BatchLayout = Literal["flat", "stacked", "padded"]
 
 Batch = dict[str, Any]
 """A model's arguments by name: tensors, and the lengths that kernels want as numbers."""
@@ -63,17 +63,17 @@ class ChatCollator:
 
     def __init__(
         self,
-        rows: "RowStore",
+        rows: "ExampleStore",
         *,
         loss_on: LossOn,
-        layout: Layout,
+        layout: BatchLayout,
         pad_token_id: int,
         pad_to_multiple_of: int | None = None,
         watched: Sequence[int] = (),
     ) -> None:
         self.rows = rows
         self.layout = layout
-        self._table = policy_table(loss_on)
+        self._table = loss_mask_table(loss_on)
         self._pad_token_id = pad_token_id
         self._multiple = pad_to_multiple_of or 1
         self._watched = np.array(watched, dtype=np.int32)
@@ -83,7 +83,7 @@ class ChatCollator:
         """The batch of the examples, each of which names the rows of one pack under `rows`."""
         return self.collate([[self.rows[index] for index in example["rows"]] for example in examples])
 
-    def collate(self, packs: Sequence[Sequence[Row]]) -> "Batch":
+    def collate(self, packs: Sequence[Sequence[EncodedExample]]) -> "Batch":
         """The batch of these packs."""
         import torch
 
@@ -93,7 +93,7 @@ class ChatCollator:
         shape = (len(lines), longest + -longest % self._multiple)
         arrays = {
             "input_ids": np.full(shape, self._pad_token_id, dtype=np.int64),
-            "labels": np.full(shape, IGNORE, dtype=np.int64),
+            "labels": np.full(shape, IGNORE_INDEX, dtype=np.int64),
         }
         if self.layout == "padded":
             arrays["attention_mask"] = np.zeros(shape, dtype=np.int64)
@@ -109,7 +109,7 @@ class ChatCollator:
         batch["watched"] = torch.from_numpy(np.sum([self._count(row) for row in rows], axis=0))
         return batch
 
-    def _fill(self, line: dict[str, np.ndarray], rows: Sequence[Row]) -> None:
+    def _fill(self, line: dict[str, np.ndarray], rows: Sequence[EncodedExample]) -> None:
         """Write rows into one line of the batch."""
         start = 0
         for row in rows:
@@ -124,14 +124,14 @@ class ChatCollator:
         if "position_ids" in line:
             line["position_ids"][start:] = np.arange(len(line["position_ids"]) - start)
 
-    def _labels(self, row: Row) -> np.ndarray:
+    def _labels(self, row: EncodedExample) -> np.ndarray:
         labels = labels_for(row.ids, row.codes, self._table)
-        labels[:1] = IGNORE
+        labels[:1] = IGNORE_INDEX
         return labels
 
-    def _count(self, row: Row) -> np.ndarray:
+    def _count(self, row: EncodedExample) -> np.ndarray:
         """Occurrences of the watched ids in a row, and those before its last target: int64, shape (2, n)."""
-        targets = np.flatnonzero(self._labels(row) != IGNORE)
+        targets = np.flatnonzero(self._labels(row) != IGNORE_INDEX)
         last = targets[-1] if len(targets) else 0
         occurs = row.ids[None] == self._watched[:, None]
         return np.stack([occurs.sum(-1), occurs[:, :last].sum(-1)])

@@ -10,38 +10,38 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftchat.chatml.registry import ChatFormat
-from peftchat.chatml.store import RowStore, RowWriter
+from peftchat.chat_template.examples import EncodedExample, ExampleStore, ExampleWriter
+from peftchat.chat_template.registry import ChatFormat
 from peftchat.conversation import Conversation
 from peftchat.conversations import ProblemLog
 from peftchat.conversations.readers import find_files
 from peftchat.conversations.reading import read_sources
 from peftchat.conversations.splitting import fit_split
+from peftchat.dataset.encode import EncodingStats, encode_conversations
 from peftchat.errors import UserError
 from peftchat.files import write_text
-from peftchat.training.encoding import encoded_rows
-from peftchat.training.row_stats import RowStats
 
 if TYPE_CHECKING:
     from peftchat.recipe import DataEntry, Recipe
 
-Side = Literal["train", "eval"]
+
+Split = Literal["train", "eval"]
 
 _FORMAT = 3
 """Raised when rows of the same settings would come out differently."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class EncodedSplit:
     """The encoded rows of one side and what is known about them."""
 
-    store: RowStore
-    stats: RowStats
+    store: ExampleStore
+    stats: EncodingStats
 
 
 def cache_root() -> Path:
@@ -50,13 +50,13 @@ def cache_root() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peftchat"
 
 
-def prepare_rows(recipe: "Recipe", chat: ChatFormat) -> dict[Side, Rows]:
+def load_splits(recipe: "Recipe", chat: ChatFormat) -> dict[Split, EncodedSplit]:
     """The rows to train on, and those held out where the recipe has any.
 
     Raises:
         InputError: a source cannot be read, no row is left, or most rows have nothing to learn.
     """
-    rows = encode_rows(recipe, chat)
+    rows = encode_splits(recipe, chat)
     for side, encoded in rows.items():
         _check(recipe, side, encoded.stats)
     return rows
@@ -66,8 +66,10 @@ def _no_progress(dialogues: int) -> None:
     """Say nothing."""
 
 
-def encode_rows(recipe: "Recipe", chat: ChatFormat, progress: Callable[[int], None] = _no_progress) -> dict[Side, Rows]:
-    """The rows of each side as `prepare_rows` gives them, be there any left or not.
+def encode_splits(
+    recipe: "Recipe", chat: ChatFormat, progress: Callable[[int], None] = _no_progress
+) -> dict[Split, EncodedSplit]:
+    """The rows of each side as `load_splits` gives them, be there any left or not.
 
     Args:
         recipe: names the sources and every setting.
@@ -88,13 +90,13 @@ def encode_rows(recipe: "Recipe", chat: ChatFormat, progress: Callable[[int], No
     return {side: _open(folder, side) for side in _sides(recipe)}
 
 
-def _sides(recipe: "Recipe") -> list[Side]:
+def _sides(recipe: "Recipe") -> list[Split]:
     return ["train", "eval"] if recipe.data.has_eval else ["train"]
 
 
-def _open(folder: Path, side: Side) -> Rows:
-    stats = RowStats(**json.loads((folder / f"{side}.json").read_text(encoding="utf-8")))
-    return Rows(RowStore(folder / f"{side}.arrow"), stats)
+def _open(folder: Path, side: Split) -> EncodedSplit:
+    stats = EncodingStats(**json.loads((folder / f"{side}.json").read_text(encoding="utf-8")))
+    return EncodedSplit(ExampleStore(folder / f"{side}.arrow"), stats)
 
 
 def _key(recipe: "Recipe", chat: ChatFormat) -> str:
@@ -150,9 +152,9 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
         seen = 0
         for side in _sides(recipe):
             log = ProblemLog(strict=True)
-            stats = RowStats()
-            with RowWriter(temporary / f"{side}.arrow") as writer:
-                for rows in encoded_rows(recipe, encoder, conversations(recipe, side, log), stats):
+            stats = EncodingStats()
+            with ExampleWriter(temporary / f"{side}.arrow") as writer:
+                for rows in encode_conversations(recipe, encoder, conversations(recipe, side, log), stats):
                     writer.write(rows)
                     progress(seen + stats.rows + sum(stats.dropped.values()))
             seen += stats.rows + sum(stats.dropped.values())
@@ -164,7 +166,7 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
         raise
 
 
-def conversations(recipe: "Recipe", side: Side, log: ProblemLog) -> Iterator[Conversation]:
+def conversations(recipe: "Recipe", side: Split, log: ProblemLog) -> Iterator[Conversation]:
     """The dialogues of one side in the order of their rows, before any is cut or left out."""
     data, seed = recipe.data, recipe.training.seed
     if side == "eval" and data.eval is not None:
@@ -178,7 +180,7 @@ def conversations(recipe: "Recipe", side: Side, log: ProblemLog) -> Iterator[Con
     return itertools.islice(chosen, data.max_train_rows if side == "train" else data.max_eval_rows)
 
 
-def _check(recipe: "Recipe", side: Side, stats: RowStats) -> None:
+def _check(recipe: "Recipe", side: Split, stats: EncodingStats) -> None:
     """Refuse a side on which nothing, or next to nothing, is left.
 
     Raises:
@@ -200,3 +202,26 @@ def _check(recipe: "Recipe", side: Side, stats: RowStats) -> None:
             where=f"data.{side}",
             cure="Most dialogues lack an assistant message, or chat.loss_on does not fit them.",
         )
+
+
+def reject_truncation(
+    recipe: "Recipe", chat: ChatFormat, side: Split, rows: Iterable[EncodedExample]
+) -> Iterator[tuple[EncodedExample, EncodedExample]]:
+    """Each row together with its dialogue encoded in full.
+
+    The source is read once more, only as far as needed.
+
+    Args:
+        recipe: what the rows were encoded by.
+        chat: its format.
+        side: whose rows they are.
+        rows: some of them, in their order.
+    """
+    encoder = chat.encoder()
+    dialogues = conversations(recipe, side, ProblemLog(strict=True))
+    whole: EncodedExample | None = None
+    for row in rows:
+        if whole is None or whole.source != row.source:
+            found = next((dialogue for dialogue in dialogues if dialogue.source == row.source), None)
+            whole = row if found is None else encoder.encode([found])[0]
+        yield row, whole

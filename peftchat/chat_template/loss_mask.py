@@ -12,17 +12,17 @@ import numpy.typing as npt
 
 from peftchat.conversation import ROLES, Role
 
-IGNORE = -100
+IGNORE_INDEX = -100
 """The label that PyTorch's cross entropy skips."""
 
 LossOn = Literal["answers", "answers_and_headers", "last_answer", "everything"]
 POLICIES: tuple[LossOn, ...] = get_args(LossOn)
 
-Codes = npt.NDArray[np.uint8]
-Ids = npt.NDArray[np.int32]
+TokenTags = npt.NDArray[np.uint8]
+TokenIds = npt.NDArray[np.int32]
 
 
-class Part(IntEnum):
+class TurnPart(IntEnum):
     """The part of a turn that a token belongs to."""
 
     OUTSIDE = 0  # what a template writes around the turns: BOS, a default system prompt
@@ -33,21 +33,21 @@ class Part(IntEnum):
 
 
 # A token that straddles two parts belongs to the one that comes first here: what the model must write wins.
-_PRECEDENCE = (Part.CONTENT, Part.END, Part.HEADER, Part.TRAILER, Part.OUTSIDE)
+_PRECEDENCE = (TurnPart.CONTENT, TurnPart.END, TurnPart.HEADER, TurnPart.TRAILER, TurnPart.OUTSIDE)
 
 _ROLE_SHIFT = 3
 _LAST_ANSWER = 1 << 6
 
 
-def code(part: Part, role: Role | None = None, *, last_answer: bool = False) -> int:
+def token_tag(part: TurnPart, role: Role | None = None, *, last_answer: bool = False) -> int:
     """The byte for a token of this part of a turn of this role."""
     role_number = 0 if role is None else ROLES.index(role) + 1
     return int(part) | role_number << _ROLE_SHIFT | (_LAST_ANSWER if last_answer else 0)
 
 
-def part_of(value: int) -> Part:
+def part_of(value: int) -> TurnPart:
     """The part that a code stands for."""
-    return Part(value & 0b111)
+    return TurnPart(value & 0b111)
 
 
 def rank(value: int) -> int:
@@ -69,17 +69,17 @@ def _trains(policy: LossOn, value: int) -> bool:
         return False
     if policy == "answers_and_headers":
         return True
-    inside = value & 0b111 in (Part.CONTENT, Part.END)
+    inside = value & 0b111 in (TurnPart.CONTENT, TurnPart.END)
     return inside and (policy == "answers" or bool(value & _LAST_ANSWER))
 
 
-def policy_table(policy: LossOn) -> npt.NDArray[np.bool_]:
+def loss_mask_table(policy: LossOn) -> npt.NDArray[np.bool_]:
     """Which of the 256 codes the policy trains: bool, shape (256,)."""
     return np.array([_trains(policy, value) for value in range(256)])
 
 
-def labels_for(ids: Ids, codes: Codes, table: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Labels of one row: the id where the table trains its code, `IGNORE` elsewhere.
+def labels_for(ids: TokenIds, codes: TokenTags, table: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Labels of one row: the id where the table trains its code, `IGNORE_INDEX` elsewhere.
 
     Args:
         ids: token ids, int32, shape (T,).
@@ -89,4 +89,4 @@ def labels_for(ids: Ids, codes: Codes, table: npt.NDArray[np.bool_]) -> npt.NDAr
     Returns:
         int64, shape (T,).
     """
-    return np.where(table[codes], ids.astype(np.int64), IGNORE)
+    return np.where(table[codes], ids.astype(np.int64), IGNORE_INDEX)

@@ -8,20 +8,23 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from peftchat.chatml.mask import Part, code
+from peftchat.chat_template.loss_mask import TurnPart, token_tag
 from peftchat.conversation import Conversation, Role
 from peftchat.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TemplateSpan:
     """A stretch of a rendered conversation.
 
     Attributes:
         text: the characters.
-        code: what its tokens are (`peftchat.chatml.mask.code`).
+        code: what its tokens are (`peftchat.chat_template.loss_mask.token_tag`).
         special: whether the text is one special token. All other text is ordinary, whatever it looks like.
     """
 
@@ -49,7 +52,7 @@ class Template(Protocol):
     @property
     def jinja(self) -> str: ...  # noqa: D102
 
-    def pieces(self, conversation: Conversation) -> Iterator[Piece]:
+    def pieces(self, conversation: Conversation) -> Iterator[TemplateSpan]:
         """The conversation as pieces; joined, they are what `jinja` renders."""
         ...
 
@@ -81,7 +84,7 @@ class BlockTemplate:
     header: dict[Role, Header]
     system: str | None = None
 
-    def pieces(self, conversation: Conversation) -> Iterator[Piece]:
+    def pieces(self, conversation: Conversation) -> Iterator[TemplateSpan]:
         """The default system block if it applies, then one block a message.
 
         Raises:
@@ -91,7 +94,7 @@ class BlockTemplate:
             before, value, after = _frame(self.header[role], self.end_token, role, last_answer)
             yield from before
             if content:
-                yield Piece(content, value)
+                yield TemplateSpan(content, value)
             yield from after
 
     def turns(self, conversation: Conversation) -> Iterator[tuple[Role, str, bool]]:
@@ -145,16 +148,16 @@ class BlockTemplate:
         return "".join(text for text, _ in self.header[role])
 
 
-_Frame = tuple[tuple[Piece, ...], int, tuple[Piece, ...]]
+_Frame = tuple[tuple[TemplateSpan, ...], int, tuple[TemplateSpan, ...]]
 
 
 @cache
 def _frame(header: Header, end_token: str, role: Role, last_answer: bool) -> _Frame:
     """The pieces before a content, the content's code, and the pieces after it."""
-    codes = {part: code(part, role, last_answer=last_answer) for part in Part}
-    before = tuple(Piece(text, codes[Part.HEADER], special) for text, special in header)
-    after = (Piece(end_token, codes[Part.END], special=True), Piece("\n", codes[Part.TRAILER]))
-    return before, codes[Part.CONTENT], after
+    codes = {part: token_tag(part, role, last_answer=last_answer) for part in TurnPart}
+    before = tuple(TemplateSpan(text, codes[TurnPart.HEADER], special) for text, special in header)
+    after = (TemplateSpan(end_token, codes[TurnPart.END], special=True), TemplateSpan("\n", codes[TurnPart.TRAILER]))
+    return before, codes[TurnPart.CONTENT], after
 
 
 def _literal(text: str) -> str:
@@ -188,3 +191,57 @@ def chatml(system: str | None) -> BlockTemplate:
         header={role: (("<|im_start|>", True), (f"{role}\n", False)) for role in roles},
         system=system,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token that the template brought and the tokenizer did not have."""
+
+    token: str
+    id: int
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Every special token of the tokenizer with its id: the named ones and all that were added as special."""
+    found = {
+        str(token.content): int(token_id) for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    for token in tokenizer.all_special_tokens:
+        found.setdefault(str(token), int(tokenizer.convert_tokens_to_ids(str(token))))
+    return found
+
+
+def add_template_tokens(tokenizer: "PreTrainedTokenizerBase", template: Template) -> list[NewToken]:
+    """Add the template's missing tokens, in its order, and make its end token the tokenizer's end of text.
+
+    A token that is already there keeps its id; one that is there as ordinary text becomes special. The padding
+    token stays apart from the end token wherever the tokenizer has another candidate.
+
+    Returns:
+        The tokens that were not in the vocabulary before.
+
+    Raises:
+        InputError: the tokenizer does not turn one of the tokens into exactly one id.
+    """
+    from transformers import AddedToken
+
+    before = set(tokenizer.get_vocab())
+    marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    # A token that is special by name only (an end token, say) must stay special when the name moves on.
+    wanted = [str(token) for token in (*tokenizer.all_special_tokens, *template.tokens)]
+    missing = [AddedToken(token, special=True, normalized=False) for token in wanted if token not in marked]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    known = special_tokens(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or template.end_token
+    tokenizer.eos_token = template.end_token
+    tokenizer.chat_template = template.jinja
+    for token in template.tokens:
+        ids = tokenizer.encode(token, add_special_tokens=False)
+        if ids != [known.get(token)]:
+            raise UserError(
+                f"the tokenizer turns the special token {token} into {ids} instead of one id",
+                where="chat.template",
+                cure="Choose another template, or a tokenizer that can take added tokens.",
+            )
+    return [NewToken(token, known[token]) for token in template.tokens if token not in before]

@@ -1,23 +1,82 @@
-"""Dialogues to rows that fit and have something to learn, in batches, with everything else counted."""
+"""What became of the dialogues of one side."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from peftchat.chatml.encode import RowEncoder
-from peftchat.chatml.mask import policy_table
-from peftchat.chatml.rows import Row, RowBatch
+from peftchat.chat_template.encoder import ChatEncoder
+from peftchat.chat_template.examples import EncodedExample, ExampleBatch
+from peftchat.chat_template.loss_mask import loss_mask_table
 from peftchat.conversation import Conversation
+from peftchat.dataset.truncation import truncate_to_fit
 from peftchat.errors import UserError
-from peftchat.training.row_stats import RowStats
-from peftchat.training.truncation import fit
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
+
+
+_NAMED = 5
+
+
+@dataclass(slots=True)
+class EncodingStats:
+    """What became of the dialogues of one side.
+
+    Attributes:
+        rows: rows that are kept.
+        tokens: their tokens.
+        supervised: their tokens that carry a target.
+        dropped: dialogues and rows that are not, by reason.
+        named: the first few sources of each reason, and of the dialogues that were `shortened` or `divided`.
+        shortened: dialogues that lost exchanges to fit `data.max_length`.
+        exchanges_cut: exchanges lost that way.
+        divided: dialogues that became several rows to fit.
+        parts: those rows.
+        lookalikes: stretches spelled like a special token, encoded as ordinary text.
+        forms: the form each source file was read as.
+        notes: rows that a source changed, by what it did.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    named: dict[str, list[str]] = field(default_factory=dict)
+    shortened: int = 0
+    exchanges_cut: int = 0
+    divided: int = 0
+    parts: int = 0
+    lookalikes: int = 0
+    forms: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str, source: str) -> None:
+        """Count a row that is left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self._name(reason, source)
+
+    def shorten(self, exchanges: int, source: str) -> None:
+        """Count a dialogue that lost exchanges."""
+        self.shortened += 1
+        self.exchanges_cut += exchanges
+        self._name("shortened", source)
+
+    def divide(self, parts: int, source: str) -> None:
+        """Count a dialogue that became several rows."""
+        self.divided += 1
+        self.parts += parts
+        self._name("divided", source)
+
+    def _name(self, what: str, source: str) -> None:
+        named = self.named.setdefault(what, [])
+        if len(named) < _NAMED:
+            named.append(source)
+
 
 _BATCH = 1024
 _BATCH_CHARACTERS = 2**21
@@ -26,9 +85,9 @@ _WORKERS = 2
 """The tokenizer's threads use all cores by themselves; a second batch keeps them busy while Python has the first."""
 
 
-def encoded_rows(
-    recipe: "Recipe", encoder: RowEncoder, conversations: Iterable[Conversation], stats: RowStats
-) -> Iterator[RowBatch]:
+def encode_conversations(
+    recipe: "Recipe", encoder: ChatEncoder, conversations: Iterable[Conversation], stats: EncodingStats
+) -> Iterator[ExampleBatch]:
     """Batches of rows, in the order of their dialogues.
 
     Args:
@@ -40,7 +99,7 @@ def encoded_rows(
     Raises:
         InputError: a dialogue holds what the recipe refuses.
     """
-    table = policy_table(recipe.chat.loss_on)
+    table = loss_mask_table(recipe.chat.loss_on)
     for batch, rows in _in_flight(encoder, conversations):
         if recipe.chat.special_text == "refuse" and rows.lookalikes.any():
             raise _special_text(rows.sources[int(rows.lookalikes.argmax())])
@@ -57,10 +116,10 @@ def encoded_rows(
 
 
 def _in_flight(
-    encoder: RowEncoder, conversations: Iterable[Conversation]
-) -> Iterator[tuple[Sequence[Conversation], RowBatch]]:
+    encoder: ChatEncoder, conversations: Iterable[Conversation]
+) -> Iterator[tuple[Sequence[Conversation], ExampleBatch]]:
     """Each batch with its rows, in order, the next ones being read and encoded meanwhile."""
-    waiting: deque[tuple[Sequence[Conversation], Future[RowBatch]]] = deque()
+    waiting: deque[tuple[Sequence[Conversation], Future[ExampleBatch]]] = deque()
     with ThreadPoolExecutor(_WORKERS if encoder.parallel else 1) as pool:
         try:
             for batch in _batches(conversations):
@@ -90,11 +149,11 @@ def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversatio
 
 
 def _fitting(
-    recipe: "Recipe", encoder: RowEncoder, batch: Sequence[Conversation], rows: RowBatch, stats: RowStats
-) -> RowBatch:
+    recipe: "Recipe", encoder: ChatEncoder, batch: Sequence[Conversation], rows: ExampleBatch, stats: EncodingStats
+) -> ExampleBatch:
     """The rows that fit, and what is left of the others."""
     limit, policy = recipe.data.max_length, recipe.data.truncation
-    kept: list[Row] = []
+    kept: list[EncodedExample] = []
     for conversation, row in zip(batch, rows, strict=True):
         if len(row.ids) <= limit:
             kept.append(row)
@@ -108,7 +167,7 @@ def _fitting(
         if policy == "drop":
             stats.drop("too_long", conversation.source)
             continue
-        fitted = fit(conversation, row, encoder, limit, policy)
+        fitted = truncate_to_fit(conversation, row, encoder, limit, policy)
         kept += fitted.rows
         if not fitted.rows:
             stats.drop("too_long", conversation.source)
@@ -116,12 +175,14 @@ def _fitting(
             stats.shorten(fitted.lost, conversation.source)
         if len(fitted.rows) > 1:
             stats.divide(len(fitted.rows), conversation.source)
-    return RowBatch.of(kept)
+    return ExampleBatch.of(kept)
 
 
-def _learnable(recipe: "Recipe", rows: RowBatch, has_targets: npt.NDArray[np.bool_], stats: RowStats) -> RowBatch:
+def _learnable(
+    recipe: "Recipe", rows: ExampleBatch, has_targets: npt.NDArray[np.bool_], stats: EncodingStats
+) -> ExampleBatch:
     """The rows that have something to learn."""
-    kept: list[Row] = []
+    kept: list[EncodedExample] = []
     for row, learnable in zip(rows, has_targets, strict=True):
         if learnable:
             kept.append(row)
@@ -133,7 +194,7 @@ def _learnable(recipe: "Recipe", rows: RowBatch, has_targets: npt.NDArray[np.boo
             )
         else:
             stats.drop("nothing_to_learn", row.source)
-    return RowBatch.of(kept)
+    return ExampleBatch.of(kept)
 
 
 def _special_text(source: str) -> UserError:

@@ -10,9 +10,8 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from peftchat.chatml.mask import Part, code
-from peftchat.chatml.template import Piece, last_answer_index
-from peftchat.chatml.tokens import special_tokens
+from peftchat.chat_template.loss_mask import TurnPart, token_tag
+from peftchat.chat_template.templates import TemplateSpan, last_answer_index, special_tokens
 from peftchat.conversation import Conversation, Role
 from peftchat.errors import UserError
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 Turns = Sequence[tuple[Role, str]]
 
 
-class ModelTemplate:
+class TokenizerTemplate:
     """The template that a tokenizer brings.
 
     Args:
@@ -53,7 +52,7 @@ class ModelTemplate:
         self._headers: dict[Role, str] = {}
         self.end_token = self._find_end_token()
 
-    def pieces(self, conversation: Conversation) -> Iterator[Piece]:
+    def pieces(self, conversation: Conversation) -> Iterator[TemplateSpan]:
         """The conversation as the template writes it.
 
         Raises:
@@ -93,22 +92,22 @@ class ModelTemplate:
 
     def _split(
         self, stretches: list[str], contents: Sequence[str], roles: Sequence[Role], last: int
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TemplateSpan]:
         """The pieces of a rendered skeleton: text between two markers ends one turn and begins the next."""
         shown = [int(number) for number in stretches[1::2]]
         opening = stretches[0]
         header = self._header_of(opening, roles[shown[0]]) if shown else ""
-        yield from self._text(opening.removesuffix(header), code(Part.OUTSIDE))
+        yield from self._text(opening.removesuffix(header), token_tag(TurnPart.OUTSIDE))
         for place, index in enumerate(shown):
             role, is_last = roles[index], index == last
-            yield from self._text(header, code(Part.HEADER, role, last_answer=is_last))
+            yield from self._text(header, token_tag(TurnPart.HEADER, role, last_answer=is_last))
             if contents[place]:
-                yield Piece(contents[place], code(Part.CONTENT, role, last_answer=is_last))
+                yield TemplateSpan(contents[place], token_tag(TurnPart.CONTENT, role, last_answer=is_last))
             following = roles[shown[place + 1]] if place + 1 < len(shown) else None
             end, trailer, header = self._after_content(stretches[2 * place + 2], following)
-            yield from self._text(end, code(Part.END, role, last_answer=is_last))
-            yield from self._text(trailer, code(Part.TRAILER, role, last_answer=is_last))
-        yield from self._text(header if shown else "", code(Part.OUTSIDE))
+            yield from self._text(end, token_tag(TurnPart.END, role, last_answer=is_last))
+            yield from self._text(trailer, token_tag(TurnPart.TRAILER, role, last_answer=is_last))
+        yield from self._text(header if shown else "", token_tag(TurnPart.OUTSIDE))
 
     def _after_content(self, text: str, following: Role | None) -> tuple[str, str, str]:
         """What follows a content: up to and with the end token, the rest of the turn, the header of the next."""
@@ -142,12 +141,12 @@ class ModelTemplate:
             return ""
         return longer[-3].removeprefix(end)
 
-    def _text(self, text: str, value: int) -> Iterator[Piece]:
+    def _text(self, text: str, value: int) -> Iterator[TemplateSpan]:
         """Template text, its special tokens apart."""
         parts = self._special.split(text) if self._special else [text]
         for number, part in enumerate(parts):
             if part:
-                yield Piece(part, value, special=number % 2 == 1)
+                yield TemplateSpan(part, value, special=number % 2 == 1)
 
     def _find_end_token(self) -> str:
         after = self._skeleton(("user", "assistant"))[-1]

@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftchat.chatml.encode import RowEncoder
-from peftchat.chatml.model_template import ModelTemplate
-from peftchat.chatml.template import Template, chatml, starchat
-from peftchat.chatml.tokens import NewToken, add_template_tokens
+from peftchat.chat_template.encoder import ChatEncoder
+from peftchat.chat_template.templates import NewToken, Template, add_template_tokens, chatml, starchat
+from peftchat.chat_template.tokenizer_template import TokenizerTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,9 +36,9 @@ class ChatFormat:
     template: Template
     new_tokens: Sequence[NewToken]
 
-    def encoder(self) -> RowEncoder:
+    def encoder(self) -> ChatEncoder:
         """An encoder for the format."""
-        return RowEncoder(self.tokenizer, self.template)
+        return ChatEncoder(self.tokenizer, self.template)
 
 
 def make_format(name: str, system: str | None, tokenizer: "PreTrainedTokenizerBase") -> ChatFormat:
@@ -48,5 +47,5 @@ def make_format(name: str, system: str | None, tokenizer: "PreTrainedTokenizerBa
     Raises:
         InputError: the tokenizer cannot hold the format's tokens, or has no template of its own for `model`.
     """
-    template = BLOCK_TEMPLATES[name](system) if name in BLOCK_TEMPLATES else ModelTemplate(tokenizer, system)
+    template = BLOCK_TEMPLATES[name](system) if name in BLOCK_TEMPLATES else TokenizerTemplate(tokenizer, system)
     return ChatFormat(tokenizer, template, add_template_tokens(tokenizer, template))

@@ -63,7 +63,7 @@ def main() -> None:
 def _in_a_process(variant: str, model: Path, data: Path, length: int) -> dict[str, Any]:
     # Children of a process that has imported the libraries, and run nothing with them, start at once.
     import peftchat.merging
-    import peftchat.training.run  # noqa: F401
+    import peftchat.training.train  # noqa: F401
 
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
@@ -91,8 +91,8 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
         CheckFailed: something that was checked is not as it should be.
     """
     from peftchat.recipe import load_recipe
-    from peftchat.training.placement import settle
-    from peftchat.training.run import Request, run_training
+    from peftchat.training.distributed import resolve_distributed
+    from peftchat.training.train import TrainOptions, run_training
 
     work = RESULTS / "work" / f"{model.name}-{name}"
     for factor in RATES:
@@ -103,7 +103,7 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
         )
         loaded = load_recipe(work / "recipe.yaml")
         try:
-            told = run_training(loaded, settle(loaded), Request())
+            told = run_training(loaded, resolve_distributed(loaded), TrainOptions())
         except VerificationError as error:
             if "diverged" in str(error):
                 continue
@@ -159,7 +159,7 @@ def _stock_loss(run: Path, base: Path, recipe: Any) -> float:
     import torch
 
     from peftchat.dataset.cache import load_splits
-    from peftchat.training.build import chat_format
+    from peftchat.training.model import chat_format
 
     model = _stock_model(run, base, recipe)
     chat = chat_format(recipe)

@@ -15,12 +15,11 @@ from peftchat.errors import UserError
 from peftchat.models.compiled import compile_layers
 from peftchat.models.lora_branch import add_branches_at_once
 from peftchat.recipe import load_recipe
-from peftchat.training.build import Built
-from peftchat.training.compiling import compile_if_it_pays
-from peftchat.training.placement import Placement
-from peftchat.training.supervised import install_supervised_forward
+from peftchat.training.distributed import DistributedSetup
+from peftchat.training.loss import install_supervised_forward
+from peftchat.training.model import TrainableModel, compile_if_faster
 
-ALONE = Placement(strategy="single", processes=1, nodes=1, gpus=0, launcher="none")
+ALONE = DistributedSetup(strategy="single", processes=1, nodes=1, gpus=0, launcher="none")
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
@@ -107,11 +106,11 @@ def recipe_file(folder: Path, **training: object) -> Path:
     return path
 
 
-def choose(folder: Path, tokens: int, placement: Placement = ALONE, plain: bool = True, **training: object):
+def choose(folder: Path, tokens: int, placement: DistributedSetup = ALONE, plain: bool = True, **training: object):
     loaded = load_recipe(recipe_file(folder, **training), to_train=False)
-    built = Built(small_model(), None)
+    built = TrainableModel(small_model(), None)
     before = [layer.forward for layer in built.causal_model.model.layers]
-    choice = compile_if_it_pays(loaded, placement, built, EncodingStats(rows=10, tokens=tokens), plain=plain)
+    choice = compile_if_faster(loaded, placement, built, EncodingStats(rows=10, tokens=tokens), plain=plain)
     changed = [layer.forward for layer in built.causal_model.model.layers] != before
     return choice, changed
 

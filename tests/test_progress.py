@@ -14,8 +14,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peftchat.runs.metrics_file import MetricsFile
-from peftchat.training.display import Pace
-from peftchat.training.progress import MetricsCallback, ProgressCallback
+from peftchat.training.progress import Eta, MetricsCallback, ProgressCallback
 
 TRAIN_KEYS = {
     "step",
@@ -148,7 +147,7 @@ def test_a_missing_key_is_null_and_other_processes_stay_silent(logs: dict[str, f
 def test_time_left_counts_only_steps_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    pace = Pace(step=900, total=1000)
+    pace = Eta(step=900, total=1000)
     assert pace.left() is None
     now[0] = 50.0  # an evaluation before the first step
     pace.reach(900)
@@ -200,7 +199,7 @@ def test_on_a_terminal_bars_are_drawn_and_the_cursor_comes_back(tmp_path: Path) 
 
 
 def test_the_peak_is_this_processs_own_and_not_that_of_the_one_that_started_it():
-    child = "from peftchat.training.meter import peak_memory_bytes; print(peak_memory_bytes())"
+    child = "from peftchat.training.throughput import peak_memory_bytes; print(peak_memory_bytes())"
     parent = f"import subprocess, sys; held = b'1' * 1_500_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
     told = int(subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True).stdout)
     assert 50_000_000 < told < 1_200_000_000

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from peftchat.models.new_tokens import is_tied
 from peftchat.models.rows import TokenRows, attach
-from peftchat.training.supervised import install_supervised_forward
+from peftchat.training.loss import install_supervised_forward
 
 FAMILIES = [
     "llama", "gpt2", "gpt_bigcode", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "falcon",

@@ -7,8 +7,8 @@ from torch import nn
 
 from peftchat.models.rows import HeadRows
 from peftchat.training import loss as loss_module
-from peftchat.training.head import Head, HeadTransform
-from peftchat.training.loss import supervised_nll
+from peftchat.training.lm_head import Head, LogitTransform
+from peftchat.training.loss import linear_cross_entropy
 
 N, HIDDEN, VOCABULARY = 37, 16, 50
 
@@ -37,7 +37,7 @@ def plain_nll(hidden, targets, weight, bias, rows, ids, rows_bias, size, transfo
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize(
     "transform",
-    [HeadTransform(), HeadTransform(softcap=5.0), HeadTransform(scale=0.3), HeadTransform(2.0, 4.0)],
+    [LogitTransform(), LogitTransform(softcap=5.0), LogitTransform(scale=0.3), LogitTransform(2.0, 4.0)],
     ids=str,
 )
 @pytest.mark.parametrize("chunk", [16, 1000])
@@ -62,7 +62,7 @@ def test_equals_the_plain_formula(ids, bias, transform, chunk, monkeypatch: pyte
         r = next(given) if rows is not None else None
         if ours:
             head = Head(w, b, None if r is None else HeadRows(r, rows_bias, row_ids, size), transform)
-            total, correct = supervised_nll(h, targets, head, count_correct=True)
+            total, correct = linear_cross_entropy(h, targets, head, count_correct=True)
         else:
             total, correct = plain_nll(h, targets, w, b, r, row_ids, rows_bias, size, transform)
         (total / 7).backward()
@@ -78,8 +78,8 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     """The gradient of a frozen head is as large as the vocabulary; it must not be formed."""
     hidden, weight = torch.randn(N, HIDDEN, requires_grad=True), nn.Parameter(torch.randn(VOCABULARY, HIDDEN), False)
     rows = nn.Parameter(torch.randn(2, HIDDEN))
-    head = Head(weight, None, HeadRows(rows, None, torch.tensor([50, 51]), 52), HeadTransform())
-    total, _ = supervised_nll(hidden, torch.randint(52, (N,)), head)
+    head = Head(weight, None, HeadRows(rows, None, torch.tensor([50, 51]), 52), LogitTransform())
+    total, _ = linear_cross_entropy(hidden, torch.randint(52, (N,)), head)
     saved = total.grad_fn.saved_tensors
     assert all(tensor.shape[0] in (N, 2) for tensor in saved)
     total.backward()
@@ -89,8 +89,8 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 def test_no_target_is_a_differentiable_zero() -> None:
     hidden = torch.zeros(0, HIDDEN, requires_grad=True)
-    head = Head(torch.randn(VOCABULARY, HIDDEN), None, None, HeadTransform())
-    total, correct = supervised_nll(hidden, torch.zeros(0, dtype=torch.int64), head)
+    head = Head(torch.randn(VOCABULARY, HIDDEN), None, None, LogitTransform())
+    total, correct = linear_cross_entropy(hidden, torch.zeros(0, dtype=torch.int64), head)
     total.backward()
     assert total == 0
     assert correct == 0
@@ -101,6 +101,6 @@ def test_under_autocast_it_is_the_loss_of_autocast() -> None:
     hidden, weight = torch.randn(N, HIDDEN), torch.randn(VOCABULARY, HIDDEN)
     targets = torch.randint(VOCABULARY, (N,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, _ = supervised_nll(hidden, targets, Head(weight, None, None, HeadTransform()))
+        total, _ = linear_cross_entropy(hidden, targets, Head(weight, None, None, LogitTransform()))
         plain = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
     torch.testing.assert_close(total, plain)

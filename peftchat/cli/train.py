@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe
     from peftchat.runs.run_summary import AutoSetting
-    from peftchat.training.placement import Placement
+    from peftchat.training.distributed import DistributedSetup
 
 
 @click.command()
@@ -33,10 +33,10 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
-    from peftchat.training.placement import settle, slurm_variables
+    from peftchat.training.distributed import resolve_distributed, slurm_variables
 
     os.environ.update(slurm_variables(os.environ))
-    placement = settle(loaded)
+    placement = resolve_distributed(loaded)
     _refuse_early(loaded, resume=resume)
     if placement.launcher == "elastic" and not dry_run:
         _launch(loaded, placement, sys.argv[1:])
@@ -47,12 +47,12 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
 
         print_plan(loaded, placement)
         return
-    from peftchat.training.run import Request, run_training
+    from peftchat.training.train import TrainOptions, run_training
 
     command_line = " ".join(["peftchat", *sys.argv[1:]])
     # Standard output is for data; DeepSpeed prints to it while it compiles.
     with contextlib.redirect_stdout(sys.stderr):
-        summary = run_training(loaded, placement, Request(resume, questions, command_line, choices))
+        summary = run_training(loaded, placement, TrainOptions(resume, questions, command_line, choices))
     if summary:
         from peftchat.console import stderr
         from peftchat.reports.records import write_records
@@ -65,7 +65,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
         stderr.print(f"Run folder: {loaded.recipe.output_dir}")
 
 
-def _choose(loaded: "LoadedRecipe", placement: "Placement") -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
+def _choose(loaded: "LoadedRecipe", placement: "DistributedSetup") -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
     """Settle what the recipe leaves open, and say what was settled: once, for all processes."""
     from peftchat.console import stderr
     from peftchat.planning.settle import settle_open
@@ -90,11 +90,11 @@ def _refuse_early(loaded: "LoadedRecipe", *, resume: bool) -> None:
     RunFolder(Path(recipe.output_dir)).check(recipe, resume=resume)
 
 
-def _launch(loaded: "LoadedRecipe", placement: "Placement", arguments: list[str]) -> None:
+def _launch(loaded: "LoadedRecipe", placement: "DistributedSetup", arguments: list[str]) -> None:
     """Encode the data once, here, where an error is told once; then start the processes."""
     from peftchat.dataset.cache import load_splits
-    from peftchat.training.build import chat_format
-    from peftchat.training.launch import launch
+    from peftchat.training.distributed import launch
+    from peftchat.training.model import chat_format
 
     load_splits(loaded.recipe, chat_format(loaded.recipe))
     sys.exit(launch(placement, arguments))

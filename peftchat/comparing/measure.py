@@ -62,9 +62,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     text = Path(request["text"]).read_text(encoding="utf-8")
     if request["run"] is None:
         return {"plain_loss": _base_loss(recipe, text), "merge": None, "merge_words": "", "answers": []}
-    loss, answers = _look(Path(request["run"]), recipe, text, request["questions"])
+    loss, sample_answers = _look(Path(request["run"]), recipe, text, request["questions"])
     merge, words = _merged(Path(request["run"]), recipe) if request["merge"] else (None, "not tried")
-    return {"plain_loss": loss, "merge": merge, "merge_words": words, "answers": answers}
+    return {"plain_loss": loss, "merge": merge, "merge_words": words, "answers": sample_answers}
 
 
 def _base_loss(recipe: "Recipe", text: str) -> float:
@@ -78,13 +78,13 @@ def _base_loss(recipe: "Recipe", text: str) -> float:
 
 def _look(run: Path, recipe: "Recipe", text: str, questions: list[str]) -> tuple[float, list[dict[str, Any]]]:
     from peftchat.serving.load import load_for_chat
-    from peftchat.training.answers import answers
-    from peftchat.training.build import chat_format
+    from peftchat.training.model import chat_format
+    from peftchat.training.summary import sample_answers
 
     chat = load_for_chat(str(run))
     loss = plain_loss(chat.model, chat.tokenizer, text)
     chat.model.generation_config = chat.generation
-    return loss, [asdict(answer) for answer in answers(chat.model, chat_format(recipe), questions)]
+    return loss, [asdict(answer) for answer in sample_answers(chat.model, chat_format(recipe), questions)]
 
 
 def _merged(run: Path, recipe: "Recipe") -> tuple[str, str]:

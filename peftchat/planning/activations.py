@@ -14,7 +14,7 @@ import torch
 
 from peftchat.planning.shadow import AttentionKind, fake_mode, shadow_model
 from peftchat.planning.trace import BackboneTrace, LossTrace, trace_backbone, trace_loss
-from peftchat.training.loss import rows_at_once
+from peftchat.training.loss import chunk_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -193,7 +193,7 @@ def loss_profile(
     size = facts.vocabulary + (0 if trains_head else key.new_tokens)
 
     def of_a_chunk(on: str, targets: int) -> int:
-        return rows_at_once(targets, size, on, taller=trains_head)
+        return chunk_size(targets, size, on, taller=trains_head)
 
     def trace(targets: int) -> LossTrace:
         with fake_mode():

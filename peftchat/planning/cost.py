@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftchat.training.flops import training_flops
+from peftchat.training.throughput import training_flops
 
 if TYPE_CHECKING:
     from peftchat.planning.facts import ModelFacts, TrainedFacts

@@ -19,8 +19,8 @@ from peftchat.planning.make import settings_on
 from peftchat.planning.planner import Planner
 from peftchat.planning.settings import PlanSettings
 from peftchat.planning.workload import Workload, steps_an_epoch, steps_of, workload_of
-from peftchat.training.build import chat_format
-from peftchat.training.placement import Placement
+from peftchat.training.distributed import DistributedSetup
+from peftchat.training.model import chat_format
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _SHOWN_TOKENS = 160
 
 
-def print_plan(loaded: "LoadedRecipe", placement: Placement) -> None:
+def print_plan(loaded: "LoadedRecipe", placement: DistributedSetup) -> None:
     """Encode the data, count the steps, and show the plan and one row. Trains and writes nothing.
 
     Raises:
@@ -80,7 +80,7 @@ def _method(recipe: "Recipe") -> str:
     return text
 
 
-def _place(placement: Placement) -> str:
+def _place(placement: DistributedSetup) -> str:
     what = f"{placement.gpus} GPUs here" if placement.gpus else "CPU"
     many = "1 process" if placement.world_size == 1 else f"{placement.world_size} processes"
     return f"{placement.strategy}, {many} ({what})"

@@ -9,7 +9,7 @@ from peftchat.planning.settings import PlanSettings
 
 if TYPE_CHECKING:
     from peftchat.planning.planner import Planner
-    from peftchat.training.placement import Strategy
+    from peftchat.training.distributed import Strategy
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from peftchat.planning.workload import Workload, read_workload, steps_of
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
-    from peftchat.training.placement import Placement, Strategy
+    from peftchat.training.distributed import DistributedSetup, Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def make_plan(
 
 
 def settings_on(
-    recipe: "Recipe", hardware: Hardware, workload: Workload | None, placement: "Placement | None" = None
+    recipe: "Recipe", hardware: Hardware, workload: Workload | None, placement: "DistributedSetup | None" = None
 ) -> PlanSettings:
     """The recipe's settings on a device.
 
@@ -179,6 +179,6 @@ def _measured_rate(settings: PlanSettings) -> float:
     """The matrix rate of this machine, where no data sheet tells it."""
     import torch
 
-    from peftchat.training.flops import matmul_peak
+    from peftchat.training.throughput import measure_matmul_flops
 
-    return matmul_peak(torch.device(settings.device), getattr(torch, settings.dtype)) / 1e12
+    return measure_matmul_flops(torch.device(settings.device), getattr(torch, settings.dtype)) / 1e12

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Literal
 from peftchat.planning.activations import ActivationKey
 from peftchat.planning.facts import NEW_TOKENS
 from peftchat.planning.shadow import AttentionKind
-from peftchat.training.placement import held_dtype, is_sharded
+from peftchat.training.distributed import is_sharded, weight_dtype
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
     from peftchat.recipe.sections import Dtype, Method, Offload, Optimizer
-    from peftchat.training.placement import Strategy
+    from peftchat.training.distributed import Strategy
 
 Device = Literal["cuda", "cpu"]
 
@@ -75,7 +75,7 @@ class PlanSettings:
     @property
     def held(self) -> "Dtype":
         """The dtype of unquantised weights."""
-        return held_dtype(self.method, self.dtype, self.strategy)
+        return weight_dtype(self.method, self.dtype, self.strategy)
 
     @property
     def targets(self) -> int:
@@ -148,7 +148,7 @@ def plan_settings(
 
 
 def attention_kind(recipe: "Recipe", device: Device) -> AttentionKind:
-    """The kind of attention that the recipe runs with, as `peftchat.training.attention` settles it."""
+    """The kind of attention that the recipe runs with, as `peftchat.training.model` settles it."""
     wanted = recipe.model.attention
     if wanted == "eager":
         return "eager"

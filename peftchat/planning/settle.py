@@ -16,10 +16,12 @@ from peftchat.planning.planner import Planner
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe
     from peftchat.runs.run_summary import AutoSetting
-    from peftchat.training.placement import Placement
+    from peftchat.training.distributed import DistributedSetup
 
 
-def settle_open(loaded: "LoadedRecipe", placement: "Placement") -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
+def settle_open(
+    loaded: "LoadedRecipe", placement: "DistributedSetup"
+) -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
     """Fill in what `training` leaves open: gradient checkpointing, and micro-batches for `rows_per_step`.
 
     Returns:

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftchat.models.rows import HeadRows
-from peftchat.training.head import Head, HeadTransform
-from peftchat.training.loss import supervised_nll
+from peftchat.training.lm_head import Head, LogitTransform
+from peftchat.training.loss import linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -180,7 +180,7 @@ def trace_loss(
         # In training the states are picked out of all positions, and so copied.
         picked = states.index_select(0, chosen)
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            loss, _ = supervised_nll(picked, wanted, Head(weight, None, rows, HeadTransform.of(config)))
+            loss, _ = linear_cross_entropy(picked, wanted, Head(weight, None, rows, LogitTransform.of(config)))
         del picked
         forward = live.peak
         live.restart()

@@ -59,7 +59,7 @@ def read_workload(recipe: "Recipe") -> Workload | str:
 
 def _read(recipe: "Recipe") -> Workload:
     from peftchat.dataset.cache import load_splits
-    from peftchat.training.build import chat_format
+    from peftchat.training.model import chat_format
 
     chat = chat_format(recipe)
     return workload_of(recipe, chat, load_splits(recipe, chat)["train"])

@@ -1,17 +1,88 @@
-"""Cross entropy on the supervised positions only, without the full logits.
+"""The forward that training uses: backbone, supervised positions, loss; all inside the model's own call.
 
-The head is the widest matrix of the model and most positions of a dialogue carry no target, so hidden states are
-gathered first and projected in chunks. The gradient is formed in the same pass, as in Liger's fused linear cross
-entropy (Hsu et al., 2024): one chunk of logits exists at a time and nothing is computed twice. A frozen head gets
-no gradient; the rows of new tokens get one of their own small size.
+It has to live inside `model.forward` so that DDP, DeepSpeed and PEFT see one ordinary forward. TRL installs a head
+of its own in the same place (`trl.trainer.utils.add_fused_lm_head`); it reads `lm_head.weight`, which misses the
+rows of new tokens, and outside CUDA it projects every position.
 """
 
+import functools
+import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from peftchat.training.head import Chunk, Head, spread, struck_out
+from peftchat.chat_template.loss_mask import IGNORE_INDEX
+from peftchat.models.compiled import has_compiled_layers
+from peftchat.models.rows import rows_of
+from peftchat.training.lm_head import Chunk, Head, LogitTransform, logsumexp_and_grad, mask_overridden_logits
+
+
+@dataclass
+class SupervisedOutput(ModelOutput):
+    """What the supervised forward returns.
+
+    Attributes:
+        loss: sum of the negative log-likelihoods in nats, float32, shape ().
+        correct: supervised positions whose most likely token is the target, int64, shape (); counted where no
+            gradient is wanted.
+        aux_loss: load-balancing loss of mixtures of experts, float32, shape (), or None.
+    """
+
+    loss: Tensor | None = None
+    correct: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def install_supervised_forward(model: PreTrainedModel) -> None:
+    """Let `model(..., labels=labels, supervised=True)` return a `SupervisedOutput`.
+
+    Without `supervised`, the forward is what it was. The model is the causal language model itself, inside any PEFT
+    wrapper. Where its layers are compiled, what the loss does with logits is too.
+    """
+    original = model.forward
+    transform = LogitTransform.of(model.config)
+    # Chunks have sizes of their own; one program serves them all.
+    compiled = torch.compile(logsumexp_and_grad, dynamic=True) if has_compiled_layers(model) else logsumexp_and_grad
+
+    @functools.wraps(original)
+    def forward(self: PreTrainedModel, *args: Any, supervised: bool = False, **kwargs: Any) -> Any:
+        if not supervised:
+            return original(*args, **kwargs)
+        labels: Tensor = kwargs.pop("labels")
+        backbone = self.base_model(*args, **kwargs, use_cache=False)
+        # The state at position t predicts the token at t + 1.
+        targets = labels[:, 1:]
+        chosen = targets != IGNORE_INDEX
+        layer = self.get_output_embeddings()
+        rows = rows_of(self)
+        with maybe_gather_lm_head_ctx(layer.weight, layer.bias):
+            head = Head(layer.weight, layer.bias, None if rows is None else rows.head(), transform, compiled)
+            states = backbone.last_hidden_state[:, :-1][chosen]
+            loss, correct = linear_cross_entropy(
+                states, targets[chosen], head, count_correct=not torch.is_grad_enabled()
+            )
+        return SupervisedOutput(loss=loss, correct=correct, aux_loss=_aux_loss(self, backbone, kwargs))
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _aux_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The load-balancing loss of a mixture of experts that returns its router logits (Fedus et al., 2021)."""
+    if not kwargs.get("output_router_logits"):
+        return None
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    loss = load_balancing_loss_func(
+        backbone.router_logits, model.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+    )
+    return loss if isinstance(loss, torch.Tensor) else None
+
 
 # Elements of one chunk of logits. A GPU wants tall products; a CPU wants float32 logits that stay in its cache.
 _CHUNK_ELEMENTS = {"cuda": 2**25, "cpu": 3 * 2**21}
@@ -19,7 +90,7 @@ _CHUNK_ELEMENTS = {"cuda": 2**25, "cpu": 3 * 2**21}
 _TALLER_FOR_WEIGHT = 4
 
 
-def supervised_nll(
+def linear_cross_entropy(
     hidden: Tensor, targets: Tensor, head: Head, *, count_correct: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Sum of the negative log-likelihoods of the targets, and how many of them are the most likely token.
@@ -38,7 +109,7 @@ def supervised_nll(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     differentiable = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
-        total, correct = _SupervisedNLL.apply(
+        total, correct = _LinearCrossEntropy.apply(
             hidden,
             targets,
             head.weight,
@@ -52,7 +123,7 @@ def supervised_nll(
     return total, correct
 
 
-class _SupervisedNLL(torch.autograd.Function):
+class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -84,17 +155,17 @@ class _SupervisedNLL(torch.autograd.Function):
         cast_rows = None if rows is None else rows.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        step = rows_at_once(len(hidden), head.size, hidden.device.type, taller=wants["weight"])
+        step = chunk_size(len(hidden), head.size, hidden.device.type, taller=wants["weight"])
         # One buffer for all chunks: new memory of this size is slow to come by.
         products = torch.empty(step, len(weight), dtype=dtype, device=hidden.device)
-        struck = struck_out(head)
+        struck = mask_overridden_logits(head)
         for start in range(0, hidden.shape[0], step):
             states = hidden[start : start + step].to(dtype)
             product = torch.mm(states, cast_weight.T, out=products[: len(states)])
             chunk = Chunk.of(product, states, targets[start : start + step, None], cast_rows, head)
             if count_correct:
                 correct += chunk.count_correct(struck)
-            log_mass, slope = (head.spread if gradients else spread)(
+            log_mass, slope = (head.spread if gradients else logsumexp_and_grad)(
                 product, chunk.new, bias, struck, head.transform, bool(gradients)
             )
             total += (log_mass - chunk.of_targets).sum()
@@ -132,7 +203,7 @@ class _SupervisedNLL(torch.autograd.Function):
         return tuple(found)
 
 
-def rows_at_once(positions: int, size: int, device: str, *, taller: bool) -> int:
+def chunk_size(positions: int, size: int, device: str, *, taller: bool) -> int:
     """How many positions are projected together."""
     rows = _CHUNK_ELEMENTS["cpu" if device == "cpu" else "cuda"] // size
     return max(1, min(positions, max(16, rows * (_TALLER_FOR_WEIGHT if taller else 1))))

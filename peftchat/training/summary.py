@@ -1,23 +1,155 @@
-"""`run.json`: what a finished run was and did."""
+"""What fills this process's memory at the end of a run, part by part, for `run.json`."""
 
-from collections.abc import Mapping, Sequence
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from peftchat.chat_template.registry import ChatFormat
 from peftchat.dataset.cache import EncodedSplit, Split
 from peftchat.models.adapter_files import is_adapted
+from peftchat.models.ends import end_ids
 from peftchat.models.new_tokens import is_tied, vocabulary_of
 from peftchat.models.rows import MODULE_NAME, rows_of
-from peftchat.training.flops import matmul_peak, parameters_of, training_flops, true_size
-from peftchat.training.meter import Totals, peak_memory_bytes
-from peftchat.training.placement import Placement
+from peftchat.training.distributed import DistributedSetup
+from peftchat.training.progress import memory_in_use
+from peftchat.training.throughput import (
+    TokenCounts,
+    count_parameters,
+    measure_matmul_flops,
+    peak_memory_bytes,
+    training_flops,
+    unsharded_numel,
+)
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from peftchat.recipe import LoadedRecipe
     from peftchat.training.trainer import ChatTrainer
+
+
+def memory_parts(trainer: "ChatTrainer", at_start: int, peak: int) -> dict[str, int]:
+    """Bytes of this process by part: what it held before the model came, what stays all the time, and the rest.
+
+    `activations_and_rest` is the peak without the parts that are known: activations, logits, gathered weights,
+    buffers of communication, and what allocators keep.
+
+    Args:
+        at_start: bytes held before the model was loaded; 0 on a GPU.
+        peak: the most bytes held.
+    """
+    parameters = list(trainer.model.parameters())
+    trained = sum(_own_bytes(parameter) for parameter in parameters if parameter.requires_grad)
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    known = {
+        "start": at_start,
+        "frozen_weights": sum(map(_own_bytes, frozen)) + _bytes_of(trainer.model.buffers()),
+        "trained_weights": trained,
+        # As large as the weights, wherever they are collected.
+        "gradients": trained,
+        "optimizer": _bytes_of(_tensors(_states(trainer))),
+    }
+    return known | {"activations_and_rest": max(0, peak - sum(known.values()))}
+
+
+def _own_bytes(parameter: nn.Parameter) -> int:
+    """Bytes of the part of a parameter that this process keeps; under ZeRO-3 a slice."""
+    held: Tensor = getattr(parameter, "ds_tensor", parameter.data)
+    return held.numel() * held.element_size()
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def _states(trainer: "ChatTrainer") -> Iterator[Any]:
+    """What the optimizer keeps: its states, and under DeepSpeed float32 masters too."""
+    optimizer: Any = trainer.optimizer
+    seen: set[int] = set()
+    while optimizer is not None and id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        yield getattr(optimizer, "state", None)
+        # The names of stage 2 and stage 3.
+        yield getattr(optimizer, "single_partition_of_fp32_groups", None)
+        yield getattr(optimizer, "fp32_partitioned_groups_flat", None)
+        optimizer = getattr(optimizer, "optimizer", None)
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, Mapping):
+        for value in held.values():
+            yield from _tensors(value)
+    elif isinstance(held, list | tuple | Iterator):
+        for value in held:
+            yield from _tensors(value)
+
+
+def seconds_since_start() -> float:
+    """How long this process has been running."""
+    import psutil
+
+    return time.time() - float(psutil.Process(os.getpid()).create_time())
+
+
+def baseline_memory() -> int:
+    """Bytes in use now, to be called before the model is loaded: 0 on a GPU."""
+    return 0 if torch.cuda.is_available() else memory_in_use()
+
+
+_NEW_TOKENS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class SampleAnswer:
+    """One question and what the model said.
+
+    Attributes:
+        prompt: the user's message.
+        answer: the text up to the end token.
+        stopped: whether the model ended its turn itself.
+    """
+
+    prompt: str
+    answer: str
+    stopped: bool
+
+
+def sample_answers(model: "PreTrainedModel", chat: ChatFormat, questions: Sequence[str]) -> list[SampleAnswer]:
+    """Greedy answers to single questions. Under ZeRO-3 every process must call it."""
+    was_training = model.training
+    model.eval()
+    given = [_answer(model, chat, question) for question in questions]
+    model.train(was_training)
+    return given
+
+
+def _answer(model: "PreTrainedModel", chat: ChatFormat, question: str) -> SampleAnswer:
+    tokenizer = chat.tokenizer
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = prompt["input_ids"].to(next(model.parameters()).device)
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )[0, ids.shape[1] :].tolist()
+    stopped = bool(output) and output[-1] in end_ids(model.generation_config.eos_token_id)
+    text = tokenizer.decode(output[:-1] if stopped else output, skip_special_tokens=True)
+    return SampleAnswer(question, text.strip(), stopped)
+
 
 _PACKAGES = (
     "peftchat",
@@ -35,12 +167,12 @@ _PACKAGES = (
 
 def run_summary(
     loaded: "LoadedRecipe",
-    placement: Placement,
+    placement: DistributedSetup,
     trainer: "ChatTrainer",
     chat: ChatFormat,
     rows: Mapping[Split, EncodedSplit],
     lines: Sequence[Mapping[str, Any]],
-    totals: Totals,
+    totals: TokenCounts,
 ) -> dict[str, Any]:
     """The parts of `run.json` that follow from the trainer, the rows and the metrics.
 
@@ -52,7 +184,7 @@ def run_summary(
     model = trainer.model
     train = rows["train"].stats
     evaluations = [line for line in lines if "eval_loss" in line]
-    trained = sum(true_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(unsharded_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     return {
         "method": recipe.method,
         "base": recipe.model.name,
@@ -71,7 +203,7 @@ def run_summary(
         "seconds": totals.seconds,
         "tokens_per_second": totals.tokens / totals.seconds if totals.seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),
-        "parameters": parameters_of(model),
+        "parameters": count_parameters(model),
         "trainable_parameters": trained,
         "train_loss": _mean_training_loss(lines),
         "eval_loss_before": evaluations[0]["eval_loss"] if evaluations and evaluations[0]["step"] == 0 else None,
@@ -105,7 +237,7 @@ def _mean_training_loss(lines: Sequence[Mapping[str, Any]]) -> float | None:
     return total / last if last else None
 
 
-def _utilisation(trainer: "ChatTrainer", placement: Placement, totals: Totals) -> float | None:
+def _utilisation(trainer: "ChatTrainer", placement: DistributedSetup, totals: TokenCounts) -> float | None:
     """Model FLOPs utilisation (Chowdhery et al., 2022), against the matrix rate measured here and now."""
     if not totals.seconds:
         return None
@@ -114,10 +246,10 @@ def _utilisation(trainer: "ChatTrainer", placement: Placement, totals: Totals) -
     outside = {id(embedding), id(head)}
     rows = {id(parameter) for name, parameter in model.named_parameters() if MODULE_NAME in name.split(".")}
     body = {id(p): p for p in model.parameters() if p.dim() >= 2 and id(p) not in outside | rows}
-    trained = sum(true_size(p) for p in body.values() if p.requires_grad)
+    trained = sum(unsharded_numel(p) for p in body.values() if p.requires_grad)
     flops = training_flops(
-        body=sum(true_size(p) for p in body.values()),
-        head=true_size(embedding if is_tied(model) else head),
+        body=sum(unsharded_numel(p) for p in body.values()),
+        head=unsharded_numel(embedding if is_tied(model) else head),
         trained_body=trained,
         trains_head=not is_adapted(trainer.model),
         tokens=totals.tokens,
@@ -125,7 +257,7 @@ def _utilisation(trainer: "ChatTrainer", placement: Placement, totals: Totals) -
     )
     dtype = torch.float32 if not (trainer.args.bf16 or trainer.args.fp16) else torch.bfloat16
     processes = placement.world_size if placement.gpus else 1
-    return flops / totals.seconds / (matmul_peak(trainer.args.device, dtype) * processes)
+    return flops / totals.seconds / (measure_matmul_flops(trainer.args.device, dtype) * processes)
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The one trainer behind every method: TRL's `SFTTrainer` with our rows, loss, evaluation and files."""
+"""A recipe's `training` section as TRL's arguments."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,25 +8,87 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerControl
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import SFTTrainer
 
-from peftchat.errors import VerificationError
+from peftchat.errors import UserError, VerificationError
 from peftchat.models.adapter_files import is_adapted, load_adapter_state
 from peftchat.models.rows import MODULE_NAME
 from peftchat.models.saving import save_model_files
+from peftchat.recipe import training_arguments
 from peftchat.runs.run_folder import mark_complete
-from peftchat.training.meter import Meter, Totals
+from peftchat.training.distributed import DistributedSetup
+from peftchat.training.loss import install_supervised_forward
 from peftchat.training.progress import memory_in_use
-from peftchat.training.supervised import install_supervised_forward
-from peftchat.training.variant_parts import VariantParts, split_by_rate
+from peftchat.training.throughput import Throughput, TokenCounts
+from peftchat.training.variant_hooks import TrainerHooks, set_param_group_lrs
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
     from peftchat.dataset.collator import BatchLayout, ChatCollator
+    from peftchat.recipe import Recipe, TrainingSection
+
+
+def sft_config(
+    recipe: "Recipe",
+    placement: DistributedSetup,
+    folder: Path,
+    *,
+    deepspeed: dict[str, Any] | None,
+    resuming: bool,
+) -> "SFTConfig":
+    """TRL's arguments for the run.
+
+    Args:
+        folder: the run folder.
+        deepspeed: DeepSpeed's configuration, if it has a part.
+        resuming: whether the run goes on from a checkpoint; the evaluation before the first step then is done.
+    """
+    from trl import SFTConfig
+
+    on_cpu = placement.gpus == 0
+    arguments = training_arguments(recipe)
+    # Left out, TRL would switch it on.
+    arguments.setdefault("gradient_checkpointing", False)
+    if recipe.training.gradient_checkpointing:
+        arguments.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    if resuming:
+        arguments["eval_on_start"] = False
+    arguments["report_to"] = arguments.get("report_to") or "none"
+    return SFTConfig(
+        **arguments,
+        output_dir=str(folder / "checkpoints"),
+        bf16=recipe.model.dtype == "bfloat16",
+        fp16=recipe.model.dtype == "float16",
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and placement.world_size > 1 else None,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=True,
+        deepspeed=deepspeed,
+        # Rows come encoded, packed and labelled; TRL is to leave them alone.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,
+        padding_free=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,
+        log_level="error",
+    )
+
 
 _TENSORS_OF_OURS = ("real_tokens", "watched")
 
@@ -60,10 +122,10 @@ class ChatTrainer(SFTTrainer):
         eval_collator: "ChatCollator | None",
         tokenizer: "PreTrainedTokenizerBase",
         callbacks: "Sequence[TrainerCallback]" = (),
-        totals: Totals | None = None,
-        parts: VariantParts | None = None,
+        totals: TokenCounts | None = None,
+        parts: TrainerHooks | None = None,
     ) -> None:
-        self._parts = parts or VariantParts()
+        self._parts = parts or TrainerHooks()
         trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         super().__init__(
             model=model,
@@ -82,10 +144,10 @@ class ChatTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         install_supervised_forward(self.causal_model)
         self.model_accepts_loss_kwargs = True
-        self.meter = Meter(train_collator.watched_count, totals)
+        self.meter = Throughput(train_collator.watched_count, totals)
         self._train_collator = train_collator
         self._eval_collator = eval_collator
-        self._reported = Totals(**self.meter.totals.as_dict())
+        self._reported = TokenCounts(**self.meter.totals.as_dict())
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -195,7 +257,7 @@ class ChatTrainer(SFTTrainer):
         )
         tokens, supervised = self.accelerator.reduce(mine, "sum").tolist()
         seconds = now.seconds - before.seconds
-        self._reported = Totals(**now.as_dict())
+        self._reported = TokenCounts(**now.as_dict())
         return {
             "tokens_per_second": tokens / seconds if seconds else 0.0,
             "supervised_share": supervised / tokens if tokens else 0.0,
@@ -209,7 +271,7 @@ class ChatTrainer(SFTTrainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if made and self._parts.rate_of is not None:
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-            split_by_rate(optimizer, names, self._parts.rate_of)
+            set_param_group_lrs(optimizer, names, self._parts.rate_of)
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -250,6 +312,82 @@ class ChatTrainer(SFTTrainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def gathered_totals(self) -> Totals:
+    def gathered_totals(self) -> TokenCounts:
         """The counts of all processes together; Every process must call it."""
-        return Totals.together([Totals(**counts) for counts in self._gather_objects(self.meter.collect().as_dict())])
+        return TokenCounts.together(
+            [TokenCounts(**counts) for counts in self._gather_objects(self.meter.collect().as_dict())]
+        )
+
+
+class BudgetCallback(TrainerCallback):
+    """Ends training once `training.max_tokens` or `training.max_minutes` is used up; a resumed run goes on counting.
+
+    The schedule was laid out over all steps of the recipe, of which a budget may leave most undone. It is therefore
+    read at the share of the budget that is used up, so that a cosine ends at its end whatever stops the run.
+
+    Args:
+        trainer: the trainer that it is a callback of; its meter leaves evaluation and saving out of the time.
+        training: names the budgets.
+    """
+
+    def __init__(self, trainer: "ChatTrainer", training: "TrainingSection") -> None:
+        self._trainer = trainer
+        self._tokens = training.max_tokens
+        self._seconds = None if training.max_minutes is None else 60.0 * training.max_minutes
+        self._used = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up what an earlier part of the run has used, and check that the schedule can be read anywhere."""
+        _lambda_schedule(self._trainer)
+        self._measure(state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the learning rate of the coming step."""
+        schedule = _lambda_schedule(self._trainer)
+        position = self._used * state.max_steps
+        rates = [base * rule(position) for base, rule in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        # What the trainer logs as the learning rate.
+        schedule._last_lr = rates
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Stop after the step that uses the last of the budget."""
+        self._measure(state)
+        if self._used >= 1.0:
+            control.should_training_stop = True
+        return control
+
+    def _measure(self, state: TrainerState) -> None:
+        # Processes must agree on when to stop, so the count is that of all of them.
+        totals = self._trainer.gathered_totals()
+        shares = [state.global_step / state.max_steps]
+        if self._tokens is not None:
+            shares.append(totals.tokens / self._tokens)
+        if self._seconds is not None:
+            shares.append(totals.seconds / self._seconds)
+        self._used = min(1.0, max(shares))
+
+
+def _lambda_schedule(trainer: "ChatTrainer") -> LambdaLR:
+    schedule: Any = trainer.lr_scheduler
+    # accelerate wraps the schedule it was given.
+    inner = getattr(schedule, "scheduler", schedule)
+    if not isinstance(inner, LambdaLR):
+        raise UserError(
+            "a budget of tokens or minutes needs a schedule that is a function of progress, and this one is not",
+            where=f"training.lr_scheduler_type: {trainer.args.lr_scheduler_type}",
+            cure="Use linear, cosine or constant.",
+        )
+    return inner
+
+
+def has_budget(training: "TrainingSection") -> bool:
+    """Whether anything but steps and epochs ends the run."""
+    return training.max_tokens is not None or training.max_minutes is not None

@@ -11,7 +11,7 @@ from peftchat.models.rows import HeadRows
 
 
 @dataclass(frozen=True, slots=True)
-class HeadTransform:
+class LogitTransform:
     """What a model does to its logits after the head: `softcap * tanh(scale * logits / softcap)`.
 
     Attributes:
@@ -23,7 +23,7 @@ class HeadTransform:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> "HeadTransform":
+    def of(cls, config: PretrainedConfig) -> "LogitTransform":
         """The transform that the model's config names; its spelling differs by family."""
         text = config.get_text_config()
         scale = 1.0
@@ -53,9 +53,9 @@ class HeadTransform:
 
 
 def _own_logits(
-    product: Tensor, bias: Tensor | None, struck: Tensor | None, transform: HeadTransform
+    product: Tensor, bias: Tensor | None, struck: Tensor | None, transform: LogitTransform
 ) -> tuple[Tensor, Tensor | None]:
-    """The logits that a product stands for, float32, shape (N, V), and what `HeadTransform.backward_` needs of them."""
+    """The logits that a product stands for, float32, shape (N, V), and what `LogitTransform.backward_` needs of them."""
     logits = product.to(torch.float32, copy=True)
     if bias is not None:
         logits += bias
@@ -65,12 +65,12 @@ def _own_logits(
     return logits, bent
 
 
-def spread(
+def logsumexp_and_grad(
     product: Tensor,
     new: Tensor | None,
     bias: Tensor | None,
     struck: Tensor | None,
-    transform: HeadTransform,
+    transform: LogitTransform,
     with_slope: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """How the likelihood of each position spreads over the vocabulary.
@@ -111,14 +111,14 @@ class Head:
         bias: float, shape (V,), or None.
         rows: rows of new tokens, or None.
         transform: what follows the projection.
-        spread: `spread`, or the same function compiled.
+        spread: `logsumexp_and_grad`, or the same function compiled.
     """
 
     weight: Tensor
     bias: Tensor | None
     rows: HeadRows | None
-    transform: HeadTransform
-    spread: Callable[..., tuple[Tensor, Tensor | None]] = spread
+    transform: LogitTransform
+    spread: Callable[..., tuple[Tensor, Tensor | None]] = logsumexp_and_grad
 
     @property
     def size(self) -> int:
@@ -135,10 +135,10 @@ class Chunk:
         wanted: the targets, int64, shape (N, 1).
         own: where a target's logit lies in the product, int64, shape (N, 1); anywhere for a new token.
         own_logits: the product there, as logits, float32, shape (N, 1).
-        own_bent: what `HeadTransform.backward_` needs of them.
+        own_bent: what `LogitTransform.backward_` needs of them.
         matches: whether the target is this new token, bool, shape (N, n); None without new tokens.
         new: logits of the new tokens, float32, shape (N, n), or None.
-        new_bent: what `HeadTransform.backward_` needs of those.
+        new_bent: what `LogitTransform.backward_` needs of those.
         head: the output layer.
     """
 
@@ -180,8 +180,8 @@ class Chunk:
         """Take the targets into account, in the slopes of the product and those of the new tokens.
 
         Args:
-            slope: as `spread` finds it, changed in place.
-            log_mass: as `spread` finds it.
+            slope: as `logsumexp_and_grad` finds it, changed in place.
+            log_mass: as `logsumexp_and_grad` finds it.
 
         Returns:
             The slopes of the new tokens' logits, in the dtype of the product, shape (N, n); None without new tokens.
@@ -211,7 +211,7 @@ class Chunk:
         return (likeliest == self.wanted).sum()
 
 
-def struck_out(head: Head) -> Tensor | None:
+def mask_overridden_logits(head: Head) -> Tensor | None:
     """What keeps the head's own rows of new tokens out: float32, shape (V,), or None if it has none."""
     if head.rows is None or not head.rows.overlaid:
         return None

@@ -1,24 +1,29 @@
 """Where a run takes place: how many processes, on what, started by whom."""
 
+import json
+import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from peftchat.errors import UserError
+from peftchat.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
     from peftchat.recipe.sections import Dtype, Method
+
 
 Strategy = Literal["single", "ddp", "zero2", "zero3"]
 Launcher = Literal["none", "elastic", "environment"]
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class DistributedSetup:
     """How the recipe's `distributed` section turns out on this machine.
 
     Attributes:
@@ -52,7 +57,7 @@ class Placement:
         return is_sharded(self.strategy)
 
 
-def settle(loaded: "LoadedRecipe", environment: Mapping[str, str] = os.environ) -> Placement:
+def resolve_distributed(loaded: "LoadedRecipe", environment: Mapping[str, str] = os.environ) -> DistributedSetup:
     """Decide where the run takes place.
 
     Raises:
@@ -72,7 +77,7 @@ def settle(loaded: "LoadedRecipe", environment: Mapping[str, str] = os.environ) 
     if recipe.distributed.strategy == "single" and wanted is None:
         processes = 1
     _check_machine(loaded, processes, gpus)
-    strategy = _strategy(recipe, processes * recipe.distributed.nodes)
+    strategy = _resolve_strategy(recipe, processes * recipe.distributed.nodes)
     if strategy == "single" and processes * recipe.distributed.nodes > 1:
         raise UserError(
             f"`single` is one process, and the recipe asks for {processes * recipe.distributed.nodes}",
@@ -80,7 +85,7 @@ def settle(loaded: "LoadedRecipe", environment: Mapping[str, str] = os.environ) 
             cure="Write `ddp`, `zero2` or `zero3`, or set distributed.processes: 1.",
         )
     alone = strategy == "single" or (strategy == "ddp" and processes * recipe.distributed.nodes == 1)
-    return Placement(strategy, processes, recipe.distributed.nodes, gpus, "none" if alone else "elastic")
+    return DistributedSetup(strategy, processes, recipe.distributed.nodes, gpus, "none" if alone else "elastic")
 
 
 def is_sharded(strategy: Strategy) -> bool:
@@ -88,7 +93,7 @@ def is_sharded(strategy: Strategy) -> bool:
     return strategy in ("zero2", "zero3")
 
 
-def held_dtype(method: "Method", dtype: "Dtype", strategy: Strategy) -> "Dtype":
+def weight_dtype(method: "Method", dtype: "Dtype", strategy: Strategy) -> "Dtype":
     """The dtype of unquantised weights: what is trained without DeepSpeed's masters is held in float32."""
     return "float32" if method == "full" and not is_sharded(strategy) else dtype
 
@@ -123,7 +128,7 @@ def _started_by(environment: Mapping[str, str]) -> tuple[int, int] | None:
     return world, int(environment.get("LOCAL_WORLD_SIZE", str(world)))
 
 
-def _inside_launcher(loaded: "LoadedRecipe", started: tuple[int, int], gpus: int) -> Placement:
+def _inside_launcher(loaded: "LoadedRecipe", started: tuple[int, int], gpus: int) -> DistributedSetup:
     world, local = started
     recipe = loaded.recipe
     wanted = recipe.distributed.processes
@@ -139,10 +144,10 @@ def _inside_launcher(loaded: "LoadedRecipe", started: tuple[int, int], gpus: int
             where="launcher",
             cure="Start one process a GPU.",
         )
-    return Placement(_strategy(recipe, world), local, max(1, world // local), gpus, "environment")
+    return DistributedSetup(_resolve_strategy(recipe, world), local, max(1, world // local), gpus, "environment")
 
 
-def _strategy(recipe: "Recipe", world_size: int) -> Strategy:
+def _resolve_strategy(recipe: "Recipe", world_size: int) -> Strategy:
     wanted = recipe.distributed.strategy
     if wanted != "auto":
         return wanted
@@ -189,3 +194,118 @@ def _check_machine(loaded: "LoadedRecipe", processes: int, gpus: int) -> None:
         cure=f"Run it where the GPUs are, or try it on the CPU with `--set distributed.processes={min(2, cores)}` "
         "and a small model.",
     )
+
+
+def launch(placement: DistributedSetup, arguments: Sequence[str]) -> int:
+    """Run `peftchat` with these arguments in every process and wait for all of them.
+
+    Args:
+        arguments: the command line after `peftchat`.
+
+    Returns:
+        0, or the status with which the first process to fail ended; it has told why.
+
+    Raises:
+        InputError: several machines are asked for and nothing says how they find each other.
+        CheckFailed: a process was killed.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    # The launcher would give every process a single thread.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // placement.processes)))
+    config = LaunchConfig(
+        min_nodes=placement.nodes,
+        max_nodes=placement.nodes,
+        nproc_per_node=placement.processes,
+        run_id="peftchat",
+        rdzv_backend="c10d",
+        rdzv_endpoint=_meeting_point(placement),
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "peftchat", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return int(failure.exitcode)
+        raise VerificationError(
+            f"process {rank} was ended by signal {-failure.exitcode}"
+            + (" (the machine ran out of memory?)" if failure.exitcode == -9 else "")
+        ) from error
+    return 0
+
+
+def _meeting_point(placement: DistributedSetup) -> str:
+    if placement.nodes == 1:
+        return "localhost:0"
+    host = os.environ.get("MASTER_ADDR")
+    if not host:
+        raise UserError(
+            f"the recipe asks for {placement.nodes} machines, and nothing says where they meet",
+            where="distributed.nodes",
+            cure="Set MASTER_ADDR (and MASTER_PORT) to the first machine everywhere, or start with srun or torchrun.",
+        )
+    return f"{host}:{os.environ.get('MASTER_PORT', '29500')}"
+
+
+def deepspeed_config(recipe: "Recipe", placement: DistributedSetup, *, row_elements: int) -> dict[str, Any] | None:
+    """The configuration to hand to transformers; None where DeepSpeed has no part.
+
+    Args:
+        row_elements: elements of the largest parameter that must stay whole on every process: the rows of new tokens,
+            which are read outside the forward of the module that owns them.
+    """
+    if not placement.uses_deepspeed:
+        return None
+    if recipe.distributed.deepspeed_config is not None:
+        config: dict[str, Any] = json.loads(Path(recipe.distributed.deepspeed_config).read_text(encoding="utf-8"))
+    else:
+        config = _own_config(recipe, placement)
+    if placement.strategy == "zero3":
+        zero = config["zero_optimization"]
+        threshold = zero.get("stage3_param_persistence_threshold", "auto")
+        # DeepSpeed's own default; `auto` would make it depend on the hidden size.
+        floor = 100_000 if threshold == "auto" else int(threshold)
+        zero["stage3_param_persistence_threshold"] = max(floor, row_elements)
+    return config
+
+
+def _own_config(recipe: "Recipe", placement: DistributedSetup) -> dict[str, Any]:
+    on_gpu = placement.gpus > 0
+    zero: dict[str, Any] = {
+        "stage": 3 if placement.strategy == "zero3" else 2,
+        "overlap_comm": on_gpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+    }
+    if placement.strategy == "zero3":
+        zero |= {
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    config: dict[str, Any] = {
+        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        "fp16": {"enabled": recipe.model.dtype == "float16"},
+        "zero_optimization": zero,
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+    if recipe.distributed.offload != "none":
+        place = {"device": "cpu", "pin_memory": on_gpu}
+        zero["offload_optimizer"] = place
+        if recipe.distributed.offload == "all":
+            zero["offload_param"] = place
+        # Offloaded states want DeepSpeed's own CPU Adam, which it builds from this block.
+        config["optimizer"] = {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        }
+    return config

@@ -26,7 +26,7 @@ _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 @dataclass(frozen=True, slots=True)
-class VariantParts:
+class TrainerHooks:
     """A variant's part in the training loop.
 
     Attributes:
@@ -40,22 +40,24 @@ class VariantParts:
     callbacks: tuple[TrainerCallback, ...] = ()
 
 
-def variant_parts(recipe: "Recipe", model: "PreTrainedModel | PeftModel") -> VariantParts:
+def trainer_hooks(recipe: "Recipe", model: "PreTrainedModel | PeftModel") -> TrainerHooks:
     """The part that the recipe's variant plays."""
     section: Any = recipe.adapter
     if section is None:
-        return VariantParts()
+        return TrainerHooks()
     if section.variant == "loraplus":
         ratio = float(section.rate_ratio)
-        return VariantParts(rate_of=lambda name: ratio if ".lora_B." in name else 1.0)
+        return TrainerHooks(rate_of=lambda name: ratio if ".lora_B." in name else 1.0)
     if section.variant == "adalora":
         assert isinstance(model, PeftModel)
         penalty = _Orthogonality(model)
-        return VariantParts(penalty=penalty if section.orthogonality else None, callbacks=(_Ranks(model, section),))
-    return VariantParts()
+        return TrainerHooks(penalty=penalty if section.orthogonality else None, callbacks=(_Ranks(model, section),))
+    return TrainerHooks()
 
 
-def split_by_rate(optimizer: torch.optim.Optimizer, names: dict[int, str], rate_of: Callable[[str], float]) -> None:
+def set_param_group_lrs(
+    optimizer: torch.optim.Optimizer, names: dict[int, str], rate_of: Callable[[str], float]
+) -> None:
     """Give parameters their own learning rates, before the schedule is made.
 
     Args:

@@ -1,4 +1,4 @@
-"""One training run, from a recipe to a finished folder. Every process of the run goes through it."""
+"""The trainer of a run, put together from its model, rows and arguments."""
 
 import errno
 import json
@@ -14,7 +14,9 @@ from transformers import TrainerCallback
 
 from peftchat.chat_template.registry import ChatFormat
 from peftchat.console import stderr
-from peftchat.dataset.cache import load_splits
+from peftchat.dataset.cache import EncodedSplit, Split, load_splits
+from peftchat.dataset.collator import BatchLayout, ChatCollator
+from peftchat.dataset.packing import pack
 from peftchat.errors import UserError, VerificationError
 from peftchat.files import write_text
 from peftchat.malloc import keep_large_blocks
@@ -24,31 +26,113 @@ from peftchat.models.new_tokens import InitialRows, current_rows, movement
 from peftchat.models.saving import save_model_files
 from peftchat.models.zero import is_zero3
 from peftchat.runs.metrics_file import MetricsFile
-from peftchat.runs.run_folder import RunFolder, step_of
+from peftchat.runs.run_folder import RunFolder, step_of, token_counts_of
 from peftchat.runs.run_summary import AutoSetting
-from peftchat.training.answers import Answer, answers
-from peftchat.training.arguments import sft_config
-from peftchat.training.assemble import make_trainer
-from peftchat.training.attention import fall_back
-from peftchat.training.budget import BudgetCallback, has_budget
-from peftchat.training.build import build_model, chat_format
-from peftchat.training.compiling import compile_if_it_pays
-from peftchat.training.deepspeed_config import deepspeed_config
-from peftchat.training.memory_parts import held_before_model, memory_parts, seconds_since_start
-from peftchat.training.meter import Totals
-from peftchat.training.placement import Placement
-from peftchat.training.probe import check_isolation, check_loss
-from peftchat.training.progress import ProgressCallback
-from peftchat.training.space import check_space, is_disk_full
-from peftchat.training.summary import run_summary
-from peftchat.training.trainer import ChatTrainer
+from peftchat.training.distributed import DistributedSetup, deepspeed_config
+from peftchat.training.model import (
+    TrainableModel,
+    build_model,
+    chat_format,
+    compile_if_faster,
+    fall_back,
+    select_attention,
+)
+from peftchat.training.preflight import check_isolation, check_loss, check_space, is_disk_full
+from peftchat.training.progress import MetricsCallback, ProgressCallback
+from peftchat.training.summary import (
+    SampleAnswer,
+    baseline_memory,
+    memory_parts,
+    run_summary,
+    sample_answers,
+    seconds_since_start,
+)
+from peftchat.training.throughput import TokenCounts
+from peftchat.training.trainer import BudgetCallback, ChatTrainer, has_budget, sft_config
+from peftchat.training.variant_hooks import trainer_hooks
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from peftchat.recipe import LoadedRecipe, Recipe
 
 
+def make_trainer(
+    recipe: "Recipe",
+    folder: RunFolder,
+    arguments: Any,
+    built: TrainableModel,
+    chat: ChatFormat,
+    rows: dict[Split, EncodedSplit],
+    checkpoint: Path | None,
+    progress: ProgressCallback,
+) -> ChatTrainer:
+    """The trainer, with the attention settled and batches laid out for it.
+
+    Args:
+        arguments: TRL's arguments; told how to draw rows.
+        progress: shows the run on the terminal.
+    """
+    layout = select_attention(recipe, built.model, built.causal_model)
+    if layout == "padded":
+        # Rows of like length share a batch, so that little of it is padding.
+        arguments.train_sampling_strategy = "group_by_length"
+
+    def collator(side: Split) -> ChatCollator:
+        return ChatCollator(
+            rows[side].store,
+            loss_on=recipe.chat.loss_on,
+            layout=layout,
+            pad_token_id=chat.tokenizer.pad_token_id,
+            pad_to_multiple_of=recipe.data.pad_to_multiple_of,
+            watched=[token.id for token in chat.new_tokens],
+        )
+
+    return ChatTrainer(
+        built.model,
+        arguments,
+        train_packs=_packs(recipe, rows["train"], layout),
+        train_collator=collator("train"),
+        eval_packs=_packs(recipe, rows["eval"], layout) if "eval" in rows else None,
+        eval_collator=collator("eval") if "eval" in rows else None,
+        tokenizer=chat.tokenizer,
+        callbacks=[MetricsCallback(MetricsFile(folder.metrics)), progress],
+        totals=_totals_so_far(checkpoint),
+        parts=trainer_hooks(recipe, built.model),
+    )
+
+
+def _packs(recipe: "Recipe", rows: EncodedSplit, layout: BatchLayout) -> "Dataset":
+    """The rows of each sequence as the data set that the trainer draws from."""
+    from datasets import Dataset
+
+    lengths = rows.store.lengths
+    if recipe.data.packing:
+        return Dataset.from_dict({"rows": pack(lengths, recipe.data.max_length, recipe.training.seed)})
+    columns: dict[str, Any] = {"rows": [[index] for index in range(len(rows.store))]}
+    if layout == "padded":
+        columns["length"] = lengths
+    return Dataset.from_dict(columns)
+
+
+def _totals_so_far(checkpoint: Path | None) -> TokenCounts | None:
+    """This process's counts at the checkpoint; with another number of processes, the first one takes all."""
+    if checkpoint is None:
+        return None
+    everyone = [TokenCounts(**counts) for counts in token_counts_of(checkpoint)]
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if len(everyone) == world:
+        return everyone[rank]
+    together = TokenCounts.together(everyone)
+    return (
+        together
+        if rank == 0
+        else TokenCounts(seen=[0] * len(together.seen), seen_before_target=[0] * len(together.seen))
+    )
+
+
 @dataclass(frozen=True, slots=True)
-class Request:
+class TrainOptions:
     """What the user asked for beside the recipe.
 
     Attributes:
@@ -64,7 +148,7 @@ class Request:
     choices: Sequence[AutoSetting] = ()
 
 
-def run_training(loaded: "LoadedRecipe", placement: Placement, request: Request) -> dict[str, Any]:
+def run_training(loaded: "LoadedRecipe", placement: DistributedSetup, request: TrainOptions) -> dict[str, Any]:
     """Train as the recipe says and leave a finished run folder.
 
     Returns:
@@ -85,7 +169,9 @@ def run_training(loaded: "LoadedRecipe", placement: Placement, request: Request)
         raise
 
 
-def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder: RunFolder) -> dict[str, Any]:
+def _run(
+    loaded: "LoadedRecipe", placement: DistributedSetup, request: TrainOptions, folder: RunFolder
+) -> dict[str, Any]:
     recipe = loaded.recipe
     started = datetime.now(UTC)
     is_main = int(os.environ.get("RANK", "0")) == 0
@@ -97,12 +183,12 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
     # transformers has to know about ZeRO-3 before the model is loaded.
     arguments = sft_config(recipe, placement, folder.path, deepspeed=deepspeed, resuming=checkpoint is not None)
-    at_start = held_before_model()
+    at_start = baseline_memory()
     built = build_model(recipe, placement, chat, rows["train"].store, checkpoint)
     plain = recipe.method == "full"
     if isinstance(built.model, PeftModel) and not is_zero3():
         plain = 0 < add_branches_at_once(built.model) == adapted_layers(built.model)
-    compiling = compile_if_it_pays(loaded, placement, built, rows["train"].stats, plain=plain)
+    compiling = compile_if_faster(loaded, placement, built, rows["train"].stats, plain=plain)
     if compiling is not None and is_main:
         stderr.print(f"Chosen: {compiling}", markup=False, highlight=False)
     progress = ProgressCallback()
@@ -123,7 +209,7 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
         progress.close()
     last_rows = current_rows(built.causal_model, chat.new_tokens)
     totals = trainer.gathered_totals()
-    after = answers(trainer.causal_model, chat, request.questions)
+    after = sample_answers(trainer.causal_model, chat, request.questions)
     _save(recipe, trainer, chat, folder, is_main=is_main)
     summary: dict[str, Any] = {}
     if is_main:
@@ -143,7 +229,7 @@ def _run(loaded: "LoadedRecipe", placement: Placement, request: Request, folder:
     return summary
 
 
-def _start_processes(placement: Placement) -> None:
+def _start_processes(placement: DistributedSetup) -> None:
     if not placement.uses_deepspeed:
         return
     try:
@@ -187,7 +273,7 @@ class _BeforeTraining(TrainerCallback):
         self._folder = folder
         self._checkpoint = checkpoint
         self._questions = questions
-        self.answers: list[Answer] = []
+        self.answers: list[SampleAnswer] = []
         self.seconds_to_first_step: float | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -199,7 +285,7 @@ class _BeforeTraining(TrainerCallback):
             # Steps after the checkpoint are taken again and must not be told twice.
             MetricsFile(self._folder.metrics).keep_through(step_of(self._checkpoint) if self._checkpoint else -1)
         self._trainer.accelerator.wait_for_everyone()
-        self.answers = answers(self._trainer.causal_model, self._chat, self._questions)
+        self.answers = sample_answers(self._trainer.causal_model, self._chat, self._questions)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note how long it took until the first step was done."""
@@ -255,7 +341,7 @@ def _save(recipe: "Recipe", trainer: ChatTrainer, chat: ChatFormat, folder: RunF
 
 
 def _new_tokens(
-    chat: ChatFormat, totals: Totals, first: InitialRows | None, last: InitialRows | None
+    chat: ChatFormat, totals: TokenCounts, first: InitialRows | None, last: InitialRows | None
 ) -> list[dict[str, Any]]:
     """What `run.json` says of each new token.
 

@@ -183,8 +183,7 @@ def _stock_model(run: Path, base: Path, recipe: Any) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from peftchat.models.corrections import keep_4bit_weights_as_quantised
-    from peftchat.models.load import quantization_config
+    from peftchat.models.loading import keep_4bit_weights_as_quantised, quantization_config
 
     if recipe.method == "full":
         return AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32).eval()

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peftchat.dataset.encode import EncodingStats
 from peftchat.errors import UserError
 from peftchat.models.compiled import compile_layers
-from peftchat.models.lora_branch import add_branches_at_once
+from peftchat.models.fused_lora import fuse_lora_forward
 from peftchat.recipe import load_recipe
 from peftchat.training.distributed import DistributedSetup
 from peftchat.training.loss import install_supervised_forward
@@ -55,7 +55,7 @@ def test_adapters_and_loss_are_as_near_to_float32_as_the_plain_ones():
     plain = get_peft_model(small_model(), LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False))
     plain.base_model.model.config.final_logit_softcapping = 5.0
     compiled = copy.deepcopy(plain)
-    assert add_branches_at_once(plain) == add_branches_at_once(compiled) == 14
+    assert fuse_lora_forward(plain) == fuse_lora_forward(compiled) == 14
     assert compile_layers(compiled) == 2
     for model in (plain, compiled):
         install_supervised_forward(model.base_model.model)

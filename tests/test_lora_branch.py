@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peftchat.models.lora_branch import add_branches_at_once
+from peftchat.models.fused_lora import fuse_lora_forward
 
 
 class Net(nn.Module):
@@ -39,7 +39,7 @@ def adapted(bias: bool, **options: object) -> PeftModel:
 def test_output_and_gradients_are_those_of_peft(bias, dropout, dtype):
     stock = adapted(bias, lora_dropout=dropout).to(dtype if dtype == torch.float64 else torch.float32)
     ours = copy.deepcopy(stock)
-    assert add_branches_at_once(ours) == 2
+    assert fuse_lora_forward(ours) == 2
     x = torch.randn(3, 5, 12, dtype=next(stock.parameters()).dtype)
     found = []
     for model in (stock, ours):
@@ -58,7 +58,7 @@ def test_output_and_gradients_are_those_of_peft(bias, dropout, dtype):
 
 def test_switched_off_it_is_the_base():
     model = adapted(True)
-    add_branches_at_once(model)
+    fuse_lora_forward(model)
     x = torch.randn(2, 12)
     with model.disable_adapter():
         base = model(x)
@@ -68,4 +68,4 @@ def test_switched_off_it_is_the_base():
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
 def test_what_is_more_than_a_product_is_left_alone(options):
-    assert add_branches_at_once(adapted(True, **options)) == 0
+    assert fuse_lora_forward(adapted(True, **options)) == 0

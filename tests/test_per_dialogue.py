@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from training_helpers import peftchat, read_json, small_model, write_dialogues, write_recipe
 
 from peftchat.dataset.collator import borders
-from peftchat.models.per_dialogue import per_dialogue_attention
+from peftchat.models.varlen_attention import varlen_attention
 
 
 @dataclass
@@ -46,7 +46,7 @@ def test_output_and_gradients_are_those_of_masked_attention(lengths, heads, seed
     for ours in (True, False):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         if ours:
-            output, _ = per_dialogue_attention(Layer(heads[0] // heads[1]), *leaves, None, **borders(lengths))
+            output, _ = varlen_attention(Layer(heads[0] // heads[1]), *leaves, None, **borders(lengths))
         else:
             output = masked(*leaves, lengths)
         output.backward(slope)
@@ -62,7 +62,7 @@ def test_dropped_weights_stay_within_the_dialogue():
     seen = []
     for values in (value, other):
         torch.manual_seed(1)
-        output, _ = per_dialogue_attention(Layer(), query, key, values, None, dropout=0.5, **borders([10, 20]))
+        output, _ = varlen_attention(Layer(), query, key, values, None, dropout=0.5, **borders([10, 20]))
         seen.append(output[:, 10:])
     assert torch.equal(*seen)
 
@@ -72,7 +72,7 @@ def test_under_autocast_dtypes_may_differ() -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 30, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, _ = per_dialogue_attention(Layer(), query, key, value.bfloat16(), None, **borders([10, 20]))
+        output, _ = varlen_attention(Layer(), query, key, value.bfloat16(), None, **borders([10, 20]))
     assert output.dtype == torch.bfloat16
     assert (output.float() - masked(query, key, value, [10, 20])).abs().max() < 0.05
 
@@ -103,7 +103,7 @@ def test_a_run_in_bfloat16_uses_it(method: str, tmp_path: Path) -> None:
 def test_a_mask_or_no_borders_means_plain_attention():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 2, 9, 4)
-    output, _ = per_dialogue_attention(Layer(), query, key, value, None)
+    output, _ = varlen_attention(Layer(), query, key, value, None)
     torch.testing.assert_close(
         output, F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
     )

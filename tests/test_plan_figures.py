@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from plan_helpers import SHAPES, recipe_dict, recipe_on
 
-from peftchat.models.load import load_config
+from peftchat.models.loading import load_config
 from peftchat.planning.facts import model_facts
 from peftchat.planning.hardware import find_hardware
 from peftchat.planning.make import settings_on

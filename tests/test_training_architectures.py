@@ -18,8 +18,7 @@ from training_helpers import (
 )
 from transformers import AutoModelForCausalLM
 
-from peftchat.models.new_tokens import is_tied
-from peftchat.models.rows import TokenRows, attach
+from peftchat.models.added_tokens import AddedTokenEmbeddings, is_tied, register_hooks
 from peftchat.training.loss import install_supervised_forward
 
 FAMILIES = [
@@ -49,7 +48,7 @@ def test_rows_around_the_model_equal_a_resized_model(architecture: str) -> None:
         grown.resize_token_embeddings(104, mean_resizing=False)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = is_tied(model)
-    rows = TokenRows(
+    rows = AddedTokenEmbeddings(
         ids,
         torch.randn(4, embedding.weight.shape[1]),
         None if tied else torch.randn(4, head.weight.shape[1]),
@@ -64,7 +63,7 @@ def test_rows_around_the_model_equal_a_resized_model(architecture: str) -> None:
         if rows.output_bias is not None:
             grown.get_output_embeddings().bias[ids] = rows.output_bias
     model.requires_grad_(False)
-    attach(model, rows)
+    register_hooks(model, rows)
     install_supervised_forward(model)
 
     tokens = torch.randint(97, (2, 12))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftchat.models.rows import HeadRows
+from peftchat.models.added_tokens import AddedTokenHead
 from peftchat.training import loss as loss_module
 from peftchat.training.lm_head import Head, LogitTransform
 from peftchat.training.loss import linear_cross_entropy
@@ -61,7 +61,7 @@ def test_equals_the_plain_formula(ids, bias, transform, chunk, monkeypatch: pyte
         b = next(given) if head_bias is not None else None
         r = next(given) if rows is not None else None
         if ours:
-            head = Head(w, b, None if r is None else HeadRows(r, rows_bias, row_ids, size), transform)
+            head = Head(w, b, None if r is None else AddedTokenHead(r, rows_bias, row_ids, size), transform)
             total, correct = linear_cross_entropy(h, targets, head, count_correct=True)
         else:
             total, correct = plain_nll(h, targets, w, b, r, row_ids, rows_bias, size, transform)
@@ -78,7 +78,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     """The gradient of a frozen head is as large as the vocabulary; it must not be formed."""
     hidden, weight = torch.randn(N, HIDDEN, requires_grad=True), nn.Parameter(torch.randn(VOCABULARY, HIDDEN), False)
     rows = nn.Parameter(torch.randn(2, HIDDEN))
-    head = Head(weight, None, HeadRows(rows, None, torch.tensor([50, 51]), 52), LogitTransform())
+    head = Head(weight, None, AddedTokenHead(rows, None, torch.tensor([50, 51]), 52), LogitTransform())
     total, _ = linear_cross_entropy(hidden, torch.randint(52, (N,)), head)
     saved = total.grad_fn.saved_tensors
     assert all(tensor.shape[0] in (N, 2) for tensor in saved)

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from training_helpers import config_for
 from transformers import AutoModelForCausalLM
 
-from peftchat.models.facts import model_facts
+from peftchat.models.peft_model import model_shape
 from peftchat.recipe.schema import validate_adapter
 from peftchat.variants import VARIANTS, get_variant
 
@@ -23,7 +23,7 @@ def wrapped(family: str, **section: Any) -> tuple[Any, list[str]]:
     model = AutoModelForCausalLM.from_config(config_for(family, 64))
     variant = get_variant(section["variant"])
     assert variant.build is not None
-    config = variant.build(validate_adapter(section), model_facts(model))
+    config = variant.build(validate_adapter(section), model_shape(model))
     config.task_type = "CAUSAL_LM"
     model = get_peft_model(model, config)
     names = [name for name, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)]

@@ -13,7 +13,7 @@ from variants_helpers import held_out_loss, method_of, stock_variant, train_vari
 
 from peftchat.errors import UserError
 from peftchat.merging import MergeOptions, merge_run
-from peftchat.models.load import quantization_config
+from peftchat.models.loading import quantization_config
 from peftchat.recipe import load_recipe
 from peftchat.variants import VARIANTS
 

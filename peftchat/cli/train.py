@@ -80,7 +80,7 @@ def _choose(loaded: "LoadedRecipe", placement: "DistributedSetup") -> "tuple[Loa
 def _refuse_early(loaded: "LoadedRecipe", *, resume: bool) -> None:
     """What can be known in the first second is said in the first second."""
     from peftchat.conversations.readers import find_files
-    from peftchat.models.load import check_model_folder
+    from peftchat.models.loading import check_model_folder
     from peftchat.runs.run_folder import RunFolder
 
     recipe = loaded.recipe

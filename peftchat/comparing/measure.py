@@ -68,7 +68,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base_loss(recipe: "Recipe", text: str) -> float:
-    from peftchat.models.load import load_base, load_tokenizer
+    from peftchat.models.loading import load_base, load_tokenizer
     from peftchat.serving.device import best_device
 
     plain = recipe.model_copy(update={"quantization": None})

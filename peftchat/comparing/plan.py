@@ -185,7 +185,7 @@ def _common(wish: Wish) -> dict[str, object]:
 
 def _check_sources(recipe: "Recipe") -> None:
     from peftchat.conversations.readers import find_files
-    from peftchat.models.load import check_model_folder
+    from peftchat.models.loading import check_model_folder
 
     check_model_folder(recipe.model.name)
     for entry in (*recipe.data.train, *(recipe.data.eval or ())):

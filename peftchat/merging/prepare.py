@@ -27,7 +27,7 @@ from peftchat.merging.quantized import quantized_parameters
 from peftchat.merging.run import Run, base_config, find_base, open_run
 from peftchat.merging.shards import Checkpoint
 from peftchat.merging.weights import BaseWeights, RoundTrip
-from peftchat.models.adapter_files import TOKEN_ROWS
+from peftchat.models.saving import TOKEN_ROWS
 
 
 @dataclass(frozen=True)

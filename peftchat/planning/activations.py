@@ -37,7 +37,7 @@ class ActivationKey:
         attention: how attention is computed.
         quantised: whether frozen weights are packed.
         checkpointing: whether each block is computed again in the backward pass.
-        branches_at_once: whether plain LoRA layers run as `peftchat.models.lora_branch` has them.
+        branches_at_once: whether plain LoRA layers run as `peftchat.models.fused_lora` has them.
         new_tokens: rows trained beside a frozen embedding.
     """
 

@@ -13,7 +13,7 @@ from peftchat.console import stdout
 from peftchat.dataset.cache import EncodedSplit, load_splits
 from peftchat.dataset.encode import EncodingStats
 from peftchat.formatting import format_bytes, format_count, format_percent
-from peftchat.models.load import load_config
+from peftchat.models.loading import load_config
 from peftchat.planning.hardware import own_hardware
 from peftchat.planning.make import settings_on
 from peftchat.planning.planner import Planner

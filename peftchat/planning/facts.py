@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftchat.models.freezing import freeze_layers
-from peftchat.models.rows import rows_of
+from peftchat.models.added_tokens import find_added_tokens
+from peftchat.models.peft_model import freeze_layers
 from peftchat.planning.shadow import decoder_linears, on_meta, wrap
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def trained_facts(config: "PretrainedConfig", recipe: "Recipe", new_tokens: int)
         return TrainedFacts(sum(sizes), max(sizes), 0)
     model.requires_grad_(False)
     trained = [parameter for parameter in wrap(model, recipe, new_tokens).parameters() if parameter.requires_grad]
-    rows = rows_of(model)
+    rows = find_added_tokens(model)
     own = set() if rows is None else {id(parameter) for parameter in rows.parameters()}
     sizes = [parameter.numel() for parameter in trained if id(parameter) not in own]
     return TrainedFacts(sum(sizes), max(sizes, default=0), sum(p.numel() for p in trained) - sum(sizes))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftchat.models.load import load_config
+from peftchat.models.loading import load_config
 from peftchat.planning.automatic import choose_open
 from peftchat.planning.cost import CostEstimate, cost_estimate
 from peftchat.planning.facts import ModelFacts, TrainedFacts

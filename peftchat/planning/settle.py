@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peftchat.errors import UserError
-from peftchat.models.load import load_config
+from peftchat.models.loading import load_config
 from peftchat.planning.automatic import choose_open
 from peftchat.planning.hardware import own_hardware
 from peftchat.planning.make import settings_on

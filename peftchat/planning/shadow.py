@@ -15,10 +15,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftchat.models.adapters import hold_trained_in, misfit, peft_config
-from peftchat.models.lora_branch import add_branches_at_once
-from peftchat.models.rows import TokenRows, attach, train_rows
-from peftchat.models.starts import begin
+from peftchat.models.added_tokens import AddedTokenEmbeddings, register_hooks, unfreeze_added_tokens
+from peftchat.models.fused_lora import fuse_lora_forward
+from peftchat.models.lora_init import initialize_adapter
+from peftchat.models.peft_model import adapter_mismatch, cast_trainable, peft_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +53,7 @@ def shadow_model(config: "PretrainedConfig", recipe: "Recipe", key: "ActivationK
     if key.quantised:
         _quantise(model)
     if isinstance(wrapped, PeftModel) and key.branches_at_once:
-        add_branches_at_once(wrapped)
+        fuse_lora_forward(wrapped)
     if key.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if recipe.method != "full":
@@ -85,7 +85,7 @@ def on_meta(config: "PretrainedConfig", held: torch.dtype, attention: AttentionK
 def wrap(model: "PreTrainedModel", recipe: "Recipe", new_tokens: int) -> nn.Module:
     """Put new tokens' rows and the recipe's adapter into a frozen model on the `meta` device.
 
-    As `peftchat.models.adapters.wrap` does it, but no start of an adapter is looked for.
+    As `peftchat.models.peft_model.add_adapter` does it, but no start of an adapter is looked for.
 
     Raises:
         InputError: the adapter does not fit the model.
@@ -100,10 +100,10 @@ def wrap(model: "PreTrainedModel", recipe: "Recipe", new_tokens: int) -> nn.Modu
         try:
             wrapped = get_peft_model(model, config)
         except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-            raise misfit(recipe, error) from error
-        begin(recipe, wrapped, _no_rows, Path())
-    train_rows(model)
-    hold_trained_in(wrapped, torch.float32)
+            raise adapter_mismatch(recipe, error) from error
+        initialize_adapter(recipe, wrapped, _no_rows, Path())
+    unfreeze_added_tokens(model)
+    cast_trainable(wrapped, torch.float32)
     return wrapped
 
 
@@ -133,7 +133,7 @@ def _attach_rows(model: "PreTrainedModel", count: int) -> None:
     vocabulary, width = embedding.shape
     outputs = None if head is embedding else torch.empty(count, head.shape[1])
     ids = range(vocabulary, vocabulary + count)
-    attach(model, TokenRows(ids, torch.empty(count, width), outputs, None, vocabulary))
+    register_hooks(model, AddedTokenEmbeddings(ids, torch.empty(count, width), outputs, None, vocabulary))
 
 
 def _quantise(model: "PreTrainedModel") -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftchat.models.rows import HeadRows
+from peftchat.models.added_tokens import AddedTokenHead
 from peftchat.training.lm_head import Head, LogitTransform
 from peftchat.training.loss import linear_cross_entropy
 
@@ -171,7 +171,7 @@ def trace_loss(
     rows = None
     if new_tokens and not trains_head:
         own = nn.Parameter(torch.empty(new_tokens, width))
-        rows = HeadRows(own, None, torch.empty(new_tokens, dtype=torch.int64), vocabulary + new_tokens)
+        rows = AddedTokenHead(own, None, torch.empty(new_tokens, dtype=torch.int64), vocabulary + new_tokens)
     states = torch.empty(targets, width, dtype=autocast or held, requires_grad=True)
     wanted, chosen = torch.empty(2, targets, dtype=torch.int64)
     live = LiveBytes()

@@ -11,7 +11,7 @@ from peftchat.chat_template.registry import ChatFormat, make_format
 from peftchat.conversations import ProblemLog, read_sources
 from peftchat.dataset.cache import EncodedSplit, Split, encode_splits, reject_truncation
 from peftchat.errors import UserError, VerificationError
-from peftchat.models.load import load_tokenizer
+from peftchat.models.loading import load_tokenizer
 from peftchat.recipe import Recipe
 from peftchat.reports.mask_rows import RowReader, ShownRow
 from peftchat.reports.mask_summary import MaskSummary, summarise

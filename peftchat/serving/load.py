@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftchat.console import stderr
 from peftchat.errors import UserError
-from peftchat.models.ends import end_ids
-from peftchat.models.load import check_model_folder, load_base
+from peftchat.models.loading import check_model_folder, end_ids, load_base
 from peftchat.recipe import Recipe, load_recipe
 from peftchat.serving.prompt import PromptEncoder
 
@@ -138,7 +137,7 @@ def _with_adapter(folder: Path, recipe: Recipe | None) -> "PeftModel":
     from peft import PeftConfig, PeftModel
 
     from peftchat.merging.adapter import vocabulary_needed
-    from peftchat.models.adapter_files import TOKEN_ROWS
+    from peftchat.models.saving import TOKEN_ROWS
     from peftchat.serving.token_rows import fold_rows_of_biased_head
 
     beside = folder / TOKEN_ROWS

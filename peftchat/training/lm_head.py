@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from peftchat.models.rows import HeadRows
+from peftchat.models.added_tokens import AddedTokenHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Head:
 
     weight: Tensor
     bias: Tensor | None
-    rows: HeadRows | None
+    rows: AddedTokenHead | None
     transform: LogitTransform
     spread: Callable[..., tuple[Tensor, Tensor | None]] = logsumexp_and_grad
 

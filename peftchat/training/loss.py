@@ -17,8 +17,8 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from peftchat.chat_template.loss_mask import IGNORE_INDEX
+from peftchat.models.added_tokens import find_added_tokens
 from peftchat.models.compiled import has_compiled_layers
-from peftchat.models.rows import rows_of
 from peftchat.training.lm_head import Chunk, Head, LogitTransform, logsumexp_and_grad, mask_overridden_logits
 
 
@@ -59,7 +59,7 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
         targets = labels[:, 1:]
         chosen = targets != IGNORE_INDEX
         layer = self.get_output_embeddings()
-        rows = rows_of(self)
+        rows = find_added_tokens(self)
         with maybe_gather_lm_head_ctx(layer.weight, layer.bias):
             head = Head(layer.weight, layer.bias, None if rows is None else rows.head(), transform, compiled)
             states = backbone.last_hidden_state[:, :-1][chosen]

@@ -15,13 +15,11 @@ from peftchat.chat_template.registry import ChatFormat, make_format
 from peftchat.dataset.collator import BatchLayout, ChatCollator
 from peftchat.errors import UserError
 from peftchat.formatting import format_duration
-from peftchat.models import per_dialogue
-from peftchat.models.adapters import hold_trained_in, wrap
+from peftchat.models import varlen_attention as per_dialogue
+from peftchat.models.added_tokens import EmbeddingSnapshot, attach_added_tokens, resize_embeddings, snapshot_embeddings
 from peftchat.models.compiled import compile_layers, missing_compiler
-from peftchat.models.ends import end_ids
-from peftchat.models.freezing import freeze_layers
-from peftchat.models.load import PER_DIALOGUE, load_base, load_tokenizer
-from peftchat.models.new_tokens import InitialRows, add_rows_to_frozen, current_rows, grow_and_fill
+from peftchat.models.loading import VARLEN, end_ids, load_base, load_tokenizer
+from peftchat.models.peft_model import add_adapter, cast_trainable, freeze_layers
 from peftchat.models.zero import is_zero3
 from peftchat.runs.run_summary import AutoSetting
 from peftchat.training.distributed import DistributedSetup, weight_dtype
@@ -50,21 +48,21 @@ def select_attention(recipe: "Recipe", model: "PreTrainedModel | PeftModel", bas
     wanted = recipe.model.attention
     before_rows = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     possible = not before_rows and _takes_other_attention(base)
-    if wanted == PER_DIALOGUE and not possible:
+    if wanted == VARLEN and not possible:
         raise UserError(
             "this model cannot compute the attention of each dialogue by itself",
             where=f"model.attention: {wanted}",
             cure="Set it to `auto`.",
         )
-    if wanted == PER_DIALOGUE or (wanted == "auto" and possible and _has_kernel(recipe)):
+    if wanted == VARLEN or (wanted == "auto" and possible and _has_kernel(recipe)):
         per_dialogue.register(recipe.data.max_length)
-        base.set_attn_implementation(PER_DIALOGUE)
+        base.set_attn_implementation(VARLEN)
     return _layout(recipe, base, before_rows=before_rows)
 
 
 def fall_back(recipe: "Recipe", base: "PreTrainedModel") -> BatchLayout | None:
     """Give up attention by dialogue if `auto` had chosen it; the layout that batches need then, or None."""
-    if recipe.model.attention != "auto" or base.config._attn_implementation != PER_DIALOGUE:
+    if recipe.model.attention != "auto" or base.config._attn_implementation != VARLEN:
         return None
     base.set_attn_implementation("sdpa")
     return _layout(recipe, base, before_rows=False)
@@ -73,7 +71,7 @@ def fall_back(recipe: "Recipe", base: "PreTrainedModel") -> BatchLayout | None:
 def _layout(recipe: "Recipe", base: "PreTrainedModel", *, before_rows: bool) -> BatchLayout:
     attention = str(base.config._attn_implementation)
     # Attention between borders never looks across one; the others compute what their mask throws away.
-    if not before_rows and (attention == PER_DIALOGUE or "flash" in attention):
+    if not before_rows and (attention == VARLEN or "flash" in attention):
         return "flat"
     return "stacked" if recipe.data.packing else "padded"
 
@@ -166,7 +164,7 @@ class TrainableModel:
     """
 
     model: "PreTrainedModel | PeftModel"
-    first_rows: InitialRows | None
+    first_rows: EmbeddingSnapshot | None
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -210,18 +208,18 @@ def build_model(
     _set_special_ids(model, chat)
     how = recipe.chat.new_token_init
     if recipe.method == "full":
-        grow_and_fill(model, chat.tokenizer, chat.new_tokens, how)
+        resize_embeddings(model, chat.tokenizer, chat.new_tokens, how)
         freeze_layers(model, recipe.model.freeze_layers)
-        return TrainableModel(model, current_rows(model, chat.new_tokens))
+        return TrainableModel(model, snapshot_embeddings(model, chat.new_tokens))
     model.requires_grad_(False)
-    add_rows_to_frozen(model, chat.tokenizer, chat.new_tokens, how)
-    wrapped = wrap(recipe, model, partial(_batches, recipe, chat, rows, model.device), checkpoint)
+    attach_added_tokens(model, chat.tokenizer, chat.new_tokens, how)
+    wrapped = add_adapter(recipe, model, partial(_batches, recipe, chat, rows, model.device), checkpoint)
     _check_anything_trains(wrapped)
     if is_zero3() and recipe.method == "lora":
         # ZeRO-3 gathers parameters of one dtype at a time: https://github.com/deepspeedai/DeepSpeed/issues/8072
         # Its optimizer keeps a float32 master of every one of them.
-        hold_trained_in(wrapped, getattr(torch, recipe.model.dtype))
-    return TrainableModel(wrapped, current_rows(model, chat.new_tokens))
+        cast_trainable(wrapped, getattr(torch, recipe.model.dtype))
+    return TrainableModel(wrapped, snapshot_embeddings(model, chat.new_tokens))
 
 
 def _check_anything_trains(model: "PreTrainedModel | PeftModel") -> None:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from peftchat.chat_template.registry import ChatFormat
 from peftchat.dataset.cache import EncodedSplit, Split
-from peftchat.models.adapter_files import is_adapted
-from peftchat.models.ends import end_ids
-from peftchat.models.new_tokens import is_tied, vocabulary_of
-from peftchat.models.rows import MODULE_NAME, rows_of
+from peftchat.models.added_tokens import MODULE_NAME, find_added_tokens, is_tied, vocabulary_size
+from peftchat.models.loading import end_ids
+from peftchat.models.saving import is_adapted
 from peftchat.training.distributed import DistributedSetup
 from peftchat.training.progress import memory_in_use
 from peftchat.training.throughput import (
@@ -221,10 +220,10 @@ def run_summary(
 
 def _base_vocabulary(trainer: "ChatTrainer", chat: ChatFormat) -> int | None:
     """Rows that the untouched base's embedding has; None where full fine-tuning has grown it."""
-    rows = rows_of(trainer.causal_model)
+    rows = find_added_tokens(trainer.causal_model)
     if rows is not None:
         return rows.vocabulary
-    return None if chat.new_tokens else vocabulary_of(trainer.causal_model)
+    return None if chat.new_tokens else vocabulary_size(trainer.causal_model)
 
 
 def _mean_training_loss(lines: Sequence[Mapping[str, Any]]) -> float | None:

@@ -20,9 +20,9 @@ from peftchat.dataset.packing import pack
 from peftchat.errors import UserError, VerificationError
 from peftchat.files import write_text
 from peftchat.malloc import keep_large_blocks
-from peftchat.models.load import PER_DIALOGUE
-from peftchat.models.lora_branch import adapted_layers, add_branches_at_once
-from peftchat.models.new_tokens import InitialRows, current_rows, movement
+from peftchat.models.added_tokens import EmbeddingSnapshot, l2_distance, snapshot_embeddings
+from peftchat.models.fused_lora import fuse_lora_forward, num_adapted_layers
+from peftchat.models.loading import VARLEN
 from peftchat.models.saving import save_model_files
 from peftchat.models.zero import is_zero3
 from peftchat.runs.metrics_file import MetricsFile
@@ -187,7 +187,7 @@ def _run(
     built = build_model(recipe, placement, chat, rows["train"].store, checkpoint)
     plain = recipe.method == "full"
     if isinstance(built.model, PeftModel) and not is_zero3():
-        plain = 0 < add_branches_at_once(built.model) == adapted_layers(built.model)
+        plain = 0 < fuse_lora_forward(built.model) == num_adapted_layers(built.model)
     compiling = compile_if_faster(loaded, placement, built, rows["train"].stats, plain=plain)
     if compiling is not None and is_main:
         stderr.print(f"Chosen: {compiling}", markup=False, highlight=False)
@@ -207,7 +207,7 @@ def _run(
             trainer.evaluate()
     finally:
         progress.close()
-    last_rows = current_rows(built.causal_model, chat.new_tokens)
+    last_rows = snapshot_embeddings(built.causal_model, chat.new_tokens)
     totals = trainer.gathered_totals()
     after = sample_answers(trainer.causal_model, chat, request.questions)
     _save(recipe, trainer, chat, folder, is_main=is_main)
@@ -246,7 +246,7 @@ def _start_processes(placement: DistributedSetup) -> None:
 
 def _row_elements(recipe: "Recipe", chat: ChatFormat) -> int:
     """Elements of the new tokens' rows, which ZeRO-3 must leave whole."""
-    from peftchat.models.load import load_config
+    from peftchat.models.loading import load_config
 
     if not chat.new_tokens:
         return 0
@@ -304,7 +304,7 @@ class _BeforeTraining(TrainerCallback):
             if self._trainer.args.should_save:
                 reason = str(error).splitlines()[0]
                 stderr.print(
-                    f"Chosen: model.attention: sdpa, slower ({PER_DIALOGUE} does not work here: {reason})",
+                    f"Chosen: model.attention: sdpa, slower ({VARLEN} does not work here: {reason})",
                     markup=False,
                     highlight=False,
                 )
@@ -341,7 +341,7 @@ def _save(recipe: "Recipe", trainer: ChatTrainer, chat: ChatFormat, folder: RunF
 
 
 def _new_tokens(
-    chat: ChatFormat, totals: TokenCounts, first: InitialRows | None, last: InitialRows | None
+    chat: ChatFormat, totals: TokenCounts, first: EmbeddingSnapshot | None, last: EmbeddingSnapshot | None
 ) -> list[dict[str, Any]]:
     """What `run.json` says of each new token.
 
@@ -352,7 +352,7 @@ def _new_tokens(
     """
     if first is None or last is None:
         return []
-    inputs, outputs = movement(first, last)
+    inputs, outputs = l2_distance(first, last)
     told = [
         {"token": token.token, "id": token.id, "seen": seen, "input_moved": moved_in, "output_moved": moved_out}
         for token, seen, moved_in, moved_out in zip(chat.new_tokens, totals.seen, inputs, outputs, strict=True)

@@ -21,9 +21,8 @@ from transformers import (
 from trl import SFTTrainer
 
 from peftchat.errors import UserError, VerificationError
-from peftchat.models.adapter_files import is_adapted, load_adapter_state
-from peftchat.models.rows import MODULE_NAME
-from peftchat.models.saving import save_model_files
+from peftchat.models.added_tokens import MODULE_NAME
+from peftchat.models.saving import is_adapted, load_adapter_state, save_model_files
 from peftchat.recipe import training_arguments
 from peftchat.runs.run_folder import mark_complete
 from peftchat.training.distributed import DistributedSetup

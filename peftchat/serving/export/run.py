@@ -5,7 +5,7 @@ from pathlib import Path
 
 from peftchat.errors import UserError
 from peftchat.files import write_text
-from peftchat.models.ends import end_ids
+from peftchat.models.loading import end_ids
 from peftchat.serving.export.format import read_frames
 from peftchat.serving.export.gguf_file import Written, write_gguf
 from peftchat.serving.export.ollama import modelfile

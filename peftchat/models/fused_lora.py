@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
-def add_branches_at_once(model: PeftModel) -> int:
+def fuse_lora_forward(model: PeftModel) -> int:
     """Let the model's plain LoRA layers compute their branch by `_Branch`; returns how many there are.
 
     Left alone are layers that do more than `result + B(A(x)) * scaling`: DoRA and other variants of it, biased
@@ -29,7 +29,7 @@ def add_branches_at_once(model: PeftModel) -> int:
     return len(layers)
 
 
-def adapted_layers(model: PeftModel) -> int:
+def num_adapted_layers(model: PeftModel) -> int:
     """How many layers the adapter has changed."""
     return sum(isinstance(module, BaseTunerLayer) for module in model.modules())
 
@@ -114,7 +114,7 @@ class _LinearAndBranch(torch.autograd.Function):
             x, weight, a, b = x.to(dtype), weight.to(dtype), a.to(dtype), b.to(dtype)
             rows = x.reshape(-1, x.shape[-1])
             narrow = rows @ a.T
-            result = _plus(F.linear(rows, weight, None if bias is None else bias.to(dtype)), narrow * scaling, b.T)
+            result = _addmm(F.linear(rows, weight, None if bias is None else bias.to(dtype)), narrow * scaling, b.T)
         ctx.save_for_backward(x, narrow, weight, a, b)
         ctx.scaling = scaling
         return result
@@ -124,11 +124,11 @@ class _LinearAndBranch(torch.autograd.Function):
         x, narrow, weight, a, b = ctx.saved_tensors
         flat = outputs[0]
         of_narrow, of_a, of_b = _slopes(flat, x, narrow, b, ctx.scaling)
-        of_x = _plus(flat @ weight, of_narrow, a).view(x.shape) if ctx.needs_input_grad[0] else None
+        of_x = _addmm(flat @ weight, of_narrow, a).view(x.shape) if ctx.needs_input_grad[0] else None
         return of_x, None, None, of_a, of_b, None
 
 
-def _plus(result: Tensor, narrow: Tensor, wide: Tensor) -> Tensor:
+def _addmm(result: Tensor, narrow: Tensor, wide: Tensor) -> Tensor:
     """`result + narrow wide`; the result may be changed in place."""
     if torch.compiler.is_compiling():
         # A compiled sum becomes part of whatever comes next, and a compiled `addmm` would copy the result first. The

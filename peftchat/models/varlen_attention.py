@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from peftchat.models.load import PER_DIALOGUE
+from peftchat.models.loading import VARLEN
 
 # Longer dialogues are computed alone: together they would only need more memory at once.
 _SHORT = 256
@@ -38,8 +38,8 @@ def register(longest: int) -> None:
     Args:
         longest: tokens of the longest dialogue. Attention windows of at least that many never close.
     """
-    AttentionInterface.register(PER_DIALOGUE, per_dialogue_attention)
-    AttentionMaskInterface.register(PER_DIALOGUE, functools.partial(_mask, longest=longest))
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, functools.partial(_mask, longest=longest))
 
 
 def _mask(*args: Any, longest: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -51,7 +51,7 @@ def _mask(*args: Any, longest: int, attention_mask: Tensor | None = None, **kwar
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
-def per_dialogue_attention(
+def varlen_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
     from peftchat.recipe import Recipe
 
-START_ADAPTER = "start"
+INIT_ADAPTER = "start"
 """PEFT's name of the second adapter."""
 
-RowBatches = Callable[[int], Iterator[dict[str, Tensor]]]
+CalibrationBatches = Callable[[int], Iterator[dict[str, Tensor]]]
 """Number of rows -> batches of one row each: `input_ids`, `attention_mask` and `labels`, shape (1, T)."""
 
-TAKEN_OUT = frozenset({"pissa", "olora", "corda", "lora_ga"})
+RESIDUAL_INITS = frozenset({"pissa", "olora", "corda", "lora_ga"})
 
 
-def prepare(
-    recipe: "Recipe", model: "PreTrainedModel", config: Any, batches: RowBatches, checkpoint: Path | None
+def precompute_init(
+    recipe: "Recipe", model: "PreTrainedModel", config: Any, batches: CalibrationBatches, checkpoint: Path | None
 ) -> None:
     """What has to be known before PEFT wraps the model: covariances for CorDA, gradients for LoRA-GA, EVA's ranks."""
     start = _start(recipe)
@@ -46,7 +46,9 @@ def prepare(
         _gradients(recipe, model, config, batches)
 
 
-def begin(recipe: "Recipe", model: "PeftModel", batches: RowBatches, checkpoint: Path | None) -> None:
+def initialize_adapter(
+    recipe: "Recipe", model: "PeftModel", batches: CalibrationBatches, checkpoint: Path | None
+) -> None:
     """Give the wrapped model its start; with a checkpoint only the place for it."""
     start = _start(recipe)
     if start == "eva":
@@ -55,7 +57,7 @@ def begin(recipe: "Recipe", model: "PeftModel", batches: RowBatches, checkpoint:
     elif start == "loftq":
         if checkpoint is None:
             _begin_loftq(recipe, model)
-    elif start in TAKEN_OUT:
+    elif start in RESIDUAL_INITS:
         _begin_taken_out(recipe, model, start, known=checkpoint is not None)
 
 
@@ -64,7 +66,7 @@ def _start(recipe: "Recipe") -> str | None:
     return get_variant(recipe.adapter.variant).start
 
 
-def _covariances(recipe: "Recipe", model: "PreTrainedModel", config: "LoraConfig", batches: RowBatches) -> None:
+def _covariances(recipe: "Recipe", model: "PreTrainedModel", config: "LoraConfig", batches: CalibrationBatches) -> None:
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
@@ -79,7 +81,7 @@ def _covariances(recipe: "Recipe", model: "PreTrainedModel", config: "LoraConfig
     preprocess_corda(model, settings, run_model=look)
 
 
-def _gradients(recipe: "Recipe", model: "PreTrainedModel", config: "LoraConfig", batches: RowBatches) -> None:
+def _gradients(recipe: "Recipe", model: "PreTrainedModel", config: "LoraConfig", batches: CalibrationBatches) -> None:
     from peft.tuners.lora.loraga import preprocess_loraga
 
     section: Any = recipe.adapter
@@ -110,7 +112,7 @@ def _with_names(model: "PreTrainedModel", config: "LoraConfig") -> "LoraConfig":
     return named
 
 
-def _begin_eva(recipe: "Recipe", model: "PeftModel", batches: RowBatches) -> None:
+def _begin_eva(recipe: "Recipe", model: "PeftModel", batches: CalibrationBatches) -> None:
     from peft import initialize_lora_eva_weights
 
     section: Any = recipe.adapter
@@ -177,10 +179,10 @@ def _begin_taken_out(recipe: "Recipe", model: "PeftModel", start: str, *, known:
 
     from peft.tuners.lora import LoraLayer
 
-    model.add_adapter(START_ADAPTER, copy.deepcopy(model.peft_config["default"]))
-    model.base_model.set_adapter(["default", START_ADAPTER])
+    model.add_adapter(INIT_ADAPTER, copy.deepcopy(model.peft_config["default"]))
+    model.base_model.set_adapter(["default", INIT_ADAPTER])
     for name, parameter in model.named_parameters():
-        if f".{START_ADAPTER}." in name:
+        if f".{INIT_ADAPTER}." in name:
             parameter.requires_grad_(False)
     if known:
         return
@@ -207,4 +209,4 @@ def _begin_layer(layer: Any, recipe: "Recipe", start: str) -> None:
         held = getattr(layer, side)
         # Contiguous and apart from the base: some initialisers hand out views of its factors.
         held["default"].weight.data = held["default"].weight.data.float().contiguous().clone()
-        held[START_ADAPTER].weight.data = sign * held["default"].weight.data
+        held[INIT_ADAPTER].weight.data = sign * held["default"].weight.data

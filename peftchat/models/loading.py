@@ -1,8 +1,14 @@
-"""Loading the tokenizer and the base model that a recipe names."""
+"""Corrections of libraries, each as narrow as it can be, each with what forced it.
+
+The tests hold a case for each that fails once the library no longer needs it.
+"""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from peftchat.errors import UserError
 
@@ -11,8 +17,29 @@ if TYPE_CHECKING:
 
     from peftchat.recipe import Recipe
 
-PER_DIALOGUE = "per_dialogue"
-"""The attention of `peftchat.models.per_dialogue`, by the name it has in recipes and in transformers' registry."""
+
+def keep_4bit_weights_as_quantised(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on the CPU at the first forward without gradients.
+
+    The packed form rounds the scales to bfloat16, so that an evaluation would change the base under the adapter, and
+    it asserts that every layer's width is a multiple of 32. bitsandbytes 0.50, `Linear4bit.forward`.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def end_ids(eos_token_id: int | Iterable[int] | None) -> list[int]:
+    """The ids that end an answer, from what transformers keeps: none, one or several."""
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+
+
+VARLEN = "per_dialogue"
+"""The attention of `peftchat.models.varlen_attention`, by the name it has in recipes and in transformers' registry."""
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -140,8 +167,6 @@ def load_base(recipe: "Recipe", *, dtype: str, device_map: dict[str, Any] | None
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unreadable(recipe, "the model", error) from error
     if recipe.quantization is not None:
-        from peftchat.models.corrections import keep_4bit_weights_as_quantised
-
         keep_4bit_weights_as_quantised(model)
     return model
 
@@ -173,7 +198,7 @@ def attention_implementation(recipe: "Recipe") -> str | None:
 
     import torch
 
-    if recipe.model.attention == PER_DIALOGUE:
+    if recipe.model.attention == VARLEN:
         # Put in the place of SDPA once the model is there.
         return None
     if recipe.model.attention != "auto":

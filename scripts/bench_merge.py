@@ -42,14 +42,14 @@ def make_model(folder: Path, gigabytes: float) -> Any:
     import torch
     from transformers import LlamaConfig
 
-    from peftchat.merging.hollow import build_hollow
-    from peftchat.merging.writer import ShardWriter, TensorSpec
+    from peftchat.merging.empty_model import build_empty_model
+    from peftchat.merging.safetensors_io import ShardWriter, TensorSpec
 
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
     layers = max(1, round((gigabytes * 1e9 - 0.4e9) / 121.7e6))
     config = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=49152, tie_word_embeddings=False)
     config.dtype = torch.bfloat16
-    hollow = build_hollow(config)
+    hollow = build_empty_model(config)
     shards: list[list[TensorSpec]] = [[]]
     for name, slot in hollow.slots.items():
         if sum(spec.bytes for spec in shards[-1]) > 1e9:
@@ -74,7 +74,7 @@ def make_adapter(folder: Path, base: Path, config: Any) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from peftchat.merging.hollow import build_hollow
+    from peftchat.merging.empty_model import build_empty_model
 
     ids = [config.vocab_size + index for index in range(4)]
     settings = LoraConfig(
@@ -85,7 +85,7 @@ def make_adapter(folder: Path, base: Path, config: Any) -> None:
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base),
     )
-    model = get_peft_model(build_hollow(config, rows=ids[-1] + 1).model, settings)
+    model = get_peft_model(build_empty_model(config, rows=ids[-1] + 1).model, settings)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter) * 0.01)

@@ -186,7 +186,7 @@ def test_a_biased_head_keeps_its_bias(tmp_path: Path) -> None:
     assert torch.allclose(logits, merged, atol=1e-4)
     assert not torch.allclose(unmerged, merged, atol=1e-2), (
         "PEFT now adds the bias of a head with trained rows (huggingface/peft#3649): "
-        "remove peftchat.serving.token_rows and the same in peftchat.merging.reference"
+        "remove peftchat.serving.token_rows and the same in peftchat.merging.streaming"
     )
 
 

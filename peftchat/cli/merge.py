@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from peftchat.merging.report import MergeReport
+    from peftchat.merging.output import MergeReport
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 

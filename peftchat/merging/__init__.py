@@ -5,6 +5,6 @@ a new shard, `check` reopens what was written, `verify` compares the logits of b
 """
 
 from peftchat.merging.merge import MergeResult, merge_run
-from peftchat.merging.options import MergeOptions
+from peftchat.merging.prepare import MergeOptions
 
 __all__ = ["MergeOptions", "MergeResult", "merge_run"]

@@ -12,17 +12,19 @@ from filelock import FileLock, Timeout
 
 from peftchat.errors import UserError, VerificationError
 from peftchat.malloc import return_large_blocks
-from peftchat.merging import journal, report
-from peftchat.merging.check import check_written
-from peftchat.merging.companions import make_loadable, write_companions, write_index
-from peftchat.merging.journal import Journal
-from peftchat.merging.options import MergeOptions
-from peftchat.merging.prepare import Job, prepare
-from peftchat.merging.produce import Producer
-from peftchat.merging.progress import ByteProgress
-from peftchat.merging.report import MergeReport
+from peftchat.merging.byte_progress import ByteProgress
+from peftchat.merging.merge_plan import ResumeState, ShardBuilder
+from peftchat.merging.output import (
+    MergeReport,
+    check_written,
+    make_loadable,
+    write_companions,
+    write_index,
+    write_report,
+)
+from peftchat.merging.prepare import MergeJob, MergeOptions, prepare
+from peftchat.merging.safetensors_io import ShardWriter
 from peftchat.merging.verify import verify_merged
-from peftchat.merging.writer import ShardWriter
 
 _LOCK = ".lock"
 
@@ -66,7 +68,7 @@ def merge_run(folder: Path, options: MergeOptions) -> MergeResult:
             if options.verify:
                 made = replace(made, verification=verify_merged(job, partial, options))
             made = replace(made, seconds=monotonic() - started)
-            report.write(partial, made)
+            write_report(partial, made)
             if made.verification is not None and not made.verification.passed:
                 raise VerificationError(made.verification.verdict)
     except VerificationError as error:
@@ -77,7 +79,7 @@ def merge_run(folder: Path, options: MergeOptions) -> MergeResult:
     except OSError as error:
         cure = "What is written stays for a second start; free space or choose another folder with -o."
         raise UserError(f"cannot write: {error.strerror or error}", where=str(partial), cure=cure) from error
-    _give_name(partial, out)
+    _publish(partial, out)
     return MergeResult(out, made)
 
 
@@ -102,16 +104,16 @@ def _working_folder(partial: Path, out: Path) -> Iterator[None]:
         lock_file.unlink(missing_ok=True)
 
 
-def _write_shards(job: Job, partial: Path, block: int) -> int:
+def _write_shards(job: MergeJob, partial: Path, block: int) -> int:
     """Write every shard that is not there yet; returns how many were."""
-    kept = Journal.open(partial, job.fingerprint)
+    kept = ResumeState.open(partial, job.fingerprint)
     for left in partial.iterdir():
         if left.name not in (*kept.done, _LOCK):
             left.unlink()
     kept.save()
     resumed = len(kept.done)
     sizes = {file: sum(tensor.spec.bytes for tensor in tensors) for file, tensors in job.plan.shards.items()}
-    producer = Producer(job.plan, job.weights, block)
+    producer = ShardBuilder(job.plan, job.weights, block)
     with ByteProgress("Merging", sum(sizes.values()), sum(sizes[file] for file in kept.done)) as progress:
         for file, tensors in job.plan.shards.items():
             if file in kept.done:
@@ -125,13 +127,13 @@ def _write_shards(job: Job, partial: Path, block: int) -> int:
     return resumed
 
 
-def _write_small_files(job: Job, partial: Path, options: MergeOptions) -> None:
+def _write_small_files(job: MergeJob, partial: Path, options: MergeOptions) -> None:
     config = job.weights.hollow.model.config
     dtype = options.dtype or job.base.config.dtype
     write_companions(partial, config, job.run.folder, job.base.folder, untied=bool(job.plan.untied), dtype=dtype)
 
 
-def _report(job: Job, options: MergeOptions, resumed: int, started: float) -> MergeReport:
+def _report(job: MergeJob, options: MergeOptions, resumed: int, started: float) -> MergeReport:
     tensors = [tensor for shard in job.plan.shards.values() for tensor in shard]
     embedding = job.weights.hollow.model.get_input_embeddings().weight.shape[0]
     before = job.base.config.get_text_config().vocab_size
@@ -155,13 +157,13 @@ def _report(job: Job, options: MergeOptions, resumed: int, started: float) -> Me
     )
 
 
-def _give_name(partial: Path, out: Path) -> None:
+def _publish(partial: Path, out: Path) -> None:
     """Rename the finished folder; an old one that may be replaced is moved away first and removed last."""
     old = _beside(out, "old")
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
-    (partial / journal.NAME).unlink()
+    (partial / JOURNAL_NAME).unlink()
     make_loadable(partial)
     partial.rename(out)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Open base and adapters and lay out the merge; nothing is written here, so every refusal leaves no trace."""
+"""What the user may choose about a merge."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,30 +8,63 @@ from typing import Any
 
 import torch
 
-from peftchat.merging.adapter import (
-    WEIGHTS_NAME,
-    Adapter,
+from peftchat.merging.adapter_source import (
+    ADAPTER_WEIGHTS_NAME,
+    AdapterSource,
+    AdapterWeights,
+    base_config,
     check_weights,
+    find_base,
     install_adapter,
-    read_config,
+    open_adapter_source,
+    read_adapter_config,
     vocabulary_needed,
 )
-from peftchat.merging.choose_base import BaseChoice, choose_base
-from peftchat.merging.fold import changes_of
-from peftchat.merging.fold.change import Change
-from peftchat.merging.hollow import HollowModel, build_hollow
-from peftchat.merging.journal import file_digest, fingerprint
-from peftchat.merging.options import MergeOptions
-from peftchat.merging.plan import Plan, check_working_set, make_plan
-from peftchat.merging.quantized import quantized_parameters
-from peftchat.merging.run import Run, base_config, find_base, open_run
-from peftchat.merging.shards import Checkpoint
-from peftchat.merging.weights import BaseWeights, RoundTrip
+from peftchat.merging.base_weights import BaseWeights, RoundTrip
+from peftchat.merging.delta_rules import collect_deltas
+from peftchat.merging.deltas import Delta
+from peftchat.merging.empty_model import EmptyModel, build_empty_model
+from peftchat.merging.merge_plan import MergePlan, check_memory_budget, file_digest, job_fingerprint, plan_merge
+from peftchat.merging.qlora_base import BaseMode, SelectedBase, quantized_parameters, select_base
+from peftchat.merging.safetensors_io import SafetensorsCheckpoint
 from peftchat.models.saving import TOKEN_ROWS
+
+DEFAULT_BLOCK = 64 << 20
+"""Bytes of memory for one block of rows where the user sets no working set; larger blocks are not faster."""
 
 
 @dataclass(frozen=True)
-class Member:
+class MergeOptions:
+    """The choices.
+
+    Attributes:
+        out: the merged model's folder; None for `RUN/merged`.
+        base: which weights the adapter is folded into, for a run on a quantised base.
+        verify: compare the logits of both sides afterwards.
+        scale: weight of the run's own adapter; 1 is as trained.
+        adapters: further adapters on the same base, with their weights.
+        working_set: bytes of memory for weights in flight; None for one tensor and its update.
+        dtype: type of the merged weights; None keeps each as the base stores it.
+        overwrite: replace a folder that is already there.
+    """
+
+    out: Path | None = None
+    base: BaseMode = "auto"
+    verify: bool = True
+    scale: float = 1.0
+    adapters: tuple[tuple[Path, float], ...] = ()
+    working_set: int | None = None
+    dtype: torch.dtype | None = None
+    overwrite: bool = False
+
+    @property
+    def block(self) -> int:
+        """Bytes of memory for one block of rows."""
+        return min(self.working_set or DEFAULT_BLOCK, DEFAULT_BLOCK)
+
+
+@dataclass(frozen=True)
+class MergeAdapter:
     """One adapter of the merge.
 
     Attributes:
@@ -48,22 +81,22 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Base:
+class MergeBase:
     """The base model: its folder, transformers config, tensors, and the rows its embeddings must have."""
 
     folder: Path
     config: Any
-    checkpoint: Checkpoint
+    checkpoint: SafetensorsCheckpoint
     rows: int
     trust_remote_code: bool
 
-    def hollow(self) -> HollowModel:
+    def hollow(self) -> EmptyModel:
         """A fresh model without weights, grown to the merged vocabulary."""
-        return build_hollow(self.config, rows=self.rows, trust_remote_code=self.trust_remote_code)
+        return build_empty_model(self.config, rows=self.rows, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)
-class Job:
+class MergeJob:
     """A merge, ready to be written.
 
     Attributes:
@@ -71,79 +104,81 @@ class Job:
         fingerprint: of everything that decides the result.
     """
 
-    run: Run
-    base: Base
-    members: tuple[Member, ...]
+    run: AdapterSource
+    base: MergeBase
+    members: tuple[MergeAdapter, ...]
     weights: BaseWeights
-    choice: BaseChoice
-    plan: Plan
+    choice: SelectedBase
+    plan: MergePlan
     fingerprint: str
 
 
-def prepare(folder: Path, options: MergeOptions) -> Job:
+def prepare(folder: Path, options: MergeOptions) -> MergeJob:
     """Read everything but the weights and decide what will be written.
 
     Raises:
         InputError: whatever is wrong with run, base, adapters or options.
     """
-    run = open_run(folder)
-    members = [Member(folder, run.config, options.scale), *_rows_beside(folder, options.scale)]
+    run = open_adapter_source(folder)
+    members = [MergeAdapter(folder, run.config, options.scale), *_added_tokens_beside(folder, options.scale)]
     for other, weight in options.adapters:
-        config = read_config(other)
+        config = read_adapter_config(other)
         check_weights(other)
-        members += [Member(other, config, weight), *_rows_beside(other, weight)]
+        members += [MergeAdapter(other, config, weight), *_added_tokens_beside(other, weight)]
     base = _open_base(run, members)
     hollow = base.hollow()
     plain = BaseWeights(base.checkpoint, hollow)
     adapters = [(member.weight, install_adapter(base.hollow(), member.config, member.folder)) for member in members]
-    plan = make_plan(plain, _changes(adapters, plain), options.dtype)
+    plan = plan_merge(plain, _deltas(adapters, plain), options.dtype)
     weights = plain
     if run.quantization is None:
-        choice = choose_base(options.base, (plain, plan.updates), None, options.dtype)
+        choice = select_base(options.base, (plain, plan.updates), None, options.dtype)
     else:
         trained = BaseWeights(base.checkpoint, hollow, round_trip=_round_trips(run, hollow))
-        trained_plan = make_plan(trained, _changes(adapters, trained), options.dtype)
-        choice = choose_base(options.base, (plain, plan.updates), (trained, trained_plan.updates), options.dtype)
+        trained_plan = plan_merge(trained, _deltas(adapters, trained), options.dtype)
+        choice = select_base(options.base, (plain, plan.updates), (trained, trained_plan.updates), options.dtype)
         if choice.taken == "dequantized":
             weights, plan = trained, trained_plan
     if options.working_set is not None:
-        check_working_set(plan, weights, options.working_set)
-    mark = fingerprint(
+        check_memory_budget(plan, weights, options.working_set)
+    mark = job_fingerprint(
         {
             "base": [str(base.folder), base.checkpoint.fingerprint()],
-            "adapters": [[file_digest(member.folder / WEIGHTS_NAME), member.weight] for member in members],
+            "adapters": [[file_digest(member.folder / ADAPTER_WEIGHTS_NAME), member.weight] for member in members],
             "configs": [member.config.to_dict() for member in members],
             "taken": choice.taken,
             "dtype": options.dtype,
             "shards": {file: [tensor.spec for tensor in tensors] for file, tensors in plan.shards.items()},
         }
     )
-    return Job(run, base, tuple(members), weights, choice, plan, mark)
+    return MergeJob(run, base, tuple(members), weights, choice, plan, mark)
 
 
-def _rows_beside(folder: Path, weight: float) -> list[Member]:
+def _added_tokens_beside(folder: Path, weight: float) -> list[MergeAdapter]:
     rows = folder / TOKEN_ROWS
     if not rows.is_dir():
         return []
     check_weights(rows)
-    return [Member(rows, read_config(rows), weight, is_rows=True)]
+    return [MergeAdapter(rows, read_adapter_config(rows), weight, is_rows=True)]
 
 
-def _open_base(run: Run, members: list[Member]) -> Base:
+def _open_base(run: AdapterSource, members: list[MergeAdapter]) -> MergeBase:
     folder = find_base(run.base, run.revision)
     config = base_config(folder, run.trust_remote_code)
     rows = max(vocabulary_needed(member.config, member.folder) for member in members)
-    return Base(folder, config, Checkpoint.open(folder), rows, run.trust_remote_code)
+    return MergeBase(folder, config, SafetensorsCheckpoint.open(folder), rows, run.trust_remote_code)
 
 
-def _changes(adapters: list[tuple[float, Adapter]], weights: BaseWeights) -> list[tuple[float, Mapping[str, Change]]]:
+def _deltas(
+    adapters: list[tuple[float, AdapterWeights]], weights: BaseWeights
+) -> list[tuple[float, Mapping[str, Delta]]]:
     def read(name: str) -> torch.Tensor:
         return weights.rows(name).to(torch.float32, copy=True)
 
-    return [(weight, changes_of(adapter, read)) for weight, adapter in adapters]
+    return [(weight, collect_deltas(adapter, read)) for weight, adapter in adapters]
 
 
-def _round_trips(run: Run, hollow: HollowModel) -> dict[str, RoundTrip]:
+def _round_trips(run: AdapterSource, hollow: EmptyModel) -> dict[str, RoundTrip]:
     assert run.quantization is not None
     return {
         name: partial(run.quantization.round_trip, transposed=transposed)

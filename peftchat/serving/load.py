@@ -136,7 +136,7 @@ def _with_adapter(folder: Path, recipe: Recipe | None) -> "PeftModel":
     """Base and adapter through stock PEFT, the base grown where the adapter's rows lie beyond its vocabulary."""
     from peft import PeftConfig, PeftModel
 
-    from peftchat.merging.adapter import vocabulary_needed
+    from peftchat.merging.adapter_source import vocabulary_needed
     from peftchat.models.saving import TOKEN_ROWS
     from peftchat.serving.token_rows import fold_rows_of_biased_head
 

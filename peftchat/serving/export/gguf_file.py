@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from peftchat.errors import UserError, VerificationError
-from peftchat.merging.progress import ByteProgress
-from peftchat.merging.shards import Checkpoint, Entry, read_rows
+from peftchat.merging.byte_progress import ByteProgress
+from peftchat.merging.safetensors_io import SafetensorsCheckpoint, TensorEntry, read_rows
 from peftchat.serving.export.architectures import Architecture, architecture_of, rope_factors
 from peftchat.serving.export.source import Source, read_config
 from peftchat.serving.export.vocabulary import read_vocabulary
@@ -43,7 +43,7 @@ class _Tensor:
     shape: tuple[int, ...]
     kind: "GGMLQuantizationType"
     bytes: int
-    entry: Entry | None
+    entry: TensorEntry | None
     values: np.ndarray | None = None
 
 
@@ -92,7 +92,7 @@ def write_gguf(source: Source, path: Path, type_name: str | None = None) -> Writ
     architecture = architecture_of(source.base_config(), str(source.folder))
     read_vocabulary(tokenizer, len(tokenizer), str(source.folder))
     weights = source.weights()
-    config, checkpoint = read_config(weights), Checkpoint.open(weights)
+    config, checkpoint = read_config(weights), SafetensorsCheckpoint.open(weights)
     type_name = type_name or _stored_type(checkpoint)
     tensors = list(_tensors(checkpoint, config, architecture, type_name))
     adds_start = _adds_start(tokenizer)
@@ -136,12 +136,14 @@ def check_gguf(path: Path, digests: dict[str, int]) -> None:
             raise VerificationError(f"{path}: the tensor {name} was not written as it should be")
 
 
-def _stored_type(checkpoint: Checkpoint) -> str:
+def _stored_type(checkpoint: SafetensorsCheckpoint) -> str:
     largest = max(checkpoint.entries.values(), key=lambda entry: entry.bytes)
     return STORED.get(largest.dtype, "f16")
 
 
-def _tensors(checkpoint: Checkpoint, config: Any, architecture: Architecture, type_name: str) -> Iterator[_Tensor]:
+def _tensors(
+    checkpoint: SafetensorsCheckpoint, config: Any, architecture: Architecture, type_name: str
+) -> Iterator[_Tensor]:
     from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
 
     names = get_tensor_name_map(MODEL_ARCH[architecture.arch], config.num_hidden_layers)

@@ -42,9 +42,9 @@ class Source:
         """The config of the model as it was before training, which is known without merging."""
         if not self.is_adapter:
             return read_config(self.folder)
-        from peftchat.merging.run import base_config, find_base, open_run
+        from peftchat.merging.adapter_source import base_config, find_base, open_adapter_source
 
-        run = open_run(self.folder)
+        run = open_adapter_source(self.folder)
         return base_config(find_base(run.base, run.revision), run.trust_remote_code).get_text_config()
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":

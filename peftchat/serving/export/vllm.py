@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftchat.errors import UserError
-from peftchat.merging.shards import Checkpoint
+from peftchat.merging.safetensors_io import SafetensorsCheckpoint
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that `--max-lora-rank` takes."""
@@ -97,7 +97,7 @@ def _model_reasons(folder: Path) -> list[str]:
     generation = folder / "generation_config.json"
     if not generation.is_file() or _read(generation).get("eos_token_id") is None:
         reasons.append(f"{generation} names no end token, so that answers would not stop")
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = SafetensorsCheckpoint.open(folder)
     if any(entry.bytes == 0 for entry in checkpoint.entries.values()):
         reasons.append(f"{folder} holds empty weights")
     return reasons

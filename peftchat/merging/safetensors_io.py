@@ -1,21 +1,128 @@
-"""Read a checkpoint's safetensors files row by row.
+"""The number types of the safetensors format, as torch calls them."""
 
-Plain reads into a buffer, not memory maps: pages of a mapped file count as resident memory until the kernel takes them
-back, so a mapped 5 GB shard looks, and under a limit behaves, like 5 GB of memory. And a file that shrinks under a map
-ends the process with SIGBUS instead of an error.
-"""
-
+import hashlib
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from peftchat.errors import UserError
-from peftchat.merging.dtypes import TORCH_DTYPES
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Name in a safetensors header -> torch's type. Packed and 8-bit float types are left out: a base that holds them
+is quantised, and an adapter cannot be folded into it."""
+
+NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+"""torch's type -> name in a safetensors header."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a tensor will be: its name, type and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class ShardWriter:
+    """Append the tensors of `specs`, in that order, to `path`; use as a context manager.
+
+    Leaving the block in peace requires that every byte has come; the file is then flushed to the disk and renamed.
+    Leaving it by an exception removes what was written.
+
+    Attributes:
+        digest: SHA-256 of the whole file, set when it is complete.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        self.path = path
+        self.digest = ""
+        self._temporary = path.with_name(path.name + ".part")
+        self._hash = hashlib.sha256()
+        self._due = sum(spec.bytes for spec in specs)
+        self._header = _header(specs)
+
+    def __enter__(self) -> "ShardWriter":
+        self._stream = self._temporary.open("wb", buffering=0)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending = self._thread.submit(self._write, memoryview(self._header))
+        return self
+
+    def append(self, rows: torch.Tensor) -> None:
+        """The next rows (any number, C order) of the tensor whose turn it is, in the type that the header promised.
+
+        Hashing and writing go on beside the computation of the next rows; one block waits at most. The rows must not be
+        changed afterwards.
+
+        Raises:
+            OSError: of this or the last block.
+        """
+        flat = rows.contiguous().reshape(-1).view(torch.uint8)
+        self._due -= flat.numel()
+        self._pending.result()
+        if flat.numel():
+            self._pending = self._thread.submit(self._write, flat.numpy().data)
+
+    def _write(self, view: memoryview) -> None:
+        self._hash.update(view)
+        while view:
+            view = view[self._stream.write(view) :]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        complete = False
+        try:
+            self._thread.shutdown()
+            if kind is None:
+                self._pending.result()
+                assert self._due == 0, f"{self.path.name}: {self._due} bytes differ from the header"
+                os.fsync(self._stream.fileno())
+                complete = True
+        finally:
+            self._stream.close()
+            if not complete:
+                self._temporary.unlink(missing_ok=True)
+        if complete:
+            self.digest = self._hash.hexdigest()
+            self._temporary.rename(self.path)
+
+
+def _header(specs: Sequence[TensorSpec]) -> bytes:
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        end = offset + spec.bytes
+        table[spec.name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks that tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text
+
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -23,7 +130,7 @@ _LONGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """Where one tensor lies: `offset` counts bytes from the start of the file."""
 
     name: str
@@ -43,7 +150,7 @@ class Entry:
         return self.shape[0] if self.shape else 1
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file, in the order in which they lie.
 
     Raises:
@@ -71,7 +178,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     return {entry.name: entry for entry in entries}
 
 
-def _entry(file: Path, name: str, info: dict[str, Any], start: int) -> Entry:
+def _entry(file: Path, name: str, info: dict[str, Any], start: int) -> TensorEntry:
     try:
         kind, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
@@ -82,7 +189,7 @@ def _entry(file: Path, name: str, info: dict[str, Any], start: int) -> Entry:
             where=str(file),
             cure="Merge into the 16- or 32-bit version of the base model.",
         )
-    entry = Entry(name, file, TORCH_DTYPES[kind], shape, start + begin)
+    entry = TensorEntry(name, file, TORCH_DTYPES[kind], shape, start + begin)
     if entry.bytes != end - begin:
         raise _damaged(file, f"the size of {name} does not fit its shape {list(shape)}")
     return entry
@@ -92,7 +199,7 @@ def _damaged(file: Path, why: str) -> UserError:
     return UserError(f"damaged safetensors file: {why}", where=str(file), cure="Copy or download it again.")
 
 
-def read_rows(entry: Entry, start: int = 0, stop: int | None = None) -> torch.Tensor:
+def read_rows(entry: TensorEntry, start: int = 0, stop: int | None = None) -> torch.Tensor:
     """Rows `start` to `stop` of a tensor, in its stored type, in memory of its own.
 
     Raises:
@@ -115,15 +222,15 @@ def read_rows(entry: Entry, start: int = 0, stop: int | None = None) -> torch.Te
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SafetensorsCheckpoint:
     """All tensors of a model folder: `entries` by name, `files` in the order of the index."""
 
     folder: Path
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
     files: tuple[str, ...]
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path) -> "SafetensorsCheckpoint":
         """Read the index and every header of a model folder.
 
         Raises:
@@ -142,7 +249,7 @@ class Checkpoint:
                 where=str(folder),
                 cure="Save the model once with transformers' save_pretrained, which writes them.",
             )
-        entries: dict[str, Entry] = {}
+        entries: dict[str, TensorEntry] = {}
         for name in files:
             entries.update(read_header(folder / name))
         for tensor, name in weight_map.items():
@@ -155,7 +262,7 @@ class Checkpoint:
         """Size of all tensors."""
         return sum(entry.bytes for entry in self.entries.values())
 
-    def of_file(self, name: str) -> Iterator[Entry]:
+    def of_file(self, name: str) -> Iterator[TensorEntry]:
         """The tensors of one shard, in the order in which they lie."""
         return (entry for entry in self.entries.values() if entry.file.name == name)
 

@@ -16,7 +16,7 @@ from peftchat.errors import UserError
 
 
 @dataclass(frozen=True)
-class Slot:
+class ParameterSlot:
     """The place of one parameter: it stays valid while PEFT wraps the module in its own layers."""
 
     owner: nn.Module
@@ -37,7 +37,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class HollowModel:
+class EmptyModel:
     """A causal model without weights.
 
     Attributes:
@@ -47,15 +47,15 @@ class HollowModel:
     """
 
     model: Any
-    slots: dict[str, Slot]
+    slots: dict[str, ParameterSlot]
     ties: dict[str, str]
 
-    def within(self, path: str) -> dict[str, Slot]:
+    def within(self, path: str) -> dict[str, ParameterSlot]:
         """The parameters inside the module at `path`, tied ones included."""
         return {name: slot for name, slot in self.slots.items() if name.startswith(f"{path}.")}
 
 
-def build_hollow(config: Any, *, rows: int = 0, trust_remote_code: bool = False) -> HollowModel:
+def build_empty_model(config: Any, *, rows: int = 0, trust_remote_code: bool = False) -> EmptyModel:
     """Build the model of `config`, in float32, with at least `rows` rows in its embeddings.
 
     Args:
@@ -87,11 +87,11 @@ def build_hollow(config: Any, *, rows: int = 0, trust_remote_code: bool = False)
                 module._parameters[attribute] = nn.Parameter(
                     _weightless(weight.shape, torch.float32), requires_grad=False
                 )
-                slots[name] = Slot(module, attribute, weight.shape)
+                slots[name] = ParameterSlot(module, attribute, weight.shape)
     for tied, source in ties.items():
         slots[tied].owner._parameters[slots[tied].attribute] = slots[source].owner._parameters[slots[source].attribute]
     model.eval()
-    return HollowModel(model, slots, ties)
+    return EmptyModel(model, slots, ties)
 
 
 def _weightless(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

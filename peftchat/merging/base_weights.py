@@ -5,7 +5,7 @@ tensors while it loads (the experts of a mixture become one stack) and splits th
 conversion table is used for both ways, so that a merged checkpoint has the names of its base.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from peftchat.errors import UserError
-from peftchat.merging.hollow import HollowModel
-from peftchat.merging.shards import Checkpoint
+from peftchat.merging.empty_model import EmptyModel
+from peftchat.merging.safetensors_io import SafetensorsCheckpoint, TensorEntry, read_rows
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Fusion:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorMap:
     """The tensors of a checkpoint and the parameters of a model, matched.
 
     Attributes:
@@ -71,7 +71,7 @@ class Layout:
     unused: tuple[str, ...]
 
 
-def match_layout(checkpoint: Checkpoint, hollow: HollowModel) -> Layout:
+def match_tensor_map(checkpoint: SafetensorsCheckpoint, hollow: EmptyModel) -> TensorMap:
     """Match the checkpoint's tensors with the model's parameters.
 
     Raises:
@@ -102,7 +102,7 @@ def match_layout(checkpoint: Checkpoint, hollow: HollowModel) -> Layout:
     for first, members in groups.items():
         fusion = _fusion(model, first, members, by_pattern[members[0][2]], state, mapping)
         fusion_of.update(dict.fromkeys((*fusion.keys, *fusion.parameters), fusion))
-    layout = Layout(one, {name: key for key, name in one.items()}, fusion_of, tuple(unused))
+    layout = TensorMap(one, {name: key for key, name in one.items()}, fusion_of, tuple(unused))
     _check(layout, checkpoint, hollow)
     return layout
 
@@ -125,7 +125,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _check(layout: Layout, checkpoint: Checkpoint, hollow: HollowModel) -> None:
+def _check(layout: TensorMap, checkpoint: SafetensorsCheckpoint, hollow: EmptyModel) -> None:
     for name, slot in hollow.slots.items():
         if name in layout.fusion_of or name in hollow.ties:
             continue
@@ -137,3 +137,103 @@ def _check(layout: Layout, checkpoint: Checkpoint, hollow: HollowModel) -> None:
                 f"{name} has the shape {list(shape)} where config.json asks for {list(slot.shape)}",
                 where=str(checkpoint.folder),
             )
+
+
+RoundTrip = Callable[[torch.Tensor], torch.Tensor]
+"""A parameter's stored weights -> the weights as they were while training (same shape and type)."""
+
+_BLOCK_BYTES = 64 << 20
+
+
+class BaseWeights:
+    """Weights of `hollow`, by parameter name, out of `checkpoint`.
+
+    Rows that the model has and the checkpoint has not (a grown vocabulary) read as the mean of the checkpoint's rows.
+
+    Args:
+        checkpoint: where the weights lie.
+        hollow: the model whose parameters are asked for.
+        round_trip: what quantisation did to the base while training, by parameter; none for the base as it is.
+    """
+
+    def __init__(
+        self,
+        checkpoint: SafetensorsCheckpoint,
+        hollow: EmptyModel,
+        *,
+        round_trip: Mapping[str, RoundTrip] | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.hollow = hollow
+        self.layout: TensorMap = match_tensor_map(checkpoint, hollow)
+        self._round_trip = round_trip or {}
+        self._means: dict[str, torch.Tensor] = {}
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def source(self, name: str) -> str:
+        """The parameter that holds the weight of `name`: itself, or the one it is tied to."""
+        return self.hollow.ties.get(name, name)
+
+    @property
+    def round_tripped(self) -> frozenset[str]:
+        """The parameters that were quantised while training."""
+        return frozenset(self._round_trip)
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether rows can be had without holding the whole parameter."""
+        return name not in self._round_trip and name not in self.layout.fusion_of
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored type of a parameter."""
+        name = self.source(name)
+        fusion = self.layout.fusion_of.get(name)
+        key = fusion.keys[0] if fusion else self.layout.key_of[name]
+        return self.checkpoint.entries[key].dtype
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows of a parameter in its stored type; tied names read what they are tied to."""
+        name = self.source(name)
+        if not self.in_blocks(name):
+            return self._whole(name)[start:stop]
+        return self._stored_rows(name, start, self.hollow.slots[name].shape[0] if stop is None else stop)
+
+    def _stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        entry = self.checkpoint.entries[self.layout.key_of[name]]
+        if not entry.shape or stop <= entry.rows:
+            return read_rows(entry, start, stop if entry.shape else None)
+        old = read_rows(entry, start, entry.rows) if start < entry.rows else None
+        count = stop - max(start, entry.rows)
+        new = self._mean(entry).expand(count, *entry.shape[1:])
+        return new.contiguous() if old is None else torch.cat([old, new])
+
+    def _whole(self, name: str) -> torch.Tensor:
+        # One layer's weights are asked for in a row, by block: the last one is kept, never more.
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = (name, self._make_whole(name))
+        return self._last[1]
+
+    def _make_whole(self, name: str) -> torch.Tensor:
+        fusion = self.layout.fusion_of.get(name)
+        if fusion is not None:
+            return fusion.fuse(lambda key: read_rows(self.checkpoint.entries[key]))[name]
+        stored = self._stored_rows(name, 0, self.hollow.slots[name].shape[0])
+        return self._round_trip[name](stored) if name in self._round_trip else stored
+
+    def forget(self) -> None:
+        """Let go of the parameter that was read last."""
+        self._last = None
+
+    def _mean(self, entry: TensorEntry) -> torch.Tensor:
+        if entry.name not in self._means:
+            total = torch.zeros(entry.shape[1:], dtype=torch.float64)
+            for block in blocks(entry.rows, entry.bytes // entry.rows, _BLOCK_BYTES // 8):
+                total += read_rows(entry, *block).to(torch.float64).sum(0)
+            self._means[entry.name] = (total / entry.rows).to(entry.dtype)
+        return self._means[entry.name]
+
+
+def blocks(rows: int, row_bytes: int, budget: int) -> Iterator[tuple[int, int]]:
+    """Cut `rows` rows of `row_bytes` each into ranges of at most `budget` bytes (never less than one row)."""
+    step = max(1, budget // max(1, row_bytes))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))

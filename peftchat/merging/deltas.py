@@ -10,12 +10,12 @@ from peftchat.errors import UserError
 Read = Callable[[str], torch.Tensor]
 """Parameter name -> the base's weights, whole, float32."""
 
-Fold = Callable[[torch.Tensor, int], torch.Tensor]
+ApplyDelta = Callable[[torch.Tensor, int], torch.Tensor]
 """Old rows (float32, `[n, ...]`, may be overwritten) and the number of the first -> new rows, float32, same shape."""
 
 
 @dataclass(frozen=True)
-class Update:
+class AddDelta:
     """New weights are computed from the old ones.
 
     Attributes:
@@ -23,12 +23,12 @@ class Update:
         whole: it needs all rows at once.
     """
 
-    rows: Fold
+    rows: ApplyDelta
     whole: bool = False
 
 
 @dataclass(frozen=True)
-class Rows:
+class ReplaceRows:
     """Some rows are replaced: `values[i]` becomes row `ids[i]`."""
 
     ids: tuple[int, ...]
@@ -36,24 +36,24 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Replacement:
+class ReplaceWeight:
     """The parameter was trained whole."""
 
     value: torch.Tensor
 
 
-Change = Update | Rows | Replacement
+Delta = AddDelta | ReplaceRows | ReplaceWeight
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedDelta:
     """A change and how much of it is wanted (1: as trained)."""
 
     weight: float
-    change: Change
+    change: Delta
 
 
-def combine(parts: Sequence[Weighted]) -> Update:
+def sum_deltas(parts: Sequence[WeightedDelta]) -> AddDelta:
     """One update out of the changes of one or several adapters.
 
     Updates add up: `W + sum(weight * (fold(W) - W))`, so that a LoRA of weight w is a LoRA with its scaling times w.
@@ -63,9 +63,9 @@ def combine(parts: Sequence[Weighted]) -> Update:
     Raises:
         InputError: the weights of adapters that replace the same thing do not add up to more than nothing.
     """
-    updates = [(part.weight, part.change) for part in parts if isinstance(part.change, Update)]
-    rows = _mean_rows([(part.weight, part.change) for part in parts if isinstance(part.change, Rows)])
-    whole = _mean([(part.weight, part.change.value) for part in parts if isinstance(part.change, Replacement)])
+    updates = [(part.weight, part.change) for part in parts if isinstance(part.change, AddDelta)]
+    rows = _mean_rows([(part.weight, part.change) for part in parts if isinstance(part.change, ReplaceRows)])
+    whole = _mean([(part.weight, part.change.value) for part in parts if isinstance(part.change, ReplaceWeight)])
 
     def fold(base: torch.Tensor, start: int) -> torch.Tensor:
         if whole is not None:
@@ -79,10 +79,10 @@ def combine(parts: Sequence[Weighted]) -> Update:
                 base[index - start] = value
         return base
 
-    return Update(fold, whole=any(update.whole for _, update in updates))
+    return AddDelta(fold, whole=any(update.whole for _, update in updates))
 
 
-def _mean_rows(parts: list[tuple[float, Rows]]) -> dict[int, torch.Tensor]:
+def _mean_rows(parts: list[tuple[float, ReplaceRows]]) -> dict[int, torch.Tensor]:
     found: dict[int, list[tuple[float, torch.Tensor]]] = {}
     for weight, rows in parts:
         for index, value in zip(rows.ids, rows.values, strict=True):

@@ -1,0 +1,370 @@
+"""Which PEFT methods can become weights, and why the others cannot.
+
+Everything not named here folds: either by a rule of its own or by PEFT's own `merge` on one layer at a time.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftchat.errors import UserError
+from peftchat.merging.empty_model import EmptyModel, ParameterSlot
+from peftchat.merging.qlora_base import Quantization
+from peftchat.merging.safetensors_io import read_header
+from peftchat.recipe.load import LoadedRecipe, load_recipe
+
+_PROMPTS = "it trains vectors that are put before the prompt, not weights"
+_GATED = "what it adds depends on the input, so no fixed weights do the same"
+_CURE_PROMPTS = "Use the run folder as it is: `peftchat chat RUN` loads base and adapter."
+
+UNMERGEABLE: dict[str, str] = {
+    "PROMPT_TUNING": _PROMPTS,
+    "MULTITASK_PROMPT_TUNING": _PROMPTS,
+    "P_TUNING": _PROMPTS,
+    "PREFIX_TUNING": "it trains keys and values that are put before the prompt's, not weights",
+    "CARTRIDGE": "it trains keys and values that are put before the prompt's, not weights",
+    "CPT": _PROMPTS,
+    "ADAPTION_PROMPT": _GATED,
+    "POLY": _GATED,
+    "XLORA": _GATED,
+    "LILY": _GATED,
+    "SHADOW": _GATED,
+    "BEFT": "it adds a bias where the model has none",
+    "OSF": "its file holds only half of a decomposition of the base, which PEFT makes while it loads",
+    "PSOFT": "its file holds only a rotation inside a decomposition of the base that PEFT makes while it loads",
+    "FROD": "its file needs a decomposition of all layers of the base at once",
+    "ADAMSS": "its file needs a clustering of the base's weights that PEFT makes while it loads",
+}
+"""PEFT type -> why it is not folded tensor by tensor."""
+
+_IN_MEMORY = frozenset({"OSF", "PSOFT", "FROD", "ADAMSS"})
+
+RESIDUAL_INITS = frozenset({"pissa", "olora"})
+"""LoRA initialisations that took their start out of the base: what was trained is `base - start + adapter`. The start
+is a fixed function of the base and is computed again, a layer at a time."""
+
+_LOST_INITS = ("pissa_niter", "corda", "loftq", "lora_ga")
+
+
+def refuse_unmergeable(config: Any, where: str) -> None:
+    """Raise for an adapter that cannot be folded from its file and the base.
+
+    Args:
+        config: a PEFT config.
+        where: the adapter, for the message.
+
+    Raises:
+        InputError: with the reason and what to do instead.
+    """
+    kind = str(config.peft_type).rpartition(".")[2].upper()
+    if config.is_prompt_learning or kind in UNMERGEABLE:
+        cure = _CURE_PROMPTS
+        if kind in _IN_MEMORY:
+            cure = "Load base and adapter with peft and call merge_and_unload, which holds the whole model in memory."
+        raise UserError(f"{kind} cannot be merged: {UNMERGEABLE.get(kind, _PROMPTS)}", where=where, cure=cure)
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith(_LOST_INITS):
+        raise UserError(
+            f"the adapter was started with init_lora_weights={start}, which changed the base in a way that its file "
+            "does not hold",
+            where=where,
+            cure="Save the adapter with `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it.",
+        )
+    if getattr(config, "layer_replication", None):
+        raise UserError("it repeats layers of the base, which peft does not merge either", where=where)
+
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER = "default"
+_ROOT = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One module of the base that PEFT has wrapped: the outermost wrapper around it.
+
+    Attributes:
+        path: dotted name of the module in the base.
+        module: PEFT's layer or wrapper.
+        slots: the base's parameters inside it, by name; tied ones included.
+        start: the LoRA initialisation that must be taken out of the base first, if there was one.
+    """
+
+    path: str
+    module: Any
+    slots: dict[str, ParameterSlot]
+    start: str | None = None
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """An adapter in place.
+
+    Attributes:
+        hollow: the model it sits in.
+        model: the `PeftModel` around it.
+        sites: the modules it changes.
+        saved: parameters of the base that the adapter's file holds whole (trained biases, resized embeddings).
+        folder: where it came from.
+    """
+
+    hollow: EmptyModel
+    model: Any
+    sites: tuple[AdaptedModule, ...]
+    saved: dict[str, torch.Tensor]
+    folder: Path
+
+
+def read_adapter_config(folder: Path) -> Any:
+    """The adapter's PEFT config.
+
+    Raises:
+        InputError: there is none, it cannot be read, or its method cannot be folded.
+    """
+    from peft import PeftConfig
+
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise UserError(
+            f"no {ADAPTER_CONFIG_NAME} here", where=str(folder), cure="Name a run folder or a PEFT adapter."
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(folder / ADAPTER_CONFIG_NAME)) from error
+    refuse_unmergeable(config, str(folder))
+    return config
+
+
+def check_weights(folder: Path) -> None:
+    """Open the adapter's file and look at every entry.
+
+    Raises:
+        InputError: missing, damaged, empty, or with a tensor of no elements, which is what a sharded trainer leaves
+            when it saves without gathering.
+    """
+    entries = read_header(folder / ADAPTER_WEIGHTS_NAME)
+    if not entries:
+        raise UserError("the adapter holds no tensors", where=str(folder / ADAPTER_WEIGHTS_NAME))
+    empty = [name for name, entry in entries.items() if entry.bytes == 0]
+    if empty:
+        raise UserError(
+            f"{len(empty)} of {len(entries)} tensors have no elements, first {empty[0]}: the adapter was saved "
+            "from a sharded model without gathering it",
+            where=str(folder / ADAPTER_WEIGHTS_NAME),
+            cure="Save it again from a checkpoint of the run.",
+        )
+
+
+def vocabulary_needed(config: Any, folder: Path) -> int:
+    """How many rows the base's embeddings must have for this adapter (0: it does not say)."""
+    indices = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    ids = [index for each in lists for index in each]
+    names = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "lm_head.weight")
+    whole = [
+        entry.shape[0] for name, entry in read_header(folder / ADAPTER_WEIGHTS_NAME).items() if name.endswith(names)
+    ]
+    return max([index + 1 for index in ids] + whole, default=0)
+
+
+def install_adapter(hollow: EmptyModel, config: Any, folder: Path) -> AdapterWeights:
+    """Wrap the model's modules as `config` says and load the adapter's tensors.
+
+    Raises:
+        InputError: the adapter does not fit this model: unknown modules, other shapes, missing or left-over tensors.
+    """
+    from peft import PeftModel
+    from peft.utils.save_and_load import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    config = copy.deepcopy(config)  # PEFT fills in what it finds in the model
+    start = getattr(config, "init_lora_weights", None)
+    residual = start.lower() if isinstance(start, str) and start.lower() in RESIDUAL_INITS else None
+    if residual:
+        config.init_lora_weights = False
+    config.inference_mode = True
+    # LoRA's tensors can stay in the mapped file; other methods have index buffers that only a real start fills.
+    mapped = str(config.peft_type).endswith("LORA") and type(config).__name__ == "LoraConfig"
+    state = load_file(folder / ADAPTER_WEIGHTS_NAME)
+    try:
+        model = PeftModel(hollow.model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=mapped)
+        saved = _saved_whole(state, hollow)
+        state = {key: value for key, value in state.items() if _base_name(key) not in saved}
+        result = set_peft_model_state_dict(model, state, low_cpu_mem_usage=mapped)
+    except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+        raise _misfit(folder, str(error)) from error
+    _check_keys(result, model, folder, hollow.ties)
+    model.eval()
+    return AdapterWeights(hollow, model, tuple(_adapted_modules(hollow, residual)), saved, folder)
+
+
+def _base_name(key: str) -> str:
+    return key.removeprefix(_ROOT).replace(".base_layer.", ".")
+
+
+def _saved_whole(state: dict[str, torch.Tensor], hollow: EmptyModel) -> dict[str, torch.Tensor]:
+    from peft.utils.other import ModulesToSaveWrapper
+
+    wrapped = {name for name, module in hollow.model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    names = {key: _base_name(key) for key in state}
+    return {
+        name: state[key]
+        for key, name in names.items()
+        if name in hollow.slots and not any(name.startswith(f"{path}.") for path in wrapped)
+    }
+
+
+def _misfit(folder: Path, why: str) -> UserError:
+    lines = [line.strip() for line in why.splitlines() if line.strip()]
+    shapes = [line for line in lines if "size mismatch" in line]
+    return UserError(
+        f"the adapter does not fit the base: {(shapes or lines or ['no reason given'])[0]}",
+        where=str(folder),
+        cure="It was trained on another base: check `model.name` of its recipe.",
+    )
+
+
+def _check_keys(result: Any, model: Any, folder: Path, ties: Mapping[str, str]) -> None:
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    config = model.peft_config[ADAPTER]
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    # Banks that several layers share are in the file once and hang in the model many times.
+    shared = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.", "randlora_A", "randlora_B")
+    missing = [key for key in result.missing_keys if prefix in key and f".{ADAPTER}" in key]
+    missing = [key for key in missing if not any(mark in key for mark in shared)]
+    # The rows of a tied head are those of the embedding.
+    missing = [key for key in missing if f"{_base_name(key).partition('.trainable_tokens_')[0]}.weight" not in ties]
+    if missing:
+        raise _misfit(folder, f"{len(missing)} of its tensors are missing, first {missing[0]}")
+    if result.unexpected_keys:
+        count, first = len(result.unexpected_keys), result.unexpected_keys[0]
+        raise _misfit(folder, f"{count} of its tensors have no place in it, first {first}")
+
+
+def _adapted_modules(hollow: EmptyModel, start: str | None) -> Iterator[AdaptedModule]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: list[str] = []
+    for path, module in hollow.model.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            found.append(path)
+            yield AdaptedModule(path, module, hollow.within(path), start)
+
+
+_RUN_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """A trained adapter.
+
+    Attributes:
+        folder: the run folder.
+        config: the adapter's PEFT config.
+        base: hub id or folder of the base.
+        revision: of a hub id.
+        quantization: how the base was held while training; None if it was not quantised.
+        recipe: the run's recipe; None for a bare adapter.
+    """
+
+    folder: Path
+    config: Any
+    base: str
+    revision: str | None
+    trust_remote_code: bool
+    quantization: Quantization | None
+    recipe: LoadedRecipe | None
+
+
+def open_adapter_source(folder: Path) -> AdapterSource:
+    """Read a run folder and check its adapter's file.
+
+    Raises:
+        InputError: not a run folder, a run of method `full`, or an adapter that is damaged or cannot be folded.
+    """
+    if not folder.is_dir():
+        raise UserError("no such folder", where=str(folder))
+    recipe = load_recipe(folder / "recipe.yaml", to_train=False) if (folder / "recipe.yaml").is_file() else None
+    if recipe is not None and recipe.recipe.method == "full":
+        raise UserError(
+            "this run trained every weight, so there is nothing to merge",
+            where=str(folder),
+            cure="The run folder is already a model: `peftchat chat RUN` and every other tool load it as it is.",
+        )
+    if not (folder / ADAPTER_CONFIG_NAME).is_file() and (folder / "config.json").is_file():
+        raise UserError(
+            "this is a model, not an adapter: there is nothing to merge",
+            where=str(folder),
+            cure="Use it as it is, or name the run folder that holds the adapter.",
+        )
+    config = read_adapter_config(folder)
+    check_weights(folder)
+    if recipe is None:
+        return AdapterSource(folder, config, _base_of(config, folder), config.revision, False, None, None)
+    model, section = recipe.recipe.model, recipe.recipe.quantization
+    quantization = None
+    if recipe.recipe.method == "qlora" and section is not None:
+        quantization = Quantization(section.bits, section.type, section.double, _RUN_DTYPES[model.dtype])
+    return AdapterSource(folder, config, model.name, model.revision, model.trust_remote_code, quantization, recipe)
+
+
+def _base_of(config: Any, folder: Path) -> str:
+    if not config.base_model_name_or_path:
+        raise UserError(
+            "the adapter does not say which base it belongs to",
+            where=str(folder / ADAPTER_CONFIG_NAME),
+            cure="Set base_model_name_or_path there.",
+        )
+    return str(config.base_model_name_or_path)
+
+
+def find_base(name: str, revision: str | None) -> Path:
+    """The folder of a base model: `name` itself, or the hub's snapshot, fetched if it is not here.
+
+    Raises:
+        InputError: neither a folder nor a hub model that can be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if Path(name).is_dir():
+        return Path(name)
+    cure = "Check the name, and that the base is where it was when the run was trained."
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.py"]))
+    except HFValidationError as error:
+        raise UserError("the base model is not there", where=name, cure=cure) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the base model cannot be fetched: {reason}", where=name, cure=cure) from error
+
+
+def base_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The base's transformers config.
+
+    Raises:
+        InputError: none there, unreadable, or of a base that is stored quantised.
+    """
+    from transformers import AutoConfig
+
+    where = folder / "config.json"
+    try:
+        if "quantization_config" in json.loads(where.read_text(encoding="utf-8")):
+            raise UserError(
+                "the base is stored quantised, and folding an adapter needs its full weights",
+                where=str(where),
+                cure="Set `model.name` of the recipe to the 16-bit model it was made from.",
+            )
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no usable model config: {str(error).splitlines()[0]}", where=str(where)) from error

@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peftchat.planning.hardware import find_hardware
-from peftchat.planning.make import make_plan
 from peftchat.planning.memory import MemoryPlan
+from peftchat.planning.plan import plan_training
 from peftchat.recipe import load_recipe
 
 START, END = "<!-- bench_plan: begin -->", "<!-- bench_plan: end -->"
@@ -182,7 +182,7 @@ def measure(recipe: Path, folder: Path) -> int:
 def predict(recipe: Path) -> MemoryPlan:
     """What `peftchat plan` says of the same recipe on this machine's processor."""
     asked = load_recipe(recipe, to_train=False).recipe
-    return make_plan(asked, find_hardware("cpu", 1), with_grid=False).memory
+    return plan_training(asked, find_hardware("cpu", 1), with_grid=False).memory
 
 
 def line(result: dict) -> list[str]:

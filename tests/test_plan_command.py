@@ -11,7 +11,7 @@ import pytest
 from plan_helpers import recipe_dict
 
 from peftchat.errors import UserError
-from peftchat.planning.hardware import catalogue, find_hardware, main_memory
+from peftchat.planning.hardware import find_hardware, gpu_catalog, system_memory
 
 GIB = 2**30
 
@@ -71,7 +71,7 @@ def test_a_folder_without_a_config_is_the_users_mistake(tmp_path: Path) -> None:
 
 
 def test_every_card_is_found_by_its_name_however_it_is_written() -> None:
-    for name, card in catalogue().items():
+    for name, card in gpu_catalog().items():
         assert find_hardware(name.upper().replace("-", " "), 2).label == card.label
         assert 10 * GIB < card.memory < 300 * GIB
         assert card.source
@@ -83,8 +83,8 @@ def test_every_card_is_found_by_its_name_however_it_is_written() -> None:
 def test_the_machine_has_no_more_memory_than_it_has() -> None:
     import psutil
 
-    assert 0 < main_memory() <= psutil.virtual_memory().total
-    assert find_hardware("cpu", 4).memory == main_memory() // 4
+    assert 0 < system_memory() <= psutil.virtual_memory().total
+    assert find_hardware("cpu", 4).memory == system_memory() // 4
 
 
 @pytest.mark.real

@@ -7,10 +7,10 @@ import pytest
 from plan_helpers import SHAPES, recipe_dict, recipe_on
 
 from peftchat.models.loading import load_config
-from peftchat.planning.facts import model_facts
 from peftchat.planning.hardware import find_hardware
-from peftchat.planning.make import settings_on
+from peftchat.planning.parameter_counts import parameter_counts
 from peftchat.planning.planner import Planner
+from peftchat.planning.settings import settings_on
 from peftchat.recipe import Recipe
 
 GIB = 2**30
@@ -75,7 +75,7 @@ def test_starchat_fits_eight_a100_and_not_one(tmp_path: Path) -> None:
 
 def test_parameters_are_the_published_ones(tmp_path: Path) -> None:
     counts = {
-        name: model_facts(load_config(recipe_on(name, tmp_path, "full"), need_weights=False)).parameters
+        name: parameter_counts(load_config(recipe_on(name, tmp_path, "full"), need_weights=False)).parameters
         for name in ("llama-3.1-8b", "llama-3.2-3b", "starcoderbase")
     }
     assert counts == {"llama-3.1-8b": 8_030_261_248, "llama-3.2-3b": 3_212_749_824, "starcoderbase": 15_517_456_384}

@@ -10,13 +10,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftchat.planning.activations import LossProfile, activation_profile
-from peftchat.planning.automatic import choose_batch, choose_checkpointing
-from peftchat.planning.planner import Planner
-from peftchat.planning.search import changes, cheapest_change, largest_batch, largest_length
-from peftchat.planning.settings import PlanSettings, plan_settings
-from peftchat.planning.shadow import AttentionKind, fake_mode, shadow_model
-from peftchat.planning.states import base_bytes, static_bytes
-from peftchat.planning.trace import trace_backbone
+from peftchat.planning.auto_settings import choose_batch, choose_checkpointing
+from peftchat.planning.memory import base_bytes, static_memory
+from peftchat.planning.planner import Planner, changes, cheapest_change, largest_batch, largest_length
+from peftchat.planning.settings import AttentionKind, PlanSettings, plan_settings
+from peftchat.planning.tracing import fake_mode, fake_model, trace_backbone
 from peftchat.recipe import Recipe
 
 
@@ -81,14 +79,14 @@ def test_the_law_through_two_layers_holds_for_all(tmp_path: Path, method: str, a
     key = settings_of(recipe, attention).activation_key
     step = activation_profile(config, recipe, key).step(3, 384)
     with fake_mode():
-        whole = trace_backbone(shadow_model(config, recipe, key, 5), 3, 384, torch.bfloat16)
+        whole = trace_backbone(fake_model(config, recipe, key, 5), 3, 384, torch.bfloat16)
     assert step.kept == pytest.approx(whole.saved, rel=0.01)
     assert step.forward == pytest.approx(whole.forward_peak, rel=0.03)
     assert step.backward == pytest.approx(whole.first_layer_peak, rel=0.05)
 
 
 def test_a_chunk_of_the_loss_is_as_large_as_the_device_lets_it_be() -> None:
-    from peftchat.planning.trace import LossTrace
+    from peftchat.planning.tracing import LossTrace
 
     def trace(targets: int) -> LossTrace:
         return LossTrace(forward=100 + 7 * targets + 50 * min(targets, 20), backward=3 * targets, gradients=5)
@@ -100,7 +98,7 @@ def test_a_chunk_of_the_loss_is_as_large_as_the_device_lets_it_be() -> None:
 
 def test_quantised_weights_are_as_large_as_those_of_bitsandbytes() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    from peftchat.planning.states import packed_bytes
+    from peftchat.planning.memory import packed_bytes
 
     weight = torch.randn(512, 1024)
     for double in (False, True):
@@ -128,15 +126,15 @@ def test_full_training_holds_sixteen_bytes_a_weight_and_zero_shares_them(tmp_pat
     settings = _with(method="full", bits=None, double=False)
     weights = planner.facts.parameters
     trained = planner.trained(settings)
-    alone = static_bytes(settings, planner.facts, trained)
+    alone = static_memory(settings, planner.facts, trained)
     assert alone.weights + alone.gradients + alone.optimizer == 16 * weights
     eight = settings.with_changes(processes=8, strategy="zero3")
-    shared = static_bytes(eight, planner.facts, trained)
+    shared = static_memory(eight, planner.facts, trained)
     assert shared.weights + shared.gradients + shared.optimizer == pytest.approx(16 * weights / 8)
-    two = static_bytes(eight.with_changes(strategy="zero2"), planner.facts, trained)
+    two = static_memory(eight.with_changes(strategy="zero2"), planner.facts, trained)
     assert two.weights == 2 * weights
     assert two.gradients + two.optimizer == pytest.approx(14 * weights / 8)
-    away = static_bytes(eight.with_changes(offload="all"), planner.facts, trained)
+    away = static_memory(eight.with_changes(offload="all"), planner.facts, trained)
     assert away.weights == away.optimizer == 0
     assert away.host >= 14 * weights / 8
 
@@ -148,7 +146,7 @@ def test_an_adapter_trains_what_peft_says_and_keeps_no_state_of_the_base(tmp_pat
     # Per block: q and o 64x64, k and v 64x32, three of 64x160; r is 16.
     block = 16 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))
     assert planner.trained(settings).parameters == 3 * block
-    static = static_bytes(settings, planner.facts, planner.trained(settings))
+    static = static_memory(settings, planner.facts, planner.trained(settings))
     assert static.optimizer == 8 * 3 * block
     assert base_bytes(settings, planner.facts) == 2 * planner.facts.parameters
 

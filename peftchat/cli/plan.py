@@ -10,9 +10,9 @@ def _list(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted:
         return
     from peftchat.console import stdout
-    from peftchat.planning.cards import catalogue_table
+    from peftchat.planning.hardware import gpu_table
 
-    stdout.print(catalogue_table(), soft_wrap=False)
+    stdout.print(gpu_table(), soft_wrap=False)
     context.exit()
 
 
@@ -55,17 +55,17 @@ def command(
     quiet_libraries()
     from peftchat.console import stdout
     from peftchat.planning.hardware import find_hardware
-    from peftchat.planning.make import make_plan
-    from peftchat.planning.probe import probe_run
-    from peftchat.planning.report import as_data, print_plan, print_probe
+    from peftchat.planning.measure import measure_run
+    from peftchat.planning.plan import plan_training
+    from peftchat.planning.plan_report import as_data, print_measured, print_plan
 
     distributed = loaded.recipe.distributed
     wanted = gpus or (distributed.processes * distributed.nodes if distributed.processes else None)
-    plan = make_plan(loaded.recipe, find_hardware(gpu, wanted), price=price, with_grid=grid)
+    plan = plan_training(loaded.recipe, find_hardware(gpu, wanted), price=price, with_grid=grid)
     if not as_json:
         print_plan(plan, stdout)
-    measured = probe_run(loaded.recipe, plan) if probe else None
+    measured = measure_run(loaded.recipe, plan) if probe else None
     if as_json:
         click.echo(json.dumps(as_data(plan, measured)))
     elif measured is not None:
-        print_probe(plan, measured, stdout)
+        print_measured(plan, measured, stdout)

@@ -43,9 +43,9 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
         return
     loaded, choices = _choose(loaded, placement)
     if dry_run:
-        from peftchat.planning.dry_run import print_plan
+        from peftchat.planning.plan_report import print_dry_run
 
-        print_plan(loaded, placement)
+        print_dry_run(loaded, placement)
         return
     from peftchat.training.train import TrainOptions, run_training
 
@@ -68,9 +68,9 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
 def _choose(loaded: "LoadedRecipe", placement: "DistributedSetup") -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
     """Settle what the recipe leaves open, and say what was settled: once, for all processes."""
     from peftchat.console import stderr
-    from peftchat.planning.settle import settle_open
+    from peftchat.planning.auto_settings import resolve_open
 
-    chosen, choices = settle_open(loaded, placement)
+    chosen, choices = resolve_open(loaded, placement)
     if os.environ.get("RANK", "0") == "0":
         for choice in choices:
             stderr.print(f"Chosen: {choice}", markup=False, highlight=False)

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from peftchat.errors import UserError, VerificationError
 from peftchat.malloc import return_large_blocks
 from peftchat.merging.byte_progress import ByteProgress
-from peftchat.merging.merge_plan import ResumeState, ShardBuilder
+from peftchat.merging.merge_plan import JOURNAL_NAME, ResumeState, ShardBuilder
 from peftchat.merging.output import (
     MergeReport,
     check_written,

@@ -1,6 +1,6 @@
 """Activations: what a step keeps and makes for a while, as a function of layers, batch and length.
 
-The figures are read off the model's own code on shapes (`peftchat.planning.trace`) at one and two layers and two or
+The figures are read off the model's own code on shapes (`peftchat.planning.tracing`) at one and two layers and two or
 three lengths. They are exact in between and beyond: bytes are linear in layers and in the batch, and linear in the
 length but for the scores or the mask of unfused attention, which are quadratic.
 """
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftchat.planning.shadow import AttentionKind, fake_mode, shadow_model
-from peftchat.planning.trace import BackboneTrace, LossTrace, trace_backbone, trace_loss
+from peftchat.planning.settings import AttentionKind
+from peftchat.planning.tracing import BackboneTrace, LossTrace, fake_mode, fake_model, trace_backbone, trace_loss
 from peftchat.training.loss import chunk_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from peftchat.planning.facts import ModelFacts
+    from peftchat.planning.parameter_counts import ParameterCounts
     from peftchat.recipe import Recipe
 
 _LENGTHS = (256, 512, 1024)
@@ -27,7 +27,7 @@ _LENGTHS = (256, 512, 1024)
 
 
 @dataclass(frozen=True, slots=True)
-class ActivationKey:
+class TraceConfig:
     """All that the bytes of a step depend on beside batch and length.
 
     Attributes:
@@ -52,7 +52,7 @@ class ActivationKey:
 
 
 @dataclass(frozen=True, slots=True)
-class StepBytes:
+class StepMemory:
     """Bytes that a forward and backward pass adds to weights and optimizer, at its moments.
 
     Attributes:
@@ -112,7 +112,7 @@ class ActivationProfile:
         self._one = laws(1)
         self._two = laws(2) if layers > 1 else self._one
 
-    def step(self, batch: int, length: int) -> StepBytes:
+    def step(self, batch: int, length: int) -> StepMemory:
         """The bytes of a step over `batch` rows of `length` tokens."""
         first = self._one["saved"](batch, length)
         block = self._two["saved"](batch, length) - first if self._layers > 1 else first
@@ -125,7 +125,7 @@ class ActivationProfile:
 
         end = self._one["rest_peak"](batch, length) - self._one["gradients"](batch, length)
         kept, backward = whole("saved"), whole("first_layer_peak")
-        return StepBytes(kept, whole("forward_peak"), backward, max(0.0, end))
+        return StepMemory(kept, whole("forward_peak"), backward, max(0.0, end))
 
 
 class LossProfile:
@@ -157,18 +157,18 @@ class LossProfile:
         return LossTrace(round(forward), round(self._back_constant + self._back * targets), self._gradients)
 
 
-def activation_profile(config: "PretrainedConfig", recipe: "Recipe", key: ActivationKey) -> ActivationProfile:
+def activation_profile(config: "PretrainedConfig", recipe: "Recipe", key: TraceConfig) -> ActivationProfile:
     """Trace the architecture of `config` as `recipe` wraps it."""
 
     def trace(layers: int, length: int) -> BackboneTrace:
         with fake_mode():
-            model = shadow_model(config, recipe, key, layers)
+            model = fake_model(config, recipe, key, layers)
             return trace_backbone(model, 1, length, _dtype(key.autocast))
 
     return ActivationProfile(trace, int(config.get_text_config().num_hidden_layers), key.attention)
 
 
-def estimated_profile(facts: "ModelFacts", key: ActivationKey) -> ActivationProfile:
+def estimated_profile(facts: "ParameterCounts", key: TraceConfig) -> ActivationProfile:
     """A rule of thumb for architectures that cannot be traced: 34 bytes a token and unit of width in a block.
 
     Korthikanti et al. (2022), for 16 bits and fused attention; with scores or masks their quadratic term as well.
@@ -187,7 +187,7 @@ def estimated_profile(facts: "ModelFacts", key: ActivationKey) -> ActivationProf
 
 
 def loss_profile(
-    config: "PretrainedConfig", facts: "ModelFacts", key: ActivationKey, *, trains_head: bool, device: str
+    config: "PretrainedConfig", facts: "ParameterCounts", key: TraceConfig, *, trains_head: bool, device: str
 ) -> LossProfile:
     """Trace the loss over a head of the model's size."""
     size = facts.vocabulary + (0 if trains_head else key.new_tokens)

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
+
+from rich import box
+from rich.table import Table
 
 from peftchat.errors import UserError
 
-if TYPE_CHECKING:
-    from peftchat.planning.settings import Device
+Device = Literal["cuda", "cpu"]
+
 
 _GIB = 2**30
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -46,7 +49,7 @@ class Hardware:
 
 
 @cache
-def catalogue() -> Mapping[str, Hardware]:
+def gpu_catalog() -> Mapping[str, Hardware]:
     """Every card of the catalogue, by name."""
     entries = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))
     return {
@@ -87,29 +90,29 @@ def find_hardware(name: str | None, count: int | None) -> Hardware:
         InputError: nothing has that name.
     """
     if name is None:
-        return own_hardware(count)
+        return this_machine(count)
     if _plain(name) == "cpu":
-        return own_processor(count)
+        return this_cpu(count)
     known = _aliases().get(_plain(name))
     if known is None:
         near = difflib.get_close_matches(_plain(name), _aliases(), n=1, cutoff=0.4)
         hint = f"Did you mean `{_aliases()[near[0]]}`? " if near else ""
         raise UserError(
-            f"`{name}` is not in the catalogue", where="--gpu", cure=f"{hint}Known: {', '.join(catalogue())}, cpu."
+            f"`{name}` is not in the catalogue", where="--gpu", cure=f"{hint}Known: {', '.join(gpu_catalog())}, cpu."
         )
-    return _with_count(catalogue()[known], count or 1)
+    return _with_count(gpu_catalog()[known], count or 1)
 
 
-def own_hardware(count: int | None) -> Hardware:
+def this_machine(count: int | None) -> Hardware:
     """This machine's GPUs, or its processor where it has none."""
     import torch
 
     there = torch.cuda.device_count()
     if not there:
-        return own_processor(count)
+        return this_cpu(count)
     properties = torch.cuda.get_device_properties(0)
     known = _aliases().get(_plain(properties.name))
-    rated = catalogue().get(known) if known else None
+    rated = gpu_catalog().get(known) if known else None
     return Hardware(
         name=known or properties.name,
         label=f"{properties.name}, this machine's",
@@ -123,7 +126,7 @@ def own_hardware(count: int | None) -> Hardware:
     )
 
 
-def own_processor(count: int | None) -> Hardware:
+def this_cpu(count: int | None) -> Hardware:
     """This machine's processor; several processes share its memory."""
     import os
 
@@ -134,7 +137,7 @@ def own_processor(count: int | None) -> Hardware:
         label=f"this machine's processor, {cores} cores",
         device="cpu",
         count=processes,
-        memory=main_memory() // processes,
+        memory=system_memory() // processes,
         tflops=None,
         bandwidth=None,
         bf16=True,
@@ -142,7 +145,7 @@ def own_processor(count: int | None) -> Hardware:
     )
 
 
-def main_memory() -> int:
+def system_memory() -> int:
     """Bytes of main memory that this process may use: the machine's, or the limit of its container."""
     import psutil
 
@@ -161,3 +164,17 @@ def _with_count(hardware: Hardware, count: int) -> Hardware:
     from dataclasses import replace
 
     return replace(hardware, count=count)
+
+
+def gpu_table() -> Table:
+    """Every card that `--gpu` knows."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    for title in ("name", "card"):
+        table.add_column(title)
+    for title in ("GiB usable", "TFLOP/s in 16 bits", "GB/s"):
+        table.add_column(title, justify="right")
+    table.add_column("source", style="dim")
+    for card in gpu_catalog().values():
+        numbers = (f"{card.memory / 2**30:.1f}", f"{card.tflops:g}", f"{card.bandwidth:,.0f}")
+        table.add_row(card.name, card.label, *numbers, card.source)
+    return table

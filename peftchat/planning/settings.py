@@ -1,19 +1,132 @@
-"""The settings that memory depends on, gathered from a recipe and a place."""
+"""What a run works through: read from local data, else taken from the recipe's own numbers."""
 
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from peftchat.planning.activations import ActivationKey
-from peftchat.planning.facts import NEW_TOKENS
-from peftchat.planning.shadow import AttentionKind
+from peftchat.errors import UserError
+from peftchat.planning.activations import TraceConfig
+from peftchat.planning.hardware import Device, Hardware
 from peftchat.training.distributed import is_sharded, weight_dtype
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from peftchat.chat_template.registry import ChatFormat
+    from peftchat.dataset.cache import EncodedSplit
     from peftchat.recipe import Recipe
     from peftchat.recipe.sections import Dtype, Method, Offload, Optimizer
-    from peftchat.training.distributed import Strategy
+    from peftchat.training.distributed import DistributedSetup, Strategy
 
-Device = Literal["cuda", "cpu"]
+
+AttentionKind = Literal["fused", "masked", "eager"]
+"""`fused`: a kernel that keeps its inputs, its output and one number a query (Dao et al., 2022). `masked`: SDPA
+with a mask of every pair of positions. `eager`: the scores of every pair are kept."""
+
+
+NEW_TOKENS = {"starchat": 4, "chatml": 2, "model": 0}
+"""Rows that each template may add; a tokenizer that has some of the tokens already adds fewer."""
+
+
+_READ_AT_MOST = 64_000_000
+"""Bytes of data files that are encoded for a plan; larger sets count only if their rows are cached already."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSize:
+    """The rows of a recipe.
+
+    Attributes:
+        sequences: rows or packs an epoch.
+        tokens: tokens an epoch, padding not counted.
+        longest: tokens of the longest row or pack.
+        dialogue: tokens of the dialogue that a usual token belongs to.
+        supervised: share of tokens with a target.
+        new_tokens: rows that the template adds to this tokenizer.
+    """
+
+    sequences: int
+    tokens: int
+    longest: int
+    dialogue: int
+    supervised: float
+    new_tokens: int
+
+
+def read_dataset_size(recipe: "Recipe") -> DatasetSize | str:
+    """The recipe's rows where everything needed for them lies here, else the reason why they were not read."""
+    if not Path(recipe.model.name).is_dir():
+        return "the tokenizer is not in a local folder"
+    from peftchat.conversations.readers import find_files
+
+    try:
+        files = [find_files(entry.path, entry.split) for entry in recipe.data.train]
+        if any(found is None for found in files):
+            return "the data is on a hub"
+        if sum(file.stat().st_size for found in files for file in found or ()) > _READ_AT_MOST:
+            return "the data is large"
+        return _read(recipe)
+    except UserError as error:
+        return str(error)
+
+
+def _read(recipe: "Recipe") -> DatasetSize:
+    from peftchat.dataset.cache import load_splits
+    from peftchat.training.model import chat_format
+
+    chat = chat_format(recipe)
+    return dataset_size_of(recipe, chat, load_splits(recipe, chat)["train"])
+
+
+def dataset_size_of(recipe: "Recipe", chat: "ChatFormat", rows: "EncodedSplit") -> DatasetSize:
+    """What the recipe makes of encoded rows.
+
+    Args:
+        chat: the tokenizer in the recipe's chat format.
+        rows: those to train on, at least one.
+    """
+    import numpy as np
+
+    lengths = np.asarray(rows.store.lengths)
+    sequences = _sequences(recipe, lengths)
+    return DatasetSize(
+        sequences=len(sequences),
+        tokens=int(lengths.sum()),
+        longest=int(sequences.max()),
+        dialogue=math.ceil(float((lengths.astype(np.float64) ** 2).sum() / lengths.sum())),
+        supervised=rows.stats.supervised / rows.stats.tokens,
+        new_tokens=len(chat.new_tokens),
+    )
+
+
+def _sequences(recipe: "Recipe", lengths: "np.ndarray") -> "np.ndarray":
+    """Tokens of each row or pack."""
+    import numpy as np
+
+    from peftchat.dataset.packing import pack
+
+    if not recipe.data.packing:
+        return lengths
+    packs = pack(lengths, recipe.data.max_length, recipe.training.seed)
+    return np.array([lengths[group].sum() for group in packs])
+
+
+def steps_of(recipe: "Recipe", workload: DatasetSize | None, settings: "PlanSettings") -> int | None:
+    """Optimizer steps of the run; None where neither the recipe nor the data tells."""
+    training = recipe.training
+    if training.max_steps > 0:
+        return training.max_steps
+    if workload is None:
+        return None
+    return math.ceil(steps_per_epoch(workload, settings) * training.num_train_epochs)
+
+
+def steps_per_epoch(workload: DatasetSize, settings: "PlanSettings") -> int:
+    """Optimizer steps in which every row or pack is seen once, as the trainer will count them."""
+    passes = math.ceil(workload.sequences / (settings.batch * settings.processes))
+    return max(1, math.ceil(passes / settings.accumulation))
+
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes an element of each dtype."""
@@ -21,7 +134,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 USUAL_SUPERVISED = 0.65
 """Share of tokens with a target where the data was not read; chat data sets lie between 0.4 and 0.8."""
 
-USUAL_DIALOGUE = 256
+USUAL_CONVERSATION = 256
 """Tokens of a dialogue where the data was not read."""
 
 
@@ -83,9 +196,9 @@ class PlanSettings:
         return max(1, round(self.batch * self.length * self.supervised))
 
     @property
-    def activation_key(self) -> ActivationKey:
+    def activation_key(self) -> TraceConfig:
         """What the trace of a step depends on."""
-        return ActivationKey(
+        return TraceConfig(
             held=self.held,
             # DeepSpeed casts the whole model instead.
             autocast=None if self.sharded or self.dtype == "float32" else self.dtype,
@@ -141,7 +254,7 @@ def plan_settings(
         accumulation=training.gradient_accumulation_steps,
         supervised=USUAL_SUPERVISED if supervised is None else supervised,
         attention=attention,
-        dialogue=dialogue or USUAL_DIALOGUE,
+        dialogue=dialogue or USUAL_CONVERSATION,
         device=device,
         new_tokens=NEW_TOKENS.get(recipe.chat.template, 0) if new_tokens is None else new_tokens,
     )
@@ -159,3 +272,43 @@ def attention_kind(recipe: "Recipe", device: Device) -> AttentionKind:
     if device == "cuda":
         return "fused" if recipe.model.dtype != "float32" else "masked"
     return "fused"
+
+
+def settings_on(
+    recipe: "Recipe", hardware: Hardware, workload: DatasetSize | None, placement: "DistributedSetup | None" = None
+) -> PlanSettings:
+    """The recipe's settings on a device.
+
+    Args:
+        hardware: the device, which need not be here.
+        workload: the data, where it was read.
+        placement: where a run takes place; without it, what training would make of that many such devices.
+    """
+    if placement is None:
+        strategy, processes = _placed(recipe, hardware)
+    else:
+        strategy, processes = placement.strategy, placement.world_size
+    dialogue = None if workload is None else workload.dialogue
+    return plan_settings(
+        recipe,
+        strategy=strategy,
+        processes=processes,
+        device=hardware.device,
+        attention=attention_kind(recipe, hardware.device),
+        longest=None if workload is None else workload.longest,
+        supervised=None if workload is None else workload.supervised,
+        dialogue=dialogue,
+        new_tokens=None if workload is None else workload.new_tokens,
+    )
+
+
+def _placed(recipe: "Recipe", hardware: Hardware) -> "tuple[Strategy, int]":
+    wanted = recipe.distributed.strategy
+    if wanted == "single":
+        return "single", 1
+    processes = hardware.count
+    if wanted != "auto":
+        return wanted, processes
+    if processes == 1:
+        return "single", 1
+    return ("zero3" if recipe.method == "full" else "ddp"), processes

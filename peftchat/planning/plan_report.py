@@ -1,22 +1,42 @@
 """A plan as people read it, and as programs do."""
 
+import itertools
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftchat.formatting import format_count, format_duration, format_percent, format_short_count
+from peftchat.chat_template.loss_mask import loss_mask_table
+from peftchat.chat_template.registry import ChatFormat
+from peftchat.console import stdout
+from peftchat.dataset.cache import EncodedSplit, load_splits
+from peftchat.dataset.encode import EncodingStats
+from peftchat.formatting import format_bytes, format_count, format_duration, format_percent, format_short_count
+from peftchat.models.loading import load_config
+from peftchat.planning.hardware import this_machine
 from peftchat.planning.memory import PARTS
+from peftchat.planning.planner import Planner
+from peftchat.planning.settings import (
+    DatasetSize,
+    PlanSettings,
+    dataset_size_of,
+    settings_on,
+    steps_of,
+    steps_per_epoch,
+)
+from peftchat.training.distributed import DistributedSetup
+from peftchat.training.model import chat_format
 
 if TYPE_CHECKING:
-    from peftchat.planning.grid import Cell
-    from peftchat.planning.make import Plan
-    from peftchat.planning.probe import Probe
-    from peftchat.planning.search import Change
-    from peftchat.planning.settings import PlanSettings
+    from peftchat.planning.measure import MeasuredRun
+    from peftchat.planning.plan import TrainingPlan
+    from peftchat.planning.planner import Change, GridCell
+    from peftchat.recipe import LoadedRecipe, Recipe
+
 
 _GIB = 2**30
 _MOMENTS = {
@@ -44,7 +64,7 @@ def gib(value: float) -> str:
     return f"{amount:.1f} GiB" if amount >= 1 else f"{amount:.2f} GiB"
 
 
-def print_plan(plan: "Plan", console: Console) -> None:
+def print_plan(plan: "TrainingPlan", console: Console) -> None:
     """The verdict, memory by part, what fits, what would make it fit, other ways, time and cost."""
     console.print(_verdict(plan), soft_wrap=False)
     console.print(_facts(plan))
@@ -57,7 +77,7 @@ def print_plan(plan: "Plan", console: Console) -> None:
         console.print(Text.assemble(("note: ", "yellow"), line), soft_wrap=False)
 
 
-def _verdict(plan: "Plan") -> Text:
+def _verdict(plan: "TrainingPlan") -> Text:
     room = plan.hardware.memory
     left = room - plan.memory.total
     if plan.fits:
@@ -71,7 +91,7 @@ def _verdict(plan: "Plan") -> Text:
     return Text(text, style="bold red")
 
 
-def _facts(plan: "Plan") -> Table:
+def _facts(plan: "TrainingPlan") -> Table:
     table = _two_columns()
     facts, trained = plan.facts, plan.trained
     tie = "tied head" if facts.tied else "untied head"
@@ -109,21 +129,21 @@ def _settings(settings: "PlanSettings") -> str:
     )
 
 
-def _cost(plan: "Plan") -> str:
+def _cost(plan: "TrainingPlan") -> str:
     cost = plan.cost
     assert cost is not None
     money = "" if cost.money is None else f", {cost.money:,.2f} at the given price"
     return f"about {format_duration(cost.seconds)}{money}, for {format_count(cost.steps)} steps and {format_short_count(cost.tokens)} tokens"
 
 
-def _largest(plan: "Plan") -> str:
+def _largest(plan: "TrainingPlan") -> str:
     if not plan.largest_batch:
         return f"not even one row of {plan.settings.length} tokens"
     longest = f"rows of {format_count(plan.largest_length)} tokens at a batch of {plan.settings.batch}"
     return f"up to {format_count(plan.largest_batch)} rows of {plan.settings.length} tokens at once, or {longest}"
 
 
-def _parts(plan: "Plan") -> Table:
+def _parts(plan: "TrainingPlan") -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     table.add_column("memory of each device")
     table.add_column("GiB", justify="right")
@@ -139,7 +159,7 @@ def _parts(plan: "Plan") -> Table:
     return table
 
 
-def _changes(plan: "Plan") -> Table:
+def _changes(plan: "TrainingPlan") -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     table.add_column("to save memory, the cheapest first")
     table.add_column("GiB", justify="right")
@@ -154,7 +174,7 @@ def _changes(plan: "Plan") -> Table:
     return table
 
 
-def _grid(plan: "Plan") -> Table:
+def _grid(plan: "TrainingPlan") -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     table.add_column("method")
     table.add_column("shared by")
@@ -167,7 +187,7 @@ def _grid(plan: "Plan") -> Table:
     return table
 
 
-def _cell(cell: "Cell") -> tuple[Text, Text]:
+def _cell(cell: "GridCell") -> tuple[Text, Text]:
     style = "green" if cell.fits else "red"
     return Text(f"{cell.peak / _GIB:.1f}", style=style), Text(
         format_count(cell.largest_batch) if cell.largest_batch else "none"
@@ -178,7 +198,7 @@ def _yes(fits: bool) -> Text:
     return Text("yes", style="green") if fits else Text("no", style="red")
 
 
-def _notes(plan: "Plan") -> list[str]:
+def _notes(plan: "TrainingPlan") -> list[str]:
     told = [f"Chosen, {choice}." for choice in plan.chosen]
     if plan.unread is not None:
         told.append(
@@ -194,7 +214,7 @@ def _notes(plan: "Plan") -> list[str]:
     return told
 
 
-def print_probe(plan: "Plan", probe: "Probe", console: Console) -> None:
+def print_measured(plan: "TrainingPlan", probe: "MeasuredRun", console: Console) -> None:
     """What was measured beside what was predicted."""
     predicted = plan.memory.total if plan.settings.device == "cpu" else plan.memory.allocated
     error = predicted / probe.peak - 1
@@ -209,7 +229,7 @@ def print_probe(plan: "Plan", probe: "Probe", console: Console) -> None:
     )
 
 
-def as_data(plan: "Plan", probe: "Probe | None") -> dict[str, Any]:
+def as_data(plan: "TrainingPlan", probe: "MeasuredRun | None") -> dict[str, Any]:
     """The plan as JSON knows it; sizes in bytes."""
     return {
         "model": plan.model,
@@ -256,3 +276,119 @@ def _two_columns() -> Table:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     return table
+
+
+_SHOWN_TOKENS = 160
+
+
+def print_dry_run(loaded: "LoadedRecipe", placement: DistributedSetup) -> None:
+    """Encode the data, count the steps, and show the plan and one row. Trains and writes nothing.
+
+    Raises:
+        InputError: whatever training would raise before its first step, short of loading the weights.
+    """
+    recipe = loaded.recipe
+    config = load_config(recipe)
+    chat = chat_format(recipe)
+    rows = load_splits(recipe, chat)
+    workload = dataset_size_of(recipe, chat, rows["train"])
+    hardware = this_machine(placement.processes)
+    settings = settings_on(recipe, hardware, workload, placement)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in (
+        ("model", f"{recipe.model.name} ({config.model_type}, {recipe.model.dtype})"),
+        ("method", _method(recipe)),
+        ("place", _place(placement)),
+        ("chat", _chat(recipe, chat)),
+        *_data(recipe, rows["train"].stats, "training"),
+        *(_data(recipe, rows["eval"].stats, "held out") if "eval" in rows else ()),
+        ("steps", _steps(recipe, settings, workload)),
+        ("memory", _memory_line(Planner(config, recipe), settings, hardware.memory)),
+        ("output", f"{recipe.output_dir} (nothing is written now)"),
+    ):
+        table.add_row(name, value)
+    stdout.print(table)
+    stdout.print()
+    stdout.print(_row_text(recipe, chat, rows["train"]))
+
+
+def _memory_line(planner: Planner, settings: PlanSettings, room: int) -> str:
+    """The predicted peak of each process beside what there is."""
+    needed = planner.memory(settings).total
+    verdict = "" if needed <= room else ": it does not fit, `peftchat plan` says what would"
+    return f"about {format_bytes(needed)} at the peak, of {format_bytes(room)}{verdict}"
+
+
+def _method(recipe: "Recipe") -> str:
+    if recipe.adapter is None:
+        return "full fine-tuning"
+    settings = recipe.adapter.model_dump(exclude={"variant"}, exclude_none=True)
+    text = ", ".join(
+        [f"{recipe.method}: {recipe.adapter.variant}", *(f"{key} {held}" for key, held in settings.items())]
+    )
+    if recipe.quantization is not None:
+        text += f"; base in {recipe.quantization.bits} bits"
+    return text
+
+
+def _place(placement: DistributedSetup) -> str:
+    what = f"{placement.gpus} GPUs here" if placement.gpus else "CPU"
+    many = "1 process" if placement.world_size == 1 else f"{placement.world_size} processes"
+    return f"{placement.strategy}, {many} ({what})"
+
+
+def _chat(recipe: "Recipe", chat: ChatFormat) -> str:
+    new = ", ".join(f"{token.token} = {token.id}" for token in chat.new_tokens) or "none"
+    return f"{recipe.chat.template}, trains {recipe.chat.loss_on}; new tokens: {new}"
+
+
+def _data(recipe: "Recipe", stats: EncodingStats, name: str) -> list[tuple[str, str]]:
+    text = (
+        f"{format_count(stats.rows)} rows, {format_count(stats.tokens)} tokens, "
+        f"{format_percent(stats.supervised / stats.tokens)} of them supervised"
+    )
+    parts = [f"{number} {reason.replace('_', ' ')}" for reason, number in stats.dropped.items()]
+    if parts:
+        text += f"; left out: {', '.join(parts)}"
+    if stats.shortened:
+        text += f"; {stats.shortened} shortened to {recipe.data.max_length} tokens"
+    if stats.divided:
+        text += f"; {stats.divided} divided into {stats.parts} rows"
+    if stats.lookalikes:
+        text += f"; {stats.lookalikes} look-alikes of special tokens encoded as text"
+    forms = ", ".join(sorted(set(stats.forms.values())))
+    return [(name, f"{text} ({forms})" if forms else text)]
+
+
+def _steps(recipe: "Recipe", settings: PlanSettings, workload: DatasetSize) -> str:
+    """How the rows become optimizer steps."""
+    shape = "padded rows"
+    if recipe.data.packing:
+        length = recipe.data.max_length
+        shape = f"packs of {length} ({format_percent(workload.tokens / (workload.sequences * length))} full)"
+    steps, an_epoch = steps_of(recipe, workload, settings), steps_per_epoch(workload, settings)
+    whole = settings.batch * settings.accumulation * settings.processes
+    return f"{steps} ({an_epoch} an epoch) of {whole} {shape}, {workload.sequences} in all"
+
+
+def _row_text(recipe: "Recipe", chat: ChatFormat, rows: EncodedSplit) -> Text:
+    """A row of middling length, what is trained in green."""
+    middle = int(np.argsort(rows.store.lengths)[len(rows.store) // 2])
+    row = rows.store[middle]
+    trained = loss_mask_table(recipe.chat.loss_on)[row.codes]
+    trained[:1] = False
+    text = Text(f"A row ({row.source}), trained tokens in green:\n", style="bold")
+    for start, stop in _runs(trained[:_SHOWN_TOKENS]):
+        piece = chat.tokenizer.decode(row.ids[start:stop].tolist())
+        text.append(piece, style="not bold green" if trained[start] else "not bold dim")
+    if len(row.ids) > _SHOWN_TOKENS:
+        text.append(f" … {len(row.ids) - _SHOWN_TOKENS} more tokens", style="not bold italic")
+    return text
+
+
+def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
+    """Stretches of equal flags."""
+    borders = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
+    return list(itertools.pairwise(borders))

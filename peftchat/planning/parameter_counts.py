@@ -8,19 +8,16 @@ import torch
 
 from peftchat.models.added_tokens import find_added_tokens
 from peftchat.models.peft_model import freeze_layers
-from peftchat.planning.shadow import decoder_linears, on_meta, wrap
+from peftchat.planning.tracing import decoder_linears, meta_model, wrap
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from peftchat.recipe import Recipe
 
-NEW_TOKENS = {"starchat": 4, "chatml": 2, "model": 0}
-"""Rows that each template may add; a tokenizer that has some of the tokens already adds fewer."""
-
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ParameterCounts:
     """Exact counts of a causal language model.
 
     Attributes:
@@ -70,7 +67,7 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainedFacts:
+class TrainableCounts:
     """What is trained.
 
     Attributes:
@@ -84,9 +81,9 @@ class TrainedFacts:
     rows: int
 
 
-def model_facts(config: "PretrainedConfig") -> ModelFacts:
+def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
     """The counts of the model that a config describes."""
-    model = on_meta(config, torch.bfloat16)
+    model = meta_model(config, torch.bfloat16)
     text = config.get_text_config()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight
@@ -94,7 +91,7 @@ def model_facts(config: "PretrainedConfig") -> ModelFacts:
     linear = sum(math.prod(shape) for shape in linears)
     in_head = 0 if tied else int(head.weight.numel())
     everything = sum(parameter.numel() for parameter in model.parameters())
-    return ModelFacts(
+    return ParameterCounts(
         family=str(text.model_type),
         layers=int(text.num_hidden_layers),
         hidden=int(text.hidden_size),
@@ -113,20 +110,20 @@ def model_facts(config: "PretrainedConfig") -> ModelFacts:
     )
 
 
-def trained_facts(config: "PretrainedConfig", recipe: "Recipe", new_tokens: int) -> TrainedFacts:
+def trainable_counts(config: "PretrainedConfig", recipe: "Recipe", new_tokens: int) -> TrainableCounts:
     """What the recipe's method trains, counted on the shapes of the whole model; adapters are PEFT's own.
 
     Raises:
         InputError: the adapter does not fit the model.
     """
-    model = on_meta(config, torch.bfloat16)
+    model = meta_model(config, torch.bfloat16)
     if recipe.method == "full":
         freeze_layers(model, recipe.model.freeze_layers)
         sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-        return TrainedFacts(sum(sizes), max(sizes), 0)
+        return TrainableCounts(sum(sizes), max(sizes), 0)
     model.requires_grad_(False)
     trained = [parameter for parameter in wrap(model, recipe, new_tokens).parameters() if parameter.requires_grad]
     rows = find_added_tokens(model)
     own = set() if rows is None else {id(parameter) for parameter in rows.parameters()}
     sizes = [parameter.numel() for parameter in trained if id(parameter) not in own]
-    return TrainedFacts(sum(sizes), max(sizes, default=0), sum(p.numel() for p in trained) - sum(sizes))
+    return TrainableCounts(sum(sizes), max(sizes, default=0), sum(p.numel() for p in trained) - sum(sizes))

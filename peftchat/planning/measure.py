@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from peftchat.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
-    from peftchat.planning.make import Plan
+    from peftchat.planning.plan import TrainingPlan
     from peftchat.recipe import Recipe
 
 _STEPS = 3
@@ -20,7 +20,7 @@ _STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class MeasuredRun:
     """What was measured.
 
     Attributes:
@@ -32,26 +32,26 @@ class Probe:
     seconds: float
 
 
-def probe_run(recipe: "Recipe", plan: "Plan") -> Probe:
+def measure_run(recipe: "Recipe", plan: "TrainingPlan") -> MeasuredRun:
     """Train a few steps on rows as long as the recipe's longest, and throw the run away.
 
     Raises:
         InputError: the plan is for a device that is not here, or for several processes.
         CheckFailed: the training failed, by running out of memory perhaps.
     """
-    from peftchat.planning.hardware import own_hardware
+    from peftchat.planning.hardware import this_machine
     from peftchat.recipe import dump_recipe
 
     settings = plan.settings
-    if own_hardware(1).device != settings.device:
+    if this_machine(1).device != settings.device:
         raise UserError("a probe runs on this machine", where="--gpu", cure="Leave `--gpu` out.")
     if settings.processes > 1:
         raise UserError("a probe runs in one process", where="--gpus", cure="Leave `--gpus` out.")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        (place / "rows.jsonl").write_text(_long_rows(settings.length, settings.batch), encoding="utf-8")
+        (place / "rows.jsonl").write_text(_long_examples(settings.length, settings.batch), encoding="utf-8")
         path = place / "recipe.yaml"
-        path.write_text(dump_recipe(_probed(recipe, place)), encoding="utf-8")
+        path.write_text(dump_recipe(_measured(recipe, place)), encoding="utf-8")
         command = [sys.executable, "-m", "peftchat", "train", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
         told = place / "run" / "run.json"
@@ -59,10 +59,10 @@ def probe_run(recipe: "Recipe", plan: "Plan") -> Probe:
             last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
             raise VerificationError(f"the probe's training ended early: {last}")
         summary = json.loads(told.read_text(encoding="utf-8"))
-    return Probe(int(summary["peak_memory_bytes"]), float(summary["seconds"]) / _STEPS)
+    return MeasuredRun(int(summary["peak_memory_bytes"]), float(summary["seconds"]) / _STEPS)
 
 
-def _probed(recipe: "Recipe", folder: Path) -> "Recipe":
+def _measured(recipe: "Recipe", folder: Path) -> "Recipe":
     """The recipe on synthetic long rows, for a few steps, saving and evaluating nothing."""
     data = recipe.data.model_copy(
         update={
@@ -79,7 +79,7 @@ def _probed(recipe: "Recipe", folder: Path) -> "Recipe":
     return recipe.model_copy(update={"data": data, "training": training, "output_dir": str(folder / "run")})
 
 
-def _long_rows(length: int, batch: int) -> str:
+def _long_examples(length: int, batch: int) -> str:
     """Dialogues of many exchanges: every row of the run will be as long as the recipe lets it be."""
     exchange = [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "and on and on"}]
     # No tokenizer makes fewer than eight tokens of an exchange; what is too long is cut to whole exchanges.

@@ -3,18 +3,19 @@
 from pathlib import Path
 
 from peftchat.comparing.candidates import Candidate
-from peftchat.comparing.outcome import Outcome
-from peftchat.comparing.plan import Job
-from peftchat.comparing.record import Measured, Record
-from peftchat.comparing.search import RATE
+from peftchat.comparing.compare_plan import TrainingJob
+from peftchat.comparing.hyperparameter_search import RATE
+from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult
 
 
-def made(name: str, losses: list[float], *, seconds: float = 10.0, memory: int = 100, tokens: int = 1000) -> Outcome:
+def made(
+    name: str, losses: list[float], *, seconds: float = 10.0, memory: int = 100, tokens: int = 1000
+) -> CandidateResult:
     """A candidate with one run a seed."""
     candidate = Candidate(name, name, {})
     runs = [
-        Record(
-            Job(candidate, {RATE: 1e-3}, seed),
+        RunResult(
+            TrainingJob(candidate, {RATE: 1e-3}, seed),
             loss=loss,
             loss_before=4.0,
             steps=10,
@@ -24,7 +25,7 @@ def made(name: str, losses: list[float], *, seconds: float = 10.0, memory: int =
         )
         for seed, loss in enumerate(losses)
     ]
-    return Outcome(candidate, runs[:1], runs[1:], Measured(plain_loss=3.0))
+    return CandidateResult(candidate, runs[:1], runs[1:], Evaluation(plain_loss=3.0))
 
 
 def write_rows_and_recipe(folder: Path, text: str) -> Path:

@@ -11,15 +11,18 @@ from compare_helpers import made, write_rows_and_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftchat.comparing.budget import parse_budget
 from peftchat.comparing.candidates import Candidate, flags, make_candidates, parse_axis, rate_text, slug
-from peftchat.comparing.choose import recommend
-from peftchat.comparing.outcome import Outcome
-from peftchat.comparing.plan import Job, Wish, make_plan
-from peftchat.comparing.rates import expected_rate, grid
-from peftchat.comparing.record import Measured, Record
-from peftchat.comparing.search import RATE, RateGrid, TreeParzen, parse_range
-from peftchat.comparing.statistics import estimate
+from peftchat.comparing.compare_plan import (
+    CompareOptions,
+    TrainingJob,
+    expected_lr,
+    lr_grid,
+    parse_budget,
+    plan_comparison,
+)
+from peftchat.comparing.hyperparameter_search import RATE, RateGrid, TreeParzen, parse_range
+from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult, estimate
+from peftchat.comparing.recommend import recommend
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
 from peftchat.recipe.document import parse_yaml
@@ -143,7 +146,7 @@ def test_one_value_has_no_interval() -> None:
     assert estimate([2.5]).margin is None
 
 
-def choice(*outcomes: Outcome) -> tuple[str, list[str]]:
+def choice(*outcomes: CandidateResult) -> tuple[str, list[str]]:
     advice = recommend(outcomes, 3.0)
     assert advice is not None
     return advice.choice.candidate.name, [outcome.candidate.name for outcome in advice.tied]
@@ -176,7 +179,7 @@ def test_costs_that_are_nearly_equal_leave_the_choice_to_the_loss() -> None:
 
 def test_cautions_follow_from_the_numbers() -> None:
     forgetful = made("a", [5.0], tokens=1000)
-    forgetful = Outcome(forgetful.candidate, forgetful.tried, (), Measured(plain_loss=3.3, merge="differs"))
+    forgetful = CandidateResult(forgetful.candidate, forgetful.tried, (), Evaluation(plain_loss=3.3, merge="differs"))
     advice = recommend([forgetful, made("b", [6.0], tokens=2000)], 3.0)
     assert advice is not None
     text = " ".join(advice.cautions)
@@ -186,14 +189,18 @@ def test_cautions_follow_from_the_numbers() -> None:
 
 def test_nothing_is_recommended_where_all_failed() -> None:
     candidate = Candidate("a", "lora", {})
-    assert recommend([Outcome(candidate, [Record(Job(candidate, {}, 0), failure="no")])]) is None
+    assert recommend([CandidateResult(candidate, [RunResult(TrainingJob(candidate, {}, 0), failure="no")])]) is None
 
 
 def test_the_best_rate_at_an_end_is_told() -> None:
     candidate = Candidate("a", "lora", {})
-    tried = [Record(Job(candidate, {RATE: rate}, 0), loss=rate, tokens=9, seconds=1.0) for rate in (0.1, 0.2, 0.3)]
-    assert Outcome(candidate, tried).edge == "lowest"
-    assert Outcome(candidate, [*tried, Record(Job(candidate, {RATE: 0.05}, 0), loss=9.0)]).edge is None
+    tried = [
+        RunResult(TrainingJob(candidate, {RATE: rate}, 0), loss=rate, tokens=9, seconds=1.0) for rate in (0.1, 0.2, 0.3)
+    ]
+    assert CandidateResult(candidate, tried).edge == "lowest"
+    assert (
+        CandidateResult(candidate, [*tried, RunResult(TrainingJob(candidate, {RATE: 0.05}, 0), loss=9.0)]).edge is None
+    )
 
 
 DATA = "data: {train: [{path: rows.jsonl}], eval_fraction: 0.25}\n"
@@ -204,20 +211,20 @@ def test_each_variant_is_tried_around_its_own_rate(tmp_path: Path, name: str) ->
     plain = load_recipe(write_rows_and_recipe(tmp_path, DATA))
     (candidate,) = make_candidates([name], [])
     own = get_variant(candidate.variant).learning_rate
-    assert expected_rate(candidate, plain) == own
+    assert expected_lr(candidate, plain) == own
     # A recipe that trains LoRA at five times the customary rate wants that of every variant.
     times_five = load_recipe(
         write_rows_and_recipe(tmp_path, f"{DATA}training: {{learning_rate: {5 * get_variant('lora').learning_rate}}}")
     )
-    assert expected_rate(candidate, times_five) == pytest.approx(5 * own, rel=0.05)
-    assert all(later / earlier == pytest.approx(3, rel=0.1) for earlier, later in pairwise(grid(own)))
+    assert expected_lr(candidate, times_five) == pytest.approx(5 * own, rel=0.05)
+    assert all(later / earlier == pytest.approx(3, rel=0.1) for earlier, later in pairwise(lr_grid(own)))
 
 
 def test_all_runs_of_a_seed_differ_in_nothing_but_what_is_compared(tmp_path: Path) -> None:
-    plan = make_plan(
-        Wish(write_rows_and_recipe(tmp_path, DATA), ["lora", "dora", "full"], budget=parse_budget("steps=12"))
+    plan = plan_comparison(
+        CompareOptions(write_rows_and_recipe(tmp_path, DATA), ["lora", "dora", "full"], budget=parse_budget("steps=12"))
     )
-    jobs = [Job(candidate, {RATE: 1e-3}, 7) for candidate in plan.candidates]
+    jobs = [TrainingJob(candidate, {RATE: 1e-3}, 7) for candidate in plan.candidates]
     recipes = [plan.recipe_of(job, tmp_path / job.name, tmp_path / "data") for job in jobs]
     for recipe in recipes:
         assert recipe.data == recipes[0].data and recipe.chat == recipes[0].chat
@@ -245,15 +252,17 @@ def test_what_cannot_be_compared_is_refused_first(
     tmp_path: Path, text: str, variants: list[str], axes: list[str], reason: str
 ) -> None:
     with pytest.raises(UserError) as refusal:
-        make_plan(Wish(write_rows_and_recipe(tmp_path, text), variants, [parse_axis(axis) for axis in axes]))
+        plan_comparison(
+            CompareOptions(write_rows_and_recipe(tmp_path, text), variants, [parse_axis(axis) for axis in axes])
+        )
     assert reason in str(refusal.value)
 
 
 def test_rows_may_be_held_out_by_a_flag(tmp_path: Path) -> None:
     path = write_rows_and_recipe(tmp_path, "data: {train: [{path: rows.jsonl}], max_train_rows: 2}\n")
-    plan = make_plan(Wish(path, ["lora", "full"], [parse_axis("data.eval_fraction=0.25")]))
+    plan = plan_comparison(CompareOptions(path, ["lora", "full"], [parse_axis("data.eval_fraction=0.25")]))
     for candidate in plan.candidates:
-        recipe = plan.recipe_of(Job(candidate, {RATE: 1e-3}, 7), tmp_path / "run", tmp_path / "data")
+        recipe = plan.recipe_of(TrainingJob(candidate, {RATE: 1e-3}, 7), tmp_path / "run", tmp_path / "data")
         assert recipe.data.eval_fraction is None and recipe.data.max_train_rows is None
         assert recipe.data.eval is not None and recipe.data.eval[0].path == str(tmp_path / "data" / "eval.jsonl")
         assert plan.recommended(candidate, {RATE: 1e-3}).data.eval_fraction == 0.25

@@ -13,13 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from peftchat.comparing.folder import ComparisonFolder
-from peftchat.comparing.outcome import Outcome
-from peftchat.comparing.overview import Overview
-from peftchat.comparing.plan import Wish, make_plan
-from peftchat.comparing.record import Measured, Record
-from peftchat.comparing.result import Result
-from peftchat.comparing.terminal import print_comparison
+from peftchat.comparing.compare_plan import CompareOptions, plan_comparison
+from peftchat.comparing.compare_progress import CompareProgress
+from peftchat.comparing.compare_report import print_comparison
+from peftchat.comparing.comparison_folder import ComparisonFolder
+from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult
+from peftchat.comparing.results import ComparisonResult
 from peftchat.recipe import load_recipe
 from peftchat.reports.intervals import Mark, interval_plot
 
@@ -27,20 +26,20 @@ HOSTILE = '<script>alert(1)</script> & "quotes" \udc80'
 
 
 @pytest.fixture
-def result(tmp_path: Path) -> Result:
+def result(tmp_path: Path) -> ComparisonResult:
     """Twelve candidates, the last of which failed."""
     path = write_rows_and_recipe(tmp_path, "data: {train: [{path: rows.jsonl}], eval_fraction: 0.25}\n")
     names = ["lora", "rslora", "dora", "loraplus", "pissa", "olora", "ia3", "vera", "loha", "lokr", "full", "qlora"]
-    plan = make_plan(Wish(path, names))
+    plan = plan_comparison(CompareOptions(path, names))
     outcomes = []
     for place, candidate in enumerate(plan.candidates):
         outcome = made(candidate.name, [2 + place / 10, 2.01 + place / 10, 1.99 + place / 10])
         tried = [replace(record, curve=((0, 4.0), (5, 3.0), (10, record.loss))) for record in outcome.tried]
-        measured = Measured(None, 3.0, "same", "equal", ((HOSTILE, HOSTILE, True),))
+        measured = Evaluation(None, 3.0, "same", "equal", ((HOSTILE, HOSTILE, True),))
         outcomes.append(replace(outcome, candidate=candidate, tried=tried, measured=measured))
-    failed = Record(outcomes[-1].tried[0].job, failure=HOSTILE)
-    outcomes[-1] = Outcome(outcomes[-1].candidate, [failed])
-    return Result.of(plan, outcomes, 3.1)
+    failed = RunResult(outcomes[-1].tried[0].job, failure=HOSTILE)
+    outcomes[-1] = CandidateResult(outcomes[-1].candidate, [failed])
+    return ComparisonResult.of(plan, outcomes, 3.1)
 
 
 class _Texts(html.parser.HTMLParser):
@@ -60,7 +59,7 @@ class _Texts(html.parser.HTMLParser):
         self.text += data
 
 
-def test_the_page_escapes_what_models_say_and_draws_every_candidate(result: Result, tmp_path: Path) -> None:
+def test_the_page_escapes_what_models_say_and_draws_every_candidate(result: ComparisonResult, tmp_path: Path) -> None:
     folder = ComparisonFolder(tmp_path / "out")
     folder.path.mkdir()
     result.write(folder)
@@ -74,7 +73,7 @@ def test_the_page_escapes_what_models_say_and_draws_every_candidate(result: Resu
     assert f"failed: {HOSTILE[:8]}" in page.text
 
 
-def test_json_has_every_number_of_the_table(result: Result, tmp_path: Path) -> None:
+def test_json_has_every_number_of_the_table(result: ComparisonResult, tmp_path: Path) -> None:
     said = json.loads(json.dumps(result.as_dict(ComparisonFolder(tmp_path))))
     assert [candidate["name"] for candidate in said["candidates"]][:2] == ["lora", "rslora"]
     assert said["candidates"][0]["loss"]["mean"] == pytest.approx(2.0)
@@ -83,7 +82,7 @@ def test_json_has_every_number_of_the_table(result: Result, tmp_path: Path) -> N
     assert said["recommendation"]["name"] == "lora"
 
 
-def test_the_recommended_recipe_loads_and_says_why(result: Result, tmp_path: Path) -> None:
+def test_the_recommended_recipe_loads_and_says_why(result: ComparisonResult, tmp_path: Path) -> None:
     folder = ComparisonFolder(tmp_path / "out")
     folder.path.mkdir()
     result.write(folder)
@@ -96,7 +95,7 @@ def test_the_recommended_recipe_loads_and_says_why(result: Result, tmp_path: Pat
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
-def test_the_table_keeps_within_the_terminal(result: Result, width: int) -> None:
+def test_the_table_keeps_within_the_terminal(result: ComparisonResult, width: int) -> None:
     file = io.StringIO()
     print_comparison(result, Console(file=file, width=width, force_terminal=True, color_system=None))
     table = file.getvalue().split("Take ")[0].splitlines()
@@ -105,7 +104,7 @@ def test_the_table_keeps_within_the_terminal(result: Result, width: int) -> None
         assert any(name in line for line in table)
 
 
-def test_a_pipe_gets_the_whole_table(result: Result) -> None:
+def test_a_pipe_gets_the_whole_table(result: ComparisonResult) -> None:
     file = io.StringIO()
     print_comparison(result, Console(file=file, width=80))
     assert "…" not in file.getvalue() and "on disk" in file.getvalue()
@@ -114,7 +113,7 @@ def test_a_pipe_gets_the_whole_table(result: Result) -> None:
 def test_progress_is_a_line_a_run_and_counts_only_what_was_trained_here() -> None:
     file = io.StringIO()
     good = made("lora", [2.5]).tried[0]
-    with Overview(3, Console(file=file, width=80)) as overview:
+    with CompareProgress(3, Console(file=file, width=80)) as overview:
         overview.ended(good, kept=True)
         overview.ended(good, kept=False)
         overview.ended(replace(good, failure="out of luck"), kept=False)
@@ -129,7 +128,7 @@ def test_progress_on_a_terminal_shows_where_the_run_is(tmp_path: Path, monkeypat
     file = io.StringIO()
     job = made("lora", [2.5]).tried[0].job
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 3.25}\n{"step": 7, "eval_loss": 3.0}\n')
-    with Overview(3, Console(file=file, width=100, force_terminal=True, legacy_windows=False)) as overview:
+    with CompareProgress(3, Console(file=file, width=100, force_terminal=True, legacy_windows=False)) as overview:
         overview.watch(job, tmp_path)
     assert "run 1 of 3" in file.getvalue()
     assert "lora, lr 1e-3, seed 0" in file.getvalue() and "step 7, loss 3.250" in file.getvalue()

@@ -55,10 +55,9 @@ def command(
     peftchat compare my.yaml --variants lora --set adapter.r=8,16,64 --learning-rates 1e-4,3e-4
     peftchat compare my.yaml --variants lora,dora --trials 12 --search training.learning_rate=1e-5..1e-3:log
     """
-    from peftchat.comparing.budget import parse_budget
     from peftchat.comparing.candidates import parse_axis, split_names
-    from peftchat.comparing.plan import Wish, make_plan
-    from peftchat.comparing.search import parse_range
+    from peftchat.comparing.compare_plan import CompareOptions, parse_budget, plan_comparison
+    from peftchat.comparing.hyperparameter_search import parse_range
     from peftchat.errors import UserError, VerificationError
 
     if learning_rates is not None and fixed_learning_rate:
@@ -68,7 +67,7 @@ def command(
     if trials and learning_rates is not None:
         cure = "Use --search training.learning_rate=LOW..HIGH:log."
         raise UserError("--learning-rates is a grid, and --trials searches ranges", cure=cure)
-    wish = Wish(
+    wish = CompareOptions(
         recipe,
         split_names(variants),
         [parse_axis(flag) for flag in settings],
@@ -79,16 +78,16 @@ def command(
         trials or 0,
         [parse_range(flag) for flag in search],
     )
-    plan = make_plan(wish)
-    from peftchat.comparing.run import Looks, compare
-    from peftchat.comparing.terminal import print_comparison
+    plan = plan_comparison(wish)
+    from peftchat.comparing.compare import EvalOptions, compare
+    from peftchat.comparing.compare_report import print_comparison
     from peftchat.console import stderr, stdout
 
     # A scheduler that ends the job lets the run that is on end too, so that it can go on from its checkpoint.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = out or Path("runs") / f"compare-{recipe.stem}"
     stderr.print(f"{len(plan.candidates)} candidates, {plan.size} runs, in {folder}", markup=False)
-    result, where = compare(plan, folder, Looks(plain_text, questions or None, samples, merge))
+    result, where = compare(plan, folder, EvalOptions(plain_text, questions or None, samples, merge))
     if as_json:
         click.echo(json.dumps(result.as_dict(where)))
     else:

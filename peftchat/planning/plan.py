@@ -19,13 +19,7 @@ from peftchat.planning.planner import (
     largest_batch,
     largest_length,
 )
-from peftchat.planning.settings import (
-    DatasetSize,
-    PlanSettings,
-    read_dataset_size,
-    settings_on,
-    steps_of,
-)
+from peftchat.planning.settings import DatasetSize, PlanSettings, read_dataset_size, settings_on, steps_of
 from peftchat.training.throughput import training_flops
 
 if TYPE_CHECKING:

@@ -10,15 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from peftchat.comparing.candidates import describe
-from peftchat.comparing.plan import Job
-from peftchat.comparing.record import Record
+from peftchat.comparing.compare_plan import TrainingJob
+from peftchat.comparing.outcomes import RunResult
 from peftchat.console import stderr
 from peftchat.errors import UserError
 from peftchat.formatting import format_clock, format_decimal, format_duration
 from peftchat.runs.metrics_file import MetricsFile
 
 
-class Overview:
+class CompareProgress:
     """Counts runs and tells which one is on. Use as a context manager.
 
     Args:
@@ -36,7 +36,7 @@ class Overview:
         live = console.is_terminal and not console.is_dumb_terminal
         self._live = Live(console=console, refresh_per_second=2, get_renderable=self._render) if live else None
 
-    def __enter__(self) -> "Overview":
+    def __enter__(self) -> "CompareProgress":
         if self._live is not None:
             self._live.start()
         return self
@@ -45,7 +45,7 @@ class Overview:
         if self._live is not None:
             self._live.stop()
 
-    def watch(self, job: Job, run: Path) -> None:
+    def watch(self, job: TrainingJob, run: Path) -> None:
         """Show where a run that is going on has got to."""
         if self._live is None:
             return
@@ -66,7 +66,7 @@ class Overview:
         if self._live is None:
             self._console.print(f"measuring {what}", markup=False)
 
-    def ended(self, record: Record, *, kept: bool) -> None:
+    def ended(self, record: RunResult, *, kept: bool) -> None:
         """Count a run and print its result; `kept` ones were there from an earlier start."""
         self._done += 1
         self._made_here += not kept
@@ -110,5 +110,5 @@ class Overview:
         return Group(row, self._now)
 
 
-def _title(job: Job) -> str:
+def _title(job: TrainingJob) -> str:
     return f"{job.candidate.name}, {describe(job.settings)}, seed {job.seed}"

@@ -1,20 +1,100 @@
-"""The whole comparison as it was asked for, and the recipe of each run in it."""
+"""How much each run may use."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from peftchat.comparing.budget import Budget
 from peftchat.comparing.candidates import Axis, Candidate, Settings, flags, make_candidates, slug
-from peftchat.comparing.rates import expected_rate, grid
-from peftchat.comparing.search import RATE, Range, RateGrid, Search, TreeParzen, check_optuna
+from peftchat.comparing.hyperparameter_search import RATE, Range, RateGrid, Search, TreeParzen, check_optuna
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
+from peftchat.variants import get_variant
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
+
+
+Kind = Literal["steps", "tokens", "minutes"]
+_FAR = 1_000_000.0
+"""Epochs that no budget reaches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A limit that is the same for all runs.
+
+    Attributes:
+        kind: what is counted; minutes are of training, without evaluation.
+    """
+
+    kind: Kind
+    amount: float
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe's keys that bring it about."""
+        if self.kind == "steps":
+            return {"training.max_steps": int(self.amount)}
+        key = "training.max_tokens" if self.kind == "tokens" else "training.max_minutes"
+        amount = int(self.amount) if self.kind == "tokens" else float(self.amount)
+        return {"training.max_steps": -1, "training.num_train_epochs": _FAR, key: amount}
+
+    def __str__(self) -> str:
+        amount = f"{self.amount:g}" if self.kind == "minutes" else f"{int(self.amount):,}"
+        return f"{amount} {self.kind}"
+
+
+def parse_budget(text: str) -> Budget:
+    """`steps=200`, `tokens=1e6` or `minutes=30`.
+
+    Raises:
+        InputError: anything else.
+    """
+    kind, _, amount = (part.strip() for part in text.partition("="))
+    cure = "Write steps=N, tokens=N or minutes=N."
+    if kind not in ("steps", "tokens", "minutes"):
+        raise UserError(f"`{kind}` is no budget", where=f"--budget {text}", cure=cure)
+    try:
+        number = float(amount.replace("_", ""))
+    except ValueError:
+        raise UserError(f"`{amount}` is not a number", where=f"--budget {text}", cure=cure) from None
+    if not 0 < number < 1e15 or (kind != "minutes" and not number.is_integer()):
+        what = "must be above 0" if kind == "minutes" else "must be a whole number above 0"
+        raise UserError(what, where=f"--budget {text}", cure=cure)
+    return Budget(kind, number)  # type: ignore[arg-type]
+
+
+LR_FACTORS = (1 / 3, 1.0, 3.0)
+"""Factors around the rate that is expected to suit."""
+
+
+def expected_lr(candidate: Candidate, loaded: "LoadedRecipe") -> float:
+    """The rate that is likely to suit a candidate.
+
+    It is the customary one of its variant. A recipe that gives a rate of its own knows something about its model and
+    data, so the customary rate is then scaled by as much as the recipe's departs from its own variant's.
+
+    Args:
+        loaded: the recipe that all candidates start from.
+    """
+    recipe = loaded.recipe
+    hint = get_variant(candidate.variant).learning_rate
+    if loaded.document.value(("training", "learning_rate")) is None:
+        return hint
+    own = "full" if recipe.adapter is None else recipe.adapter.variant
+    return _round_lr(recipe.training.learning_rate * hint / get_variant(own).learning_rate)
+
+
+def lr_grid(rate: float) -> tuple[float, ...]:
+    """Three rates around `rate`, to two digits, rising."""
+    return tuple(_round_lr(rate * factor) for factor in LR_FACTORS)
+
+
+def _round_lr(rate: float) -> float:
+    return float(f"{rate:.1e}")
+
 
 _EVALUATIONS = 6
 """Points of a held-out curve after the first, where the recipe leaves the choice."""
@@ -24,7 +104,7 @@ _DATA_KEYS = ("data.train", "data.eval", "data.max_train_rows", "data.max_eval_r
 
 
 @dataclass(frozen=True)
-class Wish:
+class CompareOptions:
     """What the user asked for.
 
     Attributes:
@@ -51,7 +131,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One training run: a candidate, settings to try it with, and a seed."""
 
     candidate: Candidate
@@ -65,7 +145,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparePlan:
     """A comparison whose every part has been checked.
 
     Attributes:
@@ -74,7 +154,7 @@ class Plan:
         wish: what was asked for.
     """
 
-    wish: Wish
+    wish: CompareOptions
     base: "LoadedRecipe"
     candidates: Sequence[Candidate]
 
@@ -94,14 +174,14 @@ class Plan:
         wish = self.wish
         if wish.trials:
             named = {span.key for span in wish.ranges}
-            fixed = {} if RATE in named else {RATE: expected_rate(candidate, self.base)}
+            fixed = {} if RATE in named else {RATE: expected_lr(candidate, self.base)}
             return TreeParzen(wish.trials, wish.ranges, fixed, self.seeds[0])
         if wish.rates is not None:
             return RateGrid(wish.rates)
-        rate = expected_rate(candidate, self.base)
-        return RateGrid([rate] if wish.fixed_rate else grid(rate))
+        rate = expected_lr(candidate, self.base)
+        return RateGrid([rate] if wish.fixed_rate else lr_grid(rate))
 
-    def recipe_of(self, job: Job, output_dir: Path, data: Path) -> "Recipe":
+    def recipe_of(self, job: TrainingJob, output_dir: Path, data: Path) -> "Recipe":
         """The recipe of one run, on the rows in the folder `data`."""
         rows = {
             "data.train": [{"path": str(data / "train.jsonl"), "format": "messages"}],
@@ -132,7 +212,7 @@ class Plan:
         return settings
 
 
-def make_plan(wish: Wish) -> Plan:
+def plan_comparison(wish: CompareOptions) -> ComparePlan:
     """Check everything that can be checked before the first run.
 
     Raises:
@@ -152,13 +232,13 @@ def make_plan(wish: Wish) -> Plan:
             cure="Add `--set data.eval_fraction=0.1`, or name files in data.eval.",
         )
     _check_sources(base.recipe)
-    plan = Plan(wish, base, make_candidates(wish.variants, wish.axes))
+    plan = ComparePlan(wish, base, make_candidates(wish.variants, wish.axes))
     for candidate in plan.candidates:
         _check(plan, candidate)
     return plan
 
 
-def _check(plan: Plan, candidate: Candidate) -> None:
+def _check(plan: ComparePlan, candidate: Candidate) -> None:
     """Read the recipe of every settings that can be known, or of both ends of what is searched."""
     known: list[Settings]
     if plan.wish.trials:
@@ -171,12 +251,12 @@ def _check(plan: Plan, candidate: Candidate) -> None:
     for settings in known:
         try:
             plan.recommended(candidate, settings)
-            plan.recipe_of(Job(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
+            plan.recipe_of(TrainingJob(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
         except UserError as error:
             raise UserError(error.what, where=f"{candidate.name}: {error.where}", cure=error.cure) from error
 
 
-def _common(wish: Wish) -> dict[str, object]:
+def _common(wish: CompareOptions) -> dict[str, object]:
     """What all candidates share: the budget, and settings of one value that no candidate leaves out."""
     shared = {axis.key: axis.values[0] for axis in wish.axes if len(axis.values) == 1}
     shared = {key: value for key, value in shared.items() if not key.startswith("adapter.")}

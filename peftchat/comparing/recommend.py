@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peftchat.comparing.candidates import describe
-from peftchat.comparing.outcome import Outcome
-from peftchat.comparing.statistics import Estimate, estimate
+from peftchat.comparing.outcomes import CandidateResult, Estimate, estimate
 from peftchat.formatting import format_count, format_percent
 
 NEGLIGIBLE = 0.005
@@ -35,15 +34,15 @@ class Recommendation:
         cautions: what speaks against relying on it.
     """
 
-    choice: Outcome
-    lowest: Outcome
-    tied: Sequence[Outcome]
+    choice: CandidateResult
+    lowest: CandidateResult
+    tied: Sequence[CandidateResult]
     headline: str
     reasons: Sequence[str]
     cautions: Sequence[str]
 
 
-def recommend(outcomes: Sequence[Outcome], base_plain_loss: float | None = None) -> Recommendation | None:
+def recommend(outcomes: Sequence[CandidateResult], base_plain_loss: float | None = None) -> Recommendation | None:
     """The cheapest of the candidates whose loss cannot be told from the lowest; None if no run ended well.
 
     Args:
@@ -53,7 +52,7 @@ def recommend(outcomes: Sequence[Outcome], base_plain_loss: float | None = None)
     if not finished:
         return None
     lowest = min(finished, key=_mean)
-    tied = [outcome for outcome in finished if is_tie(lowest, outcome)]
+    tied = [outcome for outcome in finished if is_tied(lowest, outcome)]
     cheapest = min(outcome.cost for outcome in tied)
     choice = min((outcome for outcome in tied if _CHEAPER * outcome.cost <= cheapest), key=_mean)
     return Recommendation(
@@ -62,28 +61,28 @@ def recommend(outcomes: Sequence[Outcome], base_plain_loss: float | None = None)
         tied,
         f"Take {named(choice)}.",
         list(_reasons(choice, lowest, tied, finished)),
-        list(_cautions(choice, lowest, outcomes, base_plain_loss)),
+        list(_warnings(choice, lowest, outcomes, base_plain_loss)),
     )
 
 
-def is_tie(lowest: Outcome, other: Outcome) -> bool:
+def is_tied(lowest: CandidateResult, other: CandidateResult) -> bool:
     """Whether `other` may well be as good as `lowest`.
 
     Runs of one seed saw the same rows in the same order, so the interval is that of their differences.
     """
-    difference = excess(lowest, other)
+    difference = loss_gap(lowest, other)
     if difference.margin is None:
         return difference.mean <= _UNSURE * abs(_mean(lowest))
     return difference.mean <= max(difference.margin, NEGLIGIBLE * abs(_mean(lowest)))
 
 
-def excess(lowest: Outcome, other: Outcome) -> Estimate:
+def loss_gap(lowest: CandidateResult, other: CandidateResult) -> Estimate:
     """By how much the loss of `other` is higher, over the seeds that both have."""
     seeds = lowest.losses.keys() & other.losses.keys()
     return estimate([other.losses[seed] - lowest.losses[seed] for seed in sorted(seeds)])
 
 
-def named(outcome: Outcome) -> str:
+def named(outcome: CandidateResult) -> str:
     """A candidate and its settings: `dora (lr 2e-4)`."""
     return f"{outcome.candidate.name} ({describe(outcome.settings)})"
 
@@ -98,13 +97,18 @@ def thousandths(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _mean(outcome: Outcome) -> float:
+def _mean(outcome: CandidateResult) -> float:
     loss = outcome.loss
     assert loss is not None
     return loss.mean
 
 
-def _reasons(choice: Outcome, lowest: Outcome, tied: Sequence[Outcome], finished: Sequence[Outcome]) -> list[str]:
+def _reasons(
+    choice: CandidateResult,
+    lowest: CandidateResult,
+    tied: Sequence[CandidateResult],
+    finished: Sequence[CandidateResult],
+) -> list[str]:
     loss, best = choice.loss, choice.best
     assert loss is not None and best is not None
     before = "" if best.loss_before is None else f", from {thousandths(best.loss_before)} before training"
@@ -113,7 +117,7 @@ def _reasons(choice: Outcome, lowest: Outcome, tied: Sequence[Outcome], finished
         reasons.append("No other has a lower one." if len(finished) > 1 else "Nothing else was there to compare with.")
     else:
         lower = _mean(choice) - _mean(lowest)
-        noise = excess(lowest, choice).margin
+        noise = loss_gap(lowest, choice).margin
         if noise is None:
             within = "which one seed cannot tell apart"
         elif lower <= noise:
@@ -132,13 +136,13 @@ def _reasons(choice: Outcome, lowest: Outcome, tied: Sequence[Outcome], finished
         reasons.append(f"Not to be told from the lowest either: {', '.join(one.candidate.name for one in others)}.")
     behind = sorted((outcome for outcome in finished if outcome not in tied), key=_mean)
     if behind:
-        told = ", ".join(f"{one.candidate.name} ({excess(lowest, one).mean:+.3f})" for one in behind)
+        told = ", ".join(f"{one.candidate.name} ({loss_gap(lowest, one).mean:+.3f})" for one in behind)
         by = format_percent(_UNSURE) if loss.margin is None else "the noise"
         reasons.append(f"Behind by more than {by}: {told}.")
     return reasons
 
 
-def _cost_words(one: Outcome, other: Outcome) -> str:
+def _cost_words(one: CandidateResult, other: CandidateResult) -> str:
     """How the time and memory of `one` stand to those of `other`."""
     time = one.seconds_per_token / other.seconds_per_token
     memory = one.peak_memory_bytes / other.peak_memory_bytes
@@ -150,8 +154,8 @@ def _ratio(value: float, what: str) -> str:
     return f"{value:.2g} times {what.removeprefix('of ')}" if value >= 1 else f"{format_percent(value)} {what}"
 
 
-def _cautions(
-    choice: Outcome, lowest: Outcome, outcomes: Sequence[Outcome], base_plain_loss: float | None
+def _warnings(
+    choice: CandidateResult, lowest: CandidateResult, outcomes: Sequence[CandidateResult], base_plain_loss: float | None
 ) -> list[str]:
     found = []
     best, loss = choice.best, choice.loss

@@ -1,4 +1,4 @@
-"""`python -m peftchat.comparing.measure REQUEST RESULT`: looks at a finished run, or at the base, in its own process.
+"""`python -m peftchat.comparing.evaluate REQUEST RESULT`: looks at a finished run, or at the base, in its own process.
 
 What training itself reports would be no proof: the run is loaded here from its files by stock transformers and PEFT.
 """

@@ -5,18 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftchat.comparing.choose import Recommendation, excess, is_tie, recommend
-from peftchat.comparing.folder import ComparisonFolder
-from peftchat.comparing.outcome import Outcome
-from peftchat.comparing.plan import Plan
-from peftchat.comparing.record import Record
-from peftchat.comparing.statistics import Estimate
+from peftchat.comparing.compare_plan import ComparePlan
+from peftchat.comparing.comparison_folder import ComparisonFolder
+from peftchat.comparing.outcomes import CandidateResult, Estimate, RunResult
+from peftchat.comparing.recommend import Recommendation, is_tied, loss_gap, recommend
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe
 
 
 @dataclass(frozen=True)
-class Result:
+class ComparisonResult:
     """A comparison, as far as it has come.
 
     Attributes:
@@ -25,19 +23,21 @@ class Result:
         recommendation: None until a run has ended well.
     """
 
-    plan: Plan
-    outcomes: Sequence[Outcome]
+    plan: ComparePlan
+    outcomes: Sequence[CandidateResult]
     base_plain_loss: float | None
     recommendation: Recommendation | None
 
     @classmethod
-    def of(cls, plan: Plan, outcomes: Sequence[Outcome], base_plain_loss: float | None = None) -> "Result":
+    def of(
+        cls, plan: ComparePlan, outcomes: Sequence[CandidateResult], base_plain_loss: float | None = None
+    ) -> "ComparisonResult":
         """The result with its recommendation."""
         return cls(plan, outcomes, base_plain_loss, recommend(outcomes, base_plain_loss))
 
     def write(self, folder: ComparisonFolder) -> None:
         """Write `comparison.json`, `report.html` and, where there is something to recommend, `recommended.yaml`."""
-        from peftchat.comparing.page import write_comparison
+        from peftchat.comparing.compare_report import write_comparison
 
         # Answers may hold lone surrogates, for which UTF-8 has no bytes; escaped that way they are JSON again.
         text = json.dumps(self.as_dict(folder), indent=2, ensure_ascii=False) + "\n"
@@ -81,7 +81,7 @@ class Result:
             },
         }
 
-    def _candidate(self, outcome: Outcome, folder: ComparisonFolder) -> dict[str, Any]:
+    def _candidate(self, outcome: CandidateResult, folder: ComparisonFolder) -> dict[str, Any]:
         said: dict[str, Any] = {
             "name": outcome.candidate.name,
             "settings": {**outcome.candidate.settings, **outcome.settings},
@@ -93,8 +93,8 @@ class Result:
         if best is None or advice is None:
             return said
         return said | {
-            "above_lowest": _estimate(excess(advice.lowest, outcome)),
-            "tied": is_tie(advice.lowest, outcome),
+            "above_lowest": _estimate(loss_gap(advice.lowest, outcome)),
+            "tied": is_tied(advice.lowest, outcome),
             "loss_before": best.loss_before,
             "tokens": best.tokens,
             "seconds": outcome.seconds,
@@ -114,7 +114,7 @@ def _estimate(value: Estimate | None) -> dict[str, Any] | None:
     return None if value is None else {"mean": value.mean, "margin": value.margin, "seeds": value.count}
 
 
-def _record(record: Record, folder: ComparisonFolder) -> dict[str, Any]:
+def _record(record: RunResult, folder: ComparisonFolder) -> dict[str, Any]:
     said = {"run": str(folder.run(record.job.name)), "settings": dict(record.job.settings), "seed": record.job.seed}
     if record.failure is not None:
         return said | {"failure": record.failure, "log": str(folder.log(record.job.name))}

@@ -15,9 +15,8 @@ from rich.terminal_theme import TerminalTheme
 
 from peftchat.logging_setup import quiet_libraries
 from peftchat.recipe import load_recipe
-from peftchat.reports.mask_look import look_at_mask
-from peftchat.reports.mask_page import write_mask_page
-from peftchat.reports.mask_terminal import print_mask
+from peftchat.reports.mask import inspect_mask
+from peftchat.reports.mask_render import print_mask, write_mask_page
 
 RECIPE = Path("recipes/demo_cpu.yaml")
 PICTURES = Path("docs/pictures")
@@ -33,7 +32,7 @@ THEME = TerminalTheme(_GROUND, _TEXT, [_GROUND, *_COLOURS, _TEXT], [_GREY, *_COL
 def main() -> None:
     recipe = load_recipe(RECIPE, (), to_train=False).recipe
     quiet_libraries()
-    look = look_at_mask(recipe, "train", lambda dialogues: None)
+    look = inspect_mask(recipe, "train", lambda dialogues: None)
     PICTURES.mkdir(parents=True, exist_ok=True)
     console = Console(record=True, width=96, force_terminal=True, color_system="standard", file=io.StringIO())
     print_mask(look.shown(ROWS), look.summary, console)

@@ -20,7 +20,7 @@ from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult
 from peftchat.comparing.results import ComparisonResult
 from peftchat.recipe import load_recipe
-from peftchat.reports.intervals import Mark, interval_plot
+from peftchat.reports.svg import Mark, interval_plot
 
 HOSTILE = '<script>alert(1)</script> & "quotes" \udc80'
 

@@ -19,7 +19,7 @@ from peftchat.chat_template.loss_mask import IGNORE_INDEX, TurnPart, token_tag
 from peftchat.chat_template.registry import make_format
 from peftchat.cli.mask import command
 from peftchat.errors import UserError, VerificationError
-from peftchat.training.mask_survey import survey_mask
+from peftchat.reports.mask_summary import survey_mask
 
 
 @pytest.fixture(scope="module")

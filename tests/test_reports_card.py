@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from peftchat.chat_template.templates import starchat
-from peftchat.reports import summary
+from peftchat.reports import run_terminal as summary
 from peftchat.reports.model_card import model_card
 
 TOKENS = ["<|system|>", "<|assistant|>", "<|user|>", "<|end|>"]

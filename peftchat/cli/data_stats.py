@@ -39,7 +39,7 @@ def command(
     stats = _gather(parts, benchmarks, counter)
     if page is not None:
         from peftchat.console import stderr
-        from peftchat.reports.stats_page import write_stats_page
+        from peftchat.reports.stats_report import write_stats_page
 
         write_stats_page(page, stats)
         stderr.print(f"Wrote {page}.", markup=False)
@@ -47,7 +47,7 @@ def command(
         click.echo(json.dumps(stats.as_dict()))
     elif page is None:
         from peftchat.console import stdout
-        from peftchat.reports.stats_terminal import print_stats
+        from peftchat.reports.stats_report import print_stats
 
         print_stats(stats, stdout)
 

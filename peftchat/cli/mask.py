@@ -11,7 +11,7 @@ from peftchat.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
-    from peftchat.reports.mask_look import MaskLook
+    from peftchat.reports.mask import MaskReport
 
 _ROWS_IN_TERMINAL = 3
 _ROWS_ON_PAGE = 50
@@ -79,16 +79,16 @@ def command(
         _write_page(page, recipe.name, look, how_many)
     elif not as_json:
         from peftchat.console import stdout
-        from peftchat.reports.mask_terminal import print_mask
+        from peftchat.reports.mask_render import print_mask
 
         print_mask(look.shown(_limit(how_many, _ROWS_IN_TERMINAL)), look.summary, stdout)
     if look.summary.failures:
         raise VerificationError("; ".join(look.summary.failures))
 
 
-def _look(recipe: "Recipe", side: Literal["train", "eval"]) -> "MaskLook":
+def _look(recipe: "Recipe", side: Literal["train", "eval"]) -> "MaskReport":
     from peftchat.console import stderr
-    from peftchat.reports.mask_look import look_at_mask
+    from peftchat.reports.mask import inspect_mask
 
     started = time.monotonic()
     with stderr.status("encoding …") as status:
@@ -97,7 +97,7 @@ def _look(recipe: "Recipe", side: Literal["train", "eval"]) -> "MaskLook":
             rate = dialogues / (time.monotonic() - started)
             status.update(f"encoding: {dialogues:,} dialogues, {rate:,.0f} a second")
 
-        return look_at_mask(recipe, side, advance)
+        return inspect_mask(recipe, side, advance)
 
 
 def _limit(how_many: int | Literal["all"] | None, default: int | Literal["all"]) -> int | None:
@@ -105,9 +105,9 @@ def _limit(how_many: int | Literal["all"] | None, default: int | Literal["all"])
     return None if wanted == "all" else wanted
 
 
-def _write_page(page: Path, name: str, look: "MaskLook", how_many: int | Literal["all"] | None) -> None:
+def _write_page(page: Path, name: str, look: "MaskReport", how_many: int | Literal["all"] | None) -> None:
     from peftchat.console import stderr
-    from peftchat.reports.mask_page import write_mask_page
+    from peftchat.reports.mask_render import write_mask_page
 
     there_are = len(look.rows.store)
     limit = _limit(how_many, _ROWS_ON_PAGE)

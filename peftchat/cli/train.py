@@ -55,11 +55,10 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
         summary = run_training(loaded, placement, TrainOptions(resume, questions, command_line, choices))
     if summary:
         from peftchat.console import stderr
-        from peftchat.reports.records import write_records
-        from peftchat.reports.samples import print_samples
-        from peftchat.reports.summary import print_summary
+        from peftchat.reports.run_report import write_summaries
+        from peftchat.reports.run_terminal import print_samples, print_summary
 
-        write_records(Path(loaded.recipe.output_dir))
+        write_summaries(Path(loaded.recipe.output_dir))
         print_summary(summary)
         print_samples(summary)
         stderr.print(f"Run folder: {loaded.recipe.output_dir}")

@@ -24,9 +24,8 @@ from peftchat.formatting import (
     format_percent,
     format_short_count,
 )
-from peftchat.reports.intervals import Mark, interval_plot
 from peftchat.reports.page import write_page
-from peftchat.reports.svg import Series, line_plot
+from peftchat.reports.svg import Mark, Series, interval_plot, line_plot
 
 if TYPE_CHECKING:
     from peftchat.comparing.outcomes import Curve

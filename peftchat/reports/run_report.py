@@ -1,4 +1,4 @@
-"""`report.html`: what a run did, on one page that needs nothing but a browser."""
+"""What a finished run leaves for people: the model card and the report."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from peftchat.files import write_text
 from peftchat.formatting import (
     format_bytes,
     format_count,
@@ -14,11 +15,20 @@ from peftchat.formatting import (
     format_percent,
     format_short_count,
 )
+from peftchat.reports.model_card import model_card
 from peftchat.reports.page import write_page
 from peftchat.reports.svg import Series, line_plot
 from peftchat.reports.verdict import cautions, verdict
 from peftchat.runs.metrics_file import MetricsFile, Scalar
 from peftchat.runs.run_summary import Answer, RunSummary, read_run_json, weights_size
+
+
+def write_summaries(run: Path) -> None:
+    """Write `README.md` and `report.html` into a run folder that has its `run.json`."""
+    recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
+    write_text(run / "README.md", model_card(read_run_json(run), recipe))
+    write_report(run)
+
 
 _SMOOTH_FROM = 40
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from peftchat.formatting import format_count, format_short_count
+
 _WIDTH, _HEIGHT = 480, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 42
 _MOST_POINTS = 500
@@ -170,3 +172,169 @@ def _legend(lines: Sequence[Series]) -> Markup:
 
 def _text(x: float, y: float, text: str, anchor: str) -> Markup:
     return Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(x, y, anchor, text)
+
+
+_BAR_WIDTH, _BAR_HEIGHT = 480, 230
+_BAR_LEFT, _BAR_RIGHT, _BAR_TOP, _BAR_BOTTOM = 46, 10, 12, 40
+_BAR_GAP = 2
+_TICKS = 6
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: lengths from `first` to `last`, and how many values lie there."""
+
+    first: int
+    last: int
+    count: int
+
+
+def bar_plot(bars: Sequence[Bar], *, label: str, x_name: str) -> Markup:
+    """A histogram with axes, ticks, and the numbers of each bar as a tooltip; empty without bars."""
+    if not bars:
+        return Markup()
+    highest = max(1, *(bar.count for bar in bars))
+    width = (_BAR_WIDTH - _BAR_LEFT - _BAR_RIGHT) / len(bars)
+    floor = _BAR_HEIGHT - _BAR_BOTTOM
+    scale = (floor - _BAR_TOP) / highest
+    parts = [_bar_grid(floor - scale * value, format_count(value)) for value in _round_values(highest)]
+    every = -(-len(bars) // _TICKS)
+    for place, bar in enumerate(bars):
+        left = _BAR_LEFT + place * width
+        parts.append(_bar(bar, left + _BAR_GAP / 2, width - _BAR_GAP, floor, scale, x_name))
+        if place % every == 0:
+            parts.append(_bar_text(left + width / 2, floor + 17, format_short_count(bar.first), "middle"))
+    parts.append(_bar_text((_BAR_LEFT + _BAR_WIDTH - _BAR_RIGHT) / 2, _BAR_HEIGHT - 5, x_name, "middle"))
+    return Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        _BAR_WIDTH, _BAR_HEIGHT, label, Markup().join(parts)
+    )
+
+
+def _round_values(highest: int) -> list[int]:
+    """Two to five round values from 0 to at most `highest`."""
+    step = 1
+    while highest / step > 4:
+        # 1, 2, 5, 10, 20, 50 …
+        step = step * 5 // 2 if str(step).startswith("2") else step * 2
+    return list(range(0, highest + 1, step))
+
+
+def _bar(bar: Bar, left: float, width: float, floor: float, scale: float, x_name: str) -> Markup:
+    lengths = (
+        format_count(bar.first) if bar.first == bar.last else f"{format_count(bar.first)} to {format_count(bar.last)}"
+    )
+    # A single dialogue must not vanish beside thousands.
+    height = max(1.0, bar.count * scale) if bar.count else 0.0
+    return Markup('<rect class="bar" x="{}" y="{}" width="{}" height="{}" rx="1.5"><title>{}</title></rect>').format(
+        round(left, 1),
+        round(floor - height, 1),
+        round(max(1.0, width), 1),
+        round(height, 1),
+        f"{lengths} {x_name}: {format_count(bar.count)} dialogues",
+    )
+
+
+def _bar_grid(y: float, text: str) -> Markup:
+    line = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
+        _BAR_LEFT, _BAR_WIDTH - _BAR_RIGHT, round(y, 1), round(y, 1)
+    )
+    return line + _bar_text(_BAR_LEFT - 6, round(y + 4, 1), text, "end")
+
+
+def _bar_text(x: float, y: float, text: str, anchor: str) -> Markup:
+    return Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(round(x, 1), y, anchor, text)
+
+
+_INTERVAL_WIDTH, _ROW = 720, 26
+_INTERVAL_LEFT, _INTERVAL_RIGHT, _INTERVAL_TOP, _INTERVAL_BOTTOM = 190, 120, 8, 40
+_LONGEST_NAME = 26
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One line of the plot.
+
+    Args:
+        name: at its left.
+        value: the dot.
+        margin: half of the bar; None for no bar.
+        single: the values behind it, drawn small.
+        colour: which of the page's line colours.
+        words: the numbers, at its right.
+    """
+
+    name: str
+    value: float
+    margin: float | None
+    single: Sequence[float]
+    colour: int
+    words: str
+
+
+def interval_plot(marks: Sequence[Mark], *, label: str, x_name: str) -> Markup:
+    """Dots with bars in the order given, on one axis; empty without marks.
+
+    Bars that reach far beyond all values are cut at the edge: they would squeeze everything else together.
+    """
+    if not marks:
+        return Markup()
+    values = [value for mark in marks for value in (mark.value, *mark.single)]
+    room = (max(values) - min(values)) or abs(values[0]) or 1.0
+    ends = [end for mark in marks if mark.margin for end in (mark.value - mark.margin, mark.value + mark.margin)]
+    low, high = min(values) - room / 2, max(values) + room / 2
+    ticks = axis([*values, *(min(max(end, low), high) for end in ends)], most=6)
+    height = _INTERVAL_TOP + _ROW * len(marks) + _INTERVAL_BOTTOM
+    parts = [_interval_grid(x, text, ticks, height) for x, text in zip(ticks, tick_texts(ticks), strict=True)]
+    parts += [_mark(mark, ticks, _INTERVAL_TOP + _ROW * (place + 0.5)) for place, mark in enumerate(marks)]
+    parts.append(_interval_text((_INTERVAL_LEFT + _INTERVAL_WIDTH - _INTERVAL_RIGHT) / 2, height - 6, x_name, "middle"))
+    return Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        _INTERVAL_WIDTH, height, label, Markup().join(parts)
+    )
+
+
+def _interval_x(value: float, ticks: Sequence[float]) -> float:
+    inside = min(max(value, ticks[0]), ticks[-1])
+    return round(
+        _INTERVAL_LEFT
+        + (_INTERVAL_WIDTH - _INTERVAL_LEFT - _INTERVAL_RIGHT) * (inside - ticks[0]) / (ticks[-1] - ticks[0]),
+        1,
+    )
+
+
+def _interval_grid(value: float, text: str, ticks: Sequence[float], height: int) -> Markup:
+    x = _interval_x(value, ticks)
+    line = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
+        x, x, _INTERVAL_TOP, height - _INTERVAL_BOTTOM
+    )
+    return line + _interval_text(x, height - _INTERVAL_BOTTOM + 17, text, "middle")
+
+
+def _mark(mark: Mark, ticks: Sequence[float], y: float) -> Markup:
+    style = f"line-{mark.colour}"
+    bar = Markup()
+    if mark.margin is not None:
+        bar = Markup('<line class="{}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
+            style, _interval_x(mark.value - mark.margin, ticks), _interval_x(mark.value + mark.margin, ticks), y, y
+        )
+    small = Markup().join(
+        Markup('<circle class="{} mark faint" cx="{}" cy="{}" r="2.5"/>').format(style, _interval_x(value, ticks), y)
+        for value in mark.single
+        if len(mark.single) > 1
+    )
+    dot = Markup('<circle class="{} mark" cx="{}" cy="{}" r="5"><title>{}: {}</title></circle>').format(
+        style, _interval_x(mark.value, ticks), y, mark.name, mark.words
+    )
+    name = mark.name if len(mark.name) <= _LONGEST_NAME else f"{mark.name[: _LONGEST_NAME - 1]}…"
+    return Markup().join(
+        [
+            bar,
+            small,
+            dot,
+            _interval_text(_INTERVAL_LEFT - 12, y + 4, name, "end"),
+            _interval_text(_INTERVAL_WIDTH - _INTERVAL_RIGHT + 12, y + 4, mark.words, "start"),
+        ]
+    )
+
+
+def _interval_text(x: float, y: float, text: str, anchor: str) -> Markup:
+    return Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(round(x, 1), round(y, 1), anchor, text)

@@ -1,13 +1,14 @@
-"""The table that closes a training run in the terminal."""
+"""Answers before and after training, side by side for the eye."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from rich import box
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from peftchat.console import stderr
+from peftchat.console import stderr, stdout
 from peftchat.formatting import (
     UNKNOWN,
     format_bytes,
@@ -20,7 +21,36 @@ from peftchat.formatting import (
 from peftchat.reports.verdict import cautions, verdict
 from peftchat.runs.run_summary import RunSummary
 
-_COLOURS = {"better": "green", "worse": "red", "failed": "red", "unknown": "yellow"}
+
+def print_samples(summary: Mapping[str, Any]) -> None:
+    """Print each question of a run with the answers that the model gave before and after training.
+
+    Args:
+        summary: the content of `run.json`.
+    """
+    before = {sample["prompt"]: sample for sample in summary.get("samples_before") or ()}
+    for sample in summary.get("samples_after") or ():
+        text = Text()
+        earlier = before.get(sample["prompt"])
+        if earlier is not None:
+            _add(text, "before", earlier)
+            text.append("\n")
+        _add(text, "after", sample)
+        stdout.print(Panel(text, title=Text(sample["prompt"], style="bold"), title_align="left"), soft_wrap=False)
+
+
+def _add(text: Text, when: str, sample: Mapping[str, Any]) -> None:
+    text.append(f"{when}  ", style="bold green" if when == "after" else "bold")
+    text.append(_truncated_answer(sample["answer"]) or "(nothing)")
+    if not sample["stopped"]:
+        text.append("  (did not stop by itself)", style="italic yellow")
+
+
+def _truncated_answer(answer: str, most: int = 600) -> str:
+    return answer if len(answer) <= most else f"{answer[:most]} …"
+
+
+_COLORS = {"better": "green", "worse": "red", "failed": "red", "unknown": "yellow"}
 
 
 def print_summary(run_json: Mapping[str, Any]) -> None:
@@ -28,15 +58,15 @@ def print_summary(run_json: Mapping[str, Any]) -> None:
     facts = RunSummary.of(run_json)
     result = verdict(facts)
     stderr.print()
-    stderr.print(Text(result.headline, style=f"bold {_COLOURS[result.outcome]}"), soft_wrap=False)
-    stderr.print(_numbers(facts))
+    stderr.print(Text(result.headline, style=f"bold {_COLORS[result.outcome]}"), soft_wrap=False)
+    stderr.print(_figures(facts))
     if facts.new_tokens:
         stderr.print(_tokens(facts))
     for caution in cautions(facts):
         stderr.print(Text.assemble(("note: ", "yellow"), caution), soft_wrap=False)
 
 
-def _numbers(facts: RunSummary) -> Table:
+def _figures(facts: RunSummary) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()

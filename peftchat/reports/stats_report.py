@@ -1,13 +1,22 @@
 """Statistics of dialogues in words: what terminal and page both say."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from peftchat.conversations.dataset_card import SKIPPED
 from peftchat.conversations.problems import KINDS
 from peftchat.conversations.stats import BenchmarkOverlap, DataStats, Overlap, PartStats
 from peftchat.conversations.stats.result import LengthSketch
 from peftchat.formatting import format_count, format_percent
+from peftchat.reports.mask import escape_control_chars
+from peftchat.reports.page import write_page
+from peftchat.reports.svg import Bar, bar_plot
 
 _NO_HYGIENE = "not looked for (pip install 'peftchat[hygiene]')"
 _NO_DETECTOR = "not detected (pip install 'peftchat[languages]')"
@@ -117,3 +126,88 @@ def _languages(part: PartStats) -> str:
     named = ", ".join(f"{code} {format_percent(number / sampled)}" for code, number in found[:_MOST_LANGUAGES])
     rest = f", {len(found) - _MOST_LANGUAGES} more" if len(found) > _MOST_LANGUAGES else ""
     return f"{named}{rest} (of {format_count(sampled)} looked at)"
+
+
+def write_stats_page(path: Path, stats: DataStats) -> Path:
+    """Write a page that needs nothing but a browser."""
+    parts = [
+        {
+            "name": part.name,
+            "tiles": _stats_tiles(part),
+            "plots": _stats_plots(part),
+            "facts": list(facts_of(part)),
+            "longest": part.longest,
+            "counted": part.tokens is not None,
+            "findings": list(findings_of(part)),
+        }
+        for part in stats.parts
+    ]
+    return write_page(path, "stats.html.jinja", parts=parts, leaks=list(leaks(stats)), seconds=stats.seconds)
+
+
+def _stats_tiles(part: PartStats) -> list[tuple[str, str]]:
+    repeats = part.exact_duplicates + (part.near_duplicates or 0)
+    unusable = sum(part.problems.values())
+    return [
+        ("Dialogues", format_count(part.dialogues)),
+        ("Turns", format_count(part.turns.total)),
+        ("Tokens", format_count(part.tokens.total))
+        if part.tokens
+        else ("Characters", format_count(part.characters.total)),
+        ("Code", format_percent(part.code_share)),
+        ("Repeats", format_percent(repeats / part.dialogues if part.dialogues else 0.0)),
+        ("Unusable rows", format_count(unusable)),
+    ]
+
+
+def _stats_plots(part: PartStats) -> list[tuple[str, Markup]]:
+    sketches = {"turns": part.turns, "characters": part.characters, "tokens": part.tokens}
+    plots = []
+    for name, sketch in sketches.items():
+        if sketch is not None and sketch.count:
+            bars = [Bar(first, last, number) for first, last, number in sketch.histogram()]
+            title = f"{name.capitalize()} a dialogue"
+            plots.append((title, bar_plot(bars, label=f"{title} in {part.name}", x_name=name)))
+    return plots
+
+
+def print_stats(stats: DataStats, console: Console) -> None:
+    """Print a block a part, then what the parts share."""
+    for part in stats.parts:
+        console.print(Text(escape_control_chars(part.name), style="bold underline"))
+        console.print(_stats_facts(part))
+        console.print(_longest(part))
+        _print_findings(findings_of(part), console)
+        console.print()
+    found = list(leaks(stats))
+    if found:
+        console.print(Text("Overlap", style="bold underline"))
+        _print_findings(found, console)
+
+
+def _stats_facts(part: PartStats) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim", min_width=18)
+    table.add_column()
+    for name, value in facts_of(part):
+        table.add_row(name, Text(escape_control_chars(value)))
+    return table
+
+
+def _longest(part: PartStats) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("longest", min_width=18)
+    table.add_column("characters", justify="right")
+    if part.tokens is not None:
+        table.add_column("tokens", justify="right")
+    for row in part.longest:
+        tokens = [] if row.tokens is None else [format_count(row.tokens)]
+        table.add_row(Text(escape_control_chars(row.where)), format_count(row.characters), *tokens)
+    return table
+
+
+def _print_findings(findings: Iterable[Finding], console: Console) -> None:
+    for finding in findings:
+        console.print(Text(escape_control_chars(finding.text), style="yellow" if finding.examples else ""))
+        for example in finding.examples:
+            console.print(Text(f"  {escape_control_chars(example)}", style="dim"))

@@ -1,15 +1,20 @@
 """Rows and their mask in the terminal."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 
+from markupsafe import Markup, escape
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from peftchat.chat_template.loss_mask import TurnPart
 from peftchat.formatting import format_count, format_percent
-from peftchat.reports.mask_rows import ShownRow, ShownToken, harmless
+from peftchat.reports.mask import ShownExample, ShownToken, escape_control_chars
 from peftchat.reports.mask_summary import MaskSummary
+from peftchat.reports.page import write_page
 
 _TRAINED = "bold green"
 _TRAINED_SPECIAL = "bold black on green"
@@ -19,7 +24,7 @@ _CUT = "strike red"
 _BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 
 
-def print_mask(rows: Iterable[ShownRow], summary: MaskSummary, console: Console) -> None:
+def print_mask(rows: Iterable[ShownExample], summary: MaskSummary, console: Console) -> None:
     """Print the rows, what their colours mean, and the counts over all rows.
 
     Without colours (a pipe, NO_COLOR) brackets take their place: `[+trained+]` and `[-cut-]`.
@@ -36,13 +41,13 @@ def print_mask(rows: Iterable[ShownRow], summary: MaskSummary, console: Console)
         console.print()
     console.print(Text(summary.headline, style="bold"))
     console.print(_roles(summary))
-    console.print(_facts(summary))
+    console.print(_summary_lines(summary))
 
 
-def _title(row: ShownRow) -> Text:
+def _title(row: ShownExample) -> Text:
     trained = row.trained / row.length if row.length else 0.0
     cut = sum(len(token.ids) for token in row.cut)
-    text = Text(harmless(row.source), style="bold underline")
+    text = Text(escape_control_chars(row.source), style="bold underline")
     text.append(
         f"  {format_count(row.length)} tokens, {format_percent(trained)} trained", style="not bold not underline"
     )
@@ -51,7 +56,7 @@ def _title(row: ShownRow) -> Text:
     return text
 
 
-def _body(row: ShownRow, coloured: bool) -> Text:
+def _body(row: ShownExample, coloured: bool) -> Text:
     text = Text()
     for style, stretch in _stretches(row):
         if not coloured and style in (_TRAINED, _TRAINED_SPECIAL):
@@ -62,7 +67,7 @@ def _body(row: ShownRow, coloured: bool) -> Text:
     return Text(text.plain.replace("+][+", "")) if not coloured else text
 
 
-def _stretches(row: ShownRow) -> Iterator[tuple[str, str]]:
+def _stretches(row: ShownExample) -> Iterator[tuple[str, str]]:
     """Neighbouring tokens of one style, joined."""
     style, held = "", ""
     for token, cut in row.laid_out:
@@ -86,7 +91,7 @@ def _style(token: ShownToken, cut: bool) -> str:
 
 def _shown(token: ShownToken) -> str:
     """The token's text; a line break of the template gets a sign, since whether it is trained matters."""
-    text = harmless(token.text)
+    text = escape_control_chars(token.text)
     return text if token.part == TurnPart.CONTENT else text.replace("\n", f"{_BREAK}\n")
 
 
@@ -118,10 +123,54 @@ def _roles(summary: MaskSummary) -> Table:
     return table
 
 
-def _facts(summary: MaskSummary) -> Table:
+def _summary_lines(summary: MaskSummary) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim", min_width=24)
     table.add_column()
     for name, value, bad in summary.facts:
-        table.add_row(name, Text(harmless(value), style="red" if bad else ""))
+        table.add_row(name, Text(escape_control_chars(value), style="red" if bad else ""))
     return table
+
+
+_PARTS = {
+    TurnPart.OUTSIDE: "outside the turns",
+    TurnPart.HEADER: "header",
+    TurnPart.CONTENT: "content",
+    TurnPart.END: "end",
+    TurnPart.TRAILER: "after the end",
+}
+_PAGE_BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
+
+
+def write_mask_page(path: Path, name: str, rows: Sequence[ShownExample], summary: MaskSummary) -> Path:
+    """Write a page that needs nothing but a browser.
+
+    Args:
+        path: the file.
+        name: of the recipe.
+        rows: what to show; all of it ends up in the file.
+        summary: the counts over all rows.
+    """
+    bodies = [(row, _page_body(row)) for row in rows]
+    return write_page(path, "mask.html.jinja", name=name, summary=summary, rows=bodies)
+
+
+def _page_body(row: ShownExample) -> Markup:
+    stretches = []
+    for cut, tokens in groupby(row.laid_out, key=itemgetter(1)):
+        spans = Markup().join(_page_span(token, cut=cut) for token, _ in tokens)
+        stretches.append(Markup("<del>{}</del>").format(spans) if cut else spans)
+    return Markup().join(stretches)
+
+
+def _page_span(token: ShownToken, *, cut: bool) -> Markup:
+    classes = [name for name, holds in (("t", token.trained), ("s", token.special)) if holds]
+    ids = " ".join(map(str, token.ids))
+    state = "cut" if cut else "trained" if token.trained else "context"
+    hint = f"{ids} · {token.role or 'template'} · {_PARTS[token.part]} · {state}"
+    return Markup('<b class="{}" data-i="{}">{}</b>').format(" ".join(classes), hint, _page_text(token))
+
+
+def _page_text(token: ShownToken) -> Markup:
+    """The token's text; line breaks get a sign, so that each has a place to point at."""
+    return Markup(str(escape(escape_control_chars(token.text))).replace("\n", f"<i>{_PAGE_BREAK}</i>\n"))

@@ -20,10 +20,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
-from peftchat.serving.answer import answer
-from peftchat.serving.load import load_for_chat
+from peftchat.serving.chat_model import load_for_chat
+from peftchat.serving.generate import Sampling, apply_sampling, generate_answer
 from peftchat.serving.prompt import PromptEncoder
-from peftchat.serving.sampling import Sampling, apply_sampling
 
 GREEDY = Sampling(greedy=True, max_new_tokens=24)
 LOGITS = torch.arange(0, 40).reshape(2, 20)
@@ -94,7 +93,7 @@ def test_an_answer_is_the_greedy_one_of_stock_transformers(tmp_path: Path) -> No
     chat = load_for_chat(str(save_model(tmp_path / "model")))
     for question in QUESTIONS:
         pieces: list[str] = []
-        said = answer(chat, [user(question)], apply_sampling(chat.generation, GREEDY), pieces.append)
+        said = generate_answer(chat, [user(question)], apply_sampling(chat.generation, GREEDY), pieces.append)
         inputs = chat.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
@@ -108,7 +107,7 @@ def test_an_answer_is_the_greedy_one_of_stock_transformers(tmp_path: Path) -> No
 def test_an_answer_stops_at_the_end_token_and_does_not_show_it(tmp_path: Path) -> None:
     chat = load_for_chat(str(save_scripted(tmp_path / "model", "Tag né!")))
     pieces: list[str] = []
-    said = answer(chat, [user("hello")], apply_sampling(chat.generation, GREEDY), pieces.append)
+    said = generate_answer(chat, [user("hello")], apply_sampling(chat.generation, GREEDY), pieces.append)
     assert (said.text, said.finish, said.stopped) == ("Tag né!", "end", True)
     # The two bytes of a character come out together.
     assert pieces == ["T", "a", "g", " n", "é", "!"]
@@ -117,24 +116,24 @@ def test_an_answer_stops_at_the_end_token_and_does_not_show_it(tmp_path: Path) -
 
 def test_an_answer_that_goes_on_to_another_turn_is_stopped(tmp_path: Path) -> None:
     chat = load_for_chat(str(save_scripted(tmp_path / "model", "Yes", after="<|user|>")))
-    said = answer(chat, [user("hello")], apply_sampling(chat.generation, GREEDY))
+    said = generate_answer(chat, [user("hello")], apply_sampling(chat.generation, GREEDY))
     assert (said.text, said.finish, said.stopped) == ("Yes", "turn", False)
 
 
 def test_a_long_answer_is_cut_and_says_so(tmp_path: Path) -> None:
     chat = load_for_chat(str(save_scripted(tmp_path / "model", "abcdefgh")))
-    said = answer(chat, [user("hello")], apply_sampling(chat.generation, Sampling(max_new_tokens=3)))
+    said = generate_answer(chat, [user("hello")], apply_sampling(chat.generation, Sampling(max_new_tokens=3)))
     assert (said.text, said.finish, said.tokens) == ("abc", "length", 3)
 
 
 def test_the_answer_has_room_in_a_small_context(tmp_path: Path) -> None:
     chat = load_for_chat(str(save_scripted(tmp_path / "model", "ok", context=64)))
     turns = [user("x" * 10), Message("assistant", "ok")] * 5
-    said = answer(chat, [*turns, user("yy")], apply_sampling(chat.generation, Sampling()))
+    said = generate_answer(chat, [*turns, user("yy")], apply_sampling(chat.generation, Sampling()))
     assert said.text == "ok"
     assert said.dropped == 4
     with pytest.raises(UserError, match="room for 32"):
-        answer(chat, [user("z" * 60)], apply_sampling(chat.generation, Sampling()))
+        generate_answer(chat, [user("z" * 60)], apply_sampling(chat.generation, Sampling()))
 
 
 # Sampling
@@ -186,7 +185,7 @@ def test_a_biased_head_keeps_its_bias(tmp_path: Path) -> None:
     assert torch.allclose(logits, merged, atol=1e-4)
     assert not torch.allclose(unmerged, merged, atol=1e-2), (
         "PEFT now adds the bias of a head with trained rows (huggingface/peft#3649): "
-        "remove peftchat.serving.token_rows and the same in peftchat.merging.streaming"
+        "remove peftchat.serving.chat_model and the same in peftchat.merging.streaming"
     )
 
 
@@ -201,7 +200,9 @@ def test_a_qlora_run_is_quantised_as_it_was_trained(tmp_path: Path) -> None:
     )
     chat = load_for_chat(str(run))
     assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in chat.model.modules())
-    said = answer(chat, [user("hello")], apply_sampling(chat.generation, Sampling(greedy=True, max_new_tokens=3)))
+    said = generate_answer(
+        chat, [user("hello")], apply_sampling(chat.generation, Sampling(greedy=True, max_new_tokens=3))
+    )
     assert said.tokens <= 3
 
 

@@ -13,7 +13,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from peftchat.errors import UserError
-from peftchat.serving.export.run import ExportOptions, export_gguf
+from peftchat.export.run_export import ExportOptions, export_gguf
 
 gguf = pytest.importorskip("gguf")
 

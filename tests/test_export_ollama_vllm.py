@@ -11,9 +11,8 @@ from serving_helpers import byte_level, in_format, peftchat, save_adapter_run, s
 from transformers import GenerationConfig
 
 from peftchat.errors import UserError
-from peftchat.serving.export.format import read_frames
-from peftchat.serving.export.ollama import go_template, modelfile
-from peftchat.serving.export.vllm import vllm_verdict
+from peftchat.export.ollama import go_template, modelfile, read_frames
+from peftchat.export.vllm import vllm_support
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n\n{{ m['content'] }}<|end|>{% endfor %}"
@@ -135,7 +134,7 @@ def test_an_ollama_folder_is_complete(tmp_path: Path) -> None:
 
 def test_vllm_serves_whole_weights_and_names_what_they_lack(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
-    assert vllm_verdict(str(model)).command == f"vllm serve {model} --served-model-name model"
+    assert vllm_support(str(model)).command == f"vllm serve {model} --served-model-name model"
     (model / "chat_template.jinja").unlink()
     (model / "generation_config.json").unlink()
     done = peftchat("export", model, "--to", "vllm")
@@ -146,13 +145,13 @@ def test_vllm_serves_whole_weights_and_names_what_they_lack(tmp_path: Path) -> N
 
 def test_vllm_serves_a_plain_adapter_beside_its_base(tmp_path: Path) -> None:
     run = save_adapter_run(tmp_path / "base", tmp_path / "run", in_format(byte_level()), r=12)
-    verdict = vllm_verdict(str(run))
+    verdict = vllm_support(str(run))
     assert verdict.command is None
     assert verdict.reasons[0] == "vLLM does not load adapters that bring rows for new tokens"
     assert "peftchat merge" in verdict.reasons[-1]
     config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
     (run / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": None}), encoding="utf-8")
-    command = vllm_verdict(str(run)).command
+    command = vllm_support(str(run)).command
     assert command is not None
     assert command.startswith(f"vllm serve {tmp_path / 'base'} ")
     assert f"--lora-modules run={run}" in command
@@ -160,4 +159,4 @@ def test_vllm_serves_a_plain_adapter_beside_its_base(tmp_path: Path) -> None:
     for change in ({"use_dora": True}, {"bias": "all"}, {"r": 1024}, {"peft_type": "LOHA"}, {"modules_to_save": ["x"]}):
         altered = {**config, "trainable_token_indices": None, **change}
         (run / "adapter_config.json").write_text(json.dumps(altered), encoding="utf-8")
-        assert vllm_verdict(str(run)).command is None
+        assert vllm_support(str(run)).command is None

@@ -178,7 +178,7 @@ def test_an_adapter_that_brings_its_rows_beside_it_names_both_in_its_card(
 def test_chat_loads_rows_that_lie_beside_the_adapter(
     stories: Path, dialogues: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from peftchat.serving.load import load_for_chat
+    from peftchat.serving.chat_model import load_for_chat
 
     told = train_variant("road", stories, *dialogues, tmp_path / "run")
     model = load_for_chat(str(tmp_path / "run")).model

@@ -39,7 +39,7 @@ def command(
     git diff | peftchat chat runs/assistant --system "Explain this change." --prompt -
     """
     from peftchat.errors import UserError
-    from peftchat.serving.sampling import Sampling, apply_sampling
+    from peftchat.serving.generate import Sampling, apply_sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, greedy, seed)
     question = sys.stdin.read().strip() if prompt == "-" else prompt
@@ -51,10 +51,8 @@ def command(
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
-    from peftchat.serving.commands import system_refusal
-    from peftchat.serving.dialogue import Dialogue
-    from peftchat.serving.load import load_for_chat
-    from peftchat.serving.terminal import Chat
+    from peftchat.serving.chat_model import load_for_chat
+    from peftchat.serving.terminal import Chat, ChatHistory, system_refusal
 
     disable_progress_bar()
     loaded = load_for_chat(model)
@@ -62,7 +60,7 @@ def command(
         raise UserError(refusal, where="--system")
     if seed is not None:
         set_seed(seed)
-    chat = Chat(loaded, apply_sampling(loaded.generation, sampling), Dialogue(system), as_json)
+    chat = Chat(loaded, apply_sampling(loaded.generation, sampling), ChatHistory(system), as_json)
     if question is None:
         chat.loop()
     elif chat.ask(question).finish == "interrupted":

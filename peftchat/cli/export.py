@@ -33,11 +33,11 @@ def command(model: str, target: str, out: Path | None, type_name: str | None, ov
     from peftchat.errors import UserError, VerificationError
 
     if target == "vllm":
-        from peftchat.serving.export.vllm import vllm_verdict
+        from peftchat.export.vllm import vllm_support
 
         if out is not None or type_name is not None:
             raise UserError("vLLM reads the folder as it is: nothing is written", where="-o, --type")
-        verdict = vllm_verdict(model)
+        verdict = vllm_support(model)
         if verdict.command is None:
             raise VerificationError(f"vLLM cannot serve {model}: {'; '.join(verdict.reasons)}")
         click.echo(verdict.command)
@@ -46,7 +46,7 @@ def command(model: str, target: str, out: Path | None, type_name: str | None, ov
 
     quiet_libraries()
     from peftchat.console import stderr
-    from peftchat.serving.export.run import ExportOptions, export_gguf, export_ollama
+    from peftchat.export.run_export import ExportOptions, export_gguf, export_ollama
 
     export = export_gguf if target == "gguf" else export_ollama
     written = export(model, ExportOptions(out, type_name, overwrite))

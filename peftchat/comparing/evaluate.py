@@ -69,7 +69,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 def _base_loss(recipe: "Recipe", text: str) -> float:
     from peftchat.models.loading import load_base, load_tokenizer
-    from peftchat.serving.device import best_device
+    from peftchat.serving.chat_model import best_device
 
     plain = recipe.model_copy(update={"quantization": None})
     model: Any = load_base(plain, dtype=recipe.model.dtype).to(best_device())
@@ -77,7 +77,7 @@ def _base_loss(recipe: "Recipe", text: str) -> float:
 
 
 def _look(run: Path, recipe: "Recipe", text: str, questions: list[str]) -> tuple[float, list[dict[str, Any]]]:
-    from peftchat.serving.load import load_for_chat
+    from peftchat.serving.chat_model import load_for_chat
     from peftchat.training.model import chat_format
     from peftchat.training.summary import sample_answers
 

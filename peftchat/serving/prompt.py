@@ -118,7 +118,7 @@ class PromptEncoder:
         Raises:
             InputError: the last message alone is too long.
         """
-        return fit(messages, limit, self.encode)
+        return truncate_prompt(messages, limit, self.encode)
 
     def _render(self, messages: Sequence[Message], *, opening: bool) -> str:
         from jinja2.exceptions import TemplateError
@@ -147,7 +147,7 @@ class PromptEncoder:
         )
 
 
-def fit(messages: Sequence[Message], limit: int, encode: Callable[[Sequence[Message]], Prompt]) -> Prompt:
+def truncate_prompt(messages: Sequence[Message], limit: int, encode: Callable[[Sequence[Message]], Prompt]) -> Prompt:
     """Drop exchanges from the front of a dialogue until its prompt has at most `limit` tokens.
 
     An exchange is a user's message with everything up to the next one.

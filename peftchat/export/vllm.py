@@ -17,7 +17,7 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class VllmSupport:
     """What vLLM needs.
 
     Attributes:
@@ -29,7 +29,7 @@ class Verdict:
     reasons: tuple[str, ...] = ()
 
 
-def vllm_verdict(path: str) -> Verdict:
+def vllm_support(path: str) -> VllmSupport:
     """Judge a run folder or a model folder from its files; an adapter that must be merged is judged by `RUN/merged`.
 
     Raises:
@@ -40,16 +40,16 @@ def vllm_verdict(path: str) -> Verdict:
         config = _read(folder / "adapter_config.json")
         reasons = tuple(_adapter_reasons(config))
         if not reasons:
-            return Verdict(_adapter_command(folder, config))
+            return VllmSupport(_adapter_command(folder, config))
         merged = folder / "merged"
         if not (merged / "config.json").is_file():
-            return Verdict(None, (*reasons, f"merge it first: `peftchat merge {folder}`"))
+            return VllmSupport(None, (*reasons, f"merge it first: `peftchat merge {folder}`"))
         folder = merged
     elif not (folder / "config.json").is_file():
         raise UserError("neither a finished run nor a model", where=path, cure="Name a run folder or a model folder.")
     reasons = tuple(_model_reasons(folder))
     name = folder.resolve().parent.name if folder.name == "merged" else folder.resolve().name
-    return Verdict(None, reasons) if reasons else Verdict(_command([str(folder), "--served-model-name", name]))
+    return VllmSupport(None, reasons) if reasons else VllmSupport(_command([str(folder), "--served-model-name", name]))
 
 
 def _adapter_reasons(config: dict[str, Any]) -> list[str]:

@@ -1,10 +1,12 @@
-"""Loading whatever a user may want to talk to: a run folder, a merged model, any chat model."""
+"""Where a model runs."""
 
 import importlib.util
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from peftchat.console import stderr
 from peftchat.errors import UserError
@@ -13,9 +15,38 @@ from peftchat.recipe import Recipe, load_recipe
 from peftchat.serving.prompt import PromptEncoder
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def best_device() -> torch.device:
+    """The machine's accelerator, or the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def merge_rows_of_biased_head(model: "PeftModel") -> bool:
+    """Merge trained token rows into the weights, in memory, where the model's head has a bias.
+
+    PEFT's unmerged forward of trained token rows leaves the head's bias out
+    (https://github.com/huggingface/peft/issues/3649); its merged forward does not. The rest of the adapter stays
+    beside the weights.
+
+    Returns:
+        Whether there was anything to merge.
+    """
+    from peft.utils.other import TrainableTokensWrapper
+
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    if not isinstance(head, TrainableTokensWrapper) or head.original_module.bias is None:
+        return False
+    wrapped = [(name, module) for name, module in base.named_modules() if isinstance(module, TrainableTokensWrapper)]
+    for name, module in wrapped:
+        layer = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        base.set_submodule(name, layer)
+    return True
+
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What the libraries raise for a name, a file or a config that they cannot use.
@@ -138,7 +169,6 @@ def _with_adapter(folder: Path, recipe: Recipe | None) -> "PeftModel":
 
     from peftchat.merging.adapter_source import vocabulary_needed
     from peftchat.models.saving import TOKEN_ROWS
-    from peftchat.serving.token_rows import fold_rows_of_biased_head
 
     beside = folder / TOKEN_ROWS
     holder = beside if beside.is_dir() else folder
@@ -158,7 +188,7 @@ def _with_adapter(folder: Path, recipe: Recipe | None) -> "PeftModel":
             where=str(folder),
             cure="Check that `model.name` of its recipe is the base that it was trained on.",
         ) from error
-    fold_rows_of_biased_head(model)
+    merge_rows_of_biased_head(model)
     return model
 
 
@@ -235,7 +265,6 @@ def _check_fit(chat: ChatModel) -> None:
 
 
 def _device() -> "torch.device":
-    from peftchat.serving.device import best_device
 
     return best_device()
 

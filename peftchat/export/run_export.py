@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftchat.errors import UserError
+from peftchat.export.gguf import WrittenGguf, write_gguf
+from peftchat.export.ollama import modelfile, read_frames
+from peftchat.export.source import ExportSource, open_source
 from peftchat.files import write_text
 from peftchat.models.loading import end_ids
-from peftchat.serving.export.format import read_frames
-from peftchat.serving.export.gguf_file import Written, write_gguf
-from peftchat.serving.export.ollama import modelfile
-from peftchat.serving.export.source import Source, open_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +26,7 @@ class ExportOptions:
     overwrite: bool = False
 
 
-def export_gguf(path: str, options: ExportOptions) -> Written:
+def export_gguf(path: str, options: ExportOptions) -> WrittenGguf:
     """Write a run or a model as one GGUF file.
 
     Raises:
@@ -41,7 +40,7 @@ def export_gguf(path: str, options: ExportOptions) -> Written:
     return write_gguf(source, out, options.type)
 
 
-def export_ollama(path: str, options: ExportOptions) -> Written:
+def export_ollama(path: str, options: ExportOptions) -> WrittenGguf:
     """Write a folder that `ollama create` takes: a GGUF file and a Modelfile.
 
     Raises:
@@ -65,7 +64,7 @@ def export_ollama(path: str, options: ExportOptions) -> Written:
     return written
 
 
-def _file_name(source: Source, options: ExportOptions) -> str:
+def _file_name(source: ExportSource, options: ExportOptions) -> str:
     return f"{source.name}-{options.type}.gguf" if options.type else f"{source.name}.gguf"
 
 

@@ -14,7 +14,7 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A model to export.
 
     Attributes:
@@ -41,7 +41,7 @@ class Source:
     def base_config(self) -> Any:
         """The config of the model as it was before training, which is known without merging."""
         if not self.is_adapter:
-            return read_config(self.folder)
+            return read_source_config(self.folder)
         from peftchat.merging.adapter_source import base_config, find_base, open_adapter_source
 
         run = open_adapter_source(self.folder)
@@ -69,7 +69,7 @@ class Source:
         return GenerationConfig()
 
 
-def read_config(folder: Path) -> Any:
+def read_source_config(folder: Path) -> Any:
     """The transformers config of a model folder.
 
     Raises:
@@ -83,7 +83,7 @@ def read_config(folder: Path) -> Any:
         raise UserError(f"no usable model config: {str(error).splitlines()[0]}", where=str(folder)) from error
 
 
-def open_source(path: str) -> Source:
+def open_source(path: str) -> ExportSource:
     """Find a run folder, a model folder or a hub model, which is fetched.
 
     Raises:
@@ -91,12 +91,12 @@ def open_source(path: str) -> Source:
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
-        return Source(folder, folder.resolve().name, folder, is_adapter=True)
+        return ExportSource(folder, folder.resolve().name, folder, is_adapter=True)
     if (folder / "config.json").is_file():
-        return Source(folder, folder.resolve().name, folder)
+        return ExportSource(folder, folder.resolve().name, folder)
     if folder.exists():
         raise UserError("neither a finished run nor a model", where=path, cure="Name a run folder or a model folder.")
-    return Source(_fetched(path), path.rpartition("/")[2], Path.cwd())
+    return ExportSource(_fetched(path), path.rpartition("/")[2], Path.cwd())
 
 
 def _merged(run: Path) -> Path:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from peftchat.errors import UserError, VerificationError
+from peftchat.export.architectures import Architecture, architecture_of, rope_factors
+from peftchat.export.source import ExportSource, read_source_config
+from peftchat.export.vocabulary import read_vocabulary
 from peftchat.merging.byte_progress import ByteProgress
 from peftchat.merging.safetensors_io import SafetensorsCheckpoint, TensorEntry, read_rows
-from peftchat.serving.export.architectures import Architecture, architecture_of, rope_factors
-from peftchat.serving.export.source import Source, read_config
-from peftchat.serving.export.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -48,7 +48,7 @@ class _Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenGguf:
     """A finished file.
 
     Attributes:
@@ -75,7 +75,7 @@ def require_gguf() -> None:
         raise UserError("writing GGUF needs the package gguf", cure="Install it: pip install 'peftchat[gguf]'.")
 
 
-def write_gguf(source: Source, path: Path, type_name: str | None = None) -> Written:
+def write_gguf(source: ExportSource, path: Path, type_name: str | None = None) -> WrittenGguf:
     """Write `path` from a model folder; at most one matrix is in memory at a time.
 
     Args:
@@ -92,7 +92,7 @@ def write_gguf(source: Source, path: Path, type_name: str | None = None) -> Writ
     architecture = architecture_of(source.base_config(), str(source.folder))
     read_vocabulary(tokenizer, len(tokenizer), str(source.folder))
     weights = source.weights()
-    config, checkpoint = read_config(weights), SafetensorsCheckpoint.open(weights)
+    config, checkpoint = read_source_config(weights), SafetensorsCheckpoint.open(weights)
     type_name = type_name or _stored_type(checkpoint)
     tensors = list(_tensors(checkpoint, config, architecture, type_name))
     adds_start = _adds_start(tokenizer)
@@ -116,7 +116,7 @@ def write_gguf(source: Source, path: Path, type_name: str | None = None) -> Writ
         raise UserError(f"cannot write: {error.strerror or error}", where=str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    return Written(path, type_name, len(tensors), path.stat().st_size, adds_start)
+    return WrittenGguf(path, type_name, len(tensors), path.stat().st_size, adds_start)
 
 
 def check_gguf(path: Path, digests: dict[str, int]) -> None:

@@ -1,5 +1,6 @@
-"""One answer of a model, its text handed on as it is written."""
+"""How the next token is chosen: the model's own settings, and what the user says instead."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -9,10 +10,67 @@ import torch
 from torch import Tensor
 
 from peftchat.conversation import Message
-from peftchat.serving.load import ChatModel
+from peftchat.errors import UserError
+from peftchat.serving.chat_model import ChatModel
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+DEFAULT_NEW_TOKENS = 1024
+"""Longest answer where neither the model nor the user sets a limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The user's choices; None leaves each to the model's `generation_config.json`.
+
+    Attributes:
+        max_new_tokens: longest answer.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling (Holtzman et al., 2020).
+        top_k: sample among so many tokens.
+        greedy: always the likeliest token.
+        seed: makes sampling repeatable.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    greedy: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse choices that contradict each other."""
+        chosen = {"--temperature": self.temperature, "--top-p": self.top_p, "--top-k": self.top_k}
+        first = next((flag for flag, value in chosen.items() if value), None)
+        if self.greedy and first is not None:
+            raise UserError(
+                f"{first} says how to sample, and --greedy does not sample", where=first, cure="Leave one of them out."
+            )
+
+
+def apply_sampling(settings: "GenerationConfig", sampling: Sampling) -> "GenerationConfig":
+    """A copy of the model's settings with the user's choices in it; one answer at a time, token by token."""
+    chosen = copy.deepcopy(settings)
+    chosen.max_new_tokens = sampling.max_new_tokens or settings.max_new_tokens or DEFAULT_NEW_TOKENS
+    chosen.max_length = None
+    chosen.num_beams = 1
+    chosen.num_return_sequences = 1
+    if sampling.temperature or sampling.top_p is not None or sampling.top_k is not None:
+        chosen.do_sample = True
+    if sampling.greedy or sampling.temperature == 0:
+        chosen.do_sample = False
+    if not chosen.do_sample:
+        chosen.temperature = chosen.top_p = chosen.top_k = None
+        return chosen
+    for name in ("temperature", "top_p", "top_k"):
+        value = getattr(sampling, name)
+        if value is not None:
+            setattr(chosen, name, value)
+    return chosen
+
 
 Finish = Literal["end", "turn", "length", "interrupted"]
 """Why an answer ended: the end token, a token that opens somebody else's turn, the limit, or the user."""
@@ -21,7 +79,7 @@ _HALF_CHARACTER = "�"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ChatAnswer:
     """What the model said.
 
     Attributes:
@@ -48,18 +106,18 @@ class Answer:
         return self.finish == "end"
 
 
-def answer(
+def generate_answer(
     chat: ChatModel,
     messages: Sequence[Message],
     settings: "GenerationConfig",
     on_text: Callable[[str], None] = lambda text: None,
-) -> Answer:
+) -> ChatAnswer:
     """Let the model answer a dialogue.
 
     Args:
         messages: the dialogue, the user's message last.
         settings: what `apply_sampling` made.
-        on_text: gets each new stretch of the answer; joined, they are `Answer.text`.
+        on_text: gets each new stretch of the answer; joined, they are `ChatAnswer.text`.
 
     Raises:
         InputError: the last message does not fit into the model's context.
@@ -83,7 +141,7 @@ def answer(
         finish = "end"
     elif last in turns:
         finish = "turn"
-    return Answer(
+    return ChatAnswer(
         writer.text,
         finish,
         len(writer.ids),

@@ -11,21 +11,21 @@ class UserError(Exception):
     Args:
         what: the problem, in one sentence.
         where: the place to look at, as `file:line`, `file: key`, a folder or a flag.
-        cure: what to do about it.
+        hint: what to do about it.
     """
 
-    def __init__(self, what: str, *, where: str | None = None, cure: str | None = None) -> None:
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(what)
         self.what = what
         self.where = where
-        self.cure = cure
+        self.hint = hint
 
     def __str__(self) -> str:
-        """`where: what. cure`, without the parts that were not given."""
+        """`where: what. hint`, without the parts that were not given."""
         text = f"{self.where}: {self.what}" if self.where else self.what
-        if not self.cure:
+        if not self.hint:
             return text
-        return f"{text.rstrip('.')}. {self.cure}"
+        return f"{text.rstrip('.')}. {self.hint}"
 
 
 class VerificationError(Exception):

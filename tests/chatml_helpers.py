@@ -1,8 +1,8 @@
 # ruff: noqa: RUF001 - text in many scripts
 """Tokenizers of every kind, trained on the spot, random conversations, and a slow encoder to compare with.
 
-The slow encoder shares no code with `peftchat.chat_template`: it writes the format out by hand with stand-ins for the special
-tokens, adds the stand-ins to a copy of the tokenizer as ordinary added tokens, lets stock transformers encode the whole
+The slow encoder shares no code with `peftchat.chat_template`: it writes the format out by hand with stand-ins for
+special tokens, adds these to a copy of the tokenizer as ordinary added tokens, lets stock transformers encode the whole
 text in one call with `split_special_tokens`, and finds out what each token is from the characters it covers.
 """
 

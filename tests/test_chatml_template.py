@@ -98,7 +98,7 @@ def test_starchat_refuses_tools_with_the_place() -> None:
     conversation = Conversation((Message("user", "a"), Message("tool", "b")), "data.jsonl:7")
     with pytest.raises(UserError, match=r"data\.jsonl:7: message 2 has the role `tool`") as error:
         list(starchat(None).pieces(conversation))
-    assert error.value.cure
+    assert error.value.hint
     chat = make_format("starchat", None, copy.deepcopy(built("byte-level").tokenizer))
     with pytest.raises(TemplateError, match="tool"):
         chat.tokenizer.apply_chat_template(conversation.as_dicts(), tokenize=False)

@@ -396,7 +396,7 @@ def test_roots_that_cannot_be_read(tmp_path: Path, root: str, words: str) -> Non
     with pytest.raises(UserError, match=words) as raised:
         write_conversations([root], tmp_path / "out")
     assert raised.value.where == root
-    assert raised.value.cure
+    assert raised.value.hint
     assert not (tmp_path / "out").exists()
 
 

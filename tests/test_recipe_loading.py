@@ -1,4 +1,4 @@
-"""A recipe is read strictly: every mistake is told with its place and its cure, all of them at once."""
+"""A recipe is read strictly: every mistake is told with its place and its hint, all of them at once."""
 
 import json
 from collections.abc import Callable

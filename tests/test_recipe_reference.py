@@ -22,9 +22,9 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 def test_schema_and_manual_are_fresh() -> None:
-    cure = "run scripts/make_recipe_docs.py"
-    assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), cure
-    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == manual(), cure
+    hint = "run scripts/make_recipe_docs.py"
+    assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), hint
+    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == manual(), hint
 
 
 def test_every_key_has_a_meaning_and_all_but_the_required_a_default() -> None:

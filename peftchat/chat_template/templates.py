@@ -112,7 +112,7 @@ class BlockTemplate:
                 raise UserError(
                     f"message {index + 1} has the role `{message.role}`, which the template `{self.name}` cannot write",
                     where=conversation.source or None,
-                    cure="Use `chat.template: chatml` or `model`, or take these messages out.",
+                    hint="Use `chat.template: chatml` or `model`, or take these messages out.",
                 )
             yield message.role, message.content, index == last
 
@@ -242,6 +242,6 @@ def add_template_tokens(tokenizer: "PreTrainedTokenizerBase", template: Template
             raise UserError(
                 f"the tokenizer turns the special token {token} into {ids} instead of one id",
                 where="chat.template",
-                cure="Choose another template, or a tokenizer that can take added tokens.",
+                hint="Choose another template, or a tokenizer that can take added tokens.",
             )
     return [NewToken(token, known[token]) for token in template.tokens if token not in before]

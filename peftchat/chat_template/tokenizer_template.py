@@ -40,7 +40,7 @@ class TokenizerTemplate:
             raise UserError(
                 "the model's tokenizer has no chat template",
                 where="chat.template: model",
-                cure="Use `starchat` or `chatml`.",
+                hint="Use `starchat` or `chatml`.",
             )
         self._tokenizer = tokenizer
         self._system = system
@@ -71,7 +71,7 @@ class TokenizerTemplate:
             raise UserError(
                 "the model's template rewrites the content of a message, so that no exact mask exists",
                 where=source,
-                cure="Use `chat.template: chatml` or `starchat`, or take such messages out.",
+                hint="Use `chat.template: chatml` or `starchat`, or take such messages out.",
             )
         yield from self._split(stretches, written, [role for role, _ in turns], last)
 
@@ -155,7 +155,7 @@ class TokenizerTemplate:
             raise UserError(
                 "the model's chat template writes no special token after an answer, so nothing would end it",
                 where="chat.template: model",
-                cure="Use `starchat` or `chatml`.",
+                hint="Use `starchat` or `chatml`.",
             )
         return match.group()
 

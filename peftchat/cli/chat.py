@@ -44,7 +44,7 @@ def command(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, greedy, seed)
     question = sys.stdin.read().strip() if prompt == "-" else prompt
     if question is not None and not question.strip():
-        raise UserError("the question is empty", where="--prompt", cure="Give it some text, or leave the option out.")
+        raise UserError("the question is empty", where="--prompt", hint="Give it some text, or leave the option out.")
     from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()

@@ -61,12 +61,12 @@ def command(
     from peftchat.errors import UserError, VerificationError
 
     if learning_rates is not None and fixed_learning_rate:
-        raise UserError("--learning-rates and --fixed-learning-rate exclude each other", cure="Give one of them.")
+        raise UserError("--learning-rates and --fixed-learning-rate exclude each other", hint="Give one of them.")
     if bool(trials) != bool(search):
-        raise UserError("--trials and --search belong together", cure="Give a number of trials and a range or more.")
+        raise UserError("--trials and --search belong together", hint="Give a number of trials and a range or more.")
     if trials and learning_rates is not None:
-        cure = "Use --search training.learning_rate=LOW..HIGH:log."
-        raise UserError("--learning-rates is a grid, and --trials searches ranges", cure=cure)
+        hint = "Use --search training.learning_rate=LOW..HIGH:log."
+        raise UserError("--learning-rates is a grid, and --trials searches ranges", hint=hint)
     wish = CompareOptions(
         recipe,
         split_names(variants),
@@ -106,5 +106,5 @@ def _rates(text: str) -> list[float]:
     except ValueError:
         rates = []
     if not rates or rates[0] <= 0:
-        raise UserError("not a list of rates", where=f"--learning-rates {text}", cure="Write for example 1e-4,3e-4.")
+        raise UserError("not a list of rates", where=f"--learning-rates {text}", hint="Write for example 1e-4,3e-4.")
     return rates

@@ -50,7 +50,7 @@ def command(
     names = [name.strip() for root in roots for name in root.split(",") if name.strip()]
     names += available_stdlib() if stdlib else []
     if not names:
-        raise UserError("nothing to read", where="from-code", cure="Name a package or a folder, or pass --stdlib.")
+        raise UserError("nothing to read", where="from-code", hint="Name a package or a folder, or pass --stdlib.")
     written = write_conversations(
         names, folder, seed=seed, max_rows=max_rows, eval_fraction=eval_fraction, private=private
     )

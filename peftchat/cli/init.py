@@ -44,7 +44,7 @@ def command(method: str, model: str | None, data: str | None, target: Path) -> N
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        raise UserError("exists already", where=str(target), cure="Choose another name with `-o`.") from error
+        raise UserError("exists already", where=str(target), hint="Choose another name with `-o`.") from error
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(target)) from error
     open_keys = [key for key, given in (("model.name", model), ("data.train", data)) if given is None]

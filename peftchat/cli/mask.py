@@ -116,7 +116,7 @@ def _write_page(page: Path, name: str, look: "MaskReport", how_many: int | Liter
         raise UserError(
             f"a page of {wanted:,} rows is more than a browser bears",
             where="--rows",
-            cure=f"Give at most {_MOST_ROWS_ON_PAGE:,}; `--json` has no limit.",
+            hint=f"Give at most {_MOST_ROWS_ON_PAGE:,}; `--json` has no limit.",
         )
     write_mask_page(page, name, list(look.shown(wanted)), look.summary)
     stderr.print(f"{look.summary.headline}\nWrote {page}.", markup=False)

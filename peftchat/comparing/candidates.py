@@ -62,16 +62,16 @@ def parse_axis(flag: str) -> Axis:
     key, equals, text = (part.strip() for part in flag.partition("="))
     where = f"--set {key}"
     if not equals or not all(key.split(".")):
-        cure = "Write for example `--set adapter.r=8,16,64`."
-        raise UserError("not of the form KEY=VALUE[,VALUE...]", where=f"--set {flag}", cure=cure)
+        hint = "Write for example `--set adapter.r=8,16,64`."
+        raise UserError("not of the form KEY=VALUE[,VALUE...]", where=f"--set {flag}", hint=hint)
     if key in _DECIDED_HERE:
-        raise UserError("this key is not for `--set` here", where=where, cure=f"Use {_DECIDED_HERE[key]}.")
+        raise UserError("this key is not for `--set` here", where=where, hint=f"Use {_DECIDED_HERE[key]}.")
     values, _ = to_plain(parse_yaml(f"[{text}]", where), where)
     if not values:
         raise UserError("no value is given", where=where)
     if len(values) > 1 and key in ("training.learning_rate", "training.seed"):
-        cure = "Use --learning-rates, which are compared within each variant." if "rate" in key else "Use --seeds N."
-        raise UserError("several values of this key are no candidates of their own", where=where, cure=cure)
+        hint = "Use --learning-rates, which are compared within each variant." if "rate" in key else "Use --seeds N."
+        raise UserError("several values of this key are no candidates of their own", where=where, hint=hint)
     return Axis(key, tuple(values))
 
 
@@ -97,10 +97,10 @@ def make_candidates(names: Sequence[str], axes: Sequence[Axis]) -> list[Candidat
             told = [f"{label(key)}={_text(chosen[key])}" for key in (axis.key for axis in own if len(axis.values) > 1)]
             candidate = Candidate(" ".join([name, *told]), variant, settings | chosen)
             if candidate.name in made:
-                raise UserError(f"`{candidate.name}` is given twice", where="--variants", cure="Name it once.")
+                raise UserError(f"`{candidate.name}` is given twice", where="--variants", hint="Name it once.")
             made[candidate.name] = candidate
     if not made:
-        raise UserError("no variant is given", where="--variants", cure="Name some, such as lora,dora,full.")
+        raise UserError("no variant is given", where="--variants", hint="Name some, such as lora,dora,full.")
     return list(made.values())
 
 
@@ -115,8 +115,8 @@ def _variant(name: str) -> tuple[str, dict[str, Any]]:
             return variant, {"method": method, "adapter.variant": variant}
     words = ["full", "qlora", *ADAPTERS]
     near = get_close_matches(name, words, n=1)
-    cure = f"Did you mean `{near[0]}`?" if near else f"Known: {', '.join(words)}; and pairs such as qlora+dora."
-    raise UserError(f"`{name}` is no variant", where="--variants", cure=cure)
+    hint = f"Did you mean `{near[0]}`?" if near else f"Known: {', '.join(words)}; and pairs such as qlora+dora."
+    raise UserError(f"`{name}` is no variant", where="--variants", hint=hint)
 
 
 def _beside_qlora(name: str) -> list[str]:

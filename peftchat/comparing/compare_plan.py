@@ -53,16 +53,16 @@ def parse_budget(text: str) -> Budget:
         InputError: anything else.
     """
     kind, _, amount = (part.strip() for part in text.partition("="))
-    cure = "Write steps=N, tokens=N or minutes=N."
+    hint = "Write steps=N, tokens=N or minutes=N."
     if kind not in ("steps", "tokens", "minutes"):
-        raise UserError(f"`{kind}` is no budget", where=f"--budget {text}", cure=cure)
+        raise UserError(f"`{kind}` is no budget", where=f"--budget {text}", hint=hint)
     try:
         number = float(amount.replace("_", ""))
     except ValueError:
-        raise UserError(f"`{amount}` is not a number", where=f"--budget {text}", cure=cure) from None
+        raise UserError(f"`{amount}` is not a number", where=f"--budget {text}", hint=hint) from None
     if not 0 < number < 1e15 or (kind != "minutes" and not number.is_integer()):
         what = "must be above 0" if kind == "minutes" else "must be a whole number above 0"
-        raise UserError(what, where=f"--budget {text}", cure=cure)
+        raise UserError(what, where=f"--budget {text}", hint=hint)
     return Budget(kind, number)  # type: ignore[arg-type]
 
 
@@ -223,13 +223,13 @@ def plan_comparison(wish: CompareOptions) -> ComparePlan:
     for axis in wish.axes:
         if len(axis.values) > 1 and axis.key.startswith(_DATA_KEYS):
             what = "all runs are trained on the same rows and judged by the same"
-            raise UserError(what, where=f"--set {axis.key}", cure="Give one value, or compare recipes of their own.")
+            raise UserError(what, where=f"--set {axis.key}", hint="Give one value, or compare recipes of their own.")
     base = load_recipe(wish.recipe, flags(_common(wish)))
     if not base.recipe.data.has_eval:
         raise UserError(
             "a comparison judges by held-out dialogues, and the recipe has none",
             where=base.where("data"),
-            cure="Add `--set data.eval_fraction=0.1`, or name files in data.eval.",
+            hint="Add `--set data.eval_fraction=0.1`, or name files in data.eval.",
         )
     _check_sources(base.recipe)
     plan = ComparePlan(wish, base, make_candidates(wish.variants, wish.axes))
@@ -253,7 +253,7 @@ def _check(plan: ComparePlan, candidate: Candidate) -> None:
             plan.recommended(candidate, settings)
             plan.recipe_of(TrainingJob(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
         except UserError as error:
-            raise UserError(error.what, where=f"{candidate.name}: {error.where}", cure=error.cure) from error
+            raise UserError(error.what, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
 
 
 def _common(wish: CompareOptions) -> dict[str, object]:

@@ -58,8 +58,8 @@ class ComparisonFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError("the folder is to be made here, and there is a file", where=f"--out {self.path}")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.base.is_file():
-            cure = "Name an empty folder."
-            raise UserError("the folder already holds other files", where=f"--out {self.path}", cure=cure)
+            hint = "Name an empty folder."
+            raise UserError("the folder already holds other files", where=f"--out {self.path}", hint=hint)
         text = dump_recipe(recipe)
         if self.base.is_file():
             _check_same(self.base, text)
@@ -99,7 +99,7 @@ def _check_same(file: Path, text: str) -> None:
             raise UserError(
                 f"the comparison was started with {key}: {old.get(key)}, and now it is {new.get(key)}",
                 where=str(file),
-                cure="Go on with the same value, or start another comparison with -o.",
+                hint="Go on with the same value, or start another comparison with -o.",
             )
 
 

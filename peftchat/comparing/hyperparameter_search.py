@@ -66,16 +66,16 @@ def parse_range(flag: str) -> Range:
     span, _, scale = text.partition(":")
     low, dots, high = span.partition("..")
     where = f"--search {flag}"
-    cure = "Write KEY=LOW..HIGH, or KEY=LOW..HIGH:log."
+    hint = "Write KEY=LOW..HIGH, or KEY=LOW..HIGH:log."
     if not (equals and key and dots) or scale not in ("", "log"):
-        raise UserError("not a range", where=where, cure=cure)
+        raise UserError("not a range", where=where, hint=hint)
     try:
         first, last = float(low), float(high)
     except ValueError:
-        raise UserError("the ends of a range are numbers", where=where, cure=cure) from None
+        raise UserError("the ends of a range are numbers", where=where, hint=hint) from None
     if not first < last or (scale == "log" and first <= 0):
         what = "a range on a logarithmic scale is above 0 and rises" if scale else "a range rises"
-        raise UserError(what, where=where, cure=cure)
+        raise UserError(what, where=where, hint=hint)
     whole = all(end.strip().lstrip("-").isdecimal() for end in (low, high))
     return Range(key, first, last, scale == "log", whole)
 
@@ -90,7 +90,7 @@ def check_optuna() -> None:
         raise UserError(
             "a search over ranges needs optuna, which is not installed",
             where="--trials",
-            cure="pip install 'peftchat[sweep]'",
+            hint="pip install 'peftchat[sweep]'",
         )
 
 

@@ -30,7 +30,7 @@ def detect_language(messages: Sequence[Message]) -> str:
         raise UserError(
             "rows without a `lang` field need a language detector, and none is installed",
             where="languages (--lang)",
-            cure="pip install 'peftchat[languages]'",
+            hint="pip install 'peftchat[languages]'",
         ) from error
     text = "\n".join(message.content for message in messages if message.role in ("user", "assistant"))
     code: str = py3langid.classify(text[:_DETECT_CHARACTERS])[0]

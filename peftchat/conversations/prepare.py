@@ -32,11 +32,11 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
     Raises:
         InputError: `folder` is a file or holds something, or the disk does not let us write.
     """
-    cure = "Give a folder that does not exist yet, or an empty one."
+    hint = "Give a folder that does not exist yet, or an empty one."
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError("the output folder is not empty", where=str(folder), cure=cure)
+        raise UserError("the output folder is not empty", where=str(folder), hint=hint)
     if folder.exists() and not folder.is_dir():
-        raise UserError("the output is a file, not a folder", where=str(folder), cure=cure)
+        raise UserError("the output is a file, not a folder", where=str(folder), hint=hint)
     draft = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     try:
         draft.mkdir(parents=True)
@@ -201,7 +201,7 @@ def prepare(
             split = _write_splits(_new_only(dialogues, draft, log, progress), draft, settings, card)
         card.take(log)
         if not card.train.dialogues + card.eval.dialogues:
-            raise UserError("no dialogue is left", where=source, cure=_why_nothing(card))
+            raise UserError("no dialogue is left", where=source, hint=_why_nothing(card))
         if split is not None:
             _split_again(draft, split, card)
         card.seconds = round(time.monotonic() - started, 3)

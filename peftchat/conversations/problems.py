@@ -186,5 +186,5 @@ class ProblemLog:
         return UserError(
             what,
             where=self.first.where,
-            cure="Repair the rows, or let `peftchat data prepare` write a clean file and put the bad rows aside.",
+            hint="Repair the rows, or let `peftchat data prepare` write a clean file and put the bad rows aside.",
         )

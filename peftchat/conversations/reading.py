@@ -157,7 +157,7 @@ def _all_sources(
     for name, rows in sources:
         yield from _source(name, rows, form, options, problems)
     if problems.rows + problems.total == before:
-        raise UserError("there are no rows", where=path, cure="Give a file with rows.")
+        raise UserError("there are no rows", where=path, hint="Give a file with rows.")
 
 
 def _source(
@@ -179,7 +179,7 @@ def _check_rank_limit(name: str, form: Format, options: ReadOptions) -> None:
         raise UserError(
             f"`top_k` chooses answers by rank, and the form `{form.name}` has no ranks",
             where=name,
-            cure="Leave `top_k` out; OpenAssistant exports have ranks.",
+            hint="Leave `top_k` out; OpenAssistant exports have ranks.",
         )
 
 
@@ -201,7 +201,7 @@ def _detect(name: str, rows: Iterable[RawRecord]) -> Format:
     raise UserError(
         f"no known form has the fields found here: {shown}",
         where=name,
-        cure=f"Known forms: {', '.join(FORMATS)} (`peftchat data formats` shows their fields).",
+        hint=f"Known forms: {', '.join(FORMATS)} (`peftchat data formats` shows their fields).",
     )
 
 

@@ -1,0 +1,1 @@
+"""Encoded conversations: the cache on disk, truncation, packing and batches."""

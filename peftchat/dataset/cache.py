@@ -193,14 +193,14 @@ def _check(recipe: "Recipe", side: Split, stats: EncodingStats) -> None:
         raise UserError(
             f"no row is left to {'train' if side == 'train' else 'evaluate'} on ({reasons or 'the source is empty'})",
             where=f"data.{side if side == 'train' or recipe.data.eval is not None else 'eval_fraction'}",
-            cure="Check the source, data.max_length and chat.loss_on.",
+            hint="Check the source, data.max_length and chat.loss_on.",
         )
     if empty > (stats.rows + dropped) / 2:
         raise UserError(
             f"{empty} of {stats.rows + dropped} rows have nothing to learn, the first is "
             f"{stats.named['nothing_to_learn'][0]}",
             where=f"data.{side}",
-            cure="Most dialogues lack an assistant message, or chat.loss_on does not fit them.",
+            hint="Most dialogues lack an assistant message, or chat.loss_on does not fit them.",
         )
 
 

@@ -162,7 +162,7 @@ def _fitting(
             raise UserError(
                 f"the dialogue has {len(row.ids)} tokens, and data.max_length is {limit}",
                 where=conversation.source or None,
-                cure="Raise data.max_length, or set data.truncation: turns, turns_leading, split or drop.",
+                hint="Raise data.max_length, or set data.truncation: turns, turns_leading, split or drop.",
             )
         if policy == "drop":
             stats.drop("too_long", conversation.source)
@@ -190,7 +190,7 @@ def _learnable(
             raise UserError(
                 f"nothing in the dialogue is trained by chat.loss_on: {recipe.chat.loss_on}",
                 where=row.source or None,
-                cure="Take the dialogue out, or set chat.empty_rows: drop to leave such rows out.",
+                hint="Take the dialogue out, or set chat.empty_rows: drop to leave such rows out.",
             )
         else:
             stats.drop("nothing_to_learn", row.source)
@@ -201,5 +201,5 @@ def _special_text(source: str) -> UserError:
     return UserError(
         "a message holds text that is spelled like a special token, and chat.special_text is `refuse`",
         where=source or None,
-        cure="Take the text out, or set chat.special_text: text to train on it as ordinary text.",
+        hint="Take the text out, or set chat.special_text: text to train on it as ordinary text.",
     )

@@ -58,7 +58,7 @@ def architecture_of(config: Any, where: str) -> Architecture:
         raise UserError(
             f"the architecture {config.model_type} is not exported to GGUF (these are: {', '.join(ARCHITECTURES)})",
             where=where,
-            cure=_ELSEWHERE,
+            hint=_ELSEWHERE,
         )
     activation = getattr(config, "hidden_act", None) or config.activation_function
     if activation not in found.activation:
@@ -66,7 +66,7 @@ def architecture_of(config: Any, where: str) -> Architecture:
     scaling = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if scaling not in _SCALINGS:
         raise UserError(
-            f"rotary embeddings scaled by `{scaling}` are not exported to GGUF", where=where, cure=_ELSEWHERE
+            f"rotary embeddings scaled by `{scaling}` are not exported to GGUF", where=where, hint=_ELSEWHERE
         )
     if config.model_type == "gpt_bigcode" and not config.multi_query:
         raise UserError("llama.cpp computes gpt_bigcode with multi-query attention only", where=where)

@@ -72,7 +72,7 @@ def require_gguf() -> None:
         InputError: it is not.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("writing GGUF needs the package gguf", cure="Install it: pip install 'peftchat[gguf]'.")
+        raise UserError("writing GGUF needs the package gguf", hint="Install it: pip install 'peftchat[gguf]'.")
 
 
 def write_gguf(source: ExportSource, path: Path, type_name: str | None = None) -> WrittenGguf:
@@ -256,7 +256,7 @@ def _converted(tensor: _Tensor, config: Any, architecture: Architecture) -> np.n
     weight = architecture.rotated(tensor.source, read_rows(tensor.entry), config)
     data: np.ndarray = quantize(weight.to(torch.float32).contiguous().numpy(), tensor.kind)
     if data.dtype == np.float16 and not np.isfinite(data).all():
-        raise UserError(f"{tensor.source} holds values beyond float16", where="--type", cure="Use --type bf16.")
+        raise UserError(f"{tensor.source} holds values beyond float16", where="--type", hint="Use --type bf16.")
     return np.ascontiguousarray(data)
 
 

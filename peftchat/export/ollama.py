@@ -65,7 +65,7 @@ def read_frames(tokenizer: "PreTrainedTokenizerBase", where: str) -> ChatFrames:
         raise UserError(
             "the chat template does more than put a frame around each message, so it has no plain form for Ollama",
             where=where,
-            cure="Export with `--to gguf`, which carries the template itself, and write the Modelfile by hand.",
+            hint="Export with `--to gguf`, which carries the template itself, and write the Modelfile by hand.",
         )
     return found
 

@@ -70,4 +70,4 @@ def _file_name(source: ExportSource, options: ExportOptions) -> str:
 
 def _refuse_existing(out: Path | None, options: ExportOptions) -> None:
     if out is not None and out.exists() and not options.overwrite:
-        raise UserError("it is already there", where=str(out), cure="Choose another name with -o, or --overwrite.")
+        raise UserError("it is already there", where=str(out), hint="Choose another name with -o, or --overwrite.")

@@ -95,7 +95,7 @@ def open_source(path: str) -> ExportSource:
     if (folder / "config.json").is_file():
         return ExportSource(folder, folder.resolve().name, folder)
     if folder.exists():
-        raise UserError("neither a finished run nor a model", where=path, cure="Name a run folder or a model folder.")
+        raise UserError("neither a finished run nor a model", where=path, hint="Name a run folder or a model folder.")
     return ExportSource(_fetched(path), path.rpartition("/")[2], Path.cwd())
 
 
@@ -110,7 +110,7 @@ def _merged(run: Path) -> Path:
         raise UserError(
             "the merged model is older than the adapter",
             where=str(merged),
-            cure=f"Merge again: `peftchat merge {run} --overwrite`.",
+            hint=f"Merge again: `peftchat merge {run} --overwrite`.",
         )
     return merged
 

@@ -46,7 +46,7 @@ def vllm_support(path: str) -> VllmSupport:
             return VllmSupport(None, (*reasons, f"merge it first: `peftchat merge {folder}`"))
         folder = merged
     elif not (folder / "config.json").is_file():
-        raise UserError("neither a finished run nor a model", where=path, cure="Name a run folder or a model folder.")
+        raise UserError("neither a finished run nor a model", where=path, hint="Name a run folder or a model folder.")
     reasons = tuple(_model_reasons(folder))
     name = folder.resolve().parent.name if folder.name == "merged" else folder.resolve().name
     return VllmSupport(None, reasons) if reasons else VllmSupport(_command([str(folder), "--served-model-name", name]))

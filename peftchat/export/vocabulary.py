@@ -160,5 +160,5 @@ def _unsupported(why: str, where: str) -> UserError:
     return UserError(
         f"the tokenizer cannot be written as GGUF: {why}",
         where=where,
-        cure="Convert the merged folder with llama.cpp's own convert_hf_to_gguf.py.",
+        hint="Convert the merged folder with llama.cpp's own convert_hf_to_gguf.py.",
     )

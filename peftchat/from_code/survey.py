@@ -64,7 +64,7 @@ def locate(roots: Sequence[str], skipped: Counter[str]) -> list[SourceFile]:
             found.setdefault(file.path, file)
         if len(found) == before and not any(_inside(root, file.path) for file in found.values()):
             raise UserError(
-                "holds no Python file to read", where=root, cure="Name a package or a folder with .py files."
+                "holds no Python file to read", where=root, hint="Name a package or a folder with .py files."
             )
     return sorted(found.values(), key=lambda file: file.module)
 
@@ -89,7 +89,7 @@ def _root_files(root: str, skipped: Counter[str]) -> Iterator[SourceFile]:
         raise UserError(
             "no package of this Python and no folder has this name",
             where=root,
-            cure="Install the package into this environment, or give the folder of its source.",
+            hint="Install the package into this environment, or give the folder of its source.",
         )
 
 
@@ -114,7 +114,7 @@ def _find_module(dotted: str) -> Path | None:
     if spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations))).resolve()
     if spec.origin is None or not spec.origin.endswith(".py"):
-        raise UserError("is compiled, not Python source", where=dotted, cure="Name a package written in Python.")
+        raise UserError("is compiled, not Python source", where=dotted, hint="Name a package written in Python.")
     return Path(spec.origin).resolve()
 
 

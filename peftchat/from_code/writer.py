@@ -202,14 +202,14 @@ def write_conversations(
         InputError: a root cannot be read, nothing documented was found, or `folder` cannot be written.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError("is a file, not a folder", where=str(folder), cure="Name a folder with -o.")
+        raise UserError("is a file, not a folder", where=str(folder), hint="Name a folder with -o.")
     found = survey(roots, private=private)
     everything = list(conversations_about(found, seed=seed))
     if not everything:
         raise UserError(
             f"no documented function, class or module in the {found.files} files read",
             where=", ".join(roots),
-            cure="Dialogues are made from docstrings and signatures: add docstrings, or name another package.",
+            hint="Dialogues are made from docstrings and signatures: add docstrings, or name another package.",
         )
     kept = _draw(everything, max_rows, seed)
     train, held_out = split(kept, eval_fraction, seed)
@@ -236,7 +236,7 @@ def write_conversations(
         write_text(folder / "card.json", json.dumps(card, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
         raise UserError(
-            f"cannot be written ({error.strerror})", where=str(folder), cure="Name another folder."
+            f"cannot be written ({error.strerror})", where=str(folder), hint="Name another folder."
         ) from error
     return WrittenConversations(folder, card)
 

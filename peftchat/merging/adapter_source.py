@@ -20,7 +20,7 @@ from peftchat.recipe.load import LoadedRecipe, load_recipe
 
 _PROMPTS = "it trains vectors that are put before the prompt, not weights"
 _GATED = "what it adds depends on the input, so no fixed weights do the same"
-_CURE_PROMPTS = "Use the run folder as it is: `peftchat chat RUN` loads base and adapter."
+_HINT_PROMPTS = "Use the run folder as it is: `peftchat chat RUN` loads base and adapter."
 
 UNMERGEABLE: dict[str, str] = {
     "PROMPT_TUNING": _PROMPTS,
@@ -63,17 +63,17 @@ def refuse_unmergeable(config: Any, where: str) -> None:
     """
     kind = str(config.peft_type).rpartition(".")[2].upper()
     if config.is_prompt_learning or kind in UNMERGEABLE:
-        cure = _CURE_PROMPTS
+        hint = _HINT_PROMPTS
         if kind in _IN_MEMORY:
-            cure = "Load base and adapter with peft and call merge_and_unload, which holds the whole model in memory."
-        raise UserError(f"{kind} cannot be merged: {UNMERGEABLE.get(kind, _PROMPTS)}", where=where, cure=cure)
+            hint = "Load base and adapter with peft and call merge_and_unload, which holds the whole model in memory."
+        raise UserError(f"{kind} cannot be merged: {UNMERGEABLE.get(kind, _PROMPTS)}", where=where, hint=hint)
     start = getattr(config, "init_lora_weights", None)
     if isinstance(start, str) and start.startswith(_LOST_INITS):
         raise UserError(
             f"the adapter was started with init_lora_weights={start}, which changed the base in a way that its file "
             "does not hold",
             where=where,
-            cure="Save the adapter with `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it.",
+            hint="Save the adapter with `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it.",
         )
     if getattr(config, "layer_replication", None):
         raise UserError("it repeats layers of the base, which peft does not merge either", where=where)
@@ -131,7 +131,7 @@ def read_adapter_config(folder: Path) -> Any:
 
     if not (folder / ADAPTER_CONFIG_NAME).is_file():
         raise UserError(
-            f"no {ADAPTER_CONFIG_NAME} here", where=str(folder), cure="Name a run folder or a PEFT adapter."
+            f"no {ADAPTER_CONFIG_NAME} here", where=str(folder), hint="Name a run folder or a PEFT adapter."
         )
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -157,7 +157,7 @@ def check_weights(folder: Path) -> None:
             f"{len(empty)} of {len(entries)} tensors have no elements, first {empty[0]}: the adapter was saved "
             "from a sharded model without gathering it",
             where=str(folder / ADAPTER_WEIGHTS_NAME),
-            cure="Save it again from a checkpoint of the run.",
+            hint="Save it again from a checkpoint of the run.",
         )
 
 
@@ -226,7 +226,7 @@ def _misfit(folder: Path, why: str) -> UserError:
     return UserError(
         f"the adapter does not fit the base: {(shapes or lines or ['no reason given'])[0]}",
         where=str(folder),
-        cure="It was trained on another base: check `model.name` of its recipe.",
+        hint="It was trained on another base: check `model.name` of its recipe.",
     )
 
 
@@ -299,13 +299,13 @@ def open_adapter_source(folder: Path) -> AdapterSource:
         raise UserError(
             "this run trained every weight, so there is nothing to merge",
             where=str(folder),
-            cure="The run folder is already a model: `peftchat chat RUN` and every other tool load it as it is.",
+            hint="The run folder is already a model: `peftchat chat RUN` and every other tool load it as it is.",
         )
     if not (folder / ADAPTER_CONFIG_NAME).is_file() and (folder / "config.json").is_file():
         raise UserError(
             "this is a model, not an adapter: there is nothing to merge",
             where=str(folder),
-            cure="Use it as it is, or name the run folder that holds the adapter.",
+            hint="Use it as it is, or name the run folder that holds the adapter.",
         )
     config = read_adapter_config(folder)
     check_weights(folder)
@@ -323,7 +323,7 @@ def _base_of(config: Any, folder: Path) -> str:
         raise UserError(
             "the adapter does not say which base it belongs to",
             where=str(folder / ADAPTER_CONFIG_NAME),
-            cure="Set base_model_name_or_path there.",
+            hint="Set base_model_name_or_path there.",
         )
     return str(config.base_model_name_or_path)
 
@@ -339,14 +339,14 @@ def find_base(name: str, revision: str | None) -> Path:
 
     if Path(name).is_dir():
         return Path(name)
-    cure = "Check the name, and that the base is where it was when the run was trained."
+    hint = "Check the name, and that the base is where it was when the run was trained."
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.py"]))
     except HFValidationError as error:
-        raise UserError("the base model is not there", where=name, cure=cure) from error
+        raise UserError("the base model is not there", where=name, hint=hint) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the base model cannot be fetched: {reason}", where=name, cure=cure) from error
+        raise UserError(f"the base model cannot be fetched: {reason}", where=name, hint=hint) from error
 
 
 def base_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -363,7 +363,7 @@ def base_config(folder: Path, trust_remote_code: bool) -> Any:
             raise UserError(
                 "the base is stored quantised, and folding an adapter needs its full weights",
                 where=str(where),
-                cure="Set `model.name` of the recipe to the 16-bit model it was made from.",
+                hint="Set `model.name` of the recipe to the 16-bit model it was made from.",
             )
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

@@ -49,7 +49,7 @@ class Fusion:
         if set(tensors) != set(self.keys):
             raise UserError(
                 f"transformers does not split {self.parameters[0]} into the tensors it was made of",
-                cure="Save the base once with transformers' save_pretrained and merge into that.",
+                hint="Save the base once with transformers' save_pretrained and merge into that.",
             )
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 

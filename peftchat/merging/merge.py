@@ -51,7 +51,7 @@ def merge_run(folder: Path, options: MergeOptions) -> MergeResult:
     return_large_blocks()
     out = options.out or folder / "merged"
     if out.exists() and not options.overwrite:
-        raise UserError("the folder is already there", where=str(out), cure="Choose another with -o, or --overwrite.")
+        raise UserError("the folder is already there", where=str(out), hint="Choose another with -o, or --overwrite.")
     job = prepare(folder, options)
     partial = _beside(out, "partial")
     try:
@@ -77,8 +77,8 @@ def merge_run(folder: Path, options: MergeOptions) -> MergeResult:
         partial.rename(failed)
         raise VerificationError(f"{error} The result is in {failed}, not in {out}.") from error
     except OSError as error:
-        cure = "What is written stays for a second start; free space or choose another folder with -o."
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(partial), cure=cure) from error
+        hint = "What is written stays for a second start; free space or choose another folder with -o."
+        raise UserError(f"cannot write: {error.strerror or error}", where=str(partial), hint=hint) from error
     _publish(partial, out)
     return MergeResult(out, made)
 

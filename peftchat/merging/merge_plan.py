@@ -132,7 +132,7 @@ def check_memory_budget(plan: MergePlan, weights: BaseWeights, working_set: int)
             raise UserError(
                 f"{name} has to be folded in one piece, which takes {need >> 20:,} MB",
                 where="--working-set",
-                cure=f"Give at least {(need >> 20) + 1}MB.",
+                hint=f"Give at least {(need >> 20) + 1}MB.",
             )
 
 

@@ -52,7 +52,7 @@ def select_base(
     """
     if dequantized is None:
         if mode == "dequantized":
-            raise UserError("the run was not trained on a quantised base", where="--base", cure="Leave the flag out.")
+            raise UserError("the run was not trained on a quantised base", where="--base", hint="Leave the flag out.")
         return SelectedBase("original")
     weights, updates = dequantized
     names = [name for name in updates if name in weights.round_tripped]

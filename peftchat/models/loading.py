@@ -57,7 +57,7 @@ def check_model_folder(name: str) -> None:
         hint = ""
         if (folder / "adapter_config.json").is_file():
             hint = "This is an adapter: name its base here, or merge it first with `peftchat merge`."
-        raise UserError("the folder has no config.json", where=f"model.name: {name}", cure=hint or None)
+        raise UserError("the folder has no config.json", where=f"model.name: {name}", hint=hint or None)
     if any((folder / file).is_file() for file in _WEIGHTS):
         _check_index(folder)
         return
@@ -66,12 +66,12 @@ def check_model_folder(name: str) -> None:
         raise UserError(
             f"the weights are pickled ({pickled.name}), and unpickling runs whatever the file says",
             where=f"model.name: {name}",
-            cure="Save them as safetensors first: `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`.",
+            hint="Save them as safetensors first: `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`.",
         )
     raise UserError(
         "the model folder holds no weights (model.safetensors or its index)",
         where=f"model.name: {name}",
-        cure="Download the whole model, or check the path.",
+        hint="Download the whole model, or check the path.",
     )
 
 
@@ -84,7 +84,7 @@ def _is_folder(name: str) -> bool:
     folder = Path(name)
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise UserError("there is no such folder", where=f"model.name: {name}", cure="Check the path.")
+            raise UserError("there is no such folder", where=f"model.name: {name}", hint="Check the path.")
         return False
     if not folder.is_dir():
         raise UserError("a model is a folder, and this is a file", where=f"model.name: {name}")
@@ -101,7 +101,7 @@ def _check_index(folder: Path) -> None:
         raise UserError(
             f"{len(missing)} of {len(shards)} weight files are missing, the first is {missing[0]}",
             where=f"model.name: {folder}",
-            cure="Download the model again.",
+            hint="Download the model again.",
         )
 
 
@@ -221,7 +221,7 @@ def _unreadable(recipe: "Recipe", what: str, error: Exception) -> UserError:
     return UserError(
         f"{what} cannot be loaded: {first_line}",
         where=f"model.name: {recipe.model.name}",
-        cure=None
+        hint=None
         if Path(recipe.model.name).exists()
         else "Check the name, the network and the login, or use a folder.",
     )

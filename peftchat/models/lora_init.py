@@ -166,7 +166,7 @@ def _begin_loftq(recipe: "Recipe", model: "PeftModel") -> None:
             raise UserError(
                 f"the base's file has no weights under the name of the layer {name}",
                 where=f"model.name: {recipe.model.name}",
-                cure="LoftQ compares the file with the quantised layers, name by name; take another variant.",
+                hint="LoftQ compares the file with the quantised layers, name by name; take another variant.",
             ) from error
         factors = _low_rank_decomposition(original.to(held) - held, reduced_rank=layer.r["default"])
         layer.lora_A["default"].weight.data = factors["R"].contiguous()

@@ -158,6 +158,6 @@ def adapter_mismatch(recipe: "Recipe", error: Exception) -> UserError:
     return UserError(
         f"the adapter does not fit the model: {lines[0]}",
         where=f"adapter: {recipe.adapter.variant}",
-        cure="Use `target_modules: all-linear`, or names of the model's own linear layers; "
+        hint="Use `target_modules: all-linear`, or names of the model's own linear layers; "
         f"`peftchat variants {recipe.adapter.variant}` tells what the variant takes.",
     )

@@ -115,7 +115,8 @@ def choose_batch(planner: "Planner", settings: PlanSettings, room: int, tokens: 
     batch = next(count for count in range(most, 0, -1) if rows % count == 0)
     chosen = settings.with_changes(batch=batch, accumulation=rows // batch)
     peak = planner.memory(chosen).total
-    reason = f"{batch} x {settings.length} tokens at once, {rows // batch} times a step: {format_bytes(peak)} of {format_bytes(room)}"
+    memory = f"{format_bytes(peak)} of {format_bytes(room)}"
+    reason = f"{batch} x {settings.length} tokens at once, {rows // batch} times a step: {memory}"
     return OpenSettings(chosen, peak, reason)
 
 
@@ -158,5 +159,5 @@ def _check_rows(loaded: "LoadedRecipe", processes: int) -> None:
         raise UserError(
             f"{rows} rows cannot be divided among {processes} processes",
             where=loaded.where("training", "rows_per_step"),
-            cure=f"Take a multiple of {processes}.",
+            hint=f"Take a multiple of {processes}.",
         )

@@ -98,7 +98,7 @@ def find_hardware(name: str | None, count: int | None) -> Hardware:
         near = difflib.get_close_matches(_plain(name), _aliases(), n=1, cutoff=0.4)
         hint = f"Did you mean `{_aliases()[near[0]]}`? " if near else ""
         raise UserError(
-            f"`{name}` is not in the catalogue", where="--gpu", cure=f"{hint}Known: {', '.join(gpu_catalog())}, cpu."
+            f"`{name}` is not in the catalogue", where="--gpu", hint=f"{hint}Known: {', '.join(gpu_catalog())}, cpu."
         )
     return _with_count(gpu_catalog()[known], count or 1)
 

@@ -44,9 +44,9 @@ def measure_run(recipe: "Recipe", plan: "TrainingPlan") -> MeasuredRun:
 
     settings = plan.settings
     if this_machine(1).device != settings.device:
-        raise UserError("a probe runs on this machine", where="--gpu", cure="Leave `--gpu` out.")
+        raise UserError("a probe runs on this machine", where="--gpu", hint="Leave `--gpu` out.")
     if settings.processes > 1:
-        raise UserError("a probe runs in one process", where="--gpus", cure="Leave `--gpus` out.")
+        raise UserError("a probe runs in one process", where="--gpus", hint="Leave `--gpus` out.")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "rows.jsonl").write_text(_long_examples(settings.length, settings.batch), encoding="utf-8")

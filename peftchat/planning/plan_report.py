@@ -98,7 +98,8 @@ def _facts(plan: "TrainingPlan") -> Table:
     shape = f"{facts.layers} layers of width {facts.hidden}, {facts.heads} heads ({facts.key_value_heads} for keys)"
     table.add_row("model", f"{plan.model}: {format_short_count(facts.parameters)} parameters; {shape}")
     table.add_row(
-        "", f"embedding {format_short_count(facts.embedding)} ({tie}), linear layers {format_short_count(facts.linear)}, "
+        "", f"embedding {format_short_count(facts.embedding)} ({tie}), "
+            f"linear layers {format_short_count(facts.linear)}, "
         f"the rest {format_short_count(facts.other)}",
     )  # fmt: skip
     weights = trained.parameters + trained.rows
@@ -111,7 +112,8 @@ def _facts(plan: "TrainingPlan") -> Table:
     if plan.workload is not None:
         work = plan.workload
         table.add_row(
-            "data", f"{format_count(work.sequences)} sequences, {format_short_count(work.tokens)} tokens an epoch, the longest "
+            "data", f"{format_count(work.sequences)} sequences, "
+                f"{format_short_count(work.tokens)} tokens an epoch, the longest "
             f"{format_count(work.longest)}, {format_percent(work.supervised)} supervised",
         )  # fmt: skip
     if plan.cost is not None:
@@ -133,7 +135,8 @@ def _cost(plan: "TrainingPlan") -> str:
     cost = plan.cost
     assert cost is not None
     money = "" if cost.money is None else f", {cost.money:,.2f} at the given price"
-    return f"about {format_duration(cost.seconds)}{money}, for {format_count(cost.steps)} steps and {format_short_count(cost.tokens)} tokens"
+    work = f"{format_count(cost.steps)} steps and {format_short_count(cost.tokens)} tokens"
+    return f"about {format_duration(cost.seconds)}{money}, for {work}"
 
 
 def _largest(plan: "TrainingPlan") -> str:

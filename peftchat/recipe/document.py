@@ -103,7 +103,7 @@ def parse_yaml(text: str, name: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
         what = str(error.problem or error.context)
-        raise UserError(f"not valid YAML: {what}", where=where, cure=_cure(what)) from error
+        raise UserError(f"not valid YAML: {what}", where=where, hint=_hint(what)) from error
     except YAMLError as error:
         raise UserError(f"not valid YAML: {str(error).splitlines()[0]}", where=name) from error
     except RecursionError as error:
@@ -112,7 +112,7 @@ def parse_yaml(text: str, name: str) -> Any:
         raise UserError(f"not valid YAML: {error}", where=name) from error
 
 
-def _cure(problem: str) -> str:
+def _hint(problem: str) -> str:
     if "duplicate key" in problem:
         return "Keep one of the two."
     if "mapping values are not allowed" in problem:
@@ -139,7 +139,7 @@ class _Reader:
         place = SourceLocation(self.name, line, self.file, self.layer)
         if self.seen > MOST_VALUES or len(keys) > DEEPEST:
             raise UserError(
-                "holds more values, or deeper ones, than any recipe", where=place.label, cure="Check its aliases."
+                "holds more values, or deeper ones, than any recipe", where=place.label, hint="Check its aliases."
             )
         self.places[keys] = place
         if isinstance(node, CommentedMap):
@@ -168,7 +168,7 @@ class _Reader:
         raise UserError(
             f"holds {_kind(node)}, which no key takes",
             where=place.of(keys),
-            cure="Put it in quotes if it is meant as text.",
+            hint="Put it in quotes if it is meant as text.",
         )
 
 
@@ -289,10 +289,10 @@ def apply_override(document: Document, flag: str) -> None:
         raise UserError(
             "not of the form KEY=VALUE",
             where=f"--set {flag}",
-            cure="Write for example `--set training.learning_rate=1e-4`.",
+            hint="Write for example `--set training.learning_rate=1e-4`.",
         )
     if steps[0] == "extends":
-        raise UserError("`extends` can only stand in a file", where=where, cure="Pass that file instead.")
+        raise UserError("`extends` can only stand in a file", where=where, hint="Pass that file instead.")
     keys, holder = _descend(document, steps, where)
     document.forget(keys)
     value, places = to_plain(parse_yaml(text, where), where, keys=keys, layer=1)
@@ -325,5 +325,5 @@ def _index(step: str, holder: list[Any], keys: Keys, where: str) -> int:
     raise UserError(
         f"`{dotted(keys)}` is a list of {len(holder)}, and `{step}` is none of its places",
         where=where,
-        cure=f"Use a number from 0 to {len(holder) - 1}, or set the whole list.",
+        hint=f"Use a number from 0 to {len(holder) - 1}, or set the whole list.",
     )

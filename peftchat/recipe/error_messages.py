@@ -174,15 +174,15 @@ UNSUPPORTED_KEYS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a recipe: at which key, what, and the cure."""
+    """One thing that is wrong with a recipe: at which key, what, and the hint."""
 
     keys: Keys
     what: str
-    cure: str | None = None
+    hint: str | None = None
 
     def error(self, document: Document) -> UserError:
         """The problem as an error that shows its place."""
-        return UserError(self.what, where=document.place(self.keys).of(self.keys), cure=self.cure)
+        return UserError(self.what, where=document.place(self.keys).of(self.keys), hint=self.hint)
 
 
 def refuse(problems: Sequence[Problem], document: Document, name: str) -> None:
@@ -212,9 +212,9 @@ def _problem(error: ErrorDetails, adapter: type[StrictModel] | None) -> Problem:
     if kind == "literal_error":
         return _not_allowed(keys, given, context["expected"])
     if kind in ("model_type", "dict_type"):
-        return Problem(keys, f"expected keys with values, got {_shown(given)}", _mapping_cure(keys, given))
+        return Problem(keys, f"expected keys with values, got {_shown(given)}", _mapping_hint(keys, given))
     if kind in _EXPECTED:
-        return Problem(keys, f"expected {_EXPECTED[kind]}, got {_shown(given)}", _type_cure(keys, kind, given))
+        return Problem(keys, f"expected {_EXPECTED[kind]}, got {_shown(given)}", _type_hint(keys, kind, given))
     if kind in _BOUNDS:
         limit = next(iter(context.values()))
         return Problem(keys, f"must be {_BOUNDS[kind]} {limit:g}, got {_shown(given)}")
@@ -256,7 +256,7 @@ def _shown(value: object) -> str:
     return "null" if value is None else f"the number {value}"
 
 
-def _type_cure(keys: Keys, kind: str, given: object) -> str | None:
+def _type_hint(keys: Keys, kind: str, given: object) -> str | None:
     if isinstance(given, str) and kind == "bool_type":
         word = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
         return f"Write `{word[given.lower()]}`, without quotes." if given.lower() in word else None
@@ -275,7 +275,7 @@ def _type_cure(keys: Keys, kind: str, given: object) -> str | None:
     return None
 
 
-def _mapping_cure(keys: Keys, given: object) -> str | None:
+def _mapping_hint(keys: Keys, given: object) -> str | None:
     if isinstance(given, str) and keys[-2:-1] in (("train",), ("eval",)):
         return f"Write `{{path: {given}}}`."
     if not keys:

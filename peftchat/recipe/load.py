@@ -64,12 +64,12 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Document:
     text = _read_text(path)
     values, places = to_plain(parse_yaml(text, name), name, file=path, layer=-len(extending))
     if values is None:
-        raise UserError("the recipe is empty", where=name, cure="`peftchat init` writes one to start from.")
+        raise UserError("the recipe is empty", where=name, hint="`peftchat init` writes one to start from.")
     if not isinstance(values, dict):
         raise UserError(
             "a recipe is keys with values",
             where=name,
-            cure="Begin with keys such as `model:` and `method:`; `peftchat init` writes one to start from.",
+            hint="Begin with keys such as `model:` and `method:`; `peftchat init` writes one to start from.",
         )
     document = Document(values, places)
     base = document.values.pop("extends", None)
@@ -81,24 +81,24 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Document:
     target = path.parent / Path(base).expanduser()
     chain = (*extending, path.resolve())
     if target.resolve() in chain:
-        raise UserError(f"`{base}` extends this recipe in turn", where=where, cure="Break the circle.")
+        raise UserError(f"`{base}` extends this recipe in turn", where=where, hint="Break the circle.")
     if not target.exists():
-        raise UserError(f"`{base}` does not exist", where=where, cure=f"The path is taken from {path.parent or '.'}.")
+        raise UserError(f"`{base}` does not exist", where=where, hint=f"The path is taken from {path.parent or '.'}.")
     return merge_recipes(_read(target, chain), document)
 
 
 def _read_text(path: Path) -> str:
     if path.is_dir():
-        raise UserError("is a folder, not a recipe", where=str(path), cure="Give the YAML file.")
+        raise UserError("is a folder, not a recipe", where=str(path), hint="Give the YAML file.")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(
-            "no such file", where=str(path), cure="`peftchat init` writes a recipe to start from."
+            "no such file", where=str(path), hint="`peftchat init` writes a recipe to start from."
         ) from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise UserError("not UTF-8", where=f"{path}:{line}", cure="Save the file as UTF-8.") from error
+        raise UserError("not UTF-8", where=f"{path}:{line}", hint="Save the file as UTF-8.") from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read: {error}", where=str(path)) from error
 

@@ -100,8 +100,8 @@ def invalid_combinations(recipe: Recipe) -> Iterator[Problem]:
     """What cannot work anywhere."""
     training = recipe.training
     if training.max_steps == 0 or training.max_steps < -1:
-        cure = "Give a number above 0, or -1 to train for `num_train_epochs`."
-        yield Problem(("training", "max_steps"), f"must be above 0 or -1, got {training.max_steps}", cure)
+        hint = "Give a number above 0, or -1 to train for `num_train_epochs`."
+        yield Problem(("training", "max_steps"), f"must be above 0 or -1, got {training.max_steps}", hint)
     if training.warmup_steps > 1 and not training.warmup_steps.is_integer():
         what = f"a number of steps must be whole, got {training.warmup_steps}"
         yield Problem(("training", "warmup_steps"), what, "Below 1 it is a share of all steps.")
@@ -111,8 +111,8 @@ def invalid_combinations(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("training", "warmup_steps"), what, "Give a share below 1 such as 0.03.")
     if 0 < training.max_steps < training.warmup_steps:
         what = f"the warm-up ({training.warmup_steps:g} steps) is longer than the run ({training.max_steps})"
-        cure = "Lower it, or give a share below 1 such as 0.03."
-        yield Problem(("training", "warmup_steps"), what, cure)
+        hint = "Lower it, or give a share below 1 such as 0.03."
+        yield Problem(("training", "warmup_steps"), what, hint)
     needed = _NEEDED_BY_SCHEDULE.get(training.lr_scheduler_type, ())
     given = [key for key in needed if key in (training.lr_scheduler_kwargs or {})]
     if needed and len(given) != 1:
@@ -136,9 +136,9 @@ def _of_the_variant(recipe: Recipe) -> Iterator[Problem]:
     base = "unquantised" if recipe.quantization is None else f"{recipe.quantization.bits} bits"
     if variant.why_not(base) is not None:
         held = "an unquantised base" if base == "unquantised" else f"a base in {base}"
-        cure = "Use `method: qlora`" if base == "unquantised" else "Use `method: lora`"
+        hint = "Use `method: qlora`" if base == "unquantised" else "Use `method: lora`"
         what = f"`{variant.name}` does not work on {held}: {variant.why_not(base)}"
-        yield Problem(("adapter", "variant"), what, f"{cure}, or another variant (`peftchat variants`).")
+        yield Problem(("adapter", "variant"), what, f"{hint}, or another variant (`peftchat variants`).")
     if variant.name == "adalora" and (recipe.training.max_tokens or recipe.training.max_minutes):
         key = "max_tokens" if recipe.training.max_tokens else "max_minutes"
         what = "`adalora` moves its ranks by a schedule over steps, and this budget does not say how many there are"
@@ -303,8 +303,8 @@ def conflict_problems(conflicts: Sequence[Conflict]) -> list[Problem]:
     told: dict[Keys, Problem] = {}
     for conflict in conflicts:
         if conflict.because not in told:
-            cure = f"Remove it, or change `{dotted(conflict.because)}`."
-            told[conflict.keys] = Problem(conflict.keys, f"has no effect: {conflict.why}", cure)
+            hint = f"Remove it, or change `{dotted(conflict.because)}`."
+            told[conflict.keys] = Problem(conflict.keys, f"has no effect: {conflict.why}", hint)
     return list(told.values())
 
 
@@ -317,9 +317,9 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
             value = {key: held for key, held in value.items() if held is not None and (name, key) not in idle}
         if value is not None and (name,) not in idle:
             values[name] = value
-    for get_variant in (get_variant for kind in ("train", "eval") for get_variant in values["data"].get(kind, ())):
-        if get_variant["split"] is None:
-            del get_variant["split"]
+    for source in (source for kind in ("train", "eval") for source in values["data"].get(kind, ())):
+        if source["split"] is None:
+            del source["split"]
     return values
 
 

@@ -236,7 +236,7 @@ def inspect_mask(recipe: Recipe, side: Split, progress: Callable[[int], None]) -
         InputError: the recipe holds nothing out, or a source cannot be read.
     """
     if side == "eval" and not recipe.data.has_eval:
-        raise UserError("the recipe holds nothing out", where="data", cure="Set data.eval or data.eval_fraction.")
+        raise UserError("the recipe holds nothing out", where="data", hint="Set data.eval or data.eval_fraction.")
     chat = make_format(recipe.chat.template, recipe.chat.system, load_tokenizer(recipe))
     lenient = _lenient(recipe)
     try:

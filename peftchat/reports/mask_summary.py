@@ -276,7 +276,8 @@ def _packing(recipe: Recipe, rows: EncodedSplit) -> str:
         return "off: one dialogue a row, padded to the longest of its batch"
     lengths = rows.store.lengths
     packs = pack(lengths, length, recipe.training.seed)
-    return f"{format_count(len(packs))} sequences of {format_count(length)} tokens, {format_percent(efficiency(packs, lengths, length))} full"
+    filled = format_percent(efficiency(packs, lengths, length))
+    return f"{format_count(len(packs))} sequences of {format_count(length)} tokens, {filled} full"
 
 
 def _named(rows: EncodedSplit, what: str) -> str:
@@ -314,7 +315,8 @@ def _failures(recipe: Recipe, rows: EncodedSplit, survey: MaskSurvey) -> list[st
         )
     if _refused_text(recipe, survey):
         failures.append(
-            f"text spelled like a special token stands {format_count(survey.lookalikes.count)} times in messages, the first "
+            f"text spelled like a special token stands {format_count(survey.lookalikes.count)} times in messages, "
+            "the first "
             f"in {survey.lookalikes.first}, and chat.special_text: refuse does not let it be encoded as text"
         )
     for refusing, reason, key in (

@@ -79,7 +79,8 @@ def cautions(facts: RunSummary) -> list[str]:
         found.append(f"{format_count(facts.dropped_rows)} rows of the data were left out.")
     if facts.special_text:
         found.append(
-            f"Text that looks like a special token occurred {format_count(facts.special_text)} times in the dialogues and "
+            f"Text that looks like a special token occurred {format_count(facts.special_text)} times in the dialogues "
+            "and "
             "was trained as ordinary text."
         )
     for token in facts.new_tokens:

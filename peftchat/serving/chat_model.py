@@ -126,7 +126,7 @@ def _refuse_unfinished(folder: Path) -> None:
         raise UserError(
             "this run has not finished, so there is no model in its folder yet",
             where=str(folder),
-            cure="Finish it with `peftchat train RECIPE --resume`.",
+            hint="Finish it with `peftchat train RECIPE --resume`.",
         )
 
 
@@ -135,7 +135,7 @@ def _check_folder(name: str) -> None:
     try:
         check_model_folder(name)
     except UserError as error:
-        raise UserError(error.what, where=name, cure=error.cure) from error
+        raise UserError(error.what, where=name, hint=error.hint) from error
 
 
 def _recipe_of(folder: Path) -> Recipe | None:
@@ -186,7 +186,7 @@ def _with_adapter(folder: Path, recipe: Recipe | None) -> "PeftModel":
         raise UserError(
             f"the adapter does not load onto its base: {_first_line(error)}",
             where=str(folder),
-            cure="Check that `model.name` of its recipe is the base that it was trained on.",
+            hint="Check that `model.name` of its recipe is the base that it was trained on.",
         ) from error
     merge_rows_of_biased_head(model)
     return model
@@ -249,7 +249,7 @@ def _check_template(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
         raise UserError(
             "the tokenizer has no chat template, so there is no telling how to put a question to this model",
             where=path,
-            cure="A base model completes text; train it first (`peftchat init`), or name a chat model.",
+            hint="A base model completes text; train it first (`peftchat init`), or name a chat model.",
         )
     PromptEncoder(tokenizer).check(path)
 
@@ -260,7 +260,7 @@ def _check_fit(chat: ChatModel) -> None:
         raise UserError(
             f"the tokenizer knows {len(chat.tokenizer)} tokens and the model has rows for {rows}",
             where=chat.name,
-            cure="Weights and tokenizer do not belong together; take both from the same run.",
+            hint="Weights and tokenizer do not belong together; take both from the same run.",
         )
 
 
@@ -270,8 +270,8 @@ def _device() -> "torch.device":
 
 
 def _unreadable(what: str, name: str, error: Exception) -> UserError:
-    cure = None if Path(name).exists() else "Check the name, the network and the login, or name a folder."
-    return UserError(f"{what} cannot be loaded: {_first_line(error)}", where=name, cure=cure)
+    hint = None if Path(name).exists() else "Check the name, the network and the login, or name a folder."
+    return UserError(f"{what} cannot be loaded: {_first_line(error)}", where=name, hint=hint)
 
 
 def _first_line(error: Exception) -> str:

@@ -47,7 +47,7 @@ class Sampling:
         first = next((flag for flag, value in chosen.items() if value), None)
         if self.greedy and first is not None:
             raise UserError(
-                f"{first} says how to sample, and --greedy does not sample", where=first, cure="Leave one of them out."
+                f"{first} says how to sample, and --greedy does not sample", where=first, hint="Leave one of them out."
             )
 
 

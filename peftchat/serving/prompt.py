@@ -95,7 +95,7 @@ class PromptEncoder:
                     raise UserError(
                         f"the chat template writes {token}, which is not a special token of the tokenizer",
                         where=where,
-                        cure="Template and tokenizer do not belong together; take both from the same run.",
+                        hint="Template and tokenizer do not belong together; take both from the same run.",
                     )
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
@@ -163,5 +163,5 @@ def truncate_prompt(messages: Sequence[Message], limit: int, encode: Callable[[S
             return Prompt(prompt.ids, dropped, prompt.lookalikes)
     raise UserError(
         f"the message takes {len(prompt.ids)} tokens with its frame, and the model has room for {limit}",
-        cure="Shorten it, or take a model with a longer context.",
+        hint="Shorten it, or take a model with a longer context.",
     )

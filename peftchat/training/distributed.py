@@ -82,7 +82,7 @@ def resolve_distributed(loaded: "LoadedRecipe", environment: Mapping[str, str] =
         raise UserError(
             f"`single` is one process, and the recipe asks for {processes * recipe.distributed.nodes}",
             where=loaded.where("distributed", "strategy"),
-            cure="Write `ddp`, `zero2` or `zero3`, or set distributed.processes: 1.",
+            hint="Write `ddp`, `zero2` or `zero3`, or set distributed.processes: 1.",
         )
     alone = strategy == "single" or (strategy == "ddp" and processes * recipe.distributed.nodes == 1)
     return DistributedSetup(strategy, processes, recipe.distributed.nodes, gpus, "none" if alone else "elastic")
@@ -136,13 +136,13 @@ def _inside_launcher(loaded: "LoadedRecipe", started: tuple[int, int], gpus: int
         raise UserError(
             f"the recipe asks for {wanted * recipe.distributed.nodes} processes, and the launcher started {world}",
             where=loaded.where("distributed", "processes"),
-            cure=f"Start as many, or add `--set distributed.processes={local}`.",
+            hint=f"Start as many, or add `--set distributed.processes={local}`.",
         )
     if gpus and local > gpus:
         raise UserError(
             f"the launcher started {local} processes on this machine, which has {gpus} GPUs",
             where="launcher",
-            cure="Start one process a GPU.",
+            hint="Start one process a GPU.",
         )
     return DistributedSetup(_resolve_strategy(recipe, world), local, max(1, world // local), gpus, "environment")
 
@@ -164,13 +164,13 @@ def _check_cpu(loaded: "LoadedRecipe") -> None:
         raise UserError(
             "float16 needs a GPU, and there is none here",
             where=loaded.where("model", "dtype"),
-            cure="Use bfloat16 or float32.",
+            hint="Use bfloat16 or float32.",
         )
     if "8bit" in recipe.training.optim or recipe.training.optim.startswith("paged_"):
         raise UserError(
             f"the optimizer {recipe.training.optim} needs a GPU, and there is none here",
             where=loaded.where("training", "optim"),
-            cure="Use adamw_torch_fused.",
+            hint="Use adamw_torch_fused.",
         )
 
 
@@ -185,13 +185,13 @@ def _check_machine(loaded: "LoadedRecipe", processes: int, gpus: int) -> None:
         raise UserError(
             f"the recipe asks for {processes} GPUs on each machine, and there {'is' if gpus == 1 else 'are'} {gpus}",
             where=loaded.where("distributed", "processes"),
-            cure=f"For the same batch on what is here: `--set distributed.processes={gpus} "
+            hint=f"For the same batch on what is here: `--set distributed.processes={gpus} "
             f"--set training.gradient_accumulation_steps={accumulation}`.",
         )
     raise UserError(
         f"the recipe asks for {processes} GPUs, there is none, and as processes on {cores} CPU cores they are too many",
         where=loaded.where("distributed", "processes"),
-        cure=f"Run it where the GPUs are, or try it on the CPU with `--set distributed.processes={min(2, cores)}` "
+        hint=f"Run it where the GPUs are, or try it on the CPU with `--set distributed.processes={min(2, cores)}` "
         "and a small model.",
     )
 
@@ -245,7 +245,7 @@ def _meeting_point(placement: DistributedSetup) -> str:
         raise UserError(
             f"the recipe asks for {placement.nodes} machines, and nothing says where they meet",
             where="distributed.nodes",
-            cure="Set MASTER_ADDR (and MASTER_PORT) to the first machine everywhere, or start with srun or torchrun.",
+            hint="Set MASTER_ADDR (and MASTER_PORT) to the first machine everywhere, or start with srun or torchrun.",
         )
     return f"{host}:{os.environ.get('MASTER_PORT', '29500')}"
 

@@ -55,7 +55,7 @@ class LogitTransform:
 def _own_logits(
     product: Tensor, bias: Tensor | None, struck: Tensor | None, transform: LogitTransform
 ) -> tuple[Tensor, Tensor | None]:
-    """The logits that a product stands for, float32, shape (N, V), and what `LogitTransform.backward_` needs of them."""
+    """Return float32 logits, shape (N, V), and what `LogitTransform.backward_` needs of them."""
     logits = product.to(torch.float32, copy=True)
     if bias is not None:
         logits += bias

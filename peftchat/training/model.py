@@ -52,7 +52,7 @@ def select_attention(recipe: "Recipe", model: "PreTrainedModel | PeftModel", bas
         raise UserError(
             "this model cannot compute the attention of each dialogue by itself",
             where=f"model.attention: {wanted}",
-            cure="Set it to `auto`.",
+            hint="Set it to `auto`.",
         )
     if wanted == VARLEN or (wanted == "auto" and possible and _has_kernel(recipe)):
         per_dialogue.register(recipe.data.max_length)
@@ -120,12 +120,12 @@ def compile_if_faster(
     if wanted:
         where = f"{loaded.where('training', 'torch_compile')}: true"
         if lacking:
-            raise UserError(f"torch needs {lacking} to compile", where=where, cure="Install it, or remove the key.")
+            raise UserError(f"torch needs {lacking} to compile", where=where, hint="Install it, or remove the key.")
         if placement.uses_deepspeed:
             why = f"under `{placement.strategy}` layers are never compiled"
-            raise UserError(why, where=where, cure="Remove the key, or write `distributed.strategy: ddp`.")
+            raise UserError(why, where=where, hint="Remove the key, or write `distributed.strategy: ddp`.")
         if not compile_layers(built.causal_model):
-            raise UserError("this model's layers cannot be told apart", where=where, cure="Remove the key.")
+            raise UserError("this model's layers cannot be told apart", where=where, hint="Remove the key.")
         return None
     # Elsewhere it was never measured.
     if lacking or not plain or placement.gpus or placement.uses_deepspeed:
@@ -227,7 +227,7 @@ def _check_anything_trains(model: "PreTrainedModel | PeftModel") -> None:
         raise UserError(
             "the chat format adds no tokens to this tokenizer, so `trainable_tokens` has nothing to train",
             where="adapter.variant",
-            cure="Take another variant, or a `chat.template` that adds tokens.",
+            hint="Take another variant, or a `chat.template` that adds tokens.",
         )
 
 

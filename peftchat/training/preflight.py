@@ -41,9 +41,9 @@ def check_space(folder: Path, model: nn.Module, recipe: "Recipe") -> None:
     free = shutil.disk_usage(_nearest(folder)).free
     if free < needed:
         raise UserError(
-            f"the run needs about {format_bytes(needed)} on the disk, and there is no space left beyond {format_bytes(free)}",
+            f"the run needs about {format_bytes(needed)} on the disk, and only {format_bytes(free)} are free",
             where=f"output_dir: {folder}",
-            cure="Make room, choose another folder, or save fewer checkpoints (training.save_strategy: no).",
+            hint="Make room, choose another folder, or save fewer checkpoints (training.save_strategy: no).",
         )
 
 
@@ -91,7 +91,7 @@ def check_isolation(model: nn.Module, vocabulary: int, device: torch.device, *, 
         raise UserError(
             "this model does not keep packed dialogues apart: what stands before a dialogue changes its loss",
             where="data.packing: true",
-            cure="Set data.packing: false, or another model.attention.",
+            hint="Set data.packing: false, or another model.attention.",
         )
 
 
@@ -124,7 +124,7 @@ def check_loss(
         raise UserError(
             f"the model changes its logits in a way that the loss does not know ({ours:.4f} instead of {plain:.4f})",
             where=f"model.name: {base.config.name_or_path}",
-            cure="This architecture cannot be trained yet.",
+            hint="This architecture cannot be trained yet.",
         )
 
 

@@ -238,7 +238,7 @@ def _start_processes(placement: DistributedSetup) -> None:
         raise UserError(
             f"`{placement.strategy}` needs DeepSpeed, which is not installed",
             where="distributed.strategy",
-            cure="pip install 'peftchat[deepspeed]'",
+            hint="pip install 'peftchat[deepspeed]'",
         ) from error
     # Left to itself on a CPU, DeepSpeed believes in a world of one while the model is loaded.
     deepspeed.init_distributed(dist_backend="nccl" if placement.gpus else "gloo", verbose=False)

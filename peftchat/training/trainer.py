@@ -382,7 +382,7 @@ def _lambda_schedule(trainer: "ChatTrainer") -> LambdaLR:
         raise UserError(
             "a budget of tokens or minutes needs a schedule that is a function of progress, and this one is not",
             where=f"training.lr_scheduler_type: {trainer.args.lr_scheduler_type}",
-            cure="Use linear, cosine or constant.",
+            hint="Use linear, cosine or constant.",
         )
     return inner
 

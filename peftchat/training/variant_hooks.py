@@ -119,7 +119,7 @@ class _Ranks(TrainerCallback):
             raise UserError(
                 f"of {total} steps none is left in which ranks could move",
                 where="adapter.tinit, adapter.tfinal",
-                cure="Lower them, or train for more steps.",
+                hint="Lower them, or train for more steps.",
             )
         if state.global_step:
             self._go_on_from(_scores_file(args, state))
@@ -145,7 +145,7 @@ class _Ranks(TrainerCallback):
             raise UserError(
                 "the checkpoint does not hold the importance of directions by which AdaLoRA moves ranks",
                 where=str(file),
-                cure="Delete this checkpoint to go on from an earlier one, or start a new run.",
+                hint="Delete this checkpoint to go on from an earlier one, or start a new run.",
             )
         allocator, config = self._model.base_model.rankallocator, self._model.peft_config["default"]
         pattern: dict[str, list[bool]] = {}

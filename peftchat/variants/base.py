@@ -49,7 +49,7 @@ class ModelShape:
             raise UserError(
                 f"no layer of the model looks like `{group}`",
                 where="adapter.target_modules",
-                cure="Write `all-linear`, or the names of the layers.",
+                hint="Write `all-linear`, or the names of the layers.",
             )
         return found
 

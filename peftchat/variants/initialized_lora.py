@@ -95,7 +95,7 @@ def _check_rank(section: LowRankSection, facts: ModelShape, *, vectors: int) -> 
         raise UserError(
             f"the start needs {vectors * section.r} singular vectors, and the smallest layer has {vectors * most}",
             where=f"adapter.r: {section.r}",
-            cure=f"Use at most r: {most}, or other target_modules.",
+            hint=f"Use at most r: {most}, or other target_modules.",
         )
 
 

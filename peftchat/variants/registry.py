@@ -39,5 +39,5 @@ def get_variant(name: str) -> Variant:
     """
     found = VARIANTS.get(canonical_name(name))
     if found is None:
-        raise UserError(f"there is no variant `{name}`", cure=f"There are: {', '.join(VARIANTS)}.")
+        raise UserError(f"there is no variant `{name}`", hint=f"There are: {', '.join(VARIANTS)}.")
     return found

@@ -109,7 +109,7 @@ def _ia3_targets(facts: ModelShape) -> list[str]:
         raise UserError(
             f"keys, values and feed-forward layers of a {facts.family} are not known by name",
             where="adapter.target_modules",
-            cure="Name the layers to be scaled.",
+            hint="Name the layers to be scaled.",
         )
     return [*attention, *sorted(second)]
 
@@ -127,7 +127,7 @@ def _ln_tuning(section: LnTuningSection, facts: ModelShape) -> "LNTuningConfig":
         raise UserError(
             "no normalisation layer was found in the model",
             where="adapter.target_modules",
-            cure="Name the layers to be trained.",
+            hint="Name the layers to be trained.",
         )
     return LNTuningConfig(target_modules=names)
 

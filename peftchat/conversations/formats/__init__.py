@@ -32,7 +32,7 @@ def find_format(name: str) -> Format:
         return FORMATS[name]
     nearest = difflib.get_close_matches(name, FORMATS, n=1)
     hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
-    raise UserError(f"unknown format {name!r}", cure=f"{hint}Known: auto, {', '.join(FORMATS)}.")
+    raise UserError(f"unknown format {name!r}", hint=f"{hint}Known: auto, {', '.join(FORMATS)}.")
 
 
 def matching_format(fields: Fields) -> Format | None:

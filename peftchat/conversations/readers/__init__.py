@@ -50,18 +50,18 @@ def find_files(path: str, split: str | None = None) -> list[Path] | None:
         return [_single_file(place, split)]
     if _HUB_ID.fullmatch(path) and reader_for(place) is None:
         return None
-    raise UserError("there is no such file or folder", where=path, cure="Check the path.")
+    raise UserError("there is no such file or folder", where=path, hint="Check the path.")
 
 
 def _single_file(path: Path, split: str | None) -> Path:
     if split is not None:
-        cure = "Leave `split` out, or give the folder."
-        raise UserError(f"a single file has no split {split!r}", where=str(path), cure=cure)
+        hint = "Leave `split` out, or give the folder."
+        raise UserError(f"a single file has no split {split!r}", where=str(path), hint=hint)
     if reader_for(path) is None:
         endings = ", ".join(READERS)
-        raise UserError("the file's ending says nothing about its form", where=str(path), cure=f"Known: {endings}.")
+        raise UserError("the file's ending says nothing about its form", where=str(path), hint=f"Known: {endings}.")
     if path.stat().st_size == 0:
-        raise UserError("the file is empty", where=str(path), cure="Give a file with rows.")
+        raise UserError("the file is empty", where=str(path), hint="Give a file with rows.")
     return path
 
 
@@ -76,7 +76,7 @@ def _in_folder(folder: Path, split: str | None) -> list[Path]:
     ]
     if not files:
         endings = ", ".join(READERS)
-        raise UserError("the folder holds no data files", where=str(folder), cure=f"Known endings: {endings}.")
+        raise UserError("the folder holds no data files", where=str(folder), hint=f"Known endings: {endings}.")
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)

@@ -29,7 +29,7 @@ def read_hub(name: str, split: str | None, problems: ProblemLog) -> Iterator[Raw
         raise UserError(
             f"there is no such file or folder, and no hub data set could be opened: {reason}",
             where=f"{name} (split {split})",
-            cure="Give the path of a file or folder, or check the hub id and the connection.",
+            hint="Give the path of a file or folder, or check the hub id and the connection.",
         ) from error
     number = 0
     while first is not None:

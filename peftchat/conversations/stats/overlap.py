@@ -195,7 +195,7 @@ class Benchmark:
         self._runs = {length: _Table(table) for length, table in runs.items()}
         if not self._runs:
             raise UserError(
-                f"no text in it has {_SHORTEST} words", where=path, cure="Give a file with whole questions."
+                f"no text in it has {_SHORTEST} words", where=path, hint="Give a file with whole questions."
             )
 
     def see(self, words: Hashes, where: str) -> None:
@@ -234,7 +234,7 @@ class _Table:
 def _records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     files = find_files(path)
     if files is None:
-        raise UserError("a benchmark is a file or a folder of files", where=path, cure="Download it first.")
+        raise UserError("a benchmark is a file or a folder of files", where=path, hint="Download it first.")
     for file in files:
         reader = reader_for(Path(file))
         if reader is None:

@@ -42,7 +42,7 @@ class FileTokenCounter:
             raise UserError(
                 f"the folder has no {_FILE}",
                 where=f"--tokenizer {folder}",
-                cure="Give a model's folder, or save its tokenizer there with transformers' `save_pretrained`.",
+                hint="Give a model's folder, or save its tokenizer there with transformers' `save_pretrained`.",
             )
         try:
             self._tokenizer: Tokenizer = Tokenizer.from_file(str(Path(folder).expanduser() / _FILE))

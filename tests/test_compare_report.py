@@ -15,7 +15,7 @@ from rich.console import Console
 
 from peftchat.comparing.compare_plan import CompareOptions, plan_comparison
 from peftchat.comparing.compare_progress import CompareProgress
-from peftchat.comparing.compare_report import print_comparison
+from peftchat.comparing.compare_report import print_comparison, write_comparison_files
 from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult
 from peftchat.comparing.results import ComparisonResult
@@ -62,7 +62,7 @@ class _Texts(html.parser.HTMLParser):
 def test_the_page_escapes_what_models_say_and_draws_every_candidate(result: ComparisonResult, tmp_path: Path) -> None:
     folder = ComparisonFolder(tmp_path / "out")
     folder.path.mkdir()
-    result.write(folder)
+    write_comparison_files(result, folder)
     page = _Texts()
     page.feed(folder.report.read_text(encoding="utf-8"))
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
@@ -85,7 +85,7 @@ def test_json_has_every_number_of_the_table(result: ComparisonResult, tmp_path: 
 def test_the_recommended_recipe_loads_and_says_why(result: ComparisonResult, tmp_path: Path) -> None:
     folder = ComparisonFolder(tmp_path / "out")
     folder.path.mkdir()
-    result.write(folder)
+    write_comparison_files(result, folder)
     text = folder.recommended.read_text(encoding="utf-8")
     recipe = load_recipe(folder.recommended).recipe
     assert recipe.method == "lora" and recipe.training.learning_rate == 1e-3

@@ -17,6 +17,7 @@ import psutil
 
 from peftchat.comparing.compare_plan import ComparePlan, TrainingJob
 from peftchat.comparing.compare_progress import CompareProgress
+from peftchat.comparing.compare_report import write_comparison_files
 from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult, read_evaluation, read_run_result
 from peftchat.comparing.results import ComparisonResult
@@ -178,9 +179,9 @@ def compare(plan: ComparePlan, out: Path, looks: EvalOptions) -> tuple[Compariso
         write_splits(plan.base.recipe, folder)
         work = _Work(plan, folder, overview)
         outcomes = work.searched()
-        ComparisonResult.of(plan, outcomes).write(folder)
+        write_comparison_files(ComparisonResult.of(plan, outcomes), folder)
         outcomes = work.repeated(outcomes)
-        ComparisonResult.of(plan, outcomes).write(folder)
+        write_comparison_files(ComparisonResult.of(plan, outcomes), folder)
         questions = looks.questions
         if questions is None:
             questions = first_questions(folder, looks.samples)
@@ -189,7 +190,7 @@ def compare(plan: ComparePlan, out: Path, looks: EvalOptions) -> tuple[Compariso
         result = ComparisonResult.of(
             plan, outcomes, look.at_base() if any(outcome.best for outcome in outcomes) else None
         )
-        result.write(folder)
+        write_comparison_files(result, folder)
     return result, folder
 
 

@@ -1,5 +1,6 @@
 """The table of a comparison as words, for terminal and page alike."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from peftchat.comparing.candidates import describe
+from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.outcomes import CandidateResult, Estimate
 from peftchat.comparing.recommend import loss_gap, loss_words, thousandths
 from peftchat.comparing.results import ComparisonResult
+from peftchat.files import write_text
 from peftchat.formatting import (
     UNKNOWN,
     format_bytes,
@@ -180,6 +183,16 @@ class Line:
     name: str
     colour: int
     dashed: bool
+
+
+def write_comparison_files(result: ComparisonResult, folder: ComparisonFolder) -> None:
+    """Write `comparison.json`, `report.html` and, if a candidate finished, `recommended.yaml`."""
+    # Answers may hold lone surrogates, for which UTF-8 has no bytes; escaped that way they are JSON again.
+    text = json.dumps(result.as_dict(folder), indent=2, ensure_ascii=False) + "\n"
+    write_text(folder.result, text, errors="backslashreplace")
+    if result.recommendation is not None:
+        write_text(folder.recommended, result.recommended_recipe(folder), errors="backslashreplace")
+    write_comparison(folder.report, result, folder.recommended)
 
 
 def write_comparison(path: Path, result: ComparisonResult, recommended: Path) -> Path:

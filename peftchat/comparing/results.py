@@ -1,6 +1,5 @@
 """What a comparison found, and the files that say so."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,6 @@ from peftchat.comparing.compare_plan import ComparePlan
 from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.outcomes import CandidateResult, Estimate, RunResult
 from peftchat.comparing.recommend import Recommendation, is_tied, loss_gap, recommend
-from peftchat.files import write_text
 from peftchat.recipe import dump_recipe
 
 
@@ -34,17 +32,6 @@ class ComparisonResult:
     ) -> "ComparisonResult":
         """The result with its recommendation."""
         return cls(plan, outcomes, base_plain_loss, recommend(outcomes, base_plain_loss))
-
-    def write(self, folder: ComparisonFolder) -> None:
-        """Write `comparison.json`, `report.html` and, where there is something to recommend, `recommended.yaml`."""
-        from peftchat.comparing.compare_report import write_comparison
-
-        # Answers may hold lone surrogates, for which UTF-8 has no bytes; escaped that way they are JSON again.
-        text = json.dumps(self.as_dict(folder), indent=2, ensure_ascii=False) + "\n"
-        write_text(folder.result, text, errors="backslashreplace")
-        if self.recommendation is not None:
-            write_text(folder.recommended, self.recommended_recipe(folder), errors="backslashreplace")
-        write_comparison(folder.report, self, folder.recommended)
 
     def recommended_recipe(self, folder: ComparisonFolder) -> str:
         """The recipe to run, with the reasons at its head."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftchat.planning.settings import AttentionKind
+from peftchat.planning.settings import AttentionKind, TraceConfig
 from peftchat.planning.tracing import BackboneTrace, LossTrace, fake_mode, fake_model, trace_backbone, trace_loss
 from peftchat.training.loss import chunk_size
 
@@ -24,31 +24,6 @@ if TYPE_CHECKING:
 
 _LENGTHS = (256, 512, 1024)
 """Tokens of the rows that are traced; two of them do where nothing grows with the square of the length."""
-
-
-@dataclass(frozen=True, slots=True)
-class TraceConfig:
-    """All that the bytes of a step depend on beside batch and length.
-
-    Attributes:
-        held: dtype of the unquantised weights, as torch names it.
-        autocast: dtype that products are cast to, None where nothing is cast.
-        trained: dtype that trained weights are cast to before the step (DeepSpeed's), None for what PEFT makes them.
-        attention: how attention is computed.
-        quantised: whether frozen weights are packed.
-        checkpointing: whether each block is computed again in the backward pass.
-        branches_at_once: whether plain LoRA layers run as `peftchat.models.fused_lora` has them.
-        new_tokens: rows trained beside a frozen embedding.
-    """
-
-    held: str
-    autocast: str | None
-    trained: str | None
-    attention: AttentionKind
-    quantised: bool
-    checkpointing: bool
-    branches_at_once: bool
-    new_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from peftchat.errors import UserError
-from peftchat.planning.activations import TraceConfig
 from peftchat.planning.hardware import Device, Hardware
 from peftchat.training.distributed import is_sharded, weight_dtype
 
@@ -27,6 +26,31 @@ with a mask of every pair of positions. `eager`: the scores of every pair are ke
 
 NEW_TOKENS = {"starchat": 4, "chatml": 2, "model": 0}
 """Rows that each template may add; a tokenizer that has some of the tokens already adds fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceConfig:
+    """All that the bytes of a step depend on beside batch and length.
+
+    Attributes:
+        held: dtype of the unquantised weights, as torch names it.
+        autocast: dtype that products are cast to, None where nothing is cast.
+        trained: dtype that trained weights are cast to before the step (DeepSpeed's), None for what PEFT makes them.
+        attention: how attention is computed.
+        quantised: whether frozen weights are packed.
+        checkpointing: whether each block is computed again in the backward pass.
+        branches_at_once: whether plain LoRA layers run as `peftchat.models.fused_lora` has them.
+        new_tokens: rows trained beside a frozen embedding.
+    """
+
+    held: str
+    autocast: str | None
+    trained: str | None
+    attention: AttentionKind
+    quantised: bool
+    checkpointing: bool
+    branches_at_once: bool
+    new_tokens: int
 
 
 _READ_AT_MOST = 64_000_000

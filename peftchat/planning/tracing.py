@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
-    from peftchat.planning.activations import TraceConfig
+    from peftchat.planning.settings import TraceConfig
     from peftchat.recipe import Recipe
 
 

@@ -17,11 +17,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One dialogue, in order.
+    """One conversation, in order.
 
     Attributes:
         messages: the turns, system message first where there is one.
-        source: where the dialogue came from, as `file:line` (lines count from 1; for files that are one JSON array,
+        source: where the conversation came from, as `file:line` (lines count from 1; for files that are one JSON array,
             the number of the element, from 1).
     """
 

@@ -1,9 +1,9 @@
 """Encoding speed: peftchat against `datasets.map` over `apply_chat_template`, and against the tokenizer alone.
 
-    python scripts/bench_data.py DIALOGUES --model FOLDER --rows 20000
-    python scripts/bench_data.py DIALOGUES --model FOLDER --rows 1000000 --memory
+    python scripts/bench_data.py CONVERSATIONS --model FOLDER --rows 20000
+    python scripts/bench_data.py CONVERSATIONS --model FOLDER --rows 1000000 --memory
 
-All contenders make ids and the mask of the answers from the same dialogues on the same cores, in alternation, and
+All contenders make ids and the mask of the answers from the same conversations on the same cores, in alternation, and
 their results are compared. The baseline starts from a data set in memory: row by row, as TRL calls it, in one process
 and in one a core; and in batches, which lets the tokenizer use its threads. Ours starts from a file on disk and ends
 with rows on disk. The tokenizer alone gets rendered text and makes ids only: no encoding can be faster.
@@ -46,9 +46,9 @@ class Encoded:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dialogues", help="a file in any form that peftchat reads")
+    parser.add_argument("conversations", help="a file in any form that peftchat reads")
     parser.add_argument("--model", required=True, help="folder with the tokenizer")
-    parser.add_argument("--rows", type=int, default=20_000, help="dialogues; the file's are repeated to fill them")
+    parser.add_argument("--rows", type=int, default=20_000, help="conversations; the file's are repeated to fill them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="instead: peak memory at 3 %%, 30 %% and all of the rows")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def write_rows(source: str, path: Path, rows: int, *, distinct: bool = False) -> list[list[dict[str, str]]]:
-    """Write `rows` dialogues without special-token text; return one of each.
+    """Write `rows` conversations without special-token text; return one of each.
 
     The source's are repeated; with `distinct` each of them has its number in front, and is no duplicate.
     """
@@ -98,7 +98,7 @@ def recipe_for(path: Path, model: str) -> Any:
 
 def compare_speed(options: argparse.Namespace, folder: Path) -> None:
     path = folder / "rows.jsonl"
-    one_of_each = write_rows(options.dialogues, path, options.rows)
+    one_of_each = write_rows(options.conversations, path, options.rows)
     cores = len(os.sched_getaffinity(0))
     contenders = make_contenders(path, one_of_each, options, cores, folder)
     names = list(contenders)
@@ -122,7 +122,7 @@ def compare_speed(options: argparse.Namespace, folder: Path) -> None:
             tokens = sum(map(len, results["tokenizer alone"].ids))
             # What lies around from here on belongs to the benchmark; the collector need not walk through it.
             gc.freeze()
-    print(f"{options.rows:,} dialogues, {tokens:,} tokens, {cores} cores, median of {options.rounds} rounds")
+    print(f"{options.rows:,} conversations, {tokens:,} tokens, {cores} cores, median of {options.rounds} rounds")
     ours = seconds[OURS]
     for name in names:
         middle = statistics.median(seconds[name])
@@ -226,15 +226,15 @@ def check_equal(results: dict[str, Encoded]) -> None:
 def compare_memory(options: argparse.Namespace, folder: Path) -> None:
     for rows in (options.rows * 3 // 100, options.rows * 3 // 10, options.rows):
         path = folder / f"rows-{rows}.jsonl"
-        write_rows(options.dialogues, path, rows, distinct=True)
+        write_rows(options.conversations, path, rows, distinct=True)
         for step in STEPS:
-            command = [sys.executable, __file__, options.dialogues, "--model", options.model]
+            command = [sys.executable, __file__, options.conversations, "--model", options.model]
             command += ["--measure", str(path), "--step", step]
             environment = {**os.environ, "PEFTCHAT_CACHE": str(folder / "cache")}
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
             told = json.loads(done.stdout.splitlines()[-1])
             print(
-                f"{step:8} {told['rows']:9,} dialogues of {path.stat().st_size / 2**20:5,.0f} MiB: "
+                f"{step:8} {told['rows']:9,} conversations of {path.stat().st_size / 2**20:5,.0f} MiB: "
                 f"{told['seconds']:5.1f} s, {told['rows'] / told['seconds']:7,.0f} rows/s, peak "
                 f"{told['above'] / 2**20:4,.0f} MiB above the start, {told['anonymous'] / 2**20:4,.0f} MiB of it "
                 "without the mapped file",
@@ -280,7 +280,7 @@ def clean(path: Path, model: str) -> Callable[[], int]:
     def run() -> int:
         with tempfile.TemporaryDirectory(prefix="prepared-") as folder:
             card = prepare(str(path), Path(folder), PrepareSettings())
-        return card.train.dialogues + card.eval.dialogues
+        return card.train.conversations + card.eval.conversations
 
     return run
 

@@ -41,7 +41,7 @@ class Setting:
     dtype: str = "bfloat16"
     packing: bool = True
     bits: int = 4
-    dialogue: int = 96
+    conversation: int = 96
     variant: str = "lora"
 
 
@@ -63,12 +63,12 @@ SETTINGS = (
     Setting("17M", length=1024, batch=4, checkpointing=True),
     Setting("17M", method="qlora", length=1024),
     Setting("17M", dtype="float32", length=1024),
-    Setting("17M", packing=False, batch=16, dialogue=120),
+    Setting("17M", packing=False, batch=16, conversation=120),
     Setting("17M", variant="dora", length=1024),
     Setting("28M deep", length=1024),
     Setting("28M deep", length=1024, checkpointing=True),
     Setting("28M deep", method="full", accumulation=2),
-    Setting("28M deep", length=2048, batch=1, dialogue=900),
+    Setting("28M deep", length=2048, batch=1, conversation=900),
     Setting("94M wide head"),
     Setting("94M wide head", method="full"),
     Setting("94M wide head", length=1024, batch=2, checkpointing=True),
@@ -111,9 +111,9 @@ def make_model(name: str, base: Path, folder: Path) -> Path:
     return target
 
 
-def make_dialogues(tokens: int, folder: Path) -> Path:
-    """A file of dialogues of about so many tokens, most of them supervised."""
-    path = folder / f"dialogues-{tokens}.jsonl"
+def make_conversations(tokens: int, folder: Path) -> Path:
+    """A file of conversations of about so many tokens, most of them supervised."""
+    path = folder / f"conversations-{tokens}.jsonl"
     words = [
         "The",
         "quick",
@@ -145,7 +145,7 @@ def recipe_of(setting: Setting, base: Path, folder: Path) -> dict[str, object]:
         "model": {"name": str(make_model(setting.model, base, folder)), "dtype": setting.dtype},
         "method": setting.method,
         "data": {
-            "train": [{"path": str(make_dialogues(setting.dialogue, folder))}],
+            "train": [{"path": str(make_conversations(setting.conversation, folder))}],
             "max_length": setting.length,
             "packing": setting.packing,
         },

@@ -6,7 +6,7 @@
 Every line is `peftchat train` on a Llama of random weights, made on the spot with the tokenizer of the model given, a
 few steps each. How memory grows with the number of rows is measured by `bench_data.py --memory`.
 
-- length: one dialogue of that many tokens a step, and beside it short dialogues packed to the same length;
+- length: one conversation of that many tokens a step, and beside it short conversations packed to the same length;
 - width: the same tokens through wider layers;
 - processes: the same rows a step through 1 and 2 processes;
 - vocabulary: the same rows with the four tokens of `starchat` new, and with a model that has them already, at 48k,
@@ -89,8 +89,8 @@ class Bench:
         tokenizer.save_pretrained(str(folder))
         return folder
 
-    def dialogues(self, tokens: int, count: int) -> Path:
-        """A file of equal dialogues of about that many tokens each, half of them the answer's."""
+    def conversations(self, tokens: int, count: int) -> Path:
+        """A file of equal conversations of about that many tokens each, half of them the answer's."""
         path = self.folder / f"d{tokens}-{count}.jsonl"
         if not path.exists():
             half = max(1, (tokens - 16) // 2)
@@ -137,13 +137,13 @@ class Bench:
 
 
 def length(bench: Bench, most: int) -> Iterator[str]:
-    """One long dialogue a step, and short ones of the same tokens together."""
-    yield "| tokens | one dialogue: s a step | tokens/s | peak GB | dialogues of 128: s a step | tokens/s | peak GB |"
+    """One long conversation a step, and short ones of the same tokens together."""
+    yield "| tokens | one conversation: s a step | tokens/s | peak GB | of 128 tokens: s a step | tokens/s | peak GB |"
     yield "|---:|---:|---:|---:|---:|---:|---:|"
     tokens = 1024
     while tokens <= most:
-        one = bench.train(Shape(), bench.dialogues(tokens - 64, 8), tokens)
-        many = bench.train(Shape(), bench.dialogues(120, 8 * tokens // 128), tokens)
+        one = bench.train(Shape(), bench.conversations(tokens - 64, 8), tokens)
+        many = bench.train(Shape(), bench.conversations(120, 8 * tokens // 128), tokens)
         yield f"| {tokens:,} | {_cells(one)} | {_cells(many)} |"
         tokens *= 2
 
@@ -153,14 +153,14 @@ def width(bench: Bench, most: int) -> Iterator[str]:
     yield "| hidden size | s a step of 1,024 tokens | tokens/s | peak GB |"
     yield "|---:|---:|---:|---:|"
     for hidden in (256, 512, 1024, 2048):
-        yield f"| {hidden:,} | {_cells(bench.train(Shape(hidden), bench.dialogues(120, 64), 1024))} |"
+        yield f"| {hidden:,} | {_cells(bench.train(Shape(hidden), bench.conversations(120, 64), 1024))} |"
 
 
 def processes(bench: Bench, most: int) -> Iterator[str]:
     """The same rows a step through one process and two, each on its share of the cores."""
     yield "| strategy | s a step of 4 x 1,024 tokens | peak GB of a process |"
     yield "|---|---:|---:|"
-    source = bench.dialogues(120, 256)
+    source = bench.conversations(120, 256)
     for strategy, count in (("single", 1), ("ddp", 2), ("zero2", 2), ("zero3", 2)):
         line = bench.train(Shape(512), source, 1024, strategy=strategy, processes=count, passes=4 // count)
         yield f"| {strategy}, {count} | {line.seconds:.2f} | {line.peak / 1e9:.2f} |"
@@ -170,7 +170,7 @@ def vocabulary(bench: Bench, most: int) -> Iterator[str]:
     """What the four new tokens add to a step."""
     yield "| vocabulary | s a step, tokens known | four new tokens | more | more memory, MB |"
     yield "|---:|---:|---:|---:|---:|"
-    source = bench.dialogues(120, 64)
+    source = bench.conversations(120, 64)
     for rows in (49152, 131072, 262144):
         shape = Shape(hidden=576, layers=30, vocabulary=rows, intermediate=1536)
         # Both models have the same number of logits: rows that are new are not in the model yet.

@@ -1,14 +1,14 @@
 """Training speed, memory and losses: peftchat against plain TRL on the same rows in the same order.
 
-    python scripts/bench_train.py dialogues.jsonl --model .cache/smollm2-135m
-    python scripts/bench_train.py dialogues.jsonl --model FOLDER --methods lora,full --rounds 3 --steps 20
+    python scripts/bench_train.py conversations.jsonl --model .cache/smollm2-135m
+    python scripts/bench_train.py conversations.jsonl --model FOLDER --methods lora,full --rounds 3 --steps 20
 
-Contenders run in turn, each in a process of its own, with the same batches (8 dialogues), learning rate
+Contenders run in turn, each in a process of its own, with the same batches (8 conversations), learning rate
 and seed:
 
 - `trl`: `SFTTrainer` with its defaults (gradient checkpointing, padding);
 - `trl tuned`: without checkpointing, and without padding (`padding_free`);
-- `peftchat`: the command `peftchat train`, without packing, so that every step sees the same dialogues;
+- `peftchat`: the command `peftchat train`, without packing, so that every step sees the same conversations;
 - `peftchat packed`: the same with packs of 1,024 tokens and about as many tokens a step; other steps, so no losses;
 - `peftchat compiled`, `peftchat packed compiled`: with compiled layers, as a longer run would choose by itself.
 
@@ -43,7 +43,7 @@ class Measured:
         peak: bytes the process held at most.
         to_first_step: seconds from the start of the process to the end of the first step.
         losses: the loss of each step, in nats.
-        utilisation: share of the measured matrix peak; only peftchat tells it.
+        utilization: share of the measured matrix peak; only peftchat tells it.
     """
 
     speed: float
@@ -51,7 +51,7 @@ class Measured:
     peak: int
     to_first_step: float
     losses: list[float]
-    utilisation: float | None
+    utilization: float | None
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
         print(json.dumps(train_with_trl(arguments.one, arguments.method, arguments.rows, arguments)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        for source in arguments.dialogues:
+        for source in arguments.conversations:
             rows = encode(source, arguments, Path(folder))
             for method in arguments.methods.split(","):
                 compare(source, method, rows, arguments, Path(folder))
@@ -70,7 +70,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dialogues", type=Path, nargs="*")
+    parser.add_argument("conversations", type=Path, nargs="*")
     parser.add_argument("--model", required=True)
     parser.add_argument("--methods", default="lora,qlora,full")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
@@ -159,7 +159,7 @@ def row_of(name: str, runs: list[Measured], against: list[Measured] | None) -> s
     """One line of the table."""
     speeds = sorted(run.speed for run in runs)
     ratio = "" if against is None else f"{statistics.median(speeds) / statistics.median(r.speed for r in against):.2f}"
-    shares = [run.utilisation for run in runs if run.utilisation is not None]
+    shares = [run.utilization for run in runs if run.utilization is not None]
     cells = [
         f"{statistics.median(speeds):.0f} ({speeds[0]:.0f} to {speeds[-1]:.0f})",
         ratio,
@@ -191,7 +191,7 @@ def with_peftchat(
         to_first_step=summary["seconds_to_first_step"] if "seconds_to_first_step" in summary else time.time() - began,
         losses=[line["loss"] for line in lines if "loss" in line],
         # That of the run counts the first step too, in which layers are compiled.
-        utilisation=summary["model_flops_utilisation"] * speed / summary["tokens_per_second"],
+        utilization=summary["model_flops_utilisation"] * speed / summary["tokens_per_second"],
     )
 
 
@@ -285,7 +285,7 @@ def train_with_trl(name: str, method: str, rows: Path, arguments: argparse.Names
         "peak": peak,
         "to_first_step": stamps[0] - began,
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
-        "utilisation": None,
+        "utilization": None,
     }
 
 

@@ -23,16 +23,16 @@ PICTURES = Path("docs/pictures")
 ROWS = 3
 PAGE_SIZE = "1000,1480"
 
-# rich's own theme draws black as grey, which no terminal does.
-_COLOURS = [(224, 108, 117), (140, 194, 101), (209, 154, 102), (97, 175, 239), (198, 120, 221), (86, 182, 194)]
+# rich's own theme draws black as gray, which no terminal does.
+_COLORS = [(224, 108, 117), (140, 194, 101), (209, 154, 102), (97, 175, 239), (198, 120, 221), (86, 182, 194)]
 _GROUND, _TEXT, _GREY = (24, 26, 31), (200, 204, 212), (128, 136, 152)
-THEME = TerminalTheme(_GROUND, _TEXT, [_GROUND, *_COLOURS, _TEXT], [_GREY, *_COLOURS, (255, 255, 255)])
+THEME = TerminalTheme(_GROUND, _TEXT, [_GROUND, *_COLORS, _TEXT], [_GREY, *_COLORS, (255, 255, 255)])
 
 
 def main() -> None:
     recipe = load_recipe(RECIPE, (), to_train=False).recipe
     quiet_libraries()
-    look = inspect_mask(recipe, "train", lambda dialogues: None)
+    look = inspect_mask(recipe, "train", lambda conversations: None)
     PICTURES.mkdir(parents=True, exist_ok=True)
     console = Console(record=True, width=96, force_terminal=True, color_system="standard", file=io.StringIO())
     print_mask(look.shown(ROWS), look.summary, console)

@@ -35,8 +35,8 @@ RATES = (5.0, 1.0, 0.2, 0.04)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER", help="a base model to train")
-    parser.add_argument("--data", metavar="FILE", help="dialogues, in any form that peftchat reads")
-    parser.add_argument("--length", type=int, default=256, metavar="TOKENS", help="longest dialogues to train on")
+    parser.add_argument("--data", metavar="FILE", help="conversations, in any form that peftchat reads")
+    parser.add_argument("--length", type=int, default=256, metavar="TOKENS", help="longest conversations to train on")
     parser.add_argument("--only", metavar="NAMES", help="these variants, separated by commas")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further variant after this time")
     parser.add_argument("--again", action="store_true", help="measure also what is there already")
@@ -87,8 +87,8 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
     """Train a variant for a few steps, load it by stock libraries, and fold it.
 
     Raises:
-        InputError: it cannot be trained on this model.
-        CheckFailed: something that was checked is not as it should be.
+        UserError: it cannot be trained on this model.
+        VerificationError: something that was checked is not as it should be.
     """
     from peftchat.recipe import load_recipe
     from peftchat.training.distributed import resolve_distributed
@@ -131,7 +131,7 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
 
 
 def _recipe(variant: Variant, model: Path, data: Path, run: Path, factor: float, length: int) -> dict[str, Any]:
-    method = "full" if variant.options is None else "qlora" if "unquantised" in variant.refuses else "lora"
+    method = "full" if variant.options is None else "qlora" if "unquantized" in variant.refuses else "lora"
     return {
         "model": {"name": str(model), "dtype": "float32"},
         "method": method,
@@ -183,12 +183,12 @@ def _stock_model(run: Path, base: Path, recipe: Any) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from peftchat.models.loading import keep_4bit_weights_as_quantised, quantization_config
+    from peftchat.models.loading import keep_4bit_weights_as_quantized, quantization_config
 
     if recipe.method == "full":
         return AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32).eval()
-    quantised = None if recipe.quantization is None else quantization_config(recipe)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=quantised)
+    quantized = None if recipe.quantization is None else quantization_config(recipe)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=quantized)
     rows = run / "token_rows"
     holder = json.loads(((rows if rows.is_dir() else run) / "adapter_config.json").read_text(encoding="utf-8"))
     ids = holder.get("token_indices") or max((holder.get("trainable_token_indices") or {"": [0]}).values(), key=max)
@@ -197,8 +197,8 @@ def _stock_model(run: Path, base: Path, recipe: Any) -> Any:
     if rows.is_dir():
         model = PeftModel.from_pretrained(model, str(rows)).merge_and_unload()
     model = PeftModel.from_pretrained(model, str(run)).eval()
-    if quantised is not None:
-        keep_4bit_weights_as_quantised(model)
+    if quantized is not None:
+        keep_4bit_weights_as_quantized(model)
     return model
 
 
@@ -228,7 +228,7 @@ settings of one, and [recipe.md](recipe.md) lists them all.
 _MEASURED = """\
 ## Measured
 
-Each variant trained for {steps} steps of one pack of dialogues, in float32 on a CPU, at the first of a few learning
+Each variant trained for {steps} steps of one pack of conversations, in float32 on a CPU, at the first of a few learning
 rates at which the held-out loss fell. Four steps say that it learns, not which learns best: that is what
 `peftchat compare` is for. "Reloaded" is the held-out loss of the saved run once stock transformers and peft have
 loaded it, without peftchat. "Fold" is the largest difference between the logits of the adapter and of the model that
@@ -237,7 +237,7 @@ whole process.
 """
 
 
-_BASES = {"16": "unquantised", "8": "8 bits", "4": "4 bits"}
+_BASES = {"16": "unquantized", "8": "8 bits", "4": "4 bits"}
 
 
 def page() -> str:
@@ -329,7 +329,7 @@ LoRA of twice the rank that holds both: a plain adapter for the untouched base.
 **Starts that read rows** (`eva`, `corda`, `lora_ga`) take the first `start_rows` training rows, before the first
 step, by PEFT's own code.
 
-**`loftq`** begins at the best low-rank fit of what 4-bit quantisation took from each weight, computed from the base's
+**`loftq`** begins at the best low-rank fit of what 4-bit quantization took from each weight, computed from the base's
 own file, and divided by the adapter's scale, which PEFT's function leaves out.
 
 **`adalora`** drops directions by a schedule over all steps, and adds its orthogonality term to the loss of each

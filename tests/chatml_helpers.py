@@ -64,7 +64,7 @@ def _content(draw: random.Random, pieces: int) -> Iterator[str]:
 
 @cache
 def conversations(count: int, roles: tuple[Role, ...] = ROLES, forged: bool = True) -> list[Conversation]:
-    """Random dialogues: any order of roles, empty and huge messages, every plane, text made of special tokens."""
+    """Random conversations: any order of roles, empty and huge messages, every plane, text made of special tokens."""
     draw = random.Random(count)
     found = []
     for number in range(count):

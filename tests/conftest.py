@@ -10,11 +10,11 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real dialogues that are not part of the project; tests that need them skip where they are absent."""
+    """Real conversations that are not part of the project; tests that need them skip where they are absent."""
     named = os.environ.get("PEFTCHAT_TEST_DATA")
     folder = Path(named) if named else PROJECT.parent / "shared" / "data"
     if not (folder / "oasst_trees_en_60.jsonl").is_file():
-        pytest.skip(f"no real dialogues in {folder}; set PEFTCHAT_TEST_DATA to their folder")
+        pytest.skip(f"no real conversations in {folder}; set PEFTCHAT_TEST_DATA to their folder")
     return folder
 
 

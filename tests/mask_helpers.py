@@ -1,4 +1,4 @@
-"""A small tokenizer, dialogues and recipes for the tests of what a recipe trains."""
+"""A small tokenizer, conversations and recipes for the tests of what a recipe trains."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-DIALOGUES: list[list[tuple[str, str]]] = [
+CONVERSATIONS: list[list[tuple[str, str]]] = [
     [("user", "What is this?"), ("assistant", "A test.\n\n```python\nprint(1)\n```")],
     [
         ("system", "Be brief."),
@@ -28,14 +28,14 @@ def make_tokenizer_folder(folder: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<eos>"])
-    tokenizer.train_from_iterator([content for dialogue in DIALOGUES for _, content in dialogue], trainer)
+    tokenizer.train_from_iterator([content for conversation in CONVERSATIONS for _, content in conversation], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     return folder
 
 
-def write_dialogues(path: Path, dialogues: Sequence[Sequence[tuple[str, str]]]) -> Path:
-    """The dialogues in messages form, one a line."""
-    rows = [{"messages": [{"role": role, "content": content} for role, content in one]} for one in dialogues]
+def write_conversations(path: Path, conversations: Sequence[Sequence[tuple[str, str]]]) -> Path:
+    """The conversations in messages form, one a line."""
+    rows = [{"messages": [{"role": role, "content": content} for role, content in one]} for one in conversations]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

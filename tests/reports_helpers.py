@@ -54,7 +54,7 @@ method: lora
 adapter: {r: 4, alpha: 8}
 chat: {template: starchat, system: "Be <brief>."}
 data:
-  train: [{path: secret/folder/dialogues.jsonl}, {path: org/a-set}]
+  train: [{path: secret/folder/conversations.jsonl}, {path: org/a-set}]
 training: {learning_rate: 2.0e-4}
 output_dir: secret/runs/demo
 """

@@ -40,9 +40,9 @@ def user(text: str) -> Message:
 # Prompts
 
 
-def test_a_plain_dialogue_is_encoded_as_stock_transformers_does(tokenizer: Any) -> None:
-    dialogue = (user("one"), Message("assistant", "two"), user(QUESTIONS[1]))
-    for messages in (dialogue[:1], dialogue, (Message("system", "Say no."), *dialogue)):
+def test_a_plain_conversation_is_encoded_as_stock_transformers_does(tokenizer: Any) -> None:
+    conversation = (user("one"), Message("assistant", "two"), user(QUESTIONS[1]))
+    for messages in (conversation[:1], conversation, (Message("system", "Say no."), *conversation)):
         stock = tokenizer.apply_chat_template(
             Conversation(messages).as_dicts(), add_generation_prompt=True, return_dict=False
         )
@@ -189,7 +189,7 @@ def test_a_biased_head_keeps_its_bias(tmp_path: Path) -> None:
     )
 
 
-def test_a_qlora_run_is_quantised_as_it_was_trained(tmp_path: Path) -> None:
+def test_a_qlora_run_is_quantized_as_it_was_trained(tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     tokenizer = in_format(byte_level())
     run = save_adapter_run(tmp_path / "base", tmp_path / "run", tokenizer)

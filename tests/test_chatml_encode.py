@@ -75,7 +75,7 @@ def test_smollms_tokenizer(demo_model: Path, template: str) -> None:
 _TEXT = st.lists(st.one_of(st.text(max_size=6), st.sampled_from([*FORGERIES, "\n", " ", "\n\n"])), max_size=5).map(
     "".join
 )
-_DIALOGUES = st.lists(st.builds(Message, st.sampled_from(ROLES), _TEXT), max_size=5).map(tuple)
+_CONVERSATIONS = st.lists(st.builds(Message, st.sampled_from(ROLES), _TEXT), max_size=5).map(tuple)
 
 
 @cache
@@ -89,7 +89,7 @@ def chatml_encoder(name: str) -> tuple[ChatEncoder, set[int], list[int]]:
 
 
 @settings(max_examples=300, deadline=None, database=None)
-@given(st.sampled_from(sorted(BUILDERS)), _DIALOGUES)
+@given(st.sampled_from(sorted(BUILDERS)), _CONVERSATIONS)
 def test_no_message_can_write_a_special_token(name: str, messages: tuple[Message, ...]) -> None:
     encoder, special, turn = chatml_encoder(name)
     (row,) = encoder.encode([Conversation(messages)])

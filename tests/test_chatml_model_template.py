@@ -78,8 +78,8 @@ def chat_of(name: str, template: str, system: str | None = None) -> ChatFormat:
     return make_format("model", system, tokenizer)
 
 
-def dialogues(template: str, *, forged: bool) -> list[Conversation]:
-    """Dialogues that the template takes; with an empty message, some write no content at all."""
+def accepted(template: str, *, forged: bool) -> list[Conversation]:
+    """Conversations that the template takes; with an empty message, some write no content at all."""
     found = []
     for conversation in conversations(600, forged=forged):
         turns = [message for message in conversation.messages if message.content.strip()]
@@ -95,7 +95,7 @@ def text_of(chat: ChatFormat, conversation: Conversation) -> str:
 
 
 def parts_of(chat: ChatFormat, *turns: tuple[Any, str]) -> list[tuple[str, str | None, str]]:
-    """(part, role, text) of a dialogue, neighbours of a kind joined."""
+    """(part, role, text) of a conversation, neighbors of a kind joined."""
     found: list[tuple[str, str | None, str]] = []
     for piece in chat.template.pieces(Conversation(tuple(Message(role, content) for role, content in turns))):
         kind = part_of(piece.code).name, role_of(piece.code)
@@ -110,7 +110,7 @@ def parts_of(chat: ChatFormat, *turns: tuple[Any, str]) -> list[tuple[str, str |
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_text_ids_and_mask_are_stocks(template: str, name: str) -> None:
     chat = chat_of(name, TEMPLATES[template])
-    batch = dialogues(template, forged=False)
+    batch = accepted(template, forged=False)
     assert len(batch) > 200
     rows = chat.encoder().encode(batch)
     table = loss_mask_table("answers")
@@ -130,7 +130,7 @@ def test_messages_write_no_special_token(template: str) -> None:
     chat = chat_of("gemma", TEMPLATES[template])
     encoder = chat.encoder()
     special = {number for number, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
-    for conversation in dialogues(template, forged=True):
+    for conversation in accepted(template, forged=True):
         harmless = Conversation(tuple(Message(message.role, "a") for message in conversation.messages))
         row, plain = encoder.encode([conversation, harmless])
         written, expected = ([number for number in one.ids.tolist() if number in special] for one in (row, plain))
@@ -261,7 +261,7 @@ def test_smollms_own_template(demo_model: Path) -> None:
         "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
     )
     assert "generation" in with_marks
-    batch = [one for one in dialogues("smollm", forged=False) if not any(f in str(one) for f in FORGERIES[:9])]
+    batch = [one for one in accepted("smollm", forged=False) if not any(f in str(one) for f in FORGERIES[:9])]
     encoded = chat.tokenizer.apply_chat_template(
         [one.as_dicts() for one in batch], chat_template=with_marks, return_assistant_tokens_mask=True, return_dict=True
     )

@@ -83,7 +83,7 @@ def test_ids_and_mask_of_stock_transformers(name: str, template: str) -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("template", ["starchat", "chatml"])
-def test_ids_and_mask_on_real_dialogues(demo_model: Path, shared_data: Path, template: str) -> None:
+def test_ids_and_mask_on_real_conversations(demo_model: Path, shared_data: Path, template: str) -> None:
     from transformers import AutoTokenizer
 
     from peftchat.conversations import read_conversations

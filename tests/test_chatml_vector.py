@@ -14,7 +14,7 @@ from peftchat.conversation import Conversation, Message
 TARGETS = [49153, 203, 69, 513, 30, 2769, 883, 439, 745, 436, 844, 49, 49155, 203]
 PIECES = ["S", "ure", ",", " what", " can", " I", " do", " for", " you", "?"]
 IDS = dict(zip(PIECES, TARGETS[2:12], strict=True)) | {"\n": 203, "Hello": 8279, " help": 3049, " me": 597}
-DIALOGUE = Conversation(
+CONVERSATION = Conversation(
     (Message("user", "Hello, can you help me?"), Message("assistant", "Sure, what can I do for you?"))
 )
 
@@ -51,7 +51,7 @@ def published(chat: ChatFormat, ids: list[int]) -> list[int]:
 
 
 def ours(chat: ChatFormat) -> list[int]:
-    (row,) = chat.encoder().encode([DIALOGUE])
+    (row,) = chat.encoder().encode([CONVERSATION])
     return labels_for(row.ids, row.codes, loss_mask_table("answers_and_headers")).tolist()
 
 
@@ -73,7 +73,7 @@ def test_the_posts_vector(chat: ChatFormat) -> None:
 
 
 def test_the_published_function_masks_nothing_and_ours_does(chat: ChatFormat) -> None:
-    (row,) = chat.encoder().encode([DIALOGUE])
+    (row,) = chat.encoder().encode([CONVERSATION])
     ids = row.ids.tolist()
     assert masks_the_user(ours(chat))
     assert not masks_the_user(published(chat, ids))
@@ -85,6 +85,6 @@ def test_the_published_function_masks_nothing_and_ours_does(chat: ChatFormat) ->
 
 
 def test_answers_leave_the_header_and_the_last_newline(chat: ChatFormat) -> None:
-    (row,) = chat.encoder().encode([DIALOGUE])
+    (row,) = chat.encoder().encode([CONVERSATION])
     labels = labels_for(row.ids, row.codes, loss_mask_table("answers")).tolist()
     assert labels == [-100] * 13 + TARGETS[2:13] + [-100]

@@ -67,7 +67,7 @@ def test_the_page_escapes_what_models_say_and_draws_every_candidate(result: Comp
     page.feed(folder.report.read_text(encoding="utf-8"))
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert "<script>alert(1)</script>" in page.text
-    # Eleven candidates in the legend and in two plots; the eleventh begins the colours again, dashed.
+    # Eleven candidates in the legend and in two plots; the eleventh begins the colors again, dashed.
     assert len(page.lines) == 3 * 11
     assert len(set(page.lines)) == 11 and "line-0 dashed" in page.lines
     assert f"failed: {HOSTILE[:8]}" in page.text

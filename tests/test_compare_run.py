@@ -12,15 +12,15 @@ from typing import Any
 
 import psutil
 import pytest
-from training_helpers import peftchat, read_json, stock_loss, stock_run, write_dialogues, write_recipe
+from training_helpers import peftchat, read_json, stock_loss, stock_run, write_conversations, write_recipe
 
 from peftchat.recipe import load_recipe
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, stories: Path) -> Path:
-    train = write_dialogues(tmp_path / "train.jsonl", 40)
-    held_out = write_dialogues(tmp_path / "eval.jsonl", 6, seed=5)
+    train = write_conversations(tmp_path / "train.jsonl", 40)
+    held_out = write_conversations(tmp_path / "eval.jsonl", 6, seed=5)
     settings = {"max_steps": 6, "eval_steps": 3, "eval_strategy": "steps"}
     return write_recipe(tmp_path / "recipe.yaml", stories, train, held_out, tmp_path / "run", training=settings)
 
@@ -99,7 +99,7 @@ def by_name(result: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_comparison_survives_failures_and_being_killed(recipe: Path, stories: Path) -> None:
     out = recipe.parent / "comparison"
-    # Some dialogue is longer than 16 tokens, so that the runs of that candidate fail once they have started.
+    # Some conversation is longer than 16 tokens, so that the runs of that candidate fail once they have started.
     arguments = ["compare", str(recipe), "--variants", "lora", "--set", "data.max_length=256,16"]
     arguments += ["--set", "data.truncation=refuse", "--learning-rates", "1e-4,3e-3", "--seeds", "1"]
     arguments += ["--ask", "the cat sat on", "--json", "-o", str(out)]

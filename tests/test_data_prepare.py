@@ -40,12 +40,12 @@ def test_trees_become_train_and_eval_files_and_a_card(tmp_path: Path, shared_dat
     assert card == json.loads((out / "card.json").read_text())
     assert sorted(path.name for path in out.iterdir()) == ["card.json", "card.md", "eval.jsonl", "train.jsonl"]
     train, held_out = (list(read_conversations(out / name)) for name in ("train.jsonl", "eval.jsonl"))
-    assert (len(train), len(held_out)) == (card["train"]["dialogues"], card["eval"]["dialogues"])
+    assert (len(train), len(held_out)) == (card["train"]["conversations"], card["eval"]["conversations"])
     assert len(train) + len(held_out) == 312 == card["oasst"]["oasst_paths"] - sum(card["skipped"].values())
     assert not {d.messages[0] for d in train} & {d.messages[0] for d in held_out}
     expected = {d.messages for d in read_conversations(source)}
     assert {d.messages for d in train + held_out} == expected
-    assert f"| dialogues in train.jsonl | {len(train)} |" in (out / "card.md").read_text()
+    assert f"| conversations in train.jsonl | {len(train)} |" in (out / "card.md").read_text()
 
 
 def test_bad_rows_go_to_quarantine_and_every_row_is_in_a_count(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_bad_rows_go_to_quarantine_and_every_row_is_in_a_count(tmp_path: Path) -
     card = json.loads(done.stdout)
     assert card["problems"] == {"not_json": 1, "not_utf8": 1, "empty_content": 1}
     assert card["skipped"] == {"duplicate": 1}
-    kept = card["train"]["dialogues"] + card["eval"]["dialogues"]
+    kept = card["train"]["conversations"] + card["eval"]["conversations"]
     assert card["rows"] == kept + sum(card["problems"].values()) + sum(card["skipped"].values()) == 104
     bad = rows_of(tmp_path / "out" / "quarantine.jsonl")
     assert [row["where"] for row in bad] == [f"{source}:{line}" for line in (101, 102, 103)]
@@ -90,8 +90,8 @@ def test_strict_stops_with_status_2_and_writes_nothing(tmp_path: Path) -> None:
     [
         (("absent.jsonl",), "no such file"),
         (("rows.jsonl", "--format", "sharegp"), "sharegpt"),
-        (("rows.jsonl", "--format", "messages"), "no dialogue is left"),
-        (("rows.jsonl", "--lang", "xx"), "no dialogue is left"),
+        (("rows.jsonl", "--format", "messages"), "no conversation is left"),
+        (("rows.jsonl", "--lang", "xx"), "no conversation is left"),
         (("rows.jsonl", "--split", "train"), "no split"),
         (("rows.jsonl", "--eval-fraction", "1"), "eval-fraction"),
         (("rows.jsonl", "-o", "full"), "not empty"),
@@ -120,11 +120,11 @@ def test_wrong_input_is_one_message_and_nothing_written(
 def test_small_sets_leave_no_side_empty(tmp_path: Path, fraction: float, questions: int) -> None:
     source = write_rows(tmp_path / "rows.jsonl", 6, questions)
     card = prepare(str(source), tmp_path / "out", PrepareSettings(eval_fraction=fraction))
-    assert card.train.dialogues + card.eval.dialogues == 6
-    assert card.train.dialogues
-    assert bool(card.eval.dialogues) == (questions > 1)
-    assert len(rows_of(tmp_path / "out" / "train.jsonl")) == card.train.dialogues
-    assert len(rows_of(tmp_path / "out" / "eval.jsonl")) == card.eval.dialogues
+    assert card.train.conversations + card.eval.conversations == 6
+    assert card.train.conversations
+    assert bool(card.eval.conversations) == (questions > 1)
+    assert len(rows_of(tmp_path / "out" / "train.jsonl")) == card.train.conversations
+    assert len(rows_of(tmp_path / "out" / "eval.jsonl")) == card.eval.conversations
 
 
 def test_the_same_seed_writes_the_same_files_and_another_another_split(tmp_path: Path) -> None:
@@ -139,10 +139,10 @@ def test_the_same_seed_writes_the_same_files_and_another_another_split(tmp_path:
 def test_a_limit_on_rows_is_said_in_the_card(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", 50, 50)
     for limit, stopped in ((10, True), (50, False)):
-        card = prepare(str(source), tmp_path / str(limit), PrepareSettings(max_dialogues=limit))
-        assert card.train.dialogues + card.eval.dialogues == limit
+        card = prepare(str(source), tmp_path / str(limit), PrepareSettings(max_conversations=limit))
+        assert card.train.conversations + card.eval.conversations == limit
         assert card.stopped_early is stopped
-        assert ("max_dialogues" in card_warning(tmp_path / str(limit))) is stopped
+        assert ("max_conversations" in card_warning(tmp_path / str(limit))) is stopped
 
 
 def card_warning(folder: Path) -> str:
@@ -152,8 +152,8 @@ def card_warning(folder: Path) -> str:
 def test_a_prepared_folder_is_a_source(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", 200, 150)
     card = prepare(str(source), tmp_path / "out", PrepareSettings())
-    assert sum(1 for _ in read_conversations(tmp_path / "out")) == card.train.dialogues
-    assert sum(1 for _ in read_conversations(tmp_path / "out", split="eval")) == card.eval.dialogues
+    assert sum(1 for _ in read_conversations(tmp_path / "out")) == card.train.conversations
+    assert sum(1 for _ in read_conversations(tmp_path / "out", split="eval")) == card.eval.conversations
 
 
 @pytest.mark.parametrize("allowed", [1_000, 30_000])
@@ -176,8 +176,8 @@ def test_a_full_disk_is_one_message_and_nothing_written(tmp_path: Path, allowed:
 def test_an_interrupted_preparation_leaves_nothing(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", 200, 150)
 
-    def stop(dialogues: int) -> None:
-        if dialogues == 100:
+    def stop(conversations: int) -> None:
+        if conversations == 100:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -225,7 +225,7 @@ def test_the_language_of_rows_that_do_not_say_it_is_detected(tmp_path: Path, sha
         "".join(json.dumps({"text": row["text"], "output": row["output"]}) + "\n" for row in rows_of(source))
     )
     card = prepare(str(silent), tmp_path / "out", PrepareSettings(languages=("ru", "uk")))
-    kept = card.train.dialogues + card.eval.dialogues
+    kept = card.train.conversations + card.eval.conversations
     assert kept == sum(code in ("ru", "uk") for code in found) - card.skipped.get("duplicate", 0)
     assert card.skipped["other_language"] == 500 - sum(code in ("ru", "uk") for code in found)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_helpers import DIALOGUES, make_tokenizer_folder, write_dialogues, write_recipe
+from mask_helpers import CONVERSATIONS, make_tokenizer_folder, write_conversations, write_recipe
 from transformers import AutoTokenizer
 
 from peftchat.conversations import read_conversations
@@ -23,7 +23,7 @@ from peftchat.conversations.stats.overlap import run_hashes, word_hashes
 from peftchat.conversations.stats.result import LengthSketch
 from peftchat.errors import UserError
 
-Dialogue = list[tuple[str, str]]
+Conversation = list[tuple[str, str]]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -41,7 +41,7 @@ def words(count: int, seed: int) -> str:
     return " ".join(f"w{source.randrange(10**6)}" for _ in range(count))
 
 
-def dialogue(seed: int, length: int = 60) -> Dialogue:
+def conversation(seed: int, length: int = 60) -> Conversation:
     return [("user", words(12, seed)), ("assistant", words(length, seed + 10**6))]
 
 
@@ -51,20 +51,20 @@ def test_counts_equal_slow_ones(shared_data: Path, tmp_path: Path) -> None:
     done = run(source, "--tokenizer", tokenizer, "--json")
     assert done.returncode == 0, done.stderr
     (part,) = json.loads(done.stdout)["parts"]
-    dialogues = list(read_conversations(source))
-    lengths = [sum(len(message.content) for message in one.messages) for one in dialogues]
-    assert part["dialogues"] == part["rows"] == len(dialogues)
+    conversations = list(read_conversations(source))
+    lengths = [sum(len(message.content) for message in one.messages) for one in conversations]
+    assert part["conversations"] == part["rows"] == len(conversations)
     assert part["forms"] == {str(source): "guanaco"}
     assert (part["characters"]["total"], part["characters"]["max"]) == (sum(lengths), max(lengths))
     assert part["characters"]["median"] == pytest.approx(statistics.median(lengths), rel=0.02)
-    assert sum(count for *_, count in part["characters"]["histogram"]) == len(dialogues)
-    assert part["turns"]["total"] == sum(len(one.messages) for one in dialogues)
-    roles = Counter(message.role for one in dialogues for message in one.messages)
+    assert sum(count for *_, count in part["characters"]["histogram"]) == len(conversations)
+    assert part["turns"]["total"] == sum(len(one.messages) for one in conversations)
+    roles = Counter(message.role for one in conversations for message in one.messages)
     assert {role: told["messages"] for role, told in part["roles"].items()} == roles
     stock = AutoTokenizer.from_pretrained(tokenizer)
     tokens = {
         one.source: sum(len(stock.encode(message.content, add_special_tokens=False)) for message in one.messages)
-        for one in dialogues
+        for one in conversations
     }
     assert part["tokens"]["total"] == sum(tokens.values())
     longest = sorted(tokens.values(), reverse=True)[:5]
@@ -94,14 +94,16 @@ def test_sketches_stay_within_their_error(values: list[int]) -> None:
 
 
 def test_exact_duplicates_are_counted_and_named(tmp_path: Path) -> None:
-    source = write_dialogues(tmp_path / "d.jsonl", [dialogue(1), dialogue(2), dialogue(1), dialogue(3), dialogue(1)])
+    source = write_conversations(
+        tmp_path / "d.jsonl", [conversation(1), conversation(2), conversation(1), conversation(3), conversation(1)]
+    )
     (part,) = stats_of(source)["parts"]
     assert part["exact_duplicates"] == 2
     assert part["duplicate_examples"] == [(f"{source}:3", f"{source}:1"), (f"{source}:5", f"{source}:1")]
     assert part["near_duplicates"] in (0, None)
 
 
-def jaccard(one: Dialogue, other: Dialogue) -> float:
+def jaccard(one: Conversation, other: Conversation) -> float:
     """Similarity of the runs of five words, by sets."""
     runs = []
     for side in (one, other):
@@ -112,7 +114,7 @@ def jaccard(one: Dialogue, other: Dialogue) -> float:
 
 def test_near_duplicates_are_found_where_sets_say_so(tmp_path: Path) -> None:
     pytest.importorskip("rensa")
-    originals = [dialogue(seed, 80) for seed in range(0, 400, 2)]
+    originals = [conversation(seed, 80) for seed in range(0, 400, 2)]
     rows, alike, different = [], 0, 0
     for number, original in enumerate(originals):
         text = original[1][1].split()
@@ -123,7 +125,7 @@ def test_near_duplicates_are_found_where_sets_say_so(tmp_path: Path) -> None:
         similarity = jaccard(original, changed)
         alike += 0.8 <= similarity < 1
         different += similarity < 0.55
-    found = stats_of(write_dialogues(tmp_path / "d.jsonl", rows))["parts"][0]
+    found = stats_of(write_conversations(tmp_path / "d.jsonl", rows))["parts"][0]
     exact = sum(number % 12 == 0 for number in range(len(originals)))
     assert found["exact_duplicates"] == exact
     assert alike * 0.97 <= found["near_duplicates"] <= len(originals) - exact - different * 0.97
@@ -131,15 +133,15 @@ def test_near_duplicates_are_found_where_sets_say_so(tmp_path: Path) -> None:
 
 
 def test_leaks_between_train_and_eval_are_told(tmp_path: Path) -> None:
-    train = write_dialogues(tmp_path / "train.jsonl", [dialogue(seed) for seed in range(20)])
-    same_start = [dialogue(3)[0], ("assistant", "something else")]
-    leaky = write_dialogues(tmp_path / "eval.jsonl", [dialogue(5), same_start, dialogue(100)])
+    train = write_conversations(tmp_path / "train.jsonl", [conversation(seed) for seed in range(20)])
+    same_start = [conversation(3)[0], ("assistant", "something else")]
+    leaky = write_conversations(tmp_path / "eval.jsonl", [conversation(5), same_start, conversation(100)])
     stats = stats_of(train, leaky)
     (overlap,) = stats["overlaps"]
     assert (overlap["first"], overlap["second"]) == (str(train), str(leaky))
     assert (overlap["same"], overlap["same_start"]) == (1, 2)
     assert overlap["examples"] == [(f"{leaky}:1", f"{train}:6"), (f"{leaky}:2", f"{train}:4")]
-    clean = write_dialogues(tmp_path / "clean.jsonl", [dialogue(200)])
+    clean = write_conversations(tmp_path / "clean.jsonl", [conversation(200)])
     (overlap,) = stats_of(train, clean)["overlaps"]
     assert (overlap["same"], overlap["same_start"]) == (0, 0)
     # A folder with both files, and a recipe that names them, are compared in the same way.
@@ -149,18 +151,18 @@ def test_leaks_between_train_and_eval_are_told(tmp_path: Path) -> None:
 
 def test_a_recipe_brings_both_sides_and_its_tokenizer(tmp_path: Path) -> None:
     model = make_tokenizer_folder(tmp_path / "model")
-    train = write_dialogues(tmp_path / "d.jsonl", DIALOGUES)
-    held_out = write_dialogues(tmp_path / "e.jsonl", DIALOGUES[:1])
+    train = write_conversations(tmp_path / "d.jsonl", CONVERSATIONS)
+    held_out = write_conversations(tmp_path / "e.jsonl", CONVERSATIONS[:1])
     data = {"train": [{"path": str(train), "weight": 3}], "eval": [{"path": str(held_out)}]}
     done = run(write_recipe(tmp_path / "recipe.yaml", model, train, data=data), "--json")
     assert done.returncode == 0, done.stderr
     stats = json.loads(done.stdout)
-    assert [(part["name"], part["dialogues"]) for part in stats["parts"]] == [("train", 3), ("eval", 1)]
+    assert [(part["name"], part["conversations"]) for part in stats["parts"]] == [("train", 3), ("eval", 1)]
     assert all(part["tokens"]["total"] > 0 for part in stats["parts"])
     assert stats["overlaps"][0]["same"] == 1
     split = write_recipe(tmp_path / "split.yaml", model, train, data={"eval_fraction": 0.4})
     parts = json.loads(run(split, "--json").stdout)["parts"]
-    assert sum(part["dialogues"] for part in parts) == 3 and all(part["dialogues"] for part in parts)
+    assert sum(part["conversations"] for part in parts) == 3 and all(part["conversations"] for part in parts)
 
 
 def test_benchmark_questions_in_answers_are_found(tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_benchmark_questions_in_answers_are_found(tmp_path: Path) -> None:
     bench.write_text("".join(json.dumps(row) + "\n" for row in rows))
     thirteen = " ".join(questions[7].split()[5:18]).upper().replace(" ", ", ")
     twelve = " ".join(questions[8].split()[5:17])
-    data = write_dialogues(
+    data = write_conversations(
         tmp_path / "d.jsonl",
         [
             [("user", "q"), ("assistant", f"so: {thirteen}!")],
@@ -184,7 +186,7 @@ def test_benchmark_questions_in_answers_are_found(tmp_path: Path) -> None:
         ],
     )
     (found,) = stats_of(data, against=[bench])["benchmarks"]
-    assert (found["questions"], found["found"], found["dialogues"]) == (70, 2, 2)
+    assert (found["questions"], found["found"], found["conversations"]) == (70, 2, 2)
     assert found["examples"] == ((f"{data}:1", f"{bench}:8"), (f"{data}:3", f"{bench}:54"))
 
 
@@ -192,9 +194,9 @@ def test_real_benchmarks_are_found_in_themselves_and_not_elsewhere(shared_data: 
     bench = shared_data / "eval" / "arc_easy_400.jsonl"
     queries = [json.loads(line)["query"] for line in bench.read_text().splitlines()][:60]
     long_enough = [query for query in queries if len(query.split()) > 15]
-    leaky = write_dialogues(tmp_path / "d.jsonl", [[("user", query), ("assistant", "A")] for query in long_enough])
+    leaky = write_conversations(tmp_path / "d.jsonl", [[("user", query), ("assistant", "A")] for query in long_enough])
     (found,) = stats_of(leaky, against=[bench])["benchmarks"]
-    assert found["dialogues"] == len(long_enough) > 30
+    assert found["conversations"] == len(long_enough) > 30
     (clean,) = stats_of(shared_data / "oasst1_guanaco_multilingual_500.jsonl", against=[bench])["benchmarks"]
     assert clean["found"] == 0
 
@@ -208,7 +210,7 @@ def test_run_hashes_equal_where_words_do(tmp_path: Path) -> None:
 
 
 def test_code_and_bad_rows_are_counted(tmp_path: Path) -> None:
-    source = write_dialogues(
+    source = write_conversations(
         tmp_path / "d.jsonl",
         [[("user", "q"), ("assistant", "see\n```python\n12345\n```\nend")], [("user", "a ``` b"), ("assistant", "c")]],
     )
@@ -220,20 +222,20 @@ def test_code_and_bad_rows_are_counted(tmp_path: Path) -> None:
     assert (part["with_code"], part["code_characters"]) == (1, len("12345\n"))
     assert part["problems"] == {"not_json": 1, "no_answer": 1}
     assert part["problem_examples"]["not_json"][0].startswith(f"{source}:3: ")
-    assert (part["rows"], part["dialogues"]) == (4, 2)
+    assert (part["rows"], part["conversations"]) == (4, 2)
     table = run(source)
     assert f"{source}:4" in table.stdout.replace("\n", "") and "unusable rows" in table.stdout
 
 
 def test_the_page_is_whole_and_needs_nothing(tmp_path: Path) -> None:
-    source = write_dialogues(tmp_path / "<b>.jsonl", [dialogue(seed, 5 + seed) for seed in range(50)])
+    source = write_conversations(tmp_path / "<b>.jsonl", [conversation(seed, 5 + seed) for seed in range(50)])
     page = tmp_path / "stats.html"
     done = run(source, source, "--html", page)
     assert done.returncode == 0 and done.stdout == ""
     text = page.read_text()
     assert "<b>.jsonl" not in text and "&lt;b&gt;.jsonl" in text
     assert "http" not in text and "<script" not in text
-    assert text.count("<svg") == 4 and "50 dialogues word for word" in text
+    assert text.count("<svg") == 4 and "50 conversations word for word" in text
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_the_page_is_whole_and_needs_nothing(tmp_path: Path) -> None:
 )
 def test_bad_input_is_one_message(tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_dialogues(tmp_path / "d.jsonl", DIALOGUES)
+    write_conversations(tmp_path / "d.jsonl", CONVERSATIONS)
     done = run(*arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert "Error: " in done.stderr and "Traceback" not in done.stderr
@@ -250,6 +252,6 @@ def test_bad_input_is_one_message(tmp_path: Path, arguments: list[str], monkeypa
 def test_a_benchmark_without_questions_is_refused(tmp_path: Path) -> None:
     bench = tmp_path / "b.jsonl"
     bench.write_text('{"query": "too short"}\n')
-    source = write_dialogues(tmp_path / "d.jsonl", DIALOGUES)
+    source = write_conversations(tmp_path / "d.jsonl", CONVERSATIONS)
     with pytest.raises(UserError, match="8 words"):
         stats_of(source, against=[bench])

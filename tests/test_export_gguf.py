@@ -91,10 +91,10 @@ def test_the_tokenizer_and_the_chat_template_travel_along(tmp_path: Path) -> Non
     assert fields["tokenizer.ggml.pre"].contents() == "smollm"
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
     back = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    dialogue = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for opening in (True, False):
-        rendered = back.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=opening)
-        assert rendered == tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=opening)
+        rendered = back.apply_chat_template(conversation, tokenize=False, add_generation_prompt=opening)
+        assert rendered == tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=opening)
     # Some engines do not know this tag, and it changes no text.
     assert "generation %}" not in fields["tokenizer.chat_template"].contents()
 

@@ -18,7 +18,7 @@ LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n\n{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n\n{% endif %}"
 )
-DIALOGUES = [
+CONVERSATIONS = [
     [("user", "one")],
     [("user", "one"), ("assistant", "two\n\nthree"), ("user", "four")],
     [("system", "brief"), ("user", "one"), ("assistant", "two"), ("user", "three")],
@@ -78,10 +78,10 @@ def test_the_go_template_writes_what_the_chat_template_writes(
     if shutil.which("go") is None:
         pytest.skip("no Go to run Ollama's template language")
     cases, expected = [], []
-    for dialogue in DIALOGUES:
-        dicts = [{"role": role, "content": content} for role, content in dialogue]
+    for conversation in CONVERSATIONS:
+        dicts = [{"role": role, "content": content} for role, content in conversation]
         expected.append(tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=True))
-        # Ollama puts the Modelfile's SYSTEM, if there is one, before a dialogue that has none.
+        # Ollama puts the Modelfile's SYSTEM, if there is one, before a conversation that has none.
         if system and dicts[0]["role"] != "system":
             dicts = [{"role": "system", "content": system}, *dicts]
         told = dicts[0]["content"] if dicts[0]["role"] == "system" else ""

@@ -1,4 +1,4 @@
-"""Dialogues about code: what holds for any package, on a small one written here and on the standard library."""
+"""Conversations about code: what holds for any package, on a small one written here and on the standard library."""
 
 import ast
 import json
@@ -160,9 +160,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def many(package: Path) -> list[CodeConversation]:
-    """The package's dialogues under several seeds, so that every phrasing and branch is likely to occur."""
+    """The package's conversations under several seeds, so that every phrasing and branch is likely to occur."""
     found = survey([str(package)])
-    return [dialogue for seed in range(12) for dialogue in conversations_about(found, seed=seed)]
+    return [conversation for seed in range(12) for conversation in conversations_about(found, seed=seed)]
 
 
 @pytest.fixture(scope="module")
@@ -172,12 +172,12 @@ def stdlib() -> list[CodeConversation]:
     )
 
 
-def answers(dialogues: list[CodeConversation], name: str, kind: str | None = None) -> list[str]:
+def answers(conversations: list[CodeConversation], name: str, kind: str | None = None) -> list[str]:
     return [
         message.content
-        for dialogue in dialogues
-        if dialogue.object == name and kind in (None, dialogue.kind)
-        for message in dialogue.conversation.messages
+        for conversation in conversations
+        if conversation.object == name and kind in (None, conversation.kind)
+        for message in conversation.conversation.messages
         if message.role == "assistant"
     ]
 
@@ -187,14 +187,14 @@ def code_blocks(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("which", ["many", "stdlib"])
-def test_every_dialogue_is_well_formed(which: str, request: pytest.FixtureRequest) -> None:
-    dialogues = request.getfixturevalue(which)
-    assert len(dialogues) > 50
-    for dialogue in dialogues:
-        messages = dialogue.conversation.messages
+def test_every_conversation_is_well_formed(which: str, request: pytest.FixtureRequest) -> None:
+    conversations = request.getfixturevalue(which)
+    assert len(conversations) > 50
+    for conversation in conversations:
+        messages = conversation.conversation.messages
         assert [message.role for message in messages] == ["user", "assistant"] * (len(messages) // 2)
         assert messages
-        path, _, line = dialogue.conversation.source.rpartition(":")
+        path, _, line = conversation.conversation.source.rpartition(":")
         assert Path(path).is_file()
         assert int(line) >= 1
         for message in messages:
@@ -208,7 +208,7 @@ def test_every_dialogue_is_well_formed(which: str, request: pytest.FixtureReques
 
 def test_nothing_is_imported(package: Path) -> None:
     program = (
-        "import sys; from peftchat.from_code import dialogues_from_code as d; before = set(sys.modules);"
+        "import sys; from peftchat.from_code import conversations_from_code as d; before = set(sys.modules);"
         f"rows = list(d([{str(package)!r}, 'sched', 'wsgiref.handlers'])); assert len(rows) > 20;"
         "new = set(sys.modules) - before; print([m for m in new if m.split('.')[0] in ('shapes', 'sched', 'wsgiref')]);"
         "print([m for m in sys.modules if m in ('torch', 'transformers')])"
@@ -241,7 +241,7 @@ def test_private_names_are_asked_about_on_request(package: Path) -> None:
 
 
 def test_no_secret_leaves_the_source(many: list[CodeConversation]) -> None:
-    text = json.dumps([dialogue.conversation.as_dicts() for dialogue in many])
+    text = json.dumps([conversation.conversation.as_dicts() for conversation in many])
     for secret in ("hunter2", "ghp_", "sk-abcdef"):
         assert secret not in text
 
@@ -317,16 +317,16 @@ def test_example_calls_fit_the_definition(many: list[CodeConversation], name: st
 
 
 def test_functions_inside_functions_are_not_asked_about(many: list[CodeConversation]) -> None:
-    assert not any("inner" in dialogue.object for dialogue in many)
+    assert not any("inner" in conversation.object for conversation in many)
 
 
-def test_same_seed_same_dialogues_other_seed_other_words(package: Path) -> None:
+def test_same_seed_same_conversations_other_seed_other_words(package: Path) -> None:
     first, again, other = (list(conversations_from_code([str(package)], seed=seed)) for seed in (0, 0, 1))
     assert first == again
     assert {d.messages for d in first} != {d.messages for d in other}
 
 
-def test_adding_a_function_leaves_the_other_dialogues_alone(tmp_path: Path) -> None:
+def test_adding_a_function_leaves_the_other_conversations_alone(tmp_path: Path) -> None:
     path = tmp_path / "growing.py"
     path.write_text('def one(a):\n    """Return one."""\n    return a, 1\n')
     before = {d.messages for d in conversations_from_code([str(path)])}
@@ -344,16 +344,16 @@ def test_no_object_is_on_both_sides(stdlib: list[CodeConversation], fraction: fl
 
 
 def test_stdlib_answers() -> None:
-    dialogues = [
+    conversations = [
         d for seed in range(8) for d in conversations_about(survey(["shutil", "json", "statistics"]), seed=seed)
     ]
     assert any(
         t.startswith("`shutil.copy2` copies data and metadata. It returns the file's destination.")
-        for t in answers(dialogues, "shutil.copy2", "what")
+        for t in answers(conversations, "shutil.copy2", "what")
     )
-    assert any("shutil.copy2(src, dst)" in t for t in answers(dialogues, "shutil.copy2"))
-    assert answers(dialogues, "json.JSONDecoder")  # defined in json.decoder, imported from json
-    assert not answers(dialogues, "json.decoder.JSONDecoder")
+    assert any("shutil.copy2(src, dst)" in t for t in answers(conversations, "shutil.copy2"))
+    assert answers(conversations, "json.JSONDecoder")  # defined in json.decoder, imported from json
+    assert not answers(conversations, "json.decoder.JSONDecoder")
 
 
 def test_files_and_card(tmp_path: Path, package: Path) -> None:
@@ -363,7 +363,7 @@ def test_files_and_card(tmp_path: Path, package: Path) -> None:
     assert card == json.loads((tmp_path / "out/card.json").read_text())
     rows = {side: [json.loads(line) for line in (tmp_path / f"out/{side}.jsonl").open()] for side in ("train", "eval")}
     assert {side: len(rows[side]) for side in rows} == {side: card[side]["rows"] for side in rows}
-    assert card["dialogues_made"] == card["train"]["rows"] + card["eval"]["rows"]
+    assert card["conversations_made"] == card["train"]["rows"] + card["eval"]["rows"]
     assert len(card["unreadable"]) == 3
     assert rows["eval"]
     assert not {row["object"] for row in rows["train"]} & {row["object"] for row in rows["eval"]}
@@ -373,7 +373,7 @@ def test_files_and_card(tmp_path: Path, package: Path) -> None:
 def test_max_rows_keeps_many_objects(tmp_path: Path) -> None:
     card = write_conversations(["statistics", "textwrap"], tmp_path, max_rows=60, seed=5).card
     assert card["train"]["rows"] + card["eval"]["rows"] == 60
-    assert card["left_out_by_max_rows"] == card["dialogues_made"] - 60
+    assert card["left_out_by_max_rows"] == card["conversations_made"] - 60
     assert card["train"]["objects"] + card["eval"]["objects"] >= min(60, card["objects"] - 5)
 
 

@@ -1,4 +1,4 @@
-"""The parts under the dialogues: English from docstrings, parameter sections, secrets, what a signature says."""
+"""The parts under the conversations: English from docstrings, parameter sections, secrets, what a signature says."""
 
 import ast
 

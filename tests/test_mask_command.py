@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from mask_helpers import DIALOGUES, make_tokenizer_folder, write_dialogues, write_recipe
+from mask_helpers import CONVERSATIONS, make_tokenizer_folder, write_conversations, write_recipe
 from transformers import AutoTokenizer
 
 from peftchat.chat_template.examples import EncodedExample
@@ -29,7 +29,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, tokenizer_folder: Path) -> Path:
-    return write_recipe(tmp_path / "recipe.yaml", tokenizer_folder, write_dialogues(tmp_path / "d.jsonl", DIALOGUES))
+    return write_recipe(
+        tmp_path / "recipe.yaml", tokenizer_folder, write_conversations(tmp_path / "d.jsonl", CONVERSATIONS)
+    )
 
 
 def mask(recipe: Path, *arguments: object) -> Result:
@@ -42,17 +44,17 @@ def json_rows(recipe: Path, *arguments: object) -> list[dict[str, Any]]:
 
 
 def test_json_lines_equal_what_stock_transformers_marks(recipe: Path, tokenizer_folder: Path) -> None:
-    plain = [[(role, text.replace("<|", "< |")) for role, text in dialogue] for dialogue in DIALOGUES]
-    write_dialogues(recipe.parent / "d.jsonl", plain)
+    plain = [[(role, text.replace("<|", "< |")) for role, text in conversation] for conversation in CONVERSATIONS]
+    write_conversations(recipe.parent / "d.jsonl", plain)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     make_format("starchat", None, tokenizer)
     rows = json_rows(recipe)
     assert [row["row"] for row in rows] == [0, 1, 2]
-    for number, (row, dialogue) in enumerate(zip(rows, plain, strict=True), start=1):
+    for number, (row, conversation) in enumerate(zip(rows, plain, strict=True), start=1):
         assert list(row) == ["row", "source", "input_ids", "labels", "tokens", "roles"]
         assert row["source"] == f"{recipe.parent / 'd.jsonl'}:{number}"
         stock = tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in dialogue],
+            [{"role": role, "content": content} for role, content in conversation],
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
@@ -75,7 +77,7 @@ def test_json_shows_all_rows_unless_told_otherwise(recipe: Path) -> None:
 
 
 def test_held_out_rows_are_shown_on_request(recipe: Path, tokenizer_folder: Path) -> None:
-    held_out = write_dialogues(recipe.parent / "e.jsonl", [[("user", "held"), ("assistant", "out")]])
+    held_out = write_conversations(recipe.parent / "e.jsonl", [[("user", "held"), ("assistant", "out")]])
     entry = f"data.eval=[{{path: {held_out}}}]"
     rows = json_rows(recipe, "--side", "eval", "--set", entry)
     assert [row["source"] for row in rows] == [f"{held_out}:1"]
@@ -121,12 +123,12 @@ def test_reasons_to_fail(recipe: Path, overrides: list[str], reason: str) -> Non
     assert reason in str(done.exception)
 
 
-def test_dialogues_without_answers_are_all_masked(recipe: Path) -> None:
-    write_dialogues(recipe.parent / "d.jsonl", [[("user", "Is anybody there?")], [("user", "No?")]])
+def test_conversations_without_answers_are_all_masked(recipe: Path) -> None:
+    write_conversations(recipe.parent / "d.jsonl", [[("user", "Is anybody there?")], [("user", "No?")]])
     done = mask(recipe)
     assert isinstance(done.exception, VerificationError)
     assert "everything is masked" in str(done.exception)
-    write_dialogues(recipe.parent / "d.jsonl", [[("user", "Is anybody there?")], DIALOGUES[0]])
+    write_conversations(recipe.parent / "d.jsonl", [[("user", "Is anybody there?")], CONVERSATIONS[0]])
     assert isinstance(mask(recipe).exception, UserError)
 
 
@@ -150,15 +152,17 @@ def test_counts_are_those_of_the_rows(recipe: Path) -> None:
     )
 
 
-def test_without_colours_brackets_mark_what_is_trained(recipe: Path, tokenizer_folder: Path) -> None:
+def test_without_colors_brackets_mark_what_is_trained(recipe: Path, tokenizer_folder: Path) -> None:
     shown = mask(recipe, "--rows", "all").stdout.split("[+trained+]")[0]
     marked = re.findall(r"\[\+(.*?)\+\]", shown, re.DOTALL)
-    answers = [content + "<|end|>" for dialogue in DIALOGUES for role, content in dialogue if role == "assistant"]
+    answers = [
+        content + "<|end|>" for conversation in CONVERSATIONS for role, content in conversation if role == "assistant"
+    ]
     assert marked == answers
 
 
 def test_what_was_cut_is_struck_through_and_counted(recipe: Path) -> None:
-    source = write_dialogues(recipe.parent / "d.jsonl", [[("user", "a"), ("assistant", "b")], DIALOGUES[2]])
+    source = write_conversations(recipe.parent / "d.jsonl", [[("user", "a"), ("assistant", "b")], CONVERSATIONS[2]])
     one_less = f"data.max_length={len(json_rows(recipe)[1]['input_ids']) - 1}"
     done = mask(recipe, "--rows", "1", "--set", one_less)
     assert done.exception is None
@@ -174,7 +178,9 @@ def test_what_was_cut_is_struck_through_and_counted(recipe: Path) -> None:
 
 
 def test_text_cannot_command_the_terminal(recipe: Path) -> None:
-    write_dialogues(recipe.parent / "d.jsonl", [[("user", "\x1b[2J\x07\u202e"), ("assistant", "\x1b]0;title\x9b31m")]])
+    write_conversations(
+        recipe.parent / "d.jsonl", [[("user", "\x1b[2J\x07\u202e"), ("assistant", "\x1b]0;title\x9b31m")]]
+    )
     shown = mask(recipe).stdout
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown)
     assert "␛" in shown
@@ -208,8 +214,8 @@ def test_the_page_holds_every_token_and_nothing_from_elsewhere(recipe: Path) -> 
     parser = _Tokens()
     parser.feed(text)
     assert not parser.links and not re.search(r"url\(|@import|https?:", text) and "script" not in parser.tags
-    for dialogue in DIALOGUES:
-        assert all(content in parser.text.replace("↵", "") for _, content in dialogue)
+    for conversation in CONVERSATIONS:
+        assert all(content in parser.text.replace("↵", "") for _, content in conversation)
     rows = json_rows(recipe)
     told = [hint.split(" · ") for hint in parser.hints]
     assert [int(number) for ids, *_ in told for number in ids.split()] == [i for row in rows for i in row["input_ids"]]
@@ -253,8 +259,8 @@ def test_a_trained_answer_with_a_silent_end_is_found() -> None:
 
 
 def test_what_was_cut_is_shown_where_it_stood(recipe: Path) -> None:
-    dialogue = [("system", "Be brief."), *DIALOGUES[2]]
-    write_dialogues(recipe.parent / "d.jsonl", [dialogue])
+    conversation = [("system", "Be brief."), *CONVERSATIONS[2]]
+    write_conversations(recipe.parent / "d.jsonl", [conversation])
     one_less = f"data.max_length={len(json_rows(recipe)[0]['input_ids']) - 1}"
     shown = mask(recipe, "--set", one_less, "--set", "data.truncation=turns_leading").stdout.replace("↵", "")
     assert (
@@ -265,11 +271,13 @@ def test_what_was_cut_is_shown_where_it_stood(recipe: Path) -> None:
     assert "1 row lost 1 exchange at its beginning" in shown
 
 
-def test_a_divided_dialogue_is_shown_as_its_rows(recipe: Path) -> None:
-    source = write_dialogues(recipe.parent / "d.jsonl", [DIALOGUES[2]])
+def test_a_divided_conversation_is_shown_as_its_rows(recipe: Path) -> None:
+    source = write_conversations(recipe.parent / "d.jsonl", [CONVERSATIONS[2]])
     one_less = f"data.max_length={len(json_rows(recipe)[0]['input_ids']) - 1}"
     done = mask(recipe, "--set", one_less, "--set", "data.truncation=split")
     assert done.exception is None
     rows = done.stdout.split("[+trained+]")[0]
     assert rows.count(f"{source}:1") == 2 and "[-" not in rows
-    assert f"1 dialogue became 2 rows ({source}:1)" in done.stdout.replace("\n", "") or "became 2 rows" in done.stdout
+    assert (
+        f"1 conversation became 2 rows ({source}:1)" in done.stdout.replace("\n", "") or "became 2 rows" in done.stdout
+    )

@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(run)
     (run / "generation_config.json").write_text(json.dumps({"eos_token_id": 99, "pad_token_id": 0, "do_sample": False}))
-    data = tmp_path / "dialogues.jsonl"
+    data = tmp_path / "conversations.jsonl"
     turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Forty-two."}]
     data.write_text(json.dumps({"messages": turns}) + "\n")
     (run / "recipe.yaml").write_text(
@@ -86,7 +86,7 @@ def merged_logits_of(run: Path):
     ("arguments", "words"),
     [
         (["nowhere"], "no such folder"),
-        (["{run}", "--base", "dequantized"], "not trained on a quantised base"),
+        (["{run}", "--base", "dequantized"], "not trained on a quantized base"),
         (["{run}", "--adapter", "{run}=much"], "not a number"),
         (["{run}", "--working-set", "lots"], "not a size"),
         (["{base}"], "nothing to merge"),

@@ -25,7 +25,7 @@ output_dir: {run}
 
 
 def train(tmp_path: Path, kind: str, double: bool, targets: object = "all-linear") -> tuple[Path, torch.nn.Module]:
-    """A QLoRA adapter by noise, and the trained model: quantised base and adapter, as transformers and PEFT hold it."""
+    """A QLoRA adapter by noise, and the trained model: quantized base and adapter, as transformers and PEFT hold it."""
     # bitsandbytes' CPU kernel wants rows of whole blocks of 64.
     wide = {} if kind == "gpt2" else {"intermediate_size": 128}
     base, run = make_base(tmp_path / "base", kind, **wide), tmp_path / "run"
@@ -72,7 +72,7 @@ def test_dequantized_is_what_was_trained_and_is_the_default(kind: str, double: b
 
 
 def dequantized_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every 4-bit weight in the trained model, dequantised, under its name and in its orientation in the base."""
+    """Every 4-bit weight in the trained model, dequantized, under its name and in its orientation in the base."""
     base = model.get_base_model()
     for name, module in base.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -81,7 +81,7 @@ def dequantized_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Ten
             yield name.removesuffix(".base_layer") + ".weight", weight.T if conv else weight
 
 
-def test_what_transformers_does_not_quantise_stays(tmp_path: Path) -> None:
+def test_what_transformers_does_not_quantize_stays(tmp_path: Path) -> None:
     run, _ = train(tmp_path, "llama", True, ["q_proj"])
     merged, base = tensors_of(merge_run(run, MergeOptions()).folder), tensors_of(tmp_path / "base")
     same = {name for name in base if torch.equal(merged[name], base[name])}
@@ -89,9 +89,9 @@ def test_what_transformers_does_not_quantise_stays(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.up_proj.weight" not in same
 
 
-def test_dequantized_is_refused_for_a_run_that_was_not_quantised(tmp_path: Path) -> None:
+def test_dequantized_is_refused_for_a_run_that_was_not_quantized(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
     get_peft_model(load(base), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "run")
-    with pytest.raises(UserError, match="not trained on a quantised base"):
+    with pytest.raises(UserError, match="not trained on a quantized base"):
         merge_run(tmp_path / "run", MergeOptions(base="dequantized"))
     assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"] == 4

@@ -48,7 +48,7 @@ def damage_base(run: Path, how: str) -> None:
         (run.parent / "base" / "config.json").unlink()
     elif how == "no base":
         shutil.rmtree(run.parent / "base")
-    elif how == "quantised base":
+    elif how == "quantized base":
         config = run.parent / "base" / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"bits": 4}}))
     elif how == "other base, shapes":
@@ -86,7 +86,7 @@ BASE_PROBLEMS = {
     "no weights": "no safetensors",
     "no config": "config",
     "no base": "base model",
-    "quantised base": "quantised",
+    "quantized base": "quantized",
     "other base, shapes": "does not fit",
     "other base, architecture": "does not fit",
 }

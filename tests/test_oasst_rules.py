@@ -18,13 +18,13 @@ from peftchat.conversations.formats.oasst import RULES
 from peftchat.errors import UserError
 
 Tree = dict[str, Any]
-Dialogue = tuple[tuple[str, str], ...]
+Conversation = tuple[tuple[str, str], ...]
 TOP_K = (None, 1, 2, 3)
 
 
-def oracle(trees: list[Tree], languages: tuple[str, ...], top_k: int | None) -> list[Dialogue]:
+def oracle(trees: list[Tree], languages: tuple[str, ...], top_k: int | None) -> list[Conversation]:
     """The rules written down a second time: recursive, on the raw JSON, one condition after the other."""
-    dialogues: list[Dialogue] = []
+    conversations: list[Conversation] = []
 
     def visit(node: Tree, above: list[Tree]) -> None:
         path = [*above, node]
@@ -36,7 +36,7 @@ def oracle(trees: list[Tree], languages: tuple[str, ...], top_k: int | None) -> 
             roles = [message["role"] for message in kept]
             if roles == ["prompter", "assistant"] * (len(kept) // 2):
                 names = {"prompter": "user", "assistant": "assistant"}
-                dialogues.append(tuple((names[message["role"]], message["text"]) for message in kept))
+                conversations.append(tuple((names[message["role"]], message["text"]) for message in kept))
 
     def accepted(path: list[Tree]) -> bool:
         leaf = path[-1]
@@ -62,10 +62,10 @@ def oracle(trees: list[Tree], languages: tuple[str, ...], top_k: int | None) -> 
         if languages and prompt["lang"] not in languages:
             continue
         visit(prompt, [])
-    return list(dict.fromkeys(dialogues))
+    return list(dict.fromkeys(conversations))
 
 
-def read(path: Path, languages: tuple[str, ...] = (), top_k: int | None = None, **options: Any) -> list[Dialogue]:
+def read(path: Path, languages: tuple[str, ...] = (), top_k: int | None = None, **options: Any) -> list[Conversation]:
     stream = read_conversations(path, format="oasst", options=ReadOptions(languages=languages, top_k=top_k), **options)
     return [tuple((message.role, message.content) for message in found.messages) for found in stream]
 
@@ -93,7 +93,7 @@ def real_trees(shared_data: Path) -> list[Tree]:
 
 
 @pytest.mark.parametrize(("top_k", "threads"), zip(TOP_K, (312, 57, 165, 276), strict=True))
-def test_real_trees_give_the_oracles_dialogues(
+def test_real_trees_give_the_oracles_conversations(
     shared_data: Path, real_trees: list[Tree], top_k: int | None, threads: int
 ) -> None:
     found = read(shared_data / "oasst_trees_en_60.jsonl", ("en",), top_k)
@@ -188,7 +188,7 @@ def test_each_rule_leaves_out_and_counts(tmp_path: Path, tree: Tree, languages: 
     assert dict(log.skipped) == {rule: 1}
 
 
-def test_of_several_open_turns_one_stands_for_the_dialogue(tmp_path: Path) -> None:
+def test_of_several_open_turns_one_stands_for_the_conversation(tmp_path: Path) -> None:
     def conversation(*replies: Tree) -> Tree:
         return tree_of(message("prompter", "q", [message("assistant", "a", list(replies))]))
 
@@ -203,7 +203,7 @@ def test_of_several_open_turns_one_stands_for_the_dialogue(tmp_path: Path) -> No
     assert read(write_trees(tmp_path / "c.jsonl", [conversation(follow_up, *open_turns)])) == [long]
 
 
-def test_equal_dialogues_of_two_trees_are_given_once(tmp_path: Path) -> None:
+def test_equal_conversations_of_two_trees_are_given_once(tmp_path: Path) -> None:
     log = ProblemLog()
     assert len(read(write_trees(tmp_path / "a.jsonl", [tree_of(ANSWERED)] * 3), problems=log)) == 1
     assert log.skipped["duplicate"] == 2
@@ -263,7 +263,9 @@ def random_tree(draw: st.DrawFn) -> Tree:
 
 @settings(max_examples=150, deadline=None)
 @given(trees=st.lists(random_tree(), min_size=1, max_size=3), top_k=st.sampled_from(TOP_K))
-def test_random_trees_give_the_oracles_dialogues(tmp_path_factory: Any, trees: list[Tree], top_k: int | None) -> None:
+def test_random_trees_give_the_oracles_conversations(
+    tmp_path_factory: Any, trees: list[Tree], top_k: int | None
+) -> None:
     path = write_trees(tmp_path_factory.mktemp("trees") / "a.jsonl", trees)
     log = ProblemLog(strict=True)
     found = read(path, ("en",), top_k, problems=log)

@@ -1,4 +1,4 @@
-"""Attention dialogue by dialogue against torch's own attention under a mask."""
+"""Attention conversation by conversation against torch's own attention under a mask."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_helpers import peftchat, read_json, small_model, write_dialogues, write_recipe
+from training_helpers import peftchat, read_json, small_model, write_conversations, write_recipe
 
 from peftchat.dataset.collator import borders
 from peftchat.models.varlen_attention import varlen_attention
@@ -55,7 +55,7 @@ def test_output_and_gradients_are_those_of_masked_attention(lengths, heads, seed
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-def test_dropped_weights_stay_within_the_dialogue():
+def test_dropped_weights_stay_within_the_conversation():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 30, 4)
     other = torch.cat([torch.randn(1, 2, 10, 4), value[:, :, 10:]], dim=2)
@@ -79,7 +79,7 @@ def test_under_autocast_dtypes_may_differ() -> None:
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_run_in_bfloat16_uses_it(method: str, tmp_path: Path) -> None:
-    base, train = small_model(tmp_path / "base", "llama"), write_dialogues(tmp_path / "train.jsonl")
+    base, train = small_model(tmp_path / "base", "llama"), write_conversations(tmp_path / "train.jsonl")
     model = {"name": str(base), "dtype": "bfloat16"}
     recipe = write_recipe(
         tmp_path / "recipe.yaml",
@@ -110,7 +110,7 @@ def test_a_mask_or_no_borders_means_plain_attention():
 
 
 @pytest.mark.parametrize("lengths", [[5, 0, 3], [4]])
-def test_borders_leave_out_empty_dialogues(lengths):
+def test_borders_leave_out_empty_conversations(lengths):
     given = borders(lengths)
     assert given["cu_seq_lens_q"].tolist() == [0, *torch.tensor([n for n in lengths if n]).cumsum(0).tolist()]
     assert given["max_length_q"] == max(lengths)

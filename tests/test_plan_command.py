@@ -76,7 +76,7 @@ def test_every_card_is_found_by_its_name_however_it_is_written() -> None:
         assert 10 * GIB < card.memory < 300 * GIB
         assert card.source
     assert find_hardware("NVIDIA GeForce RTX 4090", 1).name == "rtx4090"
-    with pytest.raises(UserError, match="not in the catalogue"):
+    with pytest.raises(UserError, match="not in the catalog"):
         find_hardware("voodoo", None)
 
 

@@ -20,7 +20,7 @@ from peftchat.recipe import Recipe
 
 def settings_of(recipe: Recipe, attention: AttentionKind = "masked", **changed: object) -> PlanSettings:
     settings = plan_settings(
-        recipe, strategy="single", processes=1, device="cpu", attention=attention, dialogue=64, new_tokens=0
+        recipe, strategy="single", processes=1, device="cpu", attention=attention, conversation=64, new_tokens=0
     )
     return settings.with_changes(**changed)
 
@@ -96,7 +96,7 @@ def test_a_chunk_of_the_loss_is_as_large_as_the_device_lets_it_be() -> None:
     assert profile.at(1000) == LossTrace(100 + 7 * 1000 + 50 * 300, 3000, 5)
 
 
-def test_quantised_weights_are_as_large_as_those_of_bitsandbytes() -> None:
+def test_quantized_weights_are_as_large_as_those_of_bitsandbytes() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from peftchat.planning.memory import packed_bytes
 
@@ -115,7 +115,7 @@ def _with(**changed: object) -> PlanSettings:
     settings = PlanSettings(
         method="qlora", dtype="bfloat16", bits=4, double=True, optimizer="adamw_torch", strategy="single", processes=1,
         offload="none", checkpointing=False, batch=1, length=128, accumulation=1, supervised=0.5, attention="masked",
-        dialogue=64, device="cuda", new_tokens=0,
+        conversation=64, device="cuda", new_tokens=0,
     )  # fmt: skip
     return settings.with_changes(**changed)
 

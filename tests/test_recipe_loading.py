@@ -126,7 +126,7 @@ def test_a_typo_in_any_section_names_line_key_and_nearest(
         ("data.train=rows.jsonl", "expected a list, got the text `rows.jsonl`. Write `train: [{path: rows.jsonl}]`."),
         ("data.train=[rows.jsonl]", "Write `{path: rows.jsonl}`."),
         ("data.train=[]", "--set data.train: is empty"),
-        ("data.train=null", "--set data.train: missing. Add for example `train: [{path: dialogues.jsonl}]`"),
+        ("data.train=null", "--set data.train: missing. Add for example `train: [{path: conversations.jsonl}]`"),
         ("output_dir=null", "--set output_dir: missing. Add for example `output_dir: runs/my-assistant`"),
         ("training.report_to=wandbb", "Did you mean `wandb`?"),
         ("training.learning_rate=.inf", "expected a finite number"),

@@ -59,13 +59,13 @@ def test_no_folder_of_the_author_is_told() -> None:
     text = card(RECIPE.replace("org/base", "/private/models/base"))
     assert "secret" not in text
     assert "private" not in text
-    for name in ("dialogues.jsonl", "org/a-set", "`base`", "# demo"):
+    for name in ("conversations.jsonl", "org/a-set", "`base`", "# demo"):
         assert name in text
 
 
 def test_limits_come_from_the_run() -> None:
     limits = card(rows=200, eval_loss=None, epochs=9.0).split("## Limits")[1]
-    for words in ("only 200 dialogues", "No held-out", "about 9 times", "10 rows", "&lt;s&gt;", "did not move"):
+    for words in ("only 200 conversations", "No held-out", "about 9 times", "10 rows", "&lt;s&gt;", "did not move"):
         assert words in limits
     calm = card(new_tokens=[], dropped={}, special_text=0, samples_after=[]).split("## Limits")[1]
     assert calm.count("\n- ") == 1
@@ -146,7 +146,7 @@ def test_the_code_of_the_card_runs_and_gives_the_trained_model(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("bits", ["bits: 4, type: nf4, double: false", "bits: 8"])
-def test_the_code_for_a_quantised_base_is_python(bits: str) -> None:
+def test_the_code_for_a_quantized_base_is_python(bits: str) -> None:
     recipe = RECIPE.replace("method: lora", f"method: qlora\nquantization: {{{bits}}}")
     code = python_of(card(recipe))
     compile(code, "card", "exec")
@@ -156,7 +156,7 @@ def test_the_code_for_a_quantised_base_is_python(bits: str) -> None:
 @pytest.mark.parametrize("facts", [RUN_JSON, {}, dict.fromkeys(RUN_JSON)])
 def test_the_summary_shows_what_there_is(facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     text = io.StringIO()
-    monkeypatch.setattr(summary, "notes", Console(file=text, width=90))
+    monkeypatch.setattr(summary, "stderr", Console(file=text, width=90))
     summary.print_summary(json.loads(json.dumps(facts)))
     shown = text.getvalue()
     assert "None" not in shown

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mask_helpers import DIALOGUES, make_tokenizer_folder, write_dialogues, write_recipe
+from mask_helpers import CONVERSATIONS, make_tokenizer_folder, write_conversations, write_recipe
 from transformers import AutoTokenizer
 
 from peftchat.chat_template.registry import ChatFormat, make_format
@@ -23,16 +23,16 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from peftchat.chat_template.registry import make_format
 from peftchat.recipe import load_recipe
-from peftchat.dataset.cache import encode_rows
+from peftchat.dataset.cache import encode_splits
 recipe = load_recipe(Path(sys.argv[1]), to_train=False).recipe
 chat = make_format("starchat", None, AutoTokenizer.from_pretrained(recipe.model.name))
 calls = []
 print("ready", flush=True)
 sys.stdin.readline()
-def progress(dialogues):
-    calls.append(dialogues)
-    print(dialogues, flush=True)
-rows = encode_rows(recipe, chat, progress)["train"]
+def progress(conversations):
+    calls.append(conversations)
+    print(conversations, flush=True)
+rows = encode_splits(recipe, chat, progress)["train"]
 print("done", len(rows.store), int(rows.store.lengths.sum()), len(calls), flush=True)
 """
 
@@ -40,7 +40,7 @@ print("done", len(rows.store), int(rows.store.lengths.sum()), len(calls), flush=
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
     tokenizer = make_tokenizer_folder(tmp_path / "model")
-    return write_recipe(tmp_path / "r.yaml", tokenizer, write_dialogues(tmp_path / "d.jsonl", DIALOGUES * 1500))
+    return write_recipe(tmp_path / "r.yaml", tokenizer, write_conversations(tmp_path / "d.jsonl", CONVERSATIONS * 1500))
 
 
 def of(recipe_file: Path, *overrides: str) -> tuple[Recipe, ChatFormat]:
@@ -84,7 +84,7 @@ def test_a_second_run_encodes_nothing(recipe_file: Path) -> None:
     "change", ["chat.system=x", "data.max_length=77", "chat.loss_on=everything", "data.eval_fraction=0.2"]
 )
 def test_another_setting_is_another_entry(recipe_file: Path, change: str) -> None:
-    write_dialogues(recipe_file.parent / "d.jsonl", DIALOGUES)
+    write_conversations(recipe_file.parent / "d.jsonl", CONVERSATIONS)
     encode_splits(*of(recipe_file))
     encode_splits(*of(recipe_file, change))
     assert sum(path.is_dir() for path in cache().iterdir()) == 2
@@ -92,7 +92,7 @@ def test_another_setting_is_another_entry(recipe_file: Path, change: str) -> Non
 
 def test_another_content_under_the_same_name_is_another_entry(recipe_file: Path) -> None:
     source = recipe_file.parent / "d.jsonl"
-    write_dialogues(source, DIALOGUES)
+    write_conversations(source, CONVERSATIONS)
     time_before = source.stat()
     first = encode_splits(*of(recipe_file))["train"]
     text = source.read_text().replace("four", "5our")

@@ -1,4 +1,4 @@
-"""Every kind of file gives the same dialogues, in memory that does not depend on the file."""
+"""Every kind of file gives the same conversations, in memory that does not depend on the file."""
 
 import csv
 import gzip
@@ -49,7 +49,7 @@ def messages(stream: Any) -> list[tuple[Message, ...]]:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_kind_of_file_gives_the_same_dialogues(tmp_path: Path, name: str) -> None:
+def test_every_kind_of_file_gives_the_same_conversations(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     WRITERS[name](path)
     found = list(read_conversations(path))
@@ -180,7 +180,7 @@ def test_a_hub_id_that_cannot_be_had_is_one_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     program = "from peftchat.conversations import read_conversations; list(read_conversations('nobody/nothing'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert "InputError: nobody/nothing (split train): there is no such file or folder" in done.stderr
+    assert "UserError: nobody/nothing (split train): there is no such file or folder" in done.stderr
 
 
 def _touch(path: Path, content: bytes = b"") -> Path:

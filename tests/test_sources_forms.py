@@ -1,4 +1,4 @@
-"""Each input form becomes the same dialogue, and each way of being wrong has its own name."""
+"""Each input form becomes the same conversation, and each way of being wrong has its own name."""
 
 import json
 from pathlib import Path
@@ -89,7 +89,7 @@ def turns(path: Path, rows: list[Any], **options: Any) -> list[list[tuple[str, s
         ("guanaco", {"text": f"Be short. ### Human: {QUESTION} ### Assistant:", "output": ANSWER}, WITH_SYSTEM),
     ],
 )
-def test_a_form_is_recognised_and_read(tmp_path: Path, form: str, row: dict[str, Any], expected: Any) -> None:
+def test_a_form_is_recognized_and_read(tmp_path: Path, form: str, row: dict[str, Any], expected: Any) -> None:
     log = ProblemLog(strict=True)
     path = tmp_path / "rows.jsonl"
     assert turns(path, [row], problems=log) == [expected]
@@ -206,16 +206,16 @@ def test_the_list_of_formats_names_every_form_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "form", "dialogues"),
+    ("file", "form", "conversations"),
     [
         ("oasst_code_151.jsonl", "prompt_completion", 151),
         ("sharegpt_500.json", "sharegpt", 500),
         ("oasst1_guanaco_multilingual_500.jsonl", "guanaco", 500),
     ],
 )
-def test_real_files_are_read_whole(shared_data: Path, file: str, form: str, dialogues: int) -> None:
+def test_real_files_are_read_whole(shared_data: Path, file: str, form: str, conversations: int) -> None:
     path = shared_data / file
     log = ProblemLog(strict=True)
-    assert sum(1 for _ in read_conversations(path, problems=log)) == dialogues
+    assert sum(1 for _ in read_conversations(path, problems=log)) == conversations
     assert log.forms == {str(path): form}
     assert not log.notes

@@ -1,4 +1,4 @@
-"""Broken input of every sort: good dialogues, counted problems or one `UserError`, and nothing else."""
+"""Broken input of every sort: good conversations, counted problems or one `UserError`, and nothing else."""
 
 import csv
 import gzip
@@ -79,7 +79,7 @@ POISON = (
 
 
 def outcome(path: Path, *, strict: bool, format: str = "auto") -> UserError | ProblemLog:
-    """Read everything; whatever is not a dialogue, a counted problem or an `UserError` fails the test."""
+    """Read everything; whatever is not a conversation, a counted problem or an `UserError` fails the test."""
     log = ProblemLog(strict=strict)
     try:
         for conversation in read_conversations(

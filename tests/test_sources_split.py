@@ -1,4 +1,4 @@
-"""Seeded choices: which dialogues are held out, and how often each source's dialogues are used."""
+"""Seeded choices: which conversations are held out, and how often each source's conversations are used."""
 
 import json
 from collections import Counter
@@ -14,13 +14,13 @@ from peftchat.errors import UserError
 from peftchat.recipe import DataEntry
 
 
-def dialogue(question: str, answer: str = "a") -> Conversation:
+def conversation(question: str, answer: str = "a") -> Conversation:
     return Conversation((Message("user", question), Message("assistant", answer)))
 
 
 @given(st.lists(st.integers(0, 30), max_size=60), st.floats(0.001, 0.999), st.integers())
-def test_dialogues_with_one_beginning_stay_on_one_side(questions: list[int], fraction: float, seed: int) -> None:
-    everything = [dialogue(str(question), str(number)) for number, question in enumerate(questions)]
+def test_conversations_with_one_beginning_stay_on_one_side(questions: list[int], fraction: float, seed: int) -> None:
+    everything = [conversation(str(question), str(number)) for number, question in enumerate(questions)]
     train, held_out = split_eval(everything, fraction, seed)
     assert sorted(map(str, train + held_out)) == sorted(map(str, everything))
     assert not {d.messages[0] for d in train} & {d.messages[0] for d in held_out}
@@ -32,7 +32,7 @@ def test_dialogues_with_one_beginning_stay_on_one_side(questions: list[int], fra
 
 
 def test_the_fraction_is_honoured_and_the_seed_decides() -> None:
-    everything = [dialogue(str(number)) for number in range(20_000)]
+    everything = [conversation(str(number)) for number in range(20_000)]
     train, held_out = split_eval(everything, 0.1, 1)
     assert abs(len(held_out) - 2_000) < 200
     assert (train, held_out) == split_eval(everything, 0.1, 1)
@@ -40,8 +40,8 @@ def test_the_fraction_is_honoured_and_the_seed_decides() -> None:
     assert split_eval(everything, 0.0, 1)[1] == []
 
 
-def test_a_dialogues_side_does_not_depend_on_the_others() -> None:
-    everything = [dialogue(str(number)) for number in range(1_000)]
+def test_a_conversations_side_does_not_depend_on_the_others() -> None:
+    everything = [conversation(str(number)) for number in range(1_000)]
     whole, half = fit_split(everything, 0.3, 0), fit_split(everything[::2], 0.3, 0)
     assert [whole.is_eval(d) for d in everything] == [half.is_eval(d) for d in everything]
 
@@ -54,7 +54,7 @@ def sources(tmp_path: Path) -> tuple[str, str]:
     return str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
 
 
-def test_weights_say_how_often_each_dialogue_is_used(sources: tuple[str, str]) -> None:
+def test_weights_say_how_often_each_conversation_is_used(sources: tuple[str, str]) -> None:
     entries = [DataEntry(path=sources[0], weight=0.25), DataEntry(path=sources[1], weight=2.5)]
     log = ProblemLog(strict=True)
     used = Counter(d.messages[0].content for d in read_sources(entries, seed=3, problems=log))
@@ -70,7 +70,7 @@ def test_weights_say_how_often_each_dialogue_is_used(sources: tuple[str, str]) -
     assert used != Counter(d.messages[0].content for d in read_sources(entries, seed=4))
 
 
-def test_all_entries_are_checked_before_the_first_dialogue(sources: tuple[str, str]) -> None:
+def test_all_entries_are_checked_before_the_first_conversation(sources: tuple[str, str]) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_sources([DataEntry(path=sources[0]), DataEntry(path=sources[1] + ".gone.jsonl")])
 

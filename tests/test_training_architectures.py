@@ -13,7 +13,7 @@ from training_helpers import (
     small_model,
     stock_loss,
     stock_run,
-    write_dialogues,
+    write_conversations,
     write_recipe,
 )
 from transformers import AutoModelForCausalLM
@@ -96,9 +96,12 @@ def test_rows_around_the_model_equal_a_resized_model(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ["gpt_bigcode", "gemma", "qwen2", "falcon", "opt", "phi"])
 def test_a_run_on_each_family_is_read_by_stock_libraries(architecture: str, method: str, tmp_path: Path) -> None:
     base = small_model(tmp_path / "base", architecture)
-    train, held_out = write_dialogues(tmp_path / "train.jsonl", 12), write_dialogues(tmp_path / "eval.jsonl", 5, seed=1)
+    train, held_out = (
+        write_conversations(tmp_path / "train.jsonl", 12),
+        write_conversations(tmp_path / "eval.jsonl", 5, seed=1),
+    )
     run = tmp_path / "run"
-    # transformers keeps packed dialogues apart in most models; where it does not, training refuses to pack.
+    # transformers keeps packed conversations apart in most models; where it does not, training refuses to pack.
     packing = architecture not in ("falcon", "opt")
     targets = {"gpt_bigcode": ["c_attn", "c_proj", "c_fc"]}.get(architecture, "all-linear")
     adapter = {"adapter": {"target_modules": targets}} if method == "lora" else {}
@@ -121,7 +124,10 @@ def test_a_run_on_each_family_is_read_by_stock_libraries(architecture: str, meth
 def test_spare_rows_of_the_base_need_no_resize(tmp_path: Path) -> None:
     """With room in the vocabulary, a stock adapter load on the untouched base is all it takes."""
     base = small_model(tmp_path / "base", tied=False, spare_rows=16)
-    train, held_out = write_dialogues(tmp_path / "train.jsonl"), write_dialogues(tmp_path / "eval.jsonl", 5, seed=1)
+    train, held_out = (
+        write_conversations(tmp_path / "train.jsonl"),
+        write_conversations(tmp_path / "eval.jsonl", 5, seed=1),
+    )
     run = tmp_path / "run"
     done = peftchat("train", str(write_recipe(tmp_path / "recipe.yaml", base, train, held_out, run)))
     assert done.returncode == 0, done.stderr
@@ -134,8 +140,8 @@ def test_spare_rows_of_the_base_need_no_resize(tmp_path: Path) -> None:
     )
 
 
-def test_packing_is_refused_where_dialogues_would_see_each_other(tmp_path: Path) -> None:
-    base, train = small_model(tmp_path / "base", "falcon"), write_dialogues(tmp_path / "train.jsonl")
+def test_packing_is_refused_where_conversations_would_see_each_other(tmp_path: Path) -> None:
+    base, train = small_model(tmp_path / "base", "falcon"), write_conversations(tmp_path / "train.jsonl")
     run = tmp_path / "run"
     done = peftchat("train", str(write_recipe(tmp_path / "recipe.yaml", base, train, None, run)))
     assert done.returncode == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_helpers import peftchat, small_model, write_dialogues, write_recipe
+from training_helpers import peftchat, small_model, write_conversations, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path, base: Path) -> dict[str, Path]:
-    return {"base": base, "data": write_dialogues(tmp_path / "train.jsonl", 6), "run": tmp_path / "run"}
+    return {"base": base, "data": write_conversations(tmp_path / "train.jsonl", 6), "run": tmp_path / "run"}
 
 
 def refused(tmp_path: Path, files: dict[str, Path], *, flags: tuple[str, ...] = (), **sections: Any) -> str:
@@ -41,7 +41,7 @@ def test_data(tmp_path: Path, files: dict[str, Path]) -> None:
     assert "empty" in refused(tmp_path, files)
     files["data"] = tmp_path / "folder"
     files["data"].mkdir()
-    (files["data"] / "notes.txt").write_text("no dialogues here")
+    (files["data"] / "notes.txt").write_text("no conversations here")
     assert "folder" in refused(tmp_path, files)
     files["data"] = tmp_path / "roles.jsonl"
     turns = [{"role": "wizard", "content": "a"}, {"role": "assistant", "content": "b"}]

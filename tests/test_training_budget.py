@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_helpers import read_json_lines, small_model, write_dialogues, write_recipe
+from training_helpers import read_json_lines, small_model, write_conversations, write_recipe
 
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
@@ -15,9 +15,9 @@ from peftchat.training.train import TrainOptions, run_training
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     model = small_model(tmp_path / "model")
-    dialogues = write_dialogues(tmp_path / "train.jsonl")
+    conversations = write_conversations(tmp_path / "train.jsonl")
     settings = {"max_steps": -1, "num_train_epochs": 50.0, "lr_scheduler_type": "linear", "warmup_steps": 0.25}
-    return write_recipe(tmp_path / "recipe.yaml", model, dialogues, None, tmp_path / "run", training=settings)
+    return write_recipe(tmp_path / "recipe.yaml", model, conversations, None, tmp_path / "run", training=settings)
 
 
 def train(recipe: Path, *flags: str, resume: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:

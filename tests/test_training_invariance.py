@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import peftchat, read_json, read_json_lines, small_model, write_dialogues, write_recipe
+from training_helpers import peftchat, read_json, read_json_lines, small_model, write_conversations, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +20,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dialogues(tmp_path_factory.mktemp("data") / "train.jsonl", 48)
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl", 48)
 
 
-def trained(tmp_path: Path, name: str, base: Path, dialogues: Path, **sections: Any) -> Path:
+def trained(tmp_path: Path, name: str, base: Path, conversations: Path, **sections: Any) -> Path:
     run = tmp_path / name
-    done = peftchat("train", str(write_recipe(tmp_path / f"{name}.yaml", base, dialogues, None, run, **sections)))
+    done = peftchat("train", str(write_recipe(tmp_path / f"{name}.yaml", base, conversations, None, run, **sections)))
     assert done.returncode == 0, done.stderr
     return run
 
@@ -40,12 +40,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(str(run / name))
 
 
-def test_accumulation_equals_the_larger_batch(tmp_path: Path, base: Path, dialogues: Path) -> None:
+def test_accumulation_equals_the_larger_batch(tmp_path: Path, base: Path, conversations: Path) -> None:
     """Rows carry very different numbers of targets: averaging per micro-batch would show at once."""
     shape = {"adapter": {"dropout": 0.0}, "data": {"packing": False, "max_length": 128}}
     runs = [
         trained(
-            tmp_path, f"b{batch}", base, dialogues, **shape,
+            tmp_path, f"b{batch}", base, conversations, **shape,
             training={"per_device_train_batch_size": batch, "gradient_accumulation_steps": 8 // batch},
         )
         for batch in (8, 2, 1)
@@ -56,20 +56,22 @@ def test_accumulation_equals_the_larger_batch(tmp_path: Path, base: Path, dialog
             assert (tensor - weights(runs[0])[name]).abs().max() < 2e-4
 
 
-def test_packing_trains_like_padding(tmp_path: Path, base: Path, dialogues: Path) -> None:
+def test_packing_trains_like_padding(tmp_path: Path, base: Path, conversations: Path) -> None:
     """One step over all rows: the loss and the update are the same, however the rows are laid out."""
     shape = {"adapter": {"dropout": 0.0}}
     batch = {"per_device_train_batch_size": 48, "max_steps": 2, "learning_rate": 1e-3}
     masked = {"model": {"attention": "sdpa", "dtype": "float32"}}
-    padded = trained(tmp_path, "padded", base, dialogues, **shape, **masked, data={"packing": False}, training=batch)
-    packed = trained(tmp_path, "packed", base, dialogues, **shape, data={"packing": True}, training=batch)
+    padded = trained(
+        tmp_path, "padded", base, conversations, **shape, **masked, data={"packing": False}, training=batch
+    )
+    packed = trained(tmp_path, "packed", base, conversations, **shape, data={"packing": True}, training=batch)
     assert losses(packed) == pytest.approx(losses(padded), rel=1e-5)
     assert read_json(packed / "run.json")["tokens"] == read_json(padded / "run.json")["tokens"]
     assert read_json(packed / "run.json")["padding_fraction"] < read_json(padded / "run.json")["padding_fraction"]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_resumed_equals_uninterrupted(method: str, tmp_path: Path, base: Path, dialogues: Path) -> None:
+def test_resumed_equals_uninterrupted(method: str, tmp_path: Path, base: Path, conversations: Path) -> None:
     """Killed without warning behind a checkpoint and resumed, a run ends where it would have ended."""
     settings = {
         "max_steps": 12,
@@ -78,10 +80,10 @@ def test_resumed_equals_uninterrupted(method: str, tmp_path: Path, base: Path, d
         "lr_scheduler_type": "cosine",
         "gradient_accumulation_steps": 2,
     }
-    whole = trained(tmp_path, "whole", base, dialogues, method=method, training=settings)
+    whole = trained(tmp_path, "whole", base, conversations, method=method, training=settings)
 
     run = tmp_path / "killed"
-    recipe = write_recipe(tmp_path / "killed.yaml", base, dialogues, None, run, method=method, training=settings)
+    recipe = write_recipe(tmp_path / "killed.yaml", base, conversations, None, run, method=method, training=settings)
     process = subprocess.Popen([sys.executable, "-m", "peftchat", "train", str(recipe)], stderr=subprocess.DEVNULL)
     marker = run / "checkpoints" / "checkpoint-4" / "complete.json"
     deadline = time.monotonic() + 240
@@ -113,24 +115,24 @@ def test_resumed_equals_uninterrupted(method: str, tmp_path: Path, base: Path, d
     assert [token["seen"] for token in one["new_tokens"]] == [token["seen"] for token in other["new_tokens"]]
 
 
-def test_resume_without_a_checkpoint_starts_afresh(tmp_path: Path, base: Path, dialogues: Path) -> None:
+def test_resume_without_a_checkpoint_starts_afresh(tmp_path: Path, base: Path, conversations: Path) -> None:
     run = tmp_path / "run"
-    recipe = write_recipe(tmp_path / "recipe.yaml", base, dialogues, None, run)
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, conversations, None, run)
     done = peftchat("train", str(recipe), "--resume")
     assert done.returncode == 0, done.stderr
     assert read_json(run / "run.json")["steps"] == 4
 
 
-def test_the_resolved_recipe_runs_again(tmp_path: Path, base: Path, dialogues: Path) -> None:
-    first = trained(tmp_path, "first", base, dialogues)
+def test_the_resolved_recipe_runs_again(tmp_path: Path, base: Path, conversations: Path) -> None:
+    first = trained(tmp_path, "first", base, conversations)
     done = peftchat("train", str(first / "recipe.yaml"), "--set", f"output_dir={tmp_path / 'again'}")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "again") == losses(first)
     assert weights(tmp_path / "again").keys() == weights(first).keys()
 
 
-def test_a_resume_with_another_recipe_is_refused(tmp_path: Path, base: Path, dialogues: Path) -> None:
-    run = trained(tmp_path, "run", base, dialogues, training={"save_strategy": "steps", "save_steps": 2})
+def test_a_resume_with_another_recipe_is_refused(tmp_path: Path, base: Path, conversations: Path) -> None:
+    run = trained(tmp_path, "run", base, conversations, training={"save_strategy": "steps", "save_steps": 2})
     done = peftchat("train", str(tmp_path / "run.yaml"), "--resume", "--set", "adapter.r=4")
     assert done.returncode == 2
     assert "adapter.r" in done.stderr

@@ -12,7 +12,7 @@ from training_helpers import (
     small_model,
     stock_loss,
     stock_run,
-    write_dialogues,
+    write_conversations,
     write_recipe,
 )
 
@@ -44,7 +44,10 @@ def test_stock_libraries_see_what_was_trained(
     method: str, tied: bool, strategy: str, processes: int, tmp_path: Path
 ) -> None:
     base = small_model(tmp_path / "base", tied=tied)
-    train, held_out = write_dialogues(tmp_path / "train.jsonl"), write_dialogues(tmp_path / "eval.jsonl", 7, seed=1)
+    train, held_out = (
+        write_conversations(tmp_path / "train.jsonl"),
+        write_conversations(tmp_path / "eval.jsonl", 7, seed=1),
+    )
     run = tmp_path / "run"
     recipe = write_recipe(
         tmp_path / "recipe.yaml", base, train, held_out, run,
@@ -82,7 +85,7 @@ def test_stock_libraries_see_what_was_trained(
 
 def test_every_strategy_takes_the_same_steps(tmp_path: Path) -> None:
     """DDP and ZeRO-3 shard the work, not the result: the losses of every step are those of one process."""
-    base, train = small_model(tmp_path / "base", tied=False), write_dialogues(tmp_path / "train.jsonl", 48)
+    base, train = small_model(tmp_path / "base", tied=False), write_conversations(tmp_path / "train.jsonl", 48)
     losses = {}
     for name, strategy, processes, accumulation in (("one", "single", 1, 2), ("two", "zero3", 2, 1)):
         run = tmp_path / name

@@ -1,4 +1,4 @@
-"""Real models on real dialogues: the small base model of stories, and the 135M model through the shipped recipes."""
+"""Real models on real conversations: a small base model, and the 135M model through the shipped recipes."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_story_model_learns_to_chat(method: str, stories: Path, shared_data: Path, tmp_path: Path) -> None:
-    """On OpenAssistant dialogues, held-out loss falls from about 4 to below 3."""
+    """On OpenAssistant conversations, held-out loss falls from about 4 to below 3."""
     run = tmp_path / "run"
     adapter = {"adapter": {"r": 64, "alpha": 64, "dropout": 0.0}} if method == "lora" else {}
     recipe = write_recipe(
@@ -45,7 +45,7 @@ def test_a_story_model_learns_to_chat(method: str, stories: Path, shared_data: P
     ],
 )
 def test_the_shipped_recipes_run_here(name: str, processes: int, demo_model: Path, tmp_path: Path) -> None:
-    """The recipe as it is, on the real 135M model and a file of dialogues, without a GPU."""
+    """The recipe as it is, on the real 135M model and a file of conversations, without a GPU."""
     made = peftchat("data", "from-code", "json", "-o", str(tmp_path / "data"), "--max-rows", "24")
     assert made.returncode == 0, made.stderr
     data, run = tmp_path / "data" / "train.jsonl", tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Dialogues that are too long: cut between exchanges only, every cut counted."""
+"""Conversations that are too long: cut between exchanges only, every cut counted."""
 
 from functools import cache
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from chatml_helpers import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_helpers import make_tokenizer_folder, write_dialogues, write_recipe
+from mask_helpers import make_tokenizer_folder, write_conversations, write_recipe
 from transformers import AutoTokenizer
 
 from peftchat.chat_template.examples import EncodedExample
@@ -34,7 +34,7 @@ def _exchange(draw: st.DrawFn) -> list[Message]:
 
 
 @st.composite
-def _dialogue(draw: st.DrawFn) -> tuple[list[Message], list[list[Message]]]:
+def _conversation(draw: st.DrawFn) -> tuple[list[Message], list[list[Message]]]:
     """A system message or none, and one to eight exchanges, some with tool calls."""
     system = [Message("system", draw(_WORDS))] if draw(st.booleans()) else []
     return system, draw(st.lists(_exchange(), min_size=1, max_size=8))
@@ -74,11 +74,11 @@ def ends_every_answer(row: EncodedExample) -> bool:
 
 
 @settings(max_examples=60, deadline=None, database=None)
-@given(_dialogue(), st.integers(10, 120))
+@given(_conversation(), st.integers(10, 120))
 def test_the_first_or_last_exchanges_that_fit_are_kept(
-    dialogue: tuple[list[Message], list[list[Message]]], limit: int
+    conversation: tuple[list[Message], list[list[Message]]], limit: int
 ) -> None:
-    system, parts = dialogue
+    system, parts = conversation
     lengths = {
         (start, stop): len(stock_ids([*system, *joined(parts[start:stop])]))
         for start, stop in [(0, count) for count in range(1, len(parts) + 1)]
@@ -100,11 +100,11 @@ def test_the_first_or_last_exchanges_that_fit_are_kept(
 
 
 @settings(max_examples=60, deadline=None, database=None)
-@given(_dialogue(), st.integers(10, 120))
-def test_a_divided_dialogue_keeps_every_exchange_that_fits_alone(
-    dialogue: tuple[list[Message], list[list[Message]]], limit: int
+@given(_conversation(), st.integers(10, 120))
+def test_a_divided_conversation_keeps_every_exchange_that_fits_alone(
+    conversation: tuple[list[Message], list[list[Message]]], limit: int
 ) -> None:
-    system, parts = dialogue
+    system, parts = conversation
     # Slow and greedy, one exchange after the other.
     expected: list[list[list[Message]]] = []
     fresh = True
@@ -124,10 +124,10 @@ def test_a_divided_dialogue_keeps_every_exchange_that_fits_alone(
     assert all(ends_every_answer(row) and len(row.ids) <= limit for row in fitted.rows)
 
 
-@given(_dialogue())
+@given(_conversation())
 @settings(max_examples=30, deadline=None, database=None)
-def test_exchanges_begin_with_the_user(dialogue: tuple[list[Message], list[list[Message]]]) -> None:
-    system, parts = dialogue
+def test_exchanges_begin_with_the_user(conversation: tuple[list[Message], list[list[Message]]]) -> None:
+    system, parts = conversation
     found_system, found = rounds(Conversation((*system, *joined(parts))))
     assert list(found_system) == system and [list(one) for one in found] == parts
 
@@ -150,7 +150,7 @@ LONG = [("system", "Be brief."), *turns("one", "two", "three", "four", "five " *
 
 def rows_of(tmp_path: Path, truncation: str, max_length: int) -> EncodedSplit:
     tokenizer = make_tokenizer_folder(tmp_path / "model")
-    source = write_dialogues(tmp_path / "d.jsonl", [turns("one", "two"), LONG, turns("one " * 80, "two")])
+    source = write_conversations(tmp_path / "d.jsonl", [turns("one", "two"), LONG, turns("one " * 80, "two")])
     data = {"max_length": max_length, "truncation": truncation}
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tokenizer, source, data=data), to_train=False).recipe
     return encode_splits(recipe, make_format("starchat", None, AutoTokenizer.from_pretrained(recipe.model.name)))[

@@ -35,13 +35,13 @@ def load(file: Path, *flags: str) -> Recipe:
     return load_recipe(file, flags, to_train=False).recipe
 
 
-def needs_quantised(name: str) -> tuple[str, ...]:
-    return ("method=qlora",) if "unquantised" in VARIANTS[name].refuses else ()
+def needs_quantized(name: str) -> tuple[str, ...]:
+    return ("method=qlora",) if "unquantized" in VARIANTS[name].refuses else ()
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_variant_laid_on_top_takes_along_what_it_can_use(name: str, plain: Path) -> None:
-    section = load(plain, f"adapter.variant={name}", *needs_quantised(name)).adapter
+    section = load(plain, f"adapter.variant={name}", *needs_quantized(name)).adapter
     assert section is not None and section.variant == name
     for key, value in {"r": 8, "alpha": 8, "dropout": 0.1}.items():
         info = type(section).model_fields.get(key)
@@ -56,7 +56,7 @@ def test_settings_of_others_are_refused_with_those_it_has(name: str, plain: Path
     others = {key for variant in VARIANTS.values() for key in variant.keys} - set(VARIANTS[name].keys)
     for key in others:
         with pytest.raises(UserError) as found:
-            load(plain, f"adapter={{variant: {name}, {key}: 1}}", *needs_quantised(name))
+            load(plain, f"adapter={{variant: {name}, {key}: 1}}", *needs_quantized(name))
         assert f"adapter.{key}" in str(found.value) or "--set adapter" in str(found.value)
         assert f"`{name}` has no such setting" in str(found.value)
         assert all(f"`{taken}`" in str(found.value) for taken in VARIANTS[name].keys)
@@ -85,7 +85,7 @@ REFUSED: list[tuple[str, Setting]] = [
     (name, setting)
     for name in ADAPTERS
     for setting in VARIANTS[name].refuses
-    if setting not in ("unquantised", "checkpointing")
+    if setting not in ("unquantized", "checkpointing")
 ]
 FLAGS: dict[Setting, tuple[str, ...]] = {
     "4 bits": ("method=qlora",),
@@ -99,7 +99,7 @@ FLAGS: dict[Setting, tuple[str, ...]] = {
 
 @pytest.mark.parametrize(("name", "setting"), REFUSED)
 def test_what_does_not_go_together_is_refused_with_the_reason(name: str, setting: Setting, plain: Path) -> None:
-    flags = needs_quantised(name) if "bits" not in setting else ()
+    flags = needs_quantized(name) if "bits" not in setting else ()
     with pytest.raises(UserError) as found:
         load(plain, f"adapter.variant={name}", *flags, *FLAGS[setting])
     assert VARIANTS[name].refuses[setting] in str(found.value)

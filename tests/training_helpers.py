@@ -1,4 +1,4 @@
-"""Small models, dialogues and stock yardsticks for the training tests."""
+"""Small models, conversations and stock yardsticks for the training tests."""
 
 import json
 import os
@@ -84,8 +84,8 @@ def small_model(folder: Path, architecture: str = "llama", *, tied: bool | None 
     return folder
 
 
-def write_dialogues(path: Path, count: int = 24, seed: int = 0) -> Path:
-    """Dialogues of one to three exchanges, some with a system message."""
+def write_conversations(path: Path, count: int = 24, seed: int = 0) -> Path:
+    """Conversations of one to three exchanges, some with a system message."""
     pick = random.Random(seed)
 
     def say() -> str:
@@ -101,7 +101,7 @@ def write_dialogues(path: Path, count: int = 24, seed: int = 0) -> Path:
 
 
 def write_recipe(
-    path: Path, model_folder: Path, dialogues: Path, evaluation: Path | None, run: Path, **sections: Any
+    path: Path, model_folder: Path, conversations: Path, evaluation: Path | None, run: Path, **sections: Any
 ) -> Path:
     """A recipe in float32 with few steps; `sections` are merged over the defaults, one level deep."""
     from ruamel.yaml import YAML
@@ -109,7 +109,7 @@ def write_recipe(
     recipe: dict[str, Any] = {
         "model": {"name": str(model_folder), "dtype": "float32"},
         "method": "lora",
-        "data": {"train": [{"path": str(dialogues)}], "max_length": 128},
+        "data": {"train": [{"path": str(conversations)}], "max_length": 128},
         "training": {
             "learning_rate": 1e-2,
             "max_steps": 4,
@@ -178,10 +178,10 @@ def stock_run(run: Path, base: Path, method: str, quantization: Any = None) -> t
     return wrapped, tokenizer
 
 
-def stock_loss(model: PreTrainedModel, tokenizer: Any, dialogues: Path) -> float:
-    """Mean loss over answers and their end tokens, dialogue by dialogue, by stock means only."""
+def stock_loss(model: PreTrainedModel, tokenizer: Any, conversations: Path) -> float:
+    """Mean loss over answers and their end tokens, conversation by conversation, by stock means only."""
     total, count = 0.0, 0
-    for line in dialogues.read_text(encoding="utf-8").splitlines():
+    for line in conversations.read_text(encoding="utf-8").splitlines():
         encoded = tokenizer.apply_chat_template(
             json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True
         )

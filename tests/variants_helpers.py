@@ -17,12 +17,12 @@ RATES = {"fourierft": 0.04, "waveft": 0.04, "tinylora": 1.0, "c3a": 0.2, "delora
 
 
 def method_of(name: str) -> str:
-    """The method that goes with a variant: LoftQ has nothing to do on a base that is not quantised."""
-    return "full" if name == "full" else "qlora" if "unquantised" in VARIANTS[name].refuses else "lora"
+    """The method that goes with a variant: LoftQ has nothing to do on a base that is not quantized."""
+    return "full" if name == "full" else "qlora" if "unquantized" in VARIANTS[name].refuses else "lora"
 
 
 def train_variant(
-    name: str, base: Path, dialogues: Path, held_out: Path, run: Path, *, resume: bool = False, **sections: Any
+    name: str, base: Path, conversations: Path, held_out: Path, run: Path, *, resume: bool = False, **sections: Any
 ) -> dict[str, Any]:
     """Train for four steps; returns what went into `run.json`."""
     sections = {"method": method_of(name), **sections}
@@ -31,7 +31,7 @@ def train_variant(
         sections["adapter"] = {"variant": name, **few, **sections.get("adapter", {})}
     rate = VARIANTS[name].learning_rate * RATES.get(name, 5.0)
     sections["training"] = {"learning_rate": rate, "max_steps": 4, **sections.get("training", {})}
-    recipe = write_recipe(run.parent / f"{run.name}.yaml", base, dialogues, held_out, run, **sections)
+    recipe = write_recipe(run.parent / f"{run.name}.yaml", base, conversations, held_out, run, **sections)
     loaded = load_recipe(recipe)
     return run_training(loaded, resolve_distributed(loaded), TrainOptions(resume=resume))
 

@@ -80,7 +80,7 @@ class BlockEncoder:
         """Rows of the conversations, in order.
 
         Raises:
-            InputError: the format cannot write one of them.
+            UserError: the format cannot write one of them.
         """
         turns: list[_Turn] = []
         contents: list[str] = []
@@ -210,7 +210,7 @@ class ChatEncoder:
         """Rows of the conversations, in order; their text goes through the tokenizer as one batch.
 
         Raises:
-            InputError: the template cannot write one of them.
+            UserError: the template cannot write one of them.
         """
         return list(self.batch(conversations))
 
@@ -218,7 +218,7 @@ class ChatEncoder:
         """The same rows, laid end to end. Several threads may call this at once.
 
         Raises:
-            InputError: the template cannot write one of them.
+            UserError: the template cannot write one of them.
         """
         if self._blocks is not None:
             return self._blocks.batch(conversations)

@@ -45,7 +45,7 @@ def make_format(name: str, system: str | None, tokenizer: "PreTrainedTokenizerBa
     """Bring a tokenizer into a chat format; the tokenizer is changed.
 
     Raises:
-        InputError: the tokenizer cannot hold the format's tokens, or has no template of its own for `model`.
+        UserError: the tokenizer cannot hold the format's tokens, or has no template of its own for `model`.
     """
     template = BLOCK_TEMPLATES[name](system) if name in BLOCK_TEMPLATES else TokenizerTemplate(tokenizer, system)
     return ChatFormat(tokenizer, template, add_template_tokens(tokenizer, template))

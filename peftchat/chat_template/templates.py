@@ -88,7 +88,7 @@ class BlockTemplate:
         """The default system block if it applies, then one block a message.
 
         Raises:
-            InputError: a message has a role that the format cannot write.
+            UserError: a message has a role that the format cannot write.
         """
         for role, content, last_answer in self.turns(conversation):
             before, value, after = _frame(self.header[role], self.end_token, role, last_answer)
@@ -101,7 +101,7 @@ class BlockTemplate:
         """The turns that are written, as (role, content, whether it is the last answer).
 
         Raises:
-            InputError: a message has a role that the format cannot write.
+            UserError: a message has a role that the format cannot write.
         """
         messages = conversation.messages
         if self.system is not None and not (messages and messages[0].role == "system"):
@@ -221,7 +221,7 @@ def add_template_tokens(tokenizer: "PreTrainedTokenizerBase", template: Template
         The tokens that were not in the vocabulary before.
 
     Raises:
-        InputError: the tokenizer does not turn one of the tokens into exactly one id.
+        UserError: the tokenizer does not turn one of the tokens into exactly one id.
     """
     from transformers import AddedToken
 

@@ -29,7 +29,7 @@ class TokenizerTemplate:
         system: the system prompt of conversations that have none; None leaves that to the template.
 
     Raises:
-        InputError: the tokenizer has no template, or its template ends answers without a special token.
+        UserError: the tokenizer has no template, or its template ends answers without a special token.
     """
 
     name = "model"
@@ -56,7 +56,7 @@ class TokenizerTemplate:
         """The conversation as the template writes it.
 
         Raises:
-            InputError: the template refuses the conversation, or rewrites a message's content.
+            UserError: the template refuses the conversation, or rewrites a message's content.
         """
         turns = [(message.role, message.content) for message in conversation.messages]
         last = last_answer_index(conversation)
@@ -83,7 +83,7 @@ class TokenizerTemplate:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
         # A template is code of the model's makers: what it cannot write, it may refuse or stumble over.
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"the model's chat template refuses the dialogue: {error}", where=source) from error
+            raise UserError(f"the model's chat template refuses the conversation: {error}", where=source) from error
 
     def _skeleton(self, roles: Sequence[Role], source: str | None = None) -> list[str]:
         """What the template writes around the contents: text and numbers of messages in turn, text at both ends."""

@@ -1,4 +1,4 @@
-"""`peftchat data from-code`: dialogues about your own Python code."""
+"""`peftchat data from-code`: conversations about your own Python code."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def command(
     private: bool,
     as_json: bool,
 ) -> None:
-    """Make dialogues about your own Python code: what it does, how to call it, how it is written.
+    """Make conversations about your own Python code: what it does, how to call it, how it is written.
 
     They come from syntax trees, signatures and docstrings; the code is read, never imported. Tests, vendored and
     generated code, private names and anything that looks like a secret are left out and counted in card.json.

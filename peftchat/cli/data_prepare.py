@@ -28,11 +28,11 @@ def _languages(context: click.Context, parameter: click.Parameter, value: str) -
     type=click.FloatRange(0, 1, max_open=True),
     default=0.1,
     show_default=True,
-    help="Share held out; dialogues with the same first user message stay together.",
+    help="Share held out; conversations with the same first user message stay together.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the held-out choice.")
 @click.option("--strict", is_flag=True, help="Stop at the first bad row instead of writing it to a quarantine file.")
-@click.option("--max-rows", type=click.IntRange(min=1), help="Stop after this many dialogues.")
+@click.option("--max-rows", type=click.IntRange(min=1), help="Stop after this many conversations.")
 @click.option("--json", "as_json", is_flag=True, help="Print the card as one JSON object.")
 def command(
     source: str,
@@ -65,7 +65,7 @@ def command(
         eval_fraction=eval_fraction,
         seed=seed,
         strict=strict,
-        max_dialogues=max_rows,
+        max_conversations=max_rows,
     )
     card = _with_progress(source, folder, settings)
     if as_json:
@@ -81,10 +81,10 @@ def _with_progress(source: str, folder: Path, settings: "PrepareSettings") -> "C
     started = time.monotonic()
     with stderr.status("reading …") as status:
 
-        def advance(dialogues: int) -> None:
-            if dialogues % 1000 == 0:
-                rate = dialogues / (time.monotonic() - started)
-                status.update(f"{dialogues:,} dialogues, {rate:,.0f} a second")
+        def advance(conversations: int) -> None:
+            if conversations % 1000 == 0:
+                rate = conversations / (time.monotonic() - started)
+                status.update(f"{conversations:,} conversations, {rate:,.0f} a second")
 
         return prepare(source, folder, settings, advance)
 

@@ -1,4 +1,4 @@
-"""`peftchat data stats`: what is in a set of dialogues, what repeats, what leaks."""
+"""`peftchat data stats`: what is in a set of conversations, what repeats, what leaks."""
 
 import json
 import time
@@ -25,13 +25,13 @@ _RECIPE_ENDINGS = (".yaml", ".yml")
 def command(
     sources: tuple[str, ...], tokenizer: str | None, benchmarks: tuple[str, ...], as_json: bool, page: Path | None
 ) -> None:
-    """Describe dialogues: lengths, roles, languages, code, duplicates, bad rows; overlap between files.
+    """Describe conversations: lengths, roles, languages, code, duplicates, bad rows; overlap between files.
 
     Several files, a folder with splits or a recipe with held-out data are compared with each other: what train and
     eval have in common is a leak.
 
     \b
-    peftchat data stats dialogues.jsonl --tokenizer models/base
+    peftchat data stats conversations.jsonl --tokenizer models/base
     peftchat data stats data/train.jsonl data/eval.jsonl --html stats.html
     peftchat data stats recipes/demo_cpu.yaml --against humaneval.jsonl.gz --against arc.jsonl
     """
@@ -80,8 +80,8 @@ def _gather(
     started = time.monotonic()
     with stderr.status("reading …") as status:
 
-        def advance(dialogues: int) -> None:
-            rate = dialogues / (time.monotonic() - started)
-            status.update(f"{dialogues:,} dialogues, {rate:,.0f} a second")
+        def advance(conversations: int) -> None:
+            rate = conversations / (time.monotonic() - started)
+            status.update(f"{conversations:,} conversations, {rate:,.0f} a second")
 
         return gather(parts, benchmarks, count_tokens=counter, progress=advance)

@@ -16,10 +16,10 @@ from peftchat.recipe.sections import Method
     type=click.Choice(get_args(Method)),
     default="lora",
     show_default=True,
-    help="All weights, an adapter, or an adapter on a quantised base.",
+    help="All weights, an adapter, or an adapter on a quantized base.",
 )
 @click.option("--model", metavar="MODEL", help="Base model: a folder or a hub id.")
-@click.option("--data", metavar="DATA", help="Dialogues: a file, a folder or a hub id.")
+@click.option("--data", metavar="DATA", help="Conversations: a file, a folder or a hub id.")
 @click.option(
     "-o",
     "--output",
@@ -34,7 +34,7 @@ def command(method: str, model: str | None, data: str | None, target: Path) -> N
 
     \b
     Example:
-        peftchat init --method qlora --model HuggingFaceTB/SmolLM2-135M --data dialogues.jsonl
+        peftchat init --method qlora --model HuggingFaceTB/SmolLM2-135M --data conversations.jsonl
         peftchat train recipe.yaml --dry-run
     """
     from peftchat.recipe.reference import starting_recipe

@@ -12,7 +12,7 @@ from peftchat.errors import UserError, VerificationError
 
 VERBS = {
     "init": Verb("peftchat.cli.init", "Write a recipe to start from."),
-    "data": Verb("peftchat.cli.data", "Make, clean and inspect dialogues."),
+    "data": Verb("peftchat.cli.data", "Make, clean and inspect conversations."),
     "mask": Verb("peftchat.cli.mask", "Show what is trained, token by token."),
     "variants": Verb("peftchat.cli.variants", "List the ways to train: LoRA and its relatives, and full."),
     "plan": Verb("peftchat.cli.plan", "Predict memory, time and cost before anything is trained."),

@@ -55,7 +55,7 @@ def command(
     as_json: bool,
     page: Path | None,
 ) -> None:
-    """Show what RECIPE trains: rows in colour, counts a role, what is cut and left out.
+    """Show what RECIPE trains: rows in color, counts a role, what is cut and left out.
 
     Every row is checked, also those that are not shown. The status is 1 if nothing is masked, everything is masked,
     an answer has no end token or one that is not trained, or a message holds what the recipe refuses. Needs the
@@ -93,9 +93,9 @@ def _look(recipe: "Recipe", side: Literal["train", "eval"]) -> "MaskReport":
     started = time.monotonic()
     with stderr.status("encoding …") as status:
 
-        def advance(dialogues: int) -> None:
-            rate = dialogues / (time.monotonic() - started)
-            status.update(f"encoding: {dialogues:,} dialogues, {rate:,.0f} a second")
+        def advance(conversations: int) -> None:
+            rate = conversations / (time.monotonic() - started)
+            status.update(f"encoding: {conversations:,} conversations, {rate:,.0f} a second")
 
         return inspect_mask(recipe, side, advance)
 

@@ -57,7 +57,7 @@ def parse_axis(flag: str) -> Axis:
     """`adapter.r=8,16` as an axis: commas outside brackets and quotes part values, each of which is YAML.
 
     Raises:
-        InputError: not of that form, or a key that the comparison itself decides.
+        UserError: not of that form, or a key that the comparison itself decides.
     """
     key, equals, text = (part.strip() for part in flag.partition("="))
     where = f"--set {key}"
@@ -86,7 +86,7 @@ def make_candidates(names: Sequence[str], axes: Sequence[Axis]) -> list[Candidat
     Settings of an adapter do not multiply `full`, which has none.
 
     Raises:
-        InputError: an unknown name, or one that is given twice.
+        UserError: an unknown name, or one that is given twice.
     """
     made: dict[str, Candidate] = {}
     for name in names:
@@ -111,7 +111,7 @@ def _variant(name: str) -> tuple[str, dict[str, Any]]:
     for quantized, part in ((False, name), *((True, part) for part in _beside_qlora(name))):
         variant = canonical_name(part)
         if variant in ADAPTERS:
-            method = "qlora" if quantized or "unquantised" in get_variant(variant).refuses else "lora"
+            method = "qlora" if quantized or "unquantized" in get_variant(variant).refuses else "lora"
             return variant, {"method": method, "adapter.variant": variant}
     words = ["full", "qlora", *ADAPTERS]
     near = get_close_matches(name, words, n=1)

@@ -112,7 +112,7 @@ def write_splits(recipe: "Recipe", folder: ComparisonFolder) -> None:
     A recipe that holds out a share of its rows chooses them by its seed, which differs between the runs.
 
     Raises:
-        InputError: a source cannot be read, or leaves one side empty.
+        UserError: a source cannot be read, or leaves one side empty.
     """
     if folder.data.is_dir():
         return
@@ -122,12 +122,14 @@ def write_splits(recipe: "Recipe", folder: ComparisonFolder) -> None:
             with ConversationFile(draft / f"{side}.jsonl", count) as file:
                 for conversation in conversations(recipe, side, ProblemLog(strict=True)):
                     file.write(conversation)
-            if not count.dialogues:
-                raise UserError(f"no dialogue is left to {'train' if side == 'train' else 'evaluate'} on", where="data")
+            if not count.conversations:
+                raise UserError(
+                    f"no conversation is left to {'train' if side == 'train' else 'evaluate'} on", where="data"
+                )
 
 
 def first_questions(folder: ComparisonFolder, count: int) -> list[str]:
-    """The first user message of the first held-out dialogues, none twice."""
+    """The first user message of the first held-out conversations, none twice."""
     from peftchat.conversations import read_conversations
 
     found: dict[str, None] = {}
@@ -169,7 +171,7 @@ def compare(plan: ComparePlan, out: Path, looks: EvalOptions) -> tuple[Compariso
     """Run everything that is not there yet, and write the results into the folder, which is returned with them.
 
     Raises:
-        InputError: the folder cannot be used, or the data cannot be read.
+        UserError: the folder cannot be used, or the data cannot be read.
     """
     folder = ComparisonFolder(out.absolute())
     text = looks.plain_text or PLAIN_TEXT

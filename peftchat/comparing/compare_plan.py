@@ -50,7 +50,7 @@ def parse_budget(text: str) -> Budget:
     """`steps=200`, `tokens=1e6` or `minutes=30`.
 
     Raises:
-        InputError: anything else.
+        UserError: anything else.
     """
     kind, _, amount = (part.strip() for part in text.partition("="))
     hint = "Write steps=N, tokens=N or minutes=N."
@@ -216,7 +216,7 @@ def plan_comparison(wish: CompareOptions) -> ComparePlan:
     """Check everything that can be checked before the first run.
 
     Raises:
-        InputError: an unknown variant, no held-out data, or a candidate that no recipe can describe.
+        UserError: an unknown variant, no held-out data, or a candidate that no recipe can describe.
     """
     if wish.trials:
         check_optuna()
@@ -227,7 +227,7 @@ def plan_comparison(wish: CompareOptions) -> ComparePlan:
     base = load_recipe(wish.recipe, flags(_common(wish)))
     if not base.recipe.data.has_eval:
         raise UserError(
-            "a comparison judges by held-out dialogues, and the recipe has none",
+            "a comparison judges by held-out conversations, and the recipe has none",
             where=base.where("data"),
             hint="Add `--set data.eval_fraction=0.1`, or name files in data.eval.",
         )

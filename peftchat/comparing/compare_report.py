@@ -171,7 +171,7 @@ def _table(rows: Sequence[TableRow], headers: Sequence[str]) -> Table:
 
 
 COLORS = 10
-"""Line colours of the page; more lines than that begin again, dashed."""
+"""Line colors of the page; more lines than that begin again, dashed."""
 
 _FEW_POINTS = 3
 
@@ -181,7 +181,7 @@ class Line:
     """How a candidate is drawn."""
 
     name: str
-    colour: int
+    color: int
     dashed: bool
 
 
@@ -214,7 +214,7 @@ def write_comparison(path: Path, result: ComparisonResult, recommended: Path) ->
         headers=HEADERS,
         rows=table_rows(result),
         lines=[lines[outcome.candidate.name] for outcome in finished],
-        colours=COLORS,
+        colors=COLORS,
         plots=_plots(finished, lines),
         intervals=_intervals(finished, lines),
         sweep=[(outcome.candidate.name, _tried(outcome)) for outcome in result.outcomes],
@@ -263,7 +263,7 @@ def _plots(finished: Sequence[CandidateResult], lines: dict[str, Line]) -> list[
             points: Curve = getattr(best, curve)
             # The fall from the first value would hide all that sets variants apart.
             points = points[1:] if len(points) > _FEW_POINTS else points
-            series.append(Series(line.name, points, line.colour, dashed=line.dashed))
+            series.append(Series(line.name, points, line.color, dashed=line.dashed))
         return title, line_plot(series, label=title, x_name=x_name, legend=False)
 
     plots = [
@@ -280,7 +280,7 @@ def _intervals(finished: Sequence[CandidateResult], lines: dict[str, Line]) -> M
             outcome.loss.mean,
             outcome.loss.margin,
             [record.loss for record in outcome.runs],
-            lines[outcome.candidate.name].colour,
+            lines[outcome.candidate.name].color,
             loss_words(outcome.loss),
         )
         for outcome in finished

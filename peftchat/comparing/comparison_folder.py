@@ -53,7 +53,7 @@ class ComparisonFolder:
         """Make the folder this comparison's, and keep a second start out of it meanwhile.
 
         Raises:
-            InputError: it holds something else, a comparison by another recipe, or one that is going on.
+            UserError: it holds something else, a comparison by another recipe, or one that is going on.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError("the folder is to be made here, and there is a file", where=f"--out {self.path}")
@@ -84,7 +84,7 @@ class ComparisonFolder:
             text: its recipe now.
 
         Raises:
-            InputError: naming the key that changed.
+            UserError: naming the key that changed.
         """
         if file.is_file() and run.is_dir():
             _check_same(file, text)

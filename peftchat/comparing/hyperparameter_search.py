@@ -60,7 +60,7 @@ def parse_range(flag: str) -> Range:
     """`training.learning_rate=1e-5..1e-3:log` or `adapter.r=4..64`.
 
     Raises:
-        InputError: not of that form, or empty.
+        UserError: not of that form, or empty.
     """
     key, equals, text = (part.strip() for part in flag.partition("="))
     span, _, scale = text.partition(":")
@@ -84,7 +84,7 @@ def check_optuna() -> None:
     """Refuse where the optional library is missing.
 
     Raises:
-        InputError: with the command that installs it.
+        UserError: with the command that installs it.
     """
     if importlib.util.find_spec("optuna") is None:
         raise UserError(

@@ -102,7 +102,7 @@ def read_run_result(job: TrainingJob, run: Path) -> RunResult:
     """The record of a finished run.
 
     Raises:
-        InputError: the folder holds no finished run.
+        UserError: the folder holds no finished run.
     """
     facts = read_run_json(run)
     loss = facts.get("eval_loss")

@@ -10,8 +10,8 @@ from peftchat.conversations.problems import KINDS, Kind, ProblemLog
 
 SKIPPED: dict[str, str] = {
     **{str(rule): meaning for rule, meaning in RULES.items()},
-    "other_language": "dialogues in another language",
-    "duplicate": "dialogues that were there before, word for word",
+    "other_language": "conversations in another language",
+    "duplicate": "conversations that were there before, word for word",
 }
 """Rule -> what it leaves out, as card and table say it."""
 
@@ -20,14 +20,14 @@ SKIPPED: dict[str, str] = {
 class SplitCount:
     """How much is in one of the written files."""
 
-    dialogues: int = 0
+    conversations: int = 0
     messages: int = 0
     answers: int = 0
     characters: int = 0
 
     def add(self, conversation: Conversation) -> None:
-        """Count one dialogue."""
-        self.dialogues += 1
+        """Count one conversation."""
+        self.conversations += 1
         self.messages += len(conversation.messages)
         for message in conversation.messages:
             self.answers += message.role == "assistant"
@@ -47,10 +47,10 @@ class Card:
         problems: rows in quarantine by kind.
         examples: the first problems of each kind, as `file:line: detail`.
         skipped: what was left out by rule.
-        trimmed: dialogues that lost a user turn at their end.
+        trimmed: conversations that lost a user turn at their end.
         train: what `train.jsonl` holds.
         eval: what `eval.jsonl` holds.
-        stopped_early: whether `max_dialogues` ended the reading.
+        stopped_early: whether `max_conversations` ended the reading.
         seconds: wall time.
         peftchat: version that wrote this.
     """
@@ -86,7 +86,7 @@ class Card:
 
 
 def funnel(card: Card) -> Iterator[tuple[str, int]]:
-    """The way from rows to dialogues, a line a step: what, how many."""
+    """The way from rows to conversations, a line a step: what, how many."""
     yield "rows read", card.rows
     yield from _oasst_steps(card.oasst, card.skipped)
     for kind, count in card.problems.items():
@@ -96,8 +96,8 @@ def funnel(card: Card) -> Iterator[tuple[str, int]]:
             yield f"left out: {SKIPPED[rule]}", -count
     if card.trimmed:
         yield "changed: an unanswered user turn at the end taken off", card.trimmed
-    yield "dialogues in train.jsonl", card.train.dialogues
-    yield "dialogues in eval.jsonl", card.eval.dialogues
+    yield "conversations in train.jsonl", card.train.conversations
+    yield "conversations in eval.jsonl", card.eval.conversations
 
 
 def _oasst_steps(oasst: Mapping[str, int], skipped: Mapping[str, int]) -> Iterator[tuple[str, int]]:
@@ -118,13 +118,15 @@ def card_text(card: Card) -> str:
     lines += [f"Read as {form}: `{file}`" for file, form in card.forms.items()]
     lines += ["", "| what became of the rows | count |", "| --- | ---: |"]
     lines += [f"| {what} | {count:,} |" for what, count in funnel(card)]
-    lines += ["", "| file | dialogues | messages | answers | characters |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines += ["", "| file | conversations | messages | answers | characters |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, side in (("train.jsonl", card.train), ("eval.jsonl", card.eval)):
-        lines.append(f"| {name} | {side.dialogues:,} | {side.messages:,} | {side.answers:,} | {side.characters:,} |")
-    lines += ["", "Dialogues that start with the same user message are all in the same file.", "", "Settings:", ""]
+        lines.append(
+            f"| {name} | {side.conversations:,} | {side.messages:,} | {side.answers:,} | {side.characters:,} |"
+        )
+    lines += ["", "Conversations that start with the same user message are all in the same file.", "", "Settings:", ""]
     lines += [f"- {name}: {value}" for name, value in card.settings.items()]
     if card.stopped_early:
-        lines += ["", "The reading stopped at `max_dialogues`: the source holds more than is counted here."]
+        lines += ["", "The reading stopped at `max_conversations`: the source holds more than is counted here."]
     if card.examples:
         lines += ["", "First problems of each kind (all of them are in `quarantine.jsonl`):", ""]
         lines += [f"- {example}" for examples in card.examples.values() for example in examples]

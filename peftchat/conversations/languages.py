@@ -1,4 +1,4 @@
-"""Which language a dialogue is in: what its row says, else a detector's guess."""
+"""Which language a conversation is in: what its row says, else a detector's guess."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,10 +19,10 @@ def matches_language(language: str, wanted: Sequence[str]) -> bool:
 
 
 def detect_language(messages: Sequence[Message]) -> str:
-    """The ISO 639 code of the language that user and assistant speak, judged by the start of the dialogue.
+    """The ISO 639 code of the language that user and assistant speak, judged by the start of the conversation.
 
     Raises:
-        InputError: the detector is not installed.
+        UserError: the detector is not installed.
     """
     try:
         import py3langid
@@ -38,7 +38,7 @@ def detect_language(messages: Sequence[Message]) -> str:
 
 
 def is_in_languages(fields: Mapping[str, Any], messages: Sequence[Message], wanted: Sequence[str]) -> bool:
-    """Whether a dialogue is in a wanted language by its row's `lang` or `language` field, or else by its text."""
+    """Whether a conversation is in a wanted language by its row's `lang` or `language` field, or else by its text."""
     for name in _FIELDS:
         if isinstance(value := fields.get(name), str) and value:
             return matches_language(value, wanted)

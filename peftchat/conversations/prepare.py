@@ -30,7 +30,7 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
     """A draft folder beside `folder` that takes its name if the block ends well, and goes if it does not.
 
     Raises:
-        InputError: `folder` is a file or holds something, or the disk does not let us write.
+        UserError: `folder` is a file or holds something, or the disk does not let us write.
     """
     hint = "Give a folder that does not exist yet, or an empty one."
     if folder.is_dir() and any(folder.iterdir()):
@@ -58,7 +58,7 @@ class ConversationFile:
         self._file = path.open("wb")
 
     def write(self, conversation: Conversation) -> None:
-        """Append one dialogue: its messages, and where it came from."""
+        """Append one conversation: its messages, and where it came from."""
         row = {"messages": conversation.as_dicts(), "source": conversation.source}
         self._file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
         self.count.add(conversation)
@@ -153,10 +153,10 @@ class PrepareSettings:
         split: of a folder or hub data set.
         languages: keep only these; empty keeps all.
         top_k: OpenAssistant only: follow the best `top_k` replies of each turn.
-        eval_fraction: share of first user messages whose dialogues are held out.
+        eval_fraction: share of first user messages whose conversations are held out.
         seed: of that choice.
         strict: end at the first problem.
-        max_dialogues: stop after this many.
+        max_conversations: stop after this many.
         max_row_bytes: a longer row is a problem.
     """
 
@@ -167,11 +167,11 @@ class PrepareSettings:
     eval_fraction: float = 0.1
     seed: int = 0
     strict: bool = False
-    max_dialogues: int | None = None
+    max_conversations: int | None = None
     max_row_bytes: int = MAX_RECORD_BYTES
 
 
-def _no_progress(dialogues: int) -> None:
+def _no_progress(conversations: int) -> None:
     """Say nothing."""
 
 
@@ -187,21 +187,21 @@ def prepare(
         source: a file, a folder or a hub id.
         folder: absent or empty.
         settings: what to make of the source.
-        progress: called with the number of dialogues seen so far.
+        progress: called with the number of conversations seen so far.
 
     Raises:
-        InputError: as `read_conversations`; or `folder` is not empty or cannot be written, or no dialogue is left.
+        UserError: as `read_conversations`; or `folder` is not empty or cannot be written, or no conversation is left.
     """
     started = time.monotonic()
     card = Card(source, asdict(settings), __version__)
     with atomic_directory(folder) as draft:
         with Quarantine(draft / "quarantine.jsonl") as quarantine:
             log = ProblemLog(strict=settings.strict, quarantine=quarantine.write)
-            dialogues = _conversations(source, settings, log, card)
-            split = _write_splits(_new_only(dialogues, draft, log, progress), draft, settings, card)
+            conversations = _conversations(source, settings, log, card)
+            split = _write_splits(_new_only(conversations, draft, log, progress), draft, settings, card)
         card.take(log)
-        if not card.train.dialogues + card.eval.dialogues:
-            raise UserError("no dialogue is left", where=source, hint=_why_nothing(card))
+        if not card.train.conversations + card.eval.conversations:
+            raise UserError("no conversation is left", where=source, hint=_why_nothing(card))
         if split is not None:
             _split_again(draft, split, card)
         card.seconds = round(time.monotonic() - started, 3)
@@ -213,7 +213,7 @@ def prepare(
 def _conversations(source: str, settings: PrepareSettings, log: ProblemLog, card: Card) -> Iterator[Conversation]:
     options = ReadOptions(settings.languages, settings.top_k, settings.max_row_bytes)
     stream = read_conversations(source, format=settings.format, split=settings.split, problems=log, options=options)
-    yield from islice(stream, settings.max_dialogues)
+    yield from islice(stream, settings.max_conversations)
     card.stopped_early = next(stream, None) is not None
 
 

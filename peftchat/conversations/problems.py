@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from peftchat.errors import UserError
 
 MAX_RECORD_BYTES = 16 * 2**20
-"""Default limit for one row: a dialogue of 16 MiB is a broken file, not a dialogue."""
+"""Default limit for one row: a conversation of 16 MiB is a broken file, not a conversation."""
 
 
 class RawRecord(NamedTuple):
@@ -37,7 +37,7 @@ class ReadOptions:
     """Settings of one reading.
 
     Attributes:
-        languages: keep only dialogues in these languages (`en`, `pt-BR`; `pt` includes `pt-BR`); empty keeps all.
+        languages: keep only conversations in these languages (`en`, `pt-BR`; `pt` includes `pt-BR`); empty keeps all.
             The row's own `lang` field decides where there is one, else a detector.
         top_k: OASST only: of each turn's ranked replies, follow the best `top_k`; None follows all.
         max_row_bytes: a longer row is a problem and is not read into memory.
@@ -74,7 +74,7 @@ KINDS: dict[Kind, str] = {
     "not_utf8": "the row is not UTF-8 text",
     "nul_character": "the text holds a NUL character",
     "lone_surrogate": "the text holds half of a surrogate pair",
-    "nested_too_deep": "the JSON is nested too deep to be a dialogue",
+    "nested_too_deep": "the JSON is nested too deep to be a conversation",
     "row_too_long": "the row is longer than the limit",
     "broken_file": "the file cannot be read on from here",
     "not_an_object": "the row is JSON but not an object",
@@ -84,14 +84,14 @@ KINDS: dict[Kind, str] = {
     "unknown_role": "a turn has a role that the form does not know",
     "repeated_role": "two turns of one role follow each other",
     "system_not_first": "a system message stands behind other turns",
-    "no_answer": "the dialogue has no assistant message",
+    "no_answer": "the conversation has no assistant message",
     "empty_content": "a turn says nothing",
     "unsupported_content": "a turn holds something other than text",
     "broken_tree": "a message does not belong to any tree of its file",
 }
 
 STRICT_SCAN_RECORDS = 10_000
-"""How many more dialogues a strict reader looks at, after the first problem, to say how many there are."""
+"""How many more conversations a strict reader looks at, after the first problem, to say how many there are."""
 STRICT_SCAN_PROBLEMS = 1_000
 _EXAMPLES_PER_KIND = 3
 
@@ -116,7 +116,7 @@ class Problem:
 
 
 class RecordError(Exception):
-    """A row cannot become a dialogue; the reader that knows its place turns it into a `Problem`."""
+    """A row cannot become a conversation; the reader that knows its place turns it into a `Problem`."""
 
     def __init__(self, kind: Kind, detail: str) -> None:
         super().__init__(detail)
@@ -162,7 +162,7 @@ class ProblemLog:
         """Record a row that cannot be used.
 
         Raises:
-            InputError: in strict mode, once there are more problems than are worth counting.
+            UserError: in strict mode, once there are more problems than are worth counting.
         """
         if self.first is None:
             self.first = problem

@@ -33,7 +33,7 @@ class SourceEntry(Protocol):
 
     @property
     def weight(self) -> float:
-        """How many times each dialogue is used, see `read_sources`."""
+        """How many times each conversation is used, see `read_sources`."""
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -50,13 +50,14 @@ def read_sources(
     *,
     problems: ProblemLog | None = None,
 ) -> Iterator[Conversation]:
-    """The dialogues of several sources, one source after the other, each dialogue as often as its source's weight says.
+    """The conversations of several sources, one source after the other, each conversation as often as its source's
+    weight says.
 
-    Weight 1 uses every dialogue once, 2 twice, 0.5 a half, 1.5 every dialogue once and a half of them twice. Which
-    half depends on `seed` and the dialogue's place alone. Shuffling is left to whoever draws batches.
+    Weight 1 uses every conversation once, 2 twice, 0.5 a half, 1.5 every conversation once and a half of them twice.
+    Which half depends on `seed` and the conversation's place alone. Shuffling is left to whoever draws batches.
 
     Raises:
-        InputError: as `read_conversations`; paths and formats of all entries are checked before the first dialogue.
+        UserError: as `read_conversations`; paths and formats of all entries are checked before the first conversation.
     """
     log = ProblemLog(strict=True) if problems is None else problems
     streams = [
@@ -105,7 +106,7 @@ def read_conversations(
     problems: ProblemLog | None = None,
     options: ReadOptions | None = None,
 ) -> Iterator[Conversation]:
-    """The dialogues of a file, a folder of files or a hub data set, one at a time.
+    """The conversations of a file, a folder of files or a hub data set, one at a time.
 
     Memory does not grow with the number of rows; only OpenAssistant exports are remembered (to find duplicates), and
     those of single messages held until the file ends.
@@ -118,9 +119,9 @@ def read_conversations(
         options: languages, OASST rank limit, row limit.
 
     Raises:
-        InputError: path, format or split do not exist, no form fits, `top_k` is set for a form without ranks, or, in
-            strict mode, a row has a problem. Path and format are checked at once, before the first dialogue is asked
-            for.
+        UserError: path, format or split do not exist, no form fits, `top_k` is set for a form without ranks, or, in
+            strict mode, a row has a problem. Path and format are checked at once, before the first conversation is
+            asked for.
     """
     log = ProblemLog(strict=True) if problems is None else problems
     settings = options or ReadOptions()
@@ -163,7 +164,7 @@ def _all_sources(
 def _source(
     name: str, rows: Iterator[RawRecord], form: Format | None, options: ReadOptions, problems: ProblemLog
 ) -> Iterator[Conversation]:
-    """The dialogues of one file, its form settled first."""
+    """The conversations of one file, its form settled first."""
     first = list(itertools.islice(rows, _DETECT_RECORDS))
     if form is None and first:
         form = _detect(name, first)
@@ -206,7 +207,7 @@ def _detect(name: str, rows: Iterable[RawRecord]) -> Format:
 
 
 def _until_problem(stream: Iterator[Conversation], problems: ProblemLog) -> Iterator[Conversation]:
-    """The dialogues up to the first problem, which becomes the error; a little further on others are counted."""
+    """The conversations up to the first problem, which becomes the error; a little further on others are counted."""
     for conversation in stream:
         if problems.first is not None:
             break

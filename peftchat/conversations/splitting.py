@@ -1,4 +1,4 @@
-"""A short name for what a dialogue says, for finding exact duplicates and for seeded choices."""
+"""A short name for what a conversation says, for finding exact duplicates and for seeded choices."""
 
 import hashlib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from peftchat.conversation import Conversation, Message
 
 
 def fingerprint(messages: Iterable[Message]) -> bytes:
-    """16 bytes that are equal for dialogues with the same roles and the same contents, and for no others."""
+    """16 bytes that are equal for conversations with the same roles and the same contents, and for no others."""
     state = hashlib.blake2b(digest_size=16)
     for message in messages:
         content = message.content.encode(errors="surrogatepass")
@@ -19,7 +19,7 @@ def fingerprint(messages: Iterable[Message]) -> bytes:
 
 
 FRACTION_STEP = 2.0**-48
-"""The distance between neighbouring values of `seeded_fraction`; all are exact floats."""
+"""The distance between neighboring values of `seeded_fraction`; all are exact floats."""
 
 
 def seeded_fraction(seed: int | str, key: str) -> float:
@@ -30,9 +30,9 @@ def seeded_fraction(seed: int | str, key: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class EvalSplit:
-    """The rule that puts a dialogue on one side.
+    """The rule that puts a conversation on one side.
 
-    All dialogues that start with the same user message are on one side: that keeps the branches of an OpenAssistant
+    All conversations that start with the same user message are on one side: that keeps the branches of an OpenAssistant
     tree together, and two trees that grew from the same words.
 
     Attributes:
@@ -46,17 +46,17 @@ class EvalSplit:
     threshold: float
 
     def is_eval(self, conversation: Conversation) -> bool:
-        """Whether the dialogue is held out."""
+        """Whether the conversation is held out."""
         return self.number(conversation) < self.threshold
 
     def number(self, conversation: Conversation) -> float:
-        """The seeded number in [0, 1) of the dialogue's first user message."""
+        """The seeded number in [0, 1) of the conversation's first user message."""
         return seeded_fraction(self.seed, _start(conversation))
 
 
 @dataclass(slots=True)
 class SplitCensus:
-    """Watches a stream of dialogues and settles the split at its end, in constant memory.
+    """Watches a stream of conversations and settles the split at its end, in constant memory.
 
     A threshold equal to the fraction can leave a side of a small set empty. The lowest and the highest number seen
     are enough to move it just so far that, given two different first messages, neither side is.
@@ -73,7 +73,7 @@ class SplitCensus:
         return EvalSplit(self.fraction, self.seed, self.fraction)
 
     def see(self, number: float) -> None:
-        """Take note of a dialogue's number."""
+        """Take note of a conversation's number."""
         self.lowest = min(self.lowest, number)
         self.highest = max(self.highest, number)
 
@@ -96,9 +96,9 @@ def fit_split(conversations: Iterable[Conversation], fraction: float, seed: int)
 def split_eval(
     conversations: Iterable[Conversation], fraction: float, seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and evaluation dialogues, each in the order given.
+    """Training and evaluation conversations, each in the order given.
 
-    `fraction` is honoured on average over seeds. With at least two different first user messages both sides hold
+    `fraction` is honored on average over seeds. With at least two different first user messages both sides hold
     something; with one, evaluation is empty.
     """
     everything = list(conversations)

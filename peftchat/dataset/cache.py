@@ -54,7 +54,7 @@ def load_splits(recipe: "Recipe", chat: ChatFormat) -> dict[Split, EncodedSplit]
     """The rows to train on, and those held out where the recipe has any.
 
     Raises:
-        InputError: a source cannot be read, no row is left, or most rows have nothing to learn.
+        UserError: a source cannot be read, no row is left, or most rows have nothing to learn.
     """
     rows = encode_splits(recipe, chat)
     for side, encoded in rows.items():
@@ -62,7 +62,7 @@ def load_splits(recipe: "Recipe", chat: ChatFormat) -> dict[Split, EncodedSplit]
     return rows
 
 
-def _no_progress(dialogues: int) -> None:
+def _no_progress(conversations: int) -> None:
     """Say nothing."""
 
 
@@ -74,10 +74,11 @@ def encode_splits(
     Args:
         recipe: names the sources and every setting.
         chat: the recipe's format.
-        progress: called now and then with the number of dialogues encoded so far; never if the rows are there already.
+        progress: called now and then with the number of conversations encoded so far; never if the rows are there
+            already.
 
     Raises:
-        InputError: a source cannot be read, or holds what the recipe refuses.
+        UserError: a source cannot be read, or holds what the recipe refuses.
     """
     from filelock import FileLock
 
@@ -167,7 +168,7 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
 
 
 def conversations(recipe: "Recipe", side: Split, log: ProblemLog) -> Iterator[Conversation]:
-    """The dialogues of one side in the order of their rows, before any is cut or left out."""
+    """The conversations of one side in the order of their rows, before any is cut or left out."""
     data, seed = recipe.data, recipe.training.seed
     if side == "eval" and data.eval is not None:
         chosen = read_sources(data.eval, seed, problems=log)
@@ -184,7 +185,7 @@ def _check(recipe: "Recipe", side: Split, stats: EncodingStats) -> None:
     """Refuse a side on which nothing, or next to nothing, is left.
 
     Raises:
-        InputError: with what became of the rows.
+        UserError: with what became of the rows.
     """
     dropped = sum(stats.dropped.values())
     reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in stats.dropped.items())
@@ -200,14 +201,14 @@ def _check(recipe: "Recipe", side: Split, stats: EncodingStats) -> None:
             f"{empty} of {stats.rows + dropped} rows have nothing to learn, the first is "
             f"{stats.named['nothing_to_learn'][0]}",
             where=f"data.{side}",
-            hint="Most dialogues lack an assistant message, or chat.loss_on does not fit them.",
+            hint="Most conversations lack an assistant message, or chat.loss_on does not fit them.",
         )
 
 
-def reject_truncation(
+def with_full_examples(
     recipe: "Recipe", chat: ChatFormat, side: Split, rows: Iterable[EncodedExample]
 ) -> Iterator[tuple[EncodedExample, EncodedExample]]:
-    """Each row together with its dialogue encoded in full.
+    """Each row together with its conversation encoded in full.
 
     The source is read once more, only as far as needed.
 
@@ -218,10 +219,10 @@ def reject_truncation(
         rows: some of them, in their order.
     """
     encoder = chat.encoder()
-    dialogues = conversations(recipe, side, ProblemLog(strict=True))
+    stream = conversations(recipe, side, ProblemLog(strict=True))
     whole: EncodedExample | None = None
     for row in rows:
         if whole is None or whole.source != row.source:
-            found = next((dialogue for dialogue in dialogues if dialogue.source == row.source), None)
+            found = next((conversation for conversation in stream if conversation.source == row.source), None)
             whole = row if found is None else encoder.encode([found])[0]
         yield row, whole

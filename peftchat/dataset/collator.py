@@ -23,10 +23,11 @@ Batch = dict[str, Any]
 
 
 def borders(lengths: Sequence[int]) -> Batch:
-    """Where dialogues begin and end in a line, as transformers' flash attention takes it.
+    """Where conversations begin and end in a line, as transformers' flash attention takes it.
 
     Returns:
-        `cu_seq_lens_q` and `cu_seq_lens_k`, int32, shape (dialogues + 1,), and the greatest length twice, as a number.
+        `cu_seq_lens_q` and `cu_seq_lens_k`, int32, shape (conversations + 1,), and the greatest length twice, as a
+        number.
     """
     import torch
 
@@ -39,21 +40,21 @@ def borders(lengths: Sequence[int]) -> Batch:
 class ChatCollator:
     """Lays out packs of rows as the tensors that a model takes.
 
-    `flat`: every row of the batch behind the other, shape (1, N), for attention that takes dialogues one by one; their
-    borders come with it (`borders`). Nothing is padded.
+    `flat`: every row of the batch behind the other, shape (1, N), for attention that takes conversations one by one;
+    their borders come with it (`borders`). Nothing is padded.
     `stacked`: a pack a line, shape (B, T), for attention that builds its mask: its cost is quadratic in T.
     `padded`: a row a line with an `attention_mask`, shape (B, T); packs must hold one row each.
 
-    `input_ids`, `labels` and, for the first two, `position_ids` are int64. Positions restart at every dialogue and
-    there is no attention mask: transformers then builds one that keeps dialogues apart, or hands the borders to the
-    kernel. The first token of a dialogue is never a target. Padding is on the right; where positions restart it is
-    one more dialogue.
+    `input_ids`, `labels` and, for the first two, `position_ids` are int64. Positions restart at every conversation and
+    there is no attention mask: transformers then builds one that keeps conversations apart, or hands the borders to the
+    kernel. The first token of a conversation is never a target. Padding is on the right; where positions restart it is
+    one more conversation.
 
     `real_tokens` (int64, shape ()) counts the tokens that are not padding. `watched` (int64, shape (2, n)) counts, for
-    each token id of interest, its occurrences and those that still have a target behind them in their dialogue.
+    each token id of interest, its occurrences and those that still have a target behind them in their conversation.
 
     Args:
-        rows: the encoded dialogues.
+        rows: the encoded conversations.
         loss_on: the policy that turns codes into labels.
         layout: see above.
         pad_token_id: id for padding; never compared with anything.

@@ -1,4 +1,4 @@
-"""What became of the dialogues of one side."""
+"""What became of the conversations of one side."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,17 +25,17 @@ _NAMED = 5
 
 @dataclass(slots=True)
 class EncodingStats:
-    """What became of the dialogues of one side.
+    """What became of the conversations of one side.
 
     Attributes:
         rows: rows that are kept.
         tokens: their tokens.
         supervised: their tokens that carry a target.
-        dropped: dialogues and rows that are not, by reason.
-        named: the first few sources of each reason, and of the dialogues that were `shortened` or `divided`.
-        shortened: dialogues that lost exchanges to fit `data.max_length`.
+        dropped: conversations and rows that are not, by reason.
+        named: the first few sources of each reason, and of the conversations that were `shortened` or `divided`.
+        shortened: conversations that lost exchanges to fit `data.max_length`.
         exchanges_cut: exchanges lost that way.
-        divided: dialogues that became several rows to fit.
+        divided: conversations that became several rows to fit.
         parts: those rows.
         lookalikes: stretches spelled like a special token, encoded as ordinary text.
         forms: the form each source file was read as.
@@ -61,13 +61,13 @@ class EncodingStats:
         self._name(reason, source)
 
     def shorten(self, exchanges: int, source: str) -> None:
-        """Count a dialogue that lost exchanges."""
+        """Count a conversation that lost exchanges."""
         self.shortened += 1
         self.exchanges_cut += exchanges
         self._name("shortened", source)
 
     def divide(self, parts: int, source: str) -> None:
-        """Count a dialogue that became several rows."""
+        """Count a conversation that became several rows."""
         self.divided += 1
         self.parts += parts
         self._name("divided", source)
@@ -80,7 +80,7 @@ class EncodingStats:
 
 _BATCH = 1024
 _BATCH_CHARACTERS = 2**21
-"""A batch ends here even if it has few dialogues, so that long ones do not fill the memory."""
+"""A batch ends here even if it has few conversations, so that long ones do not fill the memory."""
 _WORKERS = 2
 """The tokenizer's threads use all cores by themselves; a second batch keeps them busy while Python has the first."""
 
@@ -88,7 +88,7 @@ _WORKERS = 2
 def encode_conversations(
     recipe: "Recipe", encoder: ChatEncoder, conversations: Iterable[Conversation], stats: EncodingStats
 ) -> Iterator[ExampleBatch]:
-    """Batches of rows, in the order of their dialogues.
+    """Batches of rows, in the order of their conversations.
 
     Args:
         recipe: says what fits, what is trained and what is refused.
@@ -97,7 +97,7 @@ def encode_conversations(
         stats: counts what became of each.
 
     Raises:
-        InputError: a dialogue holds what the recipe refuses.
+        UserError: a conversation holds what the recipe refuses.
     """
     table = loss_mask_table(recipe.chat.loss_on)
     for batch, rows in _in_flight(encoder, conversations):
@@ -160,7 +160,7 @@ def _fitting(
             continue
         if policy == "refuse":
             raise UserError(
-                f"the dialogue has {len(row.ids)} tokens, and data.max_length is {limit}",
+                f"the conversation has {len(row.ids)} tokens, and data.max_length is {limit}",
                 where=conversation.source or None,
                 hint="Raise data.max_length, or set data.truncation: turns, turns_leading, split or drop.",
             )
@@ -188,9 +188,9 @@ def _learnable(
             kept.append(row)
         elif recipe.chat.empty_rows == "refuse":
             raise UserError(
-                f"nothing in the dialogue is trained by chat.loss_on: {recipe.chat.loss_on}",
+                f"nothing in the conversation is trained by chat.loss_on: {recipe.chat.loss_on}",
                 where=row.source or None,
-                hint="Take the dialogue out, or set chat.empty_rows: drop to leave such rows out.",
+                hint="Take the conversation out, or set chat.empty_rows: drop to leave such rows out.",
             )
         else:
             stats.drop("nothing_to_learn", row.source)

@@ -1,6 +1,6 @@
 """Packing: which rows share a sequence.
 
-Best-fit decreasing: the longest rows first, each into the fullest sequence that still has room. On dialogue
+Best-fit decreasing: the longest rows first, each into the fullest sequence that still has room. On conversation
 lengths this leaves well under one percent of a long sequence empty.
 """
 

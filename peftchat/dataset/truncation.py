@@ -1,7 +1,7 @@
-"""Dialogues that are too long, cut between exchanges and nowhere else.
+"""Conversations that are too long, cut between exchanges and nowhere else.
 
 An exchange is what one user message sets off: the message, the answer, and tool calls and results in between. Every
-row made here is the encoding of a shorter dialogue, so that no answer is ever without its end token.
+row made here is the encoding of a shorter conversation, so that no answer is ever without its end token.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ _AROUND = 12
 
 @dataclass(frozen=True, slots=True)
 class Truncated:
-    """A dialogue made to fit.
+    """A conversation made to fit.
 
     Attributes:
         rows: its rows; none if not even one exchange fits.
@@ -51,7 +51,7 @@ def rounds(conversation: Conversation) -> tuple[Round, list[Round]]:
 def truncate_to_fit(
     conversation: Conversation, whole: EncodedExample, encoder: ChatEncoder, limit: int, cut: TruncationSide
 ) -> Truncated:
-    """The dialogue in rows of at most `limit` tokens, each with the system message.
+    """The conversation in rows of at most `limit` tokens, each with the system message.
 
     Args:
         conversation: one that is too long.
@@ -86,7 +86,7 @@ def truncate_to_fit(
 def _split(
     parts: Sequence[Round], row_of: Callable[[Sequence[Round]], EncodedExample | None], room: float
 ) -> Truncated:
-    """As few rows of neighbouring exchanges as possible."""
+    """As few rows of neighboring exchanges as possible."""
     rows: list[EncodedExample] = []
     start = lost = 0
     while start < len(parts):
@@ -106,7 +106,7 @@ def _longest(
 ) -> tuple[int, EncodedExample | None]:
     """The largest number of exchanges, up to `most`, of which a row can be made, and that row; 0 and None if none.
 
-    Every try encodes a dialogue, so the search begins at a guess and widens from there.
+    Every try encodes a conversation, so the search begins at a guess and widens from there.
     """
     kept: tuple[int, EncodedExample | None] = (0, None)
     low, high = 0, most + 1  # so many fit, and so many do not

@@ -28,7 +28,7 @@ class Architecture:
         arch: its name in the `gguf` library's `MODEL_ARCH`.
         describe: writes its metadata.
         activation: the activation that llama.cpp computes for it.
-        interleaved_rotation: its rotary embedding turns neighbouring pairs in llama.cpp, halves in transformers.
+        interleaved_rotation: its rotary embedding turns neighboring pairs in llama.cpp, halves in transformers.
     """
 
     arch: str
@@ -51,7 +51,7 @@ def architecture_of(config: Any, where: str) -> Architecture:
     """The entry for a transformers config.
 
     Raises:
-        InputError: GGUF for it is not written here, or it differs from what llama.cpp computes.
+        UserError: GGUF for it is not written here, or it differs from what llama.cpp computes.
     """
     found = ARCHITECTURES.get(config.model_type)
     if found is None:

@@ -69,7 +69,7 @@ def require_gguf() -> None:
     """See that the library is there.
 
     Raises:
-        InputError: it is not.
+        UserError: it is not.
     """
     if importlib.util.find_spec("gguf") is None:
         raise UserError("writing GGUF needs the package gguf", hint="Install it: pip install 'peftchat[gguf]'.")
@@ -83,8 +83,8 @@ def write_gguf(source: ExportSource, path: Path, type_name: str | None = None) -
         type_name: one of `TYPES`; None keeps the weights as they are stored.
 
     Raises:
-        InputError: llama.cpp has no equal for the architecture or the tokenizer, or the library is missing.
-        CheckFailed: what is on disk is not what was written.
+        UserError: llama.cpp has no equal for the architecture or the tokenizer, or the library is missing.
+        VerificationError: what is on disk is not what was written.
     """
     require_gguf()
     tokenizer = source.tokenizer()
@@ -126,7 +126,7 @@ def check_gguf(path: Path, digests: dict[str, int]) -> None:
         digests: CRC-32 of each tensor's bytes by name.
 
     Raises:
-        CheckFailed: naming the first tensor that differs.
+        VerificationError: naming the first tensor that differs.
     """
     from gguf import GGUFReader
 
@@ -229,7 +229,7 @@ def _write_tensors(
 ) -> dict[str, int]:
     digests = {}
     for tensor in tensors:
-        # A quantised row is given in elements here, since its type is named.
+        # A quantized row is given in elements here, since its type is named.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=tensor.kind)
     try:
         writer.write_header_to_file()

@@ -28,7 +28,7 @@ class ChatFrames:
     Attributes:
         start: what begins the text: the token for its beginning, or nothing.
         system: None where the template takes no system message.
-        default_system: the system prompt of dialogues without one; None where there is none.
+        default_system: the system prompt of conversations without one; None where there is none.
         opening: what opens an answer.
     """
 
@@ -53,10 +53,10 @@ class ChatFrames:
 
 
 def read_frames(tokenizer: "PreTrainedTokenizerBase", where: str) -> ChatFrames:
-    """Find the frames of a tokenizer's chat template and prove them on further dialogues.
+    """Find the frames of a tokenizer's chat template and prove them on further conversations.
 
     Raises:
-        InputError: there is no template, or its turns are not frames around messages.
+        UserError: there is no template, or its turns are not frames around messages.
     """
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template", where=where)
@@ -71,10 +71,10 @@ def read_frames(tokenizer: "PreTrainedTokenizerBase", where: str) -> ChatFrames:
 
 
 def _found(tokenizer: "PreTrainedTokenizerBase") -> ChatFrames | None:
-    question, dialogue = [("user", _FIRST)], [("user", _FIRST), ("assistant", _SECOND), ("user", _THIRD)]
+    question, conversation = [("user", _FIRST)], [("user", _FIRST), ("assistant", _SECOND), ("user", _THIRD)]
     asked, opened = _render(tokenizer, question), _render(tokenizer, question, opening=True)
-    whole = _render(tokenizer, dialogue)
-    answered = _render(tokenizer, dialogue[:2])
+    whole = _render(tokenizer, conversation)
+    answered = _render(tokenizer, conversation[:2])
     if asked is None or opened is None or whole is None or answered is None:
         return None
     head, _, user_after = asked.partition(_FIRST)
@@ -142,7 +142,7 @@ def modelfile(
         writes_start: whether the template must write what begins the text; llama.cpp does where the GGUF file says so.
 
     Raises:
-        InputError: a text that Ollama's format cannot hold.
+        UserError: a text that Ollama's format cannot hold.
     """
     lines = [f"FROM ./{gguf_name}", f"TEMPLATE {_quoted(go_template(frames, writes_start=writes_start))}"]
     if frames.default_system:

@@ -30,8 +30,8 @@ def export_gguf(path: str, options: ExportOptions) -> WrittenGguf:
     """Write a run or a model as one GGUF file.
 
     Raises:
-        InputError: it cannot be written as GGUF, or the file is already there.
-        CheckFailed: what is on disk is not what was written.
+        UserError: it cannot be written as GGUF, or the file is already there.
+        VerificationError: what is on disk is not what was written.
     """
     _refuse_existing(options.out, options)
     source = open_source(path)
@@ -44,8 +44,8 @@ def export_ollama(path: str, options: ExportOptions) -> WrittenGguf:
     """Write a folder that `ollama create` takes: a GGUF file and a Modelfile.
 
     Raises:
-        InputError: as `export_gguf`, or the chat template has no plain form for Ollama.
-        CheckFailed: what is on disk is not what was written.
+        UserError: as `export_gguf`, or the chat template has no plain form for Ollama.
+        VerificationError: what is on disk is not what was written.
     """
     _refuse_existing(options.out, options)
     source = open_source(path)

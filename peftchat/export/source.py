@@ -33,8 +33,8 @@ class ExportSource:
         """The folder of whole weights; an adapter is merged into `RUN/merged` if that is not there yet.
 
         Raises:
-            InputError: it cannot be merged, or what was merged is older than the adapter.
-            CheckFailed: the merge did not pass its proof.
+            UserError: it cannot be merged, or what was merged is older than the adapter.
+            VerificationError: the merge did not pass its proof.
         """
         return _merged(self.folder) if self.is_adapter else self.folder
 
@@ -51,7 +51,7 @@ class ExportSource:
         """The model's tokenizer.
 
         Raises:
-            InputError: it cannot be read.
+            UserError: it cannot be read.
         """
         from transformers import AutoTokenizer
 
@@ -73,7 +73,7 @@ def read_source_config(folder: Path) -> Any:
     """The transformers config of a model folder.
 
     Raises:
-        InputError: it cannot be read.
+        UserError: it cannot be read.
     """
     from transformers import AutoConfig
 
@@ -87,7 +87,7 @@ def open_source(path: str) -> ExportSource:
     """Find a run folder, a model folder or a hub model, which is fetched.
 
     Raises:
-        InputError: there is none.
+        UserError: there is none.
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():

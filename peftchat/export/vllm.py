@@ -33,7 +33,7 @@ def vllm_support(path: str) -> VllmSupport:
     """Judge a run folder or a model folder from its files; an adapter that must be merged is judged by `RUN/merged`.
 
     Raises:
-        InputError: neither a finished run nor a model.
+        UserError: neither a finished run nor a model.
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():

@@ -68,7 +68,7 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerBase", rows: int, where: str)
         rows: rows of the model's embedding; ids without a token are filled up.
 
     Raises:
-        InputError: llama.cpp has no tokenizer that would give the same ids, or there are more tokens than rows.
+        UserError: llama.cpp has no tokenizer that would give the same ids, or there are more tokens than rows.
     """
     if not tokenizer.is_fast:
         raise _unsupported("it is not one of the `tokenizers` library", where)
@@ -120,9 +120,9 @@ def _tokens(
 def _split_name(state: dict[str, Any], where: str) -> str:
     """llama.cpp's name for how a byte-level tokenizer splits text."""
     normalizer = state["normalizer"]
-    # Qwen's normalises to NFC, which llama.cpp leaves to the caller.
+    # Qwen's normalizes to NFC, which llama.cpp leaves to the caller.
     if normalizer is not None and normalizer["type"] != "NFC":
-        raise _unsupported(f"it normalises text ({normalizer['type']})", where)
+        raise _unsupported(f"it normalizes text ({normalizer['type']})", where)
     steps = _steps(state["pre_tokenizer"])
     bytes_last = bool(steps) and steps[-1]["type"] == "ByteLevel" and not steps[-1]["add_prefix_space"]
     match [step["type"] for step in steps] if bytes_last else []:

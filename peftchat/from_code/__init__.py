@@ -1,4 +1,4 @@
-"""Dialogues about the user's own Python code, from its syntax trees, signatures and docstrings."""
+"""Conversations about the user's own Python code, from its syntax trees, signatures and docstrings."""
 
 from peftchat.from_code.survey import STDLIB, Survey, survey
 from peftchat.from_code.writer import CodeConversation, conversations_about, conversations_from_code

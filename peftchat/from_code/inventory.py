@@ -70,7 +70,7 @@ class CodeObject:
 
     @property
     def quotable(self) -> str:
-        """The source text that dialogues about it may quote: of a class, all but methods."""
+        """The source text that conversations about it may quote: of a class, all but methods."""
         if not isinstance(self.node, ast.ClassDef):
             return self.source
         apart = [

@@ -55,7 +55,7 @@ def locate(roots: Sequence[str], skipped: Counter[str]) -> list[SourceFile]:
         skipped: counts by reason, in files or folders.
 
     Raises:
-        InputError: a root is neither a package of this environment nor a folder, or has no Python source.
+        UserError: a root is neither a package of this environment nor a folder, or has no Python source.
     """
     found: dict[Path, SourceFile] = {}
     for root in roots:
@@ -270,7 +270,7 @@ def survey(roots: Sequence[str], *, private: bool = False) -> Survey:
         private: ask also about names that start with an underscore.
 
     Raises:
-        InputError: a root does not exist or has no Python source.
+        UserError: a root does not exist or has no Python source.
     """
     skipped: Counter[str] = Counter()
     modules, unreadable = _read(locate(roots, skipped))
@@ -319,7 +319,7 @@ def _read(files: list[SourceFile]) -> tuple[list[_Module], list[str]]:
         if file.module.rpartition(".")[2] == "__main__":
             continue
         try:
-            with tokenize.open(file.path) as opened:  # honours the file's coding line
+            with tokenize.open(file.path) as opened:  # honors the file's coding line
                 text = opened.read()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # invalid escapes in the user's strings are not our news

@@ -1,4 +1,4 @@
-"""Puts questions and answers about one object together into dialogues."""
+"""Puts questions and answers about one object together into conversations."""
 
 import json
 import random
@@ -26,7 +26,7 @@ Turn = tuple[str, str | None]
 
 @dataclass(frozen=True, slots=True)
 class CodeConversation:
-    """A dialogue, the object it asks about, and the outermost object that one belongs to."""
+    """A conversation, the object it asks about, and the outermost object that one belongs to."""
 
     conversation: Conversation
     object: str
@@ -35,7 +35,7 @@ class CodeConversation:
 
 
 def conversations_from_code(roots: Sequence[str], *, seed: int = 0, private: bool = False) -> Iterator[Conversation]:
-    """Dialogues about the Python code of some packages or folders, the same for the same seed.
+    """Conversations about the Python code of some packages or folders, the same for the same seed.
 
     Args:
         roots: package names, folders or files; they are read, never imported.
@@ -43,17 +43,17 @@ def conversations_from_code(roots: Sequence[str], *, seed: int = 0, private: boo
         private: ask also about names that start with an underscore.
 
     Raises:
-        InputError: a root does not exist or has no Python source.
+        UserError: a root does not exist or has no Python source.
     """
-    for dialogue in conversations_about(survey(roots, private=private), seed=seed):
-        yield dialogue.conversation
+    for conversation in conversations_about(survey(roots, private=private), seed=seed):
+        yield conversation.conversation
 
 
 def conversations_about(found: Survey, *, seed: int) -> Iterator[CodeConversation]:
-    """Every dialogue about the objects of a survey, in its order."""
+    """Every conversation about the objects of a survey, in its order."""
     for item in found.objects:
         answers = Answers(item, found.siblings.get(item.module, frozenset()))
-        # Seeded by the object's name, so that adding one function to a package leaves the others' dialogues alone.
+        # Seeded by the object's name, so that adding one function to a package leaves the others' conversations alone.
         choose = _Chooser(item, random.Random(f"{seed}:{item.full_name}"))
         for kind, turns in _plans(item, answers, choose):
             messages = _messages(turns)
@@ -96,7 +96,7 @@ def _messages(turns: Sequence[Turn]) -> tuple[Message, ...]:
 
 
 def _plans(item: CodeObject, answers: Answers, choose: _Chooser) -> Iterator[tuple[str, list[Turn]]]:
-    """The dialogues worth having about one object, as (kind, turns)."""
+    """The conversations worth having about one object, as (kind, turns)."""
     if item.kind == "module":
         yield "module", _module_turns(answers, choose)
         return
@@ -188,7 +188,7 @@ def write_conversations(
     eval_fraction: float = 0.1,
     private: bool = False,
 ) -> WrittenConversations:
-    """Make dialogues about some code and write `train.jsonl`, `eval.jsonl` and `card.json` into `folder`.
+    """Make conversations about some code and write `train.jsonl`, `eval.jsonl` and `card.json` into `folder`.
 
     Args:
         roots: package names, folders or files.
@@ -199,7 +199,7 @@ def write_conversations(
         private: ask also about names that start with an underscore.
 
     Raises:
-        InputError: a root cannot be read, nothing documented was found, or `folder` cannot be written.
+        UserError: a root cannot be read, nothing documented was found, or `folder` cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError("is a file, not a folder", where=str(folder), hint="Name a folder with -o.")
@@ -209,7 +209,7 @@ def write_conversations(
         raise UserError(
             f"no documented function, class or module in the {found.files} files read",
             where=", ".join(roots),
-            hint="Dialogues are made from docstrings and signatures: add docstrings, or name another package.",
+            hint="Conversations are made from docstrings and signatures: add docstrings, or name another package.",
         )
     kept = _draw(everything, max_rows, seed)
     train, held_out = split(kept, eval_fraction, seed)
@@ -222,7 +222,7 @@ def write_conversations(
         "split_by": "object",
         "files_read": found.files,
         "objects": len(found.objects),
-        "dialogues_made": len(everything),
+        "conversations_made": len(everything),
         "left_out_by_max_rows": len(everything) - len(kept),
         "skipped": dict(sorted(found.skipped.items())),
         "unreadable": list(found.unreadable),
@@ -242,14 +242,14 @@ def write_conversations(
 
 
 def split(
-    dialogues: Sequence[CodeConversation], eval_fraction: float, seed: int
+    conversations: Sequence[CodeConversation], eval_fraction: float, seed: int
 ) -> tuple[list[CodeConversation], list[CodeConversation]]:
     """(train, eval), shuffled; a class, its methods and its properties are on one side together."""
     rng = random.Random(f"{seed}:split")
-    groups = sorted({dialogue.group for dialogue in dialogues})
+    groups = sorted({conversation.group for conversation in conversations})
     rng.shuffle(groups)
-    sizes = Counter(dialogue.group for dialogue in dialogues)
-    wanted = round(len(dialogues) * eval_fraction)
+    sizes = Counter(conversation.group for conversation in conversations)
+    wanted = round(len(conversations) * eval_fraction)
     held_out: set[str] = set()
     rows = 0
     for group in groups:
@@ -257,44 +257,44 @@ def split(
         if rows < wanted and (rows + sizes[group] <= 1.5 * wanted or sizes[group] == 1):
             held_out.add(group)
             rows += sizes[group]
-    train = [dialogue for dialogue in dialogues if dialogue.group not in held_out]
-    test = [dialogue for dialogue in dialogues if dialogue.group in held_out]
+    train = [conversation for conversation in conversations if conversation.group not in held_out]
+    test = [conversation for conversation in conversations if conversation.group in held_out]
     rng.shuffle(train)
     rng.shuffle(test)
     return train, test
 
 
-def _draw(dialogues: Sequence[CodeConversation], limit: int | None, seed: int) -> list[CodeConversation]:
-    """At most `limit` dialogues: one of each object before a second of any."""
-    if limit is None or len(dialogues) <= limit:
-        return list(dialogues)
+def _draw(conversations: Sequence[CodeConversation], limit: int | None, seed: int) -> list[CodeConversation]:
+    """At most `limit` conversations: one of each object before a second of any."""
+    if limit is None or len(conversations) <= limit:
+        return list(conversations)
     rng = random.Random(f"{seed}:draw")
-    shuffled = rng.sample(range(len(dialogues)), len(dialogues))
+    shuffled = rng.sample(range(len(conversations)), len(conversations))
     seen: Counter[str] = Counter()
     rounds = []
     for index in shuffled:
-        rounds.append((seen[dialogues[index].object], index))
-        seen[dialogues[index].object] += 1
+        rounds.append((seen[conversations[index].object], index))
+        seen[conversations[index].object] += 1
     rounds.sort(key=itemgetter(0))  # stable: the shuffled order stays within a round
-    return [dialogues[index] for index in sorted(index for _, index in rounds[:limit])]
+    return [conversations[index] for index in sorted(index for _, index in rounds[:limit])]
 
 
-def _facts(dialogues: Sequence[CodeConversation]) -> dict[str, Any]:
+def _facts(conversations: Sequence[CodeConversation]) -> dict[str, Any]:
     answers = [
         len(message.content)
-        for dialogue in dialogues
-        for message in dialogue.conversation.messages
+        for conversation in conversations
+        for message in conversation.conversation.messages
         if message.role == "assistant"
     ]
     return {
-        "rows": len(dialogues),
-        "objects": len({dialogue.object for dialogue in dialogues}),
-        "turns": sum(len(dialogue.conversation.messages) for dialogue in dialogues),
-        "kinds": dict(sorted(Counter(dialogue.kind for dialogue in dialogues).items())),
+        "rows": len(conversations),
+        "objects": len({conversation.object for conversation in conversations}),
+        "turns": sum(len(conversation.conversation.messages) for conversation in conversations),
+        "kinds": dict(sorted(Counter(conversation.kind for conversation in conversations).items())),
         "mean_answer_characters": round(statistics.fmean(answers), 1) if answers else 0,
     }
 
 
-def _lines(dialogues: Sequence[CodeConversation]) -> str:
-    rows = ({"messages": item.conversation.as_dicts(), "object": item.object} for item in dialogues)
+def _lines(conversations: Sequence[CodeConversation]) -> str:
+    rows = ({"messages": item.conversation.as_dicts(), "object": item.object} for item in conversations)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -45,7 +45,7 @@ UNMERGEABLE: dict[str, str] = {
 _IN_MEMORY = frozenset({"OSF", "PSOFT", "FROD", "ADAMSS"})
 
 RESIDUAL_INITS = frozenset({"pissa", "olora"})
-"""LoRA initialisations that took their start out of the base: what was trained is `base - start + adapter`. The start
+"""LoRA initializations that took their start out of the base: what was trained is `base - start + adapter`. The start
 is a fixed function of the base and is computed again, a layer at a time."""
 
 _LOST_INITS = ("pissa_niter", "corda", "loftq", "lora_ga")
@@ -59,7 +59,7 @@ def refuse_unmergeable(config: Any, where: str) -> None:
         where: the adapter, for the message.
 
     Raises:
-        InputError: with the reason and what to do instead.
+        UserError: with the reason and what to do instead.
     """
     kind = str(config.peft_type).rpartition(".")[2].upper()
     if config.is_prompt_learning or kind in UNMERGEABLE:
@@ -93,7 +93,7 @@ class AdaptedModule:
         path: dotted name of the module in the base.
         module: PEFT's layer or wrapper.
         slots: the base's parameters inside it, by name; tied ones included.
-        start: the LoRA initialisation that must be taken out of the base first, if there was one.
+        start: the LoRA initialization that must be taken out of the base first, if there was one.
     """
 
     path: str
@@ -125,7 +125,7 @@ def read_adapter_config(folder: Path) -> Any:
     """The adapter's PEFT config.
 
     Raises:
-        InputError: there is none, it cannot be read, or its method cannot be folded.
+        UserError: there is none, it cannot be read, or its method cannot be folded.
     """
     from peft import PeftConfig
 
@@ -145,7 +145,7 @@ def check_weights(folder: Path) -> None:
     """Open the adapter's file and look at every entry.
 
     Raises:
-        InputError: missing, damaged, empty, or with a tensor of no elements, which is what a sharded trainer leaves
+        UserError: missing, damaged, empty, or with a tensor of no elements, which is what a sharded trainer leaves
             when it saves without gathering.
     """
     entries = read_header(folder / ADAPTER_WEIGHTS_NAME)
@@ -177,7 +177,7 @@ def install_adapter(hollow: EmptyModel, config: Any, folder: Path) -> AdapterWei
     """Wrap the model's modules as `config` says and load the adapter's tensors.
 
     Raises:
-        InputError: the adapter does not fit this model: unknown modules, other shapes, missing or left-over tensors.
+        UserError: the adapter does not fit this model: unknown modules, other shapes, missing or left-over tensors.
     """
     from peft import PeftModel
     from peft.utils.save_and_load import set_peft_model_state_dict
@@ -273,7 +273,7 @@ class AdapterSource:
         config: the adapter's PEFT config.
         base: hub id or folder of the base.
         revision: of a hub id.
-        quantization: how the base was held while training; None if it was not quantised.
+        quantization: how the base was held while training; None if it was not quantized.
         recipe: the run's recipe; None for a bare adapter.
     """
 
@@ -290,7 +290,7 @@ def open_adapter_source(folder: Path) -> AdapterSource:
     """Read a run folder and check its adapter's file.
 
     Raises:
-        InputError: not a run folder, a run of method `full`, or an adapter that is damaged or cannot be folded.
+        UserError: not a run folder, a run of method `full`, or an adapter that is damaged or cannot be folded.
     """
     if not folder.is_dir():
         raise UserError("no such folder", where=str(folder))
@@ -332,7 +332,7 @@ def find_base(name: str, revision: str | None) -> Path:
     """The folder of a base model: `name` itself, or the hub's snapshot, fetched if it is not here.
 
     Raises:
-        InputError: neither a folder nor a hub model that can be had.
+        UserError: neither a folder nor a hub model that can be had.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -353,7 +353,7 @@ def base_config(folder: Path, trust_remote_code: bool) -> Any:
     """The base's transformers config.
 
     Raises:
-        InputError: none there, unreadable, or of a base that is stored quantised.
+        UserError: none there, unreadable, or of a base that is stored quantized.
     """
     from transformers import AutoConfig
 
@@ -361,7 +361,7 @@ def base_config(folder: Path, trust_remote_code: bool) -> Any:
     try:
         if "quantization_config" in json.loads(where.read_text(encoding="utf-8")):
             raise UserError(
-                "the base is stored quantised, and folding an adapter needs its full weights",
+                "the base is stored quantized, and folding an adapter needs its full weights",
                 where=str(where),
                 hint="Set `model.name` of the recipe to the 16-bit model it was made from.",
             )

@@ -75,7 +75,7 @@ def match_tensor_map(checkpoint: SafetensorsCheckpoint, hollow: EmptyModel) -> T
     """Match the checkpoint's tensors with the model's parameters.
 
     Raises:
-        InputError: a parameter of the model is in no shard, or a shape differs (but for rows of the vocabulary that
+        UserError: a parameter of the model is in no shard, or a shape differs (but for rows of the vocabulary that
             the model has gained).
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -153,7 +153,7 @@ class BaseWeights:
     Args:
         checkpoint: where the weights lie.
         hollow: the model whose parameters are asked for.
-        round_trip: what quantisation did to the base while training, by parameter; none for the base as it is.
+        round_trip: what quantization did to the base while training, by parameter; none for the base as it is.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class BaseWeights:
 
     @property
     def round_tripped(self) -> frozenset[str]:
-        """The parameters that were quantised while training."""
+        """The parameters that were quantized while training."""
         return frozenset(self._round_trip)
 
     def in_blocks(self, name: str) -> bool:

@@ -61,7 +61,7 @@ def sum_deltas(parts: Sequence[WeightedDelta]) -> AddDelta:
     had the row: one adapter's is taken as trained whatever its weight, those of several are averaged by weight.
 
     Raises:
-        InputError: the weights of adapters that replace the same thing do not add up to more than nothing.
+        UserError: the weights of adapters that replace the same thing do not add up to more than nothing.
     """
     updates = [(part.weight, part.change) for part in parts if isinstance(part.change, AddDelta)]
     rows = _mean_rows([(part.weight, part.change) for part in parts if isinstance(part.change, ReplaceRows)])

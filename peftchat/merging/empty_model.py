@@ -64,7 +64,7 @@ def build_empty_model(config: Any, *, rows: int = 0, trust_remote_code: bool = F
         trust_remote_code: as in transformers.
 
     Raises:
-        InputError: transformers has no causal model for the config.
+        UserError: transformers has no causal model for the config.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM

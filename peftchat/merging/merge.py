@@ -44,8 +44,8 @@ def merge_run(folder: Path, options: MergeOptions) -> MergeResult:
     written, checked and proved. A second start continues there.
 
     Raises:
-        InputError: something the user gave cannot be used.
-        CheckFailed: the result is not what was planned or trained; it lies in `OUT.failed`.
+        UserError: something the user gave cannot be used.
+        VerificationError: the result is not what was planned or trained; it lies in `OUT.failed`.
     """
     started = monotonic()
     return_large_blocks()

@@ -124,7 +124,7 @@ def check_memory_budget(plan: MergePlan, weights: BaseWeights, working_set: int)
     """Refuse a working set that a single tensor does not fit in where its fold needs the tensor in one piece.
 
     Raises:
-        InputError: names the tensor and the smallest working set that does.
+        UserError: names the tensor and the smallest working set that does.
     """
     for name, update in plan.updates.items():
         need = weights.hollow.slots[name].shape.numel() * _FLIGHT
@@ -159,7 +159,7 @@ class ShardBuilder:
         """The tensor's rows, in order.
 
         Raises:
-            CheckFailed: a value is not a finite number.
+            VerificationError: a value is not a finite number.
         """
         for block in self._blocks(tensor):
             if block.is_floating_point() and block.numel() and not _finite(block):
@@ -211,7 +211,7 @@ class ShardBuilder:
 
 
 def _finite(block: torch.Tensor) -> bool:
-    low, high = torch.aminmax(block)  # one vectorised pass; a NaN anywhere comes out of both
+    low, high = torch.aminmax(block)  # one vectorized pass; a NaN anywhere comes out of both
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 

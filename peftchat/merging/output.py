@@ -101,7 +101,7 @@ def check_written(folder: Path, plan: MergePlan) -> None:
     Values were checked for being finite on their way into the file.
 
     Raises:
-        CheckFailed: says what differs.
+        VerificationError: says what differs.
     """
     try:
         written = SafetensorsCheckpoint.open(folder).entries
@@ -164,7 +164,7 @@ class MergeReport:
     Attributes:
         base: hub id or folder of the base.
         adapters: folder and weight of each adapter.
-        choice: which weights of the base, with the measured distances for a quantised run.
+        choice: which weights of the base, with the measured distances for a quantized run.
         dtype: type of the merged weights.
         tensors, bytes: all that was written; `folded_bytes` of it changed.
         shards: how many files; `resumed_shards` of them were there from an earlier start.

@@ -39,7 +39,7 @@ class MergeOptions:
 
     Attributes:
         out: the merged model's folder; None for `RUN/merged`.
-        base: which weights the adapter is folded into, for a run on a quantised base.
+        base: which weights the adapter is folded into, for a run on a quantized base.
         verify: compare the logits of both sides afterwards.
         scale: weight of the run's own adapter; 1 is as trained.
         adapters: further adapters on the same base, with their weights.
@@ -117,7 +117,7 @@ def prepare(folder: Path, options: MergeOptions) -> MergeJob:
     """Read everything but the weights and decide what will be written.
 
     Raises:
-        InputError: whatever is wrong with run, base, adapters or options.
+        UserError: whatever is wrong with run, base, adapters or options.
     """
     run = open_adapter_source(folder)
     members = [MergeAdapter(folder, run.config, options.scale), *_added_tokens_beside(folder, options.scale)]

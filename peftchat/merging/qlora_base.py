@@ -1,8 +1,8 @@
 """Which base a QLoRA adapter is folded into: the original weights, or those it was trained on.
 
-While training, the base was `dequantise(quantise(W))`; the adapter has learned to live with the error of that. Folding
-into W leaves the error out, folding into the dequantised weights keeps it. Both are measured against what was trained:
-the relative distance, over a sample of the changed matrices, between the stored result and `dequantised base + update`
+While training, the base was `dequantize(quantize(W))`; the adapter has learned to live with the error of that. Folding
+into W leaves the error out, folding into the dequantized weights keeps it. Both are measured against what was trained:
+the relative distance, over a sample of the changed matrices, between the stored result and `dequantized base + update`
 in float32.
 """
 
@@ -26,7 +26,7 @@ _SAMPLE = 8
 
 @dataclass(frozen=True)
 class SelectedBase:
-    """The base taken, and for a quantised run both distances to what was trained (0 is the same, 1 unrelated)."""
+    """The base taken, and for a quantized run both distances to what was trained (0 is the same, 1 unrelated)."""
 
     taken: BaseKind
     distance_original: float | None = None
@@ -39,20 +39,20 @@ def select_base(
     dequantized: tuple[BaseWeights, Mapping[str, AddDelta]] | None,
     dtype: torch.dtype | None,
 ) -> SelectedBase:
-    """Pick by `mode`; `auto` takes the nearer one, and the original where the run was not quantised.
+    """Pick by `mode`; `auto` takes the nearer one, and the original where the run was not quantized.
 
     Args:
         mode: what the user asked for.
         original: the stored base and the updates on it.
-        dequantized: the base as it was while training; None for a run on an unquantised base.
+        dequantized: the base as it was while training; None for a run on an unquantized base.
         dtype: type of the merged weights; None as stored.
 
     Raises:
-        InputError: `dequantized` was asked for and the base was not quantised.
+        UserError: `dequantized` was asked for and the base was not quantized.
     """
     if dequantized is None:
         if mode == "dequantized":
-            raise UserError("the run was not trained on a quantised base", where="--base", hint="Leave the flag out.")
+            raise UserError("the run was not trained on a quantized base", where="--base", hint="Leave the flag out.")
         return SelectedBase("original")
     weights, updates = dequantized
     names = [name for name in updates if name in weights.round_tripped]
@@ -82,7 +82,7 @@ _BLOCK = 64
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the base was held: the recipe's `quantization` section and the type it was quantised from."""
+    """How the base was held: the recipe's `quantization` section and the type it was quantized from."""
 
     bits: int
     type: str
@@ -90,11 +90,11 @@ class Quantization:
     dtype: torch.dtype
 
     def round_trip(self, weights: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-        """Quantise a matrix and dequantise it; the stored type is kept.
+        """Quantize a matrix and dequantize it; the stored type is kept.
 
         Args:
             weights: the matrix as the checkpoint holds it.
-            transposed: it is stored input by output, as Conv1D does; the quantised layer holds it the other way round.
+            transposed: it is stored input by output, as Conv1D does; the quantized layer holds it the other way round.
         """
         if transposed:
             return self.round_trip(weights.T.contiguous()).T.contiguous()
@@ -111,7 +111,7 @@ class Quantization:
 
 
 def quantized_parameters(hollow: EmptyModel) -> dict[str, bool]:
-    """The parameters that transformers would quantise in this model, and whether each is stored transposed.
+    """The parameters that transformers would quantize in this model, and whether each is stored transposed.
 
     It is transformers' own choice, made on a copy: the output head and what the model asks to keep are left alone.
     Call it before an adapter is installed.

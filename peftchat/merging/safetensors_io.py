@@ -28,7 +28,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 """Name in a safetensors header -> torch's type. Packed and 8-bit float types are left out: a base that holds them
-is quantised, and an adapter cannot be folded into it."""
+is quantized, and an adapter cannot be folded into it."""
 
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 """torch's type -> name in a safetensors header."""
@@ -154,7 +154,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file, in the order in which they lie.
 
     Raises:
-        InputError: the file is missing, is not safetensors, or is shorter or longer than its header says.
+        UserError: the file is missing, is not safetensors, or is shorter or longer than its header says.
     """
     try:
         size = file.stat().st_size
@@ -185,7 +185,7 @@ def _entry(file: Path, name: str, info: dict[str, Any], start: int) -> TensorEnt
         raise _damaged(file, f"the header entry of {name} cannot be read") from error
     if kind not in TORCH_DTYPES:
         raise UserError(
-            f"{name} is stored as {kind}, a quantised or packed type",
+            f"{name} is stored as {kind}, a quantized or packed type",
             where=str(file),
             hint="Merge into the 16- or 32-bit version of the base model.",
         )
@@ -203,7 +203,7 @@ def read_rows(entry: TensorEntry, start: int = 0, stop: int | None = None) -> to
     """Rows `start` to `stop` of a tensor, in its stored type, in memory of its own.
 
     Raises:
-        InputError: the file ends early.
+        UserError: the file ends early.
     """
     stop = entry.rows if stop is None else stop
     shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
@@ -234,7 +234,7 @@ class SafetensorsCheckpoint:
         """Read the index and every header of a model folder.
 
         Raises:
-            InputError: no safetensors weights, a missing or damaged shard, or an index that names a tensor that no
+            UserError: no safetensors weights, a missing or damaged shard, or an index that names a tensor that no
                 shard holds.
         """
         index = folder / INDEX_NAME

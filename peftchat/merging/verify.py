@@ -80,7 +80,7 @@ _BUILT_IN = (
 
 
 def prompts(run: AdapterSource, tokenizer: Any, special: Sequence[int], vocabulary: int) -> list[list[int]]:
-    """Prompts as ids: dialogues of the run's held-out data, built-in ones after them, and every special token.
+    """Prompts as ids: conversations of the run's held-out data, built-in ones after them, and every special token.
 
     Args:
         run: the run whose data is used.
@@ -126,7 +126,7 @@ def _messages(run: AdapterSource) -> Iterator[list[dict[str, str]]]:
 
 
 def _of_run(run: AdapterSource) -> Iterator[list[dict[str, str]]]:
-    """The run's held-out dialogues; those it trained on where it held out none."""
+    """The run's held-out conversations; those it trained on where it held out none."""
     from peftchat.conversations import fit_split, read_sources
 
     assert run.recipe is not None

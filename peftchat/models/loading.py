@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 
-def keep_4bit_weights_as_quantised(model: nn.Module) -> None:
+def keep_4bit_weights_as_quantized(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights on the CPU at the first forward without gradients.
 
     The packed form rounds the scales to bfloat16, so that an evaluation would change the base under the adapter, and
@@ -48,7 +48,7 @@ def check_model_folder(name: str) -> None:
     """Refuse a local folder that cannot hold the model, before anything heavy is imported.
 
     Raises:
-        InputError: the folder has no config, no weights, or weights only in pickled form.
+        UserError: the folder has no config, no weights, or weights only in pickled form.
     """
     folder = Path(name)
     if not _is_folder(name):
@@ -79,7 +79,7 @@ def _is_folder(name: str) -> bool:
     """Whether a model's name means a folder; False for a hub id.
 
     Raises:
-        InputError: it is the path of a file, or of nothing.
+        UserError: it is the path of a file, or of nothing.
     """
     folder = Path(name)
     if not folder.exists():
@@ -112,7 +112,7 @@ def load_config(recipe: "Recipe", *, need_weights: bool = True) -> "PretrainedCo
         need_weights: whether a folder without weights is refused.
 
     Raises:
-        InputError: it cannot be read, or is not that of a causal language model.
+        UserError: it cannot be read, or is not that of a causal language model.
     """
     from transformers import AutoConfig
 
@@ -128,7 +128,7 @@ def load_tokenizer(recipe: "Recipe") -> "PreTrainedTokenizerBase":
     """The base model's tokenizer, as it is; the weights need not be there.
 
     Raises:
-        InputError: it cannot be read.
+        UserError: it cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -140,15 +140,15 @@ def load_tokenizer(recipe: "Recipe") -> "PreTrainedTokenizerBase":
 
 
 def load_base(recipe: "Recipe", *, dtype: str, device_map: dict[str, Any] | None = None) -> "PreTrainedModel":
-    """The base model, quantised if the recipe says so.
+    """The base model, quantized if the recipe says so.
 
     Args:
         recipe: names the model.
-        dtype: torch's name of the dtype in which unquantised weights are held.
-        device_map: where quantised weights are put while they are loaded; None for the CPU.
+        dtype: torch's name of the dtype in which unquantized weights are held.
+        device_map: where quantized weights are put while they are loaded; None for the CPU.
 
     Raises:
-        InputError: the model cannot be loaded, or cannot run the attention asked for.
+        UserError: the model cannot be loaded, or cannot run the attention asked for.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -167,12 +167,12 @@ def load_base(recipe: "Recipe", *, dtype: str, device_map: dict[str, Any] | None
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unreadable(recipe, "the model", error) from error
     if recipe.quantization is not None:
-        keep_4bit_weights_as_quantised(model)
+        keep_4bit_weights_as_quantized(model)
     return model
 
 
 def quantization_config(recipe: "Recipe") -> Any:
-    """The recipe's quantisation for bitsandbytes (Dettmers et al., 2023)."""
+    """The recipe's quantization for bitsandbytes (Dettmers et al., 2023)."""
     import torch
     from transformers import BitsAndBytesConfig
 

@@ -1,4 +1,4 @@
-"""Adapters that begin at something: in the base's weights, in their quantisation error, or in the user's rows.
+"""Adapters that begin at something: in the base's weights, in their quantization error, or in the user's rows.
 
 PiSSA, OLoRA, CorDA and LoRA-GA train `W - s B0 A0 + s B A` and cut their start `s B0 A0` out of the base for it. Here
 the base stays as it is, and the start is a second LoRA adapter of PEFT that is never trained, `-B0` and `A0`. The
@@ -142,7 +142,7 @@ def _ranks_of(checkpoint: Path, config: "LoraConfig") -> None:
 
 @torch.no_grad()
 def _begin_loftq(recipe: "Recipe", model: "PeftModel") -> None:
-    """Begin at the best low-rank fit of what quantising took away (one step of LoftQ's alternation).
+    """Begin at the best low-rank fit of what quantizing took away (one step of LoftQ's alternation).
 
     PEFT's `replace_lora_weights_loftq` does the same, but only on a GPU, and fits `B A` as if the layer added it
     unscaled.
@@ -166,7 +166,7 @@ def _begin_loftq(recipe: "Recipe", model: "PeftModel") -> None:
             raise UserError(
                 f"the base's file has no weights under the name of the layer {name}",
                 where=f"model.name: {recipe.model.name}",
-                hint="LoftQ compares the file with the quantised layers, name by name; take another variant.",
+                hint="LoftQ compares the file with the quantized layers, name by name; take another variant.",
             ) from error
         factors = _low_rank_decomposition(original.to(held) - held, reduced_rank=layer.r["default"])
         layer.lora_A["default"].weight.data = factors["R"].contiguous()
@@ -193,7 +193,7 @@ def _begin_taken_out(recipe: "Recipe", model: "PeftModel", start: str, *, known:
 
 @torch.no_grad()
 def _begin_layer(layer: Any, recipe: "Recipe", start: str) -> None:
-    """PEFT's own initialiser on one layer; the base's weight is put back as it was."""
+    """PEFT's own initializer on one layer; the base's weight is put back as it was."""
     base = layer.get_base_layer()
     untouched = base.weight.data.clone()
     if start == "pissa":
@@ -207,6 +207,6 @@ def _begin_layer(layer: Any, recipe: "Recipe", start: str) -> None:
     base.weight.data = untouched
     for side, sign in (("lora_A", 1), ("lora_B", -1)):
         held = getattr(layer, side)
-        # Contiguous and apart from the base: some initialisers hand out views of its factors.
+        # Contiguous and apart from the base: some initializers hand out views of its factors.
         held["default"].weight.data = held["default"].weight.data.float().contiguous().clone()
         held[INIT_ADAPTER].weight.data = sign * held["default"].weight.data

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def model_shape(model: "PreTrainedModel") -> ModelShape:
-    """Names and sizes of the model's layers; its weights may be quantised, sliced, or not there at all."""
+    """Names and sizes of the model's layers; its weights may be quantized, sliced, or not there at all."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     linear: dict[str, tuple[int, int]] = {}
@@ -53,7 +53,7 @@ def freeze_layers(model: "PreTrainedModel", layers: str | None) -> None:
         layers: numbers and ranges, such as `0-11,14`; None freezes nothing.
 
     Raises:
-        InputError: the model has no such layers.
+        UserError: the model has no such layers.
     """
     if layers is None:
         return
@@ -86,7 +86,7 @@ def peft_config(recipe: "Recipe", model: "PreTrainedModel") -> "PeftConfig | Non
     """The stock PEFT config for the recipe's `adapter` section on this model; None where PEFT has no part.
 
     Raises:
-        InputError: the variant does not find the layers that it works on.
+        UserError: the variant does not find the layers that it works on.
     """
     from peft import TaskType
 
@@ -119,7 +119,7 @@ def add_adapter(
         The wrapped model; the base itself where only token rows are trained.
 
     Raises:
-        InputError: the adapter does not fit the model.
+        UserError: the adapter does not fit the model.
     """
     from peft import get_peft_model
 

@@ -76,7 +76,7 @@ def save_adapter(model: "Adapted", state: AdapterState, folder: Path) -> None:
         folder: an existing folder.
 
     Raises:
-        CheckFailed: what is on disk is not what was in memory.
+        VerificationError: what is on disk is not what was in memory.
     """
     for name, tensors in state.items():
         (folder / name).mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def check_adapter_file(path: Path, expected: dict[str, Tensor]) -> None:
     An adapter of empty tensors is what several tools leave behind under ZeRO-3, so none may be empty.
 
     Raises:
-        CheckFailed: naming the first tensor that differs.
+        VerificationError: naming the first tensor that differs.
     """
     with safe_open(str(path), framework="pt") as file:
         names = set(file.keys())
@@ -114,7 +114,7 @@ def load_adapter_state(model: "Adapted", folder: Path) -> None:
     """Put the tensors of a saved adapter back into a model that was built the same way.
 
     Raises:
-        CheckFailed: the files' tensors are not those of the model.
+        VerificationError: the files' tensors are not those of the model.
     """
     from peft import set_peft_model_state_dict
 
@@ -325,7 +325,7 @@ def _check_shapes(folder: Path, expected: dict[str, Tensor]) -> None:
     """Open what was written: every weight there, none empty.
 
     Raises:
-        CheckFailed: naming the first weight that is not as it should be.
+        VerificationError: naming the first weight that is not as it should be.
     """
     stored: dict[str, list[int]] = {}
     for file in folder.glob("model*.safetensors"):

@@ -1,8 +1,9 @@
-"""Attention of packed dialogues, each by itself: no mask, and no score that a mask would throw away.
+"""Attention of packed conversations, each by itself: no mask, and no score that a mask would throw away.
 
-A batch is one line of dialogues, shape (1, N). On a GPU torch's variable-length flash kernel takes it as it is. On a
-CPU that kernel does not exist, and the backward of the flash kernel that does is slow on short lines, so dialogues of
-like length are computed together by plain matrix products, and long ones alone, some queries at a time.
+A batch is one line of conversations, shape (1, N). On a GPU torch's variable-length flash kernel takes it as it is. On
+a CPU that kernel does not exist, and the backward of the flash kernel that does is slow on short lines, so
+conversations of like length are computed together by plain matrix products, and long ones alone, some queries at a
+time.
 
 The borders travel to the attention layers as `cu_seq_lens_q` and `max_length_q`, the arguments of transformers' flash
 attention. A forward without them (generation, say) goes through transformers' SDPA attention.
@@ -22,13 +23,13 @@ from transformers.masking_utils import sdpa_mask
 
 from peftchat.models.loading import VARLEN
 
-# Longer dialogues are computed alone: together they would only need more memory at once.
+# Longer conversations are computed alone: together they would only need more memory at once.
 _SHORT = 256
-# Queries of a long dialogue that are computed together: what lies behind them is never computed.
+# Queries of a long conversation that are computed together: what lies behind them is never computed.
 _STRETCH = 256
 # Matrix kernels run best on lengths of whole registers.
 _ALIGNED = 32
-# A dialogue joins a group of longer ones if padding it to their length costs less than computing it apart.
+# A conversation joins a group of longer ones if padding it to their length costs less than computing it apart.
 _SMALLEST_SHARE = 0.75
 
 
@@ -36,14 +37,14 @@ def register(longest: int) -> None:
     """Make the implementation known to transformers as `per_dialogue`.
 
     Args:
-        longest: tokens of the longest dialogue. Attention windows of at least that many never close.
+        longest: tokens of the longest conversation. Attention windows of at least that many never close.
     """
     AttentionInterface.register(VARLEN, varlen_attention)
     AttentionMaskInterface.register(VARLEN, functools.partial(_mask, longest=longest))
 
 
 def _mask(*args: Any, longest: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """No mask for lines of whole dialogues; transformers' own where rows are padded or a window closes."""
+    """No mask for lines of whole conversations; transformers' own where rows are padded or a window closes."""
     window = kwargs.get("local_size")
     starts_empty = kwargs.get("q_length") == kwargs.get("kv_length")
     if attention_mask is None and starts_empty and (window is None or window >= longest):
@@ -63,7 +64,7 @@ def varlen_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each dialogue of a line.
+    """Causal attention within each conversation of a line.
 
     Args:
         module: the attention layer.
@@ -71,10 +72,10 @@ def varlen_attention(
         key: float, shape (1, K, N, D); K divides H.
         value: float, shape (1, K, N, D).
         attention_mask: a mask sends the call to transformers' SDPA attention.
-        dropout: share of the weights dropped; where it is not 0, dialogues are computed one by one.
+        dropout: share of the weights dropped; where it is not 0, conversations are computed one by one.
         scaling: factor on the scores; 1 / sqrt(D) without it.
-        cu_seq_lens_q: borders of the dialogues with 0 in front and N behind, int32, shape (dialogues + 1,).
-        max_length_q: tokens of the longest dialogue.
+        cu_seq_lens_q: borders of the conversations with 0 in front and N behind, int32, shape (conversations + 1,).
+        max_length_q: tokens of the longest conversation.
 
     Returns:
         Shape (1, N, H, D), and None in place of the weights.
@@ -114,11 +115,11 @@ def _by_flash_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, borders: Ten
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Dialogues that are computed together, each padded to the same length.
+    """Conversations that are computed together, each padded to the same length.
 
     Attributes:
         first: their first slot.
-        count: dialogues.
+        count: conversations.
         length: slots of each.
     """
 
@@ -134,11 +135,11 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The line of dialogues as groups of slots.
+    """The line of conversations as groups of slots.
 
     Attributes:
         groups: in the order of their slots.
-        tokens: for each slot the token it holds, int64, shape (slots,); padding repeats a dialogue's last token.
+        tokens: for each slot the token it holds, int64, shape (slots,); padding repeats a conversation's last token.
         slots: for each token the slot that holds it, int64, shape (N,).
         padding: whether a slot is padding, bool, shape (slots,).
     """
@@ -225,7 +226,7 @@ def _places(borders: tuple[int, ...], heads: int) -> _Places:
 
 
 def _alike(spans: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Dialogues of like length together, the longest of each group first; long ones stay alone."""
+    """Conversations of like length together, the longest of each group first; long ones stay alone."""
     groups: list[list[tuple[int, int]]] = []
     for start, stop in spans:
         longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
@@ -237,7 +238,7 @@ def _alike(spans: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: list[tuple[int, int]], dropout: float) -> Tensor:
-    """Attention of each dialogue by torch: shape (N, H, D)."""
+    """Attention of each conversation by torch: shape (N, H, D)."""
     parts = []
     for start, stop in spans:
         query, key, value = (tensor[None, :, start:stop] for tensor in (q, k, v))
@@ -249,11 +250,11 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: list[tuple
     return torch.cat(parts)
 
 
-@torch.library.custom_op("peftchat::attend_by_dialogue", mutates_args=())
+@torch.library.custom_op("peftchat::attend_by_conversation", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scale: float) -> Tensor:
-    """Softmax attention within each dialogue of a line: an operator of its own, so that compiled layers keep whole.
+    """Softmax attention within each conversation of a line: an operator of its own, so that compiled layers keep whole.
 
-    Shapes: q (H, N, D), k and v (K, N, D), borders (dialogues + 1,), output (N, H, D).
+    Shapes: q (H, N, D), k and v (K, N, D), borders (conversations + 1,), output (N, H, D).
     """
     known, heads, key_heads = tuple(borders.tolist()), len(q), len(k)
     own, shared = _places(known, heads), _places(known, key_heads)
@@ -272,7 +273,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scale: float) -> Tensor:
     return q.new_empty(q.shape[1], q.shape[0], v.shape[2])
 
 
-@torch.library.custom_op("peftchat::attend_by_dialogue_backward", mutates_args=())
+@torch.library.custom_op("peftchat::attend_by_conversation_backward", mutates_args=())
 def _attend_backward(
     slope: Tensor, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,7 +319,7 @@ _attend.register_autograd(_gradients, setup_context=_keep)
 
 @dataclass(frozen=True, slots=True)
 class _Gradients:
-    """Dialogues of n tokens whose gradients are to be found and written.
+    """Conversations of n tokens whose gradients are to be found and written.
 
     Attributes:
         queries: for each of B key heads the G heads that share it, shape (B, G, n, D).

@@ -129,7 +129,7 @@ def resolve_open(
         The recipe with every value in place, and what was chosen.
 
     Raises:
-        InputError: `rows_per_step` cannot be divided among the processes.
+        UserError: `rows_per_step` cannot be divided among the processes.
     """
     recipe = loaded.recipe
     training = recipe.training

@@ -1,4 +1,4 @@
-"""The place planned for: a card of the catalogue, this machine's own, or its processor and main memory."""
+"""The place planned for: a card of the catalog, this machine's own, or its processor and main memory."""
 
 import difflib
 import json
@@ -50,7 +50,7 @@ class Hardware:
 
 @cache
 def gpu_catalog() -> Mapping[str, Hardware]:
-    """Every card of the catalogue, by name."""
+    """Every card of the catalog, by name."""
     entries = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))
     return {
         name: Hardware(
@@ -87,7 +87,7 @@ def find_hardware(name: str | None, count: int | None) -> Hardware:
         count: how many; None for one, or all that are here.
 
     Raises:
-        InputError: nothing has that name.
+        UserError: nothing has that name.
     """
     if name is None:
         return this_machine(count)
@@ -98,7 +98,7 @@ def find_hardware(name: str | None, count: int | None) -> Hardware:
         near = difflib.get_close_matches(_plain(name), _aliases(), n=1, cutoff=0.4)
         hint = f"Did you mean `{_aliases()[near[0]]}`? " if near else ""
         raise UserError(
-            f"`{name}` is not in the catalogue", where="--gpu", hint=f"{hint}Known: {', '.join(gpu_catalog())}, cpu."
+            f"`{name}` is not in the catalog", where="--gpu", hint=f"{hint}Known: {', '.join(gpu_catalog())}, cpu."
         )
     return _with_count(gpu_catalog()[known], count or 1)
 

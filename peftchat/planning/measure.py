@@ -36,8 +36,8 @@ def measure_run(recipe: "Recipe", plan: "TrainingPlan") -> MeasuredRun:
     """Train a few steps on rows as long as the recipe's longest, and throw the run away.
 
     Raises:
-        InputError: the plan is for a device that is not here, or for several processes.
-        CheckFailed: the training failed, by running out of memory perhaps.
+        UserError: the plan is for a device that is not here, or for several processes.
+        VerificationError: the training failed, by running out of memory perhaps.
     """
     from peftchat.planning.hardware import this_machine
     from peftchat.recipe import dump_recipe
@@ -80,7 +80,7 @@ def _measured(recipe: "Recipe", folder: Path) -> "Recipe":
 
 
 def _long_examples(length: int, batch: int) -> str:
-    """Dialogues of many exchanges: every row of the run will be as long as the recipe lets it be."""
+    """Conversations of many exchanges: every row of the run will be as long as the recipe lets it be."""
     exchange = [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "and on and on"}]
     # No tokenizer makes fewer than eight tokens of an exchange; what is too long is cut to whole exchanges.
     row = json.dumps({"messages": exchange * (length // 8 + 1)})

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 _BLOCK = 64
-"""Weights that share a scale in 4-bit quantisation (bitsandbytes' default)."""
+"""Weights that share a scale in 4-bit quantization (bitsandbytes' default)."""
 
 _SCALES = 256
-"""Scales that share a second scale where they are quantised too."""
+"""Scales that share a second scale where they are quantized too."""
 
 _STATES = {
     "adamw_torch": 8.0,
@@ -124,7 +124,7 @@ def base_bytes(settings: PlanSettings, facts: "ParameterCounts") -> float:
 
 
 def packed_bytes(elements: int, settings: PlanSettings, *, rows: int) -> float:
-    """Quantised weights with their scales.
+    """Quantized weights with their scales.
 
     Args:
         elements: weights.

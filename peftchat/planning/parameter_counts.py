@@ -32,7 +32,7 @@ class ParameterCounts:
         tied: whether the head is the embedding.
         embedding: weights of the token embedding.
         head: weights of the output head; 0 where it is tied.
-        linear: weights of the linear layers in the blocks: those that quantisation packs.
+        linear: weights of the linear layers in the blocks: those that quantization packs.
         linear_rows: their output features, summed.
         other: everything else (norms, biases, positions).
         largest: elements of the largest parameter.
@@ -114,7 +114,7 @@ def trainable_counts(config: "PretrainedConfig", recipe: "Recipe", new_tokens: i
     """What the recipe's method trains, counted on the shapes of the whole model; adapters are PEFT's own.
 
     Raises:
-        InputError: the adapter does not fit the model.
+        UserError: the adapter does not fit the model.
     """
     model = meta_model(config, torch.bfloat16)
     if recipe.method == "full":

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 
-_UTILISATION = {"full": 0.40, "lora": 0.35, "qlora": 0.25}
+_UTILIZATION = {"full": 0.40, "lora": 0.35, "qlora": 0.25}
 """Share of the matrix rate that training reaches on a GPU, model FLOPs only; a careful guess for each method."""
 
-_UTILISATION_ON_CPU = 0.20
+_UTILIZATION_ON_CPU = 0.20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class CostEstimate:
         steps: optimizer steps.
         flops: floating-point operations of the model, recomputation not counted.
         tflops: matrix rate of one device, in 10^12 operations a second.
-        utilisation: assumed share of it.
+        utilization: assumed share of it.
         seconds: of training, without loading, evaluation and saving.
         money: at the given price, None without one.
         assumptions: in words.
@@ -51,7 +51,7 @@ class CostEstimate:
     steps: int
     flops: float
     tflops: float
-    utilisation: float
+    utilization: float
     seconds: float
     money: float | None
     assumptions: tuple[str, ...]
@@ -87,7 +87,7 @@ def cost_estimate(
         supervised=round(tokens * settings.supervised),
     ) + _attention_flops(settings, facts, tokens)
     done = flops * (1.33 if settings.checkpointing else 1.0)
-    share = _UTILISATION[settings.method] if settings.device == "cuda" else _UTILISATION_ON_CPU
+    share = _UTILIZATION[settings.method] if settings.device == "cuda" else _UTILIZATION_ON_CPU
     # Processes on one processor share its cores.
     devices = hardware.count if settings.device == "cuda" else 1
     seconds = done / (tflops * 1e12 * share * devices)
@@ -98,9 +98,9 @@ def cost_estimate(
 
 
 def _attention_flops(settings: "PlanSettings", facts: "ParameterCounts", tokens: int) -> float:
-    """Scores and weighted sums over the keys a query sees: half of its dialogue, or all positions under a mask."""
+    """Scores and weighted sums over the keys a query sees: half of its conversation, or all positions under a mask."""
     within = settings.attention == "fused"
-    seen = min(settings.dialogue, settings.length) / 2 if within else settings.length
+    seen = min(settings.conversation, settings.length) / 2 if within else settings.length
     return 12.0 * facts.layers * facts.hidden * seen * tokens
 
 
@@ -174,7 +174,7 @@ def plan_training(
         read_data: encode local data for exact lengths.
 
     Raises:
-        InputError: the config cannot be read, or the adapter does not fit the model.
+        UserError: the config cannot be read, or the adapter does not fit the model.
     """
     found = read_dataset_size(recipe) if read_data else "not asked for"
     workload = found if isinstance(found, DatasetSize) else None

@@ -288,7 +288,7 @@ def print_dry_run(loaded: "LoadedRecipe", placement: DistributedSetup) -> None:
     """Encode the data, count the steps, and show the plan and one row. Trains and writes nothing.
 
     Raises:
-        InputError: whatever training would raise before its first step, short of loading the weights.
+        UserError: whatever training would raise before its first step, short of loading the weights.
     """
     recipe = loaded.recipe
     config = load_config(recipe)

@@ -33,11 +33,11 @@ class TraceConfig:
     """All that the bytes of a step depend on beside batch and length.
 
     Attributes:
-        held: dtype of the unquantised weights, as torch names it.
+        held: dtype of the unquantized weights, as torch names it.
         autocast: dtype that products are cast to, None where nothing is cast.
         trained: dtype that trained weights are cast to before the step (DeepSpeed's), None for what PEFT makes them.
         attention: how attention is computed.
-        quantised: whether frozen weights are packed.
+        quantized: whether frozen weights are packed.
         checkpointing: whether each block is computed again in the backward pass.
         branches_at_once: whether plain LoRA layers run as `peftchat.models.fused_lora` has them.
         new_tokens: rows trained beside a frozen embedding.
@@ -47,7 +47,7 @@ class TraceConfig:
     autocast: str | None
     trained: str | None
     attention: AttentionKind
-    quantised: bool
+    quantized: bool
     checkpointing: bool
     branches_at_once: bool
     new_tokens: int
@@ -65,7 +65,7 @@ class DatasetSize:
         sequences: rows or packs an epoch.
         tokens: tokens an epoch, padding not counted.
         longest: tokens of the longest row or pack.
-        dialogue: tokens of the dialogue that a usual token belongs to.
+        conversation: tokens of the conversation that a usual token belongs to.
         supervised: share of tokens with a target.
         new_tokens: rows that the template adds to this tokenizer.
     """
@@ -73,7 +73,7 @@ class DatasetSize:
     sequences: int
     tokens: int
     longest: int
-    dialogue: int
+    conversation: int
     supervised: float
     new_tokens: int
 
@@ -118,7 +118,7 @@ def dataset_size_of(recipe: "Recipe", chat: "ChatFormat", rows: "EncodedSplit") 
         sequences=len(sequences),
         tokens=int(lengths.sum()),
         longest=int(sequences.max()),
-        dialogue=math.ceil(float((lengths.astype(np.float64) ** 2).sum() / lengths.sum())),
+        conversation=math.ceil(float((lengths.astype(np.float64) ** 2).sum() / lengths.sum())),
         supervised=rows.stats.supervised / rows.stats.tokens,
         new_tokens=len(chat.new_tokens),
     )
@@ -159,7 +159,7 @@ USUAL_SUPERVISED = 0.65
 """Share of tokens with a target where the data was not read; chat data sets lie between 0.4 and 0.8."""
 
 USUAL_CONVERSATION = 256
-"""Tokens of a dialogue where the data was not read."""
+"""Tokens of a conversation where the data was not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +168,9 @@ class PlanSettings:
 
     Attributes:
         method: what is trained.
-        dtype: of the unquantised base.
-        bits: 4 or 8 for a quantised base, None for 16 or 32 by `dtype`.
-        double: whether the scales of 4-bit weights are quantised too.
+        dtype: of the unquantized base.
+        bits: 4 or 8 for a quantized base, None for 16 or 32 by `dtype`.
+        double: whether the scales of 4-bit weights are quantized too.
         optimizer: transformers' name of it.
         strategy: what several processes share.
         processes: all of them, on all machines.
@@ -181,7 +181,7 @@ class PlanSettings:
         accumulation: forward passes in an optimizer step.
         supervised: share of tokens with a target.
         attention: what kind of attention runs.
-        dialogue: tokens of a usual dialogue.
+        conversation: tokens of a usual conversation.
         device: `cuda` or `cpu`.
         new_tokens: rows trained beside a frozen embedding.
     """
@@ -200,7 +200,7 @@ class PlanSettings:
     accumulation: int
     supervised: float
     attention: AttentionKind
-    dialogue: int
+    conversation: int
     device: Device
     new_tokens: int
 
@@ -211,7 +211,7 @@ class PlanSettings:
 
     @property
     def held(self) -> "Dtype":
-        """The dtype of unquantised weights."""
+        """The dtype of unquantized weights."""
         return weight_dtype(self.method, self.dtype, self.strategy)
 
     @property
@@ -228,7 +228,7 @@ class PlanSettings:
             autocast=None if self.sharded or self.dtype == "float32" else self.dtype,
             trained=self.dtype if self.sharded and self.method != "full" else None,
             attention=self.attention,
-            quantised=self.bits is not None,
+            quantized=self.bits is not None,
             checkpointing=self.checkpointing,
             branches_at_once=self.method != "full" and self.strategy != "zero3",
             new_tokens=0 if self.method == "full" else self.new_tokens,
@@ -248,7 +248,7 @@ def plan_settings(
     attention: AttentionKind,
     longest: int | None = None,
     supervised: float | None = None,
-    dialogue: int | None = None,
+    conversation: int | None = None,
     new_tokens: int | None = None,
 ) -> PlanSettings:
     """The recipe's settings on a device.
@@ -257,7 +257,7 @@ def plan_settings(
         attention: see `attention_kind`.
         longest: tokens of the longest row or pack, where the data was read; `data.max_length` without it.
         supervised: share of tokens with a target, where the data was read.
-        dialogue: tokens of a usual dialogue, where the data was read.
+        conversation: tokens of a usual conversation, where the data was read.
         new_tokens: rows that the template adds, where the tokenizer was read.
     """
     training, quantization = recipe.training, recipe.quantization
@@ -278,7 +278,7 @@ def plan_settings(
         accumulation=training.gradient_accumulation_steps,
         supervised=USUAL_SUPERVISED if supervised is None else supervised,
         attention=attention,
-        dialogue=dialogue or USUAL_CONVERSATION,
+        conversation=conversation or USUAL_CONVERSATION,
         device=device,
         new_tokens=NEW_TOKENS.get(recipe.chat.template, 0) if new_tokens is None else new_tokens,
     )
@@ -312,7 +312,7 @@ def settings_on(
         strategy, processes = _placed(recipe, hardware)
     else:
         strategy, processes = placement.strategy, placement.world_size
-    dialogue = None if workload is None else workload.dialogue
+    conversation = None if workload is None else workload.conversation
     return plan_settings(
         recipe,
         strategy=strategy,
@@ -321,7 +321,7 @@ def settings_on(
         attention=attention_kind(recipe, hardware.device),
         longest=None if workload is None else workload.longest,
         supervised=None if workload is None else workload.supervised,
-        dialogue=dialogue,
+        conversation=conversation,
         new_tokens=None if workload is None else workload.new_tokens,
     )
 

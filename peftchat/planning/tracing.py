@@ -1,7 +1,7 @@
 """A model of shapes: the real architecture with one or two layers, its weights without storage.
 
 What autograd keeps is then read off the model's own code, whatever the architecture and the adapter, without a
-weight being loaded. Three things that a shape cannot run are stood in for: fused attention, quantised products, and
+weight being loaded. Three things that a shape cannot run are stood in for: fused attention, quantized products, and
 the mask of packed rows.
 """
 
@@ -46,7 +46,7 @@ def fake_model(config: "PretrainedConfig", recipe: "Recipe", key: "TraceConfig",
     Args:
         config: the base model's config.
         recipe: its method and adapter decide what is trained.
-        key: dtypes, attention, quantisation, checkpointing, new rows.
+        key: dtypes, attention, quantization, checkpointing, new rows.
     """
     model = meta_model(shallow(config, layers), getattr(torch, key.held), key.attention)
     wrapped: nn.Module = model
@@ -54,7 +54,7 @@ def fake_model(config: "PretrainedConfig", recipe: "Recipe", key: "TraceConfig",
         model.requires_grad_(False)
         wrapped = wrap(model, recipe, key.new_tokens)
     materialize_fakes(wrapped, None if key.trained is None else getattr(torch, key.trained))
-    if key.quantised:
+    if key.quantized:
         _quantize(model)
     if isinstance(wrapped, PeftModel) and key.branches_at_once:
         fuse_lora_forward(wrapped)
@@ -92,7 +92,7 @@ def wrap(model: "PreTrainedModel", recipe: "Recipe", new_tokens: int) -> nn.Modu
     As `peftchat.models.peft_model.add_adapter` does it, but no start of an adapter is looked for.
 
     Raises:
-        InputError: the adapter does not fit the model.
+        UserError: the adapter does not fit the model.
     """
     assert recipe.adapter is not None
     with torch.device("meta"):
@@ -312,7 +312,7 @@ def trace_backbone(model: "PreTrainedModel", batch: int, length: int, autocast: 
 
 
 def _mask(model: "PreTrainedModel", batch: int, length: int) -> Tensor:
-    """The mask that keeps packed dialogues apart, as transformers makes it for SDPA (bool) and eager (a float)."""
+    """The mask that keeps packed conversations apart, as transformers makes it for SDPA (bool) and eager (a float)."""
     eager = model.config._attn_implementation == "eager"
     return torch.empty(batch, 1, length, length, dtype=model.dtype if eager else torch.bool)
 

@@ -95,7 +95,7 @@ def parse_yaml(text: str, name: str) -> Any:
         name: what to call it in an error.
 
     Raises:
-        InputError: the text is not YAML, or a key occurs twice.
+        UserError: the text is not YAML, or a key occurs twice.
     """
     try:
         return YAML(typ="rt").load(text)
@@ -279,7 +279,7 @@ def apply_override(document: Document, flag: str) -> None:
         flag: `a.b.c=YAML`; a whole number steps into a list (`data.train.0.path=x`).
 
     Raises:
-        InputError: the flag is not of that form, its value is not YAML, or its path leads nowhere.
+        UserError: the flag is not of that form, its value is not YAML, or its path leads nowhere.
     """
     path, equals, text = flag.partition("=")
     path = path.strip()

@@ -164,9 +164,9 @@ UNSUPPORTED_KEYS: Mapping[str, str] = {
     "completion_only_loss": "Use `chat.loss_on`.",
     "train_on_inputs": "Use `chat.loss_on`.",
     "padding_free": "`data.packing` does it.",
-    "neat_packing": "`data.packing` always keeps the dialogues of a pack apart.",
+    "neat_packing": "`data.packing` always keeps the conversations of a pack apart.",
     "eval_packing": "`data.packing` holds for training and evaluation.",
-    "packing_strategy": "Packs are always filled with whole dialogues.",
+    "packing_strategy": "Packs are always filled with whole conversations.",
     "bias": "Biases of the base stay as they are.",
 }
 """A known name that is not passed on -> why, and what to do."""
@@ -186,7 +186,7 @@ class Problem:
 
 
 def refuse(problems: Sequence[Problem], document: Document, name: str) -> None:
-    """Raise one InputError that tells all problems, in the order of their lines; do nothing for none."""
+    """Raise one UserError that tells all problems, in the order of their lines; do nothing for none."""
     in_order = sorted(problems, key=lambda problem: document.place(problem.keys).line or 0)
     errors = [problem.error(document) for problem in in_order]
     if len(errors) == 1:

@@ -43,7 +43,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, to_train: bool = T
             look at the recipe of a finished run.
 
     Raises:
-        InputError: the recipe cannot be used; all problems found are told at once.
+        UserError: the recipe cannot be used; all problems found are told at once.
     """
     document = _read(Path(path), ())
     for flag in overrides:

@@ -158,7 +158,7 @@ work is an error before anything is loaded; all errors are told at once, each wi
 - `extends: other.yaml` takes the keys of another recipe (its path is relative to this file). Mappings are merged key
   by key, lists are replaced.
 - `--set section.key=VALUE` puts one value on top; the value is YAML: `--set training.learning_rate=1e-4`,
-  `--set data.train='[{path: dialogues.jsonl}]'`, `--set data.train.0.path=dialogues.jsonl`.
+  `--set data.train='[{path: conversations.jsonl}]'`, `--set data.train.0.path=conversations.jsonl`.
 - What is laid on top wins: `--set method=full` also switches off the `adapter` section below it. Two settings side by
   side that exclude each other are an error.
 - Paths are relative to the folder you work in. One that does not exist there and does beside the recipe is taken from
@@ -286,7 +286,7 @@ def starting_recipe(method: Method, target: Path, *, model: str | None = None, d
         method: what is to be trained.
         target: where the recipe will lie, for the command in its first lines.
         model: folder or hub id of the base model; left to be filled in where it is None.
-        data: file, folder or hub id of the dialogues; left to be filled in where it is None.
+        data: file, folder or hub id of the conversations; left to be filled in where it is None.
     """
     values = {
         "method": method,

@@ -98,7 +98,7 @@ _REPORTERS_SCHEMA = WithJsonSchema(
 
 
 class TrainingSection(StrictModel):
-    """Optimisation, evaluation, checkpoints and logging, by the names of transformers' TrainingArguments."""
+    """Optimization, evaluation, checkpoints and logging, by the names of transformers' TrainingArguments."""
 
     learning_rate: float = Field(
         LEARNING_RATES["lora"],
@@ -214,23 +214,23 @@ class Recipe(StrictModel):
     model: ModelSection = Field(description="The base model and how it is held in memory.", examples=["{name: MODEL}"])
     method: Method = Field(
         description="What is trained: all weights (`full`), an adapter (`lora`), or an adapter on a "
-        "quantised base (`qlora`)."
+        "quantized base (`qlora`)."
     )
     adapter: Annotated[SerializeAsAny[AdapterSection], BeforeValidator(validate_adapter)] | None = Field(
         None, description="The adapter that is trained beside the frozen base (methods `lora` and `qlora`)."
     )
-    quantization: QuantizationSection | None = Field(None, description="The quantised base, for `qlora`.")
+    quantization: QuantizationSection | None = Field(None, description="The quantized base, for `qlora`.")
     chat: ChatSection = Field(
         ChatSection(),
-        description="How a dialogue becomes tokens, and which of them are learned.",
+        description="How a conversation becomes tokens, and which of them are learned.",
     )
     data: DataSection = Field(
         description="What the model is trained and evaluated on.",
-        examples=["{train: [{path: dialogues.jsonl}]}"],
+        examples=["{train: [{path: conversations.jsonl}]}"],
     )
     training: TrainingSection = Field(
         TrainingSection(),
-        description="Optimisation, evaluation, checkpoints and logging, by the names of transformers' "
+        description="Optimization, evaluation, checkpoints and logging, by the names of transformers' "
         "TrainingArguments.",
     )
     distributed: DistributedSection = Field(

@@ -82,9 +82,9 @@ class ModelSection(StrictModel):
     )
     attention: Attention = Field(
         "auto",
-        description="The attention implementation. `auto` takes the fastest one here that keeps packed dialogues "
+        description="The attention implementation. `auto` takes the fastest one here that keeps packed conversations "
         "apart: `flash_attention_2` where it is installed, else `per_dialogue` (torch's variable-length kernel on a "
-        "GPU, dialogue by dialogue on a CPU), else `sdpa` with a mask.",
+        "GPU, conversation by conversation on a CPU), else `sdpa` with a mask.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with a hub model. Only for authors you trust."
@@ -98,18 +98,18 @@ class ModelSection(StrictModel):
 
 
 class QuantizationSection(StrictModel):
-    """How the frozen base is quantised with bitsandbytes (method `qlora`)."""
+    """How the frozen base is quantized with bitsandbytes (method `qlora`)."""
 
     bits: Literal[4, 8] = Field(4, description="Bits a weight of the frozen base.")
     type: QuantizationType = Field("nf4", description="The 4-bit number type. `nf4` suits trained weights better.")
     double: bool = Field(
         True,
-        description="Quantise the scales of 4-bit weights too, which saves about 0.4 bits a weight.",
+        description="Quantize the scales of 4-bit weights too, which saves about 0.4 bits a weight.",
     )
 
 
 class ChatSection(StrictModel):
-    """How a dialogue becomes tokens, and which of them are learned."""
+    """How a conversation becomes tokens, and which of them are learned."""
 
     template: TemplateName = Field(
         "starchat",
@@ -119,7 +119,7 @@ class ChatSection(StrictModel):
     )
     system: str | None = Field(
         None,
-        description="System message for dialogues that bring none. `null` writes no system block, an empty "
+        description="System message for conversations that bring none. `null` writes no system block, an empty "
         "text an empty one.",
     )
     loss_on: LossOn = Field(
@@ -146,12 +146,12 @@ class ChatSection(StrictModel):
 
 
 class DataEntry(StrictModel):
-    """One source of dialogues."""
+    """One source of conversations."""
 
     path: str = Field(
         min_length=1,
         description="A local file, a folder, or the hub id of a data set.",
-        examples=["dialogues.jsonl"],
+        examples=["conversations.jsonl"],
     )
     format: str = Field(
         "auto",
@@ -164,8 +164,8 @@ class DataEntry(StrictModel):
     )
     languages: Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)] = Field(
         (),
-        description="Keep only dialogues in these languages, such as `[en, pt-BR]`; `pt` takes in `pt-BR`. The row's "
-        "own `lang` decides where there is one, else a detector.",
+        description="Keep only conversations in these languages, such as `[en, pt-BR]`; `pt` includes `pt-BR`. The "
+        "record's own `lang` decides where there is one, else a detector.",
     )
     top_k: int | None = Field(
         None,
@@ -183,7 +183,7 @@ class DataSection(StrictModel):
 
     train: Entries = Field(
         description="The sources trained on; several are mixed by weight.",
-        examples=["[{path: dialogues.jsonl}]"],
+        examples=["[{path: conversations.jsonl}]"],
     )
     eval: Entries | None = Field(
         None,
@@ -193,19 +193,19 @@ class DataSection(StrictModel):
         None,
         gt=0,
         lt=1,
-        description="Share of the training dialogues held out for evaluation, chosen by `training.seed`; "
+        description="Share of the training conversations held out for evaluation, chosen by `training.seed`; "
         "whole conversation trees stay on one side.",
     )
     max_length: int = Field(2048, ge=2, description="Most tokens in a row, and in a pack when `packing` is on.")
     packing: bool = Field(
         True,
-        description="Put several dialogues in one row of `max_length` tokens instead of padding. Dialogues "
+        description="Put several conversations in one row of `max_length` tokens instead of padding. Conversations "
         "in a pack never see each other.",
     )
     truncation: Truncation = Field(
         "turns",
-        description="A dialogue longer than `max_length`: `turns` drops its last exchanges, `turns_leading` its "
-        "first ones, `split` makes several rows of it, each with the system message; `drop` drops the dialogue, "
+        description="A conversation longer than `max_length`: `turns` drops its last exchanges, `turns_leading` its "
+        "first ones, `split` makes several rows of it, each with the system message; `drop` drops the conversation, "
         "`refuse` stops with an error. All are counted.",
     )
     pad_to_multiple_of: int | None = Field(
@@ -213,8 +213,8 @@ class DataSection(StrictModel):
         ge=1,
         description="Pad rows to a multiple of this many tokens, which some accelerators like (8 or 64).",
     )
-    max_train_rows: int | None = Field(None, ge=1, description="Use only the first this many training dialogues.")
-    max_eval_rows: int | None = Field(None, ge=1, description="Use only the first this many held-out dialogues.")
+    max_train_rows: int | None = Field(None, ge=1, description="Use only the first this many training conversations.")
+    max_eval_rows: int | None = Field(None, ge=1, description="Use only the first this many held-out conversations.")
 
     @property
     def has_eval(self) -> bool:

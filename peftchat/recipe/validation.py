@@ -133,10 +133,10 @@ def _of_the_variant(recipe: Recipe) -> Iterator[Problem]:
     if recipe.adapter is None:
         return
     variant = get_variant(recipe.adapter.variant)
-    base = "unquantised" if recipe.quantization is None else f"{recipe.quantization.bits} bits"
+    base = "unquantized" if recipe.quantization is None else f"{recipe.quantization.bits} bits"
     if variant.why_not(base) is not None:
-        held = "an unquantised base" if base == "unquantised" else f"a base in {base}"
-        hint = "Use `method: qlora`" if base == "unquantised" else "Use `method: lora`"
+        held = "an unquantized base" if base == "unquantized" else f"a base in {base}"
+        hint = "Use `method: qlora`" if base == "unquantized" else "Use `method: lora`"
         what = f"`{variant.name}` does not work on {held}: {variant.why_not(base)}"
         yield Problem(("adapter", "variant"), what, f"{hint}, or another variant (`peftchat variants`).")
     if variant.name == "adalora" and (recipe.training.max_tokens or recipe.training.max_minutes):
@@ -189,7 +189,7 @@ def _method(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.method != "full" and recipe.model.freeze_layers is not None:
         yield Conflict(("model", "freeze_layers"), ("method",), "an adapter leaves every layer of the base as it is")
     if recipe.method != "qlora" and recipe.quantization is not None:
-        why = "quantised weights can only be trained through an adapter, by `method: qlora`"
+        why = "quantized weights can only be trained through an adapter, by `method: qlora`"
         yield Conflict(("quantization",), ("method",), why)
     elif recipe.quantization is not None and recipe.quantization.bits == 8:
         for key in ("type", "double"):

@@ -14,7 +14,7 @@ from peftchat.chat_template.registry import ChatFormat, make_format
 from peftchat.chat_template.templates import special_tokens
 from peftchat.conversation import Role
 from peftchat.conversations import ProblemLog, read_sources
-from peftchat.dataset.cache import EncodedSplit, Split, encode_splits, reject_truncation
+from peftchat.dataset.cache import EncodedSplit, Split, encode_splits, with_full_examples
 from peftchat.errors import UserError, VerificationError
 from peftchat.models.loading import load_tokenizer
 from peftchat.recipe import Recipe
@@ -50,9 +50,9 @@ class ShownExample:
     """One row.
 
     Attributes:
-        source: where its dialogue came from.
+        source: where its conversation came from.
         tokens: what is in the row.
-        cut: what the dialogue held besides, before it was made to fit.
+        cut: what the conversation held besides, before it was made to fit.
         cut_at: how many of `tokens` stood before that.
     """
 
@@ -63,7 +63,7 @@ class ShownExample:
 
     @property
     def laid_out(self) -> Iterator[tuple[ShownToken, bool]]:
-        """The tokens of the whole dialogue, in order, and whether each is cut."""
+        """The tokens of the whole conversation, in order, and whether each is cut."""
         yield from ((token, False) for token in self.tokens[: self.cut_at])
         yield from ((token, True) for token in self.cut)
         yield from ((token, False) for token in self.tokens[self.cut_at :])
@@ -97,7 +97,7 @@ class ExampleReader:
 
         Args:
             row: as it is trained.
-            whole: the same dialogue before it was made to fit; the row itself where nothing was cut.
+            whole: the same conversation before it was made to fit; the row itself where nothing was cut.
         """
         start, stop = _cut(row, whole)
         before = _part(row, 0, start)
@@ -151,7 +151,7 @@ def _cut(row: EncodedExample, whole: EncodedExample) -> tuple[int, int]:
         head_fits = np.array_equal(row.ids[:start], whole.ids[:start])
         if missing >= 0 and head_fits and np.array_equal(row.ids[start:], whole.ids[start + missing :]):
             return start, start + missing
-    # A template that writes a dialogue differently once it is shorter.
+    # A template that writes a conversation differently once it is shorter.
     shared = min(len(row.ids), len(whole.ids))
     differing = np.flatnonzero(row.ids[:shared] != whole.ids[:shared])
     return (int(differing[0]) if len(differing) else shared), len(whole.ids)
@@ -190,11 +190,11 @@ class MaskReport:
         """The first `limit` rows (None: all) and, if rows were shortened, at least one of those."""
         reader = ExampleReader(self.chat.tokenizer, loss_mask_table(self.recipe.chat.loss_on))
         pairs: Iterable[tuple[EncodedExample, EncodedExample]]
-        # A divided dialogue stands whole in its rows.
+        # A divided conversation stands whole in its rows.
         if not self.rows.stats.shortened or self.recipe.data.truncation == "split":
             pairs = ((row, row) for row in islice(self.rows.store, limit))
         else:
-            pairs = reject_truncation(self.recipe, self.chat, self.side, self._with_a_shortened_one(limit))
+            pairs = with_full_examples(self.recipe, self.chat, self.side, self._with_a_shortened_one(limit))
         for row, whole in pairs:
             yield reader.read(row, whole)
 
@@ -232,8 +232,8 @@ def inspect_mask(recipe: Recipe, side: Split, progress: Callable[[int], None]) -
         progress: as in `encode_splits`.
 
     Raises:
-        CheckFailed: no dialogue has an answer.
-        InputError: the recipe holds nothing out, or a source cannot be read.
+        VerificationError: no conversation has an answer.
+        UserError: the recipe holds nothing out, or a source cannot be read.
     """
     if side == "eval" and not recipe.data.has_eval:
         raise UserError("the recipe holds nothing out", where="data", hint="Set data.eval or data.eval_fraction.")
@@ -243,7 +243,7 @@ def inspect_mask(recipe: Recipe, side: Split, progress: Callable[[int], None]) -
         rows = encode_splits(lenient, chat, progress)[side]
     except UserError as error:
         if _nobody_answers(recipe):
-            raise VerificationError(f"everything is masked: no dialogue has an answer ({error})") from error
+            raise VerificationError(f"everything is masked: no conversation has an answer ({error})") from error
         raise
     survey = survey_mask(iter(rows.store), recipe.chat.loss_on)
     return MaskReport(lenient, chat, side, rows, summarize(recipe, side, rows, survey))
@@ -259,7 +259,7 @@ def _lenient(recipe: Recipe) -> Recipe:
 
 
 def _nobody_answers(recipe: Recipe) -> bool:
-    """Whether the training sources hold nothing but dialogues without an answer."""
+    """Whether the training sources hold nothing but conversations without an answer."""
     log = ProblemLog()
     try:
         usable = any(True for _ in read_sources(recipe.data.train, recipe.training.seed, problems=log))

@@ -25,19 +25,19 @@ _BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 
 
 def print_mask(rows: Iterable[ShownExample], summary: MaskSummary, console: Console) -> None:
-    """Print the rows, what their colours mean, and the counts over all rows.
+    """Print the rows, what their colors mean, and the counts over all rows.
 
-    Without colours (a pipe, NO_COLOR) brackets take their place: `[+trained+]` and `[-cut-]`.
+    Without colors (a pipe, NO_COLOR) brackets take their place: `[+trained+]` and `[-cut-]`.
     """
-    coloured = console.color_system is not None
+    colored = console.color_system is not None
     any_row = False
     for row in rows:
         any_row = True
         console.print(_title(row))
-        console.print(_body(row, coloured))
+        console.print(_body(row, colored))
         console.print()
     if any_row:
-        console.print(_legend(coloured))
+        console.print(_legend(colored))
         console.print()
     console.print(Text(summary.headline, style="bold"))
     console.print(_roles(summary))
@@ -56,19 +56,19 @@ def _title(row: ShownExample) -> Text:
     return text
 
 
-def _body(row: ShownExample, coloured: bool) -> Text:
+def _body(row: ShownExample, colored: bool) -> Text:
     text = Text()
     for style, stretch in _stretches(row):
-        if not coloured and style in (_TRAINED, _TRAINED_SPECIAL):
+        if not colored and style in (_TRAINED, _TRAINED_SPECIAL):
             stretch = f"[+{stretch}+]"
-        elif not coloured and style == _CUT:
+        elif not colored and style == _CUT:
             stretch = f"[-{stretch}-]"
         text.append(stretch, style=style)
-    return Text(text.plain.replace("+][+", "")) if not coloured else text
+    return Text(text.plain.replace("+][+", "")) if not colored else text
 
 
 def _stretches(row: ShownExample) -> Iterator[tuple[str, str]]:
-    """Neighbouring tokens of one style, joined."""
+    """Neighboring tokens of one style, joined."""
     style, held = "", ""
     for token, cut in row.laid_out:
         current = _style(token, cut)
@@ -95,8 +95,8 @@ def _shown(token: ShownToken) -> str:
     return text if token.part == TurnPart.CONTENT else text.replace("\n", f"{_BREAK}\n")
 
 
-def _legend(coloured: bool) -> Text:
-    if not coloured:
+def _legend(colored: bool) -> Text:
+    if not colored:
         return Text("[+trained+]  context  [-cut to fit data.max_length-]")
     return Text("  ").join(
         [

@@ -239,7 +239,7 @@ def _truncated(recipe: Recipe, rows: EncodedSplit) -> str:
         return "none"
     its = "its" if stats.shortened == 1 else "their"
     where = {"turns_leading": f"at {its} beginning", "split": "that did not fit alone"}
-    who = "dialogue" if recipe.data.truncation == "split" else "row"
+    who = "conversation" if recipe.data.truncation == "split" else "row"
     return (
         f"{format_count(stats.shortened)} {who}{_s(stats.shortened)} lost {format_count(stats.exchanges_cut)} "
         f"exchange{_s(stats.exchanges_cut)} {where.get(recipe.data.truncation, f'at {its} end')}"
@@ -251,7 +251,7 @@ def _split(rows: EncodedSplit) -> str:
     stats = rows.stats
     if not stats.divided:
         return "none"
-    became = f"{format_count(stats.divided)} dialogue{_s(stats.divided)} became {_examples(stats.parts)}"
+    became = f"{format_count(stats.divided)} conversation{_s(stats.divided)} became {_examples(stats.parts)}"
     return f"{became}{_named(rows, 'divided')}"
 
 
@@ -273,7 +273,7 @@ def _s(number: int) -> str:
 def _packing(recipe: Recipe, rows: EncodedSplit) -> str:
     length = recipe.data.max_length
     if not recipe.data.packing:
-        return "off: one dialogue a row, padded to the longest of its batch"
+        return "off: one conversation a row, padded to the longest of its batch"
     lengths = rows.store.lengths
     packs = pack(lengths, length, recipe.training.seed)
     filled = format_percent(efficiency(packs, lengths, length))

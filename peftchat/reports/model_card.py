@@ -182,14 +182,14 @@ def _front_matter(recipe: Recipe) -> str:
 
 def _introduction(recipe: Recipe, facts: RunSummary) -> str:
     kind = "A chat model" if recipe.method == "full" else "A chat adapter"
-    text = f"# {run_name(recipe)}\n\n{kind}: `{base_name(recipe)}`, fine-tuned on dialogues with peftchat"
+    text = f"# {run_name(recipe)}\n\n{kind}: `{base_name(recipe)}`, fine-tuned on conversations with peftchat"
     return f"{text} ({_method(recipe)}). {verdict(facts).headline}"
 
 
 def _method(recipe: Recipe) -> str:
     if recipe.adapter is None:
         return "full fine-tuning"
-    return f"{recipe.adapter.variant} on a quantised base" if recipe.method == "qlora" else recipe.adapter.variant
+    return f"{recipe.adapter.variant} on a quantized base" if recipe.method == "qlora" else recipe.adapter.variant
 
 
 def _use(recipe: Recipe, facts: RunSummary) -> str:
@@ -223,7 +223,7 @@ def _format(recipe: Recipe, facts: RunSummary) -> str:
     stop = f"`{end}`" if end else "the template's end-of-turn token"
     lines = [f"## Format\n\nIt was trained with {own}, which is saved with the tokenizer. An answer ends at {stop}."]
     if recipe.chat.system is not None:
-        lines.append(f"Dialogues without a system message were given this one:\n\n{_quoted(recipe.chat.system)}")
+        lines.append(f"Conversations without a system message were given this one:\n\n{_quoted(recipe.chat.system)}")
     if facts.new_tokens:
         names = ", ".join(f"`{token.token}` ({token.id})" for token in facts.new_tokens)
         lines.append(f"Tokens added to the base's vocabulary: {names}.")
@@ -242,7 +242,7 @@ def _training(recipe: Recipe, facts: RunSummary) -> str:
         options = recipe.adapter.model_dump(mode="json", exclude_none=True)
         lines.append("- adapter: " + ", ".join(f"{name} {_option(value)}" for name, value in options.items()))
     rows = [
-        ("dialogues", format_count(facts.rows), facts.rows),
+        ("conversations", format_count(facts.rows), facts.rows),
         (
             "tokens seen",
             f"{format_count(facts.tokens)}, loss on {format_percent(facts.supervised_share)}",

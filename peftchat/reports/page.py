@@ -27,6 +27,6 @@ def write_page(path: Path, template: str, **values: object) -> Path:
         moment=formatting.format_time,
     )
     text = environment.get_template(template).render(values)
-    # Text from dialogues may hold lone surrogates, which UTF-8 has no bytes for.
+    # Text from conversations may hold lone surrogates, which UTF-8 has no bytes for.
     write_text(path, text, errors="backslashreplace")
     return path

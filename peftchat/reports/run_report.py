@@ -42,7 +42,7 @@ def write_report(run: Path) -> Path:
         the path of the page.
 
     Raises:
-        InputError: `run.json` is missing, or a file is not what its name says.
+        UserError: `run.json` is missing, or a file is not what its name says.
     """
     record = read_run_json(run)
     facts = RunSummary.of(record)
@@ -88,7 +88,7 @@ def _plots(lines: Sequence[Mapping[str, Scalar]]) -> list[tuple[str, Markup]]:
 def _losses(lines: Sequence[Mapping[str, Scalar]]) -> list[Series]:
     """Training and held-out loss; a long training curve is noisy and gets its moving mean drawn over it."""
     train = _points(lines, "loss")
-    held_out = Series("held out", _points(lines, "eval_loss"), colour=1)
+    held_out = Series("held out", _points(lines, "eval_loss"), color=1)
     if len(train) < _SMOOTH_FROM:
         return [Series("training", train), held_out]
     window = len(train) // 20 * 2 + 1

@@ -88,8 +88,8 @@ def _figures(facts: RunSummary) -> Table:
 def _per_second(facts: RunSummary) -> str:
     if facts.tokens_per_second is None or facts.model_flops_utilisation is None:
         return UNKNOWN if facts.tokens_per_second is None else f"{format_count(facts.tokens_per_second)} tokens/s"
-    utilisation = format_percent(facts.model_flops_utilisation)
-    return f"{format_count(facts.tokens_per_second)} tokens/s, {utilisation} of the peak matrix rate"
+    utilization = format_percent(facts.model_flops_utilisation)
+    return f"{format_count(facts.tokens_per_second)} tokens/s, {utilization} of the peak matrix rate"
 
 
 def _parameters(facts: RunSummary) -> str:

@@ -1,4 +1,4 @@
-"""Statistics of dialogues in words: what terminal and page both say."""
+"""Statistics of conversations in words: what terminal and page both say."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def facts_of(part: PartStats) -> Iterator[tuple[str, str]]:
     """One part, a line a fact: name, value."""
     yield "form", ", ".join(sorted(set(part.forms.values()))) or "none"
     yield "rows", format_count(part.rows)
-    yield "dialogues", format_count(part.dialogues)
+    yield "conversations", format_count(part.conversations)
     for name, sketch in (("turns", part.turns), ("characters", part.characters), ("tokens", part.tokens)):
         if sketch is not None:
             yield name, _lengths(sketch)
@@ -45,11 +45,11 @@ def facts_of(part: PartStats) -> Iterator[tuple[str, str]]:
             f"{format_count(tally.messages)}, {_mean(tally.characters, tally.messages)} characters each",
         )
     yield "languages", _languages(part)
-    with_code = format_percent(part.with_code / part.dialogues if part.dialogues else 0.0)
-    yield "code", f"in {with_code} of the dialogues, {format_percent(part.code_share)} of the characters"
-    yield "exact duplicates", _of(part.exact_duplicates, part.dialogues)
+    with_code = format_percent(part.with_code / part.conversations if part.conversations else 0.0)
+    yield "code", f"in {with_code} of the conversations, {format_percent(part.code_share)} of the characters"
+    yield "exact duplicates", _of(part.exact_duplicates, part.conversations)
     near = part.near_duplicates
-    yield "near duplicates", _NO_HYGIENE if near is None else _of(near, part.dialogues)
+    yield "near duplicates", _NO_HYGIENE if near is None else _of(near, part.conversations)
     yield "unusable rows", _of(sum(part.problems.values()), part.rows)
 
 
@@ -61,11 +61,11 @@ def findings_of(part: PartStats) -> Iterator[Finding]:
         yield Finding(f"{format_count(number)} left out: {SKIPPED.get(rule, rule.replace('_', ' '))}", ())
     if part.exact_duplicates:
         yield Finding(
-            f"{format_count(part.exact_duplicates)} repeat an earlier dialogue", _pairs(part.duplicate_examples)
+            f"{format_count(part.exact_duplicates)} repeat an earlier conversation", _pairs(part.duplicate_examples)
         )
     if part.near_duplicates:
         yield Finding(
-            f"{format_count(part.near_duplicates)} nearly repeat an earlier dialogue", _pairs(part.near_examples)
+            f"{format_count(part.near_duplicates)} nearly repeat an earlier conversation", _pairs(part.near_examples)
         )
 
 
@@ -75,7 +75,8 @@ def overlap_words(overlap: Overlap) -> str:
         return f"nothing of {overlap.first} is in {overlap.second}"
     near = "" if overlap.near is None else f", {format_count(overlap.near)} nearly the same"
     return (
-        f"{overlap.second} shares with {overlap.first}: {format_count(overlap.same)} dialogues word for word{near}, "
+        f"{overlap.second} shares with {overlap.first}: "
+        f"{format_count(overlap.same)} conversations word for word{near}, "
         f"{format_count(overlap.same_start)} with the same first user message"
     )
 
@@ -83,8 +84,10 @@ def overlap_words(overlap: Overlap) -> str:
 def benchmark_words(benchmark: BenchmarkOverlap) -> str:
     """What of a benchmark stands in the data, in one sentence."""
     where = f"{benchmark.path}: {format_count(benchmark.found)} of {format_count(benchmark.questions)} questions found"
-    dialogues = "1 dialogue" if benchmark.dialogues == 1 else f"{format_count(benchmark.dialogues)} dialogues"
-    return f"{where}, in {dialogues}" if benchmark.found else where
+    conversations = (
+        "1 conversation" if benchmark.conversations == 1 else f"{format_count(benchmark.conversations)} conversations"
+    )
+    return f"{where}, in {conversations}" if benchmark.found else where
 
 
 def leaks(stats: DataStats) -> Iterator[Finding]:
@@ -103,7 +106,8 @@ def _lengths(sketch: LengthSketch) -> str:
     if not sketch.count:
         return "none"
     return (
-        f"{format_count(sketch.total)}; a dialogue {format_count(sketch.smallest)} to {format_count(sketch.largest)}, "
+        f"{format_count(sketch.total)}; "
+        f"a conversation {format_count(sketch.smallest)} to {format_count(sketch.largest)}, "
         f"half of them up to {format_count(sketch.quantile(0.5))}, 95 % up to {format_count(sketch.quantile(0.95))}"
     )
 
@@ -149,13 +153,13 @@ def _stats_tiles(part: PartStats) -> list[tuple[str, str]]:
     repeats = part.exact_duplicates + (part.near_duplicates or 0)
     unusable = sum(part.problems.values())
     return [
-        ("Dialogues", format_count(part.dialogues)),
+        ("Conversations", format_count(part.conversations)),
         ("Turns", format_count(part.turns.total)),
         ("Tokens", format_count(part.tokens.total))
         if part.tokens
         else ("Characters", format_count(part.characters.total)),
         ("Code", format_percent(part.code_share)),
-        ("Repeats", format_percent(repeats / part.dialogues if part.dialogues else 0.0)),
+        ("Repeats", format_percent(repeats / part.conversations if part.conversations else 0.0)),
         ("Unusable rows", format_count(unusable)),
     ]
 
@@ -166,7 +170,7 @@ def _stats_plots(part: PartStats) -> list[tuple[str, Markup]]:
     for name, sketch in sketches.items():
         if sketch is not None and sketch.count:
             bars = [Bar(first, last, number) for first, last, number in sketch.histogram()]
-            title = f"{name.capitalize()} a dialogue"
+            title = f"{name.capitalize()} a conversation"
             plots.append((title, bar_plot(bars, label=f"{title} in {part.name}", x_name=name)))
     return plots
 

@@ -1,6 +1,6 @@
 """Line plots as inline SVG, without a plotting library: a page of plots stays a few kilobytes and follows the theme.
 
-Colours come from the page's style sheet through the classes `line-0`, `line-1` and so on; numbers and names are
+Colors come from the page's style sheet through the classes `line-0`, `line-1` and so on; numbers and names are
 escaped.
 """
 
@@ -26,21 +26,21 @@ class Series:
     Args:
         name: the name in the legend.
         points: pairs of x and y in the order of x.
-        colour: which of the page's line colours.
+        color: which of the page's line colors.
         faint: draw it thin and pale, behind a line that matters more.
-        dashed: tell it from another line of the same colour.
+        dashed: tell it from another line of the same color.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
-    colour: int = 0
+    color: int = 0
     faint: bool = False
     dashed: bool = False
 
     @property
     def style(self) -> str:
         """Classes of its shapes."""
-        return f"line-{self.colour}" + " faint" * self.faint + " dashed" * self.dashed
+        return f"line-{self.color}" + " faint" * self.faint + " dashed" * self.dashed
 
 
 def line_plot(series: Sequence[Series], *, label: str, x_name: str, legend: bool = True) -> Markup:
@@ -109,7 +109,7 @@ def axis(values: Sequence[float], most: int) -> list[float]:
 
 
 def tick_texts(values: Sequence[float]) -> list[str]:
-    """Tick values in one notation, with the digits that tell neighbours apart."""
+    """Tick values in one notation, with the digits that tell neighbors apart."""
     step = values[1] - values[0]
     largest = max(abs(value) for value in values)
     finest = math.floor(math.log10(step) + 1e-9)
@@ -223,14 +223,14 @@ def _bar(bar: Bar, left: float, width: float, floor: float, scale: float, x_name
     lengths = (
         format_count(bar.first) if bar.first == bar.last else f"{format_count(bar.first)} to {format_count(bar.last)}"
     )
-    # A single dialogue must not vanish beside thousands.
+    # A single conversation must not vanish beside thousands.
     height = max(1.0, bar.count * scale) if bar.count else 0.0
     return Markup('<rect class="bar" x="{}" y="{}" width="{}" height="{}" rx="1.5"><title>{}</title></rect>').format(
         round(left, 1),
         round(floor - height, 1),
         round(max(1.0, width), 1),
         round(height, 1),
-        f"{lengths} {x_name}: {format_count(bar.count)} dialogues",
+        f"{lengths} {x_name}: {format_count(bar.count)} conversations",
     )
 
 
@@ -259,7 +259,7 @@ class Mark:
         value: the dot.
         margin: half of the bar; None for no bar.
         single: the values behind it, drawn small.
-        colour: which of the page's line colours.
+        color: which of the page's line colors.
         words: the numbers, at its right.
     """
 
@@ -267,7 +267,7 @@ class Mark:
     value: float
     margin: float | None
     single: Sequence[float]
-    colour: int
+    color: int
     words: str
 
 
@@ -310,7 +310,7 @@ def _interval_grid(value: float, text: str, ticks: Sequence[float], height: int)
 
 
 def _mark(mark: Mark, ticks: Sequence[float], y: float) -> Markup:
-    style = f"line-{mark.colour}"
+    style = f"line-{mark.color}"
     bar = Markup()
     if mark.margin is not None:
         bar = Markup('<line class="{}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(

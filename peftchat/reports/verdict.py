@@ -34,7 +34,7 @@ def _result(facts: RunSummary) -> tuple[str, Outcome]:
     if any(not math.isfinite(loss) for loss in losses):
         return "The loss is not a number: training failed, and this model is of no use.", "failed"
     if after is None:
-        return "No held-out dialogues were given, so nothing here shows that the model got better.", "unknown"
+        return "No held-out conversations were given, so nothing here shows that the model got better.", "unknown"
     if before is None or before <= 0:
         text = f"Held-out loss is {format_decimal(after)}; it was not measured before training."
         return text, "unknown"
@@ -45,7 +45,7 @@ def _result(facts: RunSummary) -> tuple[str, Outcome]:
     )
     if after < before:
         return f"Held-out loss fell {change}.", "better"
-    return f"Held-out loss rose {change}: on dialogues it did not see, the model got worse.", "worse"
+    return f"Held-out loss rose {change}: on conversations it did not see, the model got worse.", "worse"
 
 
 def _effort(facts: RunSummary) -> str:
@@ -68,20 +68,21 @@ def cautions(facts: RunSummary) -> list[str]:
     """What a reader should know before relying on the model, each from a number of the run."""
     found = []
     if facts.rows is not None and facts.rows < _FEW_ROWS:
-        found.append(f"It was trained on only {format_count(facts.rows)} dialogues.")
+        found.append(f"It was trained on only {format_count(facts.rows)} conversations.")
     if facts.eval_loss is None:
-        found.append("No held-out dialogues were used: whether it got better is not known.")
+        found.append("No held-out conversations were used: whether it got better is not known.")
     elif facts.eval_loss_before is not None and facts.eval_loss >= facts.eval_loss_before:
-        found.append("Its loss on held-out dialogues did not fall.")
+        found.append("Its loss on held-out conversations did not fall.")
     if facts.epochs is not None and facts.epochs > _MANY_EPOCHS:
-        found.append(f"It saw each dialogue about {format_decimal(facts.epochs)} times and may recite some of them.")
+        found.append(
+            f"It saw each conversation about {format_decimal(facts.epochs)} times and may recite some of them."
+        )
     if facts.dropped_rows:
         found.append(f"{format_count(facts.dropped_rows)} rows of the data were left out.")
     if facts.special_text:
         found.append(
-            f"Text that looks like a special token occurred {format_count(facts.special_text)} times in the dialogues "
-            "and "
-            "was trained as ordinary text."
+            f"Text that looks like a special token occurred {format_count(facts.special_text)} times "
+            "in the conversations and was trained as ordinary text."
         )
     for token in facts.new_tokens:
         if token.verdict in ("not in the data", "did not move"):

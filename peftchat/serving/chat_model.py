@@ -70,7 +70,7 @@ class ChatModel:
 
     @cached_property
     def prompts(self) -> PromptEncoder:
-        """Encodes dialogues for this model."""
+        """Encodes conversations for this model."""
         return PromptEncoder(self.tokenizer)
 
     @property
@@ -100,7 +100,7 @@ def load_for_chat(path: str) -> ChatModel:
         path: a folder, or a hub id.
 
     Raises:
-        InputError: nothing that can be loaded, or nothing that one can talk to.
+        UserError: nothing that can be loaded, or nothing that one can talk to.
     """
     folder = Path(path)
     _refuse_unfinished(folder)
@@ -203,9 +203,9 @@ def _grow(base: "PreTrainedModel", rows: int) -> None:
 
 
 def _base_of(recipe: Recipe) -> "PreTrainedModel":
-    """The base as it was held in training; unquantised where bitsandbytes is not at hand."""
+    """The base as it was held in training; unquantized where bitsandbytes is not at hand."""
     if recipe.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
-        stderr.print("bitsandbytes is not installed: the base is loaded without quantisation.", style="yellow")
+        stderr.print("bitsandbytes is not installed: the base is loaded without quantization.", style="yellow")
         recipe = recipe.model_copy(update={"quantization": None})
     device_map = None
     if recipe.quantization is not None and _device().type != "cpu":

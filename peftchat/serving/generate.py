@@ -112,15 +112,15 @@ def generate_answer(
     settings: "GenerationConfig",
     on_text: Callable[[str], None] = lambda text: None,
 ) -> ChatAnswer:
-    """Let the model answer a dialogue.
+    """Let the model answer a conversation.
 
     Args:
-        messages: the dialogue, the user's message last.
+        messages: the conversation, the user's message last.
         settings: what `apply_sampling` made.
         on_text: gets each new stretch of the answer; joined, they are `ChatAnswer.text`.
 
     Raises:
-        InputError: the last message does not fit into the model's context.
+        UserError: the last message does not fit into the model's context.
     """
     started = monotonic()
     room = min(settings.max_new_tokens, chat.context // 2)

@@ -1,4 +1,4 @@
-"""A dialogue so far as the ids that a model goes on from."""
+"""A conversation so far as the ids that a model goes on from."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ class Prompt:
     """What the model gets.
 
     Attributes:
-        ids: the dialogue and the opening of the answer.
+        ids: the conversation and the opening of the answer.
         dropped: exchanges left out at the front because they no longer fit.
         lookalikes: stretches of the messages that are spelled like a special token, encoded as ordinary text.
     """
@@ -37,7 +37,7 @@ class Prompt:
 
 
 class _Opened:
-    """The tokenizer's own template with the opening of an answer behind the dialogue."""
+    """The tokenizer's own template with the opening of an answer behind the conversation."""
 
     name = "model"
     tokens: tuple[str, ...] = ()
@@ -54,16 +54,16 @@ class _Opened:
 
 
 class PromptEncoder:
-    """Encodes dialogues by the tokenizer's own chat template.
+    """Encodes conversations by the tokenizer's own chat template.
 
-    A dialogue without look-alikes of special tokens goes through `apply_chat_template`. One that has them is encoded
-    piece by piece, so that nothing a user types becomes a special token.
+    A conversation without look-alikes of special tokens goes through `apply_chat_template`. One that has them is
+    encoded piece by piece, so that nothing a user types becomes a special token.
 
     Args:
         tokenizer: with a `chat_template`.
 
     Raises:
-        InputError: the template writes no special token after an answer, so that nothing would end one.
+        UserError: the template writes no special token after an answer, so that nothing would end one.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -87,7 +87,7 @@ class PromptEncoder:
         """See that the tokenizer has the tokens that its template writes.
 
         Raises:
-            InputError: naming the first that it has not.
+            UserError: naming the first that it has not.
         """
         for text in (self._render(_PROBE, opening=False), self._opening_text()):
             for token in _TOKEN_SPELLING.findall(text):
@@ -99,10 +99,10 @@ class PromptEncoder:
                     )
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
-        """The ids of a dialogue that ends with the user's message, and of the opening of the answer.
+        """The ids of a conversation that ends with the user's message, and of the opening of the answer.
 
         Raises:
-            InputError: the template refuses the dialogue, or rewrites text that looks like a special token.
+            UserError: the template refuses the conversation, or rewrites text that looks like a special token.
         """
         lookalikes = sum(self._text.lookalikes([message.content for message in messages]))
         if lookalikes:
@@ -113,10 +113,10 @@ class PromptEncoder:
         return Prompt(ids, 0, 0)
 
     def fit(self, messages: Sequence[Message], limit: int) -> Prompt:
-        """The dialogue within `limit` tokens: whole exchanges go from its front, the system message stays.
+        """The conversation within `limit` tokens: whole exchanges go from its front, the system message stays.
 
         Raises:
-            InputError: the last message alone is too long.
+            UserError: the last message alone is too long.
         """
         return truncate_prompt(messages, limit, self.encode)
 
@@ -127,13 +127,13 @@ class PromptEncoder:
         try:
             return str(self._tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=opening))
         except TemplateError as error:
-            raise UserError(f"the model's chat template refuses the dialogue: {error}") from error
+            raise UserError(f"the model's chat template refuses the conversation: {error}") from error
 
     def _opening_text(self) -> str:
         closed = self._render(_PROBE[:1], opening=False)
         opened = self._render(_PROBE[:1], opening=True)
         if not opened.startswith(closed):
-            raise UserError("the model's chat template does not open an answer by adding to the dialogue")
+            raise UserError("the model's chat template does not open an answer by adding to the conversation")
         return opened[len(closed) :]
 
     def _opening_pieces(self) -> tuple[TemplateSpan, ...]:
@@ -148,12 +148,12 @@ class PromptEncoder:
 
 
 def truncate_prompt(messages: Sequence[Message], limit: int, encode: Callable[[Sequence[Message]], Prompt]) -> Prompt:
-    """Drop exchanges from the front of a dialogue until its prompt has at most `limit` tokens.
+    """Drop exchanges from the front of a conversation until its prompt has at most `limit` tokens.
 
     An exchange is a user's message with everything up to the next one.
 
     Raises:
-        InputError: even the last message alone is too long.
+        UserError: even the last message alone is too long.
     """
     start = 1 if messages and messages[0].role == "system" else 0
     turns = [index for index, message in enumerate(messages) if message.role == "user"]

@@ -1,4 +1,4 @@
-"""The dialogue of one terminal session."""
+"""The conversation of one terminal session."""
 
 import json
 import sys
@@ -47,21 +47,21 @@ class ChatHistory:
         return question
 
     def messages(self) -> tuple[Message, ...]:
-        """The whole dialogue, the system message first."""
+        """The whole conversation, the system message first."""
         first = () if self.system is None else (Message("system", self.system),)
         return (*first, *self.turns)
 
     def as_row(self) -> dict[str, list[dict[str, str]]]:
-        """The dialogue as a row of the `messages` form, which `peftchat train` reads."""
+        """The conversation as a row of the `messages` form, which `peftchat train` reads."""
         return {"messages": Conversation(self.messages()).as_dicts()}
 
 
 HELP = """\
 /undo         take the last question and answer back
-/clear        forget the dialogue, keep the system prompt
+/clear        forget the conversation, keep the system prompt
 /system TEXT  set the system prompt; without TEXT, leave it to the model's template
 /tokens       how much of the context is used
-/save FILE    write the dialogue as a row of the messages form
+/save FILE    write the conversation as a row of the messages form
 /help         this list
 /quit         leave; so does the end of input (Ctrl-D)
 Text between two lines of \"\"\" is one message. A space before a slash makes it ordinary text.\
@@ -69,16 +69,16 @@ Text between two lines of \"\"\" is one message. A space before a slash makes it
 
 
 class SlashCommands:
-    """Carries out the commands on one dialogue.
+    """Carries out the commands on one conversation.
 
     Args:
         chat: the model, for counting tokens.
-        dialogue: is changed in place.
+        conversation: is changed in place.
     """
 
-    def __init__(self, chat: ChatModel, dialogue: ChatHistory) -> None:
+    def __init__(self, chat: ChatModel, conversation: ChatHistory) -> None:
         self._chat = chat
-        self._dialogue = dialogue
+        self._conversation = conversation
         self._table: dict[str, Callable[[str], None]] = {
             "/undo": self._undo,
             "/clear": self._clear,
@@ -106,22 +106,22 @@ class SlashCommands:
         return True
 
     def _undo(self, rest: str) -> None:
-        question = self._dialogue.undo()
+        question = self._conversation.undo()
         _say("There is nothing to take back." if question is None else f"Taken back: {_shortened(question)}")
 
     def _clear(self, rest: str) -> None:
-        self._dialogue.turns.clear()
-        _say("The dialogue is forgotten.")
+        self._conversation.turns.clear()
+        _say("The conversation is forgotten.")
 
     def _system(self, rest: str) -> None:
-        self._dialogue.system = rest or None
+        self._conversation.system = rest or None
         _say(f"System prompt: {rest}" if rest else "The system prompt is left to the model's template.")
 
     def _tokens(self, rest: str) -> None:
         context = self._chat.context
         # The frame of the next question counts: it is what the model will read.
-        used = len(self._chat.prompts.encode(self._dialogue.asked("")).ids)
-        exchanges = sum(message.role == "user" for message in self._dialogue.turns)
+        used = len(self._chat.prompts.encode(self._conversation.asked("")).ids)
+        exchanges = sum(message.role == "user" for message in self._conversation.turns)
         _say(f"{used:,} of {context:,} tokens in {exchanges} exchange{'' if exchanges == 1 else 's'}.")
 
     def _save(self, rest: str) -> None:
@@ -133,7 +133,7 @@ class SlashCommands:
             _say(f"{path} is already there; name another file.")
             return
         try:
-            write_text(path, json.dumps(self._dialogue.as_row(), ensure_ascii=False) + "\n")
+            write_text(path, json.dumps(self._conversation.as_row(), ensure_ascii=False) + "\n")
         except OSError as error:
             _say(f"{path} cannot be written: {error.strerror}.")
             return
@@ -168,7 +168,7 @@ _CUT = {
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A dialogue with a model, shown on standard output.
+    """A conversation with a model, shown on standard output.
 
     Attributes:
         as_json: print one JSON object an answer instead of the answer's text.
@@ -176,17 +176,17 @@ class Chat:
 
     model: ChatModel
     settings: "GenerationConfig"
-    dialogue: ChatHistory
+    conversation: ChatHistory
     as_json: bool = False
 
     def ask(self, question: str) -> ChatAnswer:
         """Put a question, print the answer, and keep both.
 
         Raises:
-            InputError: the question does not fit into the model's context.
+            UserError: the question does not fit into the model's context.
         """
-        said = generate_answer(self.model, self.dialogue.asked(question), self.settings, self._show)
-        self.dialogue.add(question, said.text)
+        said = generate_answer(self.model, self.conversation.asked(question), self.settings, self._show)
+        self.conversation.add(question, said.text)
         if self.as_json:
             print(json.dumps(as_record(question, said), ensure_ascii=False), flush=True)
         else:
@@ -195,7 +195,7 @@ class Chat:
 
     def loop(self) -> None:
         """Answer questions and obey commands until the input ends."""
-        commands = SlashCommands(self.model, self.dialogue)
+        commands = SlashCommands(self.model, self.conversation)
         is_terminal = sys.stdin.isatty()
         if is_terminal:
             _prepare_line_editing(commands.names)

@@ -61,7 +61,7 @@ def resolve_distributed(loaded: "LoadedRecipe", environment: Mapping[str, str] =
     """Decide where the run takes place.
 
     Raises:
-        InputError: the recipe asks for more than there is, or contradicts the launcher that started this process.
+        UserError: the recipe asks for more than there is, or contradicts the launcher that started this process.
     """
     import torch
 
@@ -94,7 +94,7 @@ def is_sharded(strategy: Strategy) -> bool:
 
 
 def weight_dtype(method: "Method", dtype: "Dtype", strategy: Strategy) -> "Dtype":
-    """The dtype of unquantised weights: what is trained without DeepSpeed's masters is held in float32."""
+    """The dtype of unquantized weights: what is trained without DeepSpeed's masters is held in float32."""
     return "float32" if method == "full" and not is_sharded(strategy) else dtype
 
 
@@ -206,8 +206,8 @@ def launch(placement: DistributedSetup, arguments: Sequence[str]) -> int:
         0, or the status with which the first process to fail ended; it has told why.
 
     Raises:
-        InputError: several machines are asked for and nothing says how they find each other.
-        CheckFailed: a process was killed.
+        UserError: several machines are asked for and nothing says how they find each other.
+        VerificationError: a process was killed.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

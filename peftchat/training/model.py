@@ -43,14 +43,14 @@ def select_attention(recipe: "Recipe", model: "PreTrainedModel | PeftModel", bas
         base: the causal language model inside it.
 
     Raises:
-        InputError: the recipe asks for an attention that the model cannot run.
+        UserError: the recipe asks for an attention that the model cannot run.
     """
     wanted = recipe.model.attention
     before_rows = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     possible = not before_rows and _takes_other_attention(base)
     if wanted == VARLEN and not possible:
         raise UserError(
-            "this model cannot compute the attention of each dialogue by itself",
+            "this model cannot compute the attention of each conversation by itself",
             where=f"model.attention: {wanted}",
             hint="Set it to `auto`.",
         )
@@ -61,7 +61,7 @@ def select_attention(recipe: "Recipe", model: "PreTrainedModel | PeftModel", bas
 
 
 def fall_back(recipe: "Recipe", base: "PreTrainedModel") -> BatchLayout | None:
-    """Give up attention by dialogue if `auto` had chosen it; the layout that batches need then, or None."""
+    """Give up attention by conversation if `auto` had chosen it; the layout that batches need then, or None."""
     if recipe.model.attention != "auto" or base.config._attn_implementation != VARLEN:
         return None
     base.set_attn_implementation("sdpa")
@@ -111,7 +111,7 @@ def compile_if_faster(
         What was chosen and why; None where nothing was.
 
     Raises:
-        InputError: the recipe wants compiled layers and cannot have them.
+        UserError: the recipe wants compiled layers and cannot have them.
     """
     wanted = loaded.recipe.training.torch_compile
     if wanted is False:
@@ -198,7 +198,7 @@ def build_model(
         checkpoint: the checkpoint that the run goes on from.
 
     Raises:
-        InputError: the model cannot be loaded or does not fit the method.
+        UserError: the model cannot be loaded or does not fit the method.
     """
     set_seed(recipe.training.seed)
     dtype = weight_dtype(recipe.method, recipe.model.dtype, placement.strategy)
@@ -243,7 +243,7 @@ def _batches(
 
 
 def _device_map(recipe: "Recipe", placement: DistributedSetup) -> dict[str, Any] | None:
-    # Quantising happens where the weights are put, so they go straight to this process's GPU.
+    # Quantizing happens where the weights are put, so they go straight to this process's GPU.
     if recipe.quantization is None or not placement.gpus or placement.strategy == "zero3":
         return None
     return {"": int(os.environ.get("LOCAL_RANK", "0"))}

@@ -30,7 +30,7 @@ def check_space(folder: Path, model: nn.Module, recipe: "Recipe") -> None:
     """Refuse a run whose model and checkpoints will not fit beside what is on the disk.
 
     Raises:
-        InputError: with what is needed and what is there.
+        UserError: with what is needed and what is there.
     """
     trained = sum(unsharded_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     finished = trained * (4 if recipe.method != "full" or recipe.model.dtype == "float32" else 2)
@@ -61,18 +61,18 @@ _LENGTH = 12
 
 
 def check_isolation(model: nn.Module, vocabulary: int, device: torch.device, *, with_borders: bool) -> None:
-    """Refuse packing where a dialogue can see the one before it.
+    """Refuse packing where a conversation can see the one before it.
 
-    Two packs that differ only in their first dialogue go through the model; the second dialogue's states must not
-    notice.
+    Two packs that differ only in their first conversation go through the model; the second conversation's states must
+    not notice.
 
     Args:
         model: as it is called in training.
         vocabulary: ids below this are ordinary tokens.
-        with_borders: whether training tells the attention where dialogues begin.
+        with_borders: whether training tells the attention where conversations begin.
 
     Raises:
-        InputError: they do notice.
+        UserError: they do notice.
     """
     generator = torch.Generator().manual_seed(0)
     first, other, second = torch.randint(vocabulary, (3, 1, _LENGTH), generator=generator).to(device)
@@ -89,7 +89,7 @@ def check_isolation(model: nn.Module, vocabulary: int, device: torch.device, *, 
     one, two = loss_behind(first), loss_behind(other)
     if abs(one - two) > 1e-4 * max(1.0, abs(one)):
         raise UserError(
-            "this model does not keep packed dialogues apart: what stands before a dialogue changes its loss",
+            "this model does not keep packed conversations apart: what stands before a conversation changes its loss",
             where="data.packing: true",
             hint="Set data.packing: false, or another model.attention.",
         )
@@ -103,7 +103,7 @@ def check_loss(
     With borders, this also holds the attention between them against transformers' own.
 
     Raises:
-        InputError: the loss differs from the plain formula on the model's own logits.
+        UserError: the loss differs from the plain formula on the model's own logits.
     """
     ids = torch.randint(vocabulary, (1, _LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
     positions = torch.arange(_LENGTH, device=device)[None]

@@ -207,7 +207,7 @@ def run_summary(
         "train_loss": _mean_training_loss(lines),
         "eval_loss_before": evaluations[0]["eval_loss"] if evaluations and evaluations[0]["step"] == 0 else None,
         "eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
-        "model_flops_utilisation": _utilisation(trainer, placement, totals),
+        "model_flops_utilisation": _utilization(trainer, placement, totals),
         "attention": trainer.causal_model.config._attn_implementation,
         "template": chat.template.name,
         "end_token": chat.template.end_token,
@@ -236,8 +236,8 @@ def _mean_training_loss(lines: Sequence[Mapping[str, Any]]) -> float | None:
     return total / last if last else None
 
 
-def _utilisation(trainer: "ChatTrainer", placement: DistributedSetup, totals: TokenCounts) -> float | None:
-    """Model FLOPs utilisation (Chowdhery et al., 2022), against the matrix rate measured here and now."""
+def _utilization(trainer: "ChatTrainer", placement: DistributedSetup, totals: TokenCounts) -> float | None:
+    """Model FLOPs utilization (Chowdhery et al., 2022), against the matrix rate measured here and now."""
     if not totals.seconds:
         return None
     model = trainer.causal_model

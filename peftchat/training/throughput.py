@@ -81,7 +81,8 @@ class TokenCounts:
         supervised: tokens that carried a target.
         seconds: time spent on training steps.
         seen: occurrences of each new token.
-        seen_before_target: those behind which its dialogue still has a target, so that the input row gets a gradient.
+        seen_before_target: those behind which its conversation still has a target, so that the input row gets a
+            gradient.
     """
 
     tokens: int = 0

@@ -155,8 +155,8 @@ def run_training(loaded: "LoadedRecipe", placement: DistributedSetup, request: T
         What was written to `run.json`.
 
     Raises:
-        InputError: something the user gave cannot be used; the folder is then untouched.
-        CheckFailed: training or saving did not do what it should have.
+        UserError: something the user gave cannot be used; the folder is then untouched.
+        VerificationError: training or saving did not do what it should have.
     """
     folder = RunFolder(Path(loaded.recipe.output_dir))
     try:
@@ -277,7 +277,7 @@ class _BeforeTraining(TrainerCallback):
         self.seconds_to_first_step: float | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Probe the loss and the isolation of packed dialogues, claim the folder, answer the questions."""
+        """Probe the loss and the isolation of packed conversations, claim the folder, answer the questions."""
         self._probe()
         check_space(self._folder.path, self._trainer.model, self._recipe)
         if self._trainer.args.should_save:
@@ -348,7 +348,7 @@ def _new_tokens(
     A row that got a gradient and stayed where it was means that training misses it: the run is then a failure.
 
     Raises:
-        CheckFailed: naming the token.
+        VerificationError: naming the token.
     """
     if first is None or last is None:
         return []

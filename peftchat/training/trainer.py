@@ -76,7 +76,7 @@ def sft_config(
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
         deepspeed=deepspeed,
-        # Rows come encoded, packed and labelled; TRL is to leave them alone.
+        # Rows come encoded, packed and labeled; TRL is to leave them alone.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,
@@ -93,7 +93,7 @@ _TENSORS_OF_OURS = ("real_tokens", "watched")
 
 
 class ChatTrainer(SFTTrainer):
-    """Trains on packs of encoded dialogues.
+    """Trains on packs of encoded conversations.
 
     Args:
         model: the model, wrapped by PEFT on adapter paths, with its new rows attached.
@@ -135,7 +135,7 @@ class ChatTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=[*callbacks, *self._parts.callbacks],
         )
-        # TRL casts what is trained on a quantised base to bfloat16, in which small updates round to nothing.
+        # TRL casts what is trained on a quantized base to bfloat16, in which small updates round to nothing.
         # https://github.com/huggingface/trl/issues/7268
         for name, parameter in self.model.named_parameters():
             if name in trained and parameter.dtype != trained[name].dtype:

@@ -23,7 +23,7 @@ class ModelShape:
         hidden: width of the residual stream.
         layers: number of decoder layers.
         linear: dotted name of each linear layer, the output head aside -> (inputs, outputs).
-        norms: dotted names of the normalisation layers that have weights.
+        norms: dotted names of the normalization layers that have weights.
         transposed: the linear layers keep their weights as (inputs, outputs), as GPT-2's Conv1D does.
     """
 
@@ -41,7 +41,7 @@ class ModelShape:
             group: `attention`, `feed-forward` or `all-linear`.
 
         Raises:
-            InputError: the model has no such layers.
+            UserError: the model has no such layers.
         """
         wanted = (name for name in self.linear if group == "all-linear" or (group == "attention") == in_attention(name))
         found = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in wanted))
@@ -133,7 +133,7 @@ class DropoutSection(LowRankSection):
     dropout: float = Field(0.05, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
 
 
-Setting = Literal["unquantised", "4 bits", "8 bits", "ddp", "zero2", "zero3", "packing", "checkpointing"]
+Setting = Literal["unquantized", "4 bits", "8 bits", "ddp", "zero2", "zero3", "packing", "checkpointing"]
 """What may surround a variant in a recipe."""
 
 Stage = Literal["zero2", "zero3"]

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from peftchat.variants.base import AdapterSection, Setting, Variant
 
-_BASES: tuple[Setting, ...] = ("unquantised", "8 bits", "4 bits")
-_SHORT = {"unquantised": "16", "8 bits": "8", "4 bits": "4"}
+_BASES: tuple[Setting, ...] = ("unquantized", "8 bits", "4 bits")
+_SHORT = {"unquantized": "16", "8 bits": "8", "4 bits": "4"}
 _VLLM = {"adapter": "adapter", "merged": "merged", "no": "no"}
 
 
@@ -86,7 +86,7 @@ def example(variant: Variant) -> str:
     """Lines of a recipe that use the variant."""
     if variant.options is None:
         return "method: full"
-    method = "qlora" if "unquantised" in variant.refuses else "lora"
+    method = "qlora" if "unquantized" in variant.refuses else "lora"
     lines = [f"method: {method}", "adapter:", f"  variant: {variant.name}"]
     for name, info in variant.options.model_fields.items():
         if name != "variant" and info.default is not None:

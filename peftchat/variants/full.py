@@ -4,7 +4,7 @@ from typing import Literal
 
 from peftchat.variants.base import AdapterSection, Variant
 
-_NO_LAYERS = "transformers trains a quantised base only where an adapter sits in its layers"
+_NO_LAYERS = "transformers trains a quantized base only where an adapter sits in its layers"
 
 
 class TrainableTokensSection(AdapterSection):
@@ -36,8 +36,8 @@ FULL = Variant(
     learning_rate=2e-5,
     proved=frozenset({"zero3"}),
     refuses={
-        "4 bits": "quantised weights have no gradient",
-        "8 bits": "quantised weights have no gradient",
+        "4 bits": "quantized weights have no gradient",
+        "8 bits": "quantized weights have no gradient",
     },
     folds=False,
     instead="The run folder is a model already.",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _TAKES_OUT = "its start is cut out of the base's full weights, which ZeRO-3 holds in slices"
 _LOOKS = "its start is read from the base's full layers, which ZeRO-3 holds in slices"
-_NEEDS_FLOATS = "its start is a decomposition of full-precision weights; a quantised base has none"
+_NEEDS_FLOATS = "its start is a decomposition of full-precision weights; a quantized base has none"
 
 
 class PissaSection(LowRankSection):
@@ -179,13 +179,13 @@ CORDA = Variant(
 LOFTQ = Variant(
     name="loftq",
     title="LoftQ",
-    summary="LoRA on a 4-bit base that begins by undoing as much of the quantisation's error as its rank can.",
+    summary="LoRA on a 4-bit base that begins by undoing as much of the quantization's error as its rank can.",
     paper=Paper("Li et al.", 2023, "2310.08659"),
     options=LoftqSection,
     build=_of_weights,
     learning_rate=2e-4,
     refuses={
-        "unquantised": "it makes up for the error of a quantised base, and an unquantised one has none",
+        "unquantized": "it makes up for the error of a quantized base, and an unquantized one has none",
         "8 bits": "PEFT compares the base's weights with their 4-bit form only",
         "zero3": _LOOKS,
     },

@@ -9,7 +9,7 @@ from peftchat.variants.base import AdapterSection, ModelShape, Paper, Setting, V
 if TYPE_CHECKING:
     from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
-_ONCE = "the trained vectors stand once before a row, and only its first dialogue would see them"
+_ONCE = "the trained vectors stand once before a row, and only its first conversation would see them"
 _SHARDED = "PEFT writes its file from the process's own slice of the vectors, which ZeRO-3 leaves empty (read, not run)"
 _INSTEAD = "Keep base and adapter side by side: `peftchat chat RUN` and stock peft load them."
 
@@ -18,14 +18,14 @@ class PromptTuningSection(AdapterSection):
     """Settings of prompt tuning."""
 
     variant: Literal["prompt_tuning"] = "prompt_tuning"
-    virtual_tokens: int = Field(20, ge=1, description="Trained vectors before each dialogue.")
+    virtual_tokens: int = Field(20, ge=1, description="Trained vectors before each conversation.")
 
 
 class PTuningSection(AdapterSection):
     """Settings of P-tuning."""
 
     variant: Literal["p_tuning"] = "p_tuning"
-    virtual_tokens: int = Field(20, ge=1, description="Trained vectors before each dialogue.")
+    virtual_tokens: int = Field(20, ge=1, description="Trained vectors before each conversation.")
     encoder_hidden: int = Field(128, ge=1, description="Width of the network that makes the vectors while training.")
 
 
@@ -33,7 +33,9 @@ class PrefixTuningSection(AdapterSection):
     """Settings of prefix tuning."""
 
     variant: Literal["prefix_tuning"] = "prefix_tuning"
-    virtual_tokens: int = Field(20, ge=1, description="Trained keys and values before each dialogue, in every layer.")
+    virtual_tokens: int = Field(
+        20, ge=1, description="Trained keys and values before each conversation, in every layer."
+    )
 
 
 def _prompt_tuning(section: PromptTuningSection, facts: ModelShape) -> "PromptTuningConfig":
@@ -61,7 +63,7 @@ _REFUSES: dict[Setting, str] = {"packing": _ONCE, "zero3": _SHARDED}
 PROMPT_TUNING = Variant(
     name="prompt_tuning",
     title="Prompt tuning",
-    summary="Trains vectors that stand before each dialogue like words of a prompt.",
+    summary="Trains vectors that stand before each conversation like words of a prompt.",
     paper=Paper("Lester et al.", 2021, "2104.08691"),
     options=PromptTuningSection,
     build=_prompt_tuning,
@@ -90,7 +92,7 @@ P_TUNING = Variant(
 PREFIX_TUNING = Variant(
     name="prefix_tuning",
     title="Prefix tuning",
-    summary="Trains keys and values that stand before those of each dialogue, in every layer.",
+    summary="Trains keys and values that stand before those of each conversation, in every layer.",
     paper=Paper("Li and Liang", 2021, "2101.00190"),
     options=PrefixTuningSection,
     build=_prefix_tuning,

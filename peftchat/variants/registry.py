@@ -35,7 +35,7 @@ def get_variant(name: str) -> Variant:
     """The variant of that name or alias.
 
     Raises:
-        InputError: there is none.
+        UserError: there is none.
     """
     found = VARIANTS.get(canonical_name(name))
     if found is None:

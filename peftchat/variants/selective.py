@@ -59,7 +59,7 @@ class LnTuningSection(AdapterSection):
     target_modules: Annotated[Literal["auto"] | tuple[str, ...], BeforeValidator(list_or("auto"))] = Field(
         "auto",
         json_schema_extra={NOT_INHERITED: True},
-        description="The layers that are trained: `auto` (all normalisation layers), or a list of module names.",
+        description="The layers that are trained: `auto` (all normalization layers), or a list of module names.",
     )
 
 
@@ -125,7 +125,7 @@ def _ln_tuning(section: LnTuningSection, facts: ModelShape) -> "LNTuningConfig":
     names = list(dict.fromkeys(_last(name) for name in facts.norms)) if isinstance(wanted, str) else list(wanted)
     if not names:
         raise UserError(
-            "no normalisation layer was found in the model",
+            "no normalization layer was found in the model",
             where="adapter.target_modules",
             hint="Name the layers to be trained.",
         )
@@ -172,7 +172,7 @@ IA3 = Variant(
 LN_TUNING = Variant(
     name="ln_tuning",
     title="LN tuning",
-    summary="Trains the weights of the normalisation layers and nothing else.",
+    summary="Trains the weights of the normalization layers and nothing else.",
     paper=Paper("Zhao et al.", 2023, "2312.11420"),
     options=LnTuningSection,
     build=_ln_tuning,

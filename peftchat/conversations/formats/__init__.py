@@ -26,7 +26,7 @@ def find_format(name: str) -> Format:
     """The form called `name`.
 
     Raises:
-        InputError: there is none; names the nearest.
+        UserError: there is none; names the nearest.
     """
     if name in FORMATS:
         return FORMATS[name]

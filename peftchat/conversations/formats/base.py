@@ -1,4 +1,4 @@
-"""What an input form is: how to recognise its rows, and how to turn them into dialogues."""
+"""What an input form is: how to recognize its rows, and how to turn them into conversations."""
 
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ class Format:
         name: as written in a recipe's `format`.
         summary: one line: its fields.
         matches: whether a row has this form, judged by its fields alone.
-        read: the dialogues in a stream of rows; bad rows go to the log.
+        read: the conversations in a stream of rows; bad rows go to the log.
         ranked: whether its answers come with ranks, so that `ReadOptions.top_k` means something.
     """
 
@@ -38,7 +38,7 @@ _MAY_REPEAT = ("tool",)
 def record_format(
     name: str, summary: str, matches: Callable[[Fields], bool], parse: Callable[[Fields], list[Message]]
 ) -> Format:
-    """A form in which each row is one dialogue; `parse` raises `RecordError` for a row it cannot read."""
+    """A form in which each row is one conversation; `parse` raises `RecordError` for a row it cannot read."""
 
     def read(rows: Iterable[RawRecord], options: ReadOptions, problems: ProblemLog) -> Iterator[Conversation]:
         for row in rows:
@@ -58,7 +58,7 @@ def record_format(
 
 
 def validate_messages(messages: Sequence[Message], problems: ProblemLog) -> tuple[Message, ...]:
-    """The dialogue's messages, a trailing user turn taken off and counted.
+    """The conversation's messages, a trailing user turn taken off and counted.
 
     Raises:
         RowError: no answer, nothing said, a role twice, a system message in the middle, or text that no tokenizer
@@ -77,7 +77,7 @@ def validate_messages(messages: Sequence[Message], problems: ProblemLog) -> tupl
     while end and messages[end - 1].role in ("user", "tool"):
         end -= 1
     if not any(message.role == "assistant" for message in messages[:end]):
-        raise RecordError("no_answer", "the dialogue has no assistant message")
+        raise RecordError("no_answer", "the conversation has no assistant message")
     if end < len(messages):
         problems.notes["trailing_user_trimmed"] += 1
     return tuple(messages[:end])

@@ -204,14 +204,14 @@ def without_open_turn(path: Path) -> Path:
 
 
 def broken_rule(path: Path, top_k: int | None) -> PathRule | None:
-    """The first rule that a root-to-leaf path breaks, None if it becomes a dialogue."""
+    """The first rule that a root-to-leaf path breaks, None if it becomes a conversation."""
     if len(path) == 1:
         return "prompt_without_reply"
     if any(message.deleted for message in path):
         return "path_with_deleted_message"
     if any(message.synthetic for message in path):
         return "path_with_synthetic_message"
-    # Of several open questions below one answer, one stands for the dialogue that ends there.
+    # Of several open questions below one answer, one stands for the conversation that ends there.
     if path[-1].role == "prompter" and path[-2].replies[0] is not path[-1]:
         return "open_turn_that_is_not_the_first_reply"
     if top_k is not None and not _within_top(path, top_k):
@@ -270,7 +270,7 @@ class _Reading:
         prompt = parse_tree(row.value["prompt"])
         # In a tree export a missing state or verdict is not a good one.
         ready, reviewed = row.value.get("tree_state") == _READY, prompt.reviewed is True
-        yield from self.dialogues(prompt, row.where, ready=ready, reviewed=reviewed, row=row)
+        yield from self.conversations(prompt, row.where, ready=ready, reviewed=reviewed, row=row)
 
     def thread(self, row: RawRecord) -> Iterator[Conversation]:
         """A thread is a tree without branches; its ranks were given among siblings that are not here."""
@@ -280,9 +280,9 @@ class _Reading:
         path = [parse_message(message) for message in fields]
         for parent, message in pairwise(path):
             parent.replies.append(message)
-        yield from self.dialogues(path[0], row.where, reviewed=path[0].reviewed is not False, row=row)
+        yield from self.conversations(path[0], row.where, reviewed=path[0].reviewed is not False, row=row)
 
-    def dialogues(
+    def conversations(
         self,
         prompt: TreeMessage,
         where: str,
@@ -291,7 +291,7 @@ class _Reading:
         reviewed: bool = True,
         row: RawRecord | None = None,
     ) -> Iterator[Conversation]:
-        """The dialogues of one tree, each once; `row` is what a quarantine shows of it."""
+        """The conversations of one tree, each once; `row` is what a quarantine shows of it."""
         notes, skipped = self.problems.notes, self.problems.skipped
         notes["oasst_trees"] += 1
         notes["oasst_messages"] += _tree_size(prompt)
@@ -359,7 +359,7 @@ def _read(rows: Iterable[RawRecord], options: ReadOptions, problems: ProblemLog)
     for tree in single.trees(problems):
         ready = tree.state is None or tree.state == _READY
         reviewed = tree.prompt.reviewed is not False
-        yield from reading.dialogues(tree.prompt, tree.where, ready=ready, reviewed=reviewed)
+        yield from reading.conversations(tree.prompt, tree.where, ready=ready, reviewed=reviewed)
 
 
 FORMAT = Format(

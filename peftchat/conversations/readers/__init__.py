@@ -41,7 +41,7 @@ def find_files(path: str, split: str | None = None) -> list[Path] | None:
     those of `split` count, `train` if it is not given. `eval`, `validation`, `valid` and `dev` are one split.
 
     Raises:
-        InputError: nothing there, nothing to read there, or no such split.
+        UserError: nothing there, nothing to read there, or no such split.
     """
     place = Path(path).expanduser()
     if place.is_dir():

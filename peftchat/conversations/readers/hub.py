@@ -12,7 +12,7 @@ def read_hub(name: str, split: str | None, problems: ProblemLog) -> Iterator[Raw
     """The rows of split `split` (default `train`) of the hub data set `name`; `where` is `name/split:row`.
 
     Raises:
-        InputError: the data set or the split cannot be had: offline, private, misspelt.
+        UserError: the data set or the split cannot be had: offline, private, misspelt.
     """
     import datasets
     import huggingface_hub

@@ -1,4 +1,4 @@
-"""Statistics and hygiene of dialogues: lengths, languages, code, duplicates, overlaps. One pass, sketches only."""
+"""Statistics and hygiene of conversations: lengths, languages, code, duplicates, overlaps. One pass, sketches only."""
 
 from peftchat.conversations.stats.gather import gather
 from peftchat.conversations.stats.parts import StatsPart, parts_of_path, parts_of_recipe

@@ -38,7 +38,7 @@ _LANGUAGE_SAMPLE = 1000
 _FENCED = re.compile(r"^[ \t]*(```|~~~)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
 
 
-def _no_progress(dialogues: int) -> None:
+def _no_progress(conversations: int) -> None:
     """Say nothing."""
 
 
@@ -51,16 +51,16 @@ def gather(
 ) -> DataStats:
     """Read every part once and describe it; bad rows are counted and passed over.
 
-    Memory holds sketches only; what tells duplicates apart lies in a temporary folder, about 600 bytes a dialogue.
+    Memory holds sketches only; what tells duplicates apart lies in a temporary folder, about 600 bytes a conversation.
 
     Args:
         parts: what to look at; overlaps are told for each pair.
         benchmarks: files with questions that training data should not hold.
         count_tokens: None leaves tokens out.
-        progress: called with the number of dialogues so far.
+        progress: called with the number of conversations so far.
 
     Raises:
-        InputError: a part or benchmark cannot be read at all.
+        UserError: a part or benchmark cannot be read at all.
     """
     started = time.monotonic()
     met = [Benchmark(path) for path in benchmarks]
@@ -105,7 +105,7 @@ class _Gathering:
             self.stats.tokens = LengthSketch()
 
     def add(self, batch: Sequence[Conversation]) -> None:
-        """Count a batch of dialogues."""
+        """Count a batch of conversations."""
         for conversation, tokens in zip(batch, self._tokens(batch), strict=True):
             characters = self._count(conversation)
             if self.stats.tokens is not None and tokens is not None:
@@ -113,14 +113,14 @@ class _Gathering:
             row = LongConversation(conversation.source, characters, tokens)
             size = characters if tokens is None else tokens
             # The running number decides between equals: rows themselves have no order.
-            heapq.heappush(self._longest, (size, -self.stats.dialogues, row))
+            heapq.heappush(self._longest, (size, -self.stats.conversations, row))
             if len(self._longest) > _LONGEST:
                 heapq.heappop(self._longest)
             self._take_sample(conversation)
 
     def _count(self, conversation: Conversation) -> int:
         stats = self.stats
-        stats.dialogues += 1
+        stats.conversations += 1
         stats.turns.add(len(conversation.messages))
         characters = code = 0
         for message in conversation.messages:
@@ -142,10 +142,10 @@ class _Gathering:
         return [sum(itertools.islice(counts, len(one.messages))) for one in batch]
 
     def _take_sample(self, conversation: Conversation) -> None:
-        """Keep each dialogue with the same probability, without knowing how many there will be."""
+        """Keep each conversation with the same probability, without knowing how many there will be."""
         if len(self._sample) < _LANGUAGE_SAMPLE:
             self._sample.append(conversation)
-        elif (place := self._random.randrange(self.stats.dialogues)) < _LANGUAGE_SAMPLE:
+        elif (place := self._random.randrange(self.stats.conversations)) < _LANGUAGE_SAMPLE:
             self._sample[place] = conversation
 
     def finish(self, log: ProblemLog) -> PartStats:
@@ -174,12 +174,12 @@ class _Repeats:
     def __init__(self, folder: Path, parts: Sequence[StatsPart]) -> None:
         pairs = itertools.combinations(range(len(parts)), 2)
         self.overlaps = {(one, other): Overlap(parts[one].name, parts[other].name) for one, other in pairs}
-        self._dialogues = FirstSeenIndex(folder / "dialogues")
+        self._conversations = FirstSeenIndex(folder / "conversations")
         self._starts = FirstSeenIndex(folder / "starts")
         self._near = NearDuplicates(folder) if can_find_near_duplicates() else None
 
     def add(self, batch: Sequence[Conversation], stats: PartStats, part: int, benchmarks: Sequence[Benchmark]) -> None:
-        """Compare a batch of dialogues with all before it."""
+        """Compare a batch of conversations with all before it."""
         fresh = []
         for conversation in batch:
             is_new = self._compare(conversation, stats, part)
@@ -194,9 +194,9 @@ class _Repeats:
             self._near.add(fresh)
 
     def _compare(self, conversation: Conversation, stats: PartStats, part: int) -> bool:
-        """Count what the dialogue repeats word for word; whether no other is the same."""
+        """Count what the conversation repeats word for word; whether no other is the same."""
         place = conversation.source
-        same = self._dialogues.see(fingerprint(conversation.messages), part, place)
+        same = self._conversations.see(fingerprint(conversation.messages), part, place)
         if part in same:
             stats.exact_duplicates += 1
             if len(stats.duplicate_examples) < EXAMPLES:
@@ -239,7 +239,7 @@ class _Repeats:
 
     def close(self) -> None:
         """Let go of the temporary files."""
-        self._dialogues.close()
+        self._conversations.close()
         self._starts.close()
         if self._near is not None:
             self._near.close()

@@ -38,7 +38,7 @@ def word_hashes(text: str, *, numerals: bool = True) -> Hashes:
 
 
 def run_hashes(words: Hashes, length: int) -> Hashes:
-    """A number for each run of `length` neighbouring words: uint64, shape (max(0, W - length + 1),)."""
+    """A number for each run of `length` neighboring words: uint64, shape (max(0, W - length + 1),)."""
     runs = len(words) - length + 1
     if runs <= 0:
         return np.zeros(0, dtype=np.uint64)
@@ -52,7 +52,7 @@ def run_hashes(words: Hashes, length: int) -> Hashes:
 
 
 SIMILARITY = 0.7
-"""From here on two dialogues count as nearly the same: Jaccard similarity of their runs of words."""
+"""From here on two conversations count as nearly the same: Jaccard similarity of their runs of words."""
 RUN = 5
 _BANDS, _ROWS = 25, 5
 _SIGNATURE = _BANDS * _ROWS
@@ -66,7 +66,7 @@ def can_find_near_duplicates() -> bool:
 
 
 class NearDuplicates:
-    """Collects a signature of 500 bytes a dialogue on disk, and groups the dialogues that are nearly the same.
+    """Collects a signature of 500 bytes a conversation on disk, and groups the conversations that are nearly the same.
 
     With 25 bands of 5, a pair of similarity 0.7 is compared with a probability of 99 %; of 0.4, of 23 %.
 
@@ -81,11 +81,11 @@ class NearDuplicates:
         self._offsets: list[int] = []
         self._parts: list[int] = []
 
-    def add(self, dialogues: Sequence[tuple[Hashes, FirstSeen]]) -> None:
-        """Take in dialogues: the hashes of their words, and where they stand. Empty ones are left out."""
+    def add(self, conversations: Sequence[tuple[Hashes, FirstSeen]]) -> None:
+        """Take in conversations: the hashes of their words, and where they stand. Empty ones are left out."""
         import rensa
 
-        kept = [(_runs(words), sighting) for words, sighting in dialogues if len(words)]
+        kept = [(_runs(words), sighting) for words, sighting in conversations if len(words)]
         if not kept:
             return
         offsets = np.cumsum([0, *(len(runs) for runs, _ in kept)]).astype(np.uint64)
@@ -107,7 +107,7 @@ class NearDuplicates:
         signatures = np.memmap(self._path, dtype=np.uint32, mode="r", shape=(count, _SIGNATURE))
         leader = np.arange(count)
         for band in range(_BANDS):
-            for first, second in _neighbours(signatures[:, band * _ROWS : (band + 1) * _ROWS]):
+            for first, second in _neighbors(signatures[:, band * _ROWS : (band + 1) * _ROWS]):
                 one, other = _find(leader, first), _find(leader, second)
                 if one != other and np.mean(signatures[first] == signatures[second]) >= SIMILARITY:
                     leader[max(one, other)] = min(one, other)
@@ -131,11 +131,11 @@ class NearDuplicates:
 
 
 def _runs(words: Hashes) -> Hashes:
-    """The runs of a dialogue; one that is shorter than a run is one itself."""
+    """The runs of a conversation; one that is shorter than a run is one itself."""
     return run_hashes(words, min(RUN, len(words)))
 
 
-def _neighbours(band: npt.NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
+def _neighbors(band: npt.NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
     """Pairs of rows with equal values in this band: each row with the one that stands before it."""
     keys = _row_hashes(band)
     order = np.argsort(keys, kind="stable")
@@ -174,13 +174,13 @@ class Benchmark:
         path: a file or folder in any form of rows; every text field of a row counts as part of its question.
 
     Raises:
-        InputError: the file cannot be read, or no text in it has eight words.
+        UserError: the file cannot be read, or no text in it has eight words.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._found: set[int] = set()
-        self._dialogues = 0
+        self._conversations = 0
         self._examples: list[tuple[str, str]] = []
         self._places: list[str] = []
         runs: dict[int, dict[int, set[int]]] = {}
@@ -199,19 +199,21 @@ class Benchmark:
             )
 
     def see(self, words: Hashes, where: str) -> None:
-        """Compare a dialogue: the hashes of its words without numerals, and its place."""
+        """Compare a conversation: the hashes of its words without numerals, and its place."""
         met: set[int] = set()
         for length, table in self._runs.items():
             met |= table.questions(run_hashes(words, length))
         if met:
-            self._dialogues += 1
+            self._conversations += 1
             self._found |= met
             if len(self._examples) < EXAMPLES:
                 self._examples.append((where, self._places[min(met)]))
 
     def result(self) -> BenchmarkOverlap:
         """What was met so far."""
-        return BenchmarkOverlap(self._path, len(self._places), len(self._found), self._dialogues, tuple(self._examples))
+        return BenchmarkOverlap(
+            self._path, len(self._places), len(self._found), self._conversations, tuple(self._examples)
+        )
 
 
 class _Table:

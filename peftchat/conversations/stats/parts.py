@@ -32,7 +32,7 @@ class FileTokenCounter:
         folder: of a model or tokenizer, with its `tokenizer.json`.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        UserError: there is none, or it cannot be read.
     """
 
     def __init__(self, folder: str) -> None:
@@ -60,7 +60,7 @@ _CACHE_KIB = 32 * 1024
 
 
 class FirstSeen(NamedTuple):
-    """A dialogue and the part that it is in.
+    """A conversation and the part that it is in.
 
     Attributes:
         part: number of the part.
@@ -105,11 +105,11 @@ class FirstSeenIndex:
 
 @dataclass(frozen=True, slots=True)
 class StatsPart:
-    """Dialogues that are counted together.
+    """Conversations that are counted together.
 
     Attributes:
         name: of the part.
-        read: the dialogues; bad rows go to the log.
+        read: the conversations; bad rows go to the log.
     """
 
     name: str
@@ -120,7 +120,7 @@ def parts_of_path(path: str) -> list[StatsPart]:
     """A file or hub id is one part, a folder whose files are named by split one a split.
 
     Raises:
-        InputError: nothing there to read.
+        UserError: nothing there to read.
     """
     if not Path(path).expanduser().is_dir():
         find_files(path)
@@ -133,7 +133,7 @@ def parts_of_path(path: str) -> list[StatsPart]:
 
 
 def parts_of_recipe(recipe: "Recipe") -> list[StatsPart]:
-    """The training and the held-out dialogues; each counts once, whatever the weight of its source."""
+    """The training and the held-out conversations; each counts once, whatever the weight of its source."""
     data, seed = recipe.data, recipe.training.seed
     train = [entry.model_copy(update={"weight": 1.0}) for entry in data.train]
 

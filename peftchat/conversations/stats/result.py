@@ -105,7 +105,7 @@ class RoleCount:
 
 @dataclass(frozen=True, slots=True)
 class LongConversation:
-    """One of the longest dialogues; `tokens` is None where no tokenizer was given."""
+    """One of the longest conversations; `tokens` is None where no tokenizer was given."""
 
     where: str
     characters: int
@@ -114,7 +114,7 @@ class LongConversation:
 
 @dataclass(frozen=True, slots=True)
 class LanguageCount:
-    """Languages of a random sample: ISO 639 code -> dialogues, most frequent first."""
+    """Languages of a random sample: ISO 639 code -> conversations, most frequent first."""
 
     sampled: int
     found: dict[str, int]
@@ -128,17 +128,17 @@ class PartStats:
         name: of the part.
         forms: input file -> form it was read as.
         rows: rows read.
-        dialogues: usable ones; all that follows counts these.
-        turns: messages a dialogue.
-        characters: a dialogue.
-        tokens: of the messages of a dialogue, without those of a template; None without a tokenizer.
+        conversations: usable ones; all that follows counts these.
+        turns: messages a conversation.
+        characters: a conversation.
+        tokens: of the messages of a conversation, without those of a template; None without a tokenizer.
         roles: messages and characters by role.
-        longest: the longest dialogues.
+        longest: the longest conversations.
         languages: None where no detector is installed.
-        with_code: dialogues with a fenced block.
+        with_code: conversations with a fenced block.
         code_characters: characters inside fenced blocks.
-        exact_duplicates: dialogues that repeat an earlier one of the part word for word.
-        near_duplicates: dialogues that nearly repeat an earlier, different one of the part; None where the MinHash
+        exact_duplicates: conversations that repeat an earlier one of the part word for word.
+        near_duplicates: conversations that nearly repeat an earlier, different one of the part; None where the MinHash
             library is not installed.
         duplicate_examples: (place, place of the earlier one).
         near_examples: the same for near duplicates.
@@ -151,7 +151,7 @@ class PartStats:
     name: str
     forms: dict[str, str] = field(default_factory=dict)
     rows: int = 0
-    dialogues: int = 0
+    conversations: int = 0
     turns: LengthSketch = field(default_factory=LengthSketch)
     characters: LengthSketch = field(default_factory=LengthSketch)
     tokens: LengthSketch | None = None
@@ -190,10 +190,11 @@ class Overlap:
 
     Attributes:
         first: the part that was given first.
-        second: the other one; the counts are of its dialogues.
-        same: dialogues that are in both word for word.
-        same_start: dialogues whose first user message also starts one of the other part; the same ones included.
-        near: dialogues that are nearly the same as one of the other part, the same ones not included; None where the
+        second: the other one; the counts are of its conversations.
+        same: conversations that are in both word for word.
+        same_start: conversations whose first user message also starts one of the other part; the same ones included.
+        near: conversations that are nearly the same as one of the other part, the same ones not included; None where
+            the
             MinHash library is not installed.
         examples: (place in the second, place in the first).
     """
@@ -219,14 +220,14 @@ class BenchmarkOverlap:
         path: of the benchmark.
         questions: in it.
         found: of them in the data.
-        dialogues: that hold one.
-        examples: (place of the dialogue, place of the question).
+        conversations: that hold one.
+        examples: (place of the conversation, place of the question).
     """
 
     path: str
     questions: int
     found: int
-    dialogues: int
+    conversations: int
     examples: tuple[tuple[str, str], ...]
 
 

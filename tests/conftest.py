@@ -1,6 +1,12 @@
-"""Fixtures that every room's tests share."""
+"""What every test shares: no network, no threads of torch to share two cores with, and a few data sets and models."""
 
 import os
+
+# Read by libraries while they are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
 from pathlib import Path
 
 import pytest
@@ -8,13 +14,28 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[1]
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return 0, which is this process, where the command line names files; they seldom pay for the workers."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    if named and not any(Path(argument).is_dir() for argument in config.args):
+        return 0
+    return os.cpu_count() or 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Send every test that starts several processes to one worker, so that no two of them run at once."""
+    for item in items:
+        if item.get_closest_marker("distributed"):
+            item.add_marker(pytest.mark.xdist_group("distributed"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real dialogues that are not part of the project; tests that need them skip where they are absent."""
+    """Real conversations that are not part of the project; tests that need them skip where they are absent."""
     named = os.environ.get("PEFTCHAT_TEST_DATA")
     folder = Path(named) if named else PROJECT.parent / "shared" / "data"
     if not (folder / "oasst_trees_en_60.jsonl").is_file():
-        pytest.skip(f"no real dialogues in {folder}; set PEFTCHAT_TEST_DATA to their folder")
+        pytest.skip(f"no real conversations in {folder}; set PEFTCHAT_TEST_DATA to their folder")
     return folder
 
 
@@ -39,7 +60,23 @@ def demo_model() -> Path:
         pytest.skip(f"the 135M model cannot be fetched: {error}")
 
 
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 24 conversations, to train on; to be read alone."""
+    from tests.support.data import write_small_talk
+
+    return write_small_talk(tmp_path_factory.mktemp("conversations") / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of seven conversations, to evaluate on; to be read alone."""
+    from tests.support.data import write_small_talk
+
+    return write_small_talk(tmp_path_factory.mktemp("conversations") / "eval.jsonl", 7, seed=1)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoded rows of a test stay in the test's folder."""
+    """Keep a test's encoded examples in the test's folder."""
     monkeypatch.setenv("PEFTCHAT_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Small random models of several architectures, adapters trained by noise, and stock PEFT as the oracle."""
+"""Adapters trained by noise, and stock PEFT as the oracle for what they compute and merge to."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,39 +9,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
+from tests.support.models import small_config
+
 VOCABULARY = 96
+"""Tokens of `small_config`, unless told otherwise."""
+
 IDS = torch.arange(0, 60).reshape(3, 20)
-
-
-def small_config(kind: str, **changes: Any) -> Any:
-    """A transformers config of a few ten thousand parameters."""
-    import transformers as tf
-
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
-    llama = {**sizes, "intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    gpt2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 128}
-    table = {
-        "llama": (tf.LlamaConfig, llama),
-        "llama-bias": (tf.LlamaConfig, {**llama, "attention_bias": True, "mlp_bias": True}),
-        "llama-tied": (tf.LlamaConfig, {**llama, "tie_word_embeddings": True}),
-        "qwen2": (tf.Qwen2Config, {**llama, "tie_word_embeddings": True}),
-        "gemma2": (tf.Gemma2Config, {**llama, "tie_word_embeddings": True, "head_dim": 16}),
-        "mistral": (tf.MistralConfig, llama),
-        "phi": (tf.PhiConfig, {**sizes, "intermediate_size": 96, "tie_word_embeddings": False}),
-        "phi3": (tf.Phi3Config, {**llama, "pad_token_id": 0}),
-        "falcon": (tf.FalconConfig, {**sizes, "alibi": False, "new_decoder_architecture": False}),
-        "opt": (tf.OPTConfig, {**sizes, "ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128}),
-        "gpt2": (tf.GPT2Config, gpt2),
-        "gptbigcode": (tf.GPTBigCodeConfig, gpt2),
-        "gpt-neox": (tf.GPTNeoXConfig, {**sizes, "intermediate_size": 96}),
-        "mixtral": (tf.MixtralConfig, {**llama, "num_local_experts": 4}),
-        "qwen3-moe": (
-            tf.Qwen3MoeConfig,
-            {**llama, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
-        ),
-    }
-    maker, settings = table[kind]
-    return maker(**{**settings, "bos_token_id": 1, "eos_token_id": 2, **changes})
 
 
 @dataclass(frozen=True)
@@ -60,7 +33,9 @@ def make_base(
 ) -> Path:
     """Save a random model with every bias and norm away from its trivial start."""
     set_seed(11)
-    model = AutoModelForCausalLM.from_config(small_config(kind, **changes), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        small_config(kind, **{"bos_token_id": 1, "eos_token_id": 2, **changes}), dtype=torch.float32
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -1,61 +1,18 @@
 """Small chat models: random ones of several architectures, and one whose every next token is known."""
 
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from merge_helpers import small_config
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from peftchat.chatml.registry import make_format
+from tests.support.models import small_config
+from tests.support.tokenizers import byte_level
 
-TEXT = [
-    "def area(radius):\n    return 3.14159 * radius ** 2\n",
-    "How do I read a file line by line in Python 3.11? Open it and iterate: for line in file: print(line)\n",
-    "naïve café, 日本語 and 🎉 are text too; don't split 12345 badly.\n",
-]
 QUESTIONS = ["How do I read 12 files?", "naïve 日本 🎉\n\n    x = 1", "don't"]
-
-_QWEN3 = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "tie_word_embeddings": True,
-}
-
-
-def byte_level(merges: int = 60, split: Any = None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on a few lines; `split` comes before the bytes."""
-    tokenizer = Tokenizer(models.BPE())
-    # A pattern of one's own takes the place of the byte level's.
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not isinstance(split, pre_tokenizers.Split))
-    tokenizer.pre_tokenizer = last if split is None else pre_tokenizers.Sequence([split, last])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=257 + merges,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>", model_max_length=512
-    )
 
 
 def in_format(tokenizer: PreTrainedTokenizerFast, template: str = "starchat", system: str | None = None) -> Any:
@@ -69,8 +26,7 @@ def save_model(folder: Path, kind: str = "llama", tokenizer: Any = None, **chang
     tokenizer = tokenizer or in_format(byte_level())
     end = tokenizer.eos_token_id
     ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": end, "pad_token_id": 0, **changes}
-    # Heads wider than the model's width shared among them, as Qwen3 has them.
-    config = Qwen3Config(**_QWEN3, **ids) if kind == "qwen3" else small_config(kind, **ids)
+    config = small_config(kind, **ids)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -138,16 +94,3 @@ def save_adapter_run(base: Path, run: Path, tokenizer: Any, kind: str = "llama",
     wrapped.save_pretrained(run, save_embedding_layers=False)
     tokenizer.save_pretrained(run)
     return run
-
-
-def peftchat(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", "peftchat", *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-        check=False,
-    )

@@ -1,6 +1,6 @@
 """A real Trainer on a model of a few thousand parameters, logging what peftchat's trainer logs.
 
-Run as a program it trains with progress on standard error: `python tests/progress_helpers.py FOLDER STEPS`.
+Run as a program it trains with progress on standard error: `python -m tests.support.progress FOLDER STEPS`.
 """
 
 import sys

@@ -39,8 +39,8 @@ class Started:
     Attributes:
         pid: its process id.
         stdin: a pipe to its standard input.
-        stdout: what it has written so far can be read from here, line by line.
-        stderr: the same for standard error.
+        stdout: a file with what it has written so far.
+        stderr: the same.
     """
 
     pid: int
@@ -72,6 +72,27 @@ class Started:
             self.returncode = int(_read_line(self._connection))
             self._connection.close()
         return self.returncode
+
+    def next_line(self, timeout: float = 120) -> str:
+        """Return the next line of standard output, without its newline.
+
+        Raises:
+            EOFError: it ended before.
+            TimeoutError: it wrote none in time.
+        """
+        end = time.monotonic() + timeout
+        line = ""
+        while not line.endswith("\n"):
+            has_ended = self.poll() is not None
+            part = self.stdout.readline()
+            line += part
+            if not part and has_ended:
+                raise EOFError(f"{self.arguments} ended\n{self.stderr.read()}")
+            if time.monotonic() > end:
+                raise TimeoutError(f"{self.arguments} wrote no line in {timeout} s\n{self.stderr.read()}")
+            if not part:
+                time.sleep(0.001)
+        return line[:-1]
 
     def send_signal(self, number: int) -> None:
         """Send a signal, if it still runs."""

@@ -1,7 +1,7 @@
 """Start merges and kill each at a random moment; prints how many were cut off before the folder had its name.
 
-Run as `python merge_kill.py RUN OUT TURNS`. Everything is imported once and every merge runs in a fork, so that the
-time is spent where the killing is.
+Run as `python -m tests.support.merge_kill RUN OUT TURNS`. Everything is imported once and every merge runs in a fork,
+so that the time is spent where the killing is.
 """
 
 import os

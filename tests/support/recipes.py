@@ -18,7 +18,7 @@ FEW_STEPS: dict[str, Any] = {
 """The `training` section of a run that ends within a second."""
 
 
-def write_recipe(path: Path, model: Path, train: Path, **sections: Any) -> Path:
+def write_recipe(path: Path, model: Path, train: Path, /, **sections: Any) -> Path:
     """Write a recipe; return its path.
 
     Args:
@@ -40,7 +40,7 @@ def write_recipe(path: Path, model: Path, train: Path, **sections: Any) -> Path:
 
 
 def write_training_recipe(
-    path: Path, model: Path, train: Path, evaluation: Path | None, run: Path, **sections: Any
+    path: Path, model: Path, train: Path, evaluation: Path | None, run: Path, /, **sections: Any
 ) -> Path:
     """Write a recipe in float32 with few steps; return its path.
 

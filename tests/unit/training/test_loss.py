@@ -1,0 +1,106 @@
+"""The loss against the plain formula: same value, same gradients, whatever stands behind the head."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peftchat.models.rows import HeadRows
+from peftchat.training import loss as loss_module
+from peftchat.training.head import Head, HeadTransform
+from peftchat.training.loss import supervised_nll
+
+N, HIDDEN, VOCABULARY = 37, 16, 50
+
+
+def plain_nll(hidden, targets, weight, bias, rows, ids, rows_bias, size, transform):
+    """The formula as one would write it: all logits at once."""
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    if rows is not None:
+        columns = [logits[:, index] for index in range(logits.shape[1])]
+        columns += [torch.zeros(len(hidden))] * (size - len(columns))
+        for place, token_id in enumerate(ids.tolist()):
+            new = hidden @ rows[place]
+            columns[token_id] = new if rows_bias is None else new + rows_bias[place]
+        logits = torch.stack(columns, dim=1)
+    logits = logits * transform.scale
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    if ids is not None:
+        # What no token has cannot be predicted.
+        nobody = [token for token in range(len(weight), size) if token not in ids.tolist()]
+        logits[:, nobody] = float("-inf")
+    return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
+
+
+@pytest.mark.parametrize("ids", [None, [50, 51, 52], [47, 49], [48, 50, 53]], ids=["none", "behind", "inside", "mixed"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize(
+    "transform",
+    [HeadTransform(), HeadTransform(softcap=5.0), HeadTransform(scale=0.3), HeadTransform(2.0, 4.0)],
+    ids=str,
+)
+@pytest.mark.parametrize("chunk", [16, 1000])
+def test_equals_the_plain_formula(ids, bias, transform, chunk, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    size = VOCABULARY if ids is None else max(VOCABULARY, max(ids) + 1)
+    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", {"cpu": chunk * size})
+    hidden, weight = torch.randn(N, HIDDEN), torch.randn(VOCABULARY, HIDDEN)
+    head_bias = torch.randn(VOCABULARY) if bias else None
+    rows = None if ids is None else torch.randn(len(ids), HIDDEN)
+    rows_bias = torch.randn(len(ids)) if bias and ids else None
+    row_ids = None if ids is None else torch.tensor(ids)
+    known = [token for token in range(size) if token < VOCABULARY or token in (ids or [])]
+    targets = torch.tensor(known)[torch.randint(len(known), (N,))]
+
+    gradients = []
+    for ours in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, head_bias, rows) if tensor is not None]
+        given = iter(leaves)
+        h, w = next(given), next(given)
+        b = next(given) if head_bias is not None else None
+        r = next(given) if rows is not None else None
+        if ours:
+            head = Head(w, b, None if r is None else HeadRows(r, rows_bias, row_ids, size), transform)
+            total, correct = supervised_nll(h, targets, head, count_correct=True)
+        else:
+            total, correct = plain_nll(h, targets, w, b, r, row_ids, rows_bias, size, transform)
+        (total / 7).backward()
+        gradients.append((total.detach(), correct, [leaf.grad for leaf in leaves]))
+    (total, correct, ours), (plain_total, plain_correct, plain) = gradients
+    torch.testing.assert_close(total, plain_total)
+    assert correct == plain_correct
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    """The gradient of a frozen head is as large as the vocabulary; it must not be formed."""
+    hidden, weight = torch.randn(N, HIDDEN, requires_grad=True), nn.Parameter(torch.randn(VOCABULARY, HIDDEN), False)
+    rows = nn.Parameter(torch.randn(2, HIDDEN))
+    head = Head(weight, None, HeadRows(rows, None, torch.tensor([50, 51]), 52), HeadTransform())
+    total, _ = supervised_nll(hidden, torch.randint(52, (N,)), head)
+    saved = total.grad_fn.saved_tensors
+    assert all(tensor.shape[0] in (N, 2) for tensor in saved)
+    total.backward()
+    assert weight.grad is None
+    assert rows.grad is not None
+
+
+def test_no_target_is_a_differentiable_zero() -> None:
+    hidden = torch.zeros(0, HIDDEN, requires_grad=True)
+    head = Head(torch.randn(VOCABULARY, HIDDEN), None, None, HeadTransform())
+    total, correct = supervised_nll(hidden, torch.zeros(0, dtype=torch.int64), head)
+    total.backward()
+    assert total == 0
+    assert correct == 0
+
+
+def test_under_autocast_it_is_the_loss_of_autocast() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, HIDDEN), torch.randn(VOCABULARY, HIDDEN)
+    targets = torch.randint(VOCABULARY, (N,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = supervised_nll(hidden, targets, Head(weight, None, None, HeadTransform()))
+        plain = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+    torch.testing.assert_close(total, plain)

@@ -14,6 +14,8 @@ FEW_STEPS: dict[str, Any] = {
     "eval_on_start": False,
     "save_strategy": "no",
     "lr_scheduler_type": "constant",
+    # Left open, it is chosen by a plan of the run's memory, which takes longer than these steps.
+    "gradient_checkpointing": False,
 }
 """The `training` section of a run that ends within a second."""
 
@@ -35,7 +37,7 @@ def write_recipe(path: Path, model: Path, train: Path, /, **sections: Any) -> Pa
     }
     for section, values in sections.items():
         recipe[section] = {**recipe.get(section, {}), **values} if isinstance(values, dict) else values
-    path.write_text(json.dumps(recipe), encoding="utf-8")
+    path.write_text(json.dumps(recipe, ensure_ascii=False), encoding="utf-8")
     return path
 
 

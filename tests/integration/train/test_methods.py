@@ -19,6 +19,7 @@ def test_stock_libraries_see_what_was_trained(
     recipe = write_training_recipe(
         tmp_path / "recipe.yaml", base, conversations, held_out, run,
         method=method, distributed={"strategy": "single", "processes": 1},
+        training={"gradient_checkpointing": None},
     )  # fmt: skip
     done = peftchat("train", recipe)
     assert done.returncode == 0, done.stderr

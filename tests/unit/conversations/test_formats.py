@@ -206,7 +206,7 @@ def test_the_list_of_formats_names_every_form_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "form", "dialogues"),
+    ("file", "form", "conversations"),
     [
         ("oasst_code_151.jsonl", "prompt_completion", 151),
         ("sharegpt_500.json", "sharegpt", 500),

@@ -147,7 +147,7 @@ def test_what_cannot_fold_is_refused_with_a_cure(method: str, tmp_path: Path) ->
     base = make_base(tmp_path / "base", "llama")
     config, reason = REFUSED[method][0](), REFUSED[method][1]
     config.task_type = "CAUSAL_LM"
-    from merge_helpers import load
+    from tests.support.adapters import load
 
     peft.get_peft_model(load(base), config).save_pretrained(tmp_path / "run")
     with pytest.raises(InputError, match=reason):

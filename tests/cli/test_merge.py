@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from peftchat.cli.main import main
 from tests.support.adapters import IDS, apart, make_base, merged_logits, train_by_noise
-from tests.support.cli import peftchat
+from tests.support.cli import peftchat, true_peftchat
 
 TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
 TOKENS = ["<|system|>", "<|assistant|>", "<|user|>", "<|end|>"]
@@ -50,7 +50,7 @@ def merge(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_run_folder_becomes_a_model(run: Path) -> None:
-    result = merge(run, "--json")
+    result = true_peftchat("merge", run, "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     merged = run / "merged"

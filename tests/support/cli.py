@@ -215,7 +215,7 @@ def _server() -> str:
         )
 
     def end() -> None:
-        process.kill()
+        process.terminate()
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import PROJECT, peftchat
+from tests.support.cli import PROJECT, peftchat, true_peftchat
 from tests.support.data import read_json
 from tests.support.recipes import write_training_recipe
 from tests.support.stock import stock_loss, stock_run
@@ -50,10 +50,10 @@ def test_a_story_model_learns_to_chat(method: str, stories: Path, shared_data: P
 )
 def test_the_shipped_recipes_run_here(name: str, processes: int, demo_model: Path, tmp_path: Path) -> None:
     """The recipe as it is, on the real 135M model and a file of conversations, without a GPU."""
-    made = peftchat("data", "from-code", "json", "-o", str(tmp_path / "data"), "--max-rows", "24")
+    made = true_peftchat("data", "from-code", "json", "-o", str(tmp_path / "data"), "--max-rows", "24")
     assert made.returncode == 0, made.stderr
     data, run = tmp_path / "data" / "train.jsonl", tmp_path / "run"
-    done = peftchat(
+    done = true_peftchat(
         "train", str(RECIPES / f"{name}.yaml"),
         "--set", f"model.name={demo_model}",
         "--set", f"data.train=[{{path: {data}}}]",

@@ -128,10 +128,9 @@ def test_an_ordinary_added_token_stays_one_token(model_file: Path) -> None:
 
 def test_spans_by_prefix_agree_with_spans_by_offsets() -> None:
     """The way for tokenizers without offsets, on a tokenizer that has them."""
-    from tests.support.tokenizers import built
-
     from peftchat.chatml.rust_text import RustText
     from peftchat.chatml.slow_text import SlowText
+    from tests.support.tokenizers import built
 
     tokenizer = built("byte-level-digits").tokenizer
     special = special_tokens(tokenizer)

@@ -90,6 +90,6 @@ def test_what_transformers_does_not_quantise_stays(tmp_path: Path) -> None:
 def test_dequantized_is_refused_for_a_run_that_was_not_quantized(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama")
     get_peft_model(load(base), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "run")
-    with pytest.raises(InputError, match="not trained on a quanti[sz]ed base"):
+    with pytest.raises(InputError, match=r"not trained on a quanti[sz]ed base"):
         merge_run(tmp_path / "run", MergeOptions(base="dequantized"))
     assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"] == 4

@@ -1,0 +1,288 @@
+"""Names, grids, budgets, ranges, intervals and the recommendation, without training anything."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from compare_helpers import made, write_rows_and_recipe
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftchat.comparing.budget import parse_budget
+from peftchat.comparing.candidates import Candidate, flags, make_candidates, parse_axis, rate_text, slug
+from peftchat.comparing.choose import recommend
+from peftchat.comparing.outcome import Outcome
+from peftchat.comparing.plan import Job, Wish, make_plan
+from peftchat.comparing.rates import expected_rate, grid
+from peftchat.comparing.record import Measured, Record
+from peftchat.comparing.search import RATE, RateGrid, TreeParzen, parse_range
+from peftchat.comparing.statistics import estimate
+from peftchat.errors import InputError
+from peftchat.recipe import load_recipe
+from peftchat.recipe.document import parse_yaml
+from peftchat.variants import ADAPTERS, entry
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "variant"),
+    [
+        ("lora", "lora", "lora"),
+        ("qlora", "qlora", "lora"),
+        ("qlora+dora", "qlora", "dora"),
+        ("dora+qlora", "qlora", "dora"),
+        ("lora+", "lora", "loraplus"),
+        ("qlora+lora+", "qlora", "loraplus"),
+        ("loftq", "qlora", "loftq"),
+    ],
+)
+def test_names_mean_a_method_and_a_variant(name: str, method: str, variant: str) -> None:
+    (candidate,) = make_candidates([name], [])
+    assert (candidate.name, candidate.variant) == (name, variant)
+    assert candidate.settings == {"method": method, "adapter.variant": variant}
+
+
+@pytest.mark.parametrize("name", ["lorra", "qlora+", "+qlora", "qlora+full", "full+dora", "dora+lora", ""])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="no variant"):
+        make_candidates([name], [])
+
+
+def test_the_nearest_name_is_offered() -> None:
+    with pytest.raises(InputError, match="Did you mean `dora`"):
+        make_candidates(["dorra"], [])
+
+
+def test_a_grid_crosses_variants_and_spares_full_the_adapter() -> None:
+    axes = [parse_axis("adapter.r=8, 16"), parse_axis("training.weight_decay=0.1")]
+    names = [candidate.name for candidate in make_candidates(["lora", "full"], axes)]
+    assert names == ["lora r=8", "lora r=16", "full"]
+    assert make_candidates(["full"], axes)[0].settings == {"method": "full", "training.weight_decay": 0.1}
+
+
+def test_commas_inside_brackets_and_quotes_part_no_values() -> None:
+    axis = parse_axis("adapter.target_modules=[q_proj, v_proj], all-linear, 'a,b'")
+    assert axis.values == (["q_proj", "v_proj"], "all-linear", "a,b")
+
+
+@pytest.mark.parametrize(
+    "flag", ["adapter.r", "=3", "a..b=3", "method=full", "output_dir=x", "training.learning_rate=1e-3,1e-4", "a.b="]
+)
+def test_settings_that_are_none_are_refused(flag: str) -> None:
+    with pytest.raises(InputError):
+        parse_axis(flag)
+
+
+values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+settings = st.dictionaries(st.sampled_from(["a.r", "training.learning_rate", "b.names"]), values | st.lists(values))
+
+
+@given(first=settings, second=settings)
+def test_different_settings_have_different_file_names(first: dict[str, Any], second: dict[str, Any]) -> None:
+    names = [slug(one) for one in (first, second)]
+    assert all(len(name) < 80 and not set(name) & set('/\\ :*?"<>|\n\0') for name in names)
+    assert (names[0] == names[1]) <= (first == second)
+
+
+@given(value=st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(alphabet="abc: ,[]'\"#é"))
+def test_flags_read_back_as_what_they_were(value: object) -> None:
+    (flag,) = flags({"a.b": value})
+    assert parse_yaml(flag.partition("=")[2], "test") == value
+
+
+@given(rate=st.floats(allow_nan=False, allow_infinity=False))
+def test_rates_in_few_characters_keep_their_value(rate: float) -> None:
+    assert float(rate_text(rate)) == rate
+
+
+def test_rates_look_as_people_write_them() -> None:
+    assert [rate_text(rate) for rate in (2e-4, 6.7e-5, 0.05, 0.1, 3.0)] == ["2e-4", "6.7e-5", "5e-2", "0.1", "3"]
+
+
+@pytest.mark.parametrize(
+    "text", ["steps", "steps=0", "steps=1.5", "hours=3", "minutes=-1", "tokens=many", "minutes=inf"]
+)
+def test_budgets_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_budget(text)
+
+
+def test_budgets_become_keys_of_the_recipe() -> None:
+    assert parse_budget("steps=20").settings == {"training.max_steps": 20}
+    tokens, minutes = parse_budget("tokens=2e6").settings, parse_budget("minutes=0.5").settings
+    assert tokens["training.max_tokens"] == 2_000_000 and tokens["training.max_steps"] == -1
+    assert minutes["training.max_minutes"] == 0.5
+
+
+@pytest.mark.parametrize("flag", ["a.b", "a.b=3", "a.b=3..1", "a.b=0..1:log", "a.b=1..2:lin", "a.b=x..y"])
+def test_ranges_that_are_none_are_refused(flag: str) -> None:
+    with pytest.raises(InputError):
+        parse_range(flag)
+
+
+def _t_mass(limit: float, freedom: int) -> float:
+    """Mass of Student's t between -limit and limit, by summing its density."""
+    steps = 20_000
+    scale = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+    points = [limit * (number + 0.5) / steps for number in range(steps)]
+    return 2 * limit / steps * sum(scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2) for x in points)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 10, 31, 32, 60])
+def test_the_interval_holds_95_percent_of_students_distribution(count: int) -> None:
+    numbers = [float(number) for number in range(count)]
+    found = estimate(numbers)
+    assert found.margin is not None
+    spread = math.sqrt(sum((x - fmean(numbers)) ** 2 for x in numbers) / (count - 1) / count)
+    assert _t_mass(found.margin / spread, count - 1) == pytest.approx(0.95, abs=2e-4)
+
+
+def test_one_value_has_no_interval() -> None:
+    assert estimate([2.5]).margin is None
+
+
+def choice(*outcomes: Outcome) -> tuple[str, list[str]]:
+    advice = recommend(outcomes, 3.0)
+    assert advice is not None
+    return advice.choice.candidate.name, [outcome.candidate.name for outcome in advice.tied]
+
+
+def test_a_clear_difference_decides_whatever_it_costs() -> None:
+    dear = made("dear", [2.00, 2.02, 1.99], seconds=100, memory=1000)
+    assert choice(made("cheap", [2.50, 2.51, 2.52]), dear) == ("dear", ["dear"])
+
+
+def test_within_the_noise_the_cheaper_is_taken() -> None:
+    cheap, dear = made("cheap", [2.00, 2.10, 2.05]), made("dear", [2.06, 2.00, 2.04], seconds=20)
+    assert choice(cheap, dear) == ("cheap", ["cheap", "dear"])
+
+
+def test_seeds_are_compared_pair_by_pair() -> None:
+    # The seeds differ by far more than the candidates, and yet one is better at each of them.
+    better, worse = made("better", [1.0, 2.0, 3.0], seconds=20), made("worse", [1.1, 2.11, 3.09])
+    assert choice(better, worse) == ("better", ["better"])
+
+
+def test_sure_but_negligible_differences_are_ties() -> None:
+    lower, cheap = made("lower", [2.000, 2.000, 2.000], seconds=20), made("cheap", [2.001, 2.001, 2.001])
+    assert choice(lower, cheap)[0] == "cheap"
+
+
+def test_costs_that_are_nearly_equal_leave_the_choice_to_the_loss() -> None:
+    assert choice(made("a", [2.01], seconds=9.9), made("b", [2.0], seconds=10.0))[0] == "b"
+
+
+def test_cautions_follow_from_the_numbers() -> None:
+    forgetful = made("a", [5.0], tokens=1000)
+    forgetful = Outcome(forgetful.candidate, forgetful.tried, (), Measured(plain_loss=3.3, merge="differs"))
+    advice = recommend([forgetful, made("b", [6.0], tokens=2000)], 3.0)
+    assert advice is not None
+    text = " ".join(advice.cautions)
+    for part in ("One seed", "did not fall", "10 %", "1,000 and 2,000 tokens", "something else"):
+        assert part in text
+
+
+def test_nothing_is_recommended_where_all_failed() -> None:
+    candidate = Candidate("a", "lora", {})
+    assert recommend([Outcome(candidate, [Record(Job(candidate, {}, 0), failure="no")])]) is None
+
+
+def test_the_best_rate_at_an_end_is_told() -> None:
+    candidate = Candidate("a", "lora", {})
+    tried = [Record(Job(candidate, {RATE: rate}, 0), loss=rate, tokens=9, seconds=1.0) for rate in (0.1, 0.2, 0.3)]
+    assert Outcome(candidate, tried).edge == "lowest"
+    assert Outcome(candidate, [*tried, Record(Job(candidate, {RATE: 0.05}, 0), loss=9.0)]).edge is None
+
+
+DATA = "data: {train: [{path: rows.jsonl}], eval_fraction: 0.25}\n"
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "ia3", "qlora"])
+def test_each_variant_is_tried_around_its_own_rate(tmp_path: Path, name: str) -> None:
+    plain = load_recipe(write_rows_and_recipe(tmp_path, DATA))
+    (candidate,) = make_candidates([name], [])
+    own = entry(candidate.variant).learning_rate
+    assert expected_rate(candidate, plain) == own
+    # A recipe that trains LoRA at five times the customary rate wants that of every variant.
+    times_five = load_recipe(
+        write_rows_and_recipe(tmp_path, f"{DATA}training: {{learning_rate: {5 * entry('lora').learning_rate}}}")
+    )
+    assert expected_rate(candidate, times_five) == pytest.approx(5 * own, rel=0.05)
+    assert all(later / earlier == pytest.approx(3, rel=0.1) for earlier, later in pairwise(grid(own)))
+
+
+def test_all_runs_of_a_seed_differ_in_nothing_but_what_is_compared(tmp_path: Path) -> None:
+    plan = make_plan(
+        Wish(write_rows_and_recipe(tmp_path, DATA), ["lora", "dora", "full"], budget=parse_budget("steps=12"))
+    )
+    jobs = [Job(candidate, {RATE: 1e-3}, 7) for candidate in plan.candidates]
+    recipes = [plan.recipe_of(job, tmp_path / job.name, tmp_path / "data") for job in jobs]
+    for recipe in recipes:
+        assert recipe.data == recipes[0].data and recipe.chat == recipes[0].chat
+        assert recipe.training == recipes[0].training
+        assert recipe.training.seed == 7 and recipe.training.max_steps == 12
+        assert recipe.data.eval_fraction is None and recipe.data.eval is not None
+    assert len({recipe.output_dir for recipe in recipes}) == 3
+    assert plan.size == 3 * (3 + 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "variants", "axes", "reason"),
+    [
+        ("data: {train: [{path: rows.jsonl}]}\n", ["lora"], [], "held-out"),
+        (DATA, ["ia3"], ["adapter.r=4,8"], "ia3"),
+        (DATA, ["qlora+pissa"], [], "4 bits"),
+        (DATA, ["lora", "lora"], [], "twice"),
+        (DATA, ["lora"], ["adapter.r=4,0"], "adapter.r"),
+        (DATA, ["lora"], ["adapter.rank=4"], "rank"),
+        (DATA, ["lora"], ["data.eval_fraction=0.1,0.2"], "same rows"),
+        (DATA, [], [], "no variant"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_first(
+    tmp_path: Path, text: str, variants: list[str], axes: list[str], reason: str
+) -> None:
+    with pytest.raises(InputError) as refusal:
+        make_plan(Wish(write_rows_and_recipe(tmp_path, text), variants, [parse_axis(axis) for axis in axes]))
+    assert reason in str(refusal.value)
+
+
+def test_rows_may_be_held_out_by_a_flag(tmp_path: Path) -> None:
+    path = write_rows_and_recipe(tmp_path, "data: {train: [{path: rows.jsonl}], max_train_rows: 2}\n")
+    plan = make_plan(Wish(path, ["lora", "full"], [parse_axis("data.eval_fraction=0.25")]))
+    for candidate in plan.candidates:
+        recipe = plan.recipe_of(Job(candidate, {RATE: 1e-3}, 7), tmp_path / "run", tmp_path / "data")
+        assert recipe.data.eval_fraction is None and recipe.data.max_train_rows is None
+        assert recipe.data.eval is not None and recipe.data.eval[0].path == str(tmp_path / "data" / "eval.jsonl")
+        assert plan.recommended(candidate, {RATE: 1e-3}).data.eval_fraction == 0.25
+
+
+def test_a_grid_of_rates_is_asked_in_order() -> None:
+    search = RateGrid([1e-4, 1e-3])
+    assert [settings[RATE] for settings in iter(search.ask, None)] == [1e-4, 1e-3]
+
+
+def test_every_adapter_of_the_registry_can_be_named() -> None:
+    assert [candidate.variant for candidate in make_candidates(ADAPTERS, [])] == list(ADAPTERS)
+
+
+def test_the_search_finds_a_good_rate_and_repeats_itself() -> None:
+    pytest.importorskip("optuna")
+    ranges = [parse_range("training.learning_rate=1e-6..1e-1:log"), parse_range("adapter.r=2..64:log")]
+
+    def walk() -> list[tuple[float, dict[str, Any]]]:
+        search = TreeParzen(25, ranges, {"training.weight_decay": 0.0}, seed=3)
+        seen = []
+        while (settings := search.ask()) is not None:
+            assert 1e-6 <= settings[RATE] <= 1e-1
+            assert isinstance(settings["adapter.r"], int) and 2 <= settings["adapter.r"] <= 64
+            loss = (math.log10(settings[RATE]) + 3) ** 2
+            search.tell(None if len(seen) == 4 else loss)
+            seen.append((loss, dict(settings)))
+        return seen
+
+    first = walk()
+    assert len(first) == 25 and first == walk()
+    assert min(loss for loss, _ in first) < 0.1

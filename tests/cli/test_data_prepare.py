@@ -48,7 +48,7 @@ def test_trees_become_train_and_eval_files_and_a_card(tmp_path: Path, shared_dat
     assert f"| dialogues in train.jsonl | {len(train)} |" in (out / "card.md").read_text()
 
 
-def test_bad_rows_go_to_quarantine_and_every_row_is_in_a_count(tmp_path: Path) -> None:
+def test_bad_records_go_to_quarantine_and_every_record_is_in_a_count(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", 100, 50)
     with source.open("ab") as file:
         file.write(b'not json\n{"prompt": "question", "completion": ""}\n{"prompt": "\xff", "completion": "a"}\n')
@@ -67,7 +67,7 @@ def test_bad_rows_go_to_quarantine_and_every_row_is_in_a_count(tmp_path: Path) -
     assert bad[2]["row"].startswith('{"prompt": "\\xff"')
 
 
-def test_a_bad_row_of_a_table_is_shown_in_quarantine(tmp_path: Path) -> None:
+def test_a_bad_record_of_a_table_is_shown_in_quarantine(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,completion\nasked,answered\nonly asked,\n")
     prepare(str(tmp_path / "rows.csv"), tmp_path / "out", PrepareSettings())
     (bad,) = rows_of(tmp_path / "out" / "quarantine.jsonl")
@@ -136,7 +136,7 @@ def test_the_same_seed_writes_the_same_files_and_another_another_split(tmp_path:
     assert written[0] == written[1] != written[2]
 
 
-def test_a_limit_on_rows_is_said_in_the_card(tmp_path: Path) -> None:
+def test_a_limit_on_records_is_said_in_the_card(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", 50, 50)
     for limit, stopped in ((10, True), (50, False)):
         card = prepare(str(source), tmp_path / str(limit), PrepareSettings(max_dialogues=limit))
@@ -186,7 +186,7 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
-    """Ten times the rows, each different, and the peak stays where it was (within the page cache of the set)."""
+    """Ten times the records, each different, and the peak stays where it was (within the page cache of the set)."""
     words = random.Random(0).sample(range(10**9), 200)
 
     def peak(rows: int) -> int:
@@ -213,7 +213,7 @@ def test_region_tags_belong_to_their_language() -> None:
     assert not matches_language("end", ["en"])
 
 
-def test_the_language_of_rows_that_do_not_say_it_is_detected(tmp_path: Path, shared_data: Path) -> None:
+def test_the_language_of_records_that_do_not_say_it_is_detected(tmp_path: Path, shared_data: Path) -> None:
     pytest.importorskip("py3langid")
     source = shared_data / "oasst1_guanaco_multilingual_500.jsonl"
     said = [row["lang"].split("-")[0] for row in rows_of(source)]

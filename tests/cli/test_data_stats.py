@@ -1,4 +1,4 @@
-"""`peftchat data stats`: counts equal slow ones, duplicates and leaks are found and named, bad rows are counted."""
+"""`peftchat data stats`: counts equal slow ones, duplicates and leaks are found and named, bad records are counted."""
 
 import itertools
 import json
@@ -210,7 +210,7 @@ def test_run_hashes_equal_where_words_do(tmp_path: Path) -> None:
     assert run_hashes(word_hashes("one two"), 3).dtype == np.uint64
 
 
-def test_code_and_bad_rows_are_counted(tmp_path: Path) -> None:
+def test_code_and_bad_records_are_counted(tmp_path: Path) -> None:
     source = write_conversations(
         tmp_path / "d.jsonl",
         [[("user", "q"), ("assistant", "see\n```python\n12345\n```\nend")], [("user", "a ``` b"), ("assistant", "c")]],

@@ -72,12 +72,12 @@ def test_json_lines_equal_what_stock_transformers_marks(recipe: Path, tokenizer_
             assert told == role
 
 
-def test_json_shows_all_rows_unless_told_otherwise(recipe: Path) -> None:
+def test_json_shows_all_examples_unless_told_otherwise(recipe: Path) -> None:
     assert len(json_rows(recipe)) == len(json_rows(recipe, "--rows", "all")) == 3
     assert len(json_rows(recipe, "--rows", 2)) == 2
 
 
-def test_held_out_rows_are_shown_on_request(recipe: Path, tokenizer_folder: Path) -> None:
+def test_held_out_examples_are_shown_on_request(recipe: Path, tokenizer_folder: Path) -> None:
     held_out = write_conversations(recipe.parent / "e.jsonl", [[("user", "held"), ("assistant", "out")]])
     entry = f"data.eval=[{{path: {held_out}}}]"
     rows = json_rows(recipe, "--side", "eval", "--set", entry)
@@ -133,7 +133,7 @@ def test_the_default_policies_pass(recipe: Path, policy: str) -> None:
     assert f"chat.loss_on: {policy}" in done.stdout
 
 
-def test_counts_are_those_of_the_rows(recipe: Path) -> None:
+def test_counts_are_those_of_the_examples(recipe: Path) -> None:
     rows = json_rows(recipe)
     done = mask(recipe)
     pairs = [pair for row in rows for pair in zip(row["roles"], row["labels"], strict=True)]
@@ -144,7 +144,7 @@ def test_counts_are_those_of_the_rows(recipe: Path) -> None:
     assert re.search(rf"^all +{len(pairs)} +{sum(label != IGNORE for _, label in pairs)} ", done.stdout, re.MULTILINE)
 
 
-def test_without_colours_brackets_mark_what_is_trained(recipe: Path, tokenizer_folder: Path) -> None:
+def test_without_colors_brackets_mark_what_is_trained(recipe: Path, tokenizer_folder: Path) -> None:
     shown = mask(recipe, "--rows", "all").stdout.split("[+trained+]")[0]
     marked = re.findall(r"\[\+(.*?)\+\]", shown, re.DOTALL)
     answers = [
@@ -158,14 +158,14 @@ def test_what_was_cut_is_struck_through_and_counted(recipe: Path) -> None:
     one_less = f"data.max_length={len(json_rows(recipe)[1]['input_ids']) - 1}"
     done = mask(recipe, "--rows", "1", "--set", one_less)
     assert done.exception is None
-    # One row was asked for; the first one that was cut comes with it.
+    # One example was asked for; the first one that was cut comes with it.
     rows = done.stdout.split("[+trained+]")[0]
     assert f"{source}:1" in rows and f"{source}:2" in rows
     (cut,) = re.findall(r"\[-(.*?)-\]", rows, re.DOTALL)
     assert cut.replace("↵", "") == "<|user|>\nfive six<|end|>\n<|assistant|>\nseven eight nine<|end|>"
     assert "1 row lost 1 exchange at its end" in done.stdout
     assert mask(recipe, "--rows", "all", "--set", one_less).stdout.split("[+trained+]")[0] == rows
-    # Programs get the row as it is trained.
+    # Programs get the example as it is trained.
     assert "Ġseven" not in "".join(json_rows(recipe, "--set", one_less)[1]["tokens"])
 
 
@@ -263,7 +263,7 @@ def test_what_was_cut_is_shown_where_it_stood(recipe: Path) -> None:
     assert "1 row lost 1 exchange at its beginning" in shown
 
 
-def test_a_divided_conversation_is_shown_as_its_rows(recipe: Path) -> None:
+def test_a_divided_conversation_is_shown_as_its_examples(recipe: Path) -> None:
     source = write_conversations(recipe.parent / "d.jsonl", [CONVERSATIONS[2]])
     one_less = f"data.max_length={len(json_rows(recipe)[0]['input_ids']) - 1}"
     done = mask(recipe, "--set", one_less, "--set", "data.truncation=split")

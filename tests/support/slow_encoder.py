@@ -90,7 +90,7 @@ class SlowEncoder:
             yield "\n", index, TRAILER
 
     def encode(self, conversations: Sequence[Conversation]) -> list[SlowRow]:
-        """One slow row a conversation."""
+        """Return one slow row per conversation."""
         blocks = [list(self._blocks(conversation)) for conversation in conversations]
         texts = ["".join(text for text, _, _ in row) for row in blocks]
         call = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}

@@ -40,7 +40,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_accumulation_equals_the_larger_batch(tmp_path: Path, conversations: Path) -> None:
-    """Rows carry very different numbers of targets: averaging per micro-batch would show at once."""
+    """Examples carry very different numbers of targets: averaging per micro-batch would show at once."""
     shape = {"adapter": {"dropout": 0.0}, "data": {"packing": False, "max_length": 128}}
     runs = [
         trained(
@@ -56,7 +56,7 @@ def test_accumulation_equals_the_larger_batch(tmp_path: Path, conversations: Pat
 
 
 def test_packing_trains_like_padding(tmp_path: Path, conversations: Path) -> None:
-    """One step over all rows: the loss and the update are the same, however the rows are laid out."""
+    """One step over all examples: the loss and the update are the same, however the examples are laid out."""
     shape = {"adapter": {"dropout": 0.0}}
     batch = {"per_device_train_batch_size": 48, "max_steps": 2, "learning_rate": 1e-3}
     masked = {"model": {"attention": "sdpa", "dtype": "float32"}}

@@ -105,13 +105,13 @@ def test_lookalikes_are_counted() -> None:
     assert row.lookalikes == 3
 
 
-def test_an_empty_conversation_is_an_empty_row() -> None:
+def test_an_empty_conversation_is_an_empty_example() -> None:
     encoder, _, _ = chatml_encoder("byte-level")
     assert [(len(row.ids), len(row.codes)) for row in encoder.encode([Conversation(())])] == [(0, 0)]
     assert encoder.encode([]) == []
 
 
-def test_batches_do_not_change_rows() -> None:
+def test_batches_do_not_change_examples() -> None:
     encoder, _, _ = chatml_encoder("phi3")
     batch = conversations(100)
     together = encoder.encode(batch)
@@ -158,7 +158,7 @@ def test_threads_do_not_disturb_each_other() -> None:
 
 
 @given(st.lists(st.integers(0, 5), max_size=8), st.randoms())
-def test_counts_of_a_batch_are_those_of_its_rows(lengths: list[int], draw: random.Random) -> None:
+def test_counts_of_a_batch_are_those_of_its_examples(lengths: list[int], draw: random.Random) -> None:
     table = policy_table("answers")
     rows = [
         Row(

@@ -114,7 +114,7 @@ def test_a_folder_with_splits_gives_one_of_them(tmp_path: Path) -> None:
         prompts("test")
 
 
-def test_a_long_row_is_skipped_without_being_read_into_memory(tmp_path: Path) -> None:
+def test_a_long_record_is_skipped_without_being_read_into_memory(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     with path.open("wb") as file:
         file.write(LINES.encode())
@@ -136,7 +136,7 @@ def test_a_long_row_is_skipped_without_being_read_into_memory(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
-def test_the_limit_on_a_row_holds_for_text_files(tmp_path: Path, name: str) -> None:
+def test_the_limit_on_a_record_holds_for_text_files(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     WRITERS[name](path)
     log = ProblemLog()
@@ -144,7 +144,7 @@ def test_the_limit_on_a_row_holds_for_text_files(tmp_path: Path, name: str) -> N
     assert log.total > 0
 
 
-def test_a_gzip_file_that_is_cut_off_gives_its_rows_and_one_problem(tmp_path: Path) -> None:
+def test_a_gzip_file_that_is_cut_off_gives_its_records_and_one_problem(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     packed = gzip.compress("".join(json.dumps({**ROWS[0], "n": i**9}) + "\n" for i in range(5000)).encode())
     path.write_bytes(packed[: len(packed) // 2])
@@ -171,7 +171,7 @@ def test_a_gzip_file_that_is_cut_off_gives_its_rows_and_one_problem(tmp_path: Pa
         (lambda folder: _touch(folder / "fake.jsonl.gz", b"not gzip"), "gzip"),
     ],
 )
-def test_a_source_without_rows_is_refused_in_words(tmp_path: Path, make: Any, message: str) -> None:
+def test_a_source_without_records_is_refused_in_words(tmp_path: Path, make: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         list(read_conversations(make(tmp_path)))
 
@@ -188,7 +188,7 @@ def _touch(path: Path, content: bytes = b"") -> Path:
     return path
 
 
-def test_rows_of_the_whole_file_agree_with_a_plain_reading(shared_data: Path) -> None:
+def test_records_of_the_whole_file_agree_with_a_plain_reading(shared_data: Path) -> None:
     path = shared_data / "sharegpt_500.json"
     speaker = {"human": "user", "gpt": "assistant"}
     expected = [

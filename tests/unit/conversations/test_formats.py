@@ -89,7 +89,7 @@ def turns(path: Path, rows: list[Any], **options: Any) -> list[list[tuple[str, s
         ("guanaco", {"text": f"Be short. ### Human: {QUESTION} ### Assistant:", "output": ANSWER}, WITH_SYSTEM),
     ],
 )
-def test_a_form_is_recognised_and_read(tmp_path: Path, form: str, row: dict[str, Any], expected: Any) -> None:
+def test_a_form_is_recognized_and_read(tmp_path: Path, form: str, row: dict[str, Any], expected: Any) -> None:
     log = ProblemLog(strict=True)
     path = tmp_path / "rows.jsonl"
     assert turns(path, [row], problems=log) == [expected]
@@ -154,7 +154,7 @@ def chat(*pairs: tuple[Any, Any]) -> dict[str, Any]:
         ([1, 2], "not_an_object"),
     ],
 )
-def test_a_bad_row_is_named_with_its_line_and_the_rest_is_read(tmp_path: Path, row: Any, kind: str) -> None:
+def test_a_bad_record_is_named_with_its_line_and_the_rest_is_read(tmp_path: Path, row: Any, kind: str) -> None:
     good = chat(("user", QUESTION), ("assistant", ANSWER))
     path = tmp_path / "rows.jsonl"
     log = ProblemLog()

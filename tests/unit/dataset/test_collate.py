@@ -1,4 +1,4 @@
-"""Batches: the same tokens and labels in every layout, and packing and storage of rows."""
+"""Batches: the same tokens and labels in every layout, and packing and storage of examples."""
 
 import pickle
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from peftchat.conversation import ROLES
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 POLICIES: tuple[LossOn, ...] = get_args(LossOn)
 PAD = 3
-"""Also an id that rows hold, the end token's: labels must not depend on it."""
+"""Also an id that examples hold, the end token's: labels must not depend on it."""
 
 
 def random_rows(count: int, seed: int = 0, longest: int = 40) -> list[Row]:
@@ -114,7 +114,7 @@ def test_watched_tokens_are_counted(store: RowStore, policy: LossOn) -> None:
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[int]:
-    """What is left free in each sequence, looking through all of them for each row."""
+    """What is left free in each sequence, looking through all of them for each example."""
     free: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [place for place, room in enumerate(free) if room >= length]
@@ -126,7 +126,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_packs_hold_every_row_once_and_are_as_few_as_best_fit_makes(seed: int) -> None:
+def test_packs_hold_every_example_once_and_are_as_few_as_best_fit_makes(seed: int) -> None:
     draw = np.random.default_rng(seed)
     lengths = np.clip(draw.lognormal(5.5, 1.0, 1500), 0, 2048).astype(np.int64)
     packs = pack(lengths, 2048, seed)
@@ -168,12 +168,12 @@ def test_the_store_gives_back_what_was_written(store: RowStore) -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 60, 1_000])
-def test_rows_that_are_not_there(store: RowStore, index: int) -> None:
+def test_examples_that_are_not_there(store: RowStore, index: int) -> None:
     with pytest.raises(IndexError, match=f"row {index} of 60"):
         store[index]
 
 
-def test_many_batches_and_empty_rows(tmp_path: Path) -> None:
+def test_many_batches_and_empty_examples(tmp_path: Path) -> None:
     rows = random_rows(300, seed=1)
     rows[17] = Row(np.zeros(0, np.int32), np.zeros(0, np.uint8), "", 0)
     found = write(tmp_path / "many.arrow", [[row] for row in rows])

@@ -1,4 +1,4 @@
-"""Encoded rows are kept: used again, safe when two runs start at once, and never wrong after a kill."""
+"""Encoded examples are kept: used again, safe when two runs start at once, and never wrong after a kill."""
 
 import json
 import os

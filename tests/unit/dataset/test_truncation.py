@@ -66,7 +66,7 @@ def cut_up(system: list[Message], parts: list[list[Message]], limit: int, cut: C
 
 
 def ends_every_answer(row: Row) -> bool:
-    """Whether each assistant turn of the row holds exactly one end token, behind its content."""
+    """Whether each assistant turn of the example holds exactly one end token, behind its content."""
     parts = [part_of(value) for value in row.codes.tolist() if role_of(value) == "assistant"]
     return parts.count(Part.END) == sum(
         part == Part.HEADER and (place == 0 or parts[place - 1] != Part.HEADER) for place, part in enumerate(parts)
@@ -133,7 +133,7 @@ def test_exchanges_begin_with_the_user(conversation: tuple[list[Message], list[l
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_question_without_an_answer_is_no_row(cut: Cut) -> None:
+def test_a_question_without_an_answer_is_no_example(cut: Cut) -> None:
     parts = [[Message("user", "one"), Message("assistant", "two")], [Message("user", "three " * 50)]]
     fitted = cut_up([], parts, 30, cut)
     kept = [] if cut == "turns_leading" else [stock_ids(parts[0])]

@@ -79,7 +79,7 @@ def dequantized_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Ten
             yield name.removesuffix(".base_layer") + ".weight", weight.T if conv else weight
 
 
-def test_what_transformers_does_not_quantise_stays(tmp_path: Path) -> None:
+def test_what_transformers_does_not_quantize_stays(tmp_path: Path) -> None:
     run, _ = train(tmp_path, "llama", True, ["q_proj"])
     merged, base = tensors_of(merge_run(run, MergeOptions()).folder), tensors_of(tmp_path / "base")
     same = {name for name in base if torch.equal(merged[name], base[name])}

@@ -203,7 +203,7 @@ def test_eval_steps_alone_mean_steps(write: Write) -> None:
     assert load(write(GOOD), "training.eval_steps=5").recipe.training.eval_strategy == "steps"
 
 
-def test_without_held_out_rows_nothing_is_evaluated(write: Write) -> None:
+def test_without_held_out_examples_nothing_is_evaluated(write: Write) -> None:
     arguments = training_arguments(load(write(GOOD), "data.eval_fraction=null").recipe)
     assert (arguments["eval_strategy"], arguments["eval_on_start"]) == ("no", False)
 

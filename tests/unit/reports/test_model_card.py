@@ -146,7 +146,7 @@ def test_the_code_of_the_card_runs_and_gives_the_trained_model(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("bits", ["bits: 4, type: nf4, double: false", "bits: 8"])
-def test_the_code_for_a_quantised_base_is_python(bits: str) -> None:
+def test_the_code_for_a_quantized_base_is_python(bits: str) -> None:
     recipe = RECIPE.replace("method: lora", f"method: qlora\nquantization: {{{bits}}}")
     code = python_of(card(recipe))
     compile(code, "card", "exec")

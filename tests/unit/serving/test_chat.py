@@ -184,7 +184,7 @@ def test_a_biased_head_keeps_its_bias(tmp_path: Path) -> None:
     )
 
 
-def test_a_qlora_run_is_quantised_as_it_was_trained(tmp_path: Path) -> None:
+def test_a_qlora_run_is_quantized_as_it_was_trained(tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     tokenizer = in_format(byte_level())
     run = save_adapter_run(tmp_path / "base", tmp_path / "run", tokenizer)

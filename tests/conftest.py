@@ -40,8 +40,16 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def pretrained() -> Path:
+    """A base model of 260,032 parameters that has learned to write, with its tokenizer; to be read alone."""
+    from tests.support.pretrained import pretrained_model
+
+    return pretrained_model()
+
+
+@pytest.fixture(scope="session")
 def stories(shared_data: Path) -> Path:
-    """A real base model of 260,032 parameters."""
+    """A base model of 260,032 parameters that others have trained; tests that need it skip where it is absent."""
     folder = shared_data.parent / "models" / "stories260K"
     if not folder.is_dir():
         pytest.skip(f"no small model in {folder}")

@@ -174,7 +174,7 @@ def start(
         "file_size_limit": file_size_limit,
     }
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.connect(_server())
+    connection.connect(server_address())
     read_end, write_end = os.pipe()
     files = [tempfile.NamedTemporaryFile("w+b") for _ in range(2)]  # noqa: SIM115 - closed with the `Started`
     streams = [open(file.name, encoding="utf-8", newline="") for file in files]  # noqa: PTH123, SIM115
@@ -199,8 +199,8 @@ def _read_line(connection: socket.socket) -> str:
 
 
 @cache
-def _server() -> str:
-    """The address of this process's fork server, which starts at the first call and ends with this process."""
+def server_address() -> str:
+    """Return the address of this process's fork server, which starts at the first call and ends with this process."""
     folder = tempfile.mkdtemp(prefix="peftchat-tests-")
     address = str(Path(folder) / "socket")
     log = Path(folder) / "log"

@@ -41,7 +41,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def pretrained() -> Path:
-    """A base model of 260,032 parameters that has learned to write, with its tokenizer; to be read alone."""
+    """A base model of three layers that has learned to write, with its tokenizer; to be read alone."""
     from tests.support.pretrained import pretrained_model
 
     return pretrained_model()

@@ -107,10 +107,10 @@ def test_adalora_ends_at_its_target(train: VariantTrainer) -> None:
 
 
 def test_frozen_layers_stay_as_they_are(train: VariantTrainer) -> None:
-    run = train("full", model={"freeze_layers": "0-1,4"}).run
+    run = train("full", model={"freeze_layers": "0-0,2"}).run
     before = AutoModelForCausalLM.from_pretrained(train.base, dtype=torch.float32).state_dict()
     after = load_file(run / "model.safetensors")
     for name, value in after.items():
         if ".layers." in name:
-            frozen = name.split(".layers.")[1].split(".")[0] in ("0", "1", "4")
+            frozen = name.split(".layers.")[1].split(".")[0] in ("0", "2")
             assert torch.equal(value, before[name]) == frozen, name

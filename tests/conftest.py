@@ -1,11 +1,32 @@
-"""Fixtures that every room's tests share."""
+"""What every test shares: no network, no threads of torch to share two cores with, and a few data sets and models."""
 
 import os
+
+# Read by libraries while they are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
 from pathlib import Path
 
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return 0, which is this process, where the command line names files; they seldom pay for the workers."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    if named and not any(Path(argument).is_dir() for argument in config.args):
+        return 0
+    return os.cpu_count() or 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Send every test that starts several processes to one worker, so that no two of them run at once."""
+    for item in items:
+        if item.get_closest_marker("distributed"):
+            item.add_marker(pytest.mark.xdist_group("distributed"))
 
 
 @pytest.fixture(scope="session")
@@ -19,8 +40,16 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def pretrained() -> Path:
+    """A base model of three layers that has learned to write, with its tokenizer; to be read alone."""
+    from tests.support.pretrained import pretrained_model
+
+    return pretrained_model()
+
+
+@pytest.fixture(scope="session")
 def stories(shared_data: Path) -> Path:
-    """A real base model of 260,032 parameters."""
+    """A base model of 260,032 parameters that others have trained; tests that need it skip where it is absent."""
     folder = shared_data.parent / "models" / "stories260K"
     if not folder.is_dir():
         pytest.skip(f"no small model in {folder}")
@@ -39,7 +68,23 @@ def demo_model() -> Path:
         pytest.skip(f"the 135M model cannot be fetched: {error}")
 
 
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 24 conversations, to train on; to be read alone."""
+    from tests.support.data import write_small_talk
+
+    return write_small_talk(tmp_path_factory.mktemp("conversations") / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of seven conversations, to evaluate on; to be read alone."""
+    from tests.support.data import write_small_talk
+
+    return write_small_talk(tmp_path_factory.mktemp("conversations") / "eval.jsonl", 7, seed=1)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoded rows of a test stay in the test's folder."""
+    """Keep a test's encoded examples in the test's folder."""
     monkeypatch.setenv("PEFTCHAT_CACHE", str(tmp_path / "cache"))

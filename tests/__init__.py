@@ -1,0 +1,1 @@
+"""Tests of peftchat; they mirror its rooms."""

@@ -1,0 +1,66 @@
+"""Every method, tied and untied, under DDP and ZeRO: new tokens train, nothing else does, stock libraries agree."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.checks import check_run
+from tests.support.cli import peftchat
+from tests.support.data import read_json_lines, write_small_talk
+from tests.support.launch import peftchat_in_processes
+from tests.support.models import small_model
+from tests.support.recipes import write_training_recipe
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_stock_libraries_see_what_was_trained(
+    method: str, tied: bool, strategy: str, conversations: Path, held_out: Path, tmp_path: Path
+) -> None:
+    base, run = small_model(tied=tied), tmp_path / "run"
+    recipe = write_training_recipe(
+        tmp_path / "recipe.yaml", base, conversations, held_out, run,
+        method=method, distributed={"strategy": strategy, "processes": 2},
+    )  # fmt: skip
+    # `peftchat train` starts two interpreters by itself; one cell per strategy pays for them.
+    is_launched = method == "lora" and not tied
+    done = peftchat("train", recipe) if is_launched else peftchat_in_processes(2, "train", recipe)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout
+    check_run(run, base, held_out, method=method, tied=tied, processes=2)
+
+
+def test_every_strategy_takes_the_same_steps(tmp_path: Path) -> None:
+    """DDP and ZeRO-3 shard the work, not the result: the losses of every step are those of one process."""
+    base, train = small_model(tied=False), write_small_talk(tmp_path / "train.jsonl", 48)
+    losses = {}
+    for name, strategy, processes, accumulation in (("one", "single", 1, 2), ("two", "zero3", 2, 1)):
+        run = tmp_path / name
+        recipe = write_training_recipe(
+            tmp_path / f"{name}.yaml", base, train, None, run, method="full",
+            distributed={"strategy": strategy, "processes": processes},
+            training={"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 1},
+        )  # fmt: skip
+        done = peftchat_in_processes(processes, "train", recipe)
+        assert done.returncode == 0, done.stderr
+        losses[name] = [line["loss"] for line in read_json_lines(run / "metrics.jsonl")]
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+
+
+def test_an_error_in_many_processes_is_told_once(conversations: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{not json}\n")
+    recipe = write_training_recipe(
+        tmp_path / "recipe.yaml", small_model(), broken, None, tmp_path / "run",
+        distributed={"strategy": "ddp", "processes": 2},
+    )  # fmt: skip
+    done = peftchat("train", recipe)
+    assert done.returncode == 2, done.stderr
+    assert "JSON" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("Error:") == 1
+    assert not done.stdout
+    assert not (tmp_path / "run").exists()

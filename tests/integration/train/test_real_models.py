@@ -1,0 +1,76 @@
+"""Real models on real conversations: a base model of 260,032 parameters, and the 135M model by the shipped recipes."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli import PROJECT, peftchat, true_peftchat
+from tests.support.data import read_json
+from tests.support.recipes import write_training_recipe
+from tests.support.stock import stock_loss, stock_run
+
+RECIPES = PROJECT / "recipes"
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_story_model_learns_to_chat(method: str, stories: Path, shared_data: Path, tmp_path: Path) -> None:
+    """On OpenAssistant conversations, held-out loss falls from about 4 to below 3."""
+    run = tmp_path / "run"
+    adapter = {"adapter": {"r": 64, "alpha": 64, "dropout": 0.0}} if method == "lora" else {}
+    recipe = write_training_recipe(
+        tmp_path / "recipe.yaml", stories, shared_data / "oasst_trees_en_60.jsonl", None, run,
+        method=method, **adapter,
+        data={"eval_fraction": 0.3, "max_length": 1024},
+        training={
+            "learning_rate": 5e-3,
+            "max_steps": 90,
+            "per_device_train_batch_size": 4,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 10,
+            "eval_strategy": "epoch",
+            "eval_on_start": True,
+            "logging_steps": 20,
+        },
+    )  # fmt: skip
+    done = peftchat("train", str(recipe))
+    assert done.returncode == 0, done.stderr
+    facts = read_json(run / "run.json")
+    assert facts["eval_loss_before"] > 3.9
+    assert facts["eval_loss"] < 3
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [
+        ("lora_1gpu", 1),
+        ("qlora_1gpu", 1),
+        pytest.param("zero3_full", 2, marks=pytest.mark.distributed),
+    ],
+)
+def test_the_shipped_recipes_run_here(name: str, processes: int, demo_model: Path, tmp_path: Path) -> None:
+    """The recipe as it is, on the real 135M model and a file of conversations, without a GPU."""
+    made = true_peftchat("data", "from-code", "json", "-o", str(tmp_path / "data"), "--max-rows", "24")
+    assert made.returncode == 0, made.stderr
+    data, run = tmp_path / "data" / "train.jsonl", tmp_path / "run"
+    done = true_peftchat(
+        "train", str(RECIPES / f"{name}.yaml"),
+        "--set", f"model.name={demo_model}",
+        "--set", f"data.train=[{{path: {data}}}]",
+        "--set", f"distributed.processes={processes}",
+        "--set", "training.max_steps=3",
+        "--set", f"output_dir={run}",
+        # Under ZeRO-3 every token of an answer gathers the whole model once.
+        *(() if processes > 1 else ("--ask", "What does json.dumps do?")),
+        timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    facts = read_json(run / "run.json")
+    assert facts["steps"] == 3
+    assert facts["world_size"] == processes
+    seen = [token for token in facts["new_tokens"] if token["seen"]]
+    assert len(seen) >= 3
+    assert all(token["output_moved"] > 0 for token in seen)
+    if name == "lora_1gpu":
+        model, tokenizer = stock_run(run, demo_model, "lora")
+        assert stock_loss(model, tokenizer, data) < 8

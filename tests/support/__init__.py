@@ -1,0 +1,1 @@
+"""What the tests share: small models, tokenizers, conversations, recipes, and the command line."""

@@ -1,0 +1,86 @@
+"""Small random models of many architectures."""
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tests.support.tokenizers import small_tokenizer
+
+
+def small_config(kind: str, *, vocabulary: int = 96, width: int = 64, **changes: Any) -> Any:
+    """Return a transformers config of two layers and a few ten thousand parameters.
+
+    Args:
+        kind: transformers' model type; behind a hyphen, what sets it apart.
+        vocabulary: tokens.
+        width: hidden size.
+        changes: keys of the config.
+    """
+    sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+    wide = {**sizes, "intermediate_size": 2 * width}
+    llama = {**wide, "num_key_value_heads": 2}
+    gpt2 = {"n_embd": width, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": width // 2}
+    settings: dict[str, dict[str, Any]] = {
+        "llama-bias": {**llama, "attention_bias": True, "mlp_bias": True},
+        "llama-tied": {**llama, "tie_word_embeddings": True},
+        "qwen2-tied": {**llama, "tie_word_embeddings": True},
+        # Heads wider than the model's width shared among them, as real ones have them.
+        "qwen3": {**llama, "head_dim": width // 2},
+        "qwen3-tied": {**llama, "head_dim": width // 2, "tie_word_embeddings": True},
+        "qwen3_moe": {**llama, **experts, "head_dim": width // 4},
+        "mixtral": {**llama, "num_local_experts": 4},
+        "gemma": {**llama, "head_dim": width // 4},
+        "gemma2": {**llama, "head_dim": width // 4},
+        "gemma3_text": {**llama, "head_dim": width // 4},
+        "phi": wide,
+        "falcon": sizes,
+        "opt": {**sizes, "ffn_dim": 2 * width, "word_embed_proj_dim": width},
+        "opt-projected": {**sizes, "ffn_dim": 2 * width, "word_embed_proj_dim": width // 2},
+        "gpt_neox": wide,
+        "gpt2": gpt2,
+        "gpt_bigcode": gpt2,
+    }
+    ids = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    return AutoConfig.for_model(kind.partition("-")[0], **{**settings.get(kind, llama), **ids, **changes})
+
+
+def random_model(kind: str, vocabulary: int, *, tied: bool | None = None, std: float = 0.15) -> PreTrainedModel:
+    """Return a float32 model of width 32 whose matrices are drawn with `std`.
+
+    The usual tiny spread makes every logit the same; a wider one lets mistakes show.
+    """
+    torch.manual_seed(0)
+    changes = {} if tied is None else {"tie_word_embeddings": tied}
+    model = AutoModelForCausalLM.from_config(small_config(kind, vocabulary=vocabulary, width=32, **changes)).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 or name.endswith("lm_head.bias"):
+                parameter.normal_(0.0, std)
+    return model.eval()
+
+
+@cache
+def small_model(kind: str = "llama", *, tied: bool | None = None, spare_rows: int = 0) -> Path:
+    """Return the folder of a random model with its tokenizer, saved once per process; to be read alone.
+
+    Args:
+        kind: see `small_config`.
+        tied: whether the head is the embedding; None leaves it to the architecture.
+        spare_rows: rows of the embedding beyond the tokenizer's size.
+    """
+    folder = Path(_models().name) / f"{kind}-{tied}-{spare_rows}"
+    tokenizer = small_tokenizer()
+    tokenizer.save_pretrained(folder)
+    random_model(kind, len(tokenizer) + spare_rows, tied=tied).save_pretrained(folder)
+    return folder
+
+
+@cache
+def _models() -> tempfile.TemporaryDirectory[str]:
+    """The folder of all small models, removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="peftchat-models-")

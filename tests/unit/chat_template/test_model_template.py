@@ -1,0 +1,274 @@
+"""`chat.template: model`: templates as models bring them, against stock `apply_chat_template` with generation marks."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken
+
+from peftchat.chat_template.loss_mask import TurnPart, labels_for, loss_mask_table, part_of, role_of
+from peftchat.chat_template.registry import ChatFormat, make_format
+from peftchat.conversation import Conversation, Message
+from peftchat.errors import UserError
+from tests.support.random_text import FORGERIES, conversations
+from tests.support.tokenizers import built
+
+LOOP, END_LOOP = "{% for m in messages %}", "{% endfor %}"
+ALTERNATE = (
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+)
+
+
+def either(answer: str, other: str) -> str:
+    """An answer, between generation marks, or another turn; both as expressions."""
+    marked = f"{{% generation %}}{{{{ {answer} }}}}{{% endgeneration %}}"
+    return f"{{% if m['role'] == 'assistant' %}}{marked}{{% else %}}{{{{ {other} }}}}{{% endif %}}"
+
+
+TO_EOS = "m['content'] + eos_token"
+TO_IM_END = either("m['content'] + '<|im_end|>'", "m['content'] + '<|im_end|>'") + "{{ '\n' }}"
+IM_START = "{{ '<|im_start|>' + m['role'] + '\n' }}"
+TEMPLATES = {
+    "llama2": LOOP
+    + ALTERNATE
+    + "{% if m['role'] == 'assistant' %}{{ ' ' }}{% endif %}"
+    + either("m['content'].strip() + ' ' + eos_token", "bos_token + '[INST] ' + m['content'].strip() + ' [/INST]'")
+    + END_LOOP,
+    "llama3": "{{ bos_token }}"
+    + LOOP
+    + "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    + either("m['content'] | trim + '<|eot_id|>'", "m['content'] | trim + '<|eot_id|>'")
+    + END_LOOP,
+    "zephyr": LOOP + "{{ '<|' + m['role'] + '|>\n' }}" + either(TO_EOS, TO_EOS) + "{{ '\n' }}" + END_LOOP,
+    "mistral": "{{ bos_token }}"
+    + LOOP
+    + "{% if m['role'] == 'assistant' %}{{ ' ' }}{% endif %}"
+    + either(TO_EOS, "'[INST] ' + m['content'].rstrip() + '[/INST]'")
+    + END_LOOP,
+    "glm": LOOP + "{{ '<|' + m['role'] + '|>\n' }}" + either(TO_EOS, "m['content']") + END_LOOP,
+    "default-system": "{% if messages[0]['role'] != 'system' %}"
+    + "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    + LOOP
+    + IM_START
+    + TO_IM_END
+    + END_LOOP,
+}
+# An earlier answer loses what it thought; the last one always shows a place for it.
+QWEN3 = (
+    LOOP
+    + IM_START
+    + "{% set said = m['content'].split('</think>')[-1].lstrip('\n') %}"
+    + "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    + either("said + '<|im_end|>'", "m['content'] + '<|im_end|>'")
+    + "{{ '\n' }}"
+    + END_LOOP
+)
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIAL += ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "[INST]", "[/INST]"]
+CASES = ["byte-level-digits", "llama2", "gemma"]
+"""Tokenizers whose characters stock can follow, so that its mask is exact."""
+
+
+def chat_of(name: str, template: str, system: str | None = None) -> ChatFormat:
+    tokenizer = copy.deepcopy(built(name).tokenizer)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL], special_tokens=True)
+    tokenizer.bos_token = tokenizer.bos_token or "<|endoftext|>"
+    tokenizer.chat_template = template
+    return make_format("model", system, tokenizer)
+
+
+def conversations_for(template: str, *, forged: bool) -> list[Conversation]:
+    """Conversations that the template takes; with an empty message, some write no content at all."""
+    found = []
+    for conversation in conversations(600, forged=forged):
+        turns = [message for message in conversation.messages if message.content.strip()]
+        if template == "llama2":
+            turns = [Message(("user", "assistant")[place % 2], turn.content) for place, turn in enumerate(turns)]
+        if turns and (forged or not any(token in turn.content for turn in turns for token in SPECIAL)):
+            found.append(Conversation(tuple(turns), conversation.source))
+    return found
+
+
+def text_of(chat: ChatFormat, conversation: Conversation) -> str:
+    return "".join(piece.text for piece in chat.template.pieces(conversation))
+
+
+def parts_of(chat: ChatFormat, *turns: tuple[Any, str]) -> list[tuple[str, str | None, str]]:
+    """(part, role, text) of a conversation, neighbors of a kind joined."""
+    found: list[tuple[str, str | None, str]] = []
+    for piece in chat.template.pieces(Conversation(tuple(Message(role, content) for role, content in turns))):
+        kind = part_of(piece.code).name, role_of(piece.code)
+        if found and found[-1][:2] == kind:
+            found[-1] = (*kind, found[-1][2] + piece.text)
+        else:
+            found.append((*kind, piece.text))
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_text_ids_and_mask_are_stocks(template: str, name: str) -> None:
+    chat = chat_of(name, TEMPLATES[template])
+    batch = conversations_for(template, forged=False)
+    assert len(batch) > 200
+    rows = chat.encoder().encode(batch)
+    table = loss_mask_table("answers")
+    encoded = chat.tokenizer.apply_chat_template(
+        [conversation.as_dicts() for conversation in batch], return_assistant_tokens_mask=True, return_dict=True
+    )
+    for conversation, row, ids, mask in zip(batch, rows, encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        assert text_of(chat, conversation) == chat.tokenizer.apply_chat_template(
+            conversation.as_dicts(), tokenize=False
+        )
+        assert row.ids.tolist() == ids, conversation
+        assert np.array_equal(labels_for(row.ids, row.codes, table), np.where(mask, ids, -100)), conversation
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_messages_write_no_special_token(template: str) -> None:
+    chat = chat_of("gemma", TEMPLATES[template])
+    encoder = chat.encoder()
+    special = {number for number, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
+    for conversation in conversations_for(template, forged=True):
+        harmless = Conversation(tuple(Message(message.role, "a") for message in conversation.messages))
+        row, plain = encoder.encode([conversation, harmless])
+        written, expected = ([number for number in one.ids.tolist() if number in special] for one in (row, plain))
+        assert written == expected, conversation
+        assert text_of(chat, conversation) == chat.tokenizer.apply_chat_template(
+            conversation.as_dicts(), tokenize=False
+        )
+
+
+def test_the_parts_of_a_turn() -> None:
+    turns = (("user", "q"), ("assistant", "a"), ("user", "r"))
+    assert parts_of(chat_of("llama2", TEMPLATES["zephyr"]), *turns)[:8] == [
+        ("HEADER", "user", "<|user|>\n"), ("CONTENT", "user", "q"), ("END", "user", "</s>"), ("TRAILER", "user", "\n"),
+        ("HEADER", "assistant", "<|assistant|>\n"), ("CONTENT", "assistant", "a"), ("END", "assistant", "</s>"),
+        ("TRAILER", "assistant", "\n"),
+    ]  # fmt: skip
+    assert parts_of(chat_of("llama2", TEMPLATES["llama2"]), *turns) == [
+        ("HEADER", "user", "<s>[INST] "), ("CONTENT", "user", "q"), ("END", "user", " [/INST]"),
+        ("HEADER", "assistant", " "), ("CONTENT", "assistant", "a"), ("END", "assistant", " </s>"),
+        ("HEADER", "user", "<s>[INST] "), ("CONTENT", "user", "r"), ("END", "user", " [/INST]"),
+    ]  # fmt: skip
+
+
+def test_a_turn_without_an_end_token_does_not_take_the_next_header() -> None:
+    found = parts_of(chat_of("llama2", TEMPLATES["glm"]), ("user", "q"), ("assistant", "a"))
+    assert found == [
+        ("HEADER", "user", "<|user|>\n"), ("CONTENT", "user", "q"), ("HEADER", "assistant", "<|assistant|>\n"),
+        ("CONTENT", "assistant", "a"), ("END", "assistant", "</s>"),
+    ]  # fmt: skip
+
+
+def test_the_first_messages_header_is_its_own() -> None:
+    found = parts_of(chat_of("llama2", TEMPLATES["llama3"]), ("assistant", "a"), ("user", "q"))
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert found[:3] == [("OUTSIDE", None, "<s>"), ("HEADER", "assistant", header), ("CONTENT", "assistant", "a")]
+    found = parts_of(chat_of("llama2", TEMPLATES["default-system"]), ("assistant", "a"))
+    default = "<|im_start|>system\nBe kind.<|im_end|>\n"
+    assert found[:2] == [("OUTSIDE", None, default), ("HEADER", "assistant", "<|im_start|>assistant\n")]
+
+
+def test_a_default_system_prompt_is_used_where_there_is_none() -> None:
+    chat = chat_of("llama2", TEMPLATES["default-system"], system="Be brief.")
+    own = (("system", "Mine."), ("user", "q"))
+    assert ("CONTENT", "system", "Be brief.") in parts_of(chat, ("user", "q"), ("assistant", "a"))
+    assert ("CONTENT", "system", "Mine.") in parts_of(chat, *own)
+    (row,) = chat.encoder().encode([Conversation((Message("user", "q"), Message("assistant", "a")))])
+    assert np.count_nonzero(loss_mask_table("last_answer")[row.codes]) == 2
+
+
+def test_rewritten_content_is_refused_by_name() -> None:
+    chat = chat_of("gemma", QWEN3)
+    plain = (
+        Message("user", "q"),
+        Message("assistant", "\nno thought"),
+        Message("user", "r"),
+        Message("assistant", "b"),
+    )
+    kept = Conversation(plain, "data.jsonl:1")
+    assert text_of(chat, kept) == chat.tokenizer.apply_chat_template(kept.as_dicts(), tokenize=False)
+    answers = [
+        text for part, role, text in parts_of(chat, *((m.role, m.content) for m in plain)) if role == "assistant"
+    ]
+    assert "no thought" in answers and "b" in answers
+    thought = Conversation((*plain[:1], Message("assistant", "<think>x</think>\n\ny"), *plain[2:]), "data.jsonl:2")
+    with pytest.raises(UserError, match=r"data\.jsonl:2: .*rewrites"):
+        chat.encoder().encode([kept, thought])
+
+
+@pytest.mark.parametrize("rewrite", ["m['content'] | upper", "m['content'][:3]", "m['content'].replace('  ', ' ')"])
+def test_every_rewriting_is_seen(rewrite: str) -> None:
+    template = TEMPLATES["zephyr"].replace("m['content'] + eos_token", f"({rewrite}) + eos_token")
+    chat = chat_of("llama2", template)
+    with pytest.raises(UserError, match="rewrites"):
+        text_of(chat, Conversation((Message("user", "some  text"), Message("assistant", "more  text"))))
+
+
+def test_text_that_depends_on_a_content_is_seen() -> None:
+    chat = chat_of("llama2", TEMPLATES["zephyr"] + "{% if 'text' in messages[0]['content'] %}!{% endif %}")
+    with pytest.raises(UserError, match="rewrites"):
+        text_of(chat, Conversation((Message("user", "some text"), Message("assistant", "more"))))
+
+
+def test_white_space_may_go_from_some_contents_only() -> None:
+    said = "(m['content'] | trim if loop.index0 % 2 else m['content'])"
+    template = LOOP + "{{ '<|' + m['role'] + '|>' + " + said + " + eos_token }}" + END_LOOP
+    turns = (("user", " q\n"), ("assistant", "\n a "), ("user", "\n\n"), ("assistant", " "))
+    found = parts_of(chat_of("llama2", template), *turns)
+    assert [text for part, _, text in found if part == "CONTENT"] == [" q\n", "a", "\n\n"]
+
+
+def test_a_template_that_refuses_is_an_input_error() -> None:
+    chat = chat_of("llama2", TEMPLATES["llama2"])
+    twice = Conversation((Message("user", "a"), Message("user", "b")), "data.jsonl:3")
+    with pytest.raises(UserError, match=r"data\.jsonl:3: .*roles must alternate"):
+        chat.encoder().encode([twice])
+    with pytest.raises(UserError, match=r"data\.jsonl:4"):
+        chat.encoder().encode([Conversation((), "data.jsonl:4")])
+    stumbling = chat_of("llama2", TEMPLATES["zephyr"] + "{{ 1 / (messages | length - 1) }}")
+    with pytest.raises(UserError, match="refuses"):
+        stumbling.encoder().encode([Conversation((Message("user", "a"),))])
+
+
+def test_a_template_without_an_end_token_is_refused() -> None:
+    with pytest.raises(UserError, match="no special token after an answer"):
+        chat_of("llama2", LOOP + "{{ m['role'] + ': ' + m['content'] + '\n' }}" + END_LOOP)
+
+
+def test_a_tokenizer_without_a_template_is_refused() -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        make_format("model", None, copy.deepcopy(built("llama2").tokenizer))
+
+
+def test_of_several_templates_the_default_one_is_used() -> None:
+    chat = chat_of("llama2", {"default": TEMPLATES["zephyr"], "tool_use": "{{ x }}"})  # type: ignore[arg-type]
+    assert chat.template.jinja == chat.tokenizer.chat_template == TEMPLATES["zephyr"]
+
+
+@pytest.mark.real
+def test_smollms_own_template(demo_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    chat = make_format("model", None, AutoTokenizer.from_pretrained(demo_model))
+    assert chat.template.end_token == chat.tokenizer.eos_token == "<|im_end|>"
+    assert not chat.new_tokens
+    with_marks = chat.tokenizer.chat_template.replace(
+        "message['content'] + '<|im_end|>' + '\n'}}",
+        "''}}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
+    )
+    assert "generation" in with_marks
+    batch = [one for one in conversations_for("smollm", forged=False) if not any(f in str(one) for f in FORGERIES[:9])]
+    encoded = chat.tokenizer.apply_chat_template(
+        [one.as_dicts() for one in batch], chat_template=with_marks, return_assistant_tokens_mask=True, return_dict=True
+    )
+    rows = chat.encoder().encode(batch)
+    for row, ids, mask in zip(rows, encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        assert row.ids.tolist() == ids
+        labels = labels_for(row.ids, row.codes, loss_mask_table("answers"))
+        assert np.array_equal(labels, np.where(mask, ids, -100))
+    assert TurnPart.OUTSIDE in {part_of(int(value)) for row in rows for value in row.codes}

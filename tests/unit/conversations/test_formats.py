@@ -1,0 +1,221 @@
+"""Each input form becomes the same conversation, and each way of being wrong has its own name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftchat.conversations import ProblemLog, list_formats, read_conversations
+from peftchat.conversations.problems import KINDS
+from peftchat.errors import UserError
+
+QUESTION, ANSWER = "What is 2 + 2?", "It is 4."
+PLAIN = [("user", QUESTION), ("assistant", ANSWER)]
+WITH_SYSTEM = [("system", "Be short."), *PLAIN]
+
+
+def turns(path: Path, rows: list[Any], **options: Any) -> list[list[tuple[str, str]]]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [
+        [(message.role, message.content) for message in conversation.messages]
+        for conversation in read_conversations(path, **options)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "expected"),
+    [
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]},
+            PLAIN,
+        ),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "developer", "content": "Be short."},
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "2 + 2?"}],
+                    },
+                    {"role": "assistant", "content": ANSWER},
+                ]
+            },
+            WITH_SYSTEM,
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
+            PLAIN,
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]},
+            PLAIN,
+        ),
+        (
+            "sharegpt",
+            {
+                "system": "Be short.",
+                "conversations": [{"from": "user", "value": QUESTION}, {"from": "chatgpt", "value": ANSWER}],
+            },
+            WITH_SYSTEM,
+        ),
+        ("alpaca", {"instruction": QUESTION, "input": "", "output": ANSWER}, PLAIN),
+        (
+            "alpaca",
+            {"instruction": "Add.", "input": "2 and 2", "output": ANSWER, "history": [[QUESTION, ANSWER]]},
+            [*PLAIN, ("user", "Add.\n\n2 and 2"), ("assistant", ANSWER)],
+        ),
+        ("prompt_completion", {"prompt": QUESTION, "completion": ANSWER}, PLAIN),
+        ("prompt_completion", {"prompt": QUESTION, "response": ANSWER, "system": "Be short."}, WITH_SYSTEM),
+        ("prompt_completion", {"question": QUESTION, "answer": ANSWER}, PLAIN),
+        (
+            "prompt_completion",
+            {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada."},
+            [("user", "Who?\n\nAda wrote it."), ("assistant", "Ada.")],
+        ),
+        (
+            "prompt_completion",
+            {
+                "prompt": [{"role": "user", "content": QUESTION}],
+                "completion": [{"role": "assistant", "content": ANSWER}],
+            },
+            PLAIN,
+        ),
+        ("guanaco", {"text": f"### Human: {QUESTION}### Assistant: {ANSWER}"}, PLAIN),
+        ("guanaco", {"text": f"Be short. ### Human: {QUESTION} ### Assistant:", "output": ANSWER}, WITH_SYSTEM),
+    ],
+)
+def test_a_form_is_recognized_and_read(tmp_path: Path, form: str, row: dict[str, Any], expected: Any) -> None:
+    log = ProblemLog(strict=True)
+    path = tmp_path / "rows.jsonl"
+    assert turns(path, [row], problems=log) == [expected]
+    assert log.forms == {str(path): form}
+    assert turns(path, [row], format=form) == [expected]
+
+
+def test_tool_calls_become_text_in_one_fixed_form(tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
+    row = {
+        "messages": [
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": None, "tool_calls": [call, call]},
+            {"role": "tool", "content": "4"},
+            {"role": "tool", "content": ""},
+            {"role": "assistant", "content": "Once more.", "tool_calls": [call]},
+            {"role": "tool", "content": "4"},
+            {"role": "assistant", "content": ANSWER},
+        ]
+    }
+    block = '<tool_call>\n{"name":"add","arguments":{"a":2,"b":2}}\n</tool_call>'
+    assert turns(tmp_path / "rows.jsonl", [row]) == [
+        [
+            ("user", QUESTION),
+            ("assistant", f"{block}\n{block}"),
+            ("tool", "4"),
+            ("tool", ""),
+            ("assistant", f"Once more.\n{block}"),
+            ("tool", "4"),
+            ("assistant", ANSWER),
+        ]
+    ]
+
+
+def chat(*pairs: tuple[Any, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (chat(("user", QUESTION)), "no_answer"),
+        (chat(), "no_answer"),
+        (chat(("system", "Be short.")), "no_answer"),
+        (chat(("user", "a"), ("user", "b"), ("assistant", "c")), "repeated_role"),
+        (chat(("user", "a"), ("assistant", "b"), ("assistant", "c")), "repeated_role"),
+        (chat(("user", "a"), ("system", "b"), ("assistant", "c")), "system_not_first"),
+        (chat(("user", " \n"), ("assistant", "c")), "empty_content"),
+        (chat(("user", "a"), ("assistant", "")), "empty_content"),
+        (chat(("human", "a"), ("assistant", "b")), "unknown_role"),
+        (chat((["user"], "a"), ("assistant", "b")), "unknown_role"),
+        (chat(("user", 5), ("assistant", "b")), "wrong_type"),
+        (chat(("user", None), ("assistant", "b")), "wrong_type"),
+        (chat(("user", [{"type": "image_url"}]), ("assistant", "b")), "unsupported_content"),
+        (chat(("user", "a\x00"), ("assistant", "b")), "nul_character"),
+        ({"messages": "hello"}, "wrong_type"),
+        ({"messages": ["hello"]}, "wrong_type"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}, "missing_field"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "unsupported_content"),
+        ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "wrong_type"),
+        ({"prompt": QUESTION, "completion": ANSWER}, "other_form"),
+        ([1, 2], "not_an_object"),
+    ],
+)
+def test_a_bad_record_is_named_with_its_line_and_the_rest_is_read(tmp_path: Path, row: Any, kind: str) -> None:
+    good = chat(("user", QUESTION), ("assistant", ANSWER))
+    path = tmp_path / "rows.jsonl"
+    log = ProblemLog()
+    assert turns(path, [good, row, good], problems=log) == [PLAIN, PLAIN]
+    assert dict(log.problems) == {kind: 1}
+    assert log.first is not None
+    assert log.first.where == f"{path}:2"
+    assert log.rows == 3
+    with pytest.raises(UserError) as caught:
+        turns(path, [good, row, good, row, row])
+    assert caught.value.where == f"{path}:2"
+    assert "2 more problems" in caught.value.what
+
+
+def test_every_kind_of_problem_is_described() -> None:
+    assert all(KINDS.values())
+
+
+def test_an_unanswered_user_turn_at_the_end_is_taken_off_and_counted(tmp_path: Path) -> None:
+    log = ProblemLog(strict=True)
+    row = chat(("user", QUESTION), ("assistant", ANSWER), ("user", "Sure?"))
+    assert turns(tmp_path / "rows.jsonl", [row], problems=log) == [PLAIN]
+    assert log.notes["trailing_user_trimmed"] == 1
+
+
+def test_unknown_form_and_unknown_fields_say_what_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question_text": 1, "reply": 2}\n')
+    with pytest.raises(UserError, match=r"question_text, reply.*sharegpt"):
+        list(read_conversations(path))
+    with pytest.raises(UserError, match="'sharegpt'"):
+        read_conversations(path, format="share-gpt")
+
+
+def test_strict_reading_gives_nothing_from_behind_the_problem(tmp_path: Path) -> None:
+    good = json.dumps(chat(("user", QUESTION), ("assistant", ANSWER)))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{good}\n" * 50 + f"broken\n{good}\n")
+    given: list[str] = []
+    with pytest.raises(UserError, match=":51: not JSON"):
+        given.extend(conversation.source for conversation in read_conversations(path))
+    assert given == [f"{path}:{number}" for number in range(1, 51)]
+
+
+def test_the_list_of_formats_names_every_form_once() -> None:
+    names = [name for name, _ in list_formats()]
+    assert names[0] == "auto"
+    assert sorted(names[1:]) == sorted(["messages", "sharegpt", "alpaca", "prompt_completion", "guanaco", "oasst"])
+
+
+@pytest.mark.parametrize(
+    ("file", "form", "conversations"),
+    [
+        ("oasst_code_151.jsonl", "prompt_completion", 151),
+        ("sharegpt_500.json", "sharegpt", 500),
+        ("oasst1_guanaco_multilingual_500.jsonl", "guanaco", 500),
+    ],
+)
+def test_real_files_are_read_whole(shared_data: Path, file: str, form: str, conversations: int) -> None:
+    path = shared_data / file
+    log = ProblemLog(strict=True)
+    assert sum(1 for _ in read_conversations(path, problems=log)) == conversations
+    assert log.forms == {str(path): form}
+    assert not log.notes

@@ -1,0 +1,131 @@
+"""Encoded examples are kept: used again, safe when two runs start at once, and never wrong after a kill."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from peftchat.chat_template.registry import ChatFormat, make_format
+from peftchat.dataset.cache import encode_splits, load_splits
+from peftchat.recipe import Recipe, load_recipe
+from tests.support.cli import Started, start
+from tests.support.data import CONVERSATIONS, write_conversations
+from tests.support.recipes import write_recipe
+from tests.support.tokenizers import save_tokenizer
+
+PREPARE = """
+import sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from peftchat.chat_template.registry import make_format
+from peftchat.recipe import load_recipe
+from peftchat.dataset.cache import encode_splits
+recipe = load_recipe(Path(sys.argv[1]), to_train=False).recipe
+chat = make_format("starchat", None, AutoTokenizer.from_pretrained(recipe.model.name))
+calls = []
+print("ready", flush=True)
+sys.stdin.readline()
+def progress(done):
+    calls.append(done)
+    print(done, flush=True)
+rows = encode_splits(recipe, chat, progress)["train"]
+print("done", len(rows.store), int(rows.store.lengths.sum()), len(calls), flush=True)
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    tokenizer = save_tokenizer(tmp_path / "model")
+    return write_recipe(tmp_path / "r.yaml", tokenizer, write_conversations(tmp_path / "d.jsonl", CONVERSATIONS * 1500))
+
+
+def of(recipe_file: Path, *overrides: str) -> tuple[Recipe, ChatFormat]:
+    recipe = load_recipe(recipe_file, overrides, to_train=False).recipe
+    return recipe, make_format("starchat", None, AutoTokenizer.from_pretrained(recipe.model.name))
+
+
+def begin(recipe_file: Path) -> Started:
+    """Start encoding in a process of its own, which waits for `go`."""
+    process = start("-c", PREPARE, recipe_file)
+    assert process.next_line() == "ready"
+    return process
+
+
+def go(process: Started) -> None:
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def cache() -> Path:
+    return Path(os.environ["PEFTCHAT_CACHE"]) / "rows"
+
+
+def test_a_second_run_encodes_nothing(recipe_file: Path) -> None:
+    recipe, chat = of(recipe_file)
+    calls: list[int] = []
+    first = encode_splits(recipe, chat, calls.append)["train"]
+    assert calls[-1] == len(first.store) == 4500
+    (folder,) = (path for path in cache().iterdir() if path.is_dir())
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    calls.clear()
+    second = load_splits(recipe, chat)["train"]
+    assert not calls and {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert second.stats == first.stats
+    for number in (0, 1, 4499):
+        np.testing.assert_array_equal(first.store[number].ids, second.store[number].ids)
+
+
+@pytest.mark.parametrize(
+    "change", ["chat.system=x", "data.max_length=77", "chat.loss_on=everything", "data.eval_fraction=0.2"]
+)
+def test_another_setting_is_another_entry(recipe_file: Path, change: str) -> None:
+    write_conversations(recipe_file.parent / "d.jsonl", CONVERSATIONS)
+    encode_splits(*of(recipe_file))
+    encode_splits(*of(recipe_file, change))
+    assert sum(path.is_dir() for path in cache().iterdir()) == 2
+
+
+def test_another_content_under_the_same_name_is_another_entry(recipe_file: Path) -> None:
+    source = recipe_file.parent / "d.jsonl"
+    write_conversations(source, CONVERSATIONS)
+    time_before = source.stat()
+    first = encode_splits(*of(recipe_file))["train"]
+    text = source.read_text().replace("four", "5our")
+    source.write_text(text)
+    os.utime(source, ns=(time_before.st_atime_ns, time_before.st_mtime_ns))
+    second = encode_splits(*of(recipe_file))["train"]
+    assert first.store.path != second.store.path
+    assert any(not np.array_equal(one.ids, other.ids) for one, other in zip(first.store, second.store, strict=True))
+
+
+def test_two_runs_at_once_build_one_entry(recipe_file: Path) -> None:
+    processes = [begin(recipe_file) for _ in range(2)]
+    for process in processes:
+        go(process)
+    ends = [process.communicate()[0].splitlines()[-1].split() for process in processes]
+    assert all(end[0] == "done" for end in ends)
+    assert ends[0][1:3] == ends[1][1:3]
+    # One encoded, the other waited for it and read.
+    assert sorted(int(end[3]) > 0 for end in ends) == [False, True]
+    assert sum(path.is_dir() for path in cache().iterdir()) == 1
+
+
+def test_a_killed_build_leaves_nothing_that_is_used(recipe_file: Path) -> None:
+    process = begin(recipe_file)
+    go(process)
+    while process.next_line() not in ("1024", "2048", "3072"):
+        pass
+    process.kill()
+    process.wait()
+    time.sleep(0.1)
+    left = [path for path in cache().iterdir() if path.is_dir()]
+    assert [path.suffix for path in left] == [".tmp"]
+    rows = encode_splits(*of(recipe_file))["train"]
+    assert len(rows.store) == 4500
+    assert [path.suffix for path in cache().iterdir() if path.is_dir()] == [""]
+    stats = json.loads((rows.store.path.parent / "train.json").read_text())
+    assert stats["rows"] == 4500 and stats["tokens"] == int(rows.store.lengths.sum())

@@ -1,0 +1,1 @@
+"""Run folders: their files, checkpoints, metrics and summary."""

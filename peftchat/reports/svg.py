@@ -214,9 +214,7 @@ def bar_plot(bars: Sequence[Bar], *, label: str, x_name: str) -> Markup:
     parts = [frame.horizontal_line(value, format_count(value)) for value in _round_values(highest)]
     parts += [_bar(frame, bar, place, x_name) for place, bar in enumerate(bars)]
     step = -(-len(bars) // _MAX_BAR_LABELS)
-    parts += [
-        frame.x_label(place + 0.5, format_short_count(bars[place].first)) for place in range(0, len(bars), step)
-    ]
+    parts += [frame.x_label(place + 0.5, format_short_count(bars[place].first)) for place in range(0, len(bars), step)]
     return frame.svg(parts, label=label, x_name=x_name)
 
 

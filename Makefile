@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: demo test check lint docs setup clean
+.PHONY: demo test check lint docs docs-check setup clean
 
 setup: $(READY)
 
@@ -49,10 +49,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python scripts/make_recipe_docs.py --check
 
-# What is generated from the code.
+# What is generated from the code: the recipe's schema and reference, the reference of the commands.
 docs: setup
 	$(BIN)/python scripts/make_recipe_docs.py
+
+docs-check:
+	$(BIN)/python scripts/make_recipe_docs.py --check
 
 clean:
 	rm -rf $(VENV) .cache runs build dist *.egg-info

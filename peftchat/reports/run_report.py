@@ -106,7 +106,7 @@ def _points(lines: Sequence[Mapping[str, Scalar]], key: str) -> list[tuple[float
 
 
 def _smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Centred moving mean; near the ends over the part of the window that exists."""
+    """Centered moving mean; near the ends over the part of the window that exists."""
     half = window // 2
     values = [y for _, y in points]
     means = []

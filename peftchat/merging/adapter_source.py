@@ -17,6 +17,7 @@ from peftchat.merging.empty_model import EmptyModel, ParameterSlot
 from peftchat.merging.qlora_base import Quantization
 from peftchat.merging.safetensors_io import read_header
 from peftchat.recipe.load import LoadedRecipe, load_recipe
+from peftchat.runs.run_folder import RunFolder
 
 _PROMPTS = "it trains vectors that are put before the prompt, not weights"
 _GATED = "what it adds depends on the input, so no fixed weights do the same"
@@ -294,7 +295,8 @@ def open_adapter_source(folder: Path) -> AdapterSource:
     """
     if not folder.is_dir():
         raise UserError("no such folder", where=str(folder))
-    recipe = load_recipe(folder / "recipe.yaml", to_train=False) if (folder / "recipe.yaml").is_file() else None
+    run = RunFolder(folder)
+    recipe = load_recipe(run.recipe, to_train=False) if run.is_run else None
     if recipe is not None and recipe.recipe.method == "full":
         raise UserError(
             "this run trained every weight, so there is nothing to merge",

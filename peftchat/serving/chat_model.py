@@ -12,6 +12,7 @@ from peftchat.console import stderr
 from peftchat.errors import UserError
 from peftchat.models.loading import check_model_folder, end_ids, load_base
 from peftchat.recipe import Recipe, load_recipe
+from peftchat.runs.run_folder import RunFolder
 from peftchat.serving.prompt import PromptEncoder
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def load_for_chat(path: str) -> ChatModel:
 
 def _refuse_unfinished(folder: Path) -> None:
     finished = any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json"))
-    if (folder / "recipe.yaml").is_file() and not finished:
+    if RunFolder(folder).is_run and not finished:
         raise UserError(
             "this run has not finished, so there is no model in its folder yet",
             where=str(folder),
@@ -139,7 +140,7 @@ def _check_folder(name: str) -> None:
 
 
 def _recipe_of(folder: Path) -> Recipe | None:
-    path = folder / "recipe.yaml"
+    path = RunFolder(folder).recipe
     return load_recipe(path, to_train=False).recipe if path.is_file() else None
 
 

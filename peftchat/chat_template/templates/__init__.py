@@ -167,6 +167,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     for name in (
         "starchat",
         "chatml",
+        "llama3",
     )
 }
 """The templates that a recipe can name, by name."""

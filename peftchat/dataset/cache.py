@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval"]
 
-_FORMAT = 3
+_FORMAT = 4
 """Raised when rows of the same settings would come out differently."""
 
 

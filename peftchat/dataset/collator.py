@@ -126,7 +126,7 @@ class ChatCollator:
             line["position_ids"][start:] = np.arange(len(line["position_ids"]) - start)
 
     def _labels(self, row: EncodedExample) -> np.ndarray:
-        labels = labels_for(row.ids, row.codes, self._table)
+        labels = labels_for(row.ids, row.token_tags, self._table)
         labels[:1] = IGNORE_INDEX
         return labels
 

@@ -101,8 +101,8 @@ def encode_conversations(
     """
     table = loss_mask_table(recipe.chat.loss_on)
     for batch, rows in _in_flight(encoder, conversations):
-        if recipe.chat.special_text == "refuse" and rows.lookalikes.any():
-            raise _special_text(rows.sources[int(rows.lookalikes.argmax())])
+        if recipe.chat.special_text == "refuse" and rows.special_token_text.any():
+            raise _special_text(rows.sources[int(rows.special_token_text.argmax())])
         if rows.lengths.max() > recipe.data.max_length:
             rows = _fitting(recipe, encoder, batch, rows, stats)
         supervised = rows.counts(table)
@@ -111,7 +111,7 @@ def encode_conversations(
         stats.rows += len(rows)
         stats.tokens += len(rows.ids)
         stats.supervised += int(supervised.sum())
-        stats.lookalikes += int(rows.lookalikes.sum())
+        stats.lookalikes += int(rows.special_token_text.sum())
         yield rows
 
 

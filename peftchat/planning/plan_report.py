@@ -380,7 +380,7 @@ def _row_text(recipe: "Recipe", chat: ChatFormat, rows: EncodedSplit) -> Text:
     """A row of middling length, what is trained in green."""
     middle = int(np.argsort(rows.store.lengths)[len(rows.store) // 2])
     row = rows.store[middle]
-    trained = loss_mask_table(recipe.chat.loss_on)[row.codes]
+    trained = loss_mask_table(recipe.chat.loss_on)[row.token_tags]
     trained[:1] = False
     text = Text(f"A row ({row.source}), trained tokens in green:\n", style="bold")
     for start, stop in _runs(trained[:_SHOWN_TOKENS]):

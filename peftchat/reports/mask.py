@@ -102,7 +102,7 @@ class ExampleReader:
         start, stop = _cut(row, whole)
         before = _part(row, 0, start)
         lost = _part(whole, start, stop)
-        trained = trained_tokens(row.codes, self._table)
+        trained = trained_tokens(row.token_tags, self._table)
         head = tuple(self._tokens(before, trained[:start]))
         return ShownExample(
             row.source,
@@ -114,7 +114,7 @@ class ExampleReader:
     def _tokens(self, row: EncodedExample, trained: npt.NDArray[np.bool_]) -> Iterator[ShownToken]:
         start = 0
         for stop, text in self._texts(row.ids.tolist()):
-            value = int(row.codes[stop - 1])
+            value = int(row.token_tags[stop - 1])
             ids = tuple(row.ids[start:stop].tolist())
             special = not self._special.isdisjoint(ids)
             yield ShownToken(text, ids, role_of(value), part_of(value), bool(trained[stop - 1]), special)
@@ -141,13 +141,13 @@ class ExampleReader:
 
 
 def _part(row: EncodedExample, start: int, stop: int) -> EncodedExample:
-    return EncodedExample(row.ids[start:stop], row.codes[start:stop], row.source, 0)
+    return EncodedExample(row.ids[start:stop], row.token_tags[start:stop], row.source, 0)
 
 
 def _cut(row: EncodedExample, whole: EncodedExample) -> tuple[int, int]:
     """The stretch of the whole row that the row lacks, from the start of a turn on."""
     missing = len(whole.ids) - len(row.ids)
-    for start in (len(row.ids), *reversed(turn_starts(row.codes).tolist())):
+    for start in (len(row.ids), *reversed(turn_starts(row.token_tags).tolist())):
         head_fits = np.array_equal(row.ids[:start], whole.ids[:start])
         if missing >= 0 and head_fits and np.array_equal(row.ids[start:], whole.ids[start + missing :]):
             return start, start + missing
@@ -212,14 +212,14 @@ class MaskReport:
         table = loss_mask_table(self.recipe.chat.loss_on)
         for number, row in enumerate(islice(self.rows.store, limit)):
             ids = row.ids.tolist()
-            trained = trained_tokens(row.codes, table)
+            trained = trained_tokens(row.token_tags, table)
             yield {
                 "row": number,
                 "source": row.source,
                 "input_ids": ids,
                 "labels": [token_id if target else IGNORE_INDEX for token_id, target in zip(ids, trained, strict=True)],
                 "tokens": self.chat.tokenizer.convert_ids_to_tokens(ids),
-                "roles": [role_of(value) for value in row.codes.tolist()],
+                "roles": [role_of(value) for value in row.token_tags.tolist()],
             }
 
 

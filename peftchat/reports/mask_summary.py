@@ -109,18 +109,18 @@ def survey_mask(rows: Iterator[EncodedExample], loss_on: LossOn) -> MaskSurvey:
     """Count and check the mask of all rows; memory does not grow with their number."""
     table = loss_mask_table(loss_on)
     survey = MaskSurvey(roles={role: TokenCount() for role in (*ROLES, None)})
-    while chunk := [row for row in itertools.islice(rows, _CHUNK) if len(row.codes)]:
+    while chunk := [row for row in itertools.islice(rows, _CHUNK) if len(row.token_tags)]:
         _count(survey, chunk, table)
         _check_answers(survey, chunk, table, loss_on)
         for row in chunk:
-            survey.lookalikes.add(row.lookalikes, row.source)
+            survey.lookalikes.add(row.special_token_text, row.source)
     return survey
 
 
 def _count(survey: MaskSurvey, rows: Sequence[EncodedExample], table: npt.NDArray[np.bool_]) -> None:
     survey.rows += len(rows)
-    codes = np.concatenate([row.codes for row in rows])
-    trained = np.concatenate([trained_tokens(row.codes, table) for row in rows])
+    codes = np.concatenate([row.token_tags for row in rows])
+    trained = np.concatenate([trained_tokens(row.token_tags, table) for row in rows])
     everything = np.bincount(codes, minlength=256)
     targets = np.bincount(codes[trained], minlength=256)
     for value in np.flatnonzero(everything):
@@ -134,17 +134,17 @@ def _check_answers(
 ) -> None:
     """Find the answers that do not end, and those whose end the model would not learn to write."""
     for row in rows:
-        starts = turn_starts(row.codes)
-        answers = np.flatnonzero(_ROLES[row.codes[starts]] == _SPEAKERS.index("assistant"))
+        starts = turn_starts(row.token_tags)
+        answers = np.flatnonzero(_ROLES[row.token_tags[starts]] == _SPEAKERS.index("assistant"))
         if not len(answers):
             continue
-        trained = trained_tokens(row.codes, table)
-        ends = _last_end_tokens(row.codes, starts)
+        trained = trained_tokens(row.token_tags, table)
+        ends = _last_end_tokens(row.token_tags, starts)
         has_end = np.logical_or.reduceat(ends, starts)[answers]
         end_trained = np.logical_or.reduceat(ends & trained, starts)[answers]
         promised = np.ones(len(answers), dtype=bool)
         if loss_on == "last_answer":
-            promised = (row.codes[starts[answers]] & _LAST_ANSWER) != 0
+            promised = (row.token_tags[starts[answers]] & _LAST_ANSWER) != 0
         survey.open_answers.add(int((~has_end).sum()), row.source)
         survey.silent_ends.add(int((has_end & promised & ~end_trained).sum()), row.source)
 

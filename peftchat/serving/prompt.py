@@ -99,7 +99,7 @@ class PromptEncoder:
         Raises:
             UserError: the template refuses the conversation, or rewrites text that looks like a special token.
         """
-        lookalikes = sum(self._text.lookalikes([message.content for message in messages]))
+        lookalikes = sum(self._text.count_special_token_text([message.content for message in messages]))
         if lookalikes:
             template = _Opened(TokenizerTemplate(self._tokenizer), self._opening_pieces())
             (row,) = ChatEncoder(self._tokenizer, template).encode([Conversation(tuple(messages))])

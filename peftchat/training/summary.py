@@ -207,7 +207,7 @@ def _base_vocabulary(trainer: "ChatTrainer", chat: ChatFormat) -> int | None:
     """Rows that the untouched base's embedding has; None where full fine-tuning has grown it."""
     rows = find_added_tokens(trainer.causal_model)
     if rows is not None:
-        return rows.vocabulary
+        return rows.vocab_size
     return None if chat.new_tokens else vocabulary_size(trainer.causal_model)
 
 

@@ -20,7 +20,7 @@ _SHORT = {"learning_rate": "lr"}
 _DECIDED_HERE = {
     "method": "--variants",
     "adapter.variant": "--variants",
-    "output_dir": "--out",
+    "output_dir": "--output",
     "extends": "the recipe",
 }
 

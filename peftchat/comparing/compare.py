@@ -177,7 +177,7 @@ def compare(plan: ComparePlan, out: Path, looks: EvalOptions) -> tuple[Compariso
     folder = ComparisonFolder(out.absolute())
     text = looks.plain_text or PLAIN_TEXT
     if not text.is_file():
-        raise UserError("no such file", where=f"--plain-text {text}")
+        raise UserError("no such file", where=f"--forgetting-text {text}")
     with folder.claimed(plan.base.recipe), CompareProgress(plan.size) as overview:
         write_splits(plan.base.recipe, folder)
         work = _Work(plan, folder, overview)

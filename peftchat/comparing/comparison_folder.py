@@ -56,10 +56,10 @@ class ComparisonFolder:
             UserError: it holds something else, a comparison by another recipe, or one that is going on.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise UserError("the folder is to be made here, and there is a file", where=f"--out {self.path}")
+            raise UserError("the folder is to be made here, and there is a file", where=f"--output {self.path}")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.base.is_file():
             hint = "Name an empty folder."
-            raise UserError("the folder already holds other files", where=f"--out {self.path}", hint=hint)
+            raise UserError("the folder already holds other files", where=f"--output {self.path}", hint=hint)
         text = dump_recipe(recipe)
         if self.base.is_file():
             _check_same(self.base, text)
@@ -69,7 +69,7 @@ class ComparisonFolder:
         try:
             lock.acquire()
         except Timeout as error:
-            raise UserError("another comparison is going on there", where=f"--out {self.path}") from error
+            raise UserError("another comparison is going on there", where=f"--output {self.path}") from error
         try:
             write_text(self.base, text)
             yield

@@ -159,7 +159,7 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
                     writer.write(rows)
                     progress(seen + stats.rows + sum(stats.dropped.values()))
             seen += stats.rows + sum(stats.dropped.values())
-            stats.forms, stats.notes = dict(log.forms), {**log.notes, **log.skipped}
+            stats.forms, stats.notes = dict(log.formats), {**log.notes, **log.skipped}
             write_text(temporary / f"{side}.json", json.dumps(asdict(stats)))
         temporary.replace(folder)
     except BaseException:

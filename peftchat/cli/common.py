@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_Decorator = Callable[[_Function], _Function]
+
 _SECONDS_BETWEEN_UPDATES = 0.1
 
 
@@ -52,19 +52,19 @@ class Command(click.Command):
         return current
 
 
-def set_option() -> _Decorator[_Function]:
+def set_option() -> Callable[[_Function], _Function]:
     """Return the option `--set`, as the parameter `overrides`."""
     return click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; the value is YAML. Repeatable."
     )
 
 
-def json_option(help: str = "Print one JSON object and nothing else.") -> _Decorator[_Function]:
+def json_option(help: str = "Print one JSON object and nothing else.") -> Callable[[_Function], _Function]:
     """Return the flag `--json`, as the parameter `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help=help)
 
 
-def output_option(help: str, **attributes: Any) -> _Decorator[_Function]:
+def output_option(help: str, **attributes: Any) -> Callable[[_Function], _Function]:
     """Return the option `-o/--output`, a path, as the parameter `output`; `attributes` are click's own."""
     return click.option("-o", "--output", type=click.Path(path_type=Path), help=help, **attributes)
 

@@ -78,13 +78,13 @@ def _base_loss(recipe: "Recipe", text: str) -> float:
 
 def _look(run: Path, recipe: "Recipe", text: str, questions: list[str]) -> tuple[float, list[dict[str, Any]]]:
     from peftchat.serving.chat_model import load_for_chat
-    from peftchat.training.model import chat_format
+    from peftchat.training.context import load_chat_format
     from peftchat.training.summary import sample_answers
 
     chat = load_for_chat(str(run))
     loss = plain_loss(chat.model, chat.tokenizer, text)
     chat.model.generation_config = chat.generation
-    return loss, [asdict(answer) for answer in sample_answers(chat.model, chat_format(recipe), questions)]
+    return loss, [asdict(answer) for answer in sample_answers(chat.model, load_chat_format(recipe), questions)]
 
 
 def _merged(run: Path, recipe: "Recipe") -> tuple[str, str]:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftchat.chat_template.registry import ChatFormat, make_format
+from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.errors import UserError
 from peftchat.models.loading import load_tokenizer

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
-from peftchat.chat_template.registry import ChatFormat
+from peftchat.chat_template.chat_format import ChatFormat
 from peftchat.console import stderr
 from peftchat.dataset.collator import BatchLayout, ChatCollator
 from peftchat.errors import UserError

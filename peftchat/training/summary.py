@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from peftchat.chat_template.registry import ChatFormat
+from peftchat.chat_template.chat_format import ChatFormat
 from peftchat.errors import VerificationError
 from peftchat.models.added_tokens import (
     MODULE_NAME,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import SFTConfig
 
-    from peftchat.chat_template.registry import ChatFormat
+    from peftchat.chat_template.chat_format import ChatFormat
     from peftchat.dataset.cache import Split
     from peftchat.dataset.collator import BatchLayout
     from peftchat.recipe import Recipe

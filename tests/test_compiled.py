@@ -163,7 +163,7 @@ def test_a_run_that_turns_out_sharded_refuses_the_key(tmp_path):
 def test_sharded_runs_refuse_the_key(tmp_path):
     path = recipe_file(tmp_path, torch_compile="true")
     path.write_text(path.read_text().replace("single", "zero3"), encoding="utf-8")
-    with pytest.raises(UserError, match="cannot be compiled"):
+    with pytest.raises(UserError, match="never compiled"):
         load_recipe(path, to_train=False)
 
 

@@ -1,12 +1,11 @@
 """`peftchat compare`: train variants of one recipe and compare them."""
 
-import json
 import signal
 from pathlib import Path
 
 import click
 
-from peftchat.cli.common import Command, json_option, output_option
+from peftchat.cli.common import Command, echo_json, json_option, note, output_option
 
 
 @click.command(
@@ -85,35 +84,36 @@ def command(
     if trials and learning_rates is not None:
         hint = "Use --search training.learning_rate=LOW..HIGH:log."
         raise UserError("--learning-rates is a grid, and --trials searches ranges", hint=hint)
-    wish = CompareOptions(
+    options = CompareOptions(
         recipe,
         split_names(variants),
         [parse_axis(flag) for flag in settings],
         seeds,
         parse_budget(budget) if budget is not None else None,
         _rates(learning_rates) if learning_rates is not None else None,
-        no_lr_search,
+        not no_lr_search,
         trials or 0,
         [parse_range(flag) for flag in search],
     )
-    plan = plan_comparison(wish)
+    plan = plan_comparison(options)
     from peftchat.comparing.compare import EvalOptions, compare
     from peftchat.comparing.compare_report import print_comparison
-    from peftchat.console import stderr, stdout
+    from peftchat.comparing.results import ComparisonSummary
+    from peftchat.console import stdout
 
     # A scheduler that ends the job lets the run that is on end too, so that it can go on from its checkpoint.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = output or Path("runs") / f"compare-{recipe.stem}"
-    stderr.print(f"{len(plan.candidates)} candidates, {plan.size} runs, in {folder}", markup=False)
-    result, where = compare(plan, folder, EvalOptions(forgetting_text, prompts or None, samples, merge))
+    note(f"{len(plan.candidates)} candidates, {plan.num_runs} runs, in {folder}")
+    result, comparison = compare(plan, folder, EvalOptions(forgetting_text, prompts or None, samples, merge))
     if as_json:
-        click.echo(json.dumps(result.as_dict(where)))
+        echo_json(ComparisonSummary.of(result, comparison).model_dump())
     else:
         print_comparison(result, stdout)
-    stderr.print(f"Report: {where.report}", markup=False)
+    note(f"Report: {comparison.report}")
     if result.recommendation is None:
-        raise VerificationError(f"no run ended well; what they said is in {where.path / 'logs'}.")
-    stderr.print(f"To run it: peftchat train {where.recommended}", markup=False)
+        raise VerificationError(f"no run succeeded; their logs are in {comparison.path / 'logs'}")
+    note(f"To run it: peftchat train {comparison.recommended}")
 
 
 def _rates(text: str) -> list[float]:

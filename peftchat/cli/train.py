@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from peftchat.cli.common import Command, set_option
+from peftchat.cli.common import Command, note, set_option
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe
@@ -39,46 +39,44 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
-    from peftchat.training.distributed import resolve_distributed, slurm_variables
+    from peftchat.training.distributed import is_main_process, resolve_distributed, slurm_variables
 
     os.environ.update(slurm_variables(os.environ))
-    placement = resolve_distributed(loaded)
+    distributed = resolve_distributed(loaded)
     _check_paths(loaded, resume=resume)
-    if placement.launcher == "elastic" and not dry_run:
-        _launch(loaded, placement, sys.argv[1:])
+    if distributed.launcher == "torchrun" and not dry_run:
+        _launch(loaded, distributed, sys.argv[1:])
         return
-    loaded, choices = _choose(loaded, placement)
+    loaded, choices = _choose(loaded, distributed)
     if dry_run:
         from peftchat.planning.plan_report import print_dry_run
 
-        print_dry_run(loaded, placement)
+        print_dry_run(loaded, distributed)
         return
-    from peftchat.training.train import TrainOptions, run_training
+    from peftchat.training.context import TrainOptions
+    from peftchat.training.train import train
 
     command_line = " ".join(["peftchat", *sys.argv[1:]])
     # Standard output is for data; DeepSpeed prints to it while it compiles.
     with contextlib.redirect_stdout(sys.stderr):
-        summary = run_training(loaded, placement, TrainOptions(resume, prompts, command_line, choices))
-    if os.environ.get("RANK", "0") == "0":
-        from peftchat.console import stderr
+        summary = train(loaded, TrainOptions(resume, prompts, command_line, choices), distributed)
+    if is_main_process():
         from peftchat.reports.run_report import write_summaries
         from peftchat.reports.run_terminal import print_samples, print_summary
 
         write_summaries(Path(loaded.recipe.output_dir))
         print_summary(summary)
         print_samples(summary)
-        stderr.print(f"Run folder: {loaded.recipe.output_dir}")
+        note(f"Run folder: {loaded.recipe.output_dir}")
 
 
-def _choose(loaded: "LoadedRecipe", placement: "DistributedSetup") -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
+def _choose(loaded: "LoadedRecipe", distributed: "DistributedSetup") -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
     """Return the recipe with its open settings chosen, and print the choices once for all processes."""
-    from peftchat.console import stderr
     from peftchat.planning.auto_settings import resolve_open
 
-    chosen, choices = resolve_open(loaded, placement)
-    if os.environ.get("RANK", "0") == "0":
-        for choice in choices:
-            stderr.print(f"Chosen: {choice}", markup=False, highlight=False)
+    chosen, choices = resolve_open(loaded, distributed)
+    for choice in choices:
+        note(f"Chosen: {choice}")
     return chosen, choices
 
 
@@ -95,11 +93,11 @@ def _check_paths(loaded: "LoadedRecipe", *, resume: bool) -> None:
     RunFolder(Path(recipe.output_dir)).check_usable(recipe, resume=resume)
 
 
-def _launch(loaded: "LoadedRecipe", placement: "DistributedSetup", arguments: list[str]) -> None:
+def _launch(loaded: "LoadedRecipe", distributed: "DistributedSetup", arguments: list[str]) -> None:
     """Encode the data once, so that an error is printed once; then start the processes."""
     from peftchat.dataset.cache import load_splits
+    from peftchat.training.context import load_chat_format
     from peftchat.training.distributed import launch
-    from peftchat.training.model import chat_format
 
-    load_splits(loaded.recipe, chat_format(loaded.recipe))
-    sys.exit(launch(placement, arguments))
+    load_splits(loaded.recipe, load_chat_format(loaded.recipe))
+    sys.exit(launch(distributed, arguments))

@@ -67,9 +67,9 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
 def _choose(loaded: "LoadedRecipe", placement: "DistributedSetup") -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
     """Settle what the recipe leaves open, and say what was settled: once, for all processes."""
     from peftchat.console import stderr
-    from peftchat.planning.auto_settings import resolve_open
+    from peftchat.planning.auto_settings import resolve_auto_settings
 
-    chosen, choices = resolve_open(loaded, placement)
+    chosen, choices = resolve_auto_settings(loaded, placement)
     if os.environ.get("RANK", "0") == "0":
         for choice in choices:
             stderr.print(f"Chosen: {choice}", markup=False, highlight=False)

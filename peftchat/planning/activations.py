@@ -169,7 +169,7 @@ def loss_profile(
     vocab_size = counts.vocab_size + (0 if trains_head else trace_config.new_tokens)
 
     def chunk(on: str, targets: int) -> int:
-        return chunk_size(targets, vocab_size, on, taller=trains_head)
+        return chunk_size(targets, vocab_size, on, trains_head=trains_head)
 
     def trace(targets: int) -> LossTrace:
         with fake_mode():

@@ -28,8 +28,8 @@ from peftchat.planning.settings import (
     steps_per_epoch,
     total_steps,
 )
+from peftchat.training.context import load_chat_format
 from peftchat.training.distributed import DistributedSetup
-from peftchat.training.model import chat_format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -288,7 +288,7 @@ def print_dry_run(loaded: "LoadedRecipe", distributed: DistributedSetup) -> None
     """
     recipe = loaded.recipe
     config = load_config(recipe)
-    chat = chat_format(recipe)
+    chat = load_chat_format(recipe)
     splits = load_splits(recipe, chat)
     dataset = dataset_size(recipe, chat, splits["train"])
     hardware = this_machine(distributed.processes)
@@ -336,19 +336,19 @@ def _chat_text(recipe: "Recipe", chat: ChatFormat) -> str:
 
 def _split_text(recipe: "Recipe", stats: EncodingStats) -> str:
     text = (
-        f"{format_count(stats.rows)} examples, {format_count(stats.tokens)} tokens, "
+        f"{format_count(stats.examples)} examples, {format_count(stats.tokens)} tokens, "
         f"{format_percent(stats.supervised / stats.tokens)} of them supervised"
     )
     dropped = [f"{number} {reason.replace('_', ' ')}" for reason, number in stats.dropped.items()]
     if dropped:
         text += f"; dropped: {', '.join(dropped)}"
-    if stats.shortened:
-        text += f"; {stats.shortened} truncated to {recipe.data.max_length} tokens"
-    if stats.divided:
-        text += f"; {stats.divided} split into {stats.parts} examples"
-    if stats.lookalikes:
-        text += f"; {stats.lookalikes} stretches of special-token text encoded as ordinary text"
-    formats = ", ".join(sorted(set(stats.forms.values())))
+    if stats.truncated:
+        text += f"; {stats.truncated} truncated to {recipe.data.max_length} tokens"
+    if stats.split:
+        text += f"; {stats.split} split into {stats.split_examples} examples"
+    if stats.special_token_text:
+        text += f"; {stats.special_token_text} stretches of special-token text encoded as ordinary text"
+    formats = ", ".join(sorted(set(stats.formats.values())))
     return f"{text} ({formats})" if formats else text
 
 

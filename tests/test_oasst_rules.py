@@ -66,7 +66,9 @@ def oracle(trees: list[Tree], languages: tuple[str, ...], top_k: int | None) -> 
 
 
 def read(path: Path, languages: tuple[str, ...] = (), top_k: int | None = None, **options: Any) -> list[Conversation]:
-    stream = read_conversations(path, format="oasst", options=ReadOptions(languages=languages, top_k=top_k), **options)
+    stream = read_conversations(
+        path, format="oasst", options=ReadOptions(languages=languages, oasst_top_k=top_k), **options
+    )
     return [tuple((message.role, message.content) for message in found.messages) for found in stream]
 
 

@@ -152,7 +152,7 @@ class PrepareOptions:
         format: input form, or `auto`.
         split: of a folder or hub data set.
         languages: keep only these; empty keeps all.
-        top_k: OpenAssistant only: follow the best `top_k` replies of each turn.
+        oasst_top_k: OpenAssistant only: follow the best `oasst_top_k` replies of each turn.
         eval_fraction: share of first user messages whose conversations are held out.
         seed: of that choice.
         strict: end at the first problem.
@@ -163,7 +163,7 @@ class PrepareOptions:
     format: str = "auto"
     split: str | None = None
     languages: tuple[str, ...] = ()
-    top_k: int | None = None
+    oasst_top_k: int | None = None
     eval_fraction: float = 0.1
     seed: int = 0
     strict: bool = False
@@ -211,7 +211,7 @@ def prepare(
 
 
 def _conversations(source: str, settings: PrepareOptions, log: ProblemLog, card: Card) -> Iterator[Conversation]:
-    options = ReadOptions(settings.languages, settings.top_k, settings.max_record_bytes)
+    options = ReadOptions(settings.languages, settings.oasst_top_k, settings.max_record_bytes)
     stream = read_conversations(source, format=settings.format, split=settings.split, problems=log, options=options)
     yield from islice(stream, settings.max_samples)
     card.stopped_early = next(stream, None) is not None

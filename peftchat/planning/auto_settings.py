@@ -43,7 +43,7 @@ class OpenSettings:
 def choose_open_settings(
     recipe: "Recipe", planner: "Planner", settings: PlanSettings, room: int
 ) -> tuple[PlanSettings, tuple[AutoSetting, ...]]:
-    """Settle what `training` leaves open: gradient checkpointing, and micro-batches for `rows_per_step`.
+    """Settle what `training` leaves open: gradient checkpointing, and micro-batches for `global_batch_size`.
 
     Args:
         settings: the recipe's, as far as it gives them.
@@ -52,7 +52,7 @@ def choose_open_settings(
     Returns:
         The settings with every value in place, and what was chosen.
     """
-    rows = recipe.training.rows_per_step
+    rows = recipe.training.global_batch_size
     choices = []
     if rows is not None:
         # One row at a time decides whether checkpointing is needed at all.
@@ -123,17 +123,17 @@ def choose_batch(planner: "Planner", settings: PlanSettings, room: int, tokens: 
 def resolve_open(
     loaded: "LoadedRecipe", placement: "DistributedSetup"
 ) -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
-    """Fill in what `training` leaves open: gradient checkpointing, and micro-batches for `rows_per_step`.
+    """Fill in what `training` leaves open: gradient checkpointing, and micro-batches for `global_batch_size`.
 
     Returns:
         The recipe with every value in place, and what was chosen.
 
     Raises:
-        UserError: `rows_per_step` cannot be divided among the processes.
+        UserError: `global_batch_size` cannot be divided among the processes.
     """
     recipe = loaded.recipe
     training = recipe.training
-    if training.gradient_checkpointing is not None and training.rows_per_step is None:
+    if training.gradient_checkpointing is not None and training.global_batch_size is None:
         return loaded, ()
     _check_rows(loaded, placement.world_size)
     hardware = this_machine(placement.processes)
@@ -142,11 +142,11 @@ def resolve_open(
         recipe, planner, settings_on(recipe, hardware, None, placement), hardware.memory
     )
     values: dict[str, Any] = {"gradient_checkpointing": settings.checkpointing}
-    if training.rows_per_step is not None:
+    if training.global_batch_size is not None:
         values |= {
             "per_device_train_batch_size": settings.batch,
             "gradient_accumulation_steps": settings.accumulation,
-            "rows_per_step": None,
+            "global_batch_size": None,
         }
     complete = recipe.model_copy(update={"training": training.model_copy(update=values)})
     return replace(loaded, recipe=complete), choices
@@ -154,10 +154,10 @@ def resolve_open(
 
 def _check_rows(loaded: "LoadedRecipe", processes: int) -> None:
     """Refuse rows of a step that cannot be shared out evenly."""
-    rows = loaded.recipe.training.rows_per_step
+    rows = loaded.recipe.training.global_batch_size
     if rows is not None and rows % processes:
         raise UserError(
             f"{rows} rows cannot be divided among {processes} processes",
-            where=loaded.where("training", "rows_per_step"),
+            where=loaded.where("training", "global_batch_size"),
             hint=f"Take a multiple of {processes}.",
         )

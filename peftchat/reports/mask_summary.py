@@ -238,7 +238,7 @@ def _truncated(recipe: Recipe, rows: EncodedSplit) -> str:
     if not stats.truncated:
         return "none"
     its = "its" if stats.truncated == 1 else "their"
-    where = {"turns_leading": f"at {its} beginning", "split": "that did not fit alone"}
+    where = {"drop_first_turns": f"at {its} beginning", "split": "that did not fit alone"}
     who = "conversation" if recipe.data.truncation == "split" else "row"
     return (
         f"{format_count(stats.truncated)} {who}{_s(stats.truncated)} lost {format_count(stats.rounds_dropped)} "
@@ -290,7 +290,7 @@ def _found(found: Occurrences) -> str:
 
 
 def _refused_text(recipe: Recipe, survey: MaskSurvey) -> bool:
-    return recipe.chat.special_text == "refuse" and survey.lookalikes.count > 0
+    return recipe.chat.special_token_text == "error" and survey.lookalikes.count > 0
 
 
 def _failures(recipe: Recipe, rows: EncodedSplit, survey: MaskSurvey) -> list[str]:
@@ -317,11 +317,11 @@ def _failures(recipe: Recipe, rows: EncodedSplit, survey: MaskSurvey) -> list[st
         failures.append(
             f"text spelled like a special token stands {format_count(survey.lookalikes.count)} times in messages, "
             "the first "
-            f"in {survey.lookalikes.first}, and chat.special_text: refuse does not let it be encoded as text"
+            f"in {survey.lookalikes.first}, and chat.special_token_text: error does not let it be encoded as text"
         )
     for refusing, reason, key in (
-        (recipe.chat.empty_rows == "refuse", "nothing_to_learn", "chat.empty_rows"),
-        (recipe.data.truncation == "refuse", "too_long", "data.truncation"),
+        (recipe.chat.untrainable_examples == "error", "nothing_to_learn", "chat.untrainable_examples"),
+        (recipe.data.truncation == "error", "too_long", "data.truncation"),
     ):
         if refusing and rows.stats.dropped.get(reason):
             number = rows.stats.dropped[reason]

@@ -61,5 +61,5 @@ def test_steps_may_end_a_run_before_its_budget(recipe: Path) -> None:
 
 
 def test_a_warm_up_in_steps_is_refused(recipe: Path) -> None:
-    with pytest.raises(UserError, match="share below 1"):
+    with pytest.raises(UserError, match="fraction below 1"):
         load_recipe(recipe, ["training.max_train_tokens=1000", "training.warmup_steps=10"])

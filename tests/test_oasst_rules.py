@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversations_helpers import split_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftchat.conversations import ProblemLog, ReadOptions, read_conversations, split_eval
+from peftchat.conversations import ProblemLog, ReadOptions, read_conversations
 from peftchat.conversations.formats.oasst import RULES
 from peftchat.errors import UserError
 

@@ -5,11 +5,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conversations_helpers import split_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peftchat.conversation import Conversation, Message
-from peftchat.conversations import ProblemLog, fit_split, read_sources, split_eval
+from peftchat.conversations import ProblemLog, fit_split, read_sources
 from peftchat.errors import UserError
 from peftchat.recipe import DataEntry
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from peftchat.conversation import Conversation
 from peftchat.conversations.formats import FORMATS, Format, find_format, matching_format
@@ -15,37 +15,12 @@ from peftchat.conversations.readers.hub import read_hub
 from peftchat.conversations.splitting import seeded_fraction
 from peftchat.errors import UserError
 
-
-class SourceEntry(Protocol):
-    """What a recipe says about one source."""
-
-    @property
-    def path(self) -> str:
-        """A file, a folder or a hub id."""
-
-    @property
-    def format(self) -> str:
-        """An input form, or `auto`."""
-
-    @property
-    def split(self) -> str | None:
-        """The split of a folder or hub data set."""
-
-    @property
-    def weight(self) -> float:
-        """How many times each conversation is used, see `read_sources`."""
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """Languages to keep, see `ReadOptions`."""
-
-    @property
-    def oasst_top_k(self) -> int | None:
-        """How many replies to follow, see `ReadOptions`."""
+if TYPE_CHECKING:
+    from peftchat.recipe import DataEntry
 
 
 def read_sources(
-    entries: Sequence[SourceEntry],
+    entries: "Sequence[DataEntry]",
     seed: int = 0,
     *,
     problems: ProblemLog | None = None,

@@ -97,14 +97,14 @@ def test_nothing_is_touched_and_only_the_tokenizer_is_needed(recipe: Path) -> No
 
 def test_a_failed_check_is_one_message_and_status_1(recipe: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "peftchat", "mask", str(recipe), "--json", "--set", "chat.special_text=refuse"],
+        [sys.executable, "-m", "peftchat", "mask", str(recipe), "--json", "--set", "chat.special_token_text=error"],
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 1
     assert len(done.stdout.splitlines()) == 3
-    assert "d.jsonl:2" in done.stderr and "special_text" in done.stderr
+    assert "d.jsonl:2" in done.stderr and "special_token_text" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -112,8 +112,8 @@ def test_a_failed_check_is_one_message_and_status_1(recipe: Path) -> None:
     ("overrides", "reason"),
     [
         (["chat.loss_on=everything"], "nothing is masked"),
-        (["chat.special_text=refuse"], "special token 2 times (first in"),
-        (["data.max_length=40", "data.truncation=refuse"], "longer than data.max_length"),
+        (["chat.special_token_text=error"], "special token 2 times (first in"),
+        (["data.max_length=40", "data.truncation=error"], "longer than data.max_length"),
         (["data.max_length=8"], "everything is masked: no example is left"),
     ],
 )
@@ -262,7 +262,7 @@ def test_what_was_cut_is_shown_where_it_stood(recipe: Path) -> None:
     conversation = [("system", "Be brief."), *CONVERSATIONS[2]]
     write_conversations(recipe.parent / "d.jsonl", [conversation])
     one_less = f"data.max_length={len(json_rows(recipe)[0]['input_ids']) - 1}"
-    shown = mask(recipe, "--set", one_less, "--set", "data.truncation=turns_leading").stdout.replace("↵", "")
+    shown = mask(recipe, "--set", one_less, "--set", "data.truncation=drop_first_turns").stdout.replace("↵", "")
     assert (
         "<|system|>\nBe brief.<|end|>\n"
         "[-<|user|>\none two three<|end|>\n<|assistant|>\nfour<|end|>\n-]"

@@ -202,7 +202,9 @@ def test_strict_reading_gives_nothing_from_behind_the_problem(tmp_path: Path) ->
 def test_the_list_of_formats_names_every_form_once() -> None:
     names = [name for name, _ in list_formats()]
     assert names[0] == "auto"
-    assert sorted(names[1:]) == sorted(["messages", "sharegpt", "alpaca", "prompt_completion", "guanaco", "oasst"])
+    assert sorted(names[1:]) == sorted(
+        ["messages", "sharegpt", "alpaca", "prompt_completion", "guanaco", "oasst", "chatgpt_export"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import orjson
 from peftchat import __version__
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.dataset_card import SKIPPED, Card, SplitCount, card_text
-from peftchat.conversations.problems import KINDS, MAX_RECORD_BYTES, Problem, ProblemLog, ReadOptions
+from peftchat.conversations.problems import KINDS, Problem, ProblemLog, ReadOptions
 from peftchat.conversations.reading import read_conversations
 from peftchat.conversations.splitting import EvalSplit, SplitCensus, fingerprint
 from peftchat.errors import UserError
@@ -145,30 +145,24 @@ _TRAIN, _EVAL, _WHOLE = "train.jsonl", "eval.jsonl", ".whole.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class PrepareOptions:
-    """What to make of a source.
+class PrepareOptions(ReadOptions):
+    """How to read a source and what to make of it.
 
     Attributes:
         format: input form, or `auto`.
         split: of a folder or hub data set.
-        languages: keep only these; empty keeps all.
-        top_k: OpenAssistant only: follow the best `top_k` replies of each turn.
         eval_fraction: share of first user messages whose conversations are held out.
         seed: of that choice.
         strict: end at the first problem.
         max_samples: stop after this many.
-        max_record_bytes: a longer row is a problem.
     """
 
     format: str = "auto"
     split: str | None = None
-    languages: tuple[str, ...] = ()
-    top_k: int | None = None
     eval_fraction: float = 0.1
     seed: int = 0
     strict: bool = False
     max_samples: int | None = None
-    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 def _no_progress(conversations: int) -> None:
@@ -211,8 +205,7 @@ def prepare(
 
 
 def _conversations(source: str, settings: PrepareOptions, log: ProblemLog, card: Card) -> Iterator[Conversation]:
-    options = ReadOptions(settings.languages, settings.top_k, settings.max_record_bytes)
-    stream = read_conversations(source, format=settings.format, split=settings.split, problems=log, options=options)
+    stream = read_conversations(source, format=settings.format, split=settings.split, problems=log, options=settings)
     yield from islice(stream, settings.max_samples)
     card.stopped_early = next(stream, None) is not None
 

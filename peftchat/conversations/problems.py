@@ -39,12 +39,12 @@ class ReadOptions:
     Attributes:
         languages: keep only conversations in these languages (`en`, `pt-BR`; `pt` includes `pt-BR`); empty keeps all.
             The row's own `lang` field decides where there is one, else a detector.
-        top_k: OASST only: of each turn's ranked replies, follow the best `top_k`; None follows all.
+        oasst_top_k: OASST only: of each turn's ranked replies, follow the best `oasst_top_k`; None follows all.
         max_record_bytes: a longer row is a problem and is not read into memory.
     """
 
     languages: tuple[str, ...] = ()
-    top_k: int | None = None
+    oasst_top_k: int | None = None
     max_record_bytes: int = MAX_RECORD_BYTES
 
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from peftchat.conversation import Conversation
 from peftchat.conversations.formats import FORMATS, Format, find_format, matching_format
@@ -15,37 +15,12 @@ from peftchat.conversations.readers.hub import read_hub
 from peftchat.conversations.splitting import seeded_fraction
 from peftchat.errors import UserError
 
-
-class SourceEntry(Protocol):
-    """What a recipe says about one source."""
-
-    @property
-    def path(self) -> str:
-        """A file, a folder or a hub id."""
-
-    @property
-    def format(self) -> str:
-        """An input form, or `auto`."""
-
-    @property
-    def split(self) -> str | None:
-        """The split of a folder or hub data set."""
-
-    @property
-    def weight(self) -> float:
-        """How many times each conversation is used, see `read_sources`."""
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """Languages to keep, see `ReadOptions`."""
-
-    @property
-    def top_k(self) -> int | None:
-        """How many replies to follow, see `ReadOptions`."""
+if TYPE_CHECKING:
+    from peftchat.recipe import DataEntry
 
 
 def read_sources(
-    entries: Sequence[SourceEntry],
+    entries: "Sequence[DataEntry]",
     seed: int = 0,
     *,
     problems: ProblemLog | None = None,
@@ -67,7 +42,7 @@ def read_sources(
                 format=entry.format,
                 split=entry.split,
                 problems=log,
-                options=ReadOptions(languages=entry.languages, top_k=entry.top_k),
+                options=ReadOptions(languages=entry.languages, oasst_top_k=entry.oasst_top_k),
             ),
             entry.weight,
             f"{seed} {place}",
@@ -119,9 +94,9 @@ def read_conversations(
         options: languages, OASST rank limit, row limit.
 
     Raises:
-        UserError: path, format or split do not exist, no form fits, `top_k` is set for a form without ranks, or, in
-            strict mode, a row has a problem. Path and format are checked at once, before the first conversation is
-            asked for.
+        UserError: path, format or split do not exist, no format fits, `oasst_top_k` is set for a format without
+            ranks, or, in strict mode, a record is invalid. Path and format are checked at once, before the first
+            conversation is asked for.
     """
     log = ProblemLog(strict=True) if problems is None else problems
     settings = options or ReadOptions()
@@ -176,11 +151,11 @@ def _source(
 
 
 def _check_rank_limit(name: str, form: Format, options: ReadOptions) -> None:
-    if options.top_k is not None and not form.ranked:
+    if options.oasst_top_k is not None and not form.ranked:
         raise UserError(
-            f"`top_k` chooses answers by rank, and the form `{form.name}` has no ranks",
+            f"`oasst_top_k` chooses answers by rank, and the form `{form.name}` has no ranks",
             where=name,
-            hint="Leave `top_k` out; OpenAssistant exports have ranks.",
+            hint="Leave `oasst_top_k` out; OpenAssistant exports have ranks.",
         )
 
 

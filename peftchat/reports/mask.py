@@ -251,8 +251,8 @@ def inspect_mask(recipe: Recipe, split: Split, progress: Callable[[int], None]) 
 
 def _lenient(recipe: Recipe) -> Recipe:
     """Return the recipe without rejections, so that all rejected examples are found instead of the first."""
-    chat = {"special_text": "text", "empty_rows": "drop"}
-    data = {"truncation": "drop"} if recipe.data.truncation == "refuse" else {}
+    chat = {"special_token_text": "escape", "untrainable_examples": "drop"}
+    data = {"truncation": "drop"} if recipe.data.truncation == "error" else {}
     return recipe.model_copy(
         update={"chat": recipe.chat.model_copy(update=chat), "data": recipe.data.model_copy(update=data)}
     )

@@ -242,7 +242,7 @@ def _truncated(recipe: Recipe, examples: EncodedSplit) -> str:
     if not stats.truncated:
         return "none"
     its = "its" if stats.truncated == 1 else "their"
-    where = {"turns_leading": f"at {its} beginning", "split": "that did not fit alone"}
+    where = {"drop_first_turns": f"at {its} beginning", "split": "that did not fit alone"}
     who = "conversation" if recipe.data.truncation == "split" else "example"
     return (
         f"{format_count(stats.truncated)} {who}{_plural(stats.truncated)} lost {format_count(stats.rounds_dropped)} "
@@ -294,7 +294,7 @@ def _occurrences(found: Occurrences) -> str:
 
 
 def _rejects_text(recipe: Recipe, survey: MaskSurvey) -> bool:
-    return recipe.chat.special_text == "refuse" and survey.special_token_text.count > 0
+    return recipe.chat.special_token_text == "error" and survey.special_token_text.count > 0
 
 
 def _failures(recipe: Recipe, examples: EncodedSplit, survey: MaskSurvey) -> list[str]:
@@ -320,14 +320,14 @@ def _failures(recipe: Recipe, examples: EncodedSplit, survey: MaskSurvey) -> lis
     if _rejects_text(recipe, survey):
         failures.append(
             f"messages contain text spelled like a special token {format_count(survey.special_token_text.count)} times "
-            f"(first in {survey.special_token_text.first}), and chat.special_text is `refuse`"
+            f"(first in {survey.special_token_text.first}), and chat.special_token_text is `error`"
         )
     for refusing, reason, key in (
-        (recipe.chat.empty_rows == "refuse", "nothing_to_learn", "chat.empty_rows"),
-        (recipe.data.truncation == "refuse", "too_long", "data.truncation"),
+        (recipe.chat.untrainable_examples == "error", "nothing_to_learn", "chat.untrainable_examples"),
+        (recipe.data.truncation == "error", "too_long", "data.truncation"),
     ):
         if refusing and examples.stats.dropped.get(reason):
             number = examples.stats.dropped[reason]
             which = f"{_number_of_examples(number)} {_REASONS[reason]}{_named(examples, reason)}"
-            failures.append(f"{which}, and {key} is `refuse`")
+            failures.append(f"{which}, and {key} is `error`")
     return failures

@@ -141,7 +141,7 @@ def _check_folder(name: str) -> None:
 
 def _recipe_of(folder: Path) -> Recipe | None:
     path = RunFolder(folder).recipe
-    return load_recipe(path, to_train=False).recipe if path.is_file() else None
+    return load_recipe(path, to_train=False, upgrade=True).recipe if path.is_file() else None
 
 
 def _trusts(folder: Path) -> bool:

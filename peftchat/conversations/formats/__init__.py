@@ -2,7 +2,7 @@
 
 import difflib
 
-from peftchat.conversations.formats import alpaca, guanaco, messages, oasst, prompt_completion, sharegpt
+from peftchat.conversations.formats import alpaca, chatgpt_export, guanaco, messages, oasst, prompt_completion, sharegpt
 from peftchat.conversations.formats.base import Fields, Format
 from peftchat.errors import UserError
 
@@ -13,6 +13,7 @@ FORMATS: dict[str, Format] = {
         messages.FORMAT,
         sharegpt.FORMAT,
         oasst.FORMAT,
+        chatgpt_export.FORMAT,
         guanaco.FORMAT,
         alpaca.FORMAT,
         prompt_completion.FORMAT,

@@ -21,7 +21,7 @@ class Format:
         summary: one line: its fields.
         matches: whether a row has this form, judged by its fields alone.
         read: the conversations in a stream of rows; bad rows go to the log.
-        ranked: whether its answers come with ranks, so that `ReadOptions.top_k` means something.
+        ranked: whether its answers come with ranks, so that `ReadOptions.oasst_top_k` means something.
     """
 
     name: str

@@ -301,7 +301,7 @@ class _Reading:
             return
         for path in leaf_paths(prompt):
             notes["oasst_paths"] += 1
-            if broken := broken_rule(path, self.options.top_k):
+            if broken := broken_rule(path, self.options.oasst_top_k):
                 skipped[broken] += 1
                 continue
             kept = without_open_turn(path)

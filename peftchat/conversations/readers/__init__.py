@@ -59,7 +59,7 @@ def _single_file(path: Path, split: str | None) -> Path:
         raise UserError(f"a single file has no split {split!r}", where=str(path), hint=hint)
     if reader_for(path) is None:
         endings = ", ".join(READERS)
-        raise UserError("unknown file extension", where=str(path), hint=f"Known: {endings}.")
+        raise UserError(f"unknown file ending {path.suffix!r}", where=str(path), hint=f"Use one of {endings}.")
     if path.stat().st_size == 0:
         raise UserError("the file is empty", where=str(path), hint="Give a file with records.")
     return path

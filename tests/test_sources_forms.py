@@ -166,7 +166,7 @@ def test_a_bad_row_is_named_with_its_line_and_the_rest_is_read(tmp_path: Path, r
     with pytest.raises(UserError) as caught:
         turns(path, [good, row, good, row, row])
     assert caught.value.where == f"{path}:2"
-    assert "2 more problems" in caught.value.what
+    assert "2 more problems" in caught.value.message
 
 
 def test_every_kind_of_problem_is_described() -> None:

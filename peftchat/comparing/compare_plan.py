@@ -265,7 +265,7 @@ def _check_candidate(plan: ComparePlan, candidate: Candidate) -> None:
             plan.recommended_recipe(candidate, settings)
             plan.run_recipe(TrainingJob(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
         except UserError as error:
-            raise UserError(error.what, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
+            raise UserError(error.message, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
 
 
 def _shared_settings(options: CompareOptions) -> dict[str, object]:

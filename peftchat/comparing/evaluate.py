@@ -124,7 +124,7 @@ def _merge(run: Path, recipe: "Recipe") -> tuple[MergeResult, str]:
     try:
         result = merge_run(run, MergeOptions(out=out, overwrite=True))
     except UserError as error:
-        return "not mergeable", error.what
+        return "not mergeable", error.message
     except VerificationError as error:
         return "differs", str(error).partition(" The result is in")[0]
     finally:

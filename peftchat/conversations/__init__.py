@@ -1,4 +1,4 @@
-"""From what people have to `Conversation`: one small file per input form, one reader per kind of file."""
+"""From what people have to `Conversation`: one small file per input format, one reader per kind of file."""
 
 from peftchat.conversations.formats import list_formats
 from peftchat.conversations.problems import Problem, ProblemLog, ReadOptions

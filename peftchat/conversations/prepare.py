@@ -51,7 +51,7 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
 
 
 class ConversationFile:
-    """A `.jsonl` file in messages form that counts what it holds."""
+    """A `.jsonl` file in messages format that counts what it holds."""
 
     def __init__(self, path: Path, count: SplitCount) -> None:
         self.count = count
@@ -59,8 +59,8 @@ class ConversationFile:
 
     def write(self, conversation: Conversation) -> None:
         """Append one conversation: its messages, and where it came from."""
-        row = {"messages": conversation.as_dicts(), "source": conversation.source}
-        self._file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        record = {"messages": conversation.as_dicts(), "source": conversation.source}
+        self._file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
         self.count.add(conversation)
 
     def __enter__(self) -> Self:
@@ -73,25 +73,25 @@ class ConversationFile:
 
 
 class Quarantine:
-    """The bad rows, each with its place and reason; the file is made with the first of them."""
+    """The bad records, each with its place and reason; the file is made with the first of them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: BinaryIO | None = None
 
     def write(self, problem: Problem, raw: bytes | None) -> None:
-        """Append one row; of a very long one only the start is kept, and said to be."""
+        """Append one record; of a very long one only the start is kept, and said to be."""
         if self._file is None:
             self._file = self._path.open("wb")
         text = (raw or b"")[:_KEPT_OF_RAW_RECORD].decode(errors="backslashreplace")
-        row = {
+        record = {
             "where": problem.where,
             "kind": problem.kind,
             "detail": printable(problem.detail),
             "row": text,
             "cut": len(raw or b"") > _KEPT_OF_RAW_RECORD,
         }
-        self._file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        self._file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +149,7 @@ class PrepareOptions(ReadOptions):
     """How to read a source and what to make of it.
 
     Attributes:
-        format: input form, or `auto`.
+        format: input format, or `auto`.
         split: of a folder or hub data set.
         eval_fraction: share of first user messages whose conversations are held out.
         seed: of that choice.
@@ -172,7 +172,7 @@ def _no_progress(conversations: int) -> None:
 def prepare(
     source: str, folder: Path, settings: PrepareOptions, progress: Callable[[int], None] = _no_progress
 ) -> Card:
-    """Write `train.jsonl`, `eval.jsonl`, `card.md`, `card.json` and, if any row is bad, `quarantine.jsonl`.
+    """Write `train.jsonl`, `eval.jsonl`, `card.md`, `card.json` and, if any record is bad, `quarantine.jsonl`.
 
     Exact duplicates are left out. Memory does not grow with the source. Everything is written beside `folder` first
     and renamed at the end.
@@ -252,15 +252,15 @@ def _split_again(draft: Path, split: EvalSplit, card: Card) -> None:
 def _reread(path: Path) -> Iterator[Conversation]:
     with path.open("rb") as lines:
         for line in lines:
-            row = orjson.loads(line)
-            messages = tuple(Message(**message) for message in row["messages"])
-            yield Conversation(messages, row["source"])
+            record = orjson.loads(line)
+            messages = tuple(Message(**message) for message in record["messages"])
+            yield Conversation(messages, record["source"])
 
 
 def _why_nothing(card: Card) -> str:
     reasons = [f"in {count:,} {KINDS[kind]}" for kind, count in card.problems.items()]
     reasons += [f"{count:,} {SKIPPED[rule]}" for rule, count in card.skipped.items()]
-    return f"What became of the {card.records:,} rows: {'; '.join(reasons) or 'nothing'}."
+    return f"Of {card.records:,} records: {'; '.join(reasons) or 'none was left out'}."
 
 
 __all__ = ["Card", "PrepareOptions", "card_text", "prepare"]

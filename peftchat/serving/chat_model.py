@@ -136,7 +136,7 @@ def _check_folder(name: str) -> None:
     try:
         check_model_folder(name)
     except UserError as error:
-        raise UserError(error.what, where=name, hint=error.hint) from error
+        raise UserError(error.message, where=name, hint=error.hint) from error
 
 
 def _recipe_of(folder: Path) -> Recipe | None:

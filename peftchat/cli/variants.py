@@ -11,7 +11,7 @@ import click
     "--json", "as_json", is_flag=True, help="One JSON object: all variants by name, or the one that is named."
 )
 def command(name: str | None, as_json: bool) -> None:
-    """List what `adapter.variant` knows, or tell about one: what it does, takes, and works with.
+    """List the values of `adapter.variant`, or show one: what it does, takes, and works with.
 
     \b
     Examples:
@@ -20,12 +20,10 @@ def command(name: str | None, as_json: bool) -> None:
     """
     from peftchat.console import stdout
     from peftchat.variants import VARIANTS, get_variant
-    from peftchat.variants.describe import details, facts_of, overview
+    from peftchat.variants.describe import as_dict, details, overview
 
     if as_json:
-        chosen = (
-            facts_of(get_variant(name)) if name else {each: facts_of(variant) for each, variant in VARIANTS.items()}
-        )
+        chosen = as_dict(get_variant(name)) if name else {key: as_dict(variant) for key, variant in VARIANTS.items()}
         click.echo(json.dumps(chosen))
     elif name:
         stdout.print(details(get_variant(name)))

@@ -11,7 +11,7 @@ from typing import Any
 
 from peftchat.errors import UserError
 from peftchat.recipe.document import parse_yaml, to_plain
-from peftchat.variants import ADAPTERS, canonical_name, get_variant
+from peftchat.variants import ADAPTERS, canonical_name
 
 Settings = Mapping[str, Any]
 """Dotted keys of a recipe and their values."""
@@ -111,7 +111,7 @@ def _variant(name: str) -> tuple[str, dict[str, Any]]:
     for quantized, part in ((False, name), *((True, part) for part in _beside_qlora(name))):
         variant = canonical_name(part)
         if variant in ADAPTERS:
-            method = "qlora" if quantized or "unquantized" in get_variant(variant).refuses else "lora"
+            method = "qlora" if quantized or "unquantized" in ADAPTERS[variant].incompatible_with else "lora"
             return variant, {"method": method, "adapter.variant": variant}
     words = ["full", "qlora", *ADAPTERS]
     near = get_close_matches(name, words, n=1)

@@ -11,7 +11,6 @@ from peftchat.planning.hardware import this_machine
 from peftchat.planning.planner import Planner, largest_batch
 from peftchat.planning.settings import PlanSettings, settings_on
 from peftchat.runs.run_summary import AutoSetting
-from peftchat.variants import get_variant
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -75,7 +74,7 @@ def choose_open_settings(
 
 
 def _may_checkpoint(recipe: "Recipe") -> bool:
-    return recipe.adapter is None or get_variant(recipe.adapter.variant).why_not("checkpointing") is None
+    return recipe.adapter is None or recipe.adapter.incompatibility("checkpointing") is None
 
 
 def choose_checkpointing(planner: "Planner", settings: PlanSettings, room: int) -> OpenSettings:

@@ -12,7 +12,6 @@ from peftchat.formatting import format_bytes, format_count, format_decimal, form
 from peftchat.recipe import QuantizationSection, Recipe
 from peftchat.reports.verdict import cautions, verdict
 from peftchat.runs.run_summary import RunSummary
-from peftchat.variants import get_variant
 
 _ASK = """
 messages = [{"role": "user", "content": "How do I read a text file line by line?"}]
@@ -79,7 +78,7 @@ def _adapter_code(recipe: Recipe, facts: RunSummary) -> list[str]:
 
 def _rows_beside(recipe: Recipe, facts: RunSummary) -> list[str]:
     """Where PEFT's adapter has no place for the rows of new tokens they lie in one of their own."""
-    if recipe.adapter is None or not facts.new_tokens or get_variant(recipe.adapter.variant).rows_inside:
+    if recipe.adapter is None or not facts.new_tokens or recipe.adapter.supports_trainable_tokens:
         return []
     return ['model = PeftModel.from_pretrained(model, f"{run}/token_rows").merge_and_unload()  # new tokens']
 
@@ -198,7 +197,7 @@ def _use(recipe: Recipe, facts: RunSummary) -> str:
             f"The adapter carries rows for tokens up to id {needed - 1}. A base with fewer rows than that must be "
             "grown first, as above; without it PEFT stops with an `IndexError` when it puts the rows in their place."
         )
-    if recipe.adapter is not None and not get_variant(recipe.adapter.variant).folds:
+    if recipe.adapter is not None and not recipe.adapter.mergeable:
         parts.append("It cannot be folded into the base: the two belong together, and vLLM does not serve them.")
         parts.append(f"To talk to it in the terminal: `peftchat chat {run_name(recipe)}`.")
         return "\n\n".join(parts)
@@ -232,7 +231,7 @@ def _quoted(text: str) -> str:
 
 
 def _training(recipe: Recipe, facts: RunSummary) -> str:
-    names = ", ".join(f"`{_data_name(get_variant.path)}`" for get_variant in recipe.data.train)
+    names = ", ".join(f"`{_data_name(source.path)}`" for source in recipe.data.train)
     lines = [f"- data: {names}", f"- method: {recipe.method}"]
     if recipe.adapter is not None:
         options = recipe.adapter.model_dump(mode="json", exclude_none=True)

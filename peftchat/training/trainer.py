@@ -133,7 +133,7 @@ class ChatTrainer(SFTTrainer):
             train_dataset=train_packs,
             eval_dataset=eval_packs,
             processing_class=tokenizer,
-            callbacks=[*callbacks, *self._parts.callbacks],
+            callbacks=[*callbacks, VariantCallback(self._parts)],
         )
         # TRL casts what is trained on a quantized base to bfloat16, in which small updates round to nothing.
         # https://github.com/huggingface/trl/issues/7268
@@ -183,8 +183,9 @@ class ChatTrainer(SFTTrainer):
         if num_items_in_batch is not None:
             # The count is that of all processes, and gradients are averaged over them.
             loss = loss * self.accelerator.num_processes
-        if self._parts.penalty is not None:
-            loss = loss + self._parts.penalty() / self.current_gradient_accumulation_steps
+        penalty = self._parts.penalty()
+        if penalty is not None:
+            loss = loss + penalty / self.current_gradient_accumulation_steps
         if outputs.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
         return loss
@@ -268,9 +269,9 @@ class ChatTrainer(SFTTrainer):
         """The optimizer, with the learning rates that the variant wants for some of its parameters."""
         made = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if made and self._parts.rate_of is not None:
+        if made:
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-            set_param_group_lrs(optimizer, names, self._parts.rate_of)
+            set_param_group_lrs(optimizer, names, self._parts)
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

@@ -34,8 +34,8 @@ def recipe(tmp_path: Path, stories: Path) -> Path:
         (["--variants", "lora", "--budget", "hours=2"], "steps=N, tokens=N or minutes=N"),
         (["--variants", "lora", "--learning-rates", "fast"], "1e-4,3e-4"),
         (["--variants", "lora", "--trials", "3"], "belong together"),
-        (["--variants", "lora", "--learning-rates", "1e-3", "--fixed-learning-rate"], "exclude each other"),
-        (["--variants", "lora", "--plain-text", "nowhere.txt"], "nowhere.txt"),
+        (["--variants", "lora", "--learning-rates", "1e-3", "--no-lr-search"], "exclude each other"),
+        (["--variants", "lora", "--forgetting-text", "nowhere.txt"], "nowhere.txt"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(recipe: Path, arguments: list[str], said: str) -> None:
@@ -102,7 +102,7 @@ def test_a_comparison_survives_failures_and_being_killed(recipe: Path, stories: 
     # Some conversation is longer than 16 tokens, so that the runs of that candidate fail once they have started.
     arguments = ["compare", str(recipe), "--variants", "lora", "--set", "data.max_length=256,16"]
     arguments += ["--set", "data.truncation=refuse", "--learning-rates", "1e-4,3e-3", "--seeds", "1"]
-    arguments += ["--ask", "the cat sat on", "--json", "-o", str(out)]
+    arguments += ["--prompt", "the cat sat on", "--json", "-o", str(out)]
     process = start(*arguments)
     assert process.stderr is not None
     while "1/4" not in (line := process.stderr.readline()):
@@ -125,9 +125,9 @@ def test_a_comparison_survives_failures_and_being_killed(recipe: Path, stories: 
     assert result == read_json(out / "comparison.json")
 
     good, bad = by_name(result)["lora max_length=256"], by_name(result)["lora max_length=16"]
-    assert bad["loss"] is None and len(bad["tried"]) == 2
-    assert all("data.max_length is 16" in run["failure"] and "\n" not in run["failure"] for run in bad["tried"])
-    losses = {run["settings"]["training.learning_rate"]: run["loss"] for run in good["tried"]}
+    assert bad["loss"] is None and len(bad["trials"]) == 2
+    assert all("data.max_length is 16" in run["failure"] and "\n" not in run["failure"] for run in bad["trials"])
+    losses = {run["settings"]["training.learning_rate"]: run["loss"] for run in good["trials"]}
     assert set(losses) == {1e-4, 3e-3} and losses[3e-3] < losses[1e-4] < good["loss_before"]
     assert good["settings"]["training.learning_rate"] == 3e-3
     assert good["loss"] == {"mean": losses[3e-3], "margin": None, "seeds": 1}
@@ -136,7 +136,7 @@ def test_a_comparison_survives_failures_and_being_killed(recipe: Path, stories: 
     assert [answer["prompt"] for answer in good["answers"]] == ["the cat sat on"]
 
     # The table's loss is what stock libraries measure of the run on the held-out rows.
-    run = Path(next(run["run"] for run in good["tried"] if run["loss"] == losses[3e-3]))
+    run = Path(next(run["run"] for run in good["trials"] if run["loss"] == losses[3e-3]))
     model, tokenizer = stock_run(run, stories, "lora")
     assert stock_loss(model, tokenizer, recipe.parent / "eval.jsonl") == pytest.approx(losses[3e-3], abs=1e-3)
     assert not (run / "checkpoints").exists()

@@ -8,8 +8,8 @@ from training_helpers import read_json, stock_loss, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftchat.recipe import load_recipe
-from peftchat.training.distributed import resolve_distributed
-from peftchat.training.train import TrainOptions, run_training
+from peftchat.training.context import TrainOptions
+from peftchat.training.train import train
 from peftchat.variants import VARIANTS
 
 # A tiny model takes larger steps than a real one, and a few variants, whose updates grow with the width, smaller ones.
@@ -18,7 +18,7 @@ RATES = {"fourierft": 0.04, "waveft": 0.04, "tinylora": 1.0, "c3a": 0.2, "delora
 
 def method_of(name: str) -> str:
     """The method that goes with a variant: LoftQ has nothing to do on a base that is not quantized."""
-    return "full" if name == "full" else "qlora" if "unquantized" in VARIANTS[name].refuses else "lora"
+    return "full" if name == "full" else "qlora" if "unquantized" in VARIANTS[name].incompatible_with else "lora"
 
 
 def train_variant(
@@ -27,13 +27,13 @@ def train_variant(
     """Train for four steps; returns what went into `run.json`."""
     sections = {"method": method_of(name), **sections}
     if name != "full":
-        few = {"start_rows": 8} if "start_rows" in VARIANTS[name].keys else {}
+        few = {"calibration_samples": 8} if "calibration_samples" in VARIANTS[name].setting_names() else {}
         sections["adapter"] = {"variant": name, **few, **sections.get("adapter", {})}
     rate = VARIANTS[name].learning_rate * RATES.get(name, 5.0)
     sections["training"] = {"learning_rate": rate, "max_steps": 4, **sections.get("training", {})}
     recipe = write_recipe(run.parent / f"{run.name}.yaml", base, conversations, held_out, run, **sections)
     loaded = load_recipe(recipe)
-    return run_training(loaded, resolve_distributed(loaded), TrainOptions(resume=resume)).model_dump()
+    return train(loaded, TrainOptions(resume=resume)).model_dump()
 
 
 def stock_variant(run: Path, base: Path, quantization: Any = None) -> Any:

@@ -61,7 +61,9 @@ def make_format(name: str, system: str | None, tokenizer: "PreTrainedTokenizerBa
     """
     template: ChatTemplate | TokenizerTemplate
     if name in CHAT_TEMPLATES:
-        template = replace(CHAT_TEMPLATES[name], system=system)
+        template = CHAT_TEMPLATES[name]
+        known_bos = template.bos_token if template.bos_token in special_tokens(tokenizer) else None
+        template = replace(template, system=system, bos_token=known_bos)
     else:
         template = TokenizerTemplate(tokenizer, system)
     return ChatFormat(tokenizer, template, add_template_tokens(tokenizer, template))

@@ -51,6 +51,10 @@ class BlockEncoder:
     def __init__(self, text: TextEncoder, template: ChatTemplate) -> None:
         self._text = text
         self._template = template
+        self._bos: _Turn | None = None
+        if template.bos_token is not None:
+            tag = token_tag(TurnPart.OUTSIDE)
+            self._bos = _Turn([text.special[template.bos_token]], "", [], [], bytes([tag, tag, tag]))
         self._turns = {(role, last): self._turn(role, last) for role in template.headers for last in (False, True)}
 
     @staticmethod
@@ -91,6 +95,9 @@ class BlockEncoder:
         for conversation in conversations:
             said += [message.content for message in conversation.messages]
             said_ends.append(len(said))
+            if self._bos is not None:
+                turns.append(self._bos)
+                contents.append("")
             for role, content, last in self._template.turns(conversation):
                 turns.append(self._turns[role, last])
                 contents.append(content)
@@ -211,7 +218,8 @@ class ChatEncoder:
         self._known: dict[tuple[str, bool], list[int]] = {}
         self._blocks: BlockEncoder | None = None
         if isinstance(template, ChatTemplate):
-            strips = not (self._strips_left | self._strips_right).isdisjoint(template.special_tokens)
+            tokens = [*template.special_tokens, template.bos_token]
+            strips = not (self._strips_left | self._strips_right).isdisjoint(tokens)
             if not strips and BlockEncoder.supports(self._text, template):
                 self._blocks = BlockEncoder(self._text, template)
 

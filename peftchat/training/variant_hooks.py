@@ -6,19 +6,17 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from peftchat.runs.run_folder import Checkpoint
-from peftchat.variants.base import TrainerHooks
+from peftchat.variants.base import Adapter, TrainerHooks
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, TrainingArguments
 
-    from peftchat.recipe import Recipe
 
-
-def trainer_hooks(recipe: "Recipe", model: "PreTrainedModel | PeftModel") -> TrainerHooks:
-    """Return the hooks of the recipe's variant."""
-    return TrainerHooks() if recipe.adapter is None else recipe.adapter.trainer_hooks(model)
+def trainer_hooks(adapter: Adapter | None, model: "PreTrainedModel | PeftModel") -> TrainerHooks:
+    """Return the hooks of a recipe's adapter; those that do nothing for full fine-tuning."""
+    return TrainerHooks() if adapter is None else adapter.trainer_hooks(model)
 
 
 class VariantCallback(TrainerCallback):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum, auto
-from inspect import cleandoc
+from inspect import cleandoc, get_annotations
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast, get_args
@@ -212,7 +212,7 @@ class Adapter(Variant):
     @classmethod
     def is_concrete(cls) -> bool:
         """Return whether a recipe can name this class, which then has a `variant` of its own."""
-        return "variant" in cls.__dict__.get("__annotations__", {})
+        return "variant" in get_annotations(cls)
 
     def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
         """Return the keyword arguments of the PEFT config class for these settings on a model.

@@ -52,6 +52,8 @@ class ChatTemplate:
         end_token: the special token that ends a turn. Generation stops there.
         headers: for each role that it can write, the text in front of the content.
         trailer: the text behind the end token of each turn.
+        bos_token: a special token in front of the first turn. A tokenizer that lacks it does not get it: it marks the
+            start of text for models that were pretrained with it, and means nothing to others.
         system: the system message of conversations that have none. None writes no system turn.
     """
 
@@ -61,6 +63,7 @@ class ChatTemplate:
     end_token: str
     headers: Mapping[Role, str]
     trailer: str = "\n"
+    bos_token: str | None = None
     system: str | None = None
 
     def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
@@ -69,6 +72,8 @@ class ChatTemplate:
         Raises:
             UserError: a message has a role that the template cannot write.
         """
+        if self.bos_token is not None:
+            yield TemplateSpan(self.bos_token, token_tag(TurnPart.OUTSIDE), special=True)
         for role, content, last_answer in self.turns(conversation):
             tags = {part: token_tag(part, role, last_answer=last_answer) for part in TurnPart}
             for text, special in self.header_spans(role):
@@ -107,6 +112,7 @@ class ChatTemplate:
         """The template for `apply_chat_template`, with generation marks around each answer and its end token."""
         role = "message['role']"
         opening = _literal(self.headers["assistant"])
+        start = "" if self.bos_token is None else f"{{{{ {_literal(self.bos_token)} }}}}"
         default = ""
         if self.system is not None:
             turn = f"{self.headers['system']}{self.system}{self.end_token}{self.trailer}"
@@ -124,7 +130,7 @@ class ChatTemplate:
         )
         error = f"{{{{ raise_exception('the template {self.name} cannot write the role ' + {role}) }}}}"
         return (
-            f"{default}{{% for message in messages %}}"
+            f"{start}{default}{{% for message in messages %}}"
             f"{{% if {role} == 'assistant' %}}{answer}{others}{{% else %}}{error}{{% endif %}}"
             f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {opening} }}}}{{% endif %}}"
         )
@@ -161,6 +167,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     for name in (
         "starchat",
         "chatml",
+        "llama3",
     )
 }
 """The templates that a recipe can name, by name."""

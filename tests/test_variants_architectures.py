@@ -14,7 +14,7 @@ from peftchat.variants import ADAPTERS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi", "gpt2", "gpt_bigcode", "falcon", "opt", "gpt_neox")
 CONV1D = ("gpt2",)
-NO_CONV1D = ("shira", "oft", "boft", "c3a", "loha", "lokr", "hra", "road", "miss", "delora")
+NO_CONV1D = tuple(name for name, adapter in ADAPTERS.items() if not adapter.supports_conv1d)
 """Variants that PEFT does not have for GPT-2's transposed layers."""
 
 

@@ -32,7 +32,7 @@ def test_json_is_one_object_about_a_model_that_has_a_config_only(tmp_path: Path)
     told = json.loads(done.stdout)
     assert told["fits"] is True
     assert told["settings"]["strategy"] == "zero3"
-    assert sum(told["memory"]["parts"].values()) == told["memory"]["total"] <= told["room"]
+    assert sum(told["memory"]["parts"].values()) == told["memory"]["total"] <= told["device_memory"]
     ways = {
         (cell["settings"]["method"], cell["settings"]["bits"], cell["settings"]["strategy"]) for cell in told["grid"]
     }
@@ -99,4 +99,4 @@ def test_a_probe_is_within_a_sixth_of_the_prediction(tmp_path: Path, demo_model:
     done = peftchat("plan", str(path), "--gpu", "cpu", "--no-alternatives", "--probe", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["memory"]["total"] == pytest.approx(told["probe"]["peak"], rel=0.17)
+    assert told["memory"]["total"] == pytest.approx(told["probe"]["peak_bytes"], rel=0.17)

@@ -29,7 +29,7 @@ def _print_gpus(context: click.Context, _: click.Parameter, given: bool) -> None
     default=True,
     help="Also compare other methods and distributed strategies.  [default: --alternatives]",
 )
-@click.option("--probe", is_flag=True, help="Also train one step on the longest batch here, and compare.")
+@click.option("--probe", is_flag=True, help="Also measure a few steps on the longest batch here, and compare.")
 @click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_print_gpus, help="List known GPUs.")
 @json_option()
 def command(
@@ -61,7 +61,8 @@ def command(
     from peftchat.planning.hardware import find_hardware
     from peftchat.planning.measure import measure_run
     from peftchat.planning.plan import plan_training
-    from peftchat.planning.plan_report import as_data, print_measured, print_plan
+    from peftchat.planning.plan_report import as_json as plan_json
+    from peftchat.planning.plan_report import print_measured, print_plan
 
     distributed = loaded.recipe.distributed
     num_gpus = gpus or (distributed.processes * distributed.nodes if distributed.processes else None)
@@ -70,6 +71,6 @@ def command(
         print_plan(plan, stdout)
     measured = measure_run(loaded.recipe, plan) if probe else None
     if as_json:
-        click.echo(json.dumps(as_data(plan, measured)))
+        click.echo(json.dumps(plan_json(plan, measured)))
     elif measured is not None:
         print_measured(plan, measured, stdout)

@@ -72,9 +72,9 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
 
 def _choose(loaded: "LoadedRecipe", distributed: "DistributedSetup") -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
     """Return the recipe with its open settings chosen, and print the choices once for all processes."""
-    from peftchat.planning.auto_settings import resolve_open
+    from peftchat.planning.auto_settings import resolve_auto_settings
 
-    chosen, choices = resolve_open(loaded, distributed)
+    chosen, choices = resolve_auto_settings(loaded, distributed)
     for choice in choices:
         note(f"Chosen: {choice}")
     return chosen, choices

@@ -95,7 +95,7 @@ FLAGS: dict[Setting, tuple[str, ...]] = {
     "zero3": ("distributed.strategy=zero3",),
     "ddp": ("distributed.strategy=ddp",),
     "packing": ("data.packing=true",),
-    "budget": ("training.max_tokens=1000",),
+    "budget": ("training.max_train_tokens=1000",),
 }
 
 

@@ -33,27 +33,28 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
-    from peftchat.training.distributed import resolve_distributed, slurm_variables
+    from peftchat.training.distributed import is_main_process, resolve_distributed, slurm_variables
 
     os.environ.update(slurm_variables(os.environ))
-    placement = resolve_distributed(loaded)
+    distributed = resolve_distributed(loaded)
     _refuse_early(loaded, resume=resume)
-    if placement.launcher == "elastic" and not dry_run:
-        _launch(loaded, placement, sys.argv[1:])
+    if distributed.launcher == "torchrun" and not dry_run:
+        _launch(loaded, distributed, sys.argv[1:])
         return
-    loaded, choices = _choose(loaded, placement)
+    loaded, choices = _choose(loaded, distributed)
     if dry_run:
         from peftchat.planning.plan_report import print_dry_run
 
-        print_dry_run(loaded, placement)
+        print_dry_run(loaded, distributed)
         return
-    from peftchat.training.train import TrainOptions, run_training
+    from peftchat.training.context import TrainOptions
+    from peftchat.training.train import train
 
     command_line = " ".join(["peftchat", *sys.argv[1:]])
     # Standard output is for data; DeepSpeed prints to it while it compiles.
     with contextlib.redirect_stdout(sys.stderr):
-        summary = run_training(loaded, placement, TrainOptions(resume, questions, command_line, choices))
-    if os.environ.get("RANK", "0") == "0":
+        summary = train(loaded, TrainOptions(resume, questions, command_line, choices), distributed)
+    if is_main_process():
         from peftchat.console import stderr
         from peftchat.reports.run_report import write_summaries
         from peftchat.reports.run_terminal import print_samples, print_summary
@@ -64,13 +65,14 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
         stderr.print(f"Run folder: {loaded.recipe.output_dir}")
 
 
-def _choose(loaded: "LoadedRecipe", placement: "DistributedSetup") -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
+def _choose(loaded: "LoadedRecipe", distributed: "DistributedSetup") -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
     """Settle what the recipe leaves open, and say what was settled: once, for all processes."""
     from peftchat.console import stderr
     from peftchat.planning.auto_settings import resolve_open
+    from peftchat.training.distributed import is_main_process
 
-    chosen, choices = resolve_open(loaded, placement)
-    if os.environ.get("RANK", "0") == "0":
+    chosen, choices = resolve_open(loaded, distributed)
+    if is_main_process():
         for choice in choices:
             stderr.print(f"Chosen: {choice}", markup=False, highlight=False)
     return chosen, choices
@@ -89,11 +91,11 @@ def _refuse_early(loaded: "LoadedRecipe", *, resume: bool) -> None:
     RunFolder(Path(recipe.output_dir)).check_usable(recipe, resume=resume)
 
 
-def _launch(loaded: "LoadedRecipe", placement: "DistributedSetup", arguments: list[str]) -> None:
+def _launch(loaded: "LoadedRecipe", distributed: "DistributedSetup", arguments: list[str]) -> None:
     """Encode the data once, here, where an error is told once; then start the processes."""
     from peftchat.dataset.cache import load_splits
+    from peftchat.training.context import load_chat_format
     from peftchat.training.distributed import launch
-    from peftchat.training.model import chat_format
 
-    load_splits(loaded.recipe, chat_format(loaded.recipe))
-    sys.exit(launch(placement, arguments))
+    load_splits(loaded.recipe, load_chat_format(loaded.recipe))
+    sys.exit(launch(distributed, arguments))

@@ -168,7 +168,7 @@ def loss_profile(
     size = facts.vocabulary + (0 if trains_head else key.new_tokens)
 
     def of_a_chunk(on: str, targets: int) -> int:
-        return chunk_size(targets, size, on, taller=trains_head)
+        return chunk_size(targets, size, on, trains_head=trains_head)
 
     def trace(targets: int) -> LossTrace:
         with fake_mode():

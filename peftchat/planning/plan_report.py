@@ -28,8 +28,8 @@ from peftchat.planning.settings import (
     steps_of,
     steps_per_epoch,
 )
+from peftchat.training.context import load_chat_format
 from peftchat.training.distributed import DistributedSetup
-from peftchat.training.model import chat_format
 
 if TYPE_CHECKING:
     from peftchat.planning.measure import MeasuredRun
@@ -292,7 +292,7 @@ def print_dry_run(loaded: "LoadedRecipe", placement: DistributedSetup) -> None:
     """
     recipe = loaded.recipe
     config = load_config(recipe)
-    chat = chat_format(recipe)
+    chat = load_chat_format(recipe)
     rows = load_splits(recipe, chat)
     workload = dataset_size_of(recipe, chat, rows["train"])
     hardware = this_machine(placement.processes)
@@ -349,19 +349,19 @@ def _chat(recipe: "Recipe", chat: ChatFormat) -> str:
 
 def _data(recipe: "Recipe", stats: EncodingStats, name: str) -> list[tuple[str, str]]:
     text = (
-        f"{format_count(stats.rows)} rows, {format_count(stats.tokens)} tokens, "
+        f"{format_count(stats.examples)} rows, {format_count(stats.tokens)} tokens, "
         f"{format_percent(stats.supervised / stats.tokens)} of them supervised"
     )
     parts = [f"{number} {reason.replace('_', ' ')}" for reason, number in stats.dropped.items()]
     if parts:
         text += f"; left out: {', '.join(parts)}"
-    if stats.shortened:
-        text += f"; {stats.shortened} shortened to {recipe.data.max_length} tokens"
-    if stats.divided:
-        text += f"; {stats.divided} divided into {stats.parts} rows"
-    if stats.lookalikes:
-        text += f"; {stats.lookalikes} look-alikes of special tokens encoded as text"
-    forms = ", ".join(sorted(set(stats.forms.values())))
+    if stats.truncated:
+        text += f"; {stats.truncated} shortened to {recipe.data.max_length} tokens"
+    if stats.split:
+        text += f"; {stats.split} divided into {stats.split_examples} rows"
+    if stats.special_token_text:
+        text += f"; {stats.special_token_text} look-alikes of special tokens encoded as text"
+    forms = ", ".join(sorted(set(stats.formats.values())))
     return [(name, f"{text} ({forms})" if forms else text)]
 
 

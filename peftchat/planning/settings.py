@@ -94,9 +94,9 @@ def read_dataset_size(recipe: "Recipe") -> DatasetSize | str:
 
 def _read(recipe: "Recipe") -> DatasetSize:
     from peftchat.dataset.cache import load_splits
-    from peftchat.training.model import chat_format
+    from peftchat.training.context import load_chat_format
 
-    chat = chat_format(recipe)
+    chat = load_chat_format(recipe)
     return dataset_size_of(recipe, chat, load_splits(recipe, chat)["train"])
 
 

@@ -158,7 +158,7 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
                     writer.write(examples)
                     progress(done + stats.examples + sum(stats.dropped.values()))
             done += stats.examples + sum(stats.dropped.values())
-            stats.formats, stats.notes = dict(log.forms), {**log.notes, **log.skipped}
+            stats.formats, stats.notes = dict(log.formats), {**log.notes, **log.skipped}
             write_text(temporary / f"{split}.json", json.dumps(asdict(stats)))
         temporary.replace(folder)
     except BaseException:

@@ -131,7 +131,7 @@ def check_memory_budget(plan: MergePlan, weights: BaseWeights, working_set: int)
         if need > working_set and (update.whole or not weights.in_blocks(name)):
             raise UserError(
                 f"{name} has to be folded in one piece, which takes {need >> 20:,} MB",
-                where="--working-set",
+                where="--memory-budget",
                 hint=f"Give at least {(need >> 20) + 1}MB.",
             )
 

@@ -72,9 +72,9 @@ def resolve_distributed(loaded: "LoadedRecipe", environment: Mapping[str, str] =
     launched = _launched_processes(environment)
     if launched is not None:
         return _inside_launcher(loaded, launched, gpus)
-    wanted = recipe.distributed.processes
-    processes = wanted if wanted is not None else max(1, gpus)
-    if recipe.distributed.strategy == "single" and wanted is None:
+    requested = recipe.distributed.processes
+    processes = requested if requested is not None else max(1, gpus)
+    if recipe.distributed.strategy == "single" and requested is None:
         processes = 1
     _check_machine(loaded, processes, gpus)
     strategy = _resolve_strategy(recipe, processes * recipe.distributed.nodes)
@@ -155,10 +155,10 @@ def _launched_processes(environment: Mapping[str, str]) -> tuple[int, int] | Non
 def _inside_launcher(loaded: "LoadedRecipe", launched: tuple[int, int], gpus: int) -> DistributedSetup:
     world, local = launched
     recipe = loaded.recipe
-    wanted = recipe.distributed.processes
-    if wanted is not None and wanted * recipe.distributed.nodes != world:
+    requested = recipe.distributed.processes
+    if requested is not None and requested * recipe.distributed.nodes != world:
         raise UserError(
-            f"the recipe asks for {wanted * recipe.distributed.nodes} processes, but the launcher started {world}",
+            f"the recipe asks for {requested * recipe.distributed.nodes} processes, but the launcher started {world}",
             where=loaded.where("distributed", "processes"),
             hint=f"Start as many, or add `--set distributed.processes={local}`.",
         )
@@ -172,9 +172,9 @@ def _inside_launcher(loaded: "LoadedRecipe", launched: tuple[int, int], gpus: in
 
 
 def _resolve_strategy(recipe: "Recipe", world_size: int) -> Strategy:
-    wanted = recipe.distributed.strategy
-    if wanted != "auto":
-        return wanted
+    requested = recipe.distributed.strategy
+    if requested != "auto":
+        return requested
     if world_size == 1:
         return "single"
     # Adapters leave little to shard; full fine-tuning is what ZeRO-3 is for.

@@ -228,7 +228,7 @@ class ChatTrainer(SFTTrainer):
             for first in range(0, len(batches), world):
                 index = first + rank
                 # ZeRO-3 gathers weights in all processes at once, so a process without a batch repeats the last one.
-                batch = collator([packs[place] for place in batches[min(index, len(batches) - 1)]])
+                batch = collator([packs[number] for number in batches[min(index, len(batches) - 1)]])
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     outputs = model(**self._model_inputs(inputs), supervised=True)

@@ -55,11 +55,11 @@ def command(
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
-    from peftchat.serving.chat_model import load_for_chat
+    from peftchat import api
     from peftchat.serving.terminal import Chat, ChatHistory, system_refusal
 
     disable_progress_bar()
-    loaded = load_for_chat(model)
+    loaded = api.load_chat_model(model)
     if system is not None and (refusal := system_refusal(loaded, system)):
         raise UserError(refusal, where="--system")
     if seed is not None:

@@ -101,7 +101,8 @@ def command(
     quiet_libraries()
     import torch
 
-    from peftchat.merging import MergeOptions, merge_run
+    from peftchat import api
+    from peftchat.merging import MergeOptions
 
     options = MergeOptions(
         out=output,
@@ -113,7 +114,7 @@ def command(
         dtype=getattr(torch, dtype) if dtype else None,
         overwrite=overwrite,
     )
-    result = merge_run(run, options)
+    result = api.merge(run, options)
     if as_json:
         click.echo(json.dumps({"folder": str(result.folder), **result.report.as_dict()}))
     else:

@@ -27,6 +27,7 @@ class LoadedRecipe:
     recipe: Recipe
     path: Path
     document: Document
+    overrides: tuple[str, ...] = ()
 
     def where(self, *keys: str | int) -> str:
         """The place of a key, for an error about it: `file:line: a.b.c` or `--set a.b.c`."""
@@ -55,7 +56,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, to_train: bool = T
     if to_train:
         problems += [*missing_dependencies(recipe), *deepspeed_problems(recipe)]
     refuse(problems, document, str(path))
-    return LoadedRecipe(recipe, Path(path), document)
+    return LoadedRecipe(recipe, Path(path), document, tuple(overrides))
 
 
 def _read(path: Path, extending: tuple[Path, ...]) -> Document:

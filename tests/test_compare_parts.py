@@ -115,8 +115,8 @@ def test_budgets_that_are_none_are_refused(text: str) -> None:
 def test_budgets_become_keys_of_the_recipe() -> None:
     assert parse_budget("steps=20").settings == {"training.max_steps": 20}
     tokens, minutes = parse_budget("tokens=2e6").settings, parse_budget("minutes=0.5").settings
-    assert tokens["training.max_tokens"] == 2_000_000 and tokens["training.max_steps"] == -1
-    assert minutes["training.max_minutes"] == 0.5
+    assert tokens["training.max_train_tokens"] == 2_000_000 and tokens["training.max_steps"] == -1
+    assert minutes["training.max_train_minutes"] == 0.5
 
 
 @pytest.mark.parametrize("flag", ["a.b", "a.b=3", "a.b=3..1", "a.b=0..1:log", "a.b=1..2:lin", "a.b=x..y"])
@@ -265,11 +265,11 @@ def test_what_cannot_be_compared_is_refused_first(
 
 
 def test_rows_may_be_held_out_by_a_flag(tmp_path: Path) -> None:
-    path = write_rows_and_recipe(tmp_path, "data: {train: [{path: rows.jsonl}], max_train_rows: 2}\n")
+    path = write_rows_and_recipe(tmp_path, "data: {train: [{path: rows.jsonl}], max_train_samples: 2}\n")
     plan = plan_comparison(CompareOptions(path, ["lora", "full"], [parse_axis("data.eval_fraction=0.25")]))
     for candidate in plan.candidates:
         recipe = plan.run_recipe(TrainingJob(candidate, {LEARNING_RATE: 1e-3}, 7), tmp_path / "run", tmp_path / "data")
-        assert recipe.data.eval_fraction is None and recipe.data.max_train_rows is None
+        assert recipe.data.eval_fraction is None and recipe.data.max_train_samples is None
         assert recipe.data.eval is not None and recipe.data.eval[0].path == str(tmp_path / "data" / "eval.jsonl")
         assert plan.recommended_recipe(candidate, {LEARNING_RATE: 1e-3}).data.eval_fraction == 0.25
 

@@ -133,7 +133,7 @@ def test_long_runs_are_compiled_and_told(tmp_path):
         (1000, {}),
         (LONG, {"torch_compile": "false"}),
         (LONG, {"max_steps": 2}),
-        (LONG, {"max_minutes": 1}),
+        (LONG, {"max_train_minutes": 1}),
         (LONG, {"plain": False}),
         (LONG, {"placement": replace(ALONE, gpus=1)}),
         (LONG, {"placement": replace(ALONE, strategy="zero3", processes=2)}),

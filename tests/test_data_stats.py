@@ -224,7 +224,7 @@ def test_code_and_bad_rows_are_counted(tmp_path: Path) -> None:
     assert part["problem_examples"]["not_json"][0].startswith(f"{source}:3: ")
     assert (part["records"], part["conversations"]) == (4, 2)
     table = run(source)
-    assert f"{source}:4" in table.stdout.replace("\n", "") and "unusable rows" in table.stdout
+    assert f"{source}:4" in table.stdout.replace("\n", "") and "invalid records" in table.stdout
 
 
 def test_the_page_is_whole_and_needs_nothing(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_the_page_is_whole_and_needs_nothing(tmp_path: Path) -> None:
     text = page.read_text()
     assert "<b>.jsonl" not in text and "&lt;b&gt;.jsonl" in text
     assert "http" not in text and "<script" not in text
-    assert text.count("<svg") == 4 and "50 conversations word for word" in text
+    assert text.count("<svg") == 4 and "50 identical conversations" in text
 
 
 @pytest.mark.parametrize(

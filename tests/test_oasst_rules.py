@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversations_helpers import split_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftchat.conversations import ProblemLog, ReadOptions, read_conversations, split_eval
+from peftchat.conversations import ProblemLog, ReadOptions, read_conversations
 from peftchat.conversations.formats.oasst import RULES
 from peftchat.errors import UserError
 
@@ -66,7 +67,9 @@ def oracle(trees: list[Tree], languages: tuple[str, ...], top_k: int | None) -> 
 
 
 def read(path: Path, languages: tuple[str, ...] = (), top_k: int | None = None, **options: Any) -> list[Conversation]:
-    stream = read_conversations(path, format="oasst", options=ReadOptions(languages=languages, top_k=top_k), **options)
+    stream = read_conversations(
+        path, format="oasst", options=ReadOptions(languages=languages, oasst_top_k=top_k), **options
+    )
     return [tuple((message.role, message.content) for message in found.messages) for found in stream]
 
 

@@ -94,7 +94,7 @@ def test_a_run_in_bfloat16_uses_it(method: str, tmp_path: Path) -> None:
     done = peftchat("train", str(recipe))
     assert done.returncode == 0, done.stderr
     summary = read_json(tmp_path / "run" / "run.json")
-    assert summary["attention"] == "per_dialogue"
+    assert summary["attention"] == "varlen"
     assert summary["padding_fraction"] == 0
     assert summary["memory_bytes"]["optimizer"] >= 2 * summary["memory_bytes"]["trained_weights"]
     assert sum(summary["memory_bytes"].values()) == summary["peak_memory_bytes"]

@@ -66,7 +66,14 @@ def test_no_folder_of_the_author_is_told() -> None:
 
 def test_limits_come_from_the_run() -> None:
     limits = card(train_examples=200, eval_loss=None, epochs=9.0).split("## Limits")[1]
-    for words in ("only 200 conversations", "No held-out", "about 9 times", "10 rows", "&lt;s&gt;", "did not move"):
+    for words in (
+        "only 200 conversations",
+        "No held-out",
+        "about 9 times",
+        "were dropped",
+        "&lt;s&gt;",
+        "did not move",
+    ):
         assert words in limits
     calm = card(new_tokens=[], dropped={}, special_token_text=0, samples_after=[]).split("## Limits")[1]
     assert calm.count("\n- ") == 1

@@ -166,7 +166,7 @@ def test_a_bad_row_is_named_with_its_line_and_the_rest_is_read(tmp_path: Path, r
     with pytest.raises(UserError) as caught:
         turns(path, [good, row, good, row, row])
     assert caught.value.where == f"{path}:2"
-    assert "2 more problems" in caught.value.what
+    assert "2 more problems" in caught.value.message
 
 
 def test_every_kind_of_problem_is_described() -> None:
@@ -202,7 +202,9 @@ def test_strict_reading_gives_nothing_from_behind_the_problem(tmp_path: Path) ->
 def test_the_list_of_formats_names_every_form_once() -> None:
     names = [name for name, _ in list_formats()]
     assert names[0] == "auto"
-    assert sorted(names[1:]) == sorted(["messages", "sharegpt", "alpaca", "prompt_completion", "guanaco", "oasst"])
+    assert sorted(names[1:]) == sorted(
+        ["messages", "sharegpt", "alpaca", "prompt_completion", "guanaco", "oasst", "chatgpt_export"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_an_unknown_tracker(tmp_path: Path, files: dict[str, Path]) -> None:
 def test_special_text_where_it_is_forbidden(tmp_path: Path, files: dict[str, Path]) -> None:
     turns = [{"role": "user", "content": "say <|end|>"}, {"role": "assistant", "content": "no"}]
     files["data"].write_text(json.dumps({"messages": turns}) + "\n")
-    assert "special token" in refused(tmp_path, files, chat={"special_text": "refuse"})
+    assert "special token" in refused(tmp_path, files, chat={"special_token_text": "error"})
 
 
 def test_an_error_in_many_processes_is_told_once(tmp_path: Path, files: dict[str, Path]) -> None:

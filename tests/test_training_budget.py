@@ -27,7 +27,7 @@ def train(recipe: Path, *flags: str, resume: bool = False) -> tuple[dict[str, An
 
 
 def test_a_token_budget_ends_with_the_step_that_uses_it_up(recipe: Path) -> None:
-    summary, lines = train(recipe, "training.max_tokens=1500")
+    summary, lines = train(recipe, "training.max_train_tokens=1500")
     rates = [line["learning_rate"] for line in lines if "loss" in line]
     assert summary["steps"] == len(rates)
     assert 1500 <= summary["tokens"] < 1500 + 2 * 128
@@ -42,24 +42,24 @@ def test_a_token_budget_ends_with_the_step_that_uses_it_up(recipe: Path) -> None
 
 def test_a_resumed_run_has_only_the_rest_of_its_budget(recipe: Path) -> None:
     saving = ["training.save_strategy=steps", "training.save_steps=1"]
-    first, _ = train(recipe, "training.max_tokens=600", *saving)
-    both, lines = train(recipe, "training.max_tokens=1500", *saving, resume=True)
+    first, _ = train(recipe, "training.max_train_tokens=600", *saving)
+    both, lines = train(recipe, "training.max_train_tokens=1500", *saving, resume=True)
     assert 600 <= first["tokens"] < 1500 <= both["tokens"] < 1500 + 2 * 128
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, both["steps"] + 1))
 
 
 def test_minutes_are_those_of_training(recipe: Path) -> None:
-    summary, _ = train(recipe, "training.max_minutes=0.01")
+    summary, _ = train(recipe, "training.max_train_minutes=0.01")
     slowest = 2.0
     assert 0.6 <= summary["seconds"] < 0.6 + slowest
     assert summary["steps"] < 50 * 12
 
 
 def test_steps_may_end_a_run_before_its_budget(recipe: Path) -> None:
-    summary, _ = train(recipe, "training.max_steps=2", "training.max_tokens=1000000")
+    summary, _ = train(recipe, "training.max_steps=2", "training.max_train_tokens=1000000")
     assert summary["steps"] == 2
 
 
 def test_a_warm_up_in_steps_is_refused(recipe: Path) -> None:
-    with pytest.raises(UserError, match="share below 1"):
-        load_recipe(recipe, ["training.max_tokens=1000", "training.warmup_steps=10"])
+    with pytest.raises(UserError, match="fraction below 1"):
+        load_recipe(recipe, ["training.max_train_tokens=1000", "training.warmup_steps=10"])

@@ -19,7 +19,7 @@ from peftchat.dataset.cache import EncodedSplit, encode_splits
 from peftchat.dataset.truncation import Truncated, TruncationSide, rounds, truncate_to_fit
 from peftchat.recipe import load_recipe
 
-CUTS: tuple[TruncationSide, ...] = ("turns", "turns_leading", "split")
+CUTS: tuple[TruncationSide, ...] = ("turns", "drop_first_turns", "split")
 _WORDS = st.lists(st.sampled_from(["one", "two", "three", "\n", "日本", "12", "  "]), min_size=1, max_size=12).map(
     " ".join
 )
@@ -86,7 +86,7 @@ def test_the_first_or_last_exchanges_that_fit_are_kept(
     }
     for cut, ranges in (
         ("turns", [(0, count) for count in range(len(parts), 0, -1)]),
-        ("turns_leading", [(count, len(parts)) for count in range(len(parts))]),
+        ("drop_first_turns", [(count, len(parts)) for count in range(len(parts))]),
     ):
         fitted = cut_up(system, parts, limit, cut)  # type: ignore[arg-type]
         best = next((one for one in ranges if lengths[one] <= limit), None)
@@ -136,7 +136,7 @@ def test_exchanges_begin_with_the_user(conversation: tuple[list[Message], list[l
 def test_a_question_without_an_answer_is_no_row(cut: TruncationSide) -> None:
     parts = [[Message("user", "one"), Message("assistant", "two")], [Message("user", "three " * 50)]]
     fitted = cut_up([], parts, 30, cut)
-    kept = [] if cut == "turns_leading" else [stock_ids(parts[0])]
+    kept = [] if cut == "drop_first_turns" else [stock_ids(parts[0])]
     assert [row.ids.tolist() for row in fitted.examples] == kept
 
 
@@ -160,7 +160,7 @@ def rows_of(tmp_path: Path, truncation: str, max_length: int) -> EncodedSplit:
 
 @pytest.mark.parametrize(
     ("truncation", "rows", "shortened", "cut", "divided", "parts"),
-    [("turns", 2, 1, 2, 0, 0), ("turns_leading", 2, 1, 3, 0, 0), ("split", 3, 1, 1, 1, 2), ("drop", 1, 0, 0, 0, 0)],
+    [("turns", 2, 1, 2, 0, 0), ("drop_first_turns", 2, 1, 3, 0, 0), ("split", 3, 1, 1, 1, 2), ("drop", 1, 0, 0, 0, 0)],
 )
 def test_every_cut_is_counted(
     tmp_path: Path, truncation: str, rows: int, shortened: int, cut: int, divided: int, parts: int

@@ -80,7 +80,7 @@ def prepare(
         format=format_name,
         split=split,
         languages=languages,
-        top_k=top_k,
+        oasst_top_k=top_k,
         eval_fraction=eval_fraction,
         seed=seed,
         strict=strict,

@@ -99,7 +99,7 @@ def _number(limit: int | Literal["all"] | None, default: int | Literal["all"]) -
 def _write_page(page: Path, name: str, report: "MaskReport", limit: int | Literal["all"] | None) -> None:
     from peftchat.reports.mask_render import write_mask_page
 
-    available = len(report.rows.store)
+    available = len(report.examples.store)
     number = _number(limit, _EXAMPLES_ON_PAGE)
     shown = available if number is None else min(number, available)
     if shown > _MAX_EXAMPLES_ON_PAGE:

@@ -45,7 +45,7 @@ class Budget:
         """The recipe keys that set this length."""
         if self.kind == "steps":
             return {"training.max_steps": int(self.amount)}
-        key = "training.max_tokens" if self.kind == "tokens" else "training.max_minutes"
+        key = "training.max_train_tokens" if self.kind == "tokens" else "training.max_train_minutes"
         amount = int(self.amount) if self.kind == "tokens" else float(self.amount)
         return {"training.max_steps": -1, "training.num_train_epochs": _UNLIMITED_EPOCHS, key: amount}
 
@@ -108,7 +108,7 @@ def _round_lr(rate: float) -> float:
 _NUM_EVALUATIONS = 6
 """Evaluations during a run if the recipe does not set them."""
 
-_DATA_KEYS = ("data.train", "data.eval", "data.max_train_rows", "data.max_eval_rows")
+_DATA_KEYS = ("data.train", "data.eval", "data.max_train_samples", "data.max_eval_samples")
 """Keys that select the data; the runs read the selected conversations from files."""
 
 
@@ -198,7 +198,7 @@ class ComparePlan:
         }
         requested = {**_shared_settings(self.options), **self._evaluation_settings(), **job.candidate.settings}
         settings = {key: value for key, value in requested.items() if not key.startswith(_DATA_KEYS)}
-        settings |= {"data.max_train_rows": None, "data.max_eval_rows": None, **files}
+        settings |= {"data.max_train_samples": None, "data.max_eval_samples": None, **files}
         settings |= {**job.settings, "training.seed": job.seed, "output_dir": str(output_dir)}
         return load_recipe(self.options.recipe, override_flags(settings)).recipe
 
@@ -265,7 +265,7 @@ def _check_candidate(plan: ComparePlan, candidate: Candidate) -> None:
             plan.recommended_recipe(candidate, settings)
             plan.run_recipe(TrainingJob(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
         except UserError as error:
-            raise UserError(error.what, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
+            raise UserError(error.message, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
 
 
 def _shared_settings(options: CompareOptions) -> dict[str, object]:
@@ -292,7 +292,7 @@ def _known_steps(recipe: "Recipe") -> int | None:
     training = recipe.training
     if training.max_steps > 0:
         return training.max_steps
-    if training.max_tokens is None:
+    if training.max_train_tokens is None:
         return None
     examples = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    return math.ceil(training.max_tokens / (examples * recipe.data.max_length)) if recipe.data.packing else None
+    return math.ceil(training.max_train_tokens / (examples * recipe.data.max_length)) if recipe.data.packing else None

@@ -101,7 +101,7 @@ class ComparisonFolder:
 
 def _check_same(file: Path, text: str) -> None:
     # Loading and dumping adds keys that are newer than the file.
-    before = dump_recipe(load_recipe(file, to_train=False).recipe)
+    before = dump_recipe(load_recipe(file, to_train=False, upgrade=True).recipe)
     old, new = _flat(before), _flat(text)
     for key in sorted(old.keys() | new.keys()):
         if key != "output_dir" and old.get(key) != new.get(key):

@@ -79,7 +79,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
     """Evaluate one run, or the base model alone."""
     from peftchat.recipe import load_recipe
 
-    recipe = load_recipe(request.recipe, to_train=False).recipe
+    recipe = load_recipe(request.recipe, to_train=False, upgrade=True).recipe
     text = request.general_text.read_text(encoding="utf-8")
     if request.run is None:
         return Evaluation(general_loss=_finite(_base_loss(recipe, text)))
@@ -124,7 +124,7 @@ def _merge(run: Path, recipe: "Recipe") -> tuple[MergeResult, str]:
     try:
         result = merge_run(run, MergeOptions(out=out, overwrite=True))
     except UserError as error:
-        return "not mergeable", error.what
+        return "not mergeable", error.message
     except VerificationError as error:
         return "differs", str(error).partition(" The result is in")[0]
     finally:

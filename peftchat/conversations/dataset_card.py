@@ -1,4 +1,4 @@
-"""The card: what became of every row, in numbers a program can read and sentences a person can."""
+"""The dataset card: how many records were read, kept, changed and left out, and why."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -43,8 +43,8 @@ class Card:
         settings: what was asked for.
         formats: input file -> format it was read as.
         records: records read.
-        oasst: messages, trees and paths of OpenAssistant exports; empty for other forms.
-        problems: rows in quarantine by kind.
+        oasst: messages, trees and paths of OpenAssistant exports; empty for other formats.
+        problems: records in quarantine by kind.
         examples: the first problems of each kind, as `file:line: detail`.
         skipped: what was left out by rule.
         trimmed: conversations that lost a user turn at their end.
@@ -86,8 +86,8 @@ class Card:
 
 
 def funnel(card: Card) -> Iterator[tuple[str, int]]:
-    """The way from rows to conversations, a line a step: what, how many."""
-    yield "rows read", card.records
+    """The way from records to conversations, a line a step: what, how many."""
+    yield "records read", card.records
     yield from _oasst_steps(card.oasst, card.skipped)
     for kind, count in card.problems.items():
         yield f"in quarantine: {KINDS[kind]}", -count
@@ -115,8 +115,8 @@ def _oasst_steps(oasst: Mapping[str, int], skipped: Mapping[str, int]) -> Iterat
 def card_text(card: Card) -> str:
     """The card as Markdown."""
     lines = [f"# Data from {card.source}", ""]
-    lines += [f"Read as {form}: `{file}`" for file, form in card.formats.items()]
-    lines += ["", "| what became of the rows | count |", "| --- | ---: |"]
+    lines += [f"Read as {data_format}: `{file}`" for file, data_format in card.formats.items()]
+    lines += ["", "| step | count |", "| --- | ---: |"]
     lines += [f"| {what} | {count:,} |" for what, count in funnel(card)]
     lines += ["", "| file | conversations | messages | answers | characters |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, side in (("train.jsonl", card.train), ("eval.jsonl", card.eval)):

@@ -177,7 +177,7 @@ def conversations(recipe: "Recipe", split: Split, log: ProblemLog) -> Iterator[C
         splitter = fit_split(read_sources(data.train, seed), data.eval_fraction, seed)
         everything = read_sources(data.train, seed, problems=log)
         selected = (conversation for conversation in everything if splitter.is_eval(conversation) == (split == "eval"))
-    return itertools.islice(selected, data.max_train_rows if split == "train" else data.max_eval_rows)
+    return itertools.islice(selected, data.max_train_samples if split == "train" else data.max_eval_samples)
 
 
 def _check(recipe: "Recipe", split: Split, stats: EncodingStats) -> None:

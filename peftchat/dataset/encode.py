@@ -101,7 +101,7 @@ def encode_conversations(
     """
     loss_mask = loss_mask_table(recipe.chat.loss_on)
     for batch, examples in _encode_ahead(encoder, conversations):
-        if recipe.chat.special_text == "refuse" and examples.lookalikes.any():
+        if recipe.chat.special_token_text == "error" and examples.lookalikes.any():
             raise _special_token_text(examples.sources[int(examples.lookalikes.argmax())])
         if examples.lengths.max() > recipe.data.max_length:
             examples = _fit_max_length(recipe, encoder, batch, examples, stats)
@@ -158,11 +158,11 @@ def _fit_max_length(
         if len(example.ids) <= limit:
             kept.append(example)
             continue
-        if policy == "refuse":
+        if policy == "error":
             raise UserError(
                 f"the conversation has {len(example.ids)} tokens, and data.max_length is {limit}",
                 where=conversation.source or None,
-                hint="Raise data.max_length, or set data.truncation: turns, turns_leading, split or drop.",
+                hint="Raise data.max_length, or set data.truncation: turns, drop_first_turns, split or drop.",
             )
         if policy == "drop":
             stats.count_dropped("too_long", conversation.source)
@@ -186,11 +186,11 @@ def _keep_trainable(
     for example, trainable in zip(examples, has_targets, strict=True):
         if trainable:
             kept.append(example)
-        elif recipe.chat.empty_rows == "refuse":
+        elif recipe.chat.untrainable_examples == "error":
             raise UserError(
                 f"the conversation has no token to train on by chat.loss_on: {recipe.chat.loss_on}",
                 where=example.source or None,
-                hint="Remove the conversation, or set chat.empty_rows: drop.",
+                hint="Remove the conversation, or set chat.untrainable_examples: drop.",
             )
         else:
             stats.count_dropped("nothing_to_learn", example.source)
@@ -199,7 +199,7 @@ def _keep_trainable(
 
 def _special_token_text(source: str) -> UserError:
     return UserError(
-        "a message has text spelled like a special token, and chat.special_text is `refuse`",
+        "a message has text spelled like a special token, and chat.special_token_text is `error`",
         where=source or None,
-        hint="Remove the text, or set chat.special_text: text to train on it as ordinary text.",
+        hint="Remove the text, or set chat.special_token_text: escape to train on it as ordinary text.",
     )

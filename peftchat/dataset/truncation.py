@@ -13,7 +13,7 @@ from peftchat.chat_template.encoder import ChatEncoder
 from peftchat.chat_template.examples import EncodedExample
 from peftchat.conversation import Conversation, Message
 
-TruncationSide = Literal["turns", "turns_leading", "split"]
+TruncationSide = Literal["turns", "drop_first_turns", "split"]
 
 Round = tuple[Message, ...]
 
@@ -59,7 +59,7 @@ def truncate_to_fit(
         full: its encoding in full.
         encoder: encodes the shorter conversations.
         limit: most tokens of an example.
-        cut: `turns` keeps the first rounds, `turns_leading` the last ones. `split` keeps all of them in several
+        cut: `turns` keeps the first rounds, `drop_first_turns` the last ones. `split` keeps all of them in several
             examples, and loses only rounds that are too long by themselves.
     """
     system, parts = rounds(conversation)

@@ -296,7 +296,7 @@ def open_adapter_source(folder: Path) -> AdapterSource:
     if not folder.is_dir():
         raise UserError("no such folder", where=str(folder))
     run = RunFolder(folder)
-    recipe = load_recipe(run.recipe, to_train=False) if run.is_run else None
+    recipe = load_recipe(run.recipe, to_train=False, upgrade=True) if run.is_run else None
     if recipe is not None and recipe.recipe.method == "full":
         raise UserError(
             "this run trained every weight, so there is nothing to merge",

@@ -38,7 +38,7 @@ def end_ids(eos_token_id: int | Iterable[int] | None) -> list[int]:
     return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
 
-VARLEN = "per_dialogue"
+VARLEN = "varlen"
 """The attention of `peftchat.models.varlen_attention`, by the name it has in recipes and in transformers' registry."""
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")

@@ -34,7 +34,7 @@ _SMALLEST_SHARE = 0.75
 
 
 def register(longest: int) -> None:
-    """Make the implementation known to transformers as `per_dialogue`.
+    """Make the implementation known to transformers as `varlen`.
 
     Args:
         longest: tokens of the longest conversation. Attention windows of at least that many never close.

@@ -54,7 +54,7 @@ def choose_auto_settings(
     Returns:
         The complete settings, and the chosen ones.
     """
-    rows = recipe.training.rows_per_step
+    rows = recipe.training.global_batch_size
     auto_settings = []
     if rows is not None:
         # A batch of one decides whether checkpointing is needed.
@@ -140,7 +140,7 @@ def resolve_auto_settings(
     """
     recipe = loaded.recipe
     training = recipe.training
-    if training.gradient_checkpointing is not None and training.rows_per_step is None:
+    if training.gradient_checkpointing is not None and training.global_batch_size is None:
         return loaded, ()
     _check_divisible(loaded, distributed.world_size)
     hardware = this_machine(distributed.processes)
@@ -149,11 +149,11 @@ def resolve_auto_settings(
         recipe, planner, settings_for(recipe, hardware, None, distributed), hardware.memory
     )
     values: dict[str, Any] = {"gradient_checkpointing": settings.checkpointing}
-    if training.rows_per_step is not None:
+    if training.global_batch_size is not None:
         values |= {
             "per_device_train_batch_size": settings.batch,
             "gradient_accumulation_steps": settings.accumulation,
-            "rows_per_step": None,
+            "global_batch_size": None,
         }
     complete = recipe.model_copy(update={"training": training.model_copy(update=values)})
     return replace(loaded, recipe=complete), auto_settings
@@ -161,10 +161,10 @@ def resolve_auto_settings(
 
 def _check_divisible(loaded: "LoadedRecipe", processes: int) -> None:
     """Check that the examples of a step can be divided evenly among the processes."""
-    rows = loaded.recipe.training.rows_per_step
+    rows = loaded.recipe.training.global_batch_size
     if rows is not None and rows % processes:
         raise UserError(
             f"{rows} examples per step cannot be divided among {processes} processes",
-            where=loaded.where("training", "rows_per_step"),
+            where=loaded.where("training", "global_batch_size"),
             hint=f"Use a multiple of {processes}.",
         )

@@ -75,7 +75,7 @@ def _probe_recipe(recipe: "Recipe", folder: Path) -> "Recipe":
             "train": (type(recipe.data.train[0])(path=str(folder / "conversations.jsonl")),),
             "eval": None,
             "eval_fraction": None,
-            "max_train_rows": None,
+            "max_train_samples": None,
         }
     )
     training = recipe.training.model_copy(

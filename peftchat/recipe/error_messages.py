@@ -14,7 +14,30 @@ from peftchat.recipe.schema import Recipe, options_of
 from peftchat.strict_model import StrictModel
 from peftchat.variants import VARIANTS
 
+FORMER_KEYS: Mapping[tuple[str, str], str] = {
+    ("chat", "special_text"): "special_token_text",
+    ("chat", "empty_rows"): "untrainable_examples",
+    ("data", "max_train_rows"): "max_train_samples",
+    ("data", "max_eval_rows"): "max_eval_samples",
+    ("training", "rows_per_step"): "global_batch_size",
+    ("training", "max_tokens"): "max_train_tokens",
+    ("training", "max_minutes"): "max_train_minutes",
+}
+"""(section, key of an older version) -> the key today."""
+
+FORMER_SOURCE_KEYS: Mapping[str, str] = {"top_k": "oasst_top_k"}
+"""Key of an older version in an entry of `data.train` or `data.eval` -> the key today."""
+
+FORMER_VALUES: Mapping[Keys, Mapping[str, str]] = {
+    ("model", "attention"): {"per_dialogue": "varlen"},
+    ("chat", "special_token_text"): {"text": "escape", "refuse": "error"},
+    ("chat", "untrainable_examples"): {"refuse": "error"},
+    ("data", "truncation"): {"turns_leading": "drop_first_turns", "refuse": "error"},
+}
+"""Key -> the value of an older version -> the value today."""
+
 RENAMED: Mapping[str, str] = {
+    **{former: f"{section}.{key}" for (section, former), key in FORMER_KEYS.items()},
     "evaluation_strategy": "training.eval_strategy",
     "num_epochs": "training.num_train_epochs",
     "epochs": "training.num_train_epochs",
@@ -38,9 +61,7 @@ RENAMED: Mapping[str, str] = {
     "datasets": "data.train",
     "dataset_name": "data.train",
     "val_set_size": "data.eval_fraction",
-    "max_samples": "data.max_train_rows",
-    "max_train_samples": "data.max_train_rows",
-    "max_eval_samples": "data.max_eval_rows",
+    "max_samples": "data.max_train_samples",
     "base_model": "model.name",
     "model_name_or_path": "model.name",
     "model_id": "model.name",
@@ -284,6 +305,8 @@ def _mapping_hint(keys: Keys, given: object) -> str | None:
 
 
 def _not_allowed(keys: Keys, given: object, expected: str) -> Problem:
+    if (current := FORMER_VALUES.get(keys, {}).get(str(given))) is not None:
+        return Problem(keys, f"`{given}` is called `{current}` here")
     allowed = [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
     near = get_close_matches(str(given), allowed, n=1, cutoff=0.5)
     choices = ", ".join(f"`{word}`" for word in allowed)
@@ -359,8 +382,9 @@ def _unknown(keys: Keys, given: object, adapter: type[StrictModel] | None) -> Pr
     if name in UNSUPPORTED_KEYS:
         what = f"`{name}` is a known setting that peftchat does not pass on"
         return Problem(keys, what, UNSUPPORTED_KEYS[name])
-    if name in RENAMED:
-        return Problem(keys, f"`{name}` is called `{RENAMED[name]}` here")
+    current = RENAMED.get(name) or (FORMER_SOURCE_KEYS.get(name) if isinstance(keys[-2:][0], int) else None)
+    if current:
+        return Problem(keys, f"`{name}` is called `{current}` here")
     if homes:
         return Problem(keys, "unknown key", _belongs(name, homes[0], keys))
     near = get_close_matches(name, valid, n=1)

@@ -75,7 +75,7 @@ def _taken_over(options: type[AdapterSection], key: str) -> bool:
 LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 """The learning rate of each method where the recipe gives none."""
 
-OWN_KEYS = ("max_tokens", "max_minutes", "rows_per_step", "torch_compile")
+OWN_KEYS = ("max_train_tokens", "max_train_minutes", "global_batch_size", "torch_compile")
 """The keys that transformers does not know, or that are not left to it."""
 
 
@@ -110,26 +110,26 @@ class TrainingSection(StrictModel):
         -1, description="Stop after this many optimizer steps; beats `num_train_epochs`. -1 trains by epochs."
     )
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
-    max_tokens: int | None = Field(
+    max_train_tokens: int | None = Field(
         None,
         ge=1,
         description="Also stop after this many tokens, padding not counted. The learning rate then follows the share "
         "that is used up.",
     )
-    max_minutes: float | None = Field(
+    max_train_minutes: float | None = Field(
         None,
         gt=0,
-        description="Also stop after so many minutes of training; evaluating and saving do not count. The learning "
+        description="Also stop after this many minutes of training; evaluating and saving do not count. The learning "
         "rate then follows the share that is used up.",
     )
-    rows_per_step: int | None = Field(
+    global_batch_size: int | None = Field(
         None,
         ge=1,
-        description="Rows (packs, with `data.packing`) in one optimizer step of all processes together. Given instead "
+        description="Examples (packs, with `data.packing`) per optimizer step, over all processes. Given instead "
         "of the next key and `gradient_accumulation_steps`, which then follow from memory and a token budget.",
     )
     per_device_train_batch_size: int = Field(
-        2, ge=1, description="Rows (packs, with `data.packing`) in one forward pass of one process."
+        2, ge=1, description="Examples (packs, with `data.packing`) in one forward pass of one process."
     )
     per_device_eval_batch_size: int = Field(2, ge=1, description="The same for evaluation.")
     gradient_accumulation_steps: int = Field(
@@ -168,7 +168,7 @@ class TrainingSection(StrictModel):
         "start. Without it: on a CPU with a C++ compiler if the run is long.",
     )
     seed: int = Field(42, ge=0, description="Seed of adapter weights, dropout, and the split by `data.eval_fraction`.")
-    data_seed: int | None = Field(None, ge=0, description="Seed of the order of rows. Without it `seed` is used.")
+    data_seed: int | None = Field(None, ge=0, description="Seed of the order of examples. Without it `seed` is used.")
     save_strategy: SaveStrategy = Field(
         "steps",
         description="When to write a checkpoint that `--resume` can go on from. The final model is always saved.",
@@ -179,7 +179,7 @@ class TrainingSection(StrictModel):
     )
     eval_strategy: EvalStrategy = Field(
         "epoch",
-        description="When to evaluate on the held-out rows. Giving `eval_steps` alone means `steps`.",
+        description="When to evaluate on the held-out examples. Giving `eval_steps` alone means `steps`.",
     )
     eval_steps: int | None = Field(
         None, ge=1, description="Optimizer steps between evaluations. Without it `logging_steps` is used."
@@ -195,7 +195,7 @@ class TrainingSection(StrictModel):
     dataloader_num_workers: int = Field(
         0,
         ge=0,
-        description="Extra processes that prepare batches. Rows are encoded beforehand, so 0 rarely waits.",
+        description="Extra processes that prepare batches. Examples are encoded in advance, so 0 rarely waits.",
     )
 
     @model_validator(mode="before")
@@ -211,7 +211,7 @@ class TrainingSection(StrictModel):
 class Recipe(StrictModel):
     """What the user asks for. `adapter` and `quantization` are set exactly where `method` uses them."""
 
-    model: ModelSection = Field(description="The base model and how it is held in memory.", examples=["{name: MODEL}"])
+    model: ModelSection = Field(description="The base model and how it is loaded.", examples=["{name: MODEL}"])
     method: Method = Field(
         description="What is trained: all weights (`full`), an adapter (`lora`), or an adapter on a "
         "quantized base (`qlora`)."
@@ -222,7 +222,7 @@ class Recipe(StrictModel):
     quantization: QuantizationSection | None = Field(None, description="The quantized base, for `qlora`.")
     chat: ChatSection = Field(
         ChatSection(),
-        description="How a conversation becomes tokens, and which of them are learned.",
+        description="How a conversation becomes tokens, and which of them are trained.",
     )
     data: DataSection = Field(
         description="What the model is trained and evaluated on.",

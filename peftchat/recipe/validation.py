@@ -105,10 +105,10 @@ def invalid_combinations(recipe: Recipe) -> Iterator[Problem]:
     if training.warmup_steps > 1 and not training.warmup_steps.is_integer():
         what = f"a number of steps must be whole, got {training.warmup_steps}"
         yield Problem(("training", "warmup_steps"), what, "Below 1 it is a share of all steps.")
-    budgets = [key for key in ("max_tokens", "max_minutes") if getattr(training, key) is not None]
+    budgets = [key for key in ("max_train_tokens", "max_train_minutes") if getattr(training, key) is not None]
     if budgets and training.warmup_steps > 1:
-        what = f"with `{budgets[0]}` the schedule follows the budget, and a warm-up in steps has no place in it"
-        yield Problem(("training", "warmup_steps"), what, "Give a share below 1 such as 0.03.")
+        what = f"must be a fraction when `{budgets[0]}` sets the run length, got {training.warmup_steps:g}"
+        yield Problem(("training", "warmup_steps"), what, "Give a fraction below 1 such as 0.03.")
     if 0 < training.max_steps < training.warmup_steps:
         what = f"the warm-up ({training.warmup_steps:g} steps) is longer than the run ({training.max_steps})"
         hint = "Lower it, or give a share below 1 such as 0.03."
@@ -139,8 +139,8 @@ def _of_the_variant(recipe: Recipe) -> Iterator[Problem]:
         hint = "Use `method: qlora`" if base == "unquantized" else "Use `method: lora`"
         what = f"`{variant.name}` does not work on {held}: {variant.why_not(base)}"
         yield Problem(("adapter", "variant"), what, f"{hint}, or another variant (`peftchat variants`).")
-    if variant.name == "adalora" and (recipe.training.max_tokens or recipe.training.max_minutes):
-        key = "max_tokens" if recipe.training.max_tokens else "max_minutes"
+    if variant.name == "adalora" and (recipe.training.max_train_tokens or recipe.training.max_train_minutes):
+        key = "max_train_tokens" if recipe.training.max_train_tokens else "max_train_minutes"
         what = "`adalora` moves its ranks by a schedule over steps, and this budget does not say how many there are"
         yield Problem(("training", key), what, "Give `max_steps` or `num_train_epochs`.")
     strategy: str = recipe.distributed.strategy
@@ -216,10 +216,10 @@ def _optimizer(recipe: Recipe) -> Iterator[Conflict]:
     if training.lr_scheduler_type == "constant":
         why = "a `constant` schedule has no warm-up; `constant_with_warmup` does"
         yield Conflict(("training", "warmup_steps"), ("training", "lr_scheduler_type"), why)
-    if training.rows_per_step is not None:
-        why = "it follows from `rows_per_step`"
+    if training.global_batch_size is not None:
+        why = "it follows from `global_batch_size`"
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            yield Conflict(("training", key), ("training", "rows_per_step"), why)
+            yield Conflict(("training", key), ("training", "global_batch_size"), why)
     if not training.gradient_checkpointing:
         because = ("training", "gradient_checkpointing")
         why = "`gradient_checkpointing` is not switched on"
@@ -252,7 +252,7 @@ def _evaluation(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict(("training", "eval_steps"), ("training", "eval_strategy"), why)
         return
     why = "there is nothing to evaluate on: give `data.eval` or `data.eval_fraction`"
-    keys: list[Keys] = [("data", "max_eval_rows"), ("training", "eval_steps")]
+    keys: list[Keys] = [("data", "max_eval_samples"), ("training", "eval_steps")]
     if training.eval_strategy != "no":
         keys.append(("training", "eval_strategy"))
     if training.eval_on_start:

@@ -26,8 +26,8 @@ _MAY_CHANGE = {
     "training": {
         "max_steps",
         "num_train_epochs",
-        "max_tokens",
-        "max_minutes",
+        "max_train_tokens",
+        "max_train_minutes",
         "save_strategy",
         "save_steps",
         "save_total_limit",
@@ -42,7 +42,7 @@ _MAY_CHANGE = {
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
         "torch_compile",
-        "rows_per_step",
+        "global_batch_size",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
     },
@@ -254,7 +254,7 @@ class RunFolder:
 
     def _check_same_recipe(self, recipe: "Recipe") -> None:
         """Check that the run is resumed with the recipe it was started with."""
-        before = load_recipe(self.recipe, to_train=False).recipe
+        before = load_recipe(self.recipe, to_train=False, upgrade=True).recipe
         old, new = (_fixed_settings(one.model_dump(mode="json")) for one in (before, _as_saved(recipe)))
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
@@ -283,6 +283,6 @@ def _fixed_settings(values: dict[str, Any]) -> dict[str, Any]:
     training = values["training"]
     # An optimizer step may be cut into micro-batches differently, but its batch size must stay.
     examples = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
-    if training["rows_per_step"] is None:
+    if training["global_batch_size"] is None:
         flat["training: batch size per process and optimizer step"] = examples
     return flat

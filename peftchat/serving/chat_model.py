@@ -136,12 +136,12 @@ def _check_folder(name: str) -> None:
     try:
         check_model_folder(name)
     except UserError as error:
-        raise UserError(error.what, where=name, hint=error.hint) from error
+        raise UserError(error.message, where=name, hint=error.hint) from error
 
 
 def _recipe_of(folder: Path) -> Recipe | None:
     path = RunFolder(folder).recipe
-    return load_recipe(path, to_train=False).recipe if path.is_file() else None
+    return load_recipe(path, to_train=False, upgrade=True).recipe if path.is_file() else None
 
 
 def _trusts(folder: Path) -> bool:

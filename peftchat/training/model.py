@@ -258,9 +258,9 @@ def _min_training_seconds(
         examples = training.per_device_train_batch_size * training.gradient_accumulation_steps * distributed.world_size
         length = recipe.data.max_length if recipe.data.packing else stats.tokens / stats.examples
         tokens = training.max_steps * examples * length
-    if training.max_tokens is not None:
-        tokens = min(tokens, training.max_tokens)
+    if training.max_train_tokens is not None:
+        tokens = min(tokens, training.max_train_tokens)
     flops_per_weight = 4 if isinstance(built.model, PeftModel) else 6
     flops = flops_per_weight * count_parameters(built.causal_model) * tokens
     seconds = flops / (_FAST_CORE_FLOPS * (os.cpu_count() or 1))
-    return min(seconds, training.max_minutes * 60) if training.max_minutes is not None else seconds
+    return min(seconds, training.max_train_minutes * 60) if training.max_train_minutes is not None else seconds

@@ -185,7 +185,7 @@ class Throughput:
 
 
 class BudgetCallback(TrainerCallback):
-    """Stops training when `training.max_tokens` or `training.max_minutes` is used up, resumed parts included.
+    """Stop training when `max_train_tokens` or `max_train_minutes` is used up, resumed parts included.
 
     The learning-rate schedule covers all steps of the recipe, and a budget may end the run long before the last one.
     The schedule is therefore evaluated at the used share of the budget, so that it always reaches its end.
@@ -197,8 +197,8 @@ class BudgetCallback(TrainerCallback):
 
     def __init__(self, gather_counts: Callable[[], TokenCounts], training: "TrainingSection") -> None:
         self._gather_counts = gather_counts
-        self._tokens = training.max_tokens
-        self._seconds = None if training.max_minutes is None else 60.0 * training.max_minutes
+        self._tokens = training.max_train_tokens
+        self._seconds = None if training.max_train_minutes is None else 60.0 * training.max_train_minutes
         self._used = 0.0
 
     def on_train_begin(
@@ -252,7 +252,7 @@ def _unwrapped(schedule: Any) -> Any:
 
 def has_budget(training: "TrainingSection") -> bool:
     """Whether a number of tokens or minutes ends the run."""
-    return training.max_tokens is not None or training.max_minutes is not None
+    return training.max_train_tokens is not None or training.max_train_minutes is not None
 
 
 def peak_memory_bytes() -> int:

@@ -1,4 +1,4 @@
-"""A `.json` file: one array of rows, or rows one after the other, read in pieces."""
+"""A `.json` file: one array of records, or records one after the other, read in pieces."""
 
 import codecs
 import json

@@ -15,7 +15,7 @@ _KEPT_OF_LONG_LINE = 4096
 
 
 def read_jsonl(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
-    """The objects of a `.jsonl` or `.jsonl.gz` file; blank lines are not rows.
+    """The objects of a `.jsonl` or `.jsonl.gz` file; blank lines are not records.
 
     Memory is bounded by `max_record_bytes`, whatever the file holds.
     """
@@ -66,8 +66,8 @@ def explain_json_error(where: str, line: bytes, error: ValueError) -> Problem:
 
 
 def not_an_object(where: str, value: object) -> Problem:
-    """The problem of a row that is a JSON list, text or number."""
-    return Problem(where, "not_an_object", f"a row must be a JSON object, this is a {type(value).__name__}")
+    """The problem of a record that is a JSON list, text or number."""
+    return Problem(where, "not_an_object", f"a record must be a JSON object, this is a {type(value).__name__}")
 
 
 def _too_long(where: str, limit: int) -> Problem:

@@ -147,7 +147,7 @@ def test_vllm_serves_a_plain_adapter_beside_its_base(tmp_path: Path) -> None:
     run = save_adapter_run(tmp_path / "base", tmp_path / "run", in_format(byte_level()), r=12)
     verdict = vllm_support(str(run))
     assert verdict.command is None
-    assert verdict.reasons[0] == "vLLM does not load adapters that bring rows for new tokens"
+    assert verdict.reasons[0] == "vLLM does not load adapters with embeddings of new tokens"
     assert "peftchat merge" in verdict.reasons[-1]
     config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
     (run / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": None}), encoding="utf-8")

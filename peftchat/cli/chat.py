@@ -60,7 +60,7 @@ def command(
         raise UserError(refusal, where="--system")
     if seed is not None:
         set_seed(seed)
-    chat = Chat(loaded, apply_sampling(loaded.generation, sampling), ChatHistory(system), as_json)
+    chat = Chat(loaded, apply_sampling(loaded.generation_config, sampling), ChatHistory(system), as_json)
     if question is None:
         chat.loop()
     elif chat.ask(question).finish == "interrupted":

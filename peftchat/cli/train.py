@@ -79,11 +79,11 @@ def _choose(loaded: "LoadedRecipe", placement: "DistributedSetup") -> "tuple[Loa
 def _refuse_early(loaded: "LoadedRecipe", *, resume: bool) -> None:
     """What can be known in the first second is said in the first second."""
     from peftchat.conversations.readers import find_files
-    from peftchat.models.loading import check_model_folder
+    from peftchat.models.source import ModelSource
     from peftchat.runs.run_folder import RunFolder
 
     recipe = loaded.recipe
-    check_model_folder(recipe.model.name)
+    ModelSource.of_recipe(recipe).check_weights()
     for entry in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(entry.path, entry.split)
     RunFolder(Path(recipe.output_dir)).check(recipe, resume=resume)

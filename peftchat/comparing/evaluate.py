@@ -68,12 +68,13 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base_loss(recipe: "Recipe", text: str) -> float:
-    from peftchat.models.loading import load_base, load_tokenizer
+    from peftchat.models.loading import load_base
+    from peftchat.models.source import ModelSource
     from peftchat.serving.chat_model import best_device
 
     plain = recipe.model_copy(update={"quantization": None})
     model: Any = load_base(plain, dtype=recipe.model.dtype).to(best_device())
-    return plain_loss(model.eval(), load_tokenizer(recipe), text)
+    return plain_loss(model.eval(), ModelSource.of_recipe(recipe).tokenizer(), text)
 
 
 def _look(run: Path, recipe: "Recipe", text: str, questions: list[str]) -> tuple[float, list[dict[str, Any]]]:
@@ -83,7 +84,7 @@ def _look(run: Path, recipe: "Recipe", text: str, questions: list[str]) -> tuple
 
     chat = load_for_chat(str(run))
     loss = plain_loss(chat.model, chat.tokenizer, text)
-    chat.model.generation_config = chat.generation
+    chat.model.generation_config = chat.generation_config
     return loss, [asdict(answer) for answer in sample_answers(chat.model, chat_format(recipe), questions)]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from peftchat.errors import UserError, VerificationError
 from peftchat.export.architectures import Architecture, architecture_of, rope_factors
-from peftchat.export.source import ExportSource, read_source_config
+from peftchat.export.export_source import ExportSource
 from peftchat.export.vocabulary import read_vocabulary
 from peftchat.merging.byte_progress import ByteProgress
 from peftchat.merging.safetensors_io import SafetensorsCheckpoint, TensorEntry, read_rows
@@ -87,12 +87,12 @@ def write_gguf(source: ExportSource, path: Path, type_name: str | None = None) -
         VerificationError: what is on disk is not what was written.
     """
     require_gguf()
-    tokenizer = source.tokenizer()
-    # Before a merge, which may take long: what llama.cpp cannot have is refused at once.
-    architecture = architecture_of(source.base_config(), str(source.folder))
-    read_vocabulary(tokenizer, len(tokenizer), str(source.folder))
-    weights = source.weights()
-    config, checkpoint = read_source_config(weights), SafetensorsCheckpoint.open(weights)
+    tokenizer = source.model.tokenizer()
+    # Checked before a merge or a download, which may take long.
+    architecture = architecture_of(source.model.config().get_text_config(), source.model.where)
+    read_vocabulary(tokenizer, len(tokenizer), source.model.where)
+    full_model = source.full_model()
+    config, checkpoint = full_model.config().get_text_config(), SafetensorsCheckpoint.open(full_model.path)
     type_name = type_name or _stored_type(checkpoint)
     tensors = list(_tensors(checkpoint, config, architecture, type_name))
     adds_start = _adds_start(tokenizer)
@@ -105,7 +105,7 @@ def write_gguf(source: ExportSource, path: Path, type_name: str | None = None) -
     architecture.describe(writer, config)
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     writer.add_vocab_size(rows)
-    read_vocabulary(tokenizer, rows, str(source.folder)).write(writer)
+    read_vocabulary(tokenizer, rows, source.model.where).write(writer)
     _write_special_ids(writer, tokenizer, adds_start=adds_start)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

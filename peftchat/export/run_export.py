@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftchat.errors import UserError
+from peftchat.export.export_source import ExportSource
 from peftchat.export.gguf import WrittenGguf, write_gguf
 from peftchat.export.ollama import modelfile, read_frames
-from peftchat.export.source import ExportSource, open_source
 from peftchat.files import write_text
 from peftchat.models.loading import end_ids
 
@@ -34,8 +34,8 @@ def export_gguf(path: str, options: ExportOptions) -> WrittenGguf:
         VerificationError: what is on disk is not what was written.
     """
     _refuse_existing(options.out, options)
-    source = open_source(path)
-    out = options.out or source.home / _file_name(source, options)
+    source = ExportSource.open(path)
+    out = options.out or source.folder / _file_name(source, options)
     _refuse_existing(out, options)
     return write_gguf(source, out, options.type)
 
@@ -48,12 +48,12 @@ def export_ollama(path: str, options: ExportOptions) -> WrittenGguf:
         VerificationError: what is on disk is not what was written.
     """
     _refuse_existing(options.out, options)
-    source = open_source(path)
-    folder = options.out or source.home / "ollama"
+    source = ExportSource.open(path)
+    folder = options.out or source.folder / "ollama"
     _refuse_existing(folder, options)
-    tokenizer = source.tokenizer()
-    frames = read_frames(tokenizer, str(source.folder))
-    generation = source.generation()
+    tokenizer = source.model.tokenizer()
+    frames = read_frames(tokenizer, source.model.where)
+    generation = source.model.generation_config()
     ends = end_ids(generation.eos_token_id) or end_ids(tokenizer.eos_token_id)
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends)]
     # Made before the weights are written: what it refuses is refused at once.

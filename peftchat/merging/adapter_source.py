@@ -4,7 +4,6 @@ Everything not named here folds: either by a rule of its own or by PEFT's own `m
 """
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 
 import torch
 
-from peftchat.errors import UserError
+from peftchat.errors import UserError, first_line
 from peftchat.merging.empty_model import EmptyModel, ParameterSlot
 from peftchat.merging.qlora_base import Quantization
 from peftchat.merging.safetensors_io import read_header
-from peftchat.recipe.load import LoadedRecipe, load_recipe
+from peftchat.models.source import ADAPTER_CONFIG, LOAD_ERRORS, MISFIT_ERRORS, ModelKind, ModelSource
+from peftchat.recipe import LoadedRecipe
 
 _PROMPTS = "it trains vectors that are put before the prompt, not weights"
 _GATED = "what it adds depends on the input, so no fixed weights do the same"
@@ -79,7 +79,6 @@ def refuse_unmergeable(config: Any, where: str) -> None:
         raise UserError("it repeats layers of the base, which peft does not merge either", where=where)
 
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER = "default"
 _ROOT = "base_model.model."
@@ -122,21 +121,21 @@ class AdapterWeights:
 
 
 def read_adapter_config(folder: Path) -> Any:
-    """The adapter's PEFT config.
+    """Read the adapter's PEFT config.
 
     Raises:
-        UserError: there is none, it cannot be read, or its method cannot be folded.
+        UserError: there is none, it cannot be read, or its method cannot be merged.
     """
     from peft import PeftConfig
 
-    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"no {ADAPTER_CONFIG_NAME} here", where=str(folder), hint="Name a run folder or a PEFT adapter."
+            f"the folder has no {ADAPTER_CONFIG}", where=str(folder), hint="Name a run folder or a PEFT adapter."
         )
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(folder / ADAPTER_CONFIG_NAME)) from error
+    except LOAD_ERRORS as error:
+        raise UserError(f"the file cannot be read: {first_line(error)}", where=str(folder / ADAPTER_CONFIG)) from error
     refuse_unmergeable(config, str(folder))
     return config
 
@@ -197,7 +196,7 @@ def install_adapter(hollow: EmptyModel, config: Any, folder: Path) -> AdapterWei
         saved = _saved_whole(state, hollow)
         state = {key: value for key, value in state.items() if _base_name(key) not in saved}
         result = set_peft_model_state_dict(model, state, low_cpu_mem_usage=mapped)
-    except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+    except MISFIT_ERRORS as error:
         raise _misfit(folder, str(error)) from error
     _check_keys(result, model, folder, hollow.ties)
     model.eval()
@@ -266,105 +265,69 @@ _RUN_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """A trained adapter.
+    """A trained adapter and the base that it was trained on.
 
     Attributes:
-        folder: the run folder.
+        model: the adapter's folder.
         config: the adapter's PEFT config.
-        base: hub id or folder of the base.
-        revision: of a hub id.
-        quantization: how the base was held while training; None if it was not quantized.
+        base: the base model.
+        quantization: how the base was quantized in training; None if it was not.
         recipe: the run's recipe; None for a bare adapter.
     """
 
-    folder: Path
+    model: ModelSource
     config: Any
-    base: str
-    revision: str | None
-    trust_remote_code: bool
+    base: ModelSource
     quantization: Quantization | None
     recipe: LoadedRecipe | None
 
+    @classmethod
+    def open(cls, folder: Path) -> "AdapterSource":
+        """Read a run folder and check its adapter's file.
 
-def open_adapter_source(folder: Path) -> AdapterSource:
-    """Read a run folder and check its adapter's file.
-
-    Raises:
-        UserError: not a run folder, a run of method `full`, or an adapter that is damaged or cannot be folded.
-    """
-    if not folder.is_dir():
-        raise UserError("no such folder", where=str(folder))
-    recipe = load_recipe(folder / "recipe.yaml", to_train=False) if (folder / "recipe.yaml").is_file() else None
-    if recipe is not None and recipe.recipe.method == "full":
-        raise UserError(
-            "this run trained every weight, so there is nothing to merge",
-            where=str(folder),
-            hint="The run folder is already a model: `peftchat chat RUN` and every other tool load it as it is.",
-        )
-    if not (folder / ADAPTER_CONFIG_NAME).is_file() and (folder / "config.json").is_file():
-        raise UserError(
-            "this is a model, not an adapter: there is nothing to merge",
-            where=str(folder),
-            hint="Use it as it is, or name the run folder that holds the adapter.",
-        )
-    config = read_adapter_config(folder)
-    check_weights(folder)
-    if recipe is None:
-        return AdapterSource(folder, config, _base_of(config, folder), config.revision, False, None, None)
-    model, section = recipe.recipe.model, recipe.recipe.quantization
-    quantization = None
-    if recipe.recipe.method == "qlora" and section is not None:
-        quantization = Quantization(section.bits, section.type, section.double, _RUN_DTYPES[model.dtype])
-    return AdapterSource(folder, config, model.name, model.revision, model.trust_remote_code, quantization, recipe)
-
-
-def _base_of(config: Any, folder: Path) -> str:
-    if not config.base_model_name_or_path:
-        raise UserError(
-            "the adapter does not say which base it belongs to",
-            where=str(folder / ADAPTER_CONFIG_NAME),
-            hint="Set base_model_name_or_path there.",
-        )
-    return str(config.base_model_name_or_path)
-
-
-def find_base(name: str, revision: str | None) -> Path:
-    """The folder of a base model: `name` itself, or the hub's snapshot, fetched if it is not here.
-
-    Raises:
-        UserError: neither a folder nor a hub model that can be had.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if Path(name).is_dir():
-        return Path(name)
-    hint = "Check the name, and that the base is where it was when the run was trained."
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.py"]))
-    except HFValidationError as error:
-        raise UserError("the base model is not there", where=name, hint=hint) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the base model cannot be fetched: {reason}", where=name, hint=hint) from error
-
-
-def base_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The base's transformers config.
-
-    Raises:
-        UserError: none there, unreadable, or of a base that is stored quantized.
-    """
-    from transformers import AutoConfig
-
-    where = folder / "config.json"
-    try:
-        if "quantization_config" in json.loads(where.read_text(encoding="utf-8")):
+        Raises:
+            UserError: not a run folder, a run of method `full`, or an adapter that is damaged or cannot be merged.
+        """
+        source = ModelSource.open(str(folder), local=True)
+        recipe = source.recipe()
+        if recipe is not None and recipe.recipe.method == "full":
             raise UserError(
-                "the base is stored quantized, and folding an adapter needs its full weights",
-                where=str(where),
-                hint="Set `model.name` of the recipe to the 16-bit model it was made from.",
+                "this run trained every weight, so there is nothing to merge",
+                where=str(folder),
+                hint="The run folder is already a model: `peftchat chat RUN` and every other tool load it as it is.",
             )
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no usable model config: {str(error).splitlines()[0]}", where=str(where)) from error
+        if source.kind is ModelKind.FULL:
+            raise UserError(
+                "this is a model, not an adapter, so there is nothing to merge",
+                where=str(folder),
+                hint="Use it as it is, or name the run folder that holds the adapter.",
+            )
+        source.require_model()
+        config = read_adapter_config(folder)
+        check_weights(folder)
+        quantization = None
+        if recipe is not None and recipe.recipe.method == "qlora" and recipe.recipe.quantization is not None:
+            section, dtype = recipe.recipe.quantization, _RUN_DTYPES[recipe.recipe.model.dtype]
+            quantization = Quantization(section.bits, section.type, section.double, dtype)
+        return cls(source, config, source.base(), quantization, recipe)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run or the adapter."""
+        return self.model.path
+
+
+def unquantized_config(base: ModelSource) -> Any:
+    """Return the base's transformers config.
+
+    Raises:
+        UserError: it cannot be loaded, or the base is stored quantized.
+    """
+    config = base.config()
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            "the base is stored quantized, and a merge needs its full weights",
+            where=base.where,
+            hint="Set `model.name` of the recipe to the 16-bit model it was made from.",
+        )
+    return config

@@ -139,7 +139,7 @@ def _report(job: MergeJob, options: MergeOptions, resumed: int, started: float) 
     before = job.base.config.get_text_config().vocab_size
     named = [member for member in job.members if not member.is_rows]
     return MergeReport(
-        base=job.run.base,
+        base=job.run.base.name,
         adapters=[(str(member.folder), member.weight) for member in named],
         method=[str(member.config.peft_type).rpartition(".")[2].lower() for member in named],
         choice=job.choice,

@@ -12,7 +12,8 @@ import torch
 from peftchat.errors import UserError, VerificationError
 from peftchat.merging.merge_plan import MergePlan
 from peftchat.merging.qlora_base import SelectedBase
-from peftchat.merging.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsCheckpoint
+from peftchat.merging.safetensors_io import SafetensorsCheckpoint
+from peftchat.models.source import GENERATION_CONFIG, MODEL_CONFIG, WEIGHTS, WEIGHTS_INDEX
 
 _TOKENIZER = (
     "tokenizer.json",
@@ -28,19 +29,17 @@ _TOKENIZER = (
     "chat_template.jinja",
 )
 
-_GENERATION = "generation_config.json"
-CONFIG_NAME = "config.json"
 _HIDDEN_CONFIG = "config.unproved.json"
 """The config's name until the merge is proved: no loader takes a folder without `config.json` for a model."""
 
 
 def write_index(folder: Path, plan: MergePlan) -> None:
     """The index of the shards; a single `model.safetensors` needs none."""
-    if tuple(plan.shards) == (SINGLE_NAME,):
+    if tuple(plan.shards) == (WEIGHTS,):
         return
     weight_map = {tensor.spec.name: file for file, tensors in plan.shards.items() for tensor in tensors}
     index = {"metadata": {"total_size": plan.bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_companions(
@@ -65,16 +64,16 @@ def write_companions(
             shutil.copyfile(source, folder / name)
     for code in base.glob("*.py"):
         shutil.copyfile(code, folder / code.name)
-    generation = next((side / _GENERATION for side in (run, base) if (side / _GENERATION).is_file()), None)
+    generation = next((side / GENERATION_CONFIG for side in (run, base) if (side / GENERATION_CONFIG).is_file()), None)
     if generation is not None:
-        shutil.copyfile(generation, folder / _GENERATION)
+        shutil.copyfile(generation, folder / GENERATION_CONFIG)
         for name, value in _special_ids(generation).items():
             setattr(config, name, value)
     if untied:
         config.tie_word_embeddings = False
     config.dtype = dtype
     config.save_pretrained(folder)
-    (folder / CONFIG_NAME).rename(folder / _HIDDEN_CONFIG)
+    (folder / MODEL_CONFIG).rename(folder / _HIDDEN_CONFIG)
 
 
 def read_model_config(folder: Path) -> Any:
@@ -86,7 +85,7 @@ def read_model_config(folder: Path) -> Any:
 
 def make_loadable(folder: Path) -> None:
     """Give `config.json` its name, which makes the folder a model."""
-    (folder / _HIDDEN_CONFIG).rename(folder / CONFIG_NAME)
+    (folder / _HIDDEN_CONFIG).rename(folder / MODEL_CONFIG)
 
 
 def _special_ids(generation: Path) -> dict[str, Any]:

@@ -12,12 +12,10 @@ from peftchat.merging.adapter_source import (
     ADAPTER_WEIGHTS_NAME,
     AdapterSource,
     AdapterWeights,
-    base_config,
     check_weights,
-    find_base,
     install_adapter,
-    open_adapter_source,
     read_adapter_config,
+    unquantized_config,
     vocabulary_needed,
 )
 from peftchat.merging.base_weights import BaseWeights, RoundTrip
@@ -119,7 +117,7 @@ def prepare(folder: Path, options: MergeOptions) -> MergeJob:
     Raises:
         UserError: whatever is wrong with run, base, adapters or options.
     """
-    run = open_adapter_source(folder)
+    run = AdapterSource.open(folder)
     members = [MergeAdapter(folder, run.config, options.scale), *_added_tokens_beside(folder, options.scale)]
     for other, weight in options.adapters:
         config = read_adapter_config(other)
@@ -163,10 +161,11 @@ def _added_tokens_beside(folder: Path, weight: float) -> list[MergeAdapter]:
 
 
 def _open_base(run: AdapterSource, members: list[MergeAdapter]) -> MergeBase:
-    folder = find_base(run.base, run.revision)
-    config = base_config(folder, run.trust_remote_code)
+    config = unquantized_config(run.base)
+    run.base.check_weights()
+    folder = run.base.download()
     rows = max(vocabulary_needed(member.config, member.folder) for member in members)
-    return MergeBase(folder, config, SafetensorsCheckpoint.open(folder), rows, run.trust_remote_code)
+    return MergeBase(folder, config, SafetensorsCheckpoint.open(folder), rows, bool(run.base.trust_remote_code))
 
 
 def _deltas(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from peftchat.errors import UserError
+from peftchat.models.source import WEIGHTS, WEIGHTS_INDEX
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -124,8 +125,6 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -237,15 +236,15 @@ class SafetensorsCheckpoint:
             UserError: no safetensors weights, a missing or damaged shard, or an index that names a tensor that no
                 shard holds.
         """
-        index = folder / INDEX_NAME
+        index = folder / WEIGHTS_INDEX
         if index.is_file():
             weight_map = _read_index(index)
             files = tuple(dict.fromkeys(weight_map.values()))
-        elif (folder / SINGLE_NAME).is_file():
-            weight_map, files = {}, (SINGLE_NAME,)
+        elif (folder / WEIGHTS).is_file():
+            weight_map, files = {}, (WEIGHTS,)
         else:
             raise UserError(
-                "no safetensors weights here",
+                f"the folder has no safetensors weights ({WEIGHTS} or its index)",
                 where=str(folder),
                 hint="Save the model once with transformers' save_pretrained, which writes them.",
             )

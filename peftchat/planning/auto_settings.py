@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftchat.errors import UserError
 from peftchat.formatting import format_bytes
-from peftchat.models.loading import load_config
+from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.planner import Planner, largest_batch
 from peftchat.planning.settings import PlanSettings, settings_on
@@ -137,7 +137,7 @@ def resolve_open(
         return loaded, ()
     _check_rows(loaded, placement.world_size)
     hardware = this_machine(placement.processes)
-    planner = Planner(load_config(recipe, need_weights=False), recipe)
+    planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
     settings, choices = choose_open_settings(
         recipe, planner, settings_on(recipe, hardware, None, placement), hardware.memory
     )

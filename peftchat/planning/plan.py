@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftchat.models.loading import load_config
+from peftchat.models.source import ModelSource
 from peftchat.planning.auto_settings import choose_open_settings
 from peftchat.planning.hardware import Hardware
 from peftchat.planning.memory import MemoryPlan
@@ -178,7 +178,7 @@ def plan_training(
     """
     found = read_dataset_size(recipe) if read_data else "not asked for"
     workload = found if isinstance(found, DatasetSize) else None
-    planner = Planner(load_config(recipe, need_weights=False), recipe)
+    planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
     room = hardware.memory
     settings, choices = choose_open_settings(recipe, planner, settings_on(recipe, hardware, workload), room)
     memory = planner.memory(settings)

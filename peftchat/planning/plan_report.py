@@ -16,7 +16,7 @@ from peftchat.console import stdout
 from peftchat.dataset.cache import EncodedSplit, load_splits
 from peftchat.dataset.encode import EncodingStats
 from peftchat.formatting import format_bytes, format_count, format_duration, format_percent, format_short_count
-from peftchat.models.loading import load_config
+from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.memory import PARTS
 from peftchat.planning.planner import Planner
@@ -291,7 +291,9 @@ def print_dry_run(loaded: "LoadedRecipe", placement: DistributedSetup) -> None:
         UserError: whatever training would raise before its first step, short of loading the weights.
     """
     recipe = loaded.recipe
-    config = load_config(recipe)
+    source = ModelSource.of_recipe(recipe)
+    source.check_weights()
+    config = source.config()
     chat = chat_format(recipe)
     rows = load_splits(recipe, chat)
     workload = dataset_size_of(recipe, chat, rows["train"])

@@ -123,8 +123,8 @@ def generate_answer(
         UserError: the last message does not fit into the model's context.
     """
     started = monotonic()
-    room = min(settings.max_new_tokens, chat.context // 2)
-    prompt = chat.prompts.fit(messages, chat.context - room)
+    room = min(settings.max_new_tokens, chat.context_length // 2)
+    prompt = chat.prompts.fit(messages, chat.context_length - room)
     ends, turns = chat.stop_ids, chat.prompts.turn_ids
     writer = _Writer(chat.tokenizer, ends | turns, on_text)
     interrupted = False

@@ -118,7 +118,7 @@ class SlashCommands:
         _say(f"System prompt: {rest}" if rest else "The system prompt is left to the model's template.")
 
     def _tokens(self, rest: str) -> None:
-        context = self._chat.context
+        context = self._chat.context_length
         # The frame of the next question counts: it is what the model will read.
         used = len(self._chat.prompts.encode(self._conversation.asked("")).ids)
         exchanges = sum(message.role == "user" for message in self._conversation.turns)

@@ -18,8 +18,9 @@ from peftchat.formatting import format_duration
 from peftchat.models import varlen_attention as per_dialogue
 from peftchat.models.added_tokens import EmbeddingSnapshot, attach_added_tokens, resize_embeddings, snapshot_embeddings
 from peftchat.models.compiled import compile_layers, missing_compiler
-from peftchat.models.loading import VARLEN, end_ids, load_base, load_tokenizer
+from peftchat.models.loading import VARLEN, end_ids, load_base
 from peftchat.models.peft_model import add_adapter, cast_trainable, freeze_layers
+from peftchat.models.source import ModelSource
 from peftchat.models.zero import is_zero3
 from peftchat.runs.run_summary import AutoSetting
 from peftchat.training.distributed import DistributedSetup, weight_dtype
@@ -175,7 +176,7 @@ class TrainableModel:
 
 def chat_format(recipe: "Recipe") -> ChatFormat:
     """The recipe's tokenizer in the recipe's chat format."""
-    return make_format(recipe.chat.template, recipe.chat.system, load_tokenizer(recipe))
+    return make_format(recipe.chat.template, recipe.chat.system, ModelSource.of_recipe(recipe).tokenizer())
 
 
 def build_model(

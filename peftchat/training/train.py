@@ -246,11 +246,11 @@ def _start_processes(placement: DistributedSetup) -> None:
 
 def _row_elements(recipe: "Recipe", chat: ChatFormat) -> int:
     """Elements of the new tokens' rows, which ZeRO-3 must leave whole."""
-    from peftchat.models.loading import load_config
+    from peftchat.models.source import ModelSource
 
     if not chat.new_tokens:
         return 0
-    config = load_config(recipe).get_text_config()
+    config = ModelSource.of_recipe(recipe).config().get_text_config()
     beyond = max(token.id for token in chat.new_tokens) + 1 - int(config.vocab_size)
     return max(len(chat.new_tokens), beyond) * int(config.hidden_size)
 

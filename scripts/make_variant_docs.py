@@ -103,7 +103,7 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
         )
         loaded = load_recipe(work / "recipe.yaml")
         try:
-            told = run_training(loaded, resolve_distributed(loaded), TrainOptions())
+            told = run_training(loaded, resolve_distributed(loaded), TrainOptions()).model_dump()
         except VerificationError as error:
             if "diverged" in str(error):
                 continue

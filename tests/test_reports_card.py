@@ -23,13 +23,14 @@ from transformers import (
 from peftchat.chat_template.templates import starchat
 from peftchat.reports import run_terminal as summary
 from peftchat.reports.model_card import model_card
+from peftchat.runs.run_summary import RunSummary
 
 TOKENS = ["<|system|>", "<|assistant|>", "<|user|>", "<|end|>"]
 BASE_ROWS = 48
 
 
 def card(recipe: str = RECIPE, **run_json: Any) -> str:
-    return model_card({**RUN_JSON, **run_json}, recipe)
+    return model_card(RunSummary.model_validate({**RUN_JSON, **run_json}), recipe)
 
 
 def python_of(text: str) -> str:
@@ -64,10 +65,10 @@ def test_no_folder_of_the_author_is_told() -> None:
 
 
 def test_limits_come_from_the_run() -> None:
-    limits = card(rows=200, eval_loss=None, epochs=9.0).split("## Limits")[1]
+    limits = card(train_examples=200, eval_loss=None, epochs=9.0).split("## Limits")[1]
     for words in ("only 200 conversations", "No held-out", "about 9 times", "10 rows", "&lt;s&gt;", "did not move"):
         assert words in limits
-    calm = card(new_tokens=[], dropped={}, special_text=0, samples_after=[]).split("## Limits")[1]
+    calm = card(new_tokens=[], dropped={}, special_token_text=0, samples_after=[]).split("## Limits")[1]
     assert calm.count("\n- ") == 1
 
 
@@ -157,7 +158,7 @@ def test_the_code_for_a_quantized_base_is_python(bits: str) -> None:
 def test_the_summary_shows_what_there_is(facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     text = io.StringIO()
     monkeypatch.setattr(summary, "stderr", Console(file=text, width=90))
-    summary.print_summary(json.loads(json.dumps(facts)))
+    summary.print_summary(RunSummary.model_validate_json(json.dumps(facts)))
     shown = text.getvalue()
     assert "None" not in shown
     if facts.get("steps"):

@@ -22,7 +22,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def train(recipe: Path, *flags: str, resume: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     loaded = load_recipe(recipe, ["training.learning_rate=0.01", "distributed.strategy=single", *flags])
-    summary = run_training(loaded, resolve_distributed(loaded), TrainOptions(resume=resume))
+    summary = run_training(loaded, resolve_distributed(loaded), TrainOptions(resume=resume)).model_dump()
     return summary, read_json_lines(Path(loaded.recipe.output_dir) / "metrics.jsonl")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import read_json, small_model, write_conversations
+from training_helpers import small_model, write_conversations
 from transformers import AutoModelForCausalLM
 from variants_helpers import held_out_loss, method_of, stock_variant, train_variant
 
@@ -171,9 +171,11 @@ def test_an_adapter_that_brings_its_rows_beside_it_names_both_in_its_card(
     stories: Path, conversations: tuple[Path, Path], tmp_path: Path
 ) -> None:
     from peftchat.reports.model_card import model_card
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.runs.run_summary import RunSummary
 
     train_variant("ia3", stories, *conversations, tmp_path / "run")
-    card = model_card(read_json(tmp_path / "run" / "run.json"), (tmp_path / "run" / "recipe.yaml").read_text())
+    card = model_card(RunSummary.read(RunFolder(tmp_path / "run")), (tmp_path / "run" / "recipe.yaml").read_text())
     assert 'PeftModel.from_pretrained(model, f"{run}/token_rows").merge_and_unload()' in card
 
 

@@ -33,7 +33,7 @@ def train_variant(
     sections["training"] = {"learning_rate": rate, "max_steps": 4, **sections.get("training", {})}
     recipe = write_recipe(run.parent / f"{run.name}.yaml", base, conversations, held_out, run, **sections)
     loaded = load_recipe(recipe)
-    return run_training(loaded, resolve_distributed(loaded), TrainOptions(resume=resume))
+    return run_training(loaded, resolve_distributed(loaded), TrainOptions(resume=resume)).model_dump()
 
 
 def stock_variant(run: Path, base: Path, quantization: Any = None) -> Any:

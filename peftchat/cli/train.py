@@ -53,7 +53,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     # Standard output is for data; DeepSpeed prints to it while it compiles.
     with contextlib.redirect_stdout(sys.stderr):
         summary = run_training(loaded, placement, TrainOptions(resume, questions, command_line, choices))
-    if summary:
+    if os.environ.get("RANK", "0") == "0":
         from peftchat.console import stderr
         from peftchat.reports.run_report import write_summaries
         from peftchat.reports.run_terminal import print_samples, print_summary
@@ -86,7 +86,7 @@ def _refuse_early(loaded: "LoadedRecipe", *, resume: bool) -> None:
     ModelSource.of_recipe(recipe).check_weights()
     for entry in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(entry.path, entry.split)
-    RunFolder(Path(recipe.output_dir)).check(recipe, resume=resume)
+    RunFolder(Path(recipe.output_dir)).check_usable(recipe, resume=resume)
 
 
 def _launch(loaded: "LoadedRecipe", placement: "DistributedSetup", arguments: list[str]) -> None:

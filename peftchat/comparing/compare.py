@@ -28,6 +28,7 @@ from peftchat.dataset.cache import conversations
 from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe
+from peftchat.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
@@ -236,7 +237,7 @@ class _Work:
         run = self._folder.run(job.name)
         text = dump_recipe(self._plan.recipe_of(job, run, self._folder.data))
         file = self._folder.recipe(job.name)
-        kept = (run / "run.json").is_file()
+        kept = RunFolder(run).is_finished
         self._folder.check_unchanged(file, text, run)
         write_text(file, text)
         failure = None
@@ -247,10 +248,10 @@ class _Work:
                 lambda: self._overview.watch(job, run),
             )
         # It is written when everything else is: what went wrong after it does not touch the run.
-        if (run / "run.json").is_file():
+        if RunFolder(run).is_finished:
             record = read_run_result(job, run)
             # They are many, large, and of no use to a finished run.
-            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            shutil.rmtree(RunFolder(run).checkpoints, ignore_errors=True)
         else:
             record = RunResult(job, failure=failure)
         self._overview.ended(record, kept=kept)
@@ -281,7 +282,7 @@ class _Evaluate:
         return self._measured("base", "the base", None).plain_loss
 
     def _measured(self, name: str, title: str, run: Path | None) -> Evaluation:
-        recipe = self._folder.base if run is None else run / "recipe.yaml"
+        recipe = self._folder.base if run is None else RunFolder(run).recipe
         request = {
             "run": None if run is None else str(run),
             "recipe": str(recipe),

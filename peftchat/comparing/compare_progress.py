@@ -15,7 +15,7 @@ from peftchat.comparing.outcomes import RunResult
 from peftchat.console import stderr
 from peftchat.errors import UserError
 from peftchat.formatting import format_clock, format_decimal, format_duration
-from peftchat.runs.metrics_file import MetricsFile
+from peftchat.runs.run_folder import RunFolder
 
 
 class CompareProgress:
@@ -51,7 +51,7 @@ class CompareProgress:
             return
         readings = ""
         try:
-            lines = MetricsFile(run / "metrics.jsonl").read()
+            lines = RunFolder(run).metrics.read()
         except UserError:
             lines = []
         for line in reversed(lines):

@@ -11,8 +11,8 @@ from typing import Any
 from peftchat.comparing.candidates import Candidate, Settings
 from peftchat.comparing.compare_plan import TrainingJob
 from peftchat.comparing.hyperparameter_search import RATE
-from peftchat.runs.metrics_file import MetricsFile
-from peftchat.runs.run_summary import read_run_json, weights_size
+from peftchat.runs.run_folder import RunFolder
+from peftchat.runs.run_summary import RunSummary
 
 _T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -104,23 +104,23 @@ def read_run_result(job: TrainingJob, run: Path) -> RunResult:
     Raises:
         UserError: the folder holds no finished run.
     """
-    facts = read_run_json(run)
-    loss = facts.get("eval_loss")
-    if not isinstance(loss, int | float) or not math.isfinite(loss):
+    folder = RunFolder(run)
+    summary = RunSummary.read(folder)
+    loss = summary.eval_loss
+    if loss is None or not math.isfinite(loss):
         return RunResult(job, failure=f"the held-out loss is {loss}")
-    lines = MetricsFile(run / "metrics.jsonl").read()
     return RunResult(
         job,
         loss=loss,
-        loss_before=facts.get("eval_loss_before"),
-        steps=facts["steps"],
-        tokens=facts["tokens"],
-        seconds=facts["seconds"],
-        tokens_per_second=facts["tokens_per_second"] or 0.0,
-        peak_memory_bytes=facts["peak_memory_bytes"],
-        trainable_parameters=facts["trainable_parameters"],
-        weights_bytes=weights_size(run) or 0,
-        curve=tuple(_points(lines)),
+        loss_before=summary.eval_loss_before,
+        steps=summary.steps or 0,
+        tokens=summary.tokens or 0,
+        seconds=summary.seconds or 0.0,
+        tokens_per_second=summary.tokens_per_second or 0.0,
+        peak_memory_bytes=summary.peak_memory_bytes or 0,
+        trainable_parameters=summary.trainable_parameters or 0,
+        weights_bytes=folder.weights_bytes() or 0,
+        curve=tuple(_points(folder.metrics.read())),
     )
 
 

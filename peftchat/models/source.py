@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftchat.errors import UserError, first_line
 from peftchat.recipe import LoadedRecipe, Recipe, load_recipe
+from peftchat.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +18,6 @@ MODEL_CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
-_RECIPE = "recipe.yaml"
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError)
 """What transformers, PEFT and huggingface_hub raise for a name, a file or a config that they cannot use."""
@@ -122,7 +122,8 @@ class ModelSource:
         Raises:
             UserError: the recipe cannot be used.
         """
-        return load_recipe(self.path / _RECIPE, to_train=False) if self.has(_RECIPE) else None
+        run = RunFolder(self.path)
+        return load_recipe(run.recipe, to_train=False) if run.is_run else None
 
     def base(self) -> "ModelSource":
         """Open the base of an adapter: the one in the run's recipe, else the one in the adapter's config.
@@ -309,11 +310,8 @@ def _open_base(name: str, revision: str | None, trust_remote_code: bool) -> Mode
 def _kind_of(folder: Path) -> ModelKind:
     if not folder.exists():
         return ModelKind.HUB
-    for kind, file in (
-        (ModelKind.ADAPTER, ADAPTER_CONFIG),
-        (ModelKind.FULL, MODEL_CONFIG),
-        (ModelKind.UNFINISHED, _RECIPE),
-    ):
-        if (folder / file).is_file():
-            return kind
-    return ModelKind.EMPTY
+    if (folder / ADAPTER_CONFIG).is_file():
+        return ModelKind.ADAPTER
+    if (folder / MODEL_CONFIG).is_file():
+        return ModelKind.FULL
+    return ModelKind.UNFINISHED if RunFolder(folder).is_run else ModelKind.EMPTY

@@ -41,6 +41,8 @@ def measure_run(recipe: "Recipe", plan: "TrainingPlan") -> MeasuredRun:
     """
     from peftchat.planning.hardware import this_machine
     from peftchat.recipe import dump_recipe
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.runs.run_summary import RunSummary
 
     settings = plan.settings
     if this_machine(1).device != settings.device:
@@ -51,15 +53,15 @@ def measure_run(recipe: "Recipe", plan: "TrainingPlan") -> MeasuredRun:
         place = Path(folder)
         (place / "rows.jsonl").write_text(_long_examples(settings.length, settings.batch), encoding="utf-8")
         path = place / "recipe.yaml"
+        run = RunFolder(place / "run")
         path.write_text(dump_recipe(_measured(recipe, place)), encoding="utf-8")
         command = [sys.executable, "-m", "peftchat", "train", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
-        told = place / "run" / "run.json"
-        if done.returncode or not told.is_file():
+        if done.returncode or not run.is_finished:
             last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
             raise VerificationError(f"the probe's training ended early: {last}")
-        summary = json.loads(told.read_text(encoding="utf-8"))
-    return MeasuredRun(int(summary["peak_memory_bytes"]), float(summary["seconds"]) / _STEPS)
+        summary = RunSummary.read(run)
+    return MeasuredRun(summary.peak_memory_bytes or 0, (summary.seconds or 0.0) / _STEPS)
 
 
 def _measured(recipe: "Recipe", folder: Path) -> "Recipe":

@@ -1,7 +1,6 @@
 """Python code that loads a run with stock transformers and peft, as text for its model card."""
 
 import io
-from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -140,20 +139,19 @@ def _last_name(path: str) -> str:
 _END_TOKENS = {"starchat": starchat(None).end_token, "chatml": chatml(None).end_token}
 
 
-def model_card(run_json: Mapping[str, Any], recipe_text: str) -> str:
+def model_card(facts: RunSummary, recipe_text: str) -> str:
     """Markdown with YAML front matter: what the model is, how to load it, what it learned from, its limits.
 
     Of files only the names are written, never the folders they lie in.
 
     Args:
-        run_json: the content of `run.json`; keys may be missing.
+        facts: the run's results; any may be missing.
         recipe_text: the resolved recipe.
 
     Raises:
-        pydantic.ValidationError: the text is not a recipe, or a key of `run_json` is of another kind.
+        pydantic.ValidationError: the text is not a recipe.
     """
     recipe = Recipe.model_validate(YAML(typ="safe").load(recipe_text))
-    facts = RunSummary.of(run_json)
     sections = [
         _front_matter(recipe),
         _introduction(recipe, facts),
@@ -242,7 +240,7 @@ def _training(recipe: Recipe, facts: RunSummary) -> str:
         options = recipe.adapter.model_dump(mode="json", exclude_none=True)
         lines.append("- adapter: " + ", ".join(f"{name} {_option(value)}" for name, value in options.items()))
     rows = [
-        ("conversations", format_count(facts.rows), facts.rows),
+        ("conversations", format_count(facts.train_examples), facts.train_examples),
         (
             "tokens seen",
             f"{format_count(facts.tokens)}, loss on {format_percent(facts.supervised_share)}",

@@ -19,14 +19,16 @@ from peftchat.reports.model_card import model_card
 from peftchat.reports.page import write_page
 from peftchat.reports.svg import Series, line_plot
 from peftchat.reports.verdict import cautions, verdict
-from peftchat.runs.metrics_file import MetricsFile, Scalar
-from peftchat.runs.run_summary import Answer, RunSummary, read_run_json, weights_size
+from peftchat.runs.metrics_file import Scalar
+from peftchat.runs.run_folder import RunFolder
+from peftchat.runs.run_summary import RunSummary, SampleAnswer
 
 
 def write_summaries(run: Path) -> None:
     """Write `README.md` and `report.html` into a run folder that has its `run.json`."""
-    recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
-    write_text(run / "README.md", model_card(read_run_json(run), recipe))
+    folder = RunFolder(run)
+    recipe = folder.recipe.read_text(encoding="utf-8")
+    write_text(folder.model_card, model_card(RunSummary.read(folder), recipe))
     write_report(run)
 
 
@@ -44,22 +46,21 @@ def write_report(run: Path) -> Path:
     Raises:
         UserError: `run.json` is missing, or a file is not what its name says.
     """
-    record = read_run_json(run)
-    facts = RunSummary.of(record)
-    recipe = run / "recipe.yaml"
+    folder = RunFolder(run)
+    facts = RunSummary.read(folder)
     return write_page(
-        run / "report.html",
+        folder.report,
         "run_report.html.jinja",
         name=run.resolve().name,
         facts=facts,
         verdict=verdict(facts),
         cautions=cautions(facts),
         tiles=_tiles(facts),
-        plots=_plots(MetricsFile(run / "metrics.jsonl").read()),
+        plots=_plots(folder.metrics.read()),
         samples=_paired(facts.samples_before, facts.samples_after),
-        weights_size=weights_size(run),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
-        record=json.dumps(record, indent=2, ensure_ascii=False),
+        weights_size=folder.weights_bytes(),
+        recipe=folder.recipe.read_text(encoding="utf-8") if folder.recipe.exists() else None,
+        record=json.dumps(json.loads(folder.summary.read_text(encoding="utf-8")), indent=2, ensure_ascii=False),
     )
 
 
@@ -115,7 +116,9 @@ def _smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[
     return means
 
 
-def _paired(before: Sequence[Answer], after: Sequence[Answer]) -> list[tuple[str, Answer | None, Answer | None]]:
+def _paired(
+    before: Sequence[SampleAnswer], after: Sequence[SampleAnswer]
+) -> list[tuple[str, SampleAnswer | None, SampleAnswer | None]]:
     """Answers to the same prompt side by side, in the order in which the prompts were asked."""
     first = {answer.prompt: answer for answer in before}
     last = {answer.prompt: answer for answer in after}

@@ -1,8 +1,5 @@
 """Answers before and after training, side by side for the eye."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich import box
 from rich.panel import Panel
 from rich.table import Table
@@ -19,30 +16,26 @@ from peftchat.formatting import (
     format_short_count,
 )
 from peftchat.reports.verdict import cautions, verdict
-from peftchat.runs.run_summary import RunSummary
+from peftchat.runs.run_summary import RunSummary, SampleAnswer
 
 
-def print_samples(summary: Mapping[str, Any]) -> None:
-    """Print each question of a run with the answers that the model gave before and after training.
-
-    Args:
-        summary: the content of `run.json`.
-    """
-    before = {sample["prompt"]: sample for sample in summary.get("samples_before") or ()}
-    for sample in summary.get("samples_after") or ():
+def print_samples(summary: RunSummary) -> None:
+    """Print each prompt of a run with the model's answers before and after training."""
+    before = {sample.prompt: sample for sample in summary.samples_before}
+    for sample in summary.samples_after:
         text = Text()
-        earlier = before.get(sample["prompt"])
+        earlier = before.get(sample.prompt)
         if earlier is not None:
             _add(text, "before", earlier)
             text.append("\n")
         _add(text, "after", sample)
-        stdout.print(Panel(text, title=Text(sample["prompt"], style="bold"), title_align="left"), soft_wrap=False)
+        stdout.print(Panel(text, title=Text(sample.prompt, style="bold"), title_align="left"), soft_wrap=False)
 
 
-def _add(text: Text, when: str, sample: Mapping[str, Any]) -> None:
+def _add(text: Text, when: str, sample: SampleAnswer) -> None:
     text.append(f"{when}  ", style="bold green" if when == "after" else "bold")
-    text.append(_truncated_answer(sample["answer"]) or "(nothing)")
-    if not sample["stopped"]:
+    text.append(_truncated_answer(sample.answer) or "(nothing)")
+    if not sample.stopped:
         text.append("  (did not stop by itself)", style="italic yellow")
 
 
@@ -53,9 +46,8 @@ def _truncated_answer(answer: str, most: int = 600) -> str:
 _COLORS = {"better": "green", "worse": "red", "failed": "red", "unknown": "yellow"}
 
 
-def print_summary(run_json: Mapping[str, Any]) -> None:
+def print_summary(facts: RunSummary) -> None:
     """Print the verdict, the main numbers and the new tokens of a run to standard error."""
-    facts = RunSummary.of(run_json)
     result = verdict(facts)
     stderr.print()
     stderr.print(Text(result.headline, style=f"bold {_COLORS[result.outcome]}"), soft_wrap=False)

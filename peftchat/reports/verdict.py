@@ -67,8 +67,8 @@ def _effort(facts: RunSummary) -> str:
 def cautions(facts: RunSummary) -> list[str]:
     """What a reader should know before relying on the model, each from a number of the run."""
     found = []
-    if facts.rows is not None and facts.rows < _FEW_ROWS:
-        found.append(f"It was trained on only {format_count(facts.rows)} conversations.")
+    if facts.train_examples is not None and facts.train_examples < _FEW_ROWS:
+        found.append(f"It was trained on only {format_count(facts.train_examples)} conversations.")
     if facts.eval_loss is None:
         found.append("No held-out conversations were used: whether it got better is not known.")
     elif facts.eval_loss_before is not None and facts.eval_loss >= facts.eval_loss_before:
@@ -77,11 +77,11 @@ def cautions(facts: RunSummary) -> list[str]:
         found.append(
             f"It saw each conversation about {format_decimal(facts.epochs)} times and may recite some of them."
         )
-    if facts.dropped_rows:
-        found.append(f"{format_count(facts.dropped_rows)} rows of the data were left out.")
-    if facts.special_text:
+    if facts.dropped_examples:
+        found.append(f"{format_count(facts.dropped_examples)} rows of the data were left out.")
+    if facts.special_token_text:
         found.append(
-            f"Text that looks like a special token occurred {format_count(facts.special_text)} times "
+            f"Text that looks like a special token occurred {format_count(facts.special_token_text)} times "
             "in the conversations and was trained as ordinary text."
         )
     for token in facts.new_tokens:

@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from peftchat.dataset.cache import EncodedSplit, Split
 from peftchat.models.added_tokens import MODULE_NAME, find_added_tokens, is_tied, vocabulary_size
 from peftchat.models.loading import end_ids
 from peftchat.models.saving import is_adapted
+from peftchat.runs.run_summary import MemoryParts, SampleAnswer
 from peftchat.training.distributed import DistributedSetup
 from peftchat.training.progress import memory_in_use
 from peftchat.training.throughput import (
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from peftchat.training.trainer import ChatTrainer
 
 
-def memory_parts(trainer: "ChatTrainer", at_start: int, peak: int) -> dict[str, int]:
+def memory_parts(trainer: "ChatTrainer", at_start: int, peak: int) -> MemoryParts:
     """Bytes of this process by part: what it held before the model came, what stays all the time, and the rest.
 
-    `activations_and_rest` is the peak without the parts that are known: activations, logits, gathered weights,
+    `activations_and_other` is the peak without the parts that are known: activations, logits, gathered weights,
     buffers of communication, and what allocators keep.
 
     Args:
@@ -47,14 +47,14 @@ def memory_parts(trainer: "ChatTrainer", at_start: int, peak: int) -> dict[str, 
     trained = sum(_own_bytes(parameter) for parameter in parameters if parameter.requires_grad)
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     known = {
-        "start": at_start,
+        "baseline": at_start,
         "frozen_weights": sum(map(_own_bytes, frozen)) + _bytes_of(trainer.model.buffers()),
         "trained_weights": trained,
         # As large as the weights, wherever they are collected.
         "gradients": trained,
         "optimizer": _bytes_of(_tensors(_states(trainer))),
     }
-    return known | {"activations_and_rest": max(0, peak - sum(known.values()))}
+    return MemoryParts(**known, activations_and_other=max(0, peak - sum(known.values())))
 
 
 def _own_bytes(parameter: nn.Parameter) -> int:
@@ -104,21 +104,6 @@ def baseline_memory() -> int:
 
 
 _NEW_TOKENS = 120
-
-
-@dataclass(frozen=True, slots=True)
-class SampleAnswer:
-    """One question and what the model said.
-
-    Attributes:
-        prompt: the user's message.
-        answer: the text up to the end token.
-        stopped: whether the model ended its turn itself.
-    """
-
-    prompt: str
-    answer: str
-    stopped: bool
 
 
 def sample_answers(model: "PreTrainedModel", chat: ChatFormat, questions: Sequence[str]) -> list[SampleAnswer]:
@@ -186,16 +171,16 @@ def run_summary(
     trained = sum(unsharded_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     return {
         "method": recipe.method,
-        "base": recipe.model.name,
+        "base_model": recipe.model.name,
         "base_vocabulary_size": _base_vocabulary(trainer, chat),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "rows": train.rows,
-        "eval_rows": rows["eval"].stats.rows if "eval" in rows else None,
+        "train_examples": train.rows,
+        "eval_examples": rows["eval"].stats.rows if "eval" in rows else None,
         "dropped": train.dropped,
-        "shortened": train.shortened,
-        "special_text": train.lookalikes,
-        "forms": train.forms,
+        "truncated": train.shortened,
+        "special_token_text": train.lookalikes,
+        "formats": train.forms,
         "tokens": totals.tokens,
         "supervised_tokens": totals.supervised,
         "padding_fraction": 1.0 - totals.tokens / totals.positions if totals.positions else 0.0,

@@ -1,14 +1,14 @@
 """The trainer of a run, put together from its model, rows and arguments."""
 
 import errno
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import TrainerCallback
 
@@ -18,16 +18,14 @@ from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.dataset.collator import BatchLayout, ChatCollator
 from peftchat.dataset.packing import pack
 from peftchat.errors import UserError, VerificationError
-from peftchat.files import write_text
 from peftchat.malloc import keep_large_blocks
 from peftchat.models.added_tokens import EmbeddingSnapshot, l2_distance, snapshot_embeddings
 from peftchat.models.fused_lora import fuse_lora_forward, num_adapted_layers
 from peftchat.models.loading import VARLEN
 from peftchat.models.saving import save_model_files
 from peftchat.models.zero import is_zero3
-from peftchat.runs.metrics_file import MetricsFile
-from peftchat.runs.run_folder import RunFolder, step_of, token_counts_of
-from peftchat.runs.run_summary import AutoSetting
+from peftchat.runs.run_folder import Checkpoint, RunFolder
+from peftchat.runs.run_summary import AddedToken, AutoSetting, RunSummary, SampleAnswer
 from peftchat.training.distributed import DistributedSetup, deepspeed_config
 from peftchat.training.model import (
     TrainableModel,
@@ -40,7 +38,6 @@ from peftchat.training.model import (
 from peftchat.training.preflight import check_isolation, check_loss, check_space, is_disk_full
 from peftchat.training.progress import MetricsCallback, ProgressCallback
 from peftchat.training.summary import (
-    SampleAnswer,
     baseline_memory,
     memory_parts,
     run_summary,
@@ -64,7 +61,7 @@ def make_trainer(
     built: TrainableModel,
     chat: ChatFormat,
     rows: dict[Split, EncodedSplit],
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
     progress: ProgressCallback,
 ) -> ChatTrainer:
     """The trainer, with the attention settled and batches laid out for it.
@@ -96,7 +93,7 @@ def make_trainer(
         eval_packs=_packs(recipe, rows["eval"], layout) if "eval" in rows else None,
         eval_collator=collator("eval") if "eval" in rows else None,
         tokenizer=chat.tokenizer,
-        callbacks=[MetricsCallback(MetricsFile(folder.metrics)), progress],
+        callbacks=[MetricsCallback(folder.metrics), progress],
         totals=_totals_so_far(checkpoint),
         parts=trainer_hooks(recipe, built.model),
     )
@@ -115,11 +112,11 @@ def _packs(recipe: "Recipe", rows: EncodedSplit, layout: BatchLayout) -> "Datase
     return Dataset.from_dict(columns)
 
 
-def _totals_so_far(checkpoint: Path | None) -> TokenCounts | None:
+def _totals_so_far(checkpoint: Checkpoint | None) -> TokenCounts | None:
     """This process's counts at the checkpoint; with another number of processes, the first one takes all."""
     if checkpoint is None:
         return None
-    everyone = [TokenCounts(**counts) for counts in token_counts_of(checkpoint)]
+    everyone = [TokenCounts(**counts) for counts in checkpoint.token_counts()]
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if len(everyone) == world:
         return everyone[rank]
@@ -148,7 +145,7 @@ class TrainOptions:
     choices: Sequence[AutoSetting] = ()
 
 
-def run_training(loaded: "LoadedRecipe", placement: DistributedSetup, request: TrainOptions) -> dict[str, Any]:
+def run_training(loaded: "LoadedRecipe", placement: DistributedSetup, request: TrainOptions) -> RunSummary:
     """Train as the recipe says and leave a finished run folder.
 
     Returns:
@@ -169,22 +166,20 @@ def run_training(loaded: "LoadedRecipe", placement: DistributedSetup, request: T
         raise
 
 
-def _run(
-    loaded: "LoadedRecipe", placement: DistributedSetup, request: TrainOptions, folder: RunFolder
-) -> dict[str, Any]:
+def _run(loaded: "LoadedRecipe", placement: DistributedSetup, request: TrainOptions, folder: RunFolder) -> RunSummary:
     recipe = loaded.recipe
     started = datetime.now(UTC)
     is_main = int(os.environ.get("RANK", "0")) == 0
-    checkpoint = folder.check(recipe, resume=request.resume)
+    checkpoint = folder.check_usable(recipe, resume=request.resume)
     _start_processes(placement)
     chat = chat_format(recipe)
     rows = load_splits(recipe, chat)
     deepspeed = deepspeed_config(recipe, placement, row_elements=_row_elements(recipe, chat))
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.tensorboard))
     # transformers has to know about ZeRO-3 before the model is loaded.
     arguments = sft_config(recipe, placement, folder.path, deepspeed=deepspeed, resuming=checkpoint is not None)
     at_start = baseline_memory()
-    built = build_model(recipe, placement, chat, rows["train"].store, checkpoint)
+    built = build_model(recipe, placement, chat, rows["train"].store, checkpoint.path if checkpoint else None)
     plain = recipe.method == "full"
     if isinstance(built.model, PeftModel) and not is_zero3():
         plain = 0 < fuse_lora_forward(built.model) == num_adapted_layers(built.model)
@@ -198,11 +193,10 @@ def _run(
     trainer.callback_handler.callbacks.insert(0, before)
     if has_budget(recipe.training):
         trainer.add_callback(BudgetCallback(trainer, recipe.training))
-    metrics = MetricsFile(folder.metrics)
     if not placement.gpus:
         keep_large_blocks()
     try:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        result = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         if "eval" in rows and not _is_evaluated(trainer, result.global_step):
             trainer.evaluate()
     finally:
@@ -211,22 +205,24 @@ def _run(
     totals = trainer.gathered_totals()
     after = sample_answers(trainer.causal_model, chat, request.questions)
     _save(recipe, trainer, chat, folder, is_main=is_main)
-    summary: dict[str, Any] = {}
+    written: list[RunSummary | None] = [None]
     if is_main:
-        summary = run_summary(loaded, placement, trainer, chat, rows, metrics.read(), totals) | {
+        values = run_summary(loaded, placement, trainer, chat, rows, folder.metrics.read(), totals) | {
             "new_tokens": _new_tokens(chat, totals, built.first_rows, last_rows),
-            "samples_before": [asdict(answer) for answer in before.answers],
-            "samples_after": [asdict(answer) for answer in after],
+            "samples_before": before.answers,
+            "samples_after": after,
             "command": request.command,
             "seconds_to_first_step": before.seconds_to_first_step,
-            "choices": [asdict(choice) for choice in (*request.choices, *([compiling] if compiling else ()))],
+            "auto_settings": (*request.choices, *([compiling] if compiling else ())),
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        summary["memory_bytes"] = memory_parts(trainer, at_start, summary["peak_memory_bytes"])
-        write_text(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    trainer.accelerator.wait_for_everyone()
-    return summary
+        values["memory_bytes"] = memory_parts(trainer, at_start, values["peak_memory_bytes"])
+        summary = RunSummary(**values)
+        summary.write(folder)
+        written = [summary]
+    (result_of_main,) = broadcast_object_list(written)
+    return result_of_main
 
 
 def _start_processes(placement: DistributedSetup) -> None:
@@ -264,7 +260,7 @@ class _BeforeTraining(TrainerCallback):
         chat: ChatFormat,
         recipe: "Recipe",
         folder: RunFolder,
-        checkpoint: Path | None,
+        checkpoint: Checkpoint | None,
         questions: Sequence[str],
     ) -> None:
         self._trainer = trainer
@@ -281,9 +277,7 @@ class _BeforeTraining(TrainerCallback):
         self._probe()
         check_space(self._folder.path, self._trainer.model, self._recipe)
         if self._trainer.args.should_save:
-            self._folder.claim(self._recipe)
-            # Steps after the checkpoint are taken again and must not be told twice.
-            MetricsFile(self._folder.metrics).keep_through(step_of(self._checkpoint) if self._checkpoint else -1)
+            self._folder.claim(self._recipe, self._checkpoint)
         self._trainer.accelerator.wait_for_everyone()
         self.answers = sample_answers(self._trainer.causal_model, self._chat, self._questions)
 
@@ -335,14 +329,14 @@ def _save(recipe: "Recipe", trainer: ChatTrainer, chat: ChatFormat, folder: RunF
     if not is_main:
         save_model_files(trainer.model, chat.tokenizer, folder.path, **arguments)
         return
-    with folder.finished_model() as temporary:
+    with folder.publish() as temporary:
         save_model_files(trainer.model, chat.tokenizer, temporary, **arguments)
         trainer.causal_model.generation_config.save_pretrained(str(temporary))
 
 
 def _new_tokens(
     chat: ChatFormat, totals: TokenCounts, first: EmbeddingSnapshot | None, last: EmbeddingSnapshot | None
-) -> list[dict[str, Any]]:
+) -> list[AddedToken]:
     """What `run.json` says of each new token.
 
     A row that got a gradient and stayed where it was means that training misses it: the run is then a failure.
@@ -354,14 +348,14 @@ def _new_tokens(
         return []
     inputs, outputs = l2_distance(first, last)
     told = [
-        {"token": token.token, "id": token.id, "seen": seen, "input_moved": moved_in, "output_moved": moved_out}
+        AddedToken(token.token, token.id, seen, moved_in, moved_out)
         for token, seen, moved_in, moved_out in zip(chat.new_tokens, totals.seen, inputs, outputs, strict=True)
     ]
     for entry, with_gradient in zip(told, totals.seen_before_target, strict=True):
-        still = [side for side in ("input", "output") if entry[f"{side}_moved"] == 0.0]
+        still = [side for side in ("input", "output") if getattr(entry, f"{side}_moved") == 0.0]
         if with_gradient and still:
             raise VerificationError(
-                f"the {still[0]} embedding of {entry['token']} did not move, though the token occurs "
+                f"the {still[0]} embedding of {entry.token} did not move, though the token occurs "
                 f"{with_gradient} times before a target"
             )
     return told

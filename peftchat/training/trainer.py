@@ -24,7 +24,7 @@ from peftchat.errors import UserError, VerificationError
 from peftchat.models.added_tokens import MODULE_NAME
 from peftchat.models.saving import is_adapted, load_adapter_state, save_model_files
 from peftchat.recipe import training_arguments
-from peftchat.runs.run_folder import mark_complete
+from peftchat.runs.run_folder import Checkpoint
 from peftchat.training.distributed import DistributedSetup
 from peftchat.training.loss import install_supervised_forward
 from peftchat.training.progress import memory_in_use
@@ -295,7 +295,7 @@ class ChatTrainer(SFTTrainer):
             totals = self.meter.collect().as_dict()
             everyone = self._gather_objects(totals)
             if self.args.should_save:
-                mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", everyone)
+                Checkpoint.at_step(Path(self.args.output_dir), self.state.global_step).mark_complete(everyone)
             self.accelerator.wait_for_everyone()
 
     def _gather_objects(self, value: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from peftchat.errors import UserError
+from peftchat.runs.run_folder import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -165,7 +166,7 @@ class _Ranks(TrainerCallback):
 
 
 def _scores_file(args: "TrainingArguments", state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "rank_scores.safetensors"
+    return Checkpoint.at_step(Path(str(args.output_dir)), state.global_step).path / "rank_scores.safetensors"
 
 
 def _steps(value: float, total: int) -> int:

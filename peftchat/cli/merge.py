@@ -1,4 +1,4 @@
-"""`peftchat merge`: fold a run's adapter into its base."""
+"""`peftchat merge`: merge a run's adapter into its base."""
 
 import json
 import re
@@ -50,7 +50,7 @@ class _WeightedAdapter(click.ParamType):
     type=click.Choice(["auto", "original", "dequantized"]),
     default="auto",
     show_default=True,
-    help="For a QLoRA run, fold into the original base or into the one it was trained on. auto takes the nearer one.",
+    help="For a QLoRA run: merge into the original base or the one it was trained on. auto selects the nearer one.",
 )
 @click.option(
     "--verify/--no-verify", default=True, help="Compare logits with base + adapter afterwards.  [default: on]"
@@ -83,7 +83,7 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Fold the adapter of RUN, new tokens included, into the weights of its base.
+    """Merge the adapter of RUN, new tokens included, into the weights of its base.
 
     Weights stream through memory a tensor at a time, so the model may be larger than memory. An interrupted merge goes
     on where it stopped when it is started again.
@@ -100,12 +100,12 @@ def command(
     from peftchat.merging import MergeOptions, merge_run
 
     options = MergeOptions(
-        out=out,
+        output=out,
         base=base,  # type: ignore[arg-type]
         verify=verify,
         scale=scale,
         adapters=adapters,
-        working_set=working_set,
+        memory_budget=working_set,
         dtype=getattr(torch, dtype) if dtype else None,
         overwrite=overwrite,
     )
@@ -119,21 +119,21 @@ def command(
 def _print(folder: Path, report: "MergeReport") -> None:
     from peftchat.console import stdout
 
-    choice = report.choice
-    if choice.distance_original is not None and choice.distance_dequantized is not None:
+    base = report.base
+    if base.distance_original is not None and base.distance_dequantized is not None:
         stdout.print(
-            f"Base: {choice.taken} weights. Distance to what was trained: original {choice.distance_original:.2e}, "
-            f"dequantized {choice.distance_dequantized:.2e}."
+            f"Base: {base.kind} weights. Distance to the trained weights: original {base.distance_original:.2e}, "
+            f"dequantized {base.distance_dequantized:.2e}."
         )
     stdout.print(
-        f"Merged {report.tensors} tensors ({report.bytes / 1e9:.2f} GB, {report.folded_bytes / 1e9:.2f} GB changed) in "
-        f"{report.seconds:.1f} s; vocabulary {report.vocabulary:,}"
-        + (f" ({report.grown} new)" if report.grown else "")
+        f"Merged {report.tensors} tensors ({report.bytes / 1e9:.2f} GB, {report.changed_bytes / 1e9:.2f} GB changed) "
+        f"in {report.seconds:.1f} s; vocabulary {report.vocabulary:,}"
+        + (f" ({report.added_rows} added)" if report.added_rows else "")
         + f", head {'tied' if report.tied else 'not tied'}, {report.dtype}."
     )
     if report.verification is None:
         stdout.print("Not verified.")
     else:
-        proof = report.verification
-        stdout.print(f"{proof.verdict} {proof.prompts} prompts, {proof.positions} positions, {proof.seconds:.1f} s.")
+        check = report.verification
+        stdout.print(f"{check.verdict} {check.prompts} prompts, {check.positions} positions, {check.seconds:.1f} s.")
     stdout.print(f"Model: {folder}")

@@ -96,7 +96,7 @@ def _merged(run: Path, recipe: "Recipe") -> tuple[str, str]:
         return "nothing to fold", "the run is a whole model"
     out = run.with_name(f".{run.name}.merged")
     try:
-        result = merge_run(run, MergeOptions(out=out, overwrite=True))
+        result = merge_run(run, MergeOptions(output=out, overwrite=True))
     except UserError as error:
         return "does not fold", error.what
     except VerificationError as error:

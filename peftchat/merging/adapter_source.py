@@ -1,6 +1,7 @@
-"""Which PEFT methods can become weights, and why the others cannot.
+"""Adapters on disk: which can be merged, their config and weights, and their modules in an empty model.
 
-Everything not named here folds: either by a rule of its own or by PEFT's own `merge` on one layer at a time.
+Every PEFT method that is not named here can be merged: by a rule of its own, or by PEFT's `merge` of one layer at a
+time.
 """
 
 import copy
@@ -52,7 +53,7 @@ _LOST_INITS = ("pissa_niter", "corda", "loftq", "lora_ga")
 
 
 def refuse_unmergeable(config: Any, where: str) -> None:
-    """Raise for an adapter that cannot be folded from its file and the base.
+    """Raise for an adapter that cannot be merged from its file and the base.
 
     Args:
         config: a PEFT config.
@@ -90,34 +91,30 @@ class AdaptedModule:
 
     Attributes:
         path: dotted name of the module in the base.
-        module: PEFT's layer or wrapper.
+        layer: PEFT's layer or wrapper.
         slots: the base's parameters inside it, by name; tied ones included.
-        start: the LoRA initialization that must be taken out of the base first, if there was one.
+        residual_init: the LoRA initialization that must first be subtracted from the base, if there is one.
     """
 
     path: str
-    module: Any
+    layer: Any
     slots: dict[str, ParameterSlot]
-    start: str | None = None
+    residual_init: str | None = None
 
 
 @dataclass(frozen=True)
-class AdapterWeights:
-    """An adapter in place.
+class InstalledAdapter:
+    """An adapter with its layers in an empty model.
 
     Attributes:
-        hollow: the model it sits in.
-        model: the `PeftModel` around it.
-        sites: the modules it changes.
-        saved: parameters of the base that the adapter's file holds whole (trained biases, resized embeddings).
-        folder: where it came from.
+        empty_model: the base, with PEFT's layers in it.
+        modules: the modules that the adapter changes.
+        saved: base parameters that the adapter's file holds complete (trained biases, resized embeddings).
     """
 
-    hollow: EmptyModel
-    model: Any
-    sites: tuple[AdaptedModule, ...]
+    empty_model: EmptyModel
+    modules: tuple[AdaptedModule, ...]
     saved: dict[str, torch.Tensor]
-    folder: Path
 
 
 def read_adapter_config(folder: Path) -> Any:
@@ -141,11 +138,11 @@ def read_adapter_config(folder: Path) -> Any:
 
 
 def check_weights(folder: Path) -> None:
-    """Open the adapter's file and look at every entry.
+    """Check every entry of the adapter's weight file.
 
     Raises:
-        UserError: missing, damaged, empty, or with a tensor of no elements, which is what a sharded trainer leaves
-            when it saves without gathering.
+        UserError: the file is missing, damaged or empty, or has a tensor without elements. A sharded trainer writes
+            such tensors when it saves without gathering.
     """
     entries = read_header(folder / ADAPTER_WEIGHTS_NAME)
     if not entries:
@@ -161,18 +158,18 @@ def check_weights(folder: Path) -> None:
 
 
 def vocabulary_needed(config: Any, folder: Path) -> int:
-    """How many rows the base's embeddings must have for this adapter (0: it does not say)."""
+    """Return the embedding rows that this adapter needs in its base; 0 if it does not say."""
     indices = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
-    ids = [index for each in lists for index in each]
+    ids = [token_id for listed in lists for token_id in listed]
     names = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "lm_head.weight")
-    whole = [
+    saved_rows = [
         entry.shape[0] for name, entry in read_header(folder / ADAPTER_WEIGHTS_NAME).items() if name.endswith(names)
     ]
-    return max([index + 1 for index in ids] + whole, default=0)
+    return max([token_id + 1 for token_id in ids] + saved_rows, default=0)
 
 
-def install_adapter(hollow: EmptyModel, config: Any, folder: Path) -> AdapterWeights:
+def install_adapter(empty_model: EmptyModel, config: Any, folder: Path) -> InstalledAdapter:
     """Wrap the model's modules as `config` says and load the adapter's tensors.
 
     Raises:
@@ -182,40 +179,40 @@ def install_adapter(hollow: EmptyModel, config: Any, folder: Path) -> AdapterWei
     from peft.utils.save_and_load import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    config = copy.deepcopy(config)  # PEFT fills in what it finds in the model
-    start = getattr(config, "init_lora_weights", None)
-    residual = start.lower() if isinstance(start, str) and start.lower() in RESIDUAL_INITS else None
-    if residual:
+    config = copy.deepcopy(config)  # PEFT completes it from the model
+    init = getattr(config, "init_lora_weights", None)
+    residual_init = init.lower() if isinstance(init, str) and init.lower() in RESIDUAL_INITS else None
+    if residual_init:
         config.init_lora_weights = False
     config.inference_mode = True
-    # LoRA's tensors can stay in the mapped file; other methods have index buffers that only a real start fills.
+    # LoRA's tensors can stay in the mapped file; other methods have index buffers that only real initialization fills.
     mapped = str(config.peft_type).endswith("LORA") and type(config).__name__ == "LoraConfig"
     state = load_file(folder / ADAPTER_WEIGHTS_NAME)
     try:
-        model = PeftModel(hollow.model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=mapped)
-        saved = _saved_whole(state, hollow)
+        peft_model = PeftModel(empty_model.model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=mapped)
+        saved = _saved_base_parameters(state, empty_model)
         state = {key: value for key, value in state.items() if _base_name(key) not in saved}
-        result = set_peft_model_state_dict(model, state, low_cpu_mem_usage=mapped)
+        result = set_peft_model_state_dict(peft_model, state, low_cpu_mem_usage=mapped)
     except MISFIT_ERRORS as error:
         raise _misfit(folder, str(error)) from error
-    _check_keys(result, model, folder, hollow.ties)
-    model.eval()
-    return AdapterWeights(hollow, model, tuple(_adapted_modules(hollow, residual)), saved, folder)
+    _check_keys(result, peft_model, folder, empty_model.ties)
+    peft_model.eval()
+    return InstalledAdapter(empty_model, tuple(_adapted_modules(empty_model, residual_init)), saved)
 
 
 def _base_name(key: str) -> str:
     return key.removeprefix(_ROOT).replace(".base_layer.", ".")
 
 
-def _saved_whole(state: dict[str, torch.Tensor], hollow: EmptyModel) -> dict[str, torch.Tensor]:
+def _saved_base_parameters(state: dict[str, torch.Tensor], empty_model: EmptyModel) -> dict[str, torch.Tensor]:
     from peft.utils.other import ModulesToSaveWrapper
 
-    wrapped = {name for name, module in hollow.model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    wrapped = {name for name, module in empty_model.model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     names = {key: _base_name(key) for key in state}
     return {
         name: state[key]
         for key, name in names.items()
-        if name in hollow.slots and not any(name.startswith(f"{path}.") for path in wrapped)
+        if name in empty_model.slots and not any(name.startswith(f"{path}.") for path in wrapped)
     }
 
 
@@ -229,12 +226,12 @@ def _misfit(folder: Path, why: str) -> UserError:
     )
 
 
-def _check_keys(result: Any, model: Any, folder: Path, ties: Mapping[str, str]) -> None:
+def _check_keys(result: Any, peft_model: Any, folder: Path, ties: Mapping[str, str]) -> None:
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-    config = model.peft_config[ADAPTER]
+    config = peft_model.peft_config[ADAPTER]
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
-    # Banks that several layers share are in the file once and hang in the model many times.
+    # Banks that several layers share are in the file once and in the model many times.
     shared = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.", "randlora_A", "randlora_B")
     missing = [key for key in result.missing_keys if prefix in key and f".{ADAPTER}" in key]
     missing = [key for key in missing if not any(mark in key for mark in shared)]
@@ -247,17 +244,17 @@ def _check_keys(result: Any, model: Any, folder: Path, ties: Mapping[str, str]) 
         raise _misfit(folder, f"{count} of its tensors have no place in it, first {first}")
 
 
-def _adapted_modules(hollow: EmptyModel, start: str | None) -> Iterator[AdaptedModule]:
+def _adapted_modules(empty_model: EmptyModel, residual_init: str | None) -> Iterator[AdaptedModule]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     found: list[str] = []
-    for path, module in hollow.model.named_modules():
+    for path, module in empty_model.model.named_modules():
         if any(path.startswith(f"{outer}.") for outer in found):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             found.append(path)
-            yield AdaptedModule(path, module, hollow.within(path), start)
+            yield AdaptedModule(path, module, empty_model.within(path), residual_init)
 
 
 _RUN_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -147,7 +147,7 @@ def make_contenders(
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from peftchat.chat_template.registry import make_format
+    from peftchat.chat_template.chat_format import make_format
     from peftchat.conversations import read_conversations
     from peftchat.dataset.cache import load_splits
 
@@ -289,7 +289,7 @@ def encode(path: Path, model: str) -> Callable[[], int]:
     """What `train` does with a file before the first step: rows on disk, and which of them share a sequence."""
     from transformers import AutoTokenizer
 
-    from peftchat.chat_template.registry import make_format
+    from peftchat.chat_template.chat_format import make_format
     from peftchat.dataset.cache import load_splits
     from peftchat.dataset.packing import pack
 

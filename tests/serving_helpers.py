@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from peftchat.chat_template.registry import make_format
+from peftchat.chat_template.chat_format import make_format
 
 TEXT = [
     "def area(radius):\n    return 3.14159 * radius ** 2\n",

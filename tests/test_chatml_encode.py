@@ -15,11 +15,11 @@ from chatml_helpers import BUILDERS, FORGERIES, SlowEncoder, built, conversation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peftchat.chat_template.chat_format import make_format
 from peftchat.chat_template.encoder import ChatEncoder
 from peftchat.chat_template.examples import EncodedExample, ExampleBatch
 from peftchat.chat_template.loss_mask import LossOn, labels_for, loss_mask_table
-from peftchat.chat_template.registry import make_format
-from peftchat.chat_template.templates import BlockTemplate, TemplateSpan
+from peftchat.chat_template.templates import ChatTemplate, TemplateSpan
 from peftchat.conversation import ROLES, Conversation, Message, Role
 
 STARCHAT_ROLES: tuple[Role, ...] = ("system", "user", "assistant")
@@ -122,22 +122,17 @@ def test_batches_do_not_change_rows() -> None:
 class OnlyPieces:
     """A block format that does not say it is one, so that it is encoded piece by piece like any other."""
 
-    block: BlockTemplate
+    block: ChatTemplate
 
-    name = property(lambda self: self.block.name)
-    tokens = property(lambda self: self.block.tokens)
-    end_token = property(lambda self: self.block.end_token)
-    jinja = property(lambda self: self.block.jinja)
-
-    def pieces(self, conversation: Conversation) -> Iterator[TemplateSpan]:
-        return self.block.pieces(conversation)
+    def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
+        return self.block.spans(conversation)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("system", [None, "<|im_end|> by default"])
 def test_blocks_and_pieces_are_encoded_alike(name: str, system: str | None) -> None:
     chat = make_format("chatml", system, copy.deepcopy(built(name).tokenizer))
-    assert isinstance(chat.template, BlockTemplate)
+    assert isinstance(chat.template, ChatTemplate)
     batch = conversations(400)
     by_pieces = ChatEncoder(chat.tokenizer, OnlyPieces(chat.template)).encode(batch)
     for row, other in zip(chat.encoder().encode(batch), by_pieces, strict=True):

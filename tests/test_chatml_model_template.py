@@ -9,8 +9,8 @@ import pytest
 from chatml_helpers import FORGERIES, built, conversations
 from tokenizers import AddedToken
 
+from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.chat_template.loss_mask import TurnPart, labels_for, loss_mask_table, part_of, role_of
-from peftchat.chat_template.registry import ChatFormat, make_format
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
 
@@ -91,14 +91,14 @@ def accepted(template: str, *, forged: bool) -> list[Conversation]:
 
 
 def text_of(chat: ChatFormat, conversation: Conversation) -> str:
-    return "".join(piece.text for piece in chat.template.pieces(conversation))
+    return "".join(piece.text for piece in chat.template.spans(conversation))
 
 
 def parts_of(chat: ChatFormat, *turns: tuple[Any, str]) -> list[tuple[str, str | None, str]]:
     """(part, role, text) of a conversation, neighbors of a kind joined."""
     found: list[tuple[str, str | None, str]] = []
-    for piece in chat.template.pieces(Conversation(tuple(Message(role, content) for role, content in turns))):
-        kind = part_of(piece.code).name, role_of(piece.code)
+    for piece in chat.template.spans(Conversation(tuple(Message(role, content) for role, content in turns))):
+        kind = part_of(piece.tag).name, role_of(piece.tag)
         if found and found[-1][:2] == kind:
             found[-1] = (*kind, found[-1][2] + piece.text)
         else:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from chatml_helpers import CORPUS, conversations
 
+from peftchat.chat_template.chat_format import make_format
 from peftchat.chat_template.loss_mask import TurnPart, labels_for, loss_mask_table, part_of
-from peftchat.chat_template.registry import make_format
-from peftchat.chat_template.templates import special_tokens
+from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.conversation import Conversation, Message
 
 spm = pytest.importorskip("sentencepiece", reason="the extra `sentencepiece` is not installed")

@@ -7,9 +7,9 @@ import pytest
 from chatml_helpers import BUILDERS, built
 from tokenizers import AddedToken
 
+from peftchat.chat_template.chat_format import NewToken, make_format
 from peftchat.chat_template.loss_mask import loss_mask_table
-from peftchat.chat_template.registry import make_format
-from peftchat.chat_template.templates import NewToken, special_tokens
+from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.conversation import Conversation, Message
 
 ORDER = ["<|system|>", "<|assistant|>", "<|user|>", "<|end|>"]

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.chat_template.loss_mask import labels_for, loss_mask_table
-from peftchat.chat_template.registry import ChatFormat, make_format
 from peftchat.conversation import Conversation, Message
 
 # The post's vector for "\nSure, what can I do for you?<|end|>\n" as StarCoderBase's tokenizer splits it.

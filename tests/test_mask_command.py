@@ -14,9 +14,9 @@ from click.testing import CliRunner, Result
 from mask_helpers import CONVERSATIONS, make_tokenizer_folder, write_conversations, write_recipe
 from transformers import AutoTokenizer
 
+from peftchat.chat_template.chat_format import make_format
 from peftchat.chat_template.examples import EncodedExample
 from peftchat.chat_template.loss_mask import IGNORE_INDEX, TurnPart, token_tag
-from peftchat.chat_template.registry import make_format
 from peftchat.cli.mask import command
 from peftchat.errors import UserError, VerificationError
 from peftchat.reports.mask_summary import survey_mask

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from peftchat.chat_template.templates import starchat
+from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.reports import run_terminal as summary
 from peftchat.reports.model_card import model_card
 from peftchat.runs.run_summary import RunSummary
@@ -93,7 +93,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="?")
     fast.add_tokens([f"x{number}" for number in range(BASE_ROWS - len(fast))])
     fast.add_special_tokens({"additional_special_tokens": TOKENS})
-    fast.chat_template = starchat(None).jinja
+    fast.chat_template = CHAT_TEMPLATES["starchat"].jinja
     return fast
 
 

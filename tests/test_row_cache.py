@@ -13,7 +13,7 @@ import pytest
 from mask_helpers import CONVERSATIONS, make_tokenizer_folder, write_conversations, write_recipe
 from transformers import AutoTokenizer
 
-from peftchat.chat_template.registry import ChatFormat, make_format
+from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.dataset.cache import encode_splits, load_splits
 from peftchat.recipe import Recipe, load_recipe
 
@@ -21,7 +21,7 @@ PREPARE = """
 import sys
 from pathlib import Path
 from transformers import AutoTokenizer
-from peftchat.chat_template.registry import make_format
+from peftchat.chat_template.chat_format import make_format
 from peftchat.recipe import load_recipe
 from peftchat.dataset.cache import encode_splits
 recipe = load_recipe(Path(sys.argv[1]), to_train=False).recipe

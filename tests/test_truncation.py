@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from mask_helpers import make_tokenizer_folder, write_conversations, write_recipe
 from transformers import AutoTokenizer
 
+from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.chat_template.examples import EncodedExample
 from peftchat.chat_template.loss_mask import TurnPart, part_of, role_of
-from peftchat.chat_template.registry import ChatFormat, make_format
 from peftchat.conversation import Conversation, Message, Role
 from peftchat.dataset.cache import EncodedSplit, encode_splits
 from peftchat.dataset.truncation import Truncated, TruncationSide, rounds, truncate_to_fit

@@ -4,16 +4,16 @@ Between two special tokens of such a format stands the end of a header and one c
 the tokenizer; the ids around it, and the codes of everything, are made once for each kind of turn.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from peftchat.chat_template.examples import EncodedExample, ExampleBatch
-from peftchat.chat_template.loss_mask import TokenIds, TokenTags, TurnPart, part_of, rank, token_tag
-from peftchat.chat_template.templates import BlockTemplate, Template
+from peftchat.chat_template.examples import EncodedExample, ExampleBatch, TokenIds, TokenTags
+from peftchat.chat_template.loss_mask import TurnPart, part_of, precedence, token_tag
+from peftchat.chat_template.templates import ChatTemplate, TemplateSpan
 from peftchat.chat_template.text_encoder import TextEncoder
 from peftchat.conversation import Conversation, Role
 
@@ -29,8 +29,8 @@ class _Turn:
         before: ids in front of the header's text.
         head: the header's text, which is encoded together with the content.
         head_ids: its ids, where it stands alone.
-        after: ids of the end token and of the newline behind it.
-        values: the codes of `before`, `head`, the content, the end token and the newline.
+        after: ids of the end token and of the trailer behind it.
+        values: the codes of `before`, `head`, the content, the end token and the trailer.
     """
 
     before: list[int]
@@ -48,25 +48,29 @@ class BlockEncoder:
         template: a format that `supports` accepts.
     """
 
-    def __init__(self, text: TextEncoder, template: BlockTemplate) -> None:
+    def __init__(self, text: TextEncoder, template: ChatTemplate) -> None:
         self._text = text
         self._template = template
-        self._turns = {(role, last): self._turn(role, last) for role in template.header for last in (False, True)}
+        self._bos: _Turn | None = None
+        if template.bos_token is not None:
+            tag = token_tag(TurnPart.OUTSIDE)
+            self._bos = _Turn([text.special[template.bos_token]], "", [], [], bytes([tag, tag, tag]))
+        self._turns = {(role, last): self._turn(role, last) for role in template.headers for last in (False, True)}
 
     @staticmethod
-    def supports(text: TextEncoder, template: BlockTemplate) -> bool:
+    def supports(text: TextEncoder, template: ChatTemplate) -> bool:
         """Whether every header is special tokens and then one text, whose ids alone tell where it ends."""
         return all(
             len(header) > 1
             and all(special for _, special in header[:-1])
             and not header[-1][1]
             and text.spells(text.encode([header[-1][0]])[0])
-            for header in template.header.values()
+            for header in map(template.header_spans, template.headers)
         )
 
     def _turn(self, role: Role, last: bool) -> _Turn:
-        *specials, (head, _) = self._template.header[role]
-        head_ids, trailer = self._text.encode([head, "\n"])
+        *specials, (head, _) = self._template.header_spans(role)
+        head_ids, trailer = self._text.encode([head, self._template.trailer])
         parts = (TurnPart.HEADER, TurnPart.HEADER, TurnPart.CONTENT, TurnPart.END, *[TurnPart.TRAILER] * len(trailer))
         return _Turn(
             [self._text.special[token] for token, _ in specials],
@@ -91,6 +95,9 @@ class BlockEncoder:
         for conversation in conversations:
             said += [message.content for message in conversation.messages]
             said_ends.append(len(said))
+            if self._bos is not None:
+                turns.append(self._bos)
+                contents.append("")
             for role, content, last in self._template.turns(conversation):
                 turns.append(self._turns[role, last])
                 contents.append(content)
@@ -115,7 +122,7 @@ class BlockEncoder:
         codes: dict[int, bytes] = {}
         for number, tokens in zip(found, located, strict=True):
             values = turns[number].values[1:3]
-            winner = min(values, key=rank)
+            winner = min(values, key=precedence)
             codes[number] = bytes(values[first] if first == last else winner for first, last in tokens.parts)
         return codes
 
@@ -178,6 +185,14 @@ _Encoded = tuple[list[int], bytes]
 """Ids of a chunk and their codes."""
 
 
+class Template(Protocol):
+    """What encoding needs of a chat template."""
+
+    def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
+        """Yield the conversation as spans of text."""
+        ...
+
+
 class ChatEncoder:
     """Encodes conversations with one tokenizer and one template.
 
@@ -186,7 +201,7 @@ class ChatEncoder:
 
     Args:
         tokenizer: a tokenizer that already has the template's tokens
-            (`peftchat.chat_template.templates.add_template_tokens`).
+            (`peftchat.chat_template.chat_format.add_template_tokens`).
         template: the format.
 
     Attributes:
@@ -202,9 +217,11 @@ class ChatEncoder:
         self._strips_left = {token.content for token in added.values() if token.lstrip}
         self._known: dict[tuple[str, bool], list[int]] = {}
         self._blocks: BlockEncoder | None = None
-        plain = (self._strips_left | self._strips_right).isdisjoint(template.tokens)
-        if plain and isinstance(template, BlockTemplate) and BlockEncoder.supports(self._text, template):
-            self._blocks = BlockEncoder(self._text, template)
+        if isinstance(template, ChatTemplate):
+            tokens = [*template.special_tokens, template.bos_token]
+            strips = not (self._strips_left | self._strips_right).isdisjoint(tokens)
+            if not strips and BlockEncoder.supports(self._text, template):
+                self._blocks = BlockEncoder(self._text, template)
 
     def encode(self, conversations: Iterable[Conversation]) -> list[EncodedExample]:
         """Rows of the conversations, in order; their text goes through the tokenizer as one batch.
@@ -250,22 +267,22 @@ class ChatEncoder:
         texts: list[str] = []
         values: list[int] = []
         strip = False
-        for piece in self._template.pieces(conversation):
+        for piece in self._template.spans(conversation):
             if piece.special:
                 if piece.text in self._strips_left:
                     self._strip_end(texts, values)
                 self._close(plan, texts, values)
                 texts, values = [], []
-                plan.items.append((self._text.special[piece.text], piece.code))
+                plan.items.append((self._text.special[piece.text], piece.tag))
                 strip = piece.text in self._strips_right
                 continue
             text = piece.text.lstrip(self._text.whitespace) if strip else piece.text
             strip = strip and not text
-            if text and values and values[-1] == piece.code:
+            if text and values and values[-1] == piece.tag:
                 texts[-1] += text
             elif text:
                 texts.append(text)
-                values.append(piece.code)
+                values.append(piece.tag)
         self._close(plan, texts, values)
         return plan
 
@@ -339,4 +356,4 @@ def _is_content(value: int) -> bool:
 
 def _winner(values: Sequence[int], first: int, last: int) -> int:
     """The code of a token that covers the stretches from `first` to `last`."""
-    return values[first] if first == last else min(values[first : last + 1], key=rank)
+    return values[first] if first == last else min(values[first : last + 1], key=precedence)

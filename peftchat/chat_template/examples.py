@@ -10,7 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from peftchat.chat_template.loss_mask import TokenIds, TokenTags
+TokenIds = npt.NDArray[np.int32]
+"""Token ids of one or more examples."""
+TokenTags = npt.NDArray[np.uint8]
+"""For each token, which part of which role's turn it is (`peftchat.chat_template.loss_mask`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
-from peftchat.chat_template.templates import special_tokens
-
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Return every special token of the tokenizer with its id: the named ones and all that were added as special."""
+    found = {
+        str(token.content): int(token_id) for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    for token in tokenizer.all_special_tokens:
+        found.setdefault(str(token), int(tokenizer.convert_tokens_to_ids(str(token))))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

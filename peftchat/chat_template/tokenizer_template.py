@@ -7,11 +7,13 @@ contents put back, equals the first, the markers say exactly where every content
 
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from peftchat.chat_template.loss_mask import TurnPart, token_tag
-from peftchat.chat_template.templates import TemplateSpan, last_answer_index, special_tokens
+from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
+from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.conversation import Conversation, Role
 from peftchat.errors import UserError
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Turns = Sequence[tuple[Role, str]]
+
+_OTHERS = f"Set `chat.template` to {' or '.join(f'`{name}`' for name in CHAT_TEMPLATES)}."
 
 
 class TokenizerTemplate:
@@ -32,15 +36,15 @@ class TokenizerTemplate:
         UserError: the tokenizer has no template, or its template ends answers without a special token.
     """
 
-    name = "model"
-    tokens: tuple[str, ...] = ()
+    name = TOKENIZER_TEMPLATE
+    special_tokens: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", system: str | None = None) -> None:
         if not tokenizer.chat_template:
             raise UserError(
                 "the model's tokenizer has no chat template",
                 where="chat.template: model",
-                hint="Use `starchat` or `chatml`.",
+                hint=_OTHERS,
             )
         self._tokenizer = tokenizer
         self._system = system
@@ -52,7 +56,7 @@ class TokenizerTemplate:
         self._headers: dict[Role, str] = {}
         self.end_token = self._find_end_token()
 
-    def pieces(self, conversation: Conversation) -> Iterator[TemplateSpan]:
+    def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
         """The conversation as the template writes it.
 
         Raises:
@@ -71,7 +75,7 @@ class TokenizerTemplate:
             raise UserError(
                 "the model's template rewrites the content of a message, so that no exact mask exists",
                 where=source,
-                hint="Use `chat.template: chatml` or `starchat`, or take such messages out.",
+                hint=f"{_OTHERS} Or remove such messages.",
             )
         yield from self._split(stretches, written, [role for role, _ in turns], last)
 
@@ -155,7 +159,7 @@ class TokenizerTemplate:
             raise UserError(
                 "the model's chat template writes no special token after an answer, so nothing would end it",
                 where="chat.template: model",
-                hint="Use `starchat` or `chatml`.",
+                hint=_OTHERS,
             )
         return match.group()
 

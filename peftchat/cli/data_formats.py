@@ -14,11 +14,11 @@ def command(as_json: bool) -> None:
     Example:
         peftchat data formats
     """
-    from peftchat.chat_template.registry import TEMPLATE_NOTES
+    from peftchat.chat_template.templates import template_summaries
     from peftchat.console import stdout
     from peftchat.conversations import list_formats
 
-    lists = {"formats": dict(list_formats()), "templates": TEMPLATE_NOTES}
+    lists = {"formats": dict(list_formats()), "templates": template_summaries()}
     if as_json:
         click.echo(json.dumps(lists))
         return

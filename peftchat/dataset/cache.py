@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from peftchat.chat_template.chat_format import ChatFormat
 from peftchat.chat_template.examples import EncodedExample, ExampleStore, ExampleWriter
-from peftchat.chat_template.registry import ChatFormat
 from peftchat.conversation import Conversation
 from peftchat.conversations import ProblemLog
 from peftchat.conversations.readers import find_files

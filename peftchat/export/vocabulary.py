@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftchat.chat_template.templates import special_tokens
+from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.errors import UserError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftchat.chat_template.templates import NewToken
+from peftchat.chat_template.chat_format import NewToken
 from peftchat.models.zero import full_tensor, gathered, same_storage
 
 if TYPE_CHECKING:
@@ -155,17 +155,6 @@ def unfreeze_added_tokens(model: nn.Module) -> None:
         rows.requires_grad_(True)
 
 
-# What a token's name says is not always a word that a vocabulary knows.
-_DESCRIPTIONS = {
-    "<|system|>": "instructions for the assistant",
-    "<|assistant|>": "the assistant answers",
-    "<|user|>": "the user asks",
-    "<|end|>": "end of the message",
-    "<|im_start|>": "start of a message",
-    "<|im_end|>": "end of the message",
-}
-
-
 @dataclass(frozen=True, slots=True)
 class EmbeddingSnapshot:
     """First embeddings of the new tokens, float32.
@@ -199,7 +188,7 @@ def initial_embeddings(
     tied = is_tied(model)
     with gathered(parameter for parameter in (embedding.weight, head.weight, head.bias) if parameter is not None):
         size = embedding.weight.shape[0]
-        picked = [_description_ids(tokenizer, token.token, size) for token in tokens] if how == "description" else None
+        picked = [_description_ids(tokenizer, token, size) for token in tokens] if how == "description" else None
         return EmbeddingSnapshot(
             _first(embedding.weight, len(tokens), how, picked),
             None if tied else _first(head.weight, len(tokens), how, picked),
@@ -321,8 +310,8 @@ def _first(weight: Tensor, count: int, how: str, picked: list[list[int]] | None)
     return (total / max(1, trained)).repeat(count, 1)
 
 
-def _description_ids(tokenizer: "PreTrainedTokenizerBase", token: str, vocabulary: int) -> list[int]:
-    words = _DESCRIPTIONS.get(token) or " ".join(re.findall(r"[^\W_]+", token)) or token
+def _description_ids(tokenizer: "PreTrainedTokenizerBase", token: NewToken, vocabulary: int) -> list[int]:
+    words = token.description or " ".join(re.findall(r"[^\W_]+", token.token)) or token.token
     ids = tokenizer.encode(words, add_special_tokens=False)
     return [token_id for token_id in ids if token_id < vocabulary]
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from peftchat.chat_template.chat_format import ChatFormat
 from peftchat.chat_template.loss_mask import loss_mask_table
-from peftchat.chat_template.registry import ChatFormat
 from peftchat.console import stdout
 from peftchat.dataset.cache import EncodedSplit, load_splits
 from peftchat.dataset.encode import EncodingStats

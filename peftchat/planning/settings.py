@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from peftchat.chat_template.templates import added_token_count
 from peftchat.errors import UserError
 from peftchat.planning.hardware import Device, Hardware
 from peftchat.training.distributed import is_sharded, weight_dtype
@@ -12,7 +13,7 @@ from peftchat.training.distributed import is_sharded, weight_dtype
 if TYPE_CHECKING:
     import numpy as np
 
-    from peftchat.chat_template.registry import ChatFormat
+    from peftchat.chat_template.chat_format import ChatFormat
     from peftchat.dataset.cache import EncodedSplit
     from peftchat.recipe import Recipe
     from peftchat.recipe.sections import Dtype, Method, Offload, Optimizer
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 AttentionKind = Literal["fused", "masked", "eager"]
 """`fused`: a kernel that keeps its inputs, its output and one number a query (Dao et al., 2022). `masked`: SDPA
 with a mask of every pair of positions. `eager`: the scores of every pair are kept."""
-
-
-NEW_TOKENS = {"starchat": 4, "chatml": 2, "model": 0}
-"""Rows that each template may add; a tokenizer that has some of the tokens already adds fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +277,7 @@ def plan_settings(
         attention=attention,
         conversation=conversation or USUAL_CONVERSATION,
         device=device,
-        new_tokens=NEW_TOKENS.get(recipe.chat.template, 0) if new_tokens is None else new_tokens,
+        new_tokens=added_token_count(recipe.chat.template) if new_tokens is None else new_tokens,
     )
 
 

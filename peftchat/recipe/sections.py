@@ -4,6 +4,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
+from peftchat.chat_template.loss_mask import LossOn
+from peftchat.chat_template.templates import ChatTemplateName, template_summaries
 from peftchat.strict_model import StrictModel, list_to_tuple
 
 Method = Literal["full", "lora", "qlora"]
@@ -12,8 +14,6 @@ Attention = Literal["auto", "per_dialogue", "sdpa", "eager", "flash_attention_2"
 
 QuantizationType = Literal["nf4", "fp4"]
 
-TemplateName = Literal["starchat", "chatml", "model"]
-LossOn = Literal["answers", "answers_and_headers", "last_answer", "everything"]
 NewTokenInit = Literal["mean", "description", "zeros"]
 SpecialText = Literal["text", "refuse"]
 EmptyRows = Literal["drop", "refuse"]
@@ -111,11 +111,10 @@ class QuantizationSection(StrictModel):
 class ChatSection(StrictModel):
     """How a conversation becomes tokens, and which of them are learned."""
 
-    template: TemplateName = Field(
+    template: ChatTemplateName = Field(
         "starchat",
-        description="The chat format: `starchat` (adds four tokens), `chatml` (adds `<|im_start|>` and "
-        "`<|im_end|>` where they are missing), or `model` (the tokenizer's own template, "
-        "nothing added).",
+        description="The chat template. Special tokens that the tokenizer lacks are added. "
+        + " ".join(f"`{name}`: {summary}" for name, summary in template_summaries().items()),
     )
     system: str | None = Field(
         None,

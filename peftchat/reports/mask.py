@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.chat_template.examples import EncodedExample
 from peftchat.chat_template.loss_mask import IGNORE_INDEX, TurnPart, loss_mask_table, part_of, role_of
-from peftchat.chat_template.registry import ChatFormat, make_format
-from peftchat.chat_template.templates import special_tokens
+from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.conversation import Role
 from peftchat.conversations import ProblemLog, read_sources
 from peftchat.dataset.cache import EncodedSplit, Split, encode_splits, with_full_examples

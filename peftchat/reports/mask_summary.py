@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from peftchat.chat_template.examples import EncodedExample
-from peftchat.chat_template.loss_mask import LossOn, TokenTags, TurnPart, loss_mask_table, role_of, token_tag
+from peftchat.chat_template.examples import EncodedExample, TokenTags
+from peftchat.chat_template.loss_mask import LossOn, TurnPart, loss_mask_table, role_of, token_tag
 from peftchat.conversation import ROLES, Role
 from peftchat.dataset.cache import EncodedSplit, Split
 from peftchat.dataset.packing import efficiency, pack

@@ -7,7 +7,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from peftchat.chat_template.templates import chatml, starchat
+from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE
 from peftchat.formatting import format_bytes, format_count, format_decimal, format_duration, format_percent
 from peftchat.recipe import QuantizationSection, Recipe
 from peftchat.reports.verdict import cautions, verdict
@@ -136,9 +136,6 @@ def _last_name(path: str) -> str:
     return Path(path).resolve().name
 
 
-_END_TOKENS = {"starchat": starchat(None).end_token, "chatml": chatml(None).end_token}
-
-
 def model_card(facts: RunSummary, recipe_text: str) -> str:
     """Markdown with YAML front matter: what the model is, how to load it, what it learned from, its limits.
 
@@ -216,10 +213,11 @@ def _use(recipe: Recipe, facts: RunSummary) -> str:
 
 def _format(recipe: Recipe, facts: RunSummary) -> str:
     template = recipe.chat.template
-    own = "the tokenizer's own chat template" if template == "model" else f"the chat template `{template}`"
-    end = _END_TOKENS.get(template)
-    stop = f"`{end}`" if end else "the template's end-of-turn token"
-    lines = [f"## Format\n\nIt was trained with {own}, which is saved with the tokenizer. An answer ends at {stop}."]
+    if template == TOKENIZER_TEMPLATE:
+        name, stop = "the tokenizer's own chat template", "the template's end-of-turn token"
+    else:
+        name, stop = f"the chat template `{template}`", f"`{CHAT_TEMPLATES[template].end_token}`"
+    lines = [f"## Format\n\nIt was trained with {name}, which is saved with the tokenizer. An answer ends at {stop}."]
     if recipe.chat.system is not None:
         lines.append(f"Conversations without a system message were given this one:\n\n{_quoted(recipe.chat.system)}")
     if facts.new_tokens:

@@ -39,17 +39,12 @@ class Prompt:
 class _Opened:
     """The tokenizer's own template with the opening of an answer behind the conversation."""
 
-    name = "model"
-    tokens: tuple[str, ...] = ()
-
     def __init__(self, template: TokenizerTemplate, opening: tuple[TemplateSpan, ...]) -> None:
         self._template = template
         self._opening = opening
-        self.end_token = template.end_token
-        self.jinja = template.jinja
 
-    def pieces(self, conversation: Conversation) -> Iterator[TemplateSpan]:
-        yield from self._template.pieces(conversation)
+    def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
+        yield from self._template.spans(conversation)
         yield from self._opening
 
 
@@ -79,8 +74,8 @@ class PromptEncoder:
     @property
     def turn_ids(self) -> frozenset[int]:
         """Special tokens that open a turn: an answer that writes one has gone on to speak for somebody else."""
-        pieces = self._template.pieces(Conversation(_PROBE * 2))
-        headers = (piece.text for piece in pieces if piece.special and part_of(piece.code) == TurnPart.HEADER)
+        pieces = self._template.spans(Conversation(_PROBE * 2))
+        headers = (piece.text for piece in pieces if piece.special and part_of(piece.tag) == TurnPart.HEADER)
         return frozenset(self._text.special[text] for text in headers) - {self.end_id}
 
     def check(self, where: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
-from peftchat.chat_template.registry import ChatFormat, make_format
+from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.dataset.collator import BatchLayout, ChatCollator
 from peftchat.errors import UserError
 from peftchat.formatting import format_duration

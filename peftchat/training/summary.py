@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftchat.chat_template.registry import ChatFormat
+from peftchat.chat_template.chat_format import ChatFormat
 from peftchat.dataset.cache import EncodedSplit, Split
 from peftchat.models.added_tokens import MODULE_NAME, find_added_tokens, is_tied, vocabulary_size
 from peftchat.models.loading import end_ids

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from peftchat.chat_template.registry import ChatFormat
+from peftchat.chat_template.chat_format import ChatFormat
 from peftchat.console import stderr
 from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.dataset.collator import BatchLayout, ChatCollator

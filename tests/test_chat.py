@@ -64,7 +64,7 @@ def test_nothing_that_a_user_types_becomes_a_special_token(tokenizer: Any, data:
 
     assert special_ids(prompt.ids) == special_ids(frame.ids)
     assert content in tokenizer.decode(prompt.ids, skip_special_tokens=False)
-    assert (prompt.lookalikes > 0) == any(token in content for token in special)
+    assert (prompt.special_token_text > 0) == any(token in content for token in special)
 
 
 def test_a_long_history_loses_whole_exchanges_and_keeps_the_system_message(tokenizer: Any) -> None:
@@ -72,18 +72,18 @@ def test_a_long_history_loses_whole_exchanges_and_keeps_the_system_message(token
     system = Message("system", "Rules.")
     exchanges = [(user(f"question {n} " * 5), Message("assistant", f"answer {n} " * 5)) for n in range(6)]
     messages = [system, *(message for pair in exchanges for message in pair), user("last")]
-    whole = encoder.fit(messages, 10_000)
+    whole = encoder.truncate_to_fit(messages, 10_000)
     assert whole.dropped == 0
     for limit in range(len(whole.ids), 60, -7):
-        prompt = encoder.fit(messages, limit)
+        prompt = encoder.truncate_to_fit(messages, limit)
         kept = [system, *messages[1 + 2 * prompt.dropped :]]
         assert prompt.ids == encoder.encode(kept).ids
         assert len(prompt.ids) <= limit
         # One exchange more would not have fitted.
         if prompt.dropped:
             assert len(encoder.encode([system, *messages[2 * prompt.dropped - 1 :]]).ids) > limit
-    with pytest.raises(UserError, match="the model has room for 5"):
-        encoder.fit(messages, 5)
+    with pytest.raises(UserError, match="the model's context allows 5"):
+        encoder.truncate_to_fit(messages, 5)
 
 
 # Answers
@@ -132,7 +132,7 @@ def test_the_answer_has_room_in_a_small_context(tmp_path: Path) -> None:
     said = generate_answer(chat, [*turns, user("yy")], apply_sampling(chat.generation_config, Sampling()))
     assert said.text == "ok"
     assert said.dropped == 4
-    with pytest.raises(UserError, match="room for 32"):
+    with pytest.raises(UserError, match="context allows 32"):
         generate_answer(chat, [user("z" * 60)], apply_sampling(chat.generation_config, Sampling()))
 
 

@@ -125,9 +125,9 @@ def test_a_comparison_survives_failures_and_being_killed(recipe: Path, stories: 
     assert result == read_json(out / "comparison.json")
 
     good, bad = by_name(result)["lora max_length=256"], by_name(result)["lora max_length=16"]
-    assert bad["loss"] is None and len(bad["tried"]) == 2
-    assert all("data.max_length is 16" in run["failure"] and "\n" not in run["failure"] for run in bad["tried"])
-    losses = {run["settings"]["training.learning_rate"]: run["loss"] for run in good["tried"]}
+    assert bad["loss"] is None and len(bad["trials"]) == 2
+    assert all("data.max_length is 16" in run["failure"] and "\n" not in run["failure"] for run in bad["trials"])
+    losses = {run["settings"]["training.learning_rate"]: run["loss"] for run in good["trials"]}
     assert set(losses) == {1e-4, 3e-3} and losses[3e-3] < losses[1e-4] < good["loss_before"]
     assert good["settings"]["training.learning_rate"] == 3e-3
     assert good["loss"] == {"mean": losses[3e-3], "margin": None, "seeds": 1}
@@ -136,7 +136,7 @@ def test_a_comparison_survives_failures_and_being_killed(recipe: Path, stories: 
     assert [answer["prompt"] for answer in good["answers"]] == ["the cat sat on"]
 
     # The table's loss is what stock libraries measure of the run on the held-out rows.
-    run = Path(next(run["run"] for run in good["tried"] if run["loss"] == losses[3e-3]))
+    run = Path(next(run["run"] for run in good["trials"] if run["loss"] == losses[3e-3]))
     model, tokenizer = stock_run(run, stories, "lora")
     assert stock_loss(model, tokenizer, recipe.parent / "eval.jsonl") == pytest.approx(losses[3e-3], abs=1e-3)
     assert not (run / "checkpoints").exists()

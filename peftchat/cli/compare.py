@@ -67,35 +67,36 @@ def command(
     if trials and learning_rates is not None:
         hint = "Use --search training.learning_rate=LOW..HIGH:log."
         raise UserError("--learning-rates is a grid, and --trials searches ranges", hint=hint)
-    wish = CompareOptions(
+    options = CompareOptions(
         recipe,
         split_names(variants),
         [parse_axis(flag) for flag in settings],
         seeds,
         parse_budget(budget) if budget is not None else None,
         _rates(learning_rates) if learning_rates is not None else None,
-        fixed_learning_rate,
+        not fixed_learning_rate,
         trials or 0,
         [parse_range(flag) for flag in search],
     )
-    plan = plan_comparison(wish)
+    plan = plan_comparison(options)
     from peftchat.comparing.compare import EvalOptions, compare
     from peftchat.comparing.compare_report import print_comparison
+    from peftchat.comparing.results import ComparisonSummary
     from peftchat.console import stderr, stdout
 
     # A scheduler that ends the job lets the run that is on end too, so that it can go on from its checkpoint.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = out or Path("runs") / f"compare-{recipe.stem}"
-    stderr.print(f"{len(plan.candidates)} candidates, {plan.size} runs, in {folder}", markup=False)
-    result, where = compare(plan, folder, EvalOptions(plain_text, questions or None, samples, merge))
+    stderr.print(f"{len(plan.candidates)} candidates, {plan.num_runs} runs, in {folder}", markup=False)
+    result, comparison = compare(plan, folder, EvalOptions(plain_text, questions or None, samples, merge))
     if as_json:
-        click.echo(json.dumps(result.as_dict(where)))
+        click.echo(json.dumps(ComparisonSummary.of(result, comparison).model_dump()))
     else:
         print_comparison(result, stdout)
-    stderr.print(f"Report: {where.report}", markup=False)
+    stderr.print(f"Report: {comparison.report}", markup=False)
     if result.recommendation is None:
-        raise VerificationError(f"no run ended well; what they said is in {where.path / 'logs'}.")
-    stderr.print(f"To run it: peftchat train {where.recommended}", markup=False)
+        raise VerificationError(f"no run ended well; what they said is in {comparison.path / 'logs'}.")
+    stderr.print(f"To run it: peftchat train {comparison.recommended}", markup=False)
 
 
 def _rates(text: str) -> list[float]:

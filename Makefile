@@ -25,11 +25,11 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python scripts/fetch_demo_model.py
 	rm -rf .cache/demo runs/demo
-	$(BIN)/peftchat data from-code --stdlib --max-rows 400 -o .cache/demo
+	$(BIN)/peftchat data from-code --stdlib --max-samples 400 -o .cache/demo
 	$(BIN)/peftchat train recipes/demo_cpu.yaml \
-		--ask 'What does `shutil.copy2` do?' \
-		--ask 'How do I call `textwrap.shorten`?' \
-		--ask 'What does `statistics.median` return?'
+		--prompt 'What does `shutil.copy2` do?' \
+		--prompt 'How do I call `textwrap.shorten`?' \
+		--prompt 'What does `statistics.median` return?'
 	$(BIN)/peftchat merge runs/demo
 	for question in 'What does `shutil.copy2` do?' 'How do I call `textwrap.shorten`?' \
 		'What does `statistics.median` return?'; do \

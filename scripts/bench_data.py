@@ -275,11 +275,11 @@ def resident() -> tuple[int, int]:
 
 def clean(path: Path, model: str) -> Callable[[], int]:
     """`peftchat data prepare`: checks, duplicates, split, files."""
-    from peftchat.conversations.prepare import PrepareSettings, prepare
+    from peftchat.conversations.prepare import PrepareOptions, prepare
 
     def run() -> int:
         with tempfile.TemporaryDirectory(prefix="prepared-") as folder:
-            card = prepare(str(path), Path(folder), PrepareSettings())
+            card = prepare(str(path), Path(folder), PrepareOptions())
         return card.train.conversations + card.eval.conversations
 
     return run

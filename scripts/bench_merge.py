@@ -190,7 +190,7 @@ def compare(work: Path, gigabytes: float, turns: int) -> None:
     memory = min(one.peak for one in theirs) / max(one.peak for one in mine)
     seconds = min(one.seconds for one in mine) / min(one.seconds for one in theirs)
     print(f"Memory: {memory:.1f} times less than stock. Time: {seconds:.2f} of stock's (best of {turns}).")
-    for name, command in (("peftchat with proof", [*ours, "--working-set", "256MB"]), ("stock PEFT", stock)):
+    for name, command in (("peftchat with proof", [*ours, "--memory-budget", "256MB"]), ("stock PEFT", stock)):
         measured, kind = limited(command, LIMIT)
         show(f"{name}, {LIMIT / 1e9} GB", measured)
         shutil.rmtree(out, ignore_errors=True)

@@ -91,8 +91,7 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
         VerificationError: something that was checked is not as it should be.
     """
     from peftchat.recipe import load_recipe
-    from peftchat.training.distributed import resolve_distributed
-    from peftchat.training.train import TrainOptions, run_training
+    from peftchat.training.train import train
 
     work = RESULTS / "work" / f"{model.name}-{name}"
     for factor in RATES:
@@ -103,7 +102,7 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
         )
         loaded = load_recipe(work / "recipe.yaml")
         try:
-            told = run_training(loaded, resolve_distributed(loaded), TrainOptions()).model_dump()
+            told = train(loaded).model_dump()
         except VerificationError as error:
             if "diverged" in str(error):
                 continue
@@ -159,10 +158,10 @@ def _stock_loss(run: Path, base: Path, recipe: Any) -> float:
     import torch
 
     from peftchat.dataset.cache import load_splits
-    from peftchat.training.model import chat_format
+    from peftchat.training.context import load_chat_format
 
     model = _stock_model(run, base, recipe)
-    chat = chat_format(recipe)
+    chat = load_chat_format(recipe)
     from peftchat.dataset.collator import ChatCollator
 
     rows = load_splits(recipe, chat)["eval"].store

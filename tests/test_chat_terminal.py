@@ -83,7 +83,7 @@ def test_lines_of_a_pipe_are_messages_and_commands(model: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--prompt", " "], "the question is empty"),
+        (["--prompt", " "], "the prompt is empty"),
         (["--greedy", "--temperature", "1", "--prompt", "x"], "--greedy does not sample"),
         (["--prompt", "x" * 300], "context allows 128"),
     ],

@@ -75,8 +75,8 @@ def test_every_token_its_label_and_its_position(
     store: ExampleStore, policy: LossOn, layout: BatchLayout, multiple: int | None
 ) -> None:
     packs = [[0, 5, 9], [1], [2, 3]] if layout != "padded" else [[0], [5], [9], [1]]
-    batch = collator(store, policy, layout, pad_to_multiple_of=multiple)([{"rows": numbers} for numbers in packs])
-    lines = [[number for numbers in packs for number in numbers]] if layout == "flat" else packs
+    batch = collator(store, policy, layout, pad_to_multiple_of=multiple)([{"examples": numbers} for numbers in packs])
+    lines = [[number for numbers in packs for number in numbers]] if layout == "varlen" else packs
     assert len(batch["input_ids"]) == len(lines)
     longest = max(sum(len(store[number].ids) for number in line) for line in lines)
     width = batch["input_ids"].shape[1]
@@ -100,7 +100,7 @@ def test_every_token_its_label_and_its_position(
 def test_watched_tokens_are_counted(store: ExampleStore, policy: LossOn) -> None:
     watched = [3, 7, 11, 99]
     numbers = list(range(len(store)))
-    batch = collator(store, policy, "flat", watched=watched)([{"rows": numbers}])
+    batch = collator(store, policy, "varlen", tracked_token_ids=watched)([{"examples": numbers}])
     seen, useful = [0] * len(watched), [0] * len(watched)
     for number in numbers:
         tokens = one_by_one(store[number], policy)
@@ -108,7 +108,7 @@ def test_watched_tokens_are_counted(store: ExampleStore, policy: LossOn) -> None
             for slot, wanted in enumerate(watched):
                 seen[slot] += token == wanted
                 useful[slot] += token == wanted and any(label != -100 for _, label, _ in tokens[place + 1 :])
-    assert batch["watched"].tolist() == [seen, useful]
+    assert batch["tracked_counts"].tolist() == [seen, useful]
     assert seen[0] > useful[0] > 0 and seen[3] == 0
 
 

@@ -34,8 +34,8 @@ def recipe(tmp_path: Path, stories: Path) -> Path:
         (["--variants", "lora", "--budget", "hours=2"], "steps=N, tokens=N or minutes=N"),
         (["--variants", "lora", "--learning-rates", "fast"], "1e-4,3e-4"),
         (["--variants", "lora", "--trials", "3"], "belong together"),
-        (["--variants", "lora", "--learning-rates", "1e-3", "--fixed-learning-rate"], "exclude each other"),
-        (["--variants", "lora", "--plain-text", "nowhere.txt"], "nowhere.txt"),
+        (["--variants", "lora", "--learning-rates", "1e-3", "--no-lr-search"], "exclude each other"),
+        (["--variants", "lora", "--forgetting-text", "nowhere.txt"], "nowhere.txt"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(recipe: Path, arguments: list[str], said: str) -> None:
@@ -102,7 +102,7 @@ def test_a_comparison_survives_failures_and_being_killed(recipe: Path, stories: 
     # Some conversation is longer than 16 tokens, so that the runs of that candidate fail once they have started.
     arguments = ["compare", str(recipe), "--variants", "lora", "--set", "data.max_length=256,16"]
     arguments += ["--set", "data.truncation=refuse", "--learning-rates", "1e-4,3e-3", "--seeds", "1"]
-    arguments += ["--ask", "the cat sat on", "--json", "-o", str(out)]
+    arguments += ["--prompt", "the cat sat on", "--json", "-o", str(out)]
     process = start(*arguments)
     assert process.stderr is not None
     while "1/4" not in (line := process.stderr.readline()):

@@ -79,9 +79,9 @@ def test_json_shows_all_rows_unless_told_otherwise(recipe: Path) -> None:
 def test_held_out_rows_are_shown_on_request(recipe: Path, tokenizer_folder: Path) -> None:
     held_out = write_conversations(recipe.parent / "e.jsonl", [[("user", "held"), ("assistant", "out")]])
     entry = f"data.eval=[{{path: {held_out}}}]"
-    rows = json_rows(recipe, "--side", "eval", "--set", entry)
+    rows = json_rows(recipe, "--split", "eval", "--set", entry)
     assert [row["source"] for row in rows] == [f"{held_out}:1"]
-    refused = mask(recipe, "--side", "eval")
+    refused = mask(recipe, "--split", "eval")
     assert isinstance(refused.exception, UserError)
 
 

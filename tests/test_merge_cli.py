@@ -71,7 +71,7 @@ def test_a_run_folder_becomes_a_model(run: Path) -> None:
 
 
 def test_the_words_a_user_sees(run: Path) -> None:
-    result = merge(run, "-o", run / "here", "--dtype", "bfloat16", "--working-set", "1MB")
+    result = merge(run, "-o", run / "here", "--dtype", "bfloat16", "--memory-budget", "1MB")
     assert result.returncode == 0, result.stderr
     assert "computes what base and adapter compute" in result.stdout and str(run / "here") in result.stdout
     assert apart(merged_logits(run / "here"), merged_logits_of(run)) < 0.05
@@ -88,7 +88,7 @@ def merged_logits_of(run: Path):
         (["nowhere"], "no such folder"),
         (["{run}", "--base", "dequantized"], "not trained on a quantized base"),
         (["{run}", "--adapter", "{run}=much"], "not a number"),
-        (["{run}", "--working-set", "lots"], "not a size"),
+        (["{run}", "--memory-budget", "lots"], "not a size"),
         (["{base}"], "nothing to merge"),
     ],
 )

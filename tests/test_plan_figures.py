@@ -10,7 +10,7 @@ from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import find_hardware
 from peftchat.planning.parameter_counts import parameter_counts
 from peftchat.planning.planner import Planner
-from peftchat.planning.settings import settings_on
+from peftchat.planning.settings import settings_for
 from peftchat.recipe import Recipe
 
 GIB = 2**30
@@ -18,7 +18,7 @@ GIB = 2**30
 
 def allocated(recipe: Recipe) -> float:
     """GiB that torch would allocate on one A100 at most."""
-    settings = settings_on(recipe, find_hardware("a100-80gb", 1), None)
+    settings = settings_for(recipe, find_hardware("a100-80gb", 1), None)
     return Planner(ModelSource.of_recipe(recipe).config(), recipe).memory(settings).allocated / GIB
 
 
@@ -65,12 +65,12 @@ def test_starchat_fits_eight_a100_and_not_one(tmp_path: Path) -> None:
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 1024})})
     card = find_hardware("a100-80gb", 8)
     planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
-    settings = settings_on(recipe, card, None)
+    settings = settings_for(recipe, card, None)
     assert settings.strategy == "zero3"
     total = planner.memory(settings).total
     # Sixteen bytes a weight on eight cards are more than a third of each.
     assert 31e9 < total < 60e9 < card.memory
-    assert planner.memory(settings_on(recipe, replace(card, count=1), None)).total > card.memory
+    assert planner.memory(settings_for(recipe, replace(card, count=1), None)).total > card.memory
 
 
 def test_parameters_are_the_published_ones(tmp_path: Path) -> None:

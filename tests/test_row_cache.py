@@ -62,7 +62,7 @@ def go(process: subprocess.Popen[str]) -> None:
 
 
 def cache() -> Path:
-    return Path(os.environ["PEFTCHAT_CACHE"]) / "rows"
+    return Path(os.environ["PEFTCHAT_CACHE"]) / "examples"
 
 
 def test_a_second_run_encodes_nothing(recipe_file: Path) -> None:
@@ -130,4 +130,4 @@ def test_a_killed_build_leaves_nothing_that_is_used(recipe_file: Path) -> None:
     assert len(rows.store) == 4500
     assert [path.suffix for path in cache().iterdir() if path.is_dir()] == [""]
     stats = json.loads((rows.store.path.parent / "train.json").read_text())
-    assert stats["rows"] == 4500 and stats["tokens"] == int(rows.store.lengths.sum())
+    assert stats["examples"] == 4500 and stats["tokens"] == int(rows.store.lengths.sum())

@@ -8,8 +8,8 @@ from training_helpers import read_json_lines, small_model, write_conversations, 
 
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
-from peftchat.training.distributed import resolve_distributed
-from peftchat.training.train import TrainOptions, run_training
+from peftchat.training.context import TrainOptions
+from peftchat.training.train import train as train_run
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def train(recipe: Path, *flags: str, resume: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     loaded = load_recipe(recipe, ["training.learning_rate=0.01", "distributed.strategy=single", *flags])
-    summary = run_training(loaded, resolve_distributed(loaded), TrainOptions(resume=resume)).model_dump()
+    summary = train_run(loaded, TrainOptions(resume=resume)).model_dump()
     return summary, read_json_lines(Path(loaded.recipe.output_dir) / "metrics.jsonl")
 
 

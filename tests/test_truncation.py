@@ -93,7 +93,7 @@ def test_the_first_or_last_exchanges_that_fit_are_kept(
         if best is None:
             assert fitted == Truncated((), len(parts))
         else:
-            (row,) = fitted.rows
+            (row,) = fitted.examples
             assert row.ids.tolist() == stock_ids([*system, *joined(parts[slice(*best)])])
             assert fitted.lost == len(parts) - (best[1] - best[0])
             assert ends_every_answer(row) and row.source == "d:1"
@@ -119,9 +119,9 @@ def test_a_divided_conversation_keeps_every_exchange_that_fits_alone(
         else:
             expected[-1].append(part)
     fitted = cut_up(system, parts, limit, "split")
-    assert [row.ids.tolist() for row in fitted.rows] == [stock_ids([*system, *joined(some)]) for some in expected]
+    assert [row.ids.tolist() for row in fitted.examples] == [stock_ids([*system, *joined(some)]) for some in expected]
     assert fitted.lost == lost
-    assert all(ends_every_answer(row) and len(row.ids) <= limit for row in fitted.rows)
+    assert all(ends_every_answer(row) and len(row.ids) <= limit for row in fitted.examples)
 
 
 @given(_conversation())
@@ -137,7 +137,7 @@ def test_a_question_without_an_answer_is_no_row(cut: TruncationSide) -> None:
     parts = [[Message("user", "one"), Message("assistant", "two")], [Message("user", "three " * 50)]]
     fitted = cut_up([], parts, 30, cut)
     kept = [] if cut == "turns_leading" else [stock_ids(parts[0])]
-    assert [row.ids.tolist() for row in fitted.rows] == kept
+    assert [row.ids.tolist() for row in fitted.examples] == kept
 
 
 def turns(*words: str) -> list[tuple[str, str]]:
@@ -167,8 +167,13 @@ def test_every_cut_is_counted(
 ) -> None:
     made = rows_of(tmp_path, truncation, 60)
     stats = made.stats
-    assert (stats.rows, len(made.store)) == (rows, rows)
-    assert (stats.shortened, stats.exchanges_cut, stats.divided, stats.parts) == (shortened, cut, divided, parts)
+    assert (stats.examples, len(made.store)) == (rows, rows)
+    assert (stats.truncated, stats.rounds_dropped, stats.split, stats.split_examples) == (
+        shortened,
+        cut,
+        divided,
+        parts,
+    )
     assert stats.dropped == {"too_long": 2 if truncation == "drop" else 1}
-    assert all(place.endswith(":2") for place in stats.named.get("shortened", []))
+    assert all(place.endswith(":2") for place in stats.first_sources.get("truncated", []))
     assert stats.tokens == int(made.store.lengths.sum()) and max(made.store.lengths) <= 60

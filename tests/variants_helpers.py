@@ -8,8 +8,8 @@ from training_helpers import read_json, stock_loss, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftchat.recipe import load_recipe
-from peftchat.training.distributed import resolve_distributed
-from peftchat.training.train import TrainOptions, run_training
+from peftchat.training.context import TrainOptions
+from peftchat.training.train import train
 from peftchat.variants import VARIANTS
 
 # A tiny model takes larger steps than a real one, and a few variants, whose updates grow with the width, smaller ones.
@@ -33,7 +33,7 @@ def train_variant(
     sections["training"] = {"learning_rate": rate, "max_steps": 4, **sections.get("training", {})}
     recipe = write_recipe(run.parent / f"{run.name}.yaml", base, conversations, held_out, run, **sections)
     loaded = load_recipe(recipe)
-    return run_training(loaded, resolve_distributed(loaded), TrainOptions(resume=resume)).model_dump()
+    return train(loaded, TrainOptions(resume=resume)).model_dump()
 
 
 def stock_variant(run: Path, base: Path, quantization: Any = None) -> Any:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from peftchat.cli.common import Command, json_option, output_option
+
 if TYPE_CHECKING:
     from peftchat.merging.output import MergeReport
 
@@ -42,18 +44,18 @@ class _WeightedAdapter(click.ParamType):
             self.fail(f"{weight!r} in {value!r} is not a number", param, ctx)
 
 
-@click.command()
+@click.command("merge", cls=Command, renamed={"--out": "--output", "--working-set": "--memory-budget"})
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the merged model.  [default: RUN/merged]")
+@output_option("Folder of the merged model.  [default: RUN/merged]")
 @click.option(
     "--base",
     type=click.Choice(["auto", "original", "dequantized"]),
     default="auto",
     show_default=True,
-    help="For a QLoRA run: merge into the original base or the one it was trained on. auto selects the nearer one.",
+    help="For a QLoRA run: merge into the original base or into the one it was trained on. auto takes the nearer one.",
 )
 @click.option(
-    "--verify/--no-verify", default=True, help="Compare logits with base + adapter afterwards.  [default: on]"
+    "--verify/--no-verify", default=True, help="Compare the logits with base and adapter afterwards.  [default: on]"
 )
 @click.option("--scale", type=float, default=1.0, show_default=True, help="Weight of the run's own adapter.")
 @click.option(
@@ -63,34 +65,36 @@ class _WeightedAdapter(click.ParamType):
     multiple=True,
     help="Another adapter on the same base, with its weight. Repeatable.",
 )
-@click.option("--working-set", type=_Size(), help="Memory for weights in flight.  [default: one tensor and its update]")
+@click.option(
+    "--memory-budget", type=_Size(), help="Memory for weights in flight.  [default: one tensor and its update]"
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Type of the merged weights.  [default: as the base stores them]",
+    help="Dtype of the merged weights.  [default: the base's]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a folder that is already there.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
+@json_option("Print the report as one JSON object.")
 def command(
     run: Path,
-    out: Path | None,
+    output: Path | None,
     base: str,
     verify: bool,
     scale: float,
     adapters: tuple[tuple[Path, float], ...],
-    working_set: int | None,
+    memory_budget: int | None,
     dtype: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Merge the adapter of RUN, new tokens included, into the weights of its base.
+    """Merge a run's adapter into its base and verify the result.
 
-    Weights stream through memory a tensor at a time, so the model may be larger than memory. An interrupted merge goes
-    on where it stopped when it is started again.
+    RUN is a run folder; the embeddings of new tokens are merged too. Weights stream through memory one tensor at a
+    time, so the model may be larger than memory. An interrupted merge resumes when it is started again.
 
     \b
     peftchat merge runs/assistant
-    peftchat merge runs/assistant -o assistant-7b --working-set 512MB
+    peftchat merge runs/assistant -o assistant-7b --memory-budget 512MB
     """
     from peftchat.logging_setup import quiet_libraries
 
@@ -100,12 +104,12 @@ def command(
     from peftchat.merging import MergeOptions, merge_run
 
     options = MergeOptions(
-        output=out,
+        output=output,
         base=base,  # type: ignore[arg-type]
         verify=verify,
         scale=scale,
         adapters=adapters,
-        memory_budget=working_set,
+        memory_budget=memory_budget,
         dtype=getattr(torch, dtype) if dtype else None,
         overwrite=overwrite,
     )

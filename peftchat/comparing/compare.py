@@ -78,7 +78,7 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
     folder = ComparisonFolder(out.absolute())
     text = options.general_text or GENERAL_TEXT
     if not text.is_file():
-        raise UserError("no such file", where=f"--plain-text {text}")
+        raise UserError("no such file", where=f"--forgetting-text {text}")
     with folder.locked(plan.base.recipe), CompareProgress(plan.num_runs) as progress:
         write_splits(plan.base.recipe, folder)
         trainer = _RunTrainer(plan, folder, progress)

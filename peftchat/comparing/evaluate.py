@@ -106,13 +106,13 @@ def _evaluate_run(
     run: Path, recipe: "Recipe", text: str, prompts: tuple[str, ...]
 ) -> "tuple[float, list[SampleAnswer]]":
     from peftchat.serving.chat_model import load_for_chat
-    from peftchat.training.model import chat_format
+    from peftchat.training.context import load_chat_format
     from peftchat.training.summary import sample_answers
 
     chat = load_for_chat(str(run))
     loss = general_loss(chat.model, chat.tokenizer, text)
     chat.model.generation_config = chat.generation_config
-    return loss, sample_answers(chat.model, chat_format(recipe), prompts)
+    return loss, sample_answers(chat.model, load_chat_format(recipe), prompts)
 
 
 def _merge(run: Path, recipe: "Recipe") -> tuple[MergeResult, str]:

@@ -29,7 +29,7 @@ def detect_language(messages: Sequence[Message]) -> str:
     except ImportError as error:
         raise UserError(
             "rows without a `lang` field need a language detector, and none is installed",
-            where="languages (--lang)",
+            where="languages (--languages)",
             hint="pip install 'peftchat[languages]'",
         ) from error
     text = "\n".join(message.content for message in messages if message.role in ("user", "assistant"))

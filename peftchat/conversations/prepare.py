@@ -145,7 +145,7 @@ _TRAIN, _EVAL, _WHOLE = "train.jsonl", "eval.jsonl", ".whole.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class PrepareSettings:
+class PrepareOptions:
     """What to make of a source.
 
     Attributes:
@@ -156,8 +156,8 @@ class PrepareSettings:
         eval_fraction: share of first user messages whose conversations are held out.
         seed: of that choice.
         strict: end at the first problem.
-        max_conversations: stop after this many.
-        max_row_bytes: a longer row is a problem.
+        max_samples: stop after this many.
+        max_record_bytes: a longer row is a problem.
     """
 
     format: str = "auto"
@@ -167,8 +167,8 @@ class PrepareSettings:
     eval_fraction: float = 0.1
     seed: int = 0
     strict: bool = False
-    max_conversations: int | None = None
-    max_row_bytes: int = MAX_RECORD_BYTES
+    max_samples: int | None = None
+    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 def _no_progress(conversations: int) -> None:
@@ -176,7 +176,7 @@ def _no_progress(conversations: int) -> None:
 
 
 def prepare(
-    source: str, folder: Path, settings: PrepareSettings, progress: Callable[[int], None] = _no_progress
+    source: str, folder: Path, settings: PrepareOptions, progress: Callable[[int], None] = _no_progress
 ) -> Card:
     """Write `train.jsonl`, `eval.jsonl`, `card.md`, `card.json` and, if any row is bad, `quarantine.jsonl`.
 
@@ -210,10 +210,10 @@ def prepare(
     return card
 
 
-def _conversations(source: str, settings: PrepareSettings, log: ProblemLog, card: Card) -> Iterator[Conversation]:
-    options = ReadOptions(settings.languages, settings.top_k, settings.max_row_bytes)
+def _conversations(source: str, settings: PrepareOptions, log: ProblemLog, card: Card) -> Iterator[Conversation]:
+    options = ReadOptions(settings.languages, settings.top_k, settings.max_record_bytes)
     stream = read_conversations(source, format=settings.format, split=settings.split, problems=log, options=options)
-    yield from islice(stream, settings.max_conversations)
+    yield from islice(stream, settings.max_samples)
     card.stopped_early = next(stream, None) is not None
 
 
@@ -230,7 +230,7 @@ def _new_only(
 
 
 def _write_splits(
-    stream: Iterator[Conversation], draft: Path, settings: PrepareSettings, card: Card
+    stream: Iterator[Conversation], draft: Path, settings: PrepareOptions, card: Card
 ) -> EvalSplit | None:
     """Write both files by the split that large sets end with; return another if the set turns out to need it."""
     census = SplitCensus(settings.eval_fraction, settings.seed)
@@ -267,7 +267,7 @@ def _reread(path: Path) -> Iterator[Conversation]:
 def _why_nothing(card: Card) -> str:
     reasons = [f"in {count:,} {KINDS[kind]}" for kind, count in card.problems.items()]
     reasons += [f"{count:,} {SKIPPED[rule]}" for rule, count in card.skipped.items()]
-    return f"What became of the {card.rows:,} rows: {'; '.join(reasons) or 'nothing'}."
+    return f"What became of the {card.records:,} rows: {'; '.join(reasons) or 'nothing'}."
 
 
-__all__ = ["Card", "PrepareSettings", "card_text", "prepare"]
+__all__ = ["Card", "PrepareOptions", "card_text", "prepare"]

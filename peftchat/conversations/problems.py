@@ -40,12 +40,12 @@ class ReadOptions:
         languages: keep only conversations in these languages (`en`, `pt-BR`; `pt` includes `pt-BR`); empty keeps all.
             The row's own `lang` field decides where there is one, else a detector.
         top_k: OASST only: of each turn's ranked replies, follow the best `top_k`; None follows all.
-        max_row_bytes: a longer row is a problem and is not read into memory.
+        max_record_bytes: a longer row is a problem and is not read into memory.
     """
 
     languages: tuple[str, ...] = ()
     top_k: int | None = None
-    max_row_bytes: int = MAX_RECORD_BYTES
+    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 Kind = Literal[
@@ -54,12 +54,12 @@ Kind = Literal[
     "nul_character",
     "lone_surrogate",
     "nested_too_deep",
-    "row_too_long",
+    "record_too_long",
     "broken_file",
     "not_an_object",
     "missing_field",
     "wrong_type",
-    "other_form",
+    "other_format",
     "unknown_role",
     "repeated_role",
     "system_not_first",
@@ -75,12 +75,12 @@ KINDS: dict[Kind, str] = {
     "nul_character": "the text holds a NUL character",
     "lone_surrogate": "the text holds half of a surrogate pair",
     "nested_too_deep": "the JSON is nested too deep to be a conversation",
-    "row_too_long": "the row is longer than the limit",
+    "record_too_long": "the row is longer than the limit",
     "broken_file": "the file cannot be read on from here",
     "not_an_object": "the row is JSON but not an object",
     "missing_field": "a field of the form is missing",
     "wrong_type": "a field holds another type than its form says",
-    "other_form": "the row lacks the fields of the form that the file is read as",
+    "other_format": "the row lacks the fields of the form that the file is read as",
     "unknown_role": "a turn has a role that the form does not know",
     "repeated_role": "two turns of one role follow each other",
     "system_not_first": "a system message stands behind other turns",
@@ -132,24 +132,24 @@ class ProblemLog:
         quarantine: called with each problem and the raw row (None where the row has no bytes of its own).
 
     Attributes:
-        rows: rows read from files, good and bad.
+        records: records read from files, valid and invalid.
         problems: rows that could not be used, by kind.
         skipped: rows left out on purpose, by the name of the rule.
         notes: rows that were kept but changed, or are worth knowing about, by name.
         examples: the first few problems of each kind.
-        forms: the form each source file was read as, by path.
+        formats: source file -> format it was read as.
     """
 
     def __init__(
         self, *, strict: bool = False, quarantine: Callable[[Problem, bytes | None], None] | None = None
     ) -> None:
         self.strict = strict
-        self.rows = 0
+        self.records = 0
         self.problems: Counter[Kind] = Counter()
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.examples: defaultdict[Kind, list[Problem]] = defaultdict(list)
-        self.forms: dict[str, str] = {}
+        self.formats: dict[str, str] = {}
         self.first: Problem | None = None
         self._quarantine = quarantine
 

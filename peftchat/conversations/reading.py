@@ -142,7 +142,7 @@ def _records(file: Path, options: ReadOptions, problems: ProblemLog) -> Iterator
     if reader is None:
         raise ValueError(f"no reader for {file}")
     try:
-        yield from reader(file, options.max_row_bytes, problems)
+        yield from reader(file, options.max_record_bytes, problems)
     except OSError as error:
         raise UserError(f"the file cannot be read: {error.strerror or error}", where=str(file)) from error
 
@@ -154,10 +154,10 @@ def _all_sources(
     options: ReadOptions,
     problems: ProblemLog,
 ) -> Iterator[Conversation]:
-    before = problems.rows + problems.total
+    before = problems.records + problems.total
     for name, rows in sources:
         yield from _source(name, rows, form, options, problems)
-    if problems.rows + problems.total == before:
+    if problems.records + problems.total == before:
         raise UserError("there are no rows", where=path, hint="Give a file with rows.")
 
 
@@ -171,7 +171,7 @@ def _source(
     if form is None:
         return
     _check_rank_limit(name, form, options)
-    problems.forms[name] = form.name
+    problems.formats[name] = form.name
     yield from form.read(_chain(first, rows), options, problems)
 
 

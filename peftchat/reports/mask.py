@@ -191,7 +191,7 @@ class MaskReport:
         reader = ExampleReader(self.chat.tokenizer, loss_mask_table(self.recipe.chat.loss_on))
         pairs: Iterable[tuple[EncodedExample, EncodedExample]]
         # A divided conversation stands whole in its rows.
-        if not self.rows.stats.shortened or self.recipe.data.truncation == "split":
+        if not self.rows.stats.truncated or self.recipe.data.truncation == "split":
             pairs = ((row, row) for row in islice(self.rows.store, limit))
         else:
             pairs = with_full_examples(self.recipe, self.chat, self.side, self._with_a_shortened_one(limit))
@@ -199,7 +199,7 @@ class MaskReport:
             yield reader.read(row, whole)
 
     def _with_a_shortened_one(self, limit: int | None) -> Iterator[EncodedExample]:
-        shortened = set(self.rows.stats.named["shortened"])
+        shortened = set(self.rows.stats.first_sources["truncated"])
         stream = iter(self.rows.store)
         for row in islice(stream, limit):
             shortened -= shortened if row.source in shortened else set()

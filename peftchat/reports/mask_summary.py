@@ -226,7 +226,7 @@ def _facts(recipe: Recipe, rows: EncodedSplit, survey: MaskSurvey) -> list[tuple
         ("packing", _packing(recipe, rows), False),
         ("shortened to fit", _truncated(recipe, rows), False),
         *([("divided to fit", _split(rows), False)] if recipe.data.truncation == "split" else []),
-        ("rows left out", dropped or "none", bool(stats.dropped) and not stats.rows),
+        ("rows left out", dropped or "none", bool(stats.dropped) and not stats.examples),
         ("special-token text", special if looks.count else "none", _refused_text(recipe, survey)),
         ("answers without end", _found(survey.open_answers), bool(survey.open_answers.count)),
         ("ends not trained", _found(survey.silent_ends), bool(survey.silent_ends.count)),
@@ -235,24 +235,24 @@ def _facts(recipe: Recipe, rows: EncodedSplit, survey: MaskSurvey) -> list[tuple
 
 def _truncated(recipe: Recipe, rows: EncodedSplit) -> str:
     stats = rows.stats
-    if not stats.shortened:
+    if not stats.truncated:
         return "none"
-    its = "its" if stats.shortened == 1 else "their"
+    its = "its" if stats.truncated == 1 else "their"
     where = {"turns_leading": f"at {its} beginning", "split": "that did not fit alone"}
     who = "conversation" if recipe.data.truncation == "split" else "row"
     return (
-        f"{format_count(stats.shortened)} {who}{_s(stats.shortened)} lost {format_count(stats.exchanges_cut)} "
-        f"exchange{_s(stats.exchanges_cut)} {where.get(recipe.data.truncation, f'at {its} end')}"
-        f"{_named(rows, 'shortened')}"
+        f"{format_count(stats.truncated)} {who}{_s(stats.truncated)} lost {format_count(stats.rounds_dropped)} "
+        f"exchange{_s(stats.rounds_dropped)} {where.get(recipe.data.truncation, f'at {its} end')}"
+        f"{_named(rows, 'truncated')}"
     )
 
 
 def _split(rows: EncodedSplit) -> str:
     stats = rows.stats
-    if not stats.divided:
+    if not stats.split:
         return "none"
-    became = f"{format_count(stats.divided)} conversation{_s(stats.divided)} became {_examples(stats.parts)}"
-    return f"{became}{_named(rows, 'divided')}"
+    became = f"{format_count(stats.split)} conversation{_s(stats.split)} became {_examples(stats.split_examples)}"
+    return f"{became}{_named(rows, 'split')}"
 
 
 def _dropped(rows: EncodedSplit) -> str:
@@ -281,7 +281,7 @@ def _packing(recipe: Recipe, rows: EncodedSplit) -> str:
 
 
 def _named(rows: EncodedSplit, what: str) -> str:
-    named = rows.stats.named.get(what, [])
+    named = rows.stats.first_sources.get(what, [])
     return f" ({', '.join(named[:3])}{', …' if len(named) > 3 else ''})" if named else ""
 
 

@@ -33,8 +33,8 @@ class Finding:
 
 def facts_of(part: PartStats) -> Iterator[tuple[str, str]]:
     """One part, a line a fact: name, value."""
-    yield "form", ", ".join(sorted(set(part.forms.values()))) or "none"
-    yield "rows", format_count(part.rows)
+    yield "form", ", ".join(sorted(set(part.formats.values()))) or "none"
+    yield "rows", format_count(part.records)
     yield "conversations", format_count(part.conversations)
     for name, sketch in (("turns", part.turns), ("characters", part.characters), ("tokens", part.tokens)):
         if sketch is not None:
@@ -50,7 +50,7 @@ def facts_of(part: PartStats) -> Iterator[tuple[str, str]]:
     yield "exact duplicates", _of(part.exact_duplicates, part.conversations)
     near = part.near_duplicates
     yield "near duplicates", _NO_HYGIENE if near is None else _of(near, part.conversations)
-    yield "unusable rows", _of(sum(part.problems.values()), part.rows)
+    yield "unusable rows", _of(sum(part.problems.values()), part.records)
 
 
 def findings_of(part: PartStats) -> Iterator[Finding]:

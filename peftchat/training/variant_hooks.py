@@ -1,6 +1,4 @@
-"""What a variant brings into the training loop beside its parameters: learning rates of its own, a term of the loss,
-things to do after each step.
-"""
+"""Trainer hooks: a variant's own learning rates, loss term and callbacks in the training loop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

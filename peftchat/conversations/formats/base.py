@@ -44,7 +44,7 @@ def record_format(
         for row in rows:
             try:
                 if not matches(row.value):
-                    raise RecordError("other_form", f"not in {name} form; fields: {field_names(row.value)}")
+                    raise RecordError("other_format", f"not in {name} form; fields: {field_names(row.value)}")
                 messages = validate_messages(parse(row.value), problems)
             except RecordError as error:
                 problems.add(Problem(row.where, error.kind, error.detail), row.as_bytes())
@@ -61,7 +61,7 @@ def validate_messages(messages: Sequence[Message], problems: ProblemLog) -> tupl
     """The conversation's messages, a trailing user turn taken off and counted.
 
     Raises:
-        RowError: no answer, nothing said, a role twice, a system message in the middle, or text that no tokenizer
+        RecordError: no answer, nothing said, a role twice, a system message in the middle, or text that no tokenizer
             should see (NUL, half a surrogate pair).
     """
     before: Role | None = None
@@ -103,7 +103,7 @@ def text_field(fields: Fields, name: str) -> str:
     """A field that must be text.
 
     Raises:
-        RowError: it is absent or something else.
+        RecordError: it is absent or something else.
     """
     if name not in fields:
         raise RecordError("missing_field", f"no field {name!r}; fields: {field_names(fields)}")
@@ -122,7 +122,7 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
     """A field that must be a list of objects.
 
     Raises:
-        RowError: it is not.
+        RecordError: it is not.
     """
     turns = fields.get(name)
     if not isinstance(turns, list):

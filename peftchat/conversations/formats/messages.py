@@ -23,7 +23,7 @@ def parse_turns(turns: list[Fields]) -> list[Message]:
     """Messages from `role`/`content` objects.
 
     Raises:
-        RowError: an unknown role, or content that is not text.
+        RecordError: an unknown role, or content that is not text.
     """
     messages = []
     for number, turn in enumerate(turns, start=1):

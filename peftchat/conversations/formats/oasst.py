@@ -49,7 +49,7 @@ def parse_message(fields: Mapping[str, Any]) -> TreeMessage:
     """One message without its replies.
 
     Raises:
-        RowError: text, role or rank are not what the export format says.
+        RecordError: text, role or rank are not what the export format says.
     """
     name = text_field(fields, "role")
     role = _ROLES.get(name)
@@ -76,7 +76,7 @@ def parse_tree(prompt: Mapping[str, Any]) -> TreeMessage:
     """A message and, through `replies`, everything below it.
 
     Raises:
-        RowError: a message below it cannot be parsed.
+        RecordError: a message below it cannot be parsed.
     """
     root = parse_message(prompt)
     open_messages = [(root, prompt)]
@@ -122,7 +122,7 @@ class FlatMessages:
         """Keep one message.
 
         Raises:
-            RowError: it cannot be parsed, or its id was there before.
+            RecordError: it cannot be parsed, or its id was there before.
         """
         key = text_field(row.value, "message_id")
         if key in self._found:
@@ -353,7 +353,7 @@ def _read(rows: Iterable[RawRecord], options: ReadOptions, problems: ProblemLog)
             elif _is_message(row.value):
                 single.add(row)
             else:
-                raise RecordError("other_form", f"not in oasst form; fields: {field_names(row.value)}")
+                raise RecordError("other_format", f"not in oasst form; fields: {field_names(row.value)}")
         except RecordError as error:
             problems.add(Problem(row.where, error.kind, error.detail), row.as_bytes())
     for tree in single.trees(problems):

@@ -34,6 +34,6 @@ def read_hub(name: str, split: str | None, problems: ProblemLog) -> Iterator[Raw
     number = 0
     while first is not None:
         number += 1
-        problems.rows += 1
+        problems.records += 1
         yield RawRecord(f"{name}/{split}:{number}", first, None)
         first = next(rows, None)

@@ -273,7 +273,7 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "Distribu
     """
     from peftchat.conversations.readers import find_files
     from peftchat.logging_setup import quiet_libraries
-    from peftchat.models.loading import check_model_folder
+    from peftchat.models.source import ModelSource
     from peftchat.runs.run_folder import RunFolder
     from peftchat.training.distributed import resolve_distributed, slurm_variables
 
@@ -281,7 +281,7 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "Distribu
     os.environ.update(slurm_variables(os.environ))
     distributed = resolve_distributed(loaded)
     recipe = loaded.recipe
-    check_model_folder(recipe.model.name)
+    ModelSource.of_recipe(recipe).check_weights()
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(source.path, source.split)
     RunFolder(Path(recipe.output_dir)).check_usable(recipe, resume=resume)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peftchat.errors import UserError
+from peftchat.models.source import ModelSource
 from peftchat.variants import get_variant
 
 if TYPE_CHECKING:
@@ -147,15 +148,11 @@ def _begin_loftq(recipe: "Recipe", model: "PeftModel") -> None:
     PEFT's `replace_lora_weights_loftq` does the same, but only on a GPU, and fits `B A` as if the layer added it
     unscaled.
     """
-    from huggingface_hub import snapshot_download
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
     from peft.utils.loftq_utils import _low_rank_decomposition, _SafetensorLoader
 
-    folder = recipe.model.name
-    if not Path(folder).is_dir():
-        folder = snapshot_download(folder, revision=recipe.model.revision, local_files_only=True)
-    stored = _SafetensorLoader(model, folder)
+    stored = _SafetensorLoader(model, str(ModelSource.of_recipe(recipe).download(local_files_only=True)))
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue

@@ -130,7 +130,7 @@ def test_no_space_left(tmp_path: Path, files: dict[str, Path]) -> None:
         pytest.skip("a small disk cannot be mounted without more rights")
     try:
         files["run"] = disk / "run"
-        assert "no space left" in refused(tmp_path, files)
+        assert "of disk space" in refused(tmp_path, files)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -374,7 +374,7 @@ def _example_text(recipe: "Recipe", chat: ChatFormat, split: EncodedSplit) -> Te
     """Show an example of median length with its trained tokens in green."""
     median = int(np.argsort(split.store.lengths)[len(split.store) // 2])
     example = split.store[median]
-    trained = loss_mask_table(recipe.chat.loss_on)[example.codes]
+    trained = loss_mask_table(recipe.chat.loss_on)[example.token_tags]
     trained[:1] = False
     text = Text(f"An example ({example.source}), trained tokens in green:\n", style="bold")
     for start, stop in _runs(trained[:_MAX_TOKENS_SHOWN]):

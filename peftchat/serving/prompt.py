@@ -99,7 +99,7 @@ class PromptEncoder:
         Raises:
             UserError: the template rejects the conversation, or changes text that is spelled like a special token.
         """
-        special_token_text = sum(self._text.lookalikes([message.content for message in messages]))
+        special_token_text = sum(self._text.count_special_token_text([message.content for message in messages]))
         if special_token_text:
             template = _WithGenerationPrompt(TokenizerTemplate(self._tokenizer), self._generation_prompt_spans())
             (example,) = ChatEncoder(self._tokenizer, template).encode([Conversation(tuple(messages))])

@@ -213,7 +213,7 @@ def of_rows(rows: Any) -> Encoded:
     from peftchat.chat_template.loss_mask import loss_mask_table
 
     table = loss_mask_table("answers")
-    return Encoded([row.ids.tolist() for row in rows], [table[row.codes].astype(int).tolist() for row in rows])
+    return Encoded([row.ids.tolist() for row in rows], [table[row.token_tags].astype(int).tolist() for row in rows])
 
 
 def check_equal(results: dict[str, Encoded]) -> None:

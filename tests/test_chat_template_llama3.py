@@ -85,7 +85,7 @@ def test_ids_and_mask_of_stock_transformers(name: str, has_tokens: bool) -> None
         assert example.ids.tolist() == ids, conversation
         # Stock finds its mask by the characters of an answer, which not all of these tokenizers report.
         if name in {"byte-level-digits", "llama2", "gemma"}:
-            labels = labels_for(example.ids, example.codes, table)
+            labels = labels_for(example.ids, example.token_tags, table)
             assert np.array_equal(labels, np.where(mask, ids, -100)), conversation
 
 
@@ -105,7 +105,7 @@ def test_bos_is_the_first_id_and_never_a_target() -> None:
     conversation = Conversation((Message("user", "a"), Message("assistant", "b")))
     (example,) = chat.encoder().encode([conversation])
     assert chat.tokenizer.convert_ids_to_tokens(int(example.ids[0])) == BOS
-    labels = labels_for(example.ids, example.codes, loss_mask_table("answers_and_headers"))
+    labels = labels_for(example.ids, example.token_tags, loss_mask_table("answers_and_headers"))
     trained = chat.tokenizer.encode(f"{OPENING}b<|eot_id|>", add_special_tokens=False)
     assert labels[labels != -100].tolist() == trained
     assert CHAT_TEMPLATES["llama3"].bos_token == BOS

@@ -59,7 +59,7 @@ def learns(value: int, policy: LossOn) -> bool:
 def one_by_one(row: EncodedExample, policy: LossOn) -> list[tuple[int, int, int]]:
     """(id, label, position) of each token, one at a time."""
     found = []
-    for place, (token, value) in enumerate(zip(row.ids.tolist(), row.codes.tolist(), strict=True)):
+    for place, (token, value) in enumerate(zip(row.ids.tolist(), row.token_tags.tolist(), strict=True)):
         found.append((token, token if place and learns(value, policy) else -100, place))
     return found
 
@@ -150,9 +150,9 @@ def test_edges_of_packing() -> None:
 
 
 def same(row: EncodedExample, other: EncodedExample) -> bool:
-    arrays = np.array_equal(row.ids, other.ids) and np.array_equal(row.codes, other.codes)
-    types = row.ids.dtype == other.ids.dtype == np.int32 and row.codes.dtype == other.codes.dtype == np.uint8
-    return arrays and types and (row.source, row.lookalikes) == (other.source, other.lookalikes)
+    arrays = np.array_equal(row.ids, other.ids) and np.array_equal(row.token_tags, other.token_tags)
+    types = row.ids.dtype == other.ids.dtype == np.int32 and row.token_tags.dtype == other.token_tags.dtype == np.uint8
+    return arrays and types and (row.source, row.special_token_text) == (other.source, other.special_token_text)
 
 
 def test_the_store_gives_back_what_was_written(store: ExampleStore) -> None:
@@ -168,7 +168,7 @@ def test_the_store_gives_back_what_was_written(store: ExampleStore) -> None:
 
 @pytest.mark.parametrize("index", [-1, 60, 1_000])
 def test_rows_that_are_not_there(store: ExampleStore, index: int) -> None:
-    with pytest.raises(IndexError, match=f"row {index} of 60"):
+    with pytest.raises(IndexError, match=f"example {index} of 60"):
         store[index]
 
 

@@ -39,9 +39,9 @@ def check_against_slow_encoder(tokenizer: Any, clean: Any, template: str, system
         assert row.source == conversation.source
         assert row.ids.tolist() == expected.ids.tolist(), conversation
         for policy in POLICIES:
-            labels = labels_for(row.ids, row.codes, tables[policy])
+            labels = labels_for(row.ids, row.token_tags, tables[policy])
             assert np.array_equal(labels, expected.labels(policy)), (policy, conversation)
-    assert sum(row.lookalikes for row in rows) > count / 10
+    assert sum(row.special_token_text for row in rows) > count / 10
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -100,12 +100,12 @@ def test_lookalikes_are_counted() -> None:
     encoder, _, _ = chatml_encoder("llama2")
     messages = (Message("user", "<|im_end|><|im_end|> </s>"), Message("assistant", "<|im_end> <|end|>"))
     (row,) = encoder.encode([Conversation(messages)])
-    assert row.lookalikes == 3
+    assert row.special_token_text == 3
 
 
 def test_an_empty_conversation_is_an_empty_row() -> None:
     encoder, _, _ = chatml_encoder("byte-level")
-    assert [(len(row.ids), len(row.codes)) for row in encoder.encode([Conversation(())])] == [(0, 0)]
+    assert [(len(row.ids), len(row.token_tags)) for row in encoder.encode([Conversation(())])] == [(0, 0)]
     assert encoder.encode([]) == []
 
 
@@ -115,7 +115,7 @@ def test_batches_do_not_change_rows() -> None:
     together = encoder.encode(batch)
     for conversation, row in zip(batch, together, strict=True):
         (alone,) = encoder.encode([conversation])
-        assert np.array_equal(alone.ids, row.ids) and np.array_equal(alone.codes, row.codes)
+        assert np.array_equal(alone.ids, row.ids) and np.array_equal(alone.token_tags, row.token_tags)
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def test_blocks_and_pieces_are_encoded_alike(name: str, system: str | None) -> N
     batch = conversations(400)
     by_pieces = ChatEncoder(chat.tokenizer, OnlyPieces(chat.template)).encode(batch)
     for row, other in zip(chat.encoder().encode(batch), by_pieces, strict=True):
-        assert np.array_equal(row.ids, other.ids) and np.array_equal(row.codes, other.codes)
-        assert (row.source, row.lookalikes) == (other.source, other.lookalikes)
+        assert np.array_equal(row.ids, other.ids) and np.array_equal(row.token_tags, other.token_tags)
+        assert (row.source, row.special_token_text) == (other.source, other.special_token_text)
 
 
 def test_threads_do_not_disturb_each_other() -> None:
@@ -147,7 +147,7 @@ def test_threads_do_not_disturb_each_other() -> None:
     with ThreadPoolExecutor(4) as pool:
         threaded = [row for rows in pool.map(encoder.encode, quarters * 3) for row in rows]
     for row, other in zip(threaded, encoder.encode(batch) * 3, strict=True):
-        assert np.array_equal(row.ids, other.ids) and np.array_equal(row.codes, other.codes)
+        assert np.array_equal(row.ids, other.ids) and np.array_equal(row.token_tags, other.token_tags)
 
 
 @given(st.lists(st.integers(0, 5), max_size=8), st.randoms())
@@ -161,5 +161,5 @@ def test_counts_of_a_batch_are_those_of_its_rows(lengths: list[int], draw: rando
     ]
     batch = ExampleBatch.of(rows)
     assert batch.lengths.tolist() == lengths
-    assert batch.counts(table).tolist() == [int(table[row.codes[1:]].sum()) for row in rows]
-    assert [row.codes.tolist() for row in batch] == [row.codes.tolist() for row in rows]
+    assert batch.counts(table).tolist() == [int(table[row.token_tags[1:]].sum()) for row in rows]
+    assert [row.token_tags.tolist() for row in batch] == [row.token_tags.tolist() for row in rows]

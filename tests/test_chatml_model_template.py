@@ -122,7 +122,7 @@ def test_text_ids_and_mask_are_stocks(template: str, name: str) -> None:
             conversation.as_dicts(), tokenize=False
         )
         assert row.ids.tolist() == ids, conversation
-        assert np.array_equal(labels_for(row.ids, row.codes, table), np.where(mask, ids, -100)), conversation
+        assert np.array_equal(labels_for(row.ids, row.token_tags, table), np.where(mask, ids, -100)), conversation
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -177,7 +177,7 @@ def test_a_default_system_prompt_is_used_where_there_is_none() -> None:
     assert ("CONTENT", "system", "Be brief.") in parts_of(chat, ("user", "q"), ("assistant", "a"))
     assert ("CONTENT", "system", "Mine.") in parts_of(chat, *own)
     (row,) = chat.encoder().encode([Conversation((Message("user", "q"), Message("assistant", "a")))])
-    assert np.count_nonzero(loss_mask_table("last_answer")[row.codes]) == 2
+    assert np.count_nonzero(loss_mask_table("last_answer")[row.token_tags]) == 2
 
 
 def test_rewritten_content_is_refused_by_name() -> None:
@@ -268,6 +268,6 @@ def test_smollms_own_template(demo_model: Path) -> None:
     rows = chat.encoder().encode(batch)
     for row, ids, mask in zip(rows, encoded["input_ids"], encoded["assistant_masks"], strict=True):
         assert row.ids.tolist() == ids
-        labels = labels_for(row.ids, row.codes, loss_mask_table("answers"))
+        labels = labels_for(row.ids, row.token_tags, loss_mask_table("answers"))
         assert np.array_equal(labels, np.where(mask, ids, -100))
-    assert TurnPart.OUTSIDE in {part_of(int(value)) for row in rows for value in row.codes}
+    assert TurnPart.OUTSIDE in {part_of(int(value)) for row in rows for value in row.token_tags}

@@ -68,7 +68,7 @@ def check_against_stock(chat: ChatFormat, batch: list[Conversation], *, masks: b
         assert row.ids.tolist() == ids, conversation
         if masks:
             expected = np.where(mask, ids, -100)
-            assert np.array_equal(labels_for(row.ids, row.codes, table), expected), conversation
+            assert np.array_equal(labels_for(row.ids, row.token_tags, table), expected), conversation
 
 
 @pytest.mark.parametrize("template", ["starchat", "chatml"])

@@ -66,7 +66,7 @@ def cut_up(system: list[Message], parts: list[list[Message]], limit: int, cut: T
 
 def ends_every_answer(row: EncodedExample) -> bool:
     """Whether each assistant turn of the row holds exactly one end token, behind its content."""
-    parts = [part_of(value) for value in row.codes.tolist() if role_of(value) == "assistant"]
+    parts = [part_of(value) for value in row.token_tags.tolist() if role_of(value) == "assistant"]
     return parts.count(TurnPart.END) == sum(
         part == TurnPart.HEADER and (place == 0 or parts[place - 1] != TurnPart.HEADER)
         for place, part in enumerate(parts)

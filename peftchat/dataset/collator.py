@@ -132,7 +132,7 @@ class ChatCollator:
             row["position_ids"][start:] = np.arange(len(row["position_ids"]) - start)
 
     def _labels(self, example: EncodedExample) -> np.ndarray:
-        labels = labels_for(example.ids, example.codes, self._loss_mask)
+        labels = labels_for(example.ids, example.token_tags, self._loss_mask)
         labels[:1] = IGNORE_INDEX
         return labels
 

@@ -101,8 +101,8 @@ def encode_conversations(
     """
     loss_mask = loss_mask_table(recipe.chat.loss_on)
     for batch, examples in _encode_ahead(encoder, conversations):
-        if recipe.chat.special_token_text == "error" and examples.lookalikes.any():
-            raise _special_token_text(examples.sources[int(examples.lookalikes.argmax())])
+        if recipe.chat.special_token_text == "error" and examples.special_token_text.any():
+            raise _special_token_text(examples.sources[int(examples.special_token_text.argmax())])
         if examples.lengths.max() > recipe.data.max_length:
             examples = _fit_max_length(recipe, encoder, batch, examples, stats)
         supervised = examples.counts(loss_mask)
@@ -111,7 +111,7 @@ def encode_conversations(
         stats.examples += len(examples)
         stats.tokens += len(examples.ids)
         stats.supervised += int(supervised.sum())
-        stats.special_token_text += int(examples.lookalikes.sum())
+        stats.special_token_text += int(examples.special_token_text.sum())
         yield examples
 
 

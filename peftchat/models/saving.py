@@ -206,9 +206,9 @@ def _causal(model: "Adapted") -> "PreTrainedModel":
 
 def _embedding_tensors(base: "PreTrainedModel", rows: AddedTokenEmbeddings) -> dict[str, torch.nn.Parameter]:
     """Return the embeddings by the name of the layer they belong to; one entry where the head is tied."""
-    tensors = {_module_name(base, base.get_input_embeddings()): rows.input_rows}
-    if rows.output_rows is not None:
-        tensors[_module_name(base, base.get_output_embeddings())] = rows.output_rows
+    tensors = {_module_name(base, base.get_input_embeddings()): rows.input_embeddings}
+    if rows.output_embeddings is not None:
+        tensors[_module_name(base, base.get_output_embeddings())] = rows.output_embeddings
     return tensors
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftchat.errors import UserError
 from peftchat.formatting import format_bytes
-from peftchat.models.loading import load_config
+from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.planner import Planner, largest_batch
 from peftchat.planning.settings import PlanSettings, settings_for
@@ -143,7 +143,7 @@ def resolve_auto_settings(
         return loaded, ()
     _check_divisible(loaded, distributed.world_size)
     hardware = this_machine(distributed.processes)
-    planner = Planner(load_config(recipe, need_weights=False), recipe)
+    planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
     settings, auto_settings = choose_auto_settings(
         recipe, planner, settings_for(recipe, hardware, None, distributed), hardware.memory
     )

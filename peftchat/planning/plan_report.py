@@ -16,7 +16,7 @@ from peftchat.console import stdout
 from peftchat.dataset.cache import EncodedSplit, load_splits
 from peftchat.dataset.encode import EncodingStats
 from peftchat.formatting import format_bytes, format_count, format_duration, format_percent, format_short_count
-from peftchat.models.loading import load_config
+from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.memory import PARTS
 from peftchat.planning.planner import Planner
@@ -287,7 +287,9 @@ def print_dry_run(loaded: "LoadedRecipe", distributed: DistributedSetup) -> None
         UserError: training would fail before its first step, except for errors in the weights.
     """
     recipe = loaded.recipe
-    config = load_config(recipe)
+    source = ModelSource.of_recipe(recipe)
+    source.check_weights()
+    config = source.config()
     chat = load_chat_format(recipe)
     splits = load_splits(recipe, chat)
     dataset = dataset_size(recipe, chat, splits["train"])
@@ -372,7 +374,7 @@ def _example_text(recipe: "Recipe", chat: ChatFormat, split: EncodedSplit) -> Te
     """Show an example of median length with its trained tokens in green."""
     median = int(np.argsort(split.store.lengths)[len(split.store) // 2])
     example = split.store[median]
-    trained = loss_mask_table(recipe.chat.loss_on)[example.codes]
+    trained = loss_mask_table(recipe.chat.loss_on)[example.token_tags]
     trained[:1] = False
     text = Text(f"An example ({example.source}), trained tokens in green:\n", style="bold")
     for start, stop in _runs(trained[:_MAX_TOKENS_SHOWN]):

@@ -16,7 +16,7 @@ from peftchat.conversation import Role
 from peftchat.conversations import ProblemLog, read_sources
 from peftchat.dataset.cache import EncodedSplit, Split, encode_splits, with_full_examples
 from peftchat.errors import UserError, VerificationError
-from peftchat.models.loading import load_tokenizer
+from peftchat.models.source import ModelSource
 from peftchat.recipe import Recipe
 from peftchat.reports.mask_summary import MaskSummary, summarize, survey_mask, trained_tokens, turn_starts
 
@@ -102,7 +102,7 @@ class ExampleReader:
         start, stop = _removed_range(example, full)
         before = _slice(example, 0, start)
         removed = _slice(full, start, stop)
-        trained = trained_tokens(example.codes, self._table)
+        trained = trained_tokens(example.token_tags, self._table)
         head = tuple(self._tokens(before, trained[:start]))
         return ShownExample(
             example.source,
@@ -114,7 +114,7 @@ class ExampleReader:
     def _tokens(self, example: EncodedExample, trained: npt.NDArray[np.bool_]) -> Iterator[ShownToken]:
         start = 0
         for stop, text in self._texts(example.ids.tolist()):
-            value = int(example.codes[stop - 1])
+            value = int(example.token_tags[stop - 1])
             ids = tuple(example.ids[start:stop].tolist())
             special = not self._special.isdisjoint(ids)
             yield ShownToken(text, ids, role_of(value), part_of(value), bool(trained[stop - 1]), special)
@@ -141,13 +141,13 @@ class ExampleReader:
 
 
 def _slice(example: EncodedExample, start: int, stop: int) -> EncodedExample:
-    return EncodedExample(example.ids[start:stop], example.codes[start:stop], example.source, 0)
+    return EncodedExample(example.ids[start:stop], example.token_tags[start:stop], example.source, 0)
 
 
 def _removed_range(example: EncodedExample, full: EncodedExample) -> tuple[int, int]:
     """Return the range of the full example that the truncated one lacks; it starts with a turn."""
     missing = len(full.ids) - len(example.ids)
-    for start in (len(example.ids), *reversed(turn_starts(example.codes).tolist())):
+    for start in (len(example.ids), *reversed(turn_starts(example.token_tags).tolist())):
         head_fits = np.array_equal(example.ids[:start], full.ids[:start])
         if missing >= 0 and head_fits and np.array_equal(example.ids[start:], full.ids[start + missing :]):
             return start, start + missing
@@ -212,14 +212,14 @@ class MaskReport:
         table = loss_mask_table(self.recipe.chat.loss_on)
         for number, example in enumerate(islice(self.examples.store, limit)):
             ids = example.ids.tolist()
-            trained = trained_tokens(example.codes, table)
+            trained = trained_tokens(example.token_tags, table)
             yield {
                 "row": number,
                 "source": example.source,
                 "input_ids": ids,
                 "labels": [token_id if target else IGNORE_INDEX for token_id, target in zip(ids, trained, strict=True)],
                 "tokens": self.chat.tokenizer.convert_ids_to_tokens(ids),
-                "roles": [role_of(value) for value in example.codes.tolist()],
+                "roles": [role_of(value) for value in example.token_tags.tolist()],
             }
 
 
@@ -237,7 +237,7 @@ def inspect_mask(recipe: Recipe, split: Split, progress: Callable[[int], None]) 
     """
     if split == "eval" and not recipe.data.has_eval:
         raise UserError("the recipe has no held-out data", where="data", hint="Set data.eval or data.eval_fraction.")
-    chat = make_format(recipe.chat.template, recipe.chat.system, load_tokenizer(recipe))
+    chat = make_format(recipe.chat.template, recipe.chat.system, ModelSource.of_recipe(recipe).tokenizer())
     lenient = _lenient(recipe)
     try:
         examples = encode_splits(lenient, chat, progress)[split]

@@ -109,18 +109,18 @@ def survey_mask(examples: Iterator[EncodedExample], loss_on: LossOn) -> MaskSurv
     """Count and check the loss mask of all examples, in memory that does not grow with their number."""
     table = loss_mask_table(loss_on)
     survey = MaskSurvey(roles={role: TokenCount() for role in (*ROLES, None)})
-    while chunk := [example for example in itertools.islice(examples, _CHUNK) if len(example.codes)]:
+    while chunk := [example for example in itertools.islice(examples, _CHUNK) if len(example.token_tags)]:
         _count(survey, chunk, table)
         _check_answers(survey, chunk, table, loss_on)
         for example in chunk:
-            survey.special_token_text.add(example.lookalikes, example.source)
+            survey.special_token_text.add(example.special_token_text, example.source)
     return survey
 
 
 def _count(survey: MaskSurvey, examples: Sequence[EncodedExample], table: npt.NDArray[np.bool_]) -> None:
     survey.examples += len(examples)
-    codes = np.concatenate([example.codes for example in examples])
-    trained = np.concatenate([trained_tokens(example.codes, table) for example in examples])
+    codes = np.concatenate([example.token_tags for example in examples])
+    trained = np.concatenate([trained_tokens(example.token_tags, table) for example in examples])
     tokens = np.bincount(codes, minlength=256)
     targets = np.bincount(codes[trained], minlength=256)
     for value in np.flatnonzero(tokens):
@@ -134,17 +134,17 @@ def _check_answers(
 ) -> None:
     """Count the answers without an end token, and those whose end token is not trained."""
     for example in examples:
-        starts = turn_starts(example.codes)
-        answers = np.flatnonzero(_ROLES[example.codes[starts]] == _ROLE_ORDER.index("assistant"))
+        starts = turn_starts(example.token_tags)
+        answers = np.flatnonzero(_ROLES[example.token_tags[starts]] == _ROLE_ORDER.index("assistant"))
         if not len(answers):
             continue
-        trained = trained_tokens(example.codes, table)
-        ends = _last_end_tokens(example.codes, starts)
+        trained = trained_tokens(example.token_tags, table)
+        ends = _last_end_tokens(example.token_tags, starts)
         has_end = np.logical_or.reduceat(ends, starts)[answers]
         end_trained = np.logical_or.reduceat(ends & trained, starts)[answers]
         should_train = np.ones(len(answers), dtype=bool)
         if loss_on == "last_answer":
-            should_train = (example.codes[starts[answers]] & _LAST_ANSWER) != 0
+            should_train = (example.token_tags[starts[answers]] & _LAST_ANSWER) != 0
         survey.unterminated_answers.add(int((~has_end).sum()), example.source)
         survey.untrained_eos.add(int((has_end & should_train & ~end_trained).sum()), example.source)
 

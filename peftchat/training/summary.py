@@ -277,7 +277,7 @@ def _base_vocabulary(trainer: "ChatTrainer", chat: ChatFormat) -> int | None:
     """Return the rows of the base's embedding; None if full fine-tuning resized it."""
     added = find_added_tokens(trainer.causal_model)
     if added is not None:
-        return added.vocabulary
+        return added.vocab_size
     return None if chat.new_tokens else vocabulary_size(trainer.causal_model)
 
 

@@ -21,8 +21,8 @@ from peftchat.dataset.collator import ChatCollator
 from peftchat.dataset.packing import pack
 from peftchat.errors import VerificationError
 from peftchat.models.added_tokens import MODULE_NAME
-from peftchat.models.loading import load_config
 from peftchat.models.saving import load_adapter_state, save_model_files
+from peftchat.models.source import ModelSource
 from peftchat.recipe import training_arguments
 from peftchat.runs.run_folder import Checkpoint
 from peftchat.training.context import TrainContext
@@ -91,7 +91,7 @@ def _added_token_elements(recipe: "Recipe", chat: "ChatFormat") -> int:
     """Return the number of elements of the added tokens' embedding, which ZeRO-3 must not shard."""
     if not chat.new_tokens:
         return 0
-    config = load_config(recipe).get_text_config()
+    config = ModelSource.of_recipe(recipe).config().get_text_config()
     beyond = max(token.id for token in chat.new_tokens) + 1 - int(config.vocab_size)
     return max(len(chat.new_tokens), beyond) * int(config.hidden_size)
 

@@ -30,3 +30,8 @@ class UserError(Exception):
 
 class VerificationError(Exception):
     """A check on the result failed: exit status 1."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message that is not blank, or the error's type if it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

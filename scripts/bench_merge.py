@@ -49,9 +49,9 @@ def make_model(folder: Path, gigabytes: float) -> Any:
     layers = max(1, round((gigabytes * 1e9 - 0.4e9) / 121.7e6))
     config = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=49152, tie_word_embeddings=False)
     config.dtype = torch.bfloat16
-    hollow = build_empty_model(config)
+    empty_model = build_empty_model(config)
     shards: list[list[TensorSpec]] = [[]]
-    for name, slot in hollow.slots.items():
+    for name, slot in empty_model.slots.items():
         if sum(spec.bytes for spec in shards[-1]) > 1e9:
             shards.append([])
         shards[-1].append(TensorSpec(name, torch.bfloat16, tuple(slot.shape)))

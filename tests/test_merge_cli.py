@@ -56,9 +56,9 @@ def test_a_run_folder_becomes_a_model(run: Path) -> None:
     merged = run / "merged"
     assert Path(report["folder"]) == merged
     proof = report["verification"]
-    assert proof["passed"] and proof["same_greedy"] == 1.0 and proof["special_tokens"] == [96, 97, 98, 99]
+    assert proof["passed"] and proof["top1_agreement"] == 1.0 and proof["special_tokens"] == [96, 97, 98, 99]
     assert json.loads((merged / "merge_report.json").read_text())["verification"] == proof
-    assert (report["vocabulary"], report["grown"], report["tied"]) == (100, 4, True)
+    assert (report["vocabulary"], report["added_rows"], report["tied"]) == (100, 4, True)
     config = json.loads((merged / "config.json").read_text())
     assert (config["vocab_size"], config["tie_word_embeddings"]) == (100, True)
     assert (config["eos_token_id"], config["pad_token_id"]) == (99, 0)
@@ -66,7 +66,7 @@ def test_a_run_folder_becomes_a_model(run: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(merged)
     assert tokenizer.chat_template == TEMPLATE and tokenizer.convert_tokens_to_ids("<|end|>") == 99
     left = {file.name for file in merged.iterdir()}
-    assert not {name for name in left if "part" in name or "state" in name or "unproved" in name or "lock" in name}
+    assert not {name for name in left if "part" in name or "state" in name or "unverified" in name or "lock" in name}
     assert merged_logits(merged).shape == (*IDS.shape, 100)
 
 

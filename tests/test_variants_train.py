@@ -38,7 +38,7 @@ def check_run(name: str, base: Path, held_out: Path, run: Path, told: dict[str, 
         quantized = quantization_config(recipe) if method_of(name) == "qlora" else None
         stock = stock_variant(run, base, quantized)
     assert held_out_loss(stock, run, held_out) == pytest.approx(told["eval_loss"], rel=2e-5)
-    if not VARIANTS[name].folds:
+    if not VARIANTS[name].mergeable:
         with pytest.raises(UserError):
             merge_run(run, MergeOptions())
         return
@@ -140,7 +140,7 @@ def test_loraplus_moves_one_side_faster(stories: Path, conversations: tuple[Path
         *conversations,
         tmp_path / "run",
         training=training,
-        adapter={"rate_ratio": 8.0, "dropout": 0.0},
+        adapter={"loraplus_lr_ratio": 8.0, "dropout": 0.0},
     )
     state = load_file(tmp_path / "run" / "adapter_model.safetensors")
     # Adam's first step moves every number by its learning rate, and these began at zero.

@@ -18,7 +18,7 @@ RATES = {"fourierft": 0.04, "waveft": 0.04, "tinylora": 1.0, "c3a": 0.2, "delora
 
 def method_of(name: str) -> str:
     """The method that goes with a variant: LoftQ has nothing to do on a base that is not quantized."""
-    return "full" if name == "full" else "qlora" if "unquantized" in VARIANTS[name].refuses else "lora"
+    return "full" if name == "full" else "qlora" if "unquantized" in VARIANTS[name].incompatible_with else "lora"
 
 
 def train_variant(
@@ -27,7 +27,7 @@ def train_variant(
     """Train for four steps; returns what went into `run.json`."""
     sections = {"method": method_of(name), **sections}
     if name != "full":
-        few = {"start_rows": 8} if "start_rows" in VARIANTS[name].keys else {}
+        few = {"calibration_samples": 8} if "calibration_samples" in VARIANTS[name].setting_names() else {}
         sections["adapter"] = {"variant": name, **few, **sections.get("adapter", {})}
     rate = VARIANTS[name].learning_rate * RATES.get(name, 5.0)
     sections["training"] = {"learning_rate": rate, "max_steps": 4, **sections.get("training", {})}

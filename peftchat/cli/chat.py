@@ -55,16 +55,16 @@ def command(
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
-    from peftchat.serving.chat_model import load_for_chat
-    from peftchat.serving.terminal import Chat, ChatHistory, system_refusal
+    from peftchat import api
+    from peftchat.serving.terminal import Chat, ChatHistory, system_prompt_error
 
     disable_progress_bar()
-    loaded = load_for_chat(model)
-    if system is not None and (refusal := system_refusal(loaded, system)):
-        raise UserError(refusal, where="--system")
+    loaded = api.load_chat_model(model)
+    if system is not None and (problem := system_prompt_error(loaded, system)):
+        raise UserError(problem, where="--system")
     if seed is not None:
         set_seed(seed)
-    chat = Chat(loaded, apply_sampling(loaded.generation, sampling), ChatHistory(system), as_json)
+    chat = Chat(loaded, apply_sampling(loaded.generation_config, sampling), ChatHistory(system), as_json)
     if prompt is None:
         chat.loop()
     elif chat.ask(prompt).finish == "interrupted":

@@ -72,9 +72,8 @@ def command(
     peftchat compare my.yaml --variants lora --set adapter.r=8,16,64 --learning-rates 1e-4,3e-4
     peftchat compare my.yaml --variants lora,dora --trials 12 --search training.learning_rate=1e-5..1e-3:log
     """
-    from peftchat.comparing.candidates import parse_axis, split_names
-    from peftchat.comparing.compare_plan import CompareOptions, parse_budget, plan_comparison
-    from peftchat.comparing.hyperparameter_search import parse_range
+    from peftchat import api
+    from peftchat.comparing.candidates import split_names
     from peftchat.errors import UserError, VerificationError
 
     if learning_rates is not None and no_lr_search:
@@ -84,36 +83,38 @@ def command(
     if trials and learning_rates is not None:
         hint = "Use --search training.learning_rate=LOW..HIGH:log."
         raise UserError("--learning-rates is a grid, and --trials searches ranges", hint=hint)
-    options = CompareOptions(
+    # A scheduler that ends the job also ends the current run, which then resumes from its checkpoint.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    result = api.compare(
         recipe,
         split_names(variants),
-        [parse_axis(flag) for flag in settings],
-        seeds,
-        parse_budget(budget) if budget is not None else None,
-        _rates(learning_rates) if learning_rates is not None else None,
-        not no_lr_search,
-        trials or 0,
-        [parse_range(flag) for flag in search],
+        output=output,
+        settings=settings,
+        seeds=seeds,
+        budget=budget,
+        learning_rates=_rates(learning_rates) if learning_rates is not None else None,
+        search_lr=not no_lr_search,
+        trials=trials or 0,
+        ranges=search,
+        forgetting_text=forgetting_text,
+        prompts=prompts,
+        num_samples=samples,
+        merge=merge,
     )
-    plan = plan_comparison(options)
-    from peftchat.comparing.compare import EvalOptions, compare
     from peftchat.comparing.compare_report import print_comparison
+    from peftchat.comparing.comparison_folder import ComparisonFolder
     from peftchat.comparing.results import ComparisonSummary
     from peftchat.console import stdout
 
-    # A scheduler that ends the job lets the run that is on end too, so that it can go on from its checkpoint.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    folder = output or Path("runs") / f"compare-{recipe.stem}"
-    note(f"{len(plan.candidates)} candidates, {plan.num_runs} runs, in {folder}")
-    result, comparison = compare(plan, folder, EvalOptions(forgetting_text, prompts or None, samples, merge))
+    folder = ComparisonFolder(api.comparison_folder(recipe, output))
     if as_json:
-        echo_json(ComparisonSummary.of(result, comparison).model_dump())
+        echo_json(ComparisonSummary.of(result, folder).model_dump())
     else:
         print_comparison(result, stdout)
-    note(f"Report: {comparison.report}")
+    note(f"Report: {folder.report}")
     if result.recommendation is None:
-        raise VerificationError(f"no run succeeded; their logs are in {comparison.path / 'logs'}")
-    note(f"To run it: peftchat train {comparison.recommended}")
+        raise VerificationError(f"no run succeeded; their logs are in {folder.path / 'logs'}")
+    note(f"To run it: peftchat train {folder.recommended}")
 
 
 def _rates(text: str) -> list[float]:

@@ -41,10 +41,10 @@ def command(model: str, target: str, output: Path | None, type_name: str | None,
 
         if output is not None or type_name is not None:
             raise UserError("vLLM reads the folder as it is: nothing is written", where="-o, --type")
-        verdict = vllm_support(model)
-        if verdict.command is None:
-            raise VerificationError(f"vLLM cannot serve {model}: {'; '.join(verdict.reasons)}")
-        click.echo(verdict.command)
+        support = vllm_support(model)
+        if support.command is None:
+            raise VerificationError(f"vLLM cannot serve {model}: {'; '.join(support.reasons)}")
+        click.echo(support.command)
         return
     from peftchat.logging_setup import quiet_libraries
 

@@ -101,19 +101,20 @@ def command(
     quiet_libraries()
     import torch
 
-    from peftchat.merging import MergeOptions, merge_run
+    from peftchat import api
+    from peftchat.merging import MergeOptions
 
     options = MergeOptions(
-        out=output,
+        output=output,
         base=base,  # type: ignore[arg-type]
         verify=verify,
         scale=scale,
         adapters=adapters,
-        working_set=memory_budget,
+        memory_budget=memory_budget,
         dtype=getattr(torch, dtype) if dtype else None,
         overwrite=overwrite,
     )
-    result = merge_run(run, options)
+    result = api.merge(run, options)
     if as_json:
         click.echo(json.dumps({"folder": str(result.folder), **result.report.as_dict()}))
     else:
@@ -123,21 +124,21 @@ def command(
 def _print(folder: Path, report: "MergeReport") -> None:
     from peftchat.console import stdout
 
-    choice = report.choice
-    if choice.distance_original is not None and choice.distance_dequantized is not None:
+    base = report.base
+    if base.distance_original is not None and base.distance_dequantized is not None:
         stdout.print(
-            f"Base: {choice.taken} weights. Distance to what was trained: original {choice.distance_original:.2e}, "
-            f"dequantized {choice.distance_dequantized:.2e}."
+            f"Base: {base.kind} weights. Distance to the trained weights: original {base.distance_original:.2e}, "
+            f"dequantized {base.distance_dequantized:.2e}."
         )
     stdout.print(
-        f"Merged {report.tensors} tensors ({report.bytes / 1e9:.2f} GB, {report.folded_bytes / 1e9:.2f} GB changed) in "
-        f"{report.seconds:.1f} s; vocabulary {report.vocabulary:,}"
-        + (f" ({report.grown} new)" if report.grown else "")
+        f"Merged {report.tensors} tensors ({report.bytes / 1e9:.2f} GB, {report.changed_bytes / 1e9:.2f} GB changed) "
+        f"in {report.seconds:.1f} s; vocabulary {report.vocabulary:,}"
+        + (f" ({report.added_rows} added)" if report.added_rows else "")
         + f", head {'tied' if report.tied else 'not tied'}, {report.dtype}."
     )
     if report.verification is None:
         stdout.print("Not verified.")
     else:
-        proof = report.verification
-        stdout.print(f"{proof.verdict} {proof.prompts} prompts, {proof.positions} positions, {proof.seconds:.1f} s.")
+        check = report.verification
+        stdout.print(f"{check.verdict} {check.prompts} prompts, {check.positions} positions, {check.seconds:.1f} s.")
     stdout.print(f"Model: {folder}")

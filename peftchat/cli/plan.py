@@ -52,21 +52,18 @@ def command(
     peftchat plan recipes/zero3_full.yaml --gpu a100-80gb --gpus 8 --price 2.5
     peftchat plan recipes/demo_cpu.yaml --probe
     """
+    from peftchat import api
     from peftchat.logging_setup import quiet_libraries
     from peftchat.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, to_train=False)
     quiet_libraries()
     from peftchat.console import stdout
-    from peftchat.planning.hardware import find_hardware
     from peftchat.planning.measure import measure_run
-    from peftchat.planning.plan import plan_training
     from peftchat.planning.plan_report import as_json as plan_json
     from peftchat.planning.plan_report import print_measured, print_plan
 
-    distributed = loaded.recipe.distributed
-    num_gpus = gpus or (distributed.processes * distributed.nodes if distributed.processes else None)
-    plan = plan_training(loaded.recipe, find_hardware(gpu, num_gpus), price=price, with_grid=alternatives)
+    plan = api.plan(loaded, gpu=gpu, gpus=gpus, price=price, alternatives=alternatives)
     if not as_json:
         print_plan(plan, stdout)
     measured = measure_run(loaded.recipe, plan) if probe else None

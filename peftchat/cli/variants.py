@@ -19,12 +19,10 @@ def command(name: str | None, as_json: bool) -> None:
     """
     from peftchat.console import stdout
     from peftchat.variants import VARIANTS, get_variant
-    from peftchat.variants.describe import details, facts_of, overview
+    from peftchat.variants.describe import as_dict, details, overview
 
     if as_json:
-        chosen = (
-            facts_of(get_variant(name)) if name else {each: facts_of(variant) for each, variant in VARIANTS.items()}
-        )
+        chosen = as_dict(get_variant(name)) if name else {key: as_dict(variant) for key, variant in VARIANTS.items()}
         echo_json(chosen)
     elif name:
         stdout.print(details(get_variant(name)))

@@ -11,7 +11,7 @@ from typing import Any
 
 from peftchat.errors import UserError
 from peftchat.recipe.document import parse_yaml, to_plain
-from peftchat.variants import ADAPTERS, canonical_name, get_variant
+from peftchat.variants import ADAPTERS, canonical_name
 
 Settings = Mapping[str, Any]
 """Dotted keys of a recipe and their values."""
@@ -114,7 +114,7 @@ def _parse_variant(name: str) -> tuple[str, dict[str, Any]]:
     for quantized, part in ((False, name), *((True, part) for part in _qlora_partners(name))):
         variant = canonical_name(part)
         if variant in ADAPTERS:
-            method = "qlora" if quantized or "unquantized" in get_variant(variant).refuses else "lora"
+            method = "qlora" if quantized or "unquantized" in ADAPTERS[variant].incompatible_with else "lora"
             return variant, {"method": method, "adapter.variant": variant}
     known = ["full", "qlora", *ADAPTERS]
     near = get_close_matches(name, known, n=1)

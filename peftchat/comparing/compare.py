@@ -25,6 +25,7 @@ from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.evaluate import EvaluationRequest
 from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult, read_run_result
 from peftchat.comparing.results import ComparisonResult
+from peftchat.console import stderr
 from peftchat.conversations.dataset_card import SplitCount
 from peftchat.conversations.prepare import ConversationFile, atomic_directory
 from peftchat.conversations.problems import ProblemLog
@@ -79,6 +80,8 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
     text = options.general_text or GENERAL_TEXT
     if not text.is_file():
         raise UserError("no such file", where=f"--forgetting-text {text}")
+    message = f"{len(plan.candidates)} candidates, {plan.num_runs} runs, in {out}"
+    stderr.print(message, markup=False, highlight=False)
     with folder.locked(plan.base.recipe), CompareProgress(plan.num_runs) as progress:
         write_splits(plan.base.recipe, folder)
         trainer = _RunTrainer(plan, folder, progress)

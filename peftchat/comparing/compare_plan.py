@@ -280,9 +280,9 @@ def _shared_settings(options: CompareOptions) -> dict[str, object]:
 
 def _check_sources(recipe: "Recipe") -> None:
     from peftchat.conversations.readers import find_files
-    from peftchat.models.loading import check_model_folder
+    from peftchat.models.source import ModelSource
 
-    check_model_folder(recipe.model.name)
+    ModelSource.of_recipe(recipe).check_weights()
     for entry in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(entry.path, entry.split)
 

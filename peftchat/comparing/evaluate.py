@@ -93,12 +93,13 @@ def _finite(loss: float) -> float | None:
 
 
 def _base_loss(recipe: "Recipe", text: str) -> float:
-    from peftchat.models.loading import load_base, load_tokenizer
+    from peftchat.models.loading import load_base
+    from peftchat.models.source import ModelSource
     from peftchat.serving.chat_model import best_device
 
     unquantized = recipe.model_copy(update={"quantization": None})
     model: Any = load_base(unquantized, dtype=recipe.model.dtype).to(best_device())
-    return general_loss(model.eval(), load_tokenizer(recipe), text)
+    return general_loss(model.eval(), ModelSource.of_recipe(recipe).tokenizer(), text)
 
 
 def _evaluate_run(
@@ -110,7 +111,7 @@ def _evaluate_run(
 
     chat = load_for_chat(str(run))
     loss = general_loss(chat.model, chat.tokenizer, text)
-    chat.model.generation_config = chat.generation
+    chat.model.generation_config = chat.generation_config
     return loss, sample_answers(chat.model, load_chat_format(recipe), prompts)
 
 
@@ -122,7 +123,7 @@ def _merge(run: Path, recipe: "Recipe") -> tuple[MergeResult, str]:
         return "full model", "the run has no adapter"
     out = run.with_name(f".{run.name}.merged")
     try:
-        result = merge_run(run, MergeOptions(out=out, overwrite=True))
+        result = merge_run(run, MergeOptions(output=out, overwrite=True))
     except UserError as error:
         return "not mergeable", error.message
     except VerificationError as error:

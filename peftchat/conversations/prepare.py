@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,6 @@ from typing import BinaryIO, Self
 
 import orjson
 
-from peftchat import __version__
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.dataset_card import SKIPPED, Card, SplitCount, card_text
 from peftchat.conversations.problems import KINDS, Problem, ProblemLog, ReadOptions
@@ -187,7 +187,7 @@ def prepare(
         UserError: as `read_conversations`; or `folder` is not empty or cannot be written, or no conversation is left.
     """
     started = time.monotonic()
-    card = Card(source, asdict(settings), __version__)
+    card = Card(source, asdict(settings), version("peftchat"))
     with atomic_directory(folder) as draft:
         with Quarantine(draft / "quarantine.jsonl") as quarantine:
             log = ProblemLog(strict=settings.strict, quarantine=quarantine.write)

@@ -6,11 +6,11 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from peftchat import __version__
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
 from peftchat.files import write_text
@@ -214,7 +214,7 @@ def write_conversations(
     kept = _draw(everything, max_samples, seed)
     train, held_out = split(kept, eval_fraction, seed)
     card = {
-        "made_by": f"peftchat {__version__} data from-code",
+        "made_by": f"peftchat {version('peftchat')} data from-code",
         "roots": list(roots),
         "seed": seed,
         "max_samples": max_samples,

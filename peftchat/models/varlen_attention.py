@@ -33,7 +33,7 @@ _MIN_LENGTH_RATIO = 0.75
 
 
 def register(longest: int) -> None:
-    """Register the implementation with transformers under the name `VARLEN`.
+    """Register the implementation with transformers under the name `varlen`.
 
     Args:
         longest: tokens of the longest conversation. Sliding windows of at least that many tokens have no effect.

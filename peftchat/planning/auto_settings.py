@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from peftchat.errors import UserError
 from peftchat.formatting import format_bytes
-from peftchat.models.loading import load_config
+from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.planner import Planner, largest_batch
 from peftchat.planning.settings import PlanSettings, settings_for
 from peftchat.runs.run_summary import AutoSetting
-from peftchat.variants import get_variant
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -77,7 +76,7 @@ def choose_auto_settings(
 
 
 def _supports_checkpointing(recipe: "Recipe") -> bool:
-    return recipe.adapter is None or get_variant(recipe.adapter.variant).why_not("checkpointing") is None
+    return recipe.adapter is None or recipe.adapter.incompatibility("checkpointing") is None
 
 
 def choose_checkpointing(planner: "Planner", settings: PlanSettings, device_memory: int) -> ChosenSettings:
@@ -144,7 +143,7 @@ def resolve_auto_settings(
         return loaded, ()
     _check_divisible(loaded, distributed.world_size)
     hardware = this_machine(distributed.processes)
-    planner = Planner(load_config(recipe, need_weights=False), recipe)
+    planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
     settings, auto_settings = choose_auto_settings(
         recipe, planner, settings_for(recipe, hardware, None, distributed), hardware.memory
     )

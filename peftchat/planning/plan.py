@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftchat.models.loading import load_config
+from peftchat.models.source import ModelSource
 from peftchat.planning.auto_settings import choose_auto_settings
 from peftchat.planning.hardware import Hardware
 from peftchat.planning.memory import MemoryPlan
@@ -183,7 +183,7 @@ def plan_training(
     """
     found = read_dataset_size(recipe) if read_data else "not requested"
     dataset = found if isinstance(found, DatasetSize) else None
-    planner = Planner(load_config(recipe, need_weights=False), recipe)
+    planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
     device_memory = hardware.memory
     settings, auto_settings = choose_auto_settings(
         recipe, planner, settings_for(recipe, hardware, dataset), device_memory

@@ -16,7 +16,7 @@ from peftchat.console import stdout
 from peftchat.dataset.cache import EncodedSplit, load_splits
 from peftchat.dataset.encode import EncodingStats
 from peftchat.formatting import format_bytes, format_count, format_duration, format_percent, format_short_count
-from peftchat.models.loading import load_config
+from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.memory import PARTS
 from peftchat.planning.planner import Planner
@@ -287,7 +287,9 @@ def print_dry_run(loaded: "LoadedRecipe", distributed: DistributedSetup) -> None
         UserError: training would fail before its first step, except for errors in the weights.
     """
     recipe = loaded.recipe
-    config = load_config(recipe)
+    source = ModelSource.of_recipe(recipe)
+    source.check_weights()
+    config = source.config()
     chat = load_chat_format(recipe)
     splits = load_splits(recipe, chat)
     dataset = dataset_size(recipe, chat, splits["train"])

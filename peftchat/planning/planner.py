@@ -16,7 +16,6 @@ from peftchat.planning.activations import (
 from peftchat.planning.memory import MemoryPlan, memory_plan
 from peftchat.planning.parameter_counts import ParameterCounts, TrainableCounts, parameter_counts, trainable_counts
 from peftchat.planning.settings import PlanSettings
-from peftchat.variants import get_variant
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -274,7 +273,7 @@ class Planner:
     def supports(self, setting: str) -> bool:
         """Return whether the recipe's variant supports a setting such as `4 bits`, `zero3` or `checkpointing`."""
         adapter = self.recipe.adapter
-        return adapter is None or get_variant(adapter.variant).why_not(setting) is None
+        return adapter is None or adapter.incompatibility(setting) is None
 
     def memory(self, settings: PlanSettings) -> MemoryPlan:
         """Predict the peak of one device with these settings."""

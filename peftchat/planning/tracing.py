@@ -9,11 +9,10 @@ import copy
 import functools
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,15 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from peftchat.models.added_tokens import AddedTokenEmbeddings, AddedTokenHead, register_hooks, unfreeze_added_tokens
 from peftchat.models.fused_lora import fuse_lora_forward
-from peftchat.models.lora_init import initialize_adapter
-from peftchat.models.peft_model import adapter_mismatch, cast_trainable, peft_config
+from peftchat.models.peft_model import cast_trainable, wrap_without_init
 from peftchat.planning.settings import AttentionKind
 from peftchat.training.lm_head import Head, LogitTransform
 from peftchat.training.loss import linear_cross_entropy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
@@ -96,30 +92,19 @@ def meta_model(
 def wrap(model: "PreTrainedModel", recipe: "Recipe", new_tokens: int) -> nn.Module:
     """Add embeddings of added tokens and the recipe's adapter to a frozen model on the `meta` device.
 
-    This follows `peftchat.models.peft_model.add_adapter`, without reading an initial adapter.
+    This follows `peftchat.models.peft_model.add_adapter`, without the adapter's initialization.
 
     Raises:
         UserError: the adapter does not fit the model.
     """
-    assert recipe.adapter is not None
     with torch.device("meta"):
         if new_tokens:
             _attach_embeddings(model, new_tokens)
-        config = peft_config(recipe, model)
-        if config is None:
-            return model
-        try:
-            wrapped = get_peft_model(model, config)
-        except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-            raise adapter_mismatch(recipe, error) from error
-        initialize_adapter(recipe, wrapped, _no_embedding, Path())
-    unfreeze_added_tokens(model)
-    cast_trainable(wrapped, torch.float32)
+        wrapped = wrap_without_init(recipe, model)
+    if wrapped is not model:
+        unfreeze_added_tokens(model)
+        cast_trainable(wrapped, torch.float32)
     return wrapped
-
-
-def _no_embedding(_: int) -> "Iterator[dict[str, Tensor]]":
-    return iter(())
 
 
 def materialize_fakes(model: nn.Module, trainable_dtype: torch.dtype | None) -> None:

@@ -10,9 +10,9 @@ from pydantic_core import ErrorDetails
 
 from peftchat.errors import UserError
 from peftchat.recipe.document import Document, Keys, dotted
-from peftchat.recipe.schema import Recipe, options_of
+from peftchat.recipe.schema import Recipe
 from peftchat.strict_model import StrictModel
-from peftchat.variants import VARIANTS
+from peftchat.variants import ADAPTERS, Adapter, get_adapter
 
 FORMER_KEYS: Mapping[tuple[str, str], str] = {
     ("chat", "special_text"): "special_token_text",
@@ -219,11 +219,11 @@ def refuse(problems: Sequence[Problem], document: Document, name: str) -> None:
 
 def schema_problems(errors: Sequence[ErrorDetails], document: Document) -> list[Problem]:
     """One problem for each of the errors that pydantic found in a recipe."""
-    adapter = options_of(document.value(("adapter", "variant")) or "lora")
+    adapter = get_adapter(document.value(("adapter", "variant")) or "lora")
     return [_problem(error, adapter) for error in errors]
 
 
-def _problem(error: ErrorDetails, adapter: type[StrictModel] | None) -> Problem:
+def _problem(error: ErrorDetails, adapter: type[Adapter] | None) -> Problem:
     keys, kind, given = tuple(error["loc"]), error["type"], error["input"]
     context = error.get("ctx", {})
     if kind == "extra_forbidden":
@@ -342,7 +342,7 @@ def _field(keys: Keys) -> FieldInfo | None:
 
 
 def section_of(annotation: Any) -> type[StrictModel] | None:
-    """The Section class within an annotation such as `AdapterSection | None` or `tuple[DataEntry, ...]`."""
+    """The Section class within an annotation such as `Adapter | None` or `tuple[DataEntry, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, StrictModel):
         return annotation
     for part in get_args(annotation):
@@ -366,11 +366,13 @@ def all_keys() -> dict[str, list[str]]:
 
 def _settings_of_variants() -> list[str]:
     """What the `adapter` section takes beside `variant`, of any variant."""
-    return list(dict.fromkeys(key for variant in VARIANTS.values() for key in variant.keys))
+    return list(dict.fromkeys(key for adapter in ADAPTERS.values() for key in adapter.setting_names()))
 
 
-def _unknown(keys: Keys, given: object, adapter: type[StrictModel] | None) -> Problem:
+def _unknown(keys: Keys, given: object, adapter: type[Adapter] | None) -> Problem:
     name, section = str(keys[-1]), dotted(keys[:-1])
+    if section == "adapter" and adapter is not None and (new_name := adapter.new_name(name)):
+        return Problem(keys, f"`{name}` is called `{new_name}` here")
     if section == "adapter" and adapter is not None and name in _settings_of_variants():
         return _of_another_variant(keys, adapter)
     inside = _field(keys[:-1])
@@ -398,10 +400,10 @@ def _unknown(keys: Keys, given: object, adapter: type[StrictModel] | None) -> Pr
     return Problem(keys, "unknown key", f"Here can stand: {listed}.")
 
 
-def _of_another_variant(keys: Keys, adapter: type[StrictModel]) -> Problem:
-    variant = adapter.model_fields["variant"].default
-    taken = ", ".join(f"`{key}`" for key in adapter.model_fields if key != "variant")
-    others = [entry.name for entry in VARIANTS.values() if keys[-1] in entry.keys]
+def _of_another_variant(keys: Keys, adapter: type[Adapter]) -> Problem:
+    variant = adapter.name
+    taken = ", ".join(f"`{key}`" for key in adapter.setting_names())
+    others = [other.name for other in ADAPTERS.values() if keys[-1] in other.setting_names()]
     shown = ", ".join(others[:4]) + (", …" if len(others) > 4 else "")
     what = f"`{variant}` has no such setting; it belongs to {shown}"
     return Problem(keys, what, f"`{variant}` takes {taken}." if taken else f"`{variant}` takes no settings.")

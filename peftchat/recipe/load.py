@@ -37,6 +37,7 @@ class LoadedRecipe:
     recipe: Recipe
     path: Path
     document: Document
+    overrides: tuple[str, ...] = ()
 
     def where(self, *keys: str | int) -> str:
         """The place of a key, for an error about it: `file:line: a.b.c` or `--set a.b.c`."""
@@ -70,7 +71,7 @@ def load_recipe(
     if to_train:
         problems += [*missing_dependencies(recipe), *deepspeed_problems(recipe)]
     refuse(problems, document, str(path))
-    return LoadedRecipe(recipe, Path(path), document)
+    return LoadedRecipe(recipe, Path(path), document, tuple(overrides))
 
 
 def _read(path: Path, extending: tuple[Path, ...]) -> Document:

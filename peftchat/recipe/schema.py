@@ -21,55 +21,47 @@ from peftchat.recipe.sections import (
     Schedule,
 )
 from peftchat.strict_model import StrictModel
-from peftchat.variants import ADAPTERS, VARIANTS, AdapterSection, Variant, canonical_name
-from peftchat.variants.base import NOT_INHERITED
+from peftchat.variants import ADAPTERS, Adapter, canonical_name, get_adapter
+from peftchat.variants.base import Mark
 
-_AnyName: Any = Literal[ADAPTERS]
+_AnyName: Any = Literal[tuple(ADAPTERS)]
 _Named: type[BaseModel] = create_model("_Named", variant=(_AnyName, ...))
 
 
-def options_of(variant: object) -> type[AdapterSection] | None:
-    """The section of a variant that a recipe names; None for a name that is no adapter's."""
-    known = VARIANTS.get(canonical_name(variant)) if isinstance(variant, str) else None
-    return None if known is None else known.options
-
-
 def validate_adapter(given: Any) -> Any:
-    """Check an `adapter` section by the settings of the variant that it names."""
+    """Validate an `adapter` section by the settings of the variant that it names."""
     if not isinstance(given, Mapping):
         return given
     name = "lora" if given.get("variant") is None else given["variant"]
-    options = options_of(name)
-    if options is None:
+    adapter = get_adapter(name)
+    if adapter is None:
         _Named.model_validate({"variant": name})  # raises, and lists the names there are
-    assert options is not None
-    return options.model_validate({**given, "variant": canonical_name(name)})
+    assert adapter is not None
+    return adapter.model_validate({**given, "variant": canonical_name(name)})
 
 
 def drop_settings_of_other_variants(document: Document) -> None:
-    """Let a variant that was laid on top of a recipe win over the settings below it that it does not take.
+    """Remove the settings that do not belong to a variant of a higher layer, such as `--set adapter.variant`.
 
-    A number that every variant counts in its own way, such as the rank of a shared random matrix, is not taken over
-    either.
+    Type-specific settings are removed as well: their values mean something else in every variant.
     """
-    options = options_of(document.value(("adapter", "variant")))
+    adapter = get_adapter(document.value(("adapter", "variant")))
     layer = document.layer(("adapter", "variant"))
     section = document.value(("adapter",))
-    if options is None or layer is None or not isinstance(section, dict):
+    if adapter is None or layer is None or not isinstance(section, dict):
         return
     for key in [key for key in section if key != "variant"]:
         own = document.layer(("adapter", key))
-        if own is not None and own < layer and not _taken_over(options, key):
+        if own is not None and own < layer and not _is_inherited(adapter, key):
             document.remove(("adapter", key))
 
 
-def _taken_over(options: type[AdapterSection], key: str) -> bool:
-    info = options.model_fields.get(key)
-    if info is None:
-        # A key that no variant knows is a mistake, and stays to be told.
-        return not any(variant.options and key in variant.options.model_fields for variant in VARIANTS.values())
-    extra = info.json_schema_extra
-    return not (isinstance(extra, dict) and extra.get(NOT_INHERITED))
+def _is_inherited(adapter: type[Adapter], key: str) -> bool:
+    """Return whether a variant takes a setting over from another one."""
+    if key in adapter.model_fields:
+        return not adapter.has_mark(key, Mark.TYPE_SPECIFIC)
+    # A key that no variant knows is a mistake, and stays to be reported.
+    return not any(key in other.model_fields or other.new_name(key) for other in ADAPTERS.values())
 
 
 LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
@@ -216,7 +208,7 @@ class Recipe(StrictModel):
         description="What is trained: all weights (`full`), an adapter (`lora`), or an adapter on a "
         "quantized base (`qlora`)."
     )
-    adapter: Annotated[SerializeAsAny[AdapterSection], BeforeValidator(validate_adapter)] | None = Field(
+    adapter: Annotated[SerializeAsAny[Adapter], BeforeValidator(validate_adapter)] | None = Field(
         None, description="The adapter that is trained beside the frozen base (methods `lora` and `qlora`)."
     )
     quantization: QuantizationSection | None = Field(None, description="The quantized base, for `qlora`.")
@@ -259,7 +251,7 @@ class Recipe(StrictModel):
         training = {} if filled.get("training") is None else filled["training"]
         if isinstance(training, Mapping) and training.get("learning_rate") is None:
             filled["training"] = {**training, "learning_rate": _learning_rate(method, filled.get("adapter"))}
-        if _refuses_packing(filled):
+        if _needs_unpacked(filled):
             data = filled.get("data")
             if isinstance(data, Mapping) and data.get("packing") is None:
                 filled["data"] = {**data, "packing": False}
@@ -267,17 +259,16 @@ class Recipe(StrictModel):
 
 
 def _learning_rate(method: str, adapter: Any) -> float:
-    """What the recipe trains with where it gives no rate: the variant's own."""
-    variant = None if method == "full" else _variant(adapter)
+    """Return the learning rate of a recipe that sets none: the variant's."""
+    variant = None if method == "full" else _named_adapter(adapter)
     return LEARNING_RATES[method] if variant is None else variant.learning_rate
 
 
-def _refuses_packing(given: Mapping[str, Any]) -> bool:
-    variant = None if given.get("method") == "full" else _variant(given.get("adapter"))
-    return variant is not None and variant.why_not("packing") is not None
+def _needs_unpacked(given: Mapping[str, Any]) -> bool:
+    variant = None if given.get("method") == "full" else _named_adapter(given.get("adapter"))
+    return variant is not None and variant.incompatibility("packing") is not None
 
 
-def _variant(adapter: Any) -> Variant | None:
-    """The variant that an `adapter` section names, before anything in it has been checked."""
-    name = adapter.get("variant") if isinstance(adapter, Mapping) else None
-    return VARIANTS.get(canonical_name(name)) if isinstance(name, str) else None
+def _named_adapter(section: Any) -> type[Adapter] | None:
+    """Return the variant that an `adapter` section names, before anything in it is validated."""
+    return get_adapter(section.get("variant")) if isinstance(section, Mapping) else None

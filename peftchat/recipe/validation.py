@@ -14,7 +14,6 @@ from ruamel.yaml import YAML
 from peftchat.recipe.document import Document, Keys, dotted, make_absolute
 from peftchat.recipe.error_messages import Problem
 from peftchat.recipe.schema import OWN_KEYS, Recipe
-from peftchat.variants import get_variant
 
 KEYS: Keys = ("distributed", "deepspeed_config")
 
@@ -132,23 +131,24 @@ def _of_the_variant(recipe: Recipe) -> Iterator[Problem]:
     """What the adapter does not go together with."""
     if recipe.adapter is None:
         return
-    variant = get_variant(recipe.adapter.variant)
+    variant = recipe.adapter
     base = "unquantized" if recipe.quantization is None else f"{recipe.quantization.bits} bits"
-    if variant.why_not(base) is not None:
+    if variant.incompatibility(base) is not None:
         held = "an unquantized base" if base == "unquantized" else f"a base in {base}"
         hint = "Use `method: qlora`" if base == "unquantized" else "Use `method: lora`"
-        what = f"`{variant.name}` does not work on {held}: {variant.why_not(base)}"
+        what = f"`{variant.name}` does not work on {held}: {variant.incompatibility(base)}"
         yield Problem(("adapter", "variant"), what, f"{hint}, or another variant (`peftchat variants`).")
-    if variant.name == "adalora" and (recipe.training.max_train_tokens or recipe.training.max_train_minutes):
+    reason = variant.incompatibility("budget")
+    if reason is not None and (recipe.training.max_train_tokens or recipe.training.max_train_minutes):
         key = "max_train_tokens" if recipe.training.max_train_tokens else "max_train_minutes"
-        what = "`adalora` moves its ranks by a schedule over steps, and this budget does not say how many there are"
+        what = f"`{variant.name}` does not work with it: {reason}"
         yield Problem(("training", key), what, "Give `max_steps` or `num_train_epochs`.")
     strategy: str = recipe.distributed.strategy
-    if variant.why_not(strategy) is not None:
-        what = f"`{variant.name}` does not work under `{strategy}`: {variant.why_not(strategy)}"
+    if variant.incompatibility(strategy) is not None:
+        what = f"`{variant.name}` does not work under `{strategy}`: {variant.incompatibility(strategy)}"
         yield Problem(("distributed", "strategy"), what, "Use `ddp`, or another variant (`peftchat variants`).")
-    if recipe.training.gradient_checkpointing and variant.why_not("checkpointing") is not None:
-        what = f"`{variant.name}` does not work with it: {variant.why_not('checkpointing')}"
+    if recipe.training.gradient_checkpointing and variant.incompatibility("checkpointing") is not None:
+        what = f"`{variant.name}` does not work with it: {variant.incompatibility('checkpointing')}"
         yield Problem(("training", "gradient_checkpointing"), what, "Write `false`.")
 
 
@@ -199,7 +199,7 @@ def _method(recipe: Recipe) -> Iterator[Conflict]:
 
 def _chat_and_data(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.adapter is not None and recipe.data.packing:
-        why = get_variant(recipe.adapter.variant).refuses.get("packing")
+        why = recipe.adapter.incompatibility("packing")
         if why is not None:
             yield Conflict(("data", "packing"), ("adapter", "variant"), why)
     if recipe.chat.template == "model":

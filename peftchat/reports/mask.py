@@ -16,7 +16,7 @@ from peftchat.conversation import Role
 from peftchat.conversations import ProblemLog, read_sources
 from peftchat.dataset.cache import EncodedSplit, Split, encode_splits, with_full_examples
 from peftchat.errors import UserError, VerificationError
-from peftchat.models.loading import load_tokenizer
+from peftchat.models.source import ModelSource
 from peftchat.recipe import Recipe
 from peftchat.reports.mask_summary import MaskSummary, summarize, survey_mask, trained_tokens, turn_starts
 
@@ -237,7 +237,7 @@ def inspect_mask(recipe: Recipe, split: Split, progress: Callable[[int], None]) 
     """
     if split == "eval" and not recipe.data.has_eval:
         raise UserError("the recipe has no held-out data", where="data", hint="Set data.eval or data.eval_fraction.")
-    chat = make_format(recipe.chat.template, recipe.chat.system, load_tokenizer(recipe))
+    chat = make_format(recipe.chat.template, recipe.chat.system, ModelSource.of_recipe(recipe).tokenizer())
     lenient = _lenient(recipe)
     try:
         examples = encode_splits(lenient, chat, progress)[split]

@@ -12,7 +12,6 @@ from peftchat.formatting import format_bytes, format_count, format_decimal, form
 from peftchat.recipe import QuantizationSection, Recipe
 from peftchat.reports.assessment import assess_run, run_warnings
 from peftchat.runs.run_summary import RunSummary
-from peftchat.variants import get_variant
 
 _EXAMPLE_PROMPT = """
 messages = [{"role": "user", "content": "How do I read a text file line by line?"}]
@@ -84,7 +83,7 @@ def _adapter_code(recipe: Recipe, summary: RunSummary) -> list[str]:
 
 def _load_added_tokens(recipe: Recipe, summary: RunSummary) -> list[str]:
     """Return code that loads added tokens from an adapter of their own, if the variant needs one."""
-    if recipe.adapter is None or not summary.new_tokens or get_variant(recipe.adapter.variant).rows_inside:
+    if recipe.adapter is None or not summary.new_tokens or recipe.adapter.supports_trainable_tokens:
         return []
     return ['model = PeftModel.from_pretrained(model, f"{run}/token_rows").merge_and_unload()  # new tokens']
 
@@ -203,7 +202,7 @@ def _use(recipe: Recipe, summary: RunSummary) -> str:
             f"The adapter has embeddings for tokens up to id {needed - 1}. A base model with a smaller vocabulary must "
             "be resized first, as above; otherwise PEFT raises an `IndexError` when it loads them."
         )
-    if recipe.adapter is not None and not get_variant(recipe.adapter.variant).folds:
+    if recipe.adapter is not None and not recipe.adapter.mergeable:
         parts.append("It cannot be merged into the base model, and vLLM does not serve it.")
         parts.append(f"To chat with it in the terminal: `peftchat chat {run_name(recipe)}`.")
         return "\n\n".join(parts)
@@ -237,7 +236,7 @@ def _quoted(text: str) -> str:
 
 
 def _training(recipe: Recipe, summary: RunSummary) -> str:
-    names = ", ".join(f"`{_data_name(get_variant.path)}`" for get_variant in recipe.data.train)
+    names = ", ".join(f"`{_data_name(source.path)}`" for source in recipe.data.train)
     lines = [f"- data: {names}", f"- method: {recipe.method}"]
     if recipe.adapter is not None:
         options = recipe.adapter.model_dump(mode="json", exclude_none=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.errors import UserError
-from peftchat.models.loading import load_tokenizer
+from peftchat.models.source import ModelSource
 from peftchat.runs.run_folder import Checkpoint, RunFolder
 from peftchat.training.distributed import DistributedSetup, init_deepspeed, is_main_process, resolve_distributed
 
@@ -104,4 +104,4 @@ def open_context(
 
 def load_chat_format(recipe: "Recipe") -> ChatFormat:
     """Load the recipe's tokenizer in the recipe's chat format."""
-    return make_format(recipe.chat.template, recipe.chat.system, load_tokenizer(recipe))
+    return make_format(recipe.chat.template, recipe.chat.system, ModelSource.of_recipe(recipe).tokenizer())

@@ -129,6 +129,7 @@ def save(trainer: ChatTrainer, context: TrainContext) -> None:
             trainer.model,
             context.chat.tokenizer,
             folder,
+            adapter=context.recipe.adapter,
             dtype=context.recipe.model.dtype,
             is_main=context.is_main,
             wrapped=trainer.model_wrapped if trainer.is_deepspeed_enabled else None,

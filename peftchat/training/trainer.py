@@ -21,8 +21,8 @@ from peftchat.dataset.collator import ChatCollator
 from peftchat.dataset.packing import pack
 from peftchat.errors import VerificationError
 from peftchat.models.added_tokens import MODULE_NAME
-from peftchat.models.loading import load_config
-from peftchat.models.saving import is_adapted, load_adapter_state, save_model_files
+from peftchat.models.saving import load_adapter_state, save_model_files
+from peftchat.models.source import ModelSource
 from peftchat.recipe import training_arguments
 from peftchat.runs.run_folder import Checkpoint
 from peftchat.training.context import TrainContext
@@ -31,7 +31,7 @@ from peftchat.training.loss import install_supervised_forward
 from peftchat.training.model import TrainableModel, select_attention
 from peftchat.training.progress import MetricsCallback, memory_in_use
 from peftchat.training.throughput import BudgetCallback, Throughput, TokenCounts, has_budget
-from peftchat.training.variant_hooks import set_param_group_lrs, trainer_hooks
+from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs, trainer_hooks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,7 +91,7 @@ def _added_token_elements(recipe: "Recipe", chat: "ChatFormat") -> int:
     """Return the number of elements of the added tokens' embedding, which ZeRO-3 must not shard."""
     if not chat.new_tokens:
         return 0
-    config = load_config(recipe).get_text_config()
+    config = ModelSource.of_recipe(recipe).config().get_text_config()
     beyond = max(token.id for token in chat.new_tokens) + 1 - int(config.vocab_size)
     return max(len(chat.new_tokens), beyond) * int(config.hidden_size)
 
@@ -127,7 +127,8 @@ class ChatTrainer(SFTTrainer):
     def __init__(
         self, context: TrainContext, model: TrainableModel, config: "SFTConfig", layout: "BatchLayout"
     ) -> None:
-        self._hooks = trainer_hooks(context.recipe, model.model)
+        self._adapter = context.recipe.adapter
+        self._hooks = trainer_hooks(self._adapter, model.model)
         self._collators = {split: _collator(context, split, layout) for split in context.splits}
         packs = {split: _packs(context, split, layout) for split in context.splits}
         trained = {name: weight.data for name, weight in model.model.named_parameters() if weight.requires_grad}
@@ -138,7 +139,7 @@ class ChatTrainer(SFTTrainer):
             train_dataset=packs["train"],
             eval_dataset=packs.get("eval"),
             processing_class=context.chat.tokenizer,
-            callbacks=[MetricsCallback(context.run_folder.metrics), *self._hooks.callbacks],
+            callbacks=[MetricsCallback(context.run_folder.metrics), VariantCallback(self._hooks)],
         )
         # TRL casts trainable parameters on a quantized base to bfloat16, in which small updates round to zero.
         # https://github.com/huggingface/trl/issues/7268
@@ -192,8 +193,9 @@ class ChatTrainer(SFTTrainer):
         if num_items_in_batch is not None:
             # The count is over all processes, and gradients are averaged over them.
             loss = loss * self.accelerator.num_processes
-        if self._hooks.penalty is not None:
-            loss = loss + self._hooks.penalty() / self.current_gradient_accumulation_steps
+        penalty = self._hooks.penalty()
+        if penalty is not None:
+            loss = loss + penalty / self.current_gradient_accumulation_steps
         if outputs.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
         return loss
@@ -277,9 +279,9 @@ class ChatTrainer(SFTTrainer):
         """Create the optimizer, with the variant's learning rates for some of its parameters."""
         is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if is_new and self._hooks.rate_of is not None:
+        if is_new:
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-            set_param_group_lrs(optimizer, names, self._hooks.rate_of)
+            set_param_group_lrs(optimizer, names, self._hooks)
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -296,7 +298,8 @@ class ChatTrainer(SFTTrainer):
         with self.throughput.paused():
             # Checkpoints keep float32: a resumed run must not start from rounded weights.
             save_model_files(
-                self.model, self.processing_class, folder, dtype=None, is_main=self.args.should_save,
+                self.model, self.processing_class, folder,
+                adapter=self._adapter, dtype=None, is_main=self.args.should_save,
                 wrapped=self.model_wrapped if self.is_deepspeed_enabled else None,
             )  # fmt: skip
 
@@ -317,8 +320,8 @@ class ChatTrainer(SFTTrainer):
         return gathered
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if is_adapted(self.model):
-            load_adapter_state(self.model, Path(resume_from_checkpoint))
+        if self._adapter is not None:
+            load_adapter_state(self.model, self._adapter, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: demo test check lint docs setup clean
+.PHONY: demo test check lint docs docs-check setup clean
 
 setup: $(READY)
 
@@ -25,11 +25,11 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python scripts/fetch_demo_model.py
 	rm -rf .cache/demo runs/demo
-	$(BIN)/peftchat data from-code --stdlib --max-rows 400 -o .cache/demo
+	$(BIN)/peftchat data from-code --stdlib --max-samples 400 -o .cache/demo
 	$(BIN)/peftchat train recipes/demo_cpu.yaml \
-		--ask 'What does `shutil.copy2` do?' \
-		--ask 'How do I call `textwrap.shorten`?' \
-		--ask 'What does `statistics.median` return?'
+		--prompt 'What does `shutil.copy2` do?' \
+		--prompt 'How do I call `textwrap.shorten`?' \
+		--prompt 'What does `statistics.median` return?'
 	$(BIN)/peftchat merge runs/demo
 	for question in 'What does `shutil.copy2` do?' 'How do I call `textwrap.shorten`?' \
 		'What does `statistics.median` return?'; do \
@@ -49,10 +49,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python scripts/make_recipe_docs.py --check
 
-# What is generated from the code.
+# What is generated from the code: the recipe's schema and reference, the reference of the commands.
 docs: setup
 	$(BIN)/python scripts/make_recipe_docs.py
+
+docs-check:
+	$(BIN)/python scripts/make_recipe_docs.py --check
 
 clean:
 	rm -rf $(VENV) .cache runs build dist *.egg-info

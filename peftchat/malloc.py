@@ -1,6 +1,6 @@
-"""What glibc does with memory that is given back, for processes that hold large tensors on a CPU.
+"""Memory allocation: settings of glibc's malloc for processes with large tensors on a CPU.
 
-Elsewhere than on glibc nothing here has an effect.
+They have no effect with other C libraries.
 """
 
 import ctypes
@@ -15,21 +15,21 @@ _NEVER = (1 << 31) - 1
 
 
 def return_large_blocks() -> None:
-    """Map every block of a megabyte or more on its own, so that it goes back to the system as soon as it is free.
+    """Return freed blocks of a megabyte or more to the system at once, for the rest of the process.
 
-    By default glibc raises that limit to the size of whatever was freed last, up to 32 MB, and then keeps such blocks
-    in a heap that fragments: streaming a 2.2 GB model through this process held 1.4 GB at its peak, against 0.8 GB with
-    the limit fixed. For the rest of the process.
+    By default glibc raises that limit to the size of the last freed block, up to 32 MB, and keeps smaller blocks in a
+    heap that fragments. Streaming a 2.2 GB model through a process had a peak of 1.4 GB, and 0.8 GB with the limit
+    fixed.
     """
     _set(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def keep_large_blocks() -> None:
-    """Keep freed blocks of any size for the next one that is asked for.
+    """Keep freed blocks of any size for later allocations, for the rest of the process.
 
-    Training frees and makes the same tensors every step. Those above 32 MB, such as the gradient of an embedding, glibc
-    would give back, and the system would have to find and clear their pages again: full fine-tuning of a 135M model
-    spent a sixth of its time on that. For the rest of the process.
+    Training frees and allocates the same tensors in every step. By default glibc returns those above 32 MB, such as the
+    gradient of an embedding, to the system, which then clears their pages again. Full fine-tuning of a 135M model spent
+    a sixth of its time on that.
     """
     _set(_M_MMAP_THRESHOLD, _NEVER)
     _set(_M_TRIM_THRESHOLD, _NEVER)

@@ -147,7 +147,7 @@ def make_contenders(
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from peftchat.chat_template.registry import make_format
+    from peftchat.chat_template.chat_format import make_format
     from peftchat.conversations import read_conversations
     from peftchat.dataset.cache import load_splits
 
@@ -213,7 +213,7 @@ def of_rows(rows: Any) -> Encoded:
     from peftchat.chat_template.loss_mask import loss_mask_table
 
     table = loss_mask_table("answers")
-    return Encoded([row.ids.tolist() for row in rows], [table[row.codes].astype(int).tolist() for row in rows])
+    return Encoded([row.ids.tolist() for row in rows], [table[row.token_tags].astype(int).tolist() for row in rows])
 
 
 def check_equal(results: dict[str, Encoded]) -> None:
@@ -275,11 +275,11 @@ def resident() -> tuple[int, int]:
 
 def clean(path: Path, model: str) -> Callable[[], int]:
     """`peftchat data prepare`: checks, duplicates, split, files."""
-    from peftchat.conversations.prepare import PrepareSettings, prepare
+    from peftchat.conversations.prepare import PrepareOptions, prepare
 
     def run() -> int:
         with tempfile.TemporaryDirectory(prefix="prepared-") as folder:
-            card = prepare(str(path), Path(folder), PrepareSettings())
+            card = prepare(str(path), Path(folder), PrepareOptions())
         return card.train.conversations + card.eval.conversations
 
     return run
@@ -289,7 +289,7 @@ def encode(path: Path, model: str) -> Callable[[], int]:
     """What `train` does with a file before the first step: rows on disk, and which of them share a sequence."""
     from transformers import AutoTokenizer
 
-    from peftchat.chat_template.registry import make_format
+    from peftchat.chat_template.chat_format import make_format
     from peftchat.dataset.cache import load_splits
     from peftchat.dataset.packing import pack
 

@@ -49,9 +49,9 @@ def make_model(folder: Path, gigabytes: float) -> Any:
     layers = max(1, round((gigabytes * 1e9 - 0.4e9) / 121.7e6))
     config = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=49152, tie_word_embeddings=False)
     config.dtype = torch.bfloat16
-    hollow = build_empty_model(config)
+    empty_model = build_empty_model(config)
     shards: list[list[TensorSpec]] = [[]]
-    for name, slot in hollow.slots.items():
+    for name, slot in empty_model.slots.items():
         if sum(spec.bytes for spec in shards[-1]) > 1e9:
             shards.append([])
         shards[-1].append(TensorSpec(name, torch.bfloat16, tuple(slot.shape)))
@@ -190,7 +190,7 @@ def compare(work: Path, gigabytes: float, turns: int) -> None:
     memory = min(one.peak for one in theirs) / max(one.peak for one in mine)
     seconds = min(one.seconds for one in mine) / min(one.seconds for one in theirs)
     print(f"Memory: {memory:.1f} times less than stock. Time: {seconds:.2f} of stock's (best of {turns}).")
-    for name, command in (("peftchat with proof", [*ours, "--working-set", "256MB"]), ("stock PEFT", stock)):
+    for name, command in (("peftchat with proof", [*ours, "--memory-budget", "256MB"]), ("stock PEFT", stock)):
         measured, kind = limited(command, LIMIT)
         show(f"{name}, {LIMIT / 1e9} GB", measured)
         shutil.rmtree(out, ignore_errors=True)

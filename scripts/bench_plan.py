@@ -1,11 +1,11 @@
-"""How well `peftchat plan` predicts memory: two steps of training in many settings, each in a process of its own.
+"""Accuracy of `peftchat plan`: predicted and measured memory of two training steps in many settings.
 
     python scripts/bench_plan.py --base .cache/smollm2-135m            # all settings
-    python scripts/bench_plan.py --base .cache/smollm2-135m --only 0-5 # a slice
-    python scripts/bench_plan.py --predict --write docs/plan.md        # predict again, and put all into the page
+    python scripts/bench_plan.py --base .cache/smollm2-135m --only 0-5 # some of them
+    python scripts/bench_plan.py --predict --write docs/plan.md        # predict again and update the page
 
-The base gives a tokenizer and one of the models; the others have its architecture in other sizes and random weights.
-The measured figure is the most that the training process had resident, as `run.json` tells it.
+The base model provides the tokenizer and one of the models; the others have its architecture in other sizes with random
+weights. The measured value is the peak resident memory of the training process, from `run.json`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ START, END = "<!-- bench_plan: begin -->", "<!-- bench_plan: end -->"
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: a model and what the recipe says of it."""
+    """One run: a model and its settings."""
 
     model: str
     method: str = "lora"
@@ -46,7 +46,7 @@ class Setting:
 
 
 SHAPES = {
-    # name: layers, width, inner width, heads, key heads, rows of the embedding
+    # name: layers, hidden size, intermediate size, heads, key-value heads, vocabulary size
     "17M": (6, 256, 768, 4, 2, 49152),
     "28M deep": (20, 256, 768, 4, 4, 49152),
     "94M wide head": (6, 512, 1536, 8, 4, 151936),
@@ -90,7 +90,7 @@ SETTINGS = (
 
 
 def make_model(name: str, base: Path, folder: Path) -> Path:
-    """The folder of a model of this size with random weights, and the base's tokenizer."""
+    """Return the folder of a model of this size with random weights and the base model's tokenizer."""
     shape = SHAPES[name]
     if shape is None:
         return base
@@ -100,10 +100,11 @@ def make_model(name: str, base: Path, folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    layers, hidden, inner, heads, key_heads, rows = shape
+    layers, hidden, intermediate, heads, key_value_heads, vocab_size = shape
     config = LlamaConfig(
-        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
-        num_key_value_heads=key_heads, vocab_size=rows, tie_word_embeddings=True, max_position_embeddings=8192,
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads,
+        num_key_value_heads=key_value_heads, vocab_size=vocab_size, tie_word_embeddings=True,
+        max_position_embeddings=8192,
     )  # fmt: skip
     config.bos_token_id = config.eos_token_id = 0
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
@@ -112,7 +113,7 @@ def make_model(name: str, base: Path, folder: Path) -> Path:
 
 
 def make_conversations(tokens: int, folder: Path) -> Path:
-    """A file of conversations of about so many tokens, most of them supervised."""
+    """Write conversations of about `tokens` tokens, most of them supervised; return the file."""
     path = folder / f"conversations-{tokens}.jsonl"
     words = [
         "The",
@@ -134,13 +135,14 @@ def make_conversations(tokens: int, folder: Path) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for number in range(max(256, 40_000 // tokens)):
             answer = " ".join(words[(number + i) % len(words)] for i in range(round(0.72 * tokens)))
-            asked = " ".join(words[(number * 3 + i) % len(words)] for i in range(round(0.2 * tokens)))
-            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            question = " ".join(words[(number * 3 + i) % len(words)] for i in range(round(0.2 * tokens)))
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages}) + "\n")
     return path
 
 
 def recipe_of(setting: Setting, base: Path, folder: Path) -> dict[str, object]:
+    """Return the recipe of a setting as plain values."""
     recipe: dict[str, object] = {
         "model": {"name": str(make_model(setting.model, base, folder)), "dtype": setting.dtype},
         "method": setting.method,
@@ -168,37 +170,38 @@ def recipe_of(setting: Setting, base: Path, folder: Path) -> dict[str, object]:
 
 
 def measure(recipe: Path, folder: Path) -> int:
-    """Train in a process of its own; the most that it had resident, in bytes."""
+    """Train in a child process; return its peak resident memory in bytes."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     command = [sys.executable, "-m", "peftchat", "train", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-    told = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
+    summary = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder / "run", ignore_errors=True)
-    return int(told["peak_memory_bytes"])
+    return int(summary["peak_memory_bytes"])
 
 
 def predict(recipe: Path) -> MemoryPlan:
-    """What `peftchat plan` says of the same recipe on this machine's processor."""
-    asked = load_recipe(recipe, to_train=False).recipe
-    return plan_training(asked, find_hardware("cpu", 1), with_grid=False).memory
+    """Predict the memory of a recipe on this machine's CPU."""
+    loaded = load_recipe(recipe, to_train=False).recipe
+    return plan_training(loaded, find_hardware("cpu", 1), with_grid=False).memory
 
 
-def line(result: dict) -> list[str]:
+def table_row(result: dict) -> list[str]:
+    """Return the cells of one result."""
     setting, predicted, measured = Setting(**result["setting"]), result["predicted"], result["measured"]
     notes = [
         *(["checkpointing"] if setting.checkpointing else []),
         *([f"{setting.accumulation} accumulated"] if setting.accumulation > 1 else []),
         *([setting.dtype] if setting.dtype != "bfloat16" else []),
-        *(["padded rows"] if not setting.packing else []),
+        *(["padded"] if not setting.packing else []),
         *([f"{setting.bits} bits"] if setting.method == "qlora" else []),
         *([setting.variant] if setting.variant != "lora" else []),
     ]
     return [
         setting.model, setting.method, f"{setting.batch} x {setting.length}", ", ".join(notes),
         f"{predicted / 1e6:,.0f}", f"{measured / 1e6:,.0f}", f"{100 * (predicted / measured - 1):+.0f} %",
-        result["moment"],
+        result["peak_phase"],
     ]  # fmt: skip
 
 
@@ -206,30 +209,32 @@ HEADER = ("model", "method", "batch", "settings", "predicted MB", "measured MB",
 
 
 def table(results: Sequence[dict]) -> str:
-    """The results as a Markdown table, and what they say together."""
+    """Return the results as a Markdown table with their mean and largest error."""
     errors = [abs(r["predicted"] / r["measured"] - 1) for r in results]
-    rows = [HEADER, ["---"] * 4 + ["---:"] * 3 + ["---"], *(line(result) for result in results)]
+    rows = [HEADER, ["---"] * 4 + ["---:"] * 3 + ["---"], *(table_row(result) for result in results)]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
-        f"{text}\n\n{len(results)} settings; the error is {100 * sum(errors) / len(errors):.1f} % in the mean and "
-        f"{100 * max(errors):.1f} % at most. Measured on {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores."
+        f"{text}\n\n{len(results)} settings; the mean error is {100 * sum(errors) / len(errors):.1f} %, the largest "
+        f"{100 * max(errors):.1f} %. Measured on {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores."
     )
 
 
-def numbers(text: str) -> list[int]:
+def parse_numbers(text: str) -> list[int]:
+    """Parse `3` or `0-5`."""
     first, _, last = text.partition("-")
     return list(range(int(first), int(last or first) + 1))
 
 
 def main() -> None:
+    """Measure and predict every setting and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path(".cache/smollm2-135m"))
-    parser.add_argument("--only", type=numbers, default=range(len(SETTINGS)), metavar="FIRST-LAST")
+    parser.add_argument("--only", type=parse_numbers, default=range(len(SETTINGS)), metavar="FIRST-LAST")
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "bench_plan", help="models, results"
     )
-    parser.add_argument("--predict", action="store_true", help="only predict again what was measured before")
-    parser.add_argument("--write", type=Path, default=None, metavar="PAGE", help="put the table into this page")
+    parser.add_argument("--predict", action="store_true", help="predict again and keep earlier measurements")
+    parser.add_argument("--write", type=Path, default=None, metavar="PAGE", help="write the table into this page")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     kept = args.folder / "results.json"
@@ -242,9 +247,9 @@ def main() -> None:
         memory = predict(recipe)
         results[number] = {
             "number": number, "setting": asdict(setting), "predicted": memory.total, "measured": measured,
-            "moment": memory.moment, "parts": dict(memory.parts),
+            "peak_phase": memory.peak_phase, "parts": dict(memory.parts),
         }  # fmt: skip
-        print(number, " | ".join(line(results[number])), flush=True)
+        print(number, " | ".join(table_row(results[number])), flush=True)
         kept.write_text(json.dumps([results[key] for key in sorted(results)], indent=1), encoding="utf-8")
     shown = table([results[key] for key in sorted(results)])
     print(shown)

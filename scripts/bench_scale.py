@@ -66,14 +66,14 @@ class Bench:
         import torch
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-        from peftchat.chat_template.templates import starchat
+        from peftchat.chat_template.templates import CHAT_TEMPLATES
 
         folder = self.folder / f"{shape}"
         if folder.exists():
             return folder
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
         if shape.knows_tokens:
-            tokenizer.add_tokens(list(starchat(None).tokens), special_tokens=True)
+            tokenizer.add_tokens(list(CHAT_TEMPLATES["starchat"].special_tokens), special_tokens=True)
         config = LlamaConfig(
             hidden_size=shape.hidden,
             intermediate_size=shape.intermediate or shape.hidden * 8 // 3 // 64 * 64,

@@ -91,8 +91,7 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
         VerificationError: something that was checked is not as it should be.
     """
     from peftchat.recipe import load_recipe
-    from peftchat.training.distributed import resolve_distributed
-    from peftchat.training.train import TrainOptions, run_training
+    from peftchat.training.train import train
 
     work = RESULTS / "work" / f"{model.name}-{name}"
     for factor in RATES:
@@ -103,7 +102,7 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
         )
         loaded = load_recipe(work / "recipe.yaml")
         try:
-            told = run_training(loaded, resolve_distributed(loaded), TrainOptions())
+            told = train(loaded).model_dump()
         except VerificationError as error:
             if "diverged" in str(error):
                 continue
@@ -124,18 +123,18 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
         "trainable": told["trainable_parameters"],
         "memory": told["peak_memory_bytes"],
         "bytes": sum(file.stat().st_size for file in run.rglob("*.safetensors")),
-        "fold": _fold(run) if get_variant(name).folds else None,
+        "fold": _fold(run) if get_variant(name).mergeable else None,
     }
     shutil.rmtree(work)
     return result
 
 
-def _recipe(variant: Variant, model: Path, data: Path, run: Path, factor: float, length: int) -> dict[str, Any]:
-    method = "full" if variant.options is None else "qlora" if "unquantized" in variant.refuses else "lora"
+def _recipe(variant: type[Variant], model: Path, data: Path, run: Path, factor: float, length: int) -> dict[str, Any]:
+    method = "full" if variant.name == "full" else "qlora" if "unquantized" in variant.incompatible_with else "lora"
     return {
         "model": {"name": str(model), "dtype": "float32"},
         "method": method,
-        **({"adapter": {"variant": variant.name}} if variant.options else {}),
+        **({"adapter": {"variant": variant.name}} if variant.name != "full" else {}),
         "data": {
             "train": [{"path": str(data)}],
             "eval_fraction": 0.2,
@@ -159,10 +158,10 @@ def _stock_loss(run: Path, base: Path, recipe: Any) -> float:
     import torch
 
     from peftchat.dataset.cache import load_splits
-    from peftchat.training.model import chat_format
+    from peftchat.training.context import load_chat_format
 
     model = _stock_model(run, base, recipe)
-    chat = chat_format(recipe)
+    chat = load_chat_format(recipe)
     from peftchat.dataset.collator import ChatCollator
 
     rows = load_splits(recipe, chat)["eval"].store
@@ -259,22 +258,22 @@ def _registry() -> Iterator[str]:
     yield "| Variant | What it does | Paper | Rate | Base, bits | ZeRO | Folds | vLLM |"
     yield "|---|---|---|---|---|---|---|---|"
     for variant in VARIANTS.values():
-        bits = [bit for bit, base in _BASES.items() if not variant.why_not(base)]
+        bits = [bit for bit, base in _BASES.items() if not variant.incompatibility(base)]
         cells = (
             f"`{variant.name}`",
             variant.summary,
             _paper(variant),
             f"{variant.learning_rate:.0e}".replace("e-0", "e-"),
             " ".join(bits),
-            variant.stages or "no",
-            "yes" if variant.folds else f"no: {variant.instead}",
+            variant.zero_stages() or "no",
+            "yes" if variant.mergeable else f"no: {variant.merge_hint}",
             {"adapter": "as an adapter", "merged": "merged", "no": "no"}[variant.vllm],
         )
         yield f"| {' | '.join(cells)} |"
     yield ""
 
 
-def _paper(variant: Variant) -> str:
+def _paper(variant: type[Variant]) -> str:
     if variant.paper is None:
         return "none"
     text = f"{variant.paper.authors} {variant.paper.year}"
@@ -285,7 +284,7 @@ def _refusals() -> Iterator[str]:
     yield "| Variant | Not with | Because |"
     yield "|---|---|---|"
     for variant in VARIANTS.values():
-        for setting, why in variant.refuses.items():
+        for setting, why in variant.incompatible_with.items():
             yield f"| `{variant.name}` | {setting} | {why} |"
     yield ""
 

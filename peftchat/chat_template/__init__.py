@@ -1,1 +1,1 @@
-"""The chat format: special tokens, templates, ids with their mask, rows, batches."""
+"""Chat templates and encoding: conversations to token ids, with the tags from which the loss mask is made."""

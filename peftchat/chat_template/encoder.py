@@ -1,19 +1,19 @@
-"""Rows of the block formats, where all but the contents is known beforehand.
+"""Encoding: conversations to token ids and token tags, with one tokenizer and one chat template.
 
-Between two special tokens of such a format stands the end of a header and one content. Only that stretch goes through
-the tokenizer; the ids around it, and the codes of everything, are made once for each kind of turn.
+`ChatEncoder` takes any template's spans. `BlockEncoder` is its fast path for the templates in the registry. There the
+text between two special tokens is the end of a header and one content, and everything else is known in advance.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from peftchat.chat_template.examples import EncodedExample, ExampleBatch
-from peftchat.chat_template.loss_mask import TokenIds, TokenTags, TurnPart, part_of, rank, token_tag
-from peftchat.chat_template.templates import BlockTemplate, Template
+from peftchat.chat_template.examples import EncodedExample, ExampleBatch, TokenIds, TokenTags
+from peftchat.chat_template.loss_mask import TurnPart, part_of, precedence, token_tag
+from peftchat.chat_template.templates import ChatTemplate, TemplateSpan
 from peftchat.chat_template.text_encoder import TextEncoder
 from peftchat.conversation import Conversation, Role
 
@@ -22,172 +22,193 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
-    """What all turns of one role have in common.
+class _TurnFrame:
+    """Ids and tags that all turns of one role have in common.
 
     Attributes:
-        before: ids in front of the header's text.
-        head: the header's text, which is encoded together with the content.
-        head_ids: its ids, where it stands alone.
-        after: ids of the end token and of the newline behind it.
-        values: the codes of `before`, `head`, the content, the end token and the newline.
+        prefix_ids: ids in front of the header's text.
+        header_text: the header's text, which is encoded together with the content.
+        header_ids: ids of the header's text alone.
+        suffix_ids: ids of the end token and of the trailer behind it.
+        tags: tags of `prefix_ids`, of the header's text, of the content, and of each of `suffix_ids`.
     """
 
-    before: list[int]
-    head: str
-    head_ids: list[int]
-    after: list[int]
-    values: bytes
+    prefix_ids: list[int]
+    header_text: str
+    header_ids: list[int]
+    suffix_ids: list[int]
+    tags: bytes
 
 
 class BlockEncoder:
-    """Encodes conversations in a block format.
+    """Encodes conversations with a `ChatTemplate`, tokenizing only header texts and contents.
 
     Args:
         text: encodes ordinary text.
-        template: a format that `supports` accepts.
+        template: a template that `supports` accepts.
     """
 
-    def __init__(self, text: TextEncoder, template: BlockTemplate) -> None:
+    def __init__(self, text: TextEncoder, template: ChatTemplate) -> None:
         self._text = text
         self._template = template
-        self._turns = {(role, last): self._turn(role, last) for role in template.header for last in (False, True)}
+        self._bos: _TurnFrame | None = None
+        if template.bos_token is not None:
+            tag = token_tag(TurnPart.OUTSIDE)
+            self._bos = _TurnFrame([text.special[template.bos_token]], "", [], [], bytes([tag, tag, tag]))
+        self._frames = {(role, last): self._frame(role, last) for role in template.headers for last in (False, True)}
 
     @staticmethod
-    def supports(text: TextEncoder, template: BlockTemplate) -> bool:
-        """Whether every header is special tokens and then one text, whose ids alone tell where it ends."""
+    def supports(text: TextEncoder, template: ChatTemplate) -> bool:
+        """Return whether every header is special tokens and then one text whose ids show where it ends."""
         return all(
             len(header) > 1
             and all(special for _, special in header[:-1])
             and not header[-1][1]
-            and text.spells(text.encode([header[-1][0]])[0])
-            for header in template.header.values()
+            and text.is_prefix_stable(text.encode([header[-1][0]])[0])
+            for header in map(template.header_spans, template.headers)
         )
 
-    def _turn(self, role: Role, last: bool) -> _Turn:
-        *specials, (head, _) = self._template.header[role]
-        head_ids, trailer = self._text.encode([head, "\n"])
-        parts = (TurnPart.HEADER, TurnPart.HEADER, TurnPart.CONTENT, TurnPart.END, *[TurnPart.TRAILER] * len(trailer))
-        return _Turn(
+    def _frame(self, role: Role, last_answer: bool) -> _TurnFrame:
+        *specials, (header_text, _) = self._template.header_spans(role)
+        header_ids, trailer_ids = self._text.encode([header_text, self._template.trailer])
+        parts = [TurnPart.HEADER, TurnPart.HEADER, TurnPart.CONTENT, TurnPart.END]
+        parts += [TurnPart.TRAILER] * len(trailer_ids)
+        return _TurnFrame(
             [self._text.special[token] for token, _ in specials],
-            head,
-            head_ids,
-            [self._text.special[self._template.end_token], *trailer],
-            bytes(token_tag(part, role, last_answer=last) for part in parts),
+            header_text,
+            header_ids,
+            [self._text.special[self._template.end_token], *trailer_ids],
+            bytes(token_tag(part, role, last_answer=last_answer) for part in parts),
         )
 
     def batch(self, conversations: Iterable[Conversation]) -> ExampleBatch:
-        """Rows of the conversations, in order.
+        """Return the examples of the conversations, in order.
 
         Raises:
-            UserError: the format cannot write one of them.
+            UserError: the template cannot write one of them.
         """
-        turns: list[_Turn] = []
+        frames: list[_TurnFrame] = []
         contents: list[str] = []
-        ends: list[int] = []
+        turn_ends: list[int] = []
         sources: list[str] = []
-        said: list[str] = []
-        said_ends: list[int] = []
+        messages: list[str] = []
+        message_ends: list[int] = []
         for conversation in conversations:
-            said += [message.content for message in conversation.messages]
-            said_ends.append(len(said))
-            for role, content, last in self._template.turns(conversation):
-                turns.append(self._turns[role, last])
+            messages += [message.content for message in conversation.messages]
+            message_ends.append(len(messages))
+            if self._bos is not None:
+                frames.append(self._bos)
+                contents.append("")
+            for role, content, last_answer in self._template.turns(conversation):
+                frames.append(self._frames[role, last_answer])
                 contents.append(content)
-            ends.append(len(turns))
+            turn_ends.append(len(frames))
             sources.append(conversation.source)
-        encoded = self._text.encode([turn.head + content for turn, content in zip(turns, contents, strict=True)])
-        ids, codes, starts = _laid_out(turns, encoded, self._straddled(turns, contents, encoded))
-        alike = np.cumsum([0, *self._text.lookalikes(said)])
-        lookalikes = np.diff(alike[[0, *said_ends]]).astype(np.int32)
-        return ExampleBatch(ids, codes, starts[[0, *ends]], sources, lookalikes)
+        encoded = self._text.encode([frame.header_text + text for frame, text in zip(frames, contents, strict=True)])
+        ids, tags, starts = _concatenate(frames, encoded, self._tag_straddled(frames, contents, encoded))
+        totals = np.cumsum([0, *self._text.count_special_token_text(messages)])
+        special_token_text = np.diff(totals[[0, *message_ends]]).astype(np.int32)
+        return ExampleBatch(ids, tags, starts[[0, *turn_ends]], sources, special_token_text)
 
-    def _straddled(
-        self, turns: Sequence[_Turn], contents: Sequence[str], encoded: Sequence[list[int]]
+    def _tag_straddled(
+        self, frames: Sequence[_TurnFrame], contents: Sequence[str], encoded: Sequence[list[int]]
     ) -> dict[int, bytes]:
-        """For each turn with a token that covers both header and content: the codes of the ids of the two."""
-        found = [
-            number
-            for number, (turn, ids) in enumerate(zip(turns, encoded, strict=True))
-            if ids[: len(turn.head_ids)] != turn.head_ids
+        """Return, for each turn with a token that spans header and content, the tags of the ids of the two."""
+        straddled = [
+            index
+            for index, (frame, ids) in enumerate(zip(frames, encoded, strict=True))
+            if ids[: len(frame.header_ids)] != frame.header_ids
         ]
-        located = self._text.encode_parts([(turns[number].head, contents[number]) for number in found])
-        codes: dict[int, bytes] = {}
-        for number, tokens in zip(found, located, strict=True):
-            values = turns[number].values[1:3]
-            winner = min(values, key=rank)
-            codes[number] = bytes(values[first] if first == last else winner for first, last in tokens.parts)
-        return codes
+        located = self._text.encode_spans([(frames[index].header_text, contents[index]) for index in straddled])
+        tags: dict[int, bytes] = {}
+        for index, tokens in zip(straddled, located, strict=True):
+            span_tags = frames[index].tags[1:3]
+            shared = min(span_tags, key=precedence)
+            tags[index] = bytes(span_tags[first] if first == last else shared for first, last in tokens.spans)
+        return tags
 
 
-def _laid_out(
-    turns: Sequence[_Turn], encoded: Sequence[list[int]], straddled: Mapping[int, bytes]
+def _concatenate(
+    frames: Sequence[_TurnFrame], encoded: Sequence[list[int]], straddled: Mapping[int, bytes]
 ) -> tuple[TokenIds, TokenTags, npt.NDArray[np.int64]]:
-    """Ids and codes of all turns end to end, and where each turn begins.
+    """Return ids and tags of all turns, one after the other, and the index at which each turn starts.
 
     Args:
-        turns: what surrounds the contents.
+        frames: the ids around each content.
         encoded: ids of each header's text and content.
-        straddled: codes of those ids where they do not simply follow from the header's length.
+        straddled: tags of those ids for turns where they do not follow from the header's length.
     """
     ids: list[int] = []
-    values = bytearray()  # codes, each to be repeated as often as `counts` says
+    tags = bytearray()  # each to be repeated as often as `counts` says
     counts: list[int] = []
     lengths: list[int] = []
-    for number, (turn, middle) in enumerate(zip(turns, encoded, strict=True)):
-        ids += turn.before
+    for index, (frame, middle) in enumerate(zip(frames, encoded, strict=True)):
+        ids += frame.prefix_ids
         ids += middle
-        ids += turn.after
-        head = len(turn.head_ids)
-        if number in straddled:
-            values += turn.values[:1] + straddled[number] + turn.values[3:]
-            counts += (len(turn.before), *[1] * (len(middle) + len(turn.after)))
+        ids += frame.suffix_ids
+        header_length = len(frame.header_ids)
+        if index in straddled:
+            tags += frame.tags[:1] + straddled[index] + frame.tags[3:]
+            counts += (len(frame.prefix_ids), *[1] * (len(middle) + len(frame.suffix_ids)))
         else:
-            values += turn.values
-            counts += (len(turn.before), head, len(middle) - head, *[1] * len(turn.after))
-        lengths.append(len(turn.before) + len(middle) + len(turn.after))
-    codes = np.repeat(np.frombuffer(values, dtype=np.uint8), counts)
-    return np.array(ids, dtype=np.int32), codes, np.cumsum([0, *lengths], dtype=np.int64)
+            tags += frame.tags
+            counts += (len(frame.prefix_ids), header_length, len(middle) - header_length, *[1] * len(frame.suffix_ids))
+        lengths.append(len(frame.prefix_ids) + len(middle) + len(frame.suffix_ids))
+    token_tags = np.repeat(np.frombuffer(tags, dtype=np.uint8), counts)
+    return np.array(ids, dtype=np.int32), token_tags, np.cumsum([0, *lengths], dtype=np.int64)
 
 
 @dataclass(slots=True)
-class _Chunk:
-    """Ordinary text between two special tokens, in stretches of one code each.
+class _TextRun:
+    """Ordinary text between two special tokens, in spans of one tag each.
 
     Attributes:
-        texts: the stretches.
-        values: their codes; no two in a row are equal.
-        first: whether the chunk begins the sequence.
+        texts: the spans' texts.
+        tags: their tags. Neighbors differ.
+        at_start: whether the run starts the sequence.
     """
 
     texts: list[str]
-    values: list[int]
-    first: bool
+    tags: list[int]
+    at_start: bool
 
 
 @dataclass(slots=True)
-class _Plan:
-    """A conversation before its text is encoded: special tokens as (id, code), text as chunks."""
+class _Prepared:
+    """A conversation before its text is encoded.
+
+    Attributes:
+        source: where it came from, `file:line`.
+        special_token_text: occurrences of text in its messages that is spelled like a special token.
+        items: special tokens as (id, tag), and the text between them.
+    """
 
     source: str
-    lookalikes: int
-    items: list["tuple[int, int] | _Chunk"] = field(default_factory=list)
+    special_token_text: int
+    items: list[tuple[int, int] | _TextRun] = field(default_factory=list)
 
 
-_Encoded = tuple[list[int], bytes]
-"""Ids of a chunk and their codes."""
+_EncodedRun = tuple[list[int], bytes]
+"""Ids of a run of text and their tags."""
+
+
+class Template(Protocol):
+    """The part of a chat template that encoding needs."""
+
+    def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
+        """Yield the conversation as spans of text."""
+        ...
 
 
 class ChatEncoder:
-    """Encodes conversations with one tokenizer and one template.
+    """Encodes conversations with one tokenizer and one chat template.
 
     The ids equal those of `apply_chat_template(tokenize=True)` on conversations whose messages hold no text that is
-    spelled like a special token; where they do, that text is encoded as ordinary text.
+    spelled like a special token. Such text is encoded as ordinary text here.
 
     Args:
-        tokenizer: a tokenizer that already has the template's tokens
-            (`peftchat.chat_template.templates.add_template_tokens`).
-        template: the format.
+        tokenizer: a tokenizer that has the template's tokens (`peftchat.chat_template.chat_format.make_format`).
+        template: the template.
 
     Attributes:
         parallel: whether the tokenizer lets other threads run while it works.
@@ -200,14 +221,16 @@ class ChatEncoder:
         added = tokenizer.added_tokens_decoder
         self._strips_right = {token.content for token in added.values() if token.rstrip}
         self._strips_left = {token.content for token in added.values() if token.lstrip}
-        self._known: dict[tuple[str, bool], list[int]] = {}
+        self._template_ids: dict[tuple[str, bool], list[int]] = {}
         self._blocks: BlockEncoder | None = None
-        plain = (self._strips_left | self._strips_right).isdisjoint(template.tokens)
-        if plain and isinstance(template, BlockTemplate) and BlockEncoder.supports(self._text, template):
-            self._blocks = BlockEncoder(self._text, template)
+        if isinstance(template, ChatTemplate):
+            tokens = [*template.special_tokens, template.bos_token]
+            strips = not (self._strips_left | self._strips_right).isdisjoint(tokens)
+            if not strips and BlockEncoder.supports(self._text, template):
+                self._blocks = BlockEncoder(self._text, template)
 
     def encode(self, conversations: Iterable[Conversation]) -> list[EncodedExample]:
-        """Rows of the conversations, in order; their text goes through the tokenizer as one batch.
+        """Return the examples of the conversations, in order. The tokenizer gets their text as one batch.
 
         Raises:
             UserError: the template cannot write one of them.
@@ -215,128 +238,132 @@ class ChatEncoder:
         return list(self.batch(conversations))
 
     def batch(self, conversations: Iterable[Conversation]) -> ExampleBatch:
-        """The same rows, laid end to end. Several threads may call this at once.
+        """Return the same examples as one flat batch. Several threads may call this at once.
 
         Raises:
             UserError: the template cannot write one of them.
         """
         if self._blocks is not None:
             return self._blocks.batch(conversations)
-        return ExampleBatch.of(self._by_pieces(conversations))
+        return ExampleBatch.of(self._encode_by_spans(conversations))
 
-    def _by_pieces(self, conversations: Iterable[Conversation]) -> list[EncodedExample]:
-        """Rows by way of the template's pieces, which any template has."""
-        plans = [self._plan(conversation) for conversation in conversations]
-        encoded = iter(self._encode_chunks([item for plan in plans for item in plan.items if isinstance(item, _Chunk)]))
-        rows = []
-        for plan in plans:
+    def _encode_by_spans(self, conversations: Iterable[Conversation]) -> list[EncodedExample]:
+        """Return the examples by way of the template's spans, which every template has."""
+        prepared = [self._prepare(conversation) for conversation in conversations]
+        runs = [item for one in prepared for item in one.items if isinstance(item, _TextRun)]
+        encoded = iter(self._encode_runs(runs))
+        examples = []
+        for one in prepared:
             ids: list[int] = []
-            codes = bytearray()
-            for item in plan.items:
-                if isinstance(item, _Chunk):
-                    chunk_ids, chunk_codes = next(encoded)
-                    ids += chunk_ids
-                    codes += chunk_codes
+            tags = bytearray()
+            for item in one.items:
+                if isinstance(item, _TextRun):
+                    run_ids, run_tags = next(encoded)
+                    ids += run_ids
+                    tags += run_tags
                 else:
                     ids.append(item[0])
-                    codes.append(item[1])
-            row_codes = np.frombuffer(bytes(codes), dtype=np.uint8)
-            rows.append(EncodedExample(np.array(ids, dtype=np.int32), row_codes, plan.source, plan.lookalikes))
-        return rows
+                    tags.append(item[1])
+            token_tags = np.frombuffer(bytes(tags), dtype=np.uint8)
+            examples.append(
+                EncodedExample(np.array(ids, dtype=np.int32), token_tags, one.source, one.special_token_text)
+            )
+        return examples
 
-    def _plan(self, conversation: Conversation) -> _Plan:
+    def _prepare(self, conversation: Conversation) -> _Prepared:
+        """Return the conversation as special tokens and runs of text, without the white space that tokens strip."""
         contents = [message.content for message in conversation.messages]
-        plan = _Plan(conversation.source, sum(self._text.lookalikes(contents)))
+        prepared = _Prepared(conversation.source, sum(self._text.count_special_token_text(contents)))
         texts: list[str] = []
-        values: list[int] = []
-        strip = False
-        for piece in self._template.pieces(conversation):
-            if piece.special:
-                if piece.text in self._strips_left:
-                    self._strip_end(texts, values)
-                self._close(plan, texts, values)
-                texts, values = [], []
-                plan.items.append((self._text.special[piece.text], piece.code))
-                strip = piece.text in self._strips_right
+        tags: list[int] = []
+        strips = False
+        for span in self._template.spans(conversation):
+            if span.special:
+                if span.text in self._strips_left:
+                    self._strip_end(texts, tags)
+                self._append_run(prepared, texts, tags)
+                texts, tags = [], []
+                prepared.items.append((self._text.special[span.text], span.tag))
+                strips = span.text in self._strips_right
                 continue
-            text = piece.text.lstrip(self._text.whitespace) if strip else piece.text
-            strip = strip and not text
-            if text and values and values[-1] == piece.code:
+            text = span.text.lstrip(self._text.whitespace) if strips else span.text
+            strips = strips and not text
+            if text and tags and tags[-1] == span.tag:
                 texts[-1] += text
             elif text:
                 texts.append(text)
-                values.append(piece.code)
-        self._close(plan, texts, values)
-        return plan
+                tags.append(span.tag)
+        self._append_run(prepared, texts, tags)
+        return prepared
 
     @staticmethod
-    def _close(plan: _Plan, texts: list[str], values: list[int]) -> None:
+    def _append_run(prepared: _Prepared, texts: list[str], tags: list[int]) -> None:
         if texts:
-            plan.items.append(_Chunk(texts, values, first=not plan.items))
+            prepared.items.append(_TextRun(texts, tags, at_start=not prepared.items))
 
-    def _strip_end(self, texts: list[str], values: list[int]) -> None:
-        """Take the white space off the end, as a token with `lstrip` does."""
+    def _strip_end(self, texts: list[str], tags: list[int]) -> None:
+        """Remove the white space at the end, as a token with `lstrip` does."""
         while texts:
             texts[-1] = texts[-1].rstrip(self._text.whitespace)
             if texts[-1]:
                 return
             texts.pop()
-            values.pop()
+            tags.pop()
 
-    def _encode_chunks(self, chunks: Sequence[_Chunk]) -> list[_Encoded]:
-        """Ids and codes of every chunk."""
-        done: list[_Encoded] = [([], b"")] * len(chunks)
-        for first in (False, True):
-            whole, parted = [], []
-            for index, chunk in enumerate(chunks):
-                if chunk.first != first:
+    def _encode_runs(self, runs: Sequence[_TextRun]) -> list[_EncodedRun]:
+        """Return ids and tags of every run."""
+        done: list[_EncodedRun] = [([], b"")] * len(runs)
+        for at_start in (False, True):
+            joined, by_spans = [], []
+            for index, run in enumerate(runs):
+                if run.at_start != at_start:
                     continue
-                if len(chunk.texts) == 1 and not _is_content(chunk.values[0]):
-                    ids = self._known_ids(chunk.texts[0], first=first)
-                    done[index] = ids, bytes(chunk.values) * len(ids)
-                elif len(chunk.texts) == 1 or self._head(chunk) is not None:
-                    whole.append(index)
+                if len(run.texts) == 1 and not _is_content(run.tags[0]):
+                    ids = self._ids_of_template_text(run.texts[0], at_start=at_start)
+                    done[index] = ids, bytes(run.tags) * len(ids)
+                elif len(run.texts) == 1 or self._header_ids(run) is not None:
+                    joined.append(index)
                 else:
-                    parted.append(index)
-            encoded = self._text.encode(["".join(chunks[index].texts) for index in whole], first=first)
-            for index, ids in zip(whole, encoded, strict=True):
-                codes = self._codes(chunks[index], ids)
-                if codes is None:
-                    parted.append(index)
+                    by_spans.append(index)
+            encoded = self._text.encode(["".join(runs[index].texts) for index in joined], at_start=at_start)
+            for index, ids in zip(joined, encoded, strict=True):
+                tags = self._tags_without_straddling(runs[index], ids)
+                if tags is None:
+                    by_spans.append(index)
                 else:
-                    done[index] = ids, codes
-            located = self._text.encode_parts([chunks[index].texts for index in parted], first=first)
-            for index, tokens in zip(parted, located, strict=True):
-                values = chunks[index].values
-                done[index] = tokens.ids, bytes(_winner(values, start, stop) for start, stop in tokens.parts)
+                    done[index] = ids, tags
+            located = self._text.encode_spans([runs[index].texts for index in by_spans], at_start=at_start)
+            for index, tokens in zip(by_spans, located, strict=True):
+                span_tags = runs[index].tags
+                done[index] = tokens.ids, bytes(_tag_of(span_tags, first, last) for first, last in tokens.spans)
         return done
 
-    def _known_ids(self, text: str, *, first: bool) -> list[int]:
-        """Ids of text that comes from the template, not from a message, and so is encoded once for all."""
-        key = (text, first)
-        if key not in self._known:
-            self._known[key] = self._text.encode([text], first=first)[0]
-        return self._known[key]
+    def _ids_of_template_text(self, text: str, *, at_start: bool) -> list[int]:
+        """Return ids of text that comes from the template and not from a message. Each is encoded once."""
+        key = (text, at_start)
+        if key not in self._template_ids:
+            self._template_ids[key] = self._text.encode([text], at_start=at_start)[0]
+        return self._template_ids[key]
 
-    def _head(self, chunk: _Chunk) -> list[int] | None:
-        """Ids of the template's text before a content, if they alone tell where it ends."""
-        if len(chunk.texts) != 2 or _is_content(chunk.values[0]):
+    def _header_ids(self, run: _TextRun) -> list[int] | None:
+        """Return ids of the template's text before a content, if they show where that text ends."""
+        if len(run.texts) != 2 or _is_content(run.tags[0]):
             return None
-        ids = self._known_ids(chunk.texts[0], first=chunk.first)
-        return ids if self._text.spells(ids) else None
+        ids = self._ids_of_template_text(run.texts[0], at_start=run.at_start)
+        return ids if self._text.is_prefix_stable(ids) else None
 
-    def _codes(self, chunk: _Chunk, ids: list[int]) -> bytes | None:
-        """Codes of a chunk that is one stretch, or a head and a content; None if a token straddles the border."""
-        head = [] if len(chunk.texts) == 1 else self._head(chunk)
-        if head is None or ids[: len(head)] != head:
+    def _tags_without_straddling(self, run: _TextRun, ids: list[int]) -> bytes | None:
+        """Return tags of a run that is one span, or a header and a content. None if a token spans both."""
+        header_ids = [] if len(run.texts) == 1 else self._header_ids(run)
+        if header_ids is None or ids[: len(header_ids)] != header_ids:
             return None
-        return bytes(chunk.values[:1]) * len(head) + bytes(chunk.values[-1:]) * (len(ids) - len(head))
+        return bytes(run.tags[:1]) * len(header_ids) + bytes(run.tags[-1:]) * (len(ids) - len(header_ids))
 
 
-def _is_content(value: int) -> bool:
-    return part_of(value) == TurnPart.CONTENT
+def _is_content(tag: int) -> bool:
+    return part_of(tag) == TurnPart.CONTENT
 
 
-def _winner(values: Sequence[int], first: int, last: int) -> int:
-    """The code of a token that covers the stretches from `first` to `last`."""
-    return values[first] if first == last else min(values[first : last + 1], key=rank)
+def _tag_of(tags: Sequence[int], first: int, last: int) -> int:
+    """Return the tag of a token that covers the spans from `first` to `last`."""
+    return tags[first] if first == last else min(tags[first : last + 1], key=precedence)

@@ -1,4 +1,4 @@
-"""Encoded conversations, one by one and as flat batches."""
+"""Encoded conversations: single examples, flat batches, and the Arrow files that store them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from peftchat.chat_template.loss_mask import TokenIds, TokenTags
+TokenIds = npt.NDArray[np.int32]
+"""Token ids of one or more examples."""
+TokenTags = npt.NDArray[np.uint8]
+"""For each token, which part of which role's turn it is (`peftchat.chat_template.loss_mask`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,61 +22,62 @@ class EncodedExample:
 
     Attributes:
         ids: token ids, int32, shape (T,).
-        codes: what each token is (`peftchat.chat_template.loss_mask`), uint8, shape (T,).
+        token_tags: for each token its role and turn part (`peftchat.chat_template.loss_mask`), uint8, shape (T,).
         source: where the conversation came from, `file:line`.
-        lookalikes: stretches of its messages spelled like a special token, encoded as ordinary text.
+        special_token_text: occurrences of text in its messages that is spelled like a special token. It is encoded as
+            ordinary text.
     """
 
     ids: TokenIds
-    codes: TokenTags
+    token_tags: TokenTags
     source: str
-    lookalikes: int
+    special_token_text: int
 
 
 @dataclass(frozen=True, slots=True)
 class ExampleBatch:
-    """Rows laid end to end, so that counting and writing them takes a few array operations.
+    """Examples in flat arrays, one after the other, so that a few array operations count and write them.
 
     Attributes:
-        ids: token ids of all rows, int32, shape (T,).
-        codes: what each token is, uint8, shape (T,).
-        offsets: where each row begins, and the end of the last one, int64, shape (N + 1,).
-        sources: of each row, `file:line`.
-        lookalikes: of each row, int32, shape (N,).
+        ids: token ids of all examples, int32, shape (T,).
+        token_tags: their tags, uint8, shape (T,).
+        offsets: the index at which each example starts, and the end of the last one, int64, shape (N + 1,).
+        sources: of each example, `file:line`.
+        special_token_text: of each example, int32, shape (N,).
     """
 
     ids: TokenIds
-    codes: TokenTags
+    token_tags: TokenTags
     offsets: npt.NDArray[np.int64]
     sources: Sequence[str]
-    lookalikes: npt.NDArray[np.int32]
+    special_token_text: npt.NDArray[np.int32]
 
     @classmethod
-    def of(cls, rows: Sequence[EncodedExample]) -> "ExampleBatch":
-        """The batch of these rows."""
+    def of(cls, examples: Sequence[EncodedExample]) -> "ExampleBatch":
+        """Return the batch of these examples."""
         return cls(
-            np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)]),
-            np.concatenate([np.zeros(0, np.uint8), *(row.codes for row in rows)]),
-            np.cumsum([0, *(len(row.ids) for row in rows)], dtype=np.int64),
-            [row.source for row in rows],
-            np.array([row.lookalikes for row in rows], dtype=np.int32),
+            np.concatenate([np.zeros(0, np.int32), *(example.ids for example in examples)]),
+            np.concatenate([np.zeros(0, np.uint8), *(example.token_tags for example in examples)]),
+            np.cumsum([0, *(len(example.ids) for example in examples)], dtype=np.int64),
+            [example.source for example in examples],
+            np.array([example.special_token_text for example in examples], dtype=np.int32),
         )
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row, shape (N,)."""
+        """The number of tokens of each example, shape (N,)."""
         return np.diff(self.offsets)
 
-    def counts(self, wanted: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        """How many tokens of each row are wanted, behind its first one.
+    def counts(self, table: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """Count the tokens of each example whose tag the table selects. The first token is never a target.
 
         Args:
-            wanted: which codes to count, bool, shape (256,).
+            table: the tags to count, bool, shape (256,).
 
         Returns:
             int64, shape (N,).
         """
-        before = np.concatenate([[0], np.cumsum(wanted[self.codes], dtype=np.int64)])
+        before = np.concatenate([[0], np.cumsum(table[self.token_tags], dtype=np.int64)])
         return before[self.offsets[1:]] - before[np.minimum(self.offsets[:-1] + 1, self.offsets[1:])]
 
     def __len__(self) -> int:
@@ -81,9 +85,8 @@ class ExampleBatch:
 
     def __getitem__(self, index: int) -> EncodedExample:
         start, stop = self.offsets[index], self.offsets[index + 1]
-        return EncodedExample(
-            self.ids[start:stop], self.codes[start:stop], self.sources[index], int(self.lookalikes[index])
-        )
+        tags, special_token_text = self.token_tags[start:stop], int(self.special_token_text[index])
+        return EncodedExample(self.ids[start:stop], tags, self.sources[index], special_token_text)
 
     def __iter__(self) -> Iterator[EncodedExample]:
         return (self[index] for index in range(len(self)))
@@ -92,29 +95,29 @@ class ExampleBatch:
 _SCHEMA = pa.schema(
     [
         ("ids", pa.large_list(pa.int32())),
-        ("codes", pa.large_list(pa.uint8())),
+        ("token_tags", pa.large_list(pa.uint8())),
         ("source", pa.string()),
-        ("lookalikes", pa.int32()),
+        ("special_token_text", pa.int32()),
     ]
 )
 
 
 class ExampleWriter:
-    """Appends batches of rows to a new file; its memory does not grow with the number of rows."""
+    """Appends batches to a new file. Its memory does not grow with the number of examples."""
 
     def __init__(self, path: Path) -> None:
         self._sink = pa.OSFile(str(path), "wb")
         self._stream = pa.ipc.new_stream(self._sink, _SCHEMA)
 
-    def write(self, rows: ExampleBatch) -> None:
-        """Append these rows as one batch."""
-        if not len(rows):
+    def write(self, batch: ExampleBatch) -> None:
+        """Append one batch."""
+        if not len(batch):
             return
         columns = [
-            pa.LargeListArray.from_arrays(rows.offsets, rows.ids),
-            pa.LargeListArray.from_arrays(rows.offsets, rows.codes),
-            pa.array(rows.sources, pa.string()),
-            pa.array(rows.lookalikes),
+            pa.LargeListArray.from_arrays(batch.offsets, batch.ids),
+            pa.LargeListArray.from_arrays(batch.offsets, batch.token_tags),
+            pa.array(batch.sources, pa.string()),
+            pa.array(batch.special_token_text),
         ]
         self._stream.write_batch(pa.record_batch(columns, schema=_SCHEMA))
 
@@ -129,10 +132,10 @@ class ExampleWriter:
 
 
 class ExampleStore:
-    """The rows of one file, mapped into memory. Can be sent to worker processes; they map the file again.
+    """The examples of one file, mapped into memory. Worker processes that get a store map the file again.
 
     Attributes:
-        lengths: tokens of each row, int64, shape (N,).
+        lengths: the number of tokens of each example, int64, shape (N,).
     """
 
     def __init__(self, path: Path) -> None:
@@ -149,15 +152,15 @@ class ExampleStore:
 
     def __getitem__(self, index: int) -> EncodedExample:
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+            raise IndexError(f"example {index} of {len(self)}")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         batch = self._batches[number]
-        place = index - int(self._starts[number])
+        index -= int(self._starts[number])
         return EncodedExample(
-            _slice(batch["ids"], place),
-            _slice(batch["codes"], place),
-            batch["source"][place].as_py(),
-            batch["lookalikes"][place].as_py(),
+            _slice(batch["ids"], index),
+            _slice(batch["token_tags"], index),
+            batch["source"][index].as_py(),
+            batch["special_token_text"][index].as_py(),
         )
 
     def __iter__(self) -> Iterator[EncodedExample]:
@@ -167,7 +170,7 @@ class ExampleStore:
         return ExampleStore, (self.path,)
 
 
-def _slice(column: pa.LargeListArray, place: int) -> np.ndarray:
-    start, stop = column.offsets[place].as_py(), column.offsets[place + 1].as_py()
+def _slice(column: pa.LargeListArray, index: int) -> np.ndarray:
+    start, stop = column.offsets[index].as_py(), column.offsets[index + 1].as_py()
     values: np.ndarray = column.values.slice(start, stop - start).to_numpy()
     return values

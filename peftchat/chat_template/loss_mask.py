@@ -1,92 +1,102 @@
-"""What each token of a row is, in one byte, and which of them a policy trains.
+"""The loss mask: which tokens of an encoded conversation are trained.
 
-Encoding writes one code a token beside the ids; nothing is ever searched for in the finished sequence. A policy
-is a table over the 256 codes, so labels are one look-up, and the policy can change without encoding again.
+Encoding writes one tag per token beside the ids, message by message. A tag is one byte that holds the part of the turn,
+the role, and whether the turn is the last answer. The finished sequence is never searched for answers or end tokens.
+
+Tags are turned into a mask late, when a batch is built. `chat.loss_on` is then a table of 256 booleans, and the labels
+are one look-up. So one encoded and cached dataset serves every value of `chat.loss_on`, and reports can count tokens by
+role and part. Importing this loads no library.
 """
 
 from enum import IntEnum
-from typing import Literal, get_args
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Literal
 
 from peftchat.conversation import ROLES, Role
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from peftchat.chat_template.examples import TokenIds, TokenTags
+
 IGNORE_INDEX = -100
-"""The label that PyTorch's cross entropy skips."""
+"""The label that PyTorch's cross entropy ignores."""
 
 LossOn = Literal["answers", "answers_and_headers", "last_answer", "everything"]
-POLICIES: tuple[LossOn, ...] = get_args(LossOn)
-
-TokenTags = npt.NDArray[np.uint8]
-TokenIds = npt.NDArray[np.int32]
+"""The values of `chat.loss_on`."""
 
 
 class TurnPart(IntEnum):
     """The part of a turn that a token belongs to."""
 
-    OUTSIDE = 0  # what a template writes around the turns: BOS, a default system prompt
-    HEADER = 1  # the role token and what follows it, up to the content
+    OUTSIDE = 0  # text of the template around the turns: BOS, a default system prompt
+    HEADER = 1  # the role token and the text behind it, up to the content
     CONTENT = 2
     END = 3  # the token that ends the turn, with any text between it and the content
-    TRAILER = 4  # what follows the end token within the turn: usually one newline
+    TRAILER = 4  # the text behind the end token within the turn: usually one newline
 
 
-# A token that straddles two parts belongs to the one that comes first here: what the model must write wins.
+# A token that spans two parts gets the one that comes first here: what the model must write takes precedence.
 _PRECEDENCE = (TurnPart.CONTENT, TurnPart.END, TurnPart.HEADER, TurnPart.TRAILER, TurnPart.OUTSIDE)
 
+_PART_MASK = 0b111
 _ROLE_SHIFT = 3
+_ROLE_MASK = 0b111
 _LAST_ANSWER = 1 << 6
 
 
 def token_tag(part: TurnPart, role: Role | None = None, *, last_answer: bool = False) -> int:
-    """The byte for a token of this part of a turn of this role."""
+    """Return the tag of tokens in this part of a turn of this role."""
     role_number = 0 if role is None else ROLES.index(role) + 1
     return int(part) | role_number << _ROLE_SHIFT | (_LAST_ANSWER if last_answer else 0)
 
 
-def part_of(value: int) -> TurnPart:
-    """The part that a code stands for."""
-    return TurnPart(value & 0b111)
+def part_of(tag: int) -> TurnPart:
+    """Return the part of the turn that a tag holds."""
+    return TurnPart(tag & _PART_MASK)
 
 
-def rank(value: int) -> int:
-    """The place of a code's part among those that claim a token which straddles several; the lowest gets it."""
-    return _PRECEDENCE.index(part_of(value))
+def precedence(tag: int) -> int:
+    """Return a tag's rank for a token that spans several parts. The token gets the tag with the lowest rank."""
+    return _PRECEDENCE.index(part_of(tag))
 
 
-def role_of(value: int) -> Role | None:
-    """The role that a code stands for; None outside the turns."""
-    number = (value >> _ROLE_SHIFT) & 0b111
+def role_of(tag: int) -> Role | None:
+    """Return the role that a tag holds, None outside the turns."""
+    number = (tag >> _ROLE_SHIFT) & _ROLE_MASK
     return ROLES[number - 1] if number else None
 
 
-def _trains(policy: LossOn, value: int) -> bool:
-    if policy == "everything":
+def _is_trained(loss_on: LossOn, tag: int) -> bool:
+    if loss_on == "everything":
         return True
-    number = (value >> _ROLE_SHIFT) & 0b111
-    if number != ROLES.index("assistant") + 1:
+    role_number = (tag >> _ROLE_SHIFT) & _ROLE_MASK
+    if role_number != ROLES.index("assistant") + 1:
         return False
-    if policy == "answers_and_headers":
+    if loss_on == "answers_and_headers":
         return True
-    inside = value & 0b111 in (TurnPart.CONTENT, TurnPart.END)
-    return inside and (policy == "answers" or bool(value & _LAST_ANSWER))
+    in_answer = tag & _PART_MASK in (TurnPart.CONTENT, TurnPart.END)
+    return in_answer and (loss_on == "answers" or bool(tag & _LAST_ANSWER))
 
 
-def loss_mask_table(policy: LossOn) -> npt.NDArray[np.bool_]:
-    """Which of the 256 codes the policy trains: bool, shape (256,)."""
-    return np.array([_trains(policy, value) for value in range(256)])
+def loss_mask_table(loss_on: LossOn) -> "npt.NDArray[np.bool_]":
+    """Return for each of the 256 tags whether `loss_on` trains it: bool, shape (256,)."""
+    import numpy as np
+
+    return np.array([_is_trained(loss_on, tag) for tag in range(256)])
 
 
-def labels_for(ids: TokenIds, codes: TokenTags, table: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Labels of one row: the id where the table trains its code, `IGNORE_INDEX` elsewhere.
+def labels_for(ids: "TokenIds", tags: "TokenTags", table: "npt.NDArray[np.bool_]") -> "npt.NDArray[np.int64]":
+    """Return the labels of one example: the id where the table trains its tag, else `IGNORE_INDEX`.
 
     Args:
         ids: token ids, int32, shape (T,).
-        codes: their codes, uint8, shape (T,).
-        table: a policy's table, bool, shape (256,).
+        tags: their tags, uint8, shape (T,).
+        table: `loss_mask_table` of the recipe's `chat.loss_on`, bool, shape (256,).
 
     Returns:
         int64, shape (T,).
     """
-    return np.where(table[codes], ids.astype(np.int64), IGNORE_INDEX)
+    import numpy as np
+
+    return np.where(table[tags], ids.astype(np.int64), IGNORE_INDEX)

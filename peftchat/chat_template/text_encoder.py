@@ -1,4 +1,4 @@
-"""What encoding asks of a tokenizer, whichever library stands behind it."""
+"""Ordinary text to token ids, by a fast (`tokenizers`) or a slow tokenizer, never to a special token."""
 
 import json
 import re
@@ -10,51 +10,59 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
-from peftchat.chat_template.templates import special_tokens
-
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Return every special token of the tokenizer with its id: the named ones and all that were added as special."""
+    found = {
+        str(token.content): int(token_id) for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    for token in tokenizer.all_special_tokens:
+        found.setdefault(str(token), int(tokenizer.convert_tokens_to_ids(str(token))))
+    return found
+
+
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """The tokens of a text that was given in parts.
+class SpanTokens:
+    """The tokens of a text that was given in spans.
 
     Attributes:
         ids: token ids.
-        parts: for each token, the first and the last part whose characters it covers.
+        spans: for each token, the indices of the first and the last span whose characters it covers.
     """
 
     ids: list[int]
-    parts: list[tuple[int, int]]
+    spans: list[tuple[int, int]]
 
 
 class TextBackend(Protocol):
-    """A way to turn ordinary text into ids."""
+    """The interface of fast and slow text encoders."""
 
     @property
     def whitespace(self) -> str | None:
-        """The characters that a token with `rstrip` or `lstrip` takes with it; None for those of `str.strip`."""
+        """The characters that a token with `rstrip` or `lstrip` strips; None for those of `str.strip`."""
 
-    def encode(self, texts: Sequence[str], *, first: bool) -> list[list[int]]:
-        """Ids of each text."""
+    def encode(self, texts: Sequence[str], *, at_start: bool) -> list[list[int]]:
+        """Return the ids of each text."""
         ...
 
-    def encode_parts(self, texts: Sequence[Sequence[str]], *, first: bool) -> list[Tokens]:
-        """Ids of each text, which comes in parts, and where each of its tokens lies."""
+    def encode_spans(self, texts: Sequence[Sequence[str]], *, at_start: bool) -> list[SpanTokens]:
+        """Return the ids of each text, which is given in spans, and the spans that each token covers."""
         ...
 
-    def spells(self, ids: Sequence[int]) -> bool:
-        """Whether these ids stand for one text only, so that a text whose ids begin with them begins with it."""
+    def is_prefix_stable(self, ids: Sequence[int]) -> bool:
+        """Return whether a text whose ids start with these always starts with the one text that they decode to."""
         ...
 
 
 State = dict[str, Any]
 
-# Under these, the normal form of a text begins with the normal form of any beginning of it, or differs within that.
-# Others can shrink several characters to one, across a border too.
-_STEADY_NORMALIZERS = {
+# With these, the normal form of a text starts with the normal form of each of its prefixes, or differs within that
+# prefix. Other normalizers can replace several characters by one, even where a prefix ends between them.
+_PREFIX_STABLE_NORMALIZERS = {
     "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Prepend", "ByteLevel", "BertNormalizer",
 }  # fmt: skip
 
@@ -64,45 +72,53 @@ class FastTextEncoder:
 
     Args:
         tokenizer: the tokenizer; it is not changed.
-        special: its special tokens, none of which any text becomes.
+        special: its special tokens. No text is encoded as one of them.
     """
 
     whitespace: str | None = (
         "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
         "\u2028\u2029\u202f\u205f\u3000"
     )
-    """Unicode's White_Space, which the library's regular expressions go by; `str.strip` takes four more."""
+    """Unicode's White_Space, which the library's regular expressions use. `str.strip` strips four more."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", special: dict[str, int]) -> None:
         state: State = json.loads(tokenizer.backend_tokenizer.to_str())
-        _disguise(state, special)
-        self._first = _load(state)
-        inner = _without_first_marker(state)
-        self._inner = self._first if inner == state else _load(inner)
-        self._steady = _is_steady(state["normalizer"])
-        self._unknown = tokenizer.unk_token_id
+        _rename_special_tokens(state, special)
+        self._at_start = _load(state)
+        inner = _without_first_word_marker(state)
+        self._inner = self._at_start if inner == state else _load(inner)
+        self._prefix_stable = _is_prefix_stable(state["normalizer"])
+        self._unk_token_id = tokenizer.unk_token_id
 
-    def encode(self, texts: Sequence[str], *, first: bool) -> list[list[int]]:
-        """Ids of each text."""
-        backend = self._first if first else self._inner
-        return [item.ids for item in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode(self, texts: Sequence[str], *, at_start: bool) -> list[list[int]]:
+        """Return the ids of each text."""
+        tokenizer = self._at_start if at_start else self._inner
+        return [item.ids for item in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_parts(self, texts: Sequence[Sequence[str]], *, first: bool) -> list[Tokens]:
-        """Ids of each text, which comes in parts, and where each of its tokens lies."""
-        backend = self._first if first else self._inner
-        items = backend.encode_batch(["".join(parts) for parts in texts], add_special_tokens=False)
-        return [Tokens(item.ids, _touched(parts, item.offsets)) for parts, item in zip(texts, items, strict=True)]
+    def encode_spans(self, texts: Sequence[Sequence[str]], *, at_start: bool) -> list[SpanTokens]:
+        """Return the ids of each text, which is given in spans, and the spans that each token covers."""
+        tokenizer = self._at_start if at_start else self._inner
+        items = tokenizer.encode_batch(["".join(spans) for spans in texts], add_special_tokens=False)
+        return [SpanTokens(item.ids, _covered(spans, item.offsets)) for spans, item in zip(texts, items, strict=True)]
 
-    def spells(self, ids: Sequence[int]) -> bool:
-        """Whether these ids stand for one text only."""
-        return self._steady and self._unknown not in ids
+    def is_prefix_stable(self, ids: Sequence[int]) -> bool:
+        """Return whether a text whose ids start with these always starts with the one text that they decode to."""
+        return self._prefix_stable and self._unk_token_id not in ids
 
 
-def _touched(parts: Sequence[str], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The first and the last part that each (first character, one past the last) span covers."""
-    owner = [number for number, part in enumerate(parts) for _ in part]
-    last = len(owner) - 1
-    return [(owner[min(start, last)], owner[min(max(stop - 1, start), last)]) for start, stop in spans]
+def _covered(spans: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the first and the last span that each token covers.
+
+    Args:
+        spans: the text in spans.
+        offsets: for each token its first character and one past its last.
+    """
+    span_of_character = [index for index, span in enumerate(spans) for _ in span]
+    last = len(span_of_character) - 1
+    return [
+        (span_of_character[min(start, last)], span_of_character[min(max(stop - 1, start), last)])
+        for start, stop in offsets
+    ]
 
 
 def _load(state: State) -> "Tokenizer":
@@ -111,8 +127,8 @@ def _load(state: State) -> "Tokenizer":
     return Tokenizer.from_buffer(orjson.dumps(state))
 
 
-def _disguise(state: State, special: dict[str, int]) -> None:
-    """Give the special tokens spellings that no text holds; ids stay. Takes out what works on finished sequences."""
+def _rename_special_tokens(state: State, special: dict[str, int]) -> None:
+    """Rename the special tokens, with the same ids, so that no text contains one; remove post-processing."""
     nonce = secrets.token_hex(8)
     names = {token: f"{nonce}-{token_id}" for token, token_id in special.items()}
     for token in state["added_tokens"]:
@@ -129,124 +145,125 @@ def _disguise(state: State, special: dict[str, int]) -> None:
     if model.get("unk_token") in renamed:
         model["unk_token"] = names[model["unk_token"]]
     if renamed and "merges" in model:
-        # A merge into, or out of, a token that now has another name would make the file unreadable.
+        # The library does not load merges of a token that is no longer in the vocabulary.
         model["merges"] = [
             [left, right]
             for left, right in model["merges"]
             if left not in renamed and right not in renamed and left + right not in renamed
         ]
-    # The byte-level post-processor cuts spaces off the offsets; added BOS, truncation and padding have no place here.
+    # The byte-level post-processor trims spaces from the offsets. BOS, truncation and padding are added elsewhere.
     state["post_processor"] = state["truncation"] = state["padding"] = None
 
 
-def _without_first_marker(state: Any) -> Any:
-    """The tokenizer's state in which "mark the first word of a text" reads "never mark"."""
+def _without_first_word_marker(state: Any) -> Any:
+    """Return the tokenizer's state with Metaspace's `prepend_scheme: first` changed to `never`."""
     if isinstance(state, list):
-        return [_without_first_marker(item) for item in state]
+        return [_without_first_word_marker(item) for item in state]
     if not isinstance(state, dict):
         return state
     if state.get("type") == "Metaspace" and state.get("prepend_scheme") == "first":
         return {**state, "prepend_scheme": "never"}
     # The vocabulary is large and holds no settings.
     return {
-        key: value if key in ("vocab", "merges", "added_tokens") else _without_first_marker(value)
+        key: value if key in ("vocab", "merges", "added_tokens") else _without_first_word_marker(value)
         for key, value in state.items()
     }
 
 
-def _is_steady(normalizer: State | None) -> bool:
+def _is_prefix_stable(normalizer: State | None) -> bool:
     if normalizer is None:
         return True
     if normalizer["type"] == "Sequence":
-        return all(_is_steady(part) for part in normalizer["normalizers"])
+        return all(_is_prefix_stable(part) for part in normalizer["normalizers"])
     if normalizer["type"] == "Replace":
         return len(normalizer["pattern"].get("String", "")) == 1
-    return normalizer["type"] in _STEADY_NORMALIZERS
+    return normalizer["type"] in _PREFIX_STABLE_NORMALIZERS
 
 
 class SlowTextEncoder:
-    """Encodes ordinary text with a tokenizer that has no `tokenizers` library behind it.
+    """Encodes ordinary text with a slow tokenizer, one that does not use the `tokenizers` library.
 
     Args:
         tokenizer: the tokenizer; it is not changed.
-        special: its special tokens, none of which any text becomes.
+        special: its special tokens. No text is encoded as one of them.
     """
 
     whitespace: str | None = None
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", special: dict[str, int]) -> None:
         self._tokenizer = tokenizer
-        self._special = {token: number for token, number in special.items() if number != tokenizer.unk_token_id}
-        self._forbidden = frozenset(self._special.values())
-        added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
-        self._added = {token: number for token, number in added.items() if token not in special}
+        self._special = {token: token_id for token, token_id in special.items() if token_id != tokenizer.unk_token_id}
+        self._special_ids = frozenset(self._special.values())
+        added = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
+        self._added = {token: token_id for token, token_id in added.items() if token not in special}
         self._added_pattern = _any_of(self._added)
 
-    def encode(self, texts: Sequence[str], *, first: bool) -> list[list[int]]:
-        """Ids of each text; these tokenizers treat the start of a sequence like any other stretch."""
+    def encode(self, texts: Sequence[str], *, at_start: bool) -> list[list[int]]:
+        """Return the ids of each text. These tokenizers treat the start of a sequence like any other text."""
         return [self._encode(text) for text in texts]
 
-    def encode_parts(self, texts: Sequence[Sequence[str]], *, first: bool) -> list[Tokens]:
-        """Ids of each text, which comes in parts, and where each of its tokens lies.
+    def encode_spans(self, texts: Sequence[Sequence[str]], *, at_start: bool) -> list[SpanTokens]:
+        """Return the ids of each text, which is given in spans, and the spans that each token covers.
 
-        These tokenizers report no characters. A border is found by encoding the text before it alone: where the two
-        part, a token straddles the border.
+        These tokenizers report no character offsets. The text up to a boundary is encoded alone. If its ids differ from
+        the first ids of the full text, a token spans the boundary.
         """
-        return [self._located(parts) for parts in texts]
+        return [self._encode_one_by_spans(spans) for spans in texts]
 
-    def spells(self, ids: Sequence[int]) -> bool:
-        """Never certain here: what such a tokenizer does to its text is its own code."""
+    def is_prefix_stable(self, ids: Sequence[int]) -> bool:
+        """Return False: a slow tokenizer may change text in ways that its ids do not show."""
         return False
 
-    def _located(self, parts: Sequence[str]) -> Tokens:
-        ids = self._encode("".join(parts))
+    def _encode_one_by_spans(self, spans: Sequence[str]) -> SpanTokens:
+        ids = self._encode("".join(spans))
         first, last = [0] * len(ids), [0] * len(ids)
-        for before in accumulate(parts[:-1]):
-            alone = self._encode(before)
+        for prefix in accumulate(spans[:-1]):
+            prefix_ids = self._encode(prefix)
             common = 0
-            while common < min(len(alone), len(ids)) and alone[common] == ids[common]:
+            while common < min(len(prefix_ids), len(ids)) and prefix_ids[common] == ids[common]:
                 common += 1
-            behind = common + (common < len(alone))
-            first = [number + (place >= behind) for place, number in enumerate(first)]
-            last = [number + (place >= common) for place, number in enumerate(last)]
-        return Tokens(ids, list(zip(first, last, strict=True)))
+            behind = common + (common < len(prefix_ids))
+            first = [span + (index >= behind) for index, span in enumerate(first)]
+            last = [span + (index >= common) for index, span in enumerate(last)]
+        return SpanTokens(ids, list(zip(first, last, strict=True)))
 
     def _encode(self, text: str) -> list[int]:
-        # Under `split_special_tokens` these tokenizers find no added token at all, not even the ordinary ones.
+        # With `split_special_tokens` these tokenizers find no added token at all, not even an ordinary one.
         parts = self._added_pattern.split(text) if self._added_pattern else [text]
         ids: list[int] = []
-        for number, part in enumerate(parts):
-            if number % 2:
+        for index, part in enumerate(parts):
+            if index % 2:
                 ids.append(self._added[part])
             elif part:
-                ids += self._plain(part)
+                ids += self._encode_without_added(part)
         return ids
 
-    def _plain(self, text: str) -> list[int]:
-        """Ids of text without added tokens.
+    def _encode_without_added(self, text: str) -> list[int]:
+        """Return the ids of text that contains no added token.
 
-        Some of these tokenizers hold a special token as a piece of their vocabulary, or look up an unknown stretch of
-        text by its spelling. Cutting the spelling in two leaves nothing to find.
+        Some of these tokenizers have a special token as a piece of their vocabulary, or look up unknown text by its
+        spelling. Both find nothing once the spelling is cut in two.
         """
-        ids = self._raw(text)
-        produced = self._forbidden.intersection(ids)
-        pattern = _any_of([token for token, number in self._special.items() if number in produced])
+        ids = self._tokenize(text)
+        produced = self._special_ids.intersection(ids)
+        pattern = _any_of([token for token, token_id in self._special.items() if token_id in produced])
         if pattern is None:
             return ids
         cuts = [match.start() + len(match.group()) // 2 for match in pattern.finditer(text)]
         parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, None], strict=True)]
-        ids = [number for part in parts for number in self._raw(part)]
-        if self._forbidden.isdisjoint(ids):
+        ids = [token_id for part in parts for token_id in self._tokenize(part)]
+        if self._special_ids.isdisjoint(ids):
             return ids
-        return [number for character in text for number in self._raw(character) if number not in self._forbidden]
+        by_character = (token_id for character in text for token_id in self._tokenize(character))
+        return [token_id for token_id in by_character if token_id not in self._special_ids]
 
-    def _raw(self, text: str) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern that finds the tokens, the longest first, in a group of its own."""
+    """Return a pattern with one group that matches any of the tokens, the longest first."""
     by_length = sorted(tokens, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, by_length)) + ")") if by_length else None
 
@@ -255,45 +272,48 @@ class TextEncoder:
     """Encodes ordinary text with one tokenizer.
 
     Args:
-        tokenizer: any tokenizer that transformers loads; it is not changed. With the `tokenizers` library behind it,
-            batches are encoded in parallel; without, texts are encoded one by one.
+        tokenizer: any tokenizer that transformers loads; it is not changed. A fast one encodes batches in parallel, a
+            slow one encodes one text after the other.
+
+    Attributes:
+        special: the tokenizer's special tokens and their ids.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.special = special_tokens(tokenizer)
-        # A single character has no other spelling: a tokenizer that made one special needs it to write the character.
+        # A tokenizer with a special token of one character has no other token for that character, so text may use it.
         spellings = sorted((token for token in self.special if len(token) > 1), key=len, reverse=True)
-        self._lookalike = re.compile("|".join(map(re.escape, spellings))) if spellings else None
+        self._special_token_text = re.compile("|".join(map(re.escape, spellings))) if spellings else None
         self._backend = _backend(tokenizer, {token: self.special[token] for token in spellings})
 
     @property
     def whitespace(self) -> str | None:
-        """The characters that a token with `rstrip` or `lstrip` takes with it; None for those of `str.strip`."""
+        """The characters that a token with `rstrip` or `lstrip` strips; None for those of `str.strip`."""
         return self._backend.whitespace
 
-    def lookalikes(self, texts: Sequence[str]) -> list[int]:
-        """How many stretches of each text are spelled like a special token."""
-        # Nearly always none is: one search through everything says so at once.
-        if self._lookalike is None or self._lookalike.search("\n".join(texts)) is None:
+    def count_special_token_text(self, texts: Sequence[str]) -> list[int]:
+        """Return how often each text contains text that is spelled like a special token."""
+        # Nearly always there is none, which one search through everything finds out.
+        if self._special_token_text is None or self._special_token_text.search("\n".join(texts)) is None:
             return [0] * len(texts)
-        return [len(self._lookalike.findall(text)) for text in texts]
+        return [len(self._special_token_text.findall(text)) for text in texts]
 
-    def encode(self, texts: Sequence[str], *, first: bool = False) -> list[list[int]]:
-        """Ids of each text, with no special token among them.
+    def encode(self, texts: Sequence[str], *, at_start: bool = False) -> list[list[int]]:
+        """Return the ids of each text. No id of a special token is among them.
 
         Args:
             texts: ordinary text.
-            first: whether the texts stand at the very start of their sequences.
+            at_start: whether each text is the very start of its sequence.
         """
-        return self._backend.encode(texts, first=first)
+        return self._backend.encode(texts, at_start=at_start)
 
-    def encode_parts(self, texts: Sequence[Sequence[str]], *, first: bool = False) -> list[Tokens]:
-        """The same, for texts in parts, with the parts that each token covers."""
-        return self._backend.encode_parts(texts, first=first)
+    def encode_spans(self, texts: Sequence[Sequence[str]], *, at_start: bool = False) -> list[SpanTokens]:
+        """Return the same for texts that are given in spans, with the spans that each token covers."""
+        return self._backend.encode_spans(texts, at_start=at_start)
 
-    def spells(self, ids: Sequence[int]) -> bool:
-        """Whether these ids stand for one text only, so that a text whose ids begin with them begins with it."""
-        return self._backend.spells(ids)
+    def is_prefix_stable(self, ids: Sequence[int]) -> bool:
+        """Return whether a text whose ids start with these always starts with the one text that they decode to."""
+        return self._backend.is_prefix_stable(ids)
 
 
 def _backend(tokenizer: "PreTrainedTokenizerBase", special: dict[str, int]) -> TextBackend:

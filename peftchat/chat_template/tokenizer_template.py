@@ -1,17 +1,19 @@
-"""`chat.template: model`: the tokenizer's own template, with a mask that is still exact.
+"""`chat.template: model`: the tokenizer's own template, with an exact loss mask.
 
-A Jinja template can do anything to a conversation, so its output is not searched for the answers. It is rendered
-once with the messages and once with a marker in place of each message's content; where the second text, with the
-contents put back, equals the first, the markers say exactly where every content stands.
+A Jinja template can do anything to a conversation, so its output is not searched for the answers. It is rendered twice:
+with the messages, and with a marker in place of each message's content. If the second text with the contents put back
+equals the first, the markers show where each content is.
 """
 
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from peftchat.chat_template.loss_mask import TurnPart, token_tag
-from peftchat.chat_template.templates import TemplateSpan, last_answer_index, special_tokens
+from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
+from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.conversation import Conversation, Role
 from peftchat.errors import UserError
 
@@ -20,27 +22,29 @@ if TYPE_CHECKING:
 
 Turns = Sequence[tuple[Role, str]]
 
+_OTHERS = f"Set `chat.template` to {' or '.join(f'`{name}`' for name in CHAT_TEMPLATES)}."
+
 
 class TokenizerTemplate:
     """The template that a tokenizer brings.
 
     Args:
         tokenizer: with a `chat_template`.
-        system: the system prompt of conversations that have none; None leaves that to the template.
+        system: the system message of conversations that have none. None leaves that to the template.
 
     Raises:
-        UserError: the tokenizer has no template, or its template ends answers without a special token.
+        UserError: the tokenizer has no template, or its template writes no special token behind an answer.
     """
 
-    name = "model"
-    tokens: tuple[str, ...] = ()
+    name = TOKENIZER_TEMPLATE
+    special_tokens: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", system: str | None = None) -> None:
         if not tokenizer.chat_template:
             raise UserError(
                 "the model's tokenizer has no chat template",
                 where="chat.template: model",
-                hint="Use `starchat` or `chatml`.",
+                hint=_OTHERS,
             )
         self._tokenizer = tokenizer
         self._system = system
@@ -52,11 +56,11 @@ class TokenizerTemplate:
         self._headers: dict[Role, str] = {}
         self.end_token = self._find_end_token()
 
-    def pieces(self, conversation: Conversation) -> Iterator[TemplateSpan]:
-        """The conversation as the template writes it.
+    def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
+        """Yield the conversation as the template writes it.
 
         Raises:
-            UserError: the template refuses the conversation, or rewrites a message's content.
+            UserError: the template raises an error for the conversation, or rewrites a message's content.
         """
         turns = [(message.role, message.content) for message in conversation.messages]
         last = last_answer_index(conversation)
@@ -65,15 +69,15 @@ class TokenizerTemplate:
             last = last + 1 if last >= 0 else -1
         source = conversation.source or None
         rendered = self._render(turns, source)
-        stretches = self._skeleton([role for role, _ in turns], source)
-        written = _written(rendered, stretches, [content for _, content in turns])
-        if written is None:
+        skeleton = self._skeleton([role for role, _ in turns], source)
+        contents = _match_contents(rendered, skeleton, [content for _, content in turns])
+        if contents is None:
             raise UserError(
                 "the model's template rewrites the content of a message, so that no exact mask exists",
                 where=source,
-                hint="Use `chat.template: chatml` or `starchat`, or take such messages out.",
+                hint=f"{_OTHERS} Or remove such messages.",
             )
-        yield from self._split(stretches, written, [role for role, _ in turns], last)
+        yield from self._split(skeleton, contents, [role for role, _ in turns], last)
 
     def _render(self, turns: Turns, source: str | None) -> str:
         from jinja2.exceptions import TemplateError
@@ -81,37 +85,37 @@ class TokenizerTemplate:
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
-        # A template is code of the model's makers: what it cannot write, it may refuse or stumble over.
+        # A template is code by the model's authors. It may raise an error of its own or fail by accident.
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"the model's chat template refuses the conversation: {error}", where=source) from error
 
     def _skeleton(self, roles: Sequence[Role], source: str | None = None) -> list[str]:
-        """What the template writes around the contents: text and numbers of messages in turn, text at both ends."""
+        """Return the template's text around the contents, alternating with message indices; text at both ends."""
         marked = self._render([(role, f"{self._nonce}-{index}-") for index, role in enumerate(roles)], source)
         return self._marker.split(marked)
 
     def _split(
-        self, stretches: list[str], contents: Sequence[str], roles: Sequence[Role], last: int
+        self, skeleton: list[str], contents: Sequence[str], roles: Sequence[Role], last: int
     ) -> Iterator[TemplateSpan]:
-        """The pieces of a rendered skeleton: text between two markers ends one turn and begins the next."""
-        shown = [int(number) for number in stretches[1::2]]
-        opening = stretches[0]
+        """Yield the spans of a skeleton. The text between two contents ends one turn and starts the next."""
+        shown = [int(index) for index in skeleton[1::2]]
+        opening = skeleton[0]
         header = self._header_of(opening, roles[shown[0]]) if shown else ""
-        yield from self._text(opening.removesuffix(header), token_tag(TurnPart.OUTSIDE))
-        for place, index in enumerate(shown):
+        yield from self._template_text(opening.removesuffix(header), token_tag(TurnPart.OUTSIDE))
+        for position, index in enumerate(shown):
             role, is_last = roles[index], index == last
-            yield from self._text(header, token_tag(TurnPart.HEADER, role, last_answer=is_last))
-            if contents[place]:
-                yield TemplateSpan(contents[place], token_tag(TurnPart.CONTENT, role, last_answer=is_last))
-            following = roles[shown[place + 1]] if place + 1 < len(shown) else None
-            end, trailer, header = self._after_content(stretches[2 * place + 2], following)
-            yield from self._text(end, token_tag(TurnPart.END, role, last_answer=is_last))
-            yield from self._text(trailer, token_tag(TurnPart.TRAILER, role, last_answer=is_last))
-        yield from self._text(header if shown else "", token_tag(TurnPart.OUTSIDE))
+            yield from self._template_text(header, token_tag(TurnPart.HEADER, role, last_answer=is_last))
+            if contents[position]:
+                yield TemplateSpan(contents[position], token_tag(TurnPart.CONTENT, role, last_answer=is_last))
+            next_role = roles[shown[position + 1]] if position + 1 < len(shown) else None
+            end, trailer, header = self._after_content(skeleton[2 * position + 2], next_role)
+            yield from self._template_text(end, token_tag(TurnPart.END, role, last_answer=is_last))
+            yield from self._template_text(trailer, token_tag(TurnPart.TRAILER, role, last_answer=is_last))
+        yield from self._template_text(header if shown else "", token_tag(TurnPart.OUTSIDE))
 
-    def _after_content(self, text: str, following: Role | None) -> tuple[str, str, str]:
-        """What follows a content: up to and with the end token, the rest of the turn, the header of the next."""
-        header = self._header_of(text, following) if following else ""
+    def _after_content(self, text: str, next_role: Role | None) -> tuple[str, str, str]:
+        """Split the text behind a content: through the end token, the rest of the turn, the next turn's header."""
+        header = self._header_of(text, next_role) if next_role else ""
         turn = text.removesuffix(header)
         match = self._special.search(turn) if self._special else None
         if match is None:
@@ -123,30 +127,30 @@ class TokenizerTemplate:
         return turn[: match.end()], trailer, rest[len(trailer) :]
 
     def _header_of(self, text: str, role: Role) -> str:
-        """The header of a turn of this role at the end of the text; "" where it cannot be told from the rest."""
+        """Return the header of a turn of this role at the end of the text; "" if it is not known."""
         if role not in self._headers:
             self._headers[role] = self._find_header(role)
         return self._headers[role] if text.endswith(self._headers[role]) else ""
 
     def _find_header(self, role: Role) -> str:
-        """What the template adds between a finished turn and the content of one of this role; "" if it will not say."""
+        """Find the text between a finished turn and the content of one of this role; "" if there is no such text."""
         before: tuple[Role, ...] = ("user",) if role == "assistant" else ("user", "assistant")
         try:
-            alone = self._skeleton(before)
+            shorter = self._skeleton(before)
             longer = self._skeleton((*before, role))
         except UserError:
             return ""
-        *shared, end = alone
-        if longer[: len(shared)] != shared or len(longer) != len(alone) + 2 or not longer[-3].startswith(end):
+        *shared, end = shorter
+        if longer[: len(shared)] != shared or len(longer) != len(shorter) + 2 or not longer[-3].startswith(end):
             return ""
         return longer[-3].removeprefix(end)
 
-    def _text(self, text: str, value: int) -> Iterator[TemplateSpan]:
-        """Template text, its special tokens apart."""
+    def _template_text(self, text: str, tag: int) -> Iterator[TemplateSpan]:
+        """Yield text of the template, with each special token as a span of its own."""
         parts = self._special.split(text) if self._special else [text]
-        for number, part in enumerate(parts):
+        for index, part in enumerate(parts):
             if part:
-                yield TemplateSpan(part, value, special=number % 2 == 1)
+                yield TemplateSpan(part, tag, special=index % 2 == 1)
 
     def _find_end_token(self) -> str:
         after = self._skeleton(("user", "assistant"))[-1]
@@ -155,36 +159,36 @@ class TokenizerTemplate:
             raise UserError(
                 "the model's chat template writes no special token after an answer, so nothing would end it",
                 where="chat.template: model",
-                hint="Use `starchat` or `chatml`.",
+                hint=_OTHERS,
             )
         return match.group()
 
 
-def _written(rendered: str, stretches: Sequence[str], contents: Sequence[str]) -> list[str] | None:
-    """The contents as they stand in the rendered text, in the order of the skeleton's markers.
+def _match_contents(rendered: str, skeleton: Sequence[str], contents: Sequence[str]) -> list[str] | None:
+    """Return the contents as the rendered text has them, in the order of the skeleton's markers.
 
-    Templates take white space off the ends of some or all contents; anything else they do to one is not found.
+    Templates strip white space from some or all contents. Contents that are changed in any other way do not match.
 
     Returns:
-        One text a marker, or None where the skeleton with the contents put back is not the rendered text.
+        One text per marker, or None if the skeleton with the contents put back is not the rendered text.
     """
-    shown = [contents[int(number)] for number in stretches[1::2]]
-    texts = stretches[0::2]
-    # For each place that can be reached behind a content and the text after it: the places and contents before.
-    reached: dict[int, list[str]] = {len(texts[0]): []} if rendered.startswith(texts[0]) else {}
+    shown = [contents[int(index)] for index in skeleton[1::2]]
+    texts = skeleton[0::2]
+    # Maps each offset that a prefix of the contents can end at, with the text behind it, to these contents.
+    matches: dict[int, list[str]] = {len(texts[0]): []} if rendered.startswith(texts[0]) else {}
     for content, text in zip(shown, texts[1:], strict=True):
-        ways: dict[int, list[str]] = {}
-        for start, before in reached.items():
+        longer: dict[int, list[str]] = {}
+        for start, before in matches.items():
             for form in _stripped_forms(content):
                 stop = start + len(form) + len(text)
                 if rendered.startswith(form, start) and rendered.startswith(text, start + len(form)):
-                    ways.setdefault(stop, [*before, form])
-        reached = ways
-    return reached.get(len(rendered))
+                    longer.setdefault(stop, [*before, form])
+        matches = longer
+    return matches.get(len(rendered))
 
 
 def _stripped_forms(content: str) -> list[str]:
-    """The content, and without white space or newlines at one end or both: each once, the longest first."""
+    """Return the content and its forms without white space or newlines at one or both ends, the longest first."""
     if content and not content[0].isspace() and not content[-1].isspace():
         return [content]
     forms = {form(content) for form in (str.strip, str.lstrip, str.rstrip)}

@@ -1,1 +1,1 @@
-"""One file a verb: it parses, prints, and calls one function."""
+"""The command line: one file per command, which parses, calls one function and prints."""

@@ -1,34 +1,50 @@
-"""`peftchat compare`: variants of one recipe side by side."""
+"""`peftchat compare`: train variants of one recipe and compare them."""
 
-import json
 import signal
 from pathlib import Path
 
 import click
 
+from peftchat.cli.common import Command, echo_json, json_option, note, output_option
 
-@click.command()
+
+@click.command(
+    "compare",
+    cls=Command,
+    renamed={
+        "--out": "--output",
+        "--ask": "--prompt",
+        "--plain-text": "--forgetting-text",
+        "--fixed-learning-rate": "--no-lr-search",
+    },
+)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option(
     "--variants", required=True, multiple=True, metavar="A,B,...", help="lora, dora, qlora, full, qlora+dora, ..."
 )
-@click.option("--set", "settings", multiple=True, metavar="KEY=A[,B...]", help="Set a key; several values make a grid.")
 @click.option(
-    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each at its best settings."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=A[,B...]",
+    help="Set a key; several values make a grid.",
 )
-@click.option("--budget", metavar="steps|tokens|minutes=N", help="Length of a run.  [default: the recipe's own]")
-@click.option("--learning-rates", metavar="A,B,...", help="Rates to try.  [default: three around each variant's own]")
-@click.option("--fixed-learning-rate", is_flag=True, help="Try each variant at its customary rate only.")
-@click.option("--trials", type=click.IntRange(1), help="Let optuna try this many settings of each instead.")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs per candidate at its best settings."
+)
+@click.option("--budget", metavar="steps|tokens|minutes=N", help="Length of a run.  [default: the recipe's]")
+@click.option("--learning-rates", metavar="A,B,...", help="Rates to try.  [default: three around the variant's]")
+@click.option("--no-lr-search", is_flag=True, help="Try each variant at its default learning rate only.")
+@click.option("--trials", type=click.IntRange(1), help="Let optuna try this many settings per candidate.")
 @click.option("--search", multiple=True, metavar="KEY=LOW..HIGH[:log]", help="A range for --trials. Repeatable.")
-@click.option("--plain-text", type=click.Path(path_type=Path), help="Text that forgetting is measured on.")
-@click.option("--ask", "questions", multiple=True, metavar="TEXT", help="A prompt that all answer. Repeatable.")
+@click.option("--forgetting-text", type=click.Path(path_type=Path), help="Text to measure forgetting on.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A prompt that all models answer. Repeatable.")
 @click.option(
-    "--samples", type=click.IntRange(0), default=3, show_default=True, help="Held-out prompts, without --ask."
+    "--samples", type=click.IntRange(0), default=3, show_default=True, help="Held-out prompts, without --prompt."
 )
-@click.option("--merge/--no-merge", default=True, help="Merge each variant and prove it.  [default: on]")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/compare-RECIPE]")
-@click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
+@click.option("--merge/--no-merge", default=True, help="Merge each variant and verify the merge.  [default: on]")
+@output_option("Folder of the comparison.  [default: runs/compare-RECIPE]")
+@json_option("Print the results as one JSON object.")
 def command(
     recipe: Path,
     variants: tuple[str, ...],
@@ -36,66 +52,69 @@ def command(
     seeds: int,
     budget: str | None,
     learning_rates: str | None,
-    fixed_learning_rate: bool,
+    no_lr_search: bool,
     trials: int | None,
     search: tuple[str, ...],
-    plain_text: Path | None,
-    questions: tuple[str, ...],
+    forgetting_text: Path | None,
+    prompts: tuple[str, ...],
     samples: int,
     merge: bool,
-    out: Path | None,
+    output: Path | None,
     as_json: bool,
 ) -> None:
-    """Train variants of RECIPE on the same rows and say which to take.
+    """Train variants of a recipe on your data and recommend one.
 
-    Each run has a process and a folder of its own. Started again, the command keeps what is finished and goes on.
+    All candidates train on the same examples, each run in a process and a folder of its own. Started again, the command
+    keeps finished runs and continues.
 
     \b
     peftchat compare recipes/demo_cpu.yaml --variants lora,dora,qlora,full --budget steps=50
     peftchat compare my.yaml --variants lora --set adapter.r=8,16,64 --learning-rates 1e-4,3e-4
     peftchat compare my.yaml --variants lora,dora --trials 12 --search training.learning_rate=1e-5..1e-3:log
     """
-    from peftchat.comparing.candidates import parse_axis, split_names
-    from peftchat.comparing.compare_plan import CompareOptions, parse_budget, plan_comparison
-    from peftchat.comparing.hyperparameter_search import parse_range
+    from peftchat import api
+    from peftchat.comparing.candidates import split_names
     from peftchat.errors import UserError, VerificationError
 
-    if learning_rates is not None and fixed_learning_rate:
-        raise UserError("--learning-rates and --fixed-learning-rate exclude each other", hint="Give one of them.")
+    if learning_rates is not None and no_lr_search:
+        raise UserError("--learning-rates and --no-lr-search exclude each other", hint="Remove one of them.")
     if bool(trials) != bool(search):
         raise UserError("--trials and --search belong together", hint="Give a number of trials and a range or more.")
     if trials and learning_rates is not None:
         hint = "Use --search training.learning_rate=LOW..HIGH:log."
         raise UserError("--learning-rates is a grid, and --trials searches ranges", hint=hint)
-    wish = CompareOptions(
+    # A scheduler that ends the job also ends the current run, which then resumes from its checkpoint.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    result = api.compare(
         recipe,
         split_names(variants),
-        [parse_axis(flag) for flag in settings],
-        seeds,
-        parse_budget(budget) if budget is not None else None,
-        _rates(learning_rates) if learning_rates is not None else None,
-        fixed_learning_rate,
-        trials or 0,
-        [parse_range(flag) for flag in search],
+        output=output,
+        settings=settings,
+        seeds=seeds,
+        budget=budget,
+        learning_rates=_rates(learning_rates) if learning_rates is not None else None,
+        search_lr=not no_lr_search,
+        trials=trials or 0,
+        ranges=search,
+        forgetting_text=forgetting_text,
+        prompts=prompts,
+        num_samples=samples,
+        merge=merge,
     )
-    plan = plan_comparison(wish)
-    from peftchat.comparing.compare import EvalOptions, compare
     from peftchat.comparing.compare_report import print_comparison
-    from peftchat.console import stderr, stdout
+    from peftchat.comparing.comparison_folder import ComparisonFolder
+    from peftchat.comparing.results import ComparisonSummary
+    from peftchat.console import stdout
 
-    # A scheduler that ends the job lets the run that is on end too, so that it can go on from its checkpoint.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    folder = out or Path("runs") / f"compare-{recipe.stem}"
-    stderr.print(f"{len(plan.candidates)} candidates, {plan.size} runs, in {folder}", markup=False)
-    result, where = compare(plan, folder, EvalOptions(plain_text, questions or None, samples, merge))
+    folder = ComparisonFolder(api.comparison_folder(recipe, output))
     if as_json:
-        click.echo(json.dumps(result.as_dict(where)))
+        echo_json(ComparisonSummary.of(result, folder).model_dump())
     else:
         print_comparison(result, stdout)
-    stderr.print(f"Report: {where.report}", markup=False)
+    note(f"Report: {folder.report}")
     if result.recommendation is None:
-        raise VerificationError(f"no run ended well; what they said is in {where.path / 'logs'}.")
-    stderr.print(f"To run it: peftchat train {where.recommended}", markup=False)
+        raise VerificationError(f"no run succeeded; their logs are in {folder.path / 'logs'}")
+    note(f"To run it: peftchat train {folder.recommended}")
 
 
 def _rates(text: str) -> list[float]:

@@ -1,11 +1,13 @@
-"""`peftchat export`: hand a run or a model to llama.cpp, Ollama or vLLM."""
+"""`peftchat export`: export a run or a model to llama.cpp, Ollama or vLLM."""
 
 from pathlib import Path
 
 import click
 
+from peftchat.cli.common import Command, output_option
 
-@click.command()
+
+@click.command("export", cls=Command, renamed={"--out": "--output"})
 @click.argument("model")
 @click.option(
     "--to",
@@ -14,16 +16,18 @@ import click
     required=True,
     help="gguf: one file for llama.cpp. ollama: that file and a Modelfile. vllm: check the folder, print the command.",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="File, or for ollama folder.  [default: in MODEL]")
+@output_option("File, or for ollama the folder.  [default: in MODEL]")
 @click.option(
     "--type",
     "type_name",
     type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
-    help="Type of the weight matrices.  [default: as they are stored]",
+    help="Dtype of the weight matrices.  [default: as stored]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace what is already there.")
-def command(model: str, target: str, out: Path | None, type_name: str | None, overwrite: bool) -> None:
-    """Export MODEL: a run folder, a merged model or a hub id. An adapter is merged first.
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
+def command(model: str, target: str, output: Path | None, type_name: str | None, overwrite: bool) -> None:
+    """Export a run or a model to llama.cpp, Ollama or vLLM.
+
+    MODEL is a run folder, a merged model or a hub id. An adapter is merged first.
 
     \b
     peftchat export runs/assistant --to gguf --type q8_0
@@ -35,12 +39,12 @@ def command(model: str, target: str, out: Path | None, type_name: str | None, ov
     if target == "vllm":
         from peftchat.export.vllm import vllm_support
 
-        if out is not None or type_name is not None:
+        if output is not None or type_name is not None:
             raise UserError("vLLM reads the folder as it is: nothing is written", where="-o, --type")
-        verdict = vllm_support(model)
-        if verdict.command is None:
-            raise VerificationError(f"vLLM cannot serve {model}: {'; '.join(verdict.reasons)}")
-        click.echo(verdict.command)
+        support = vllm_support(model)
+        if support.command is None:
+            raise VerificationError(f"vLLM cannot serve {model}: {'; '.join(support.reasons)}")
+        click.echo(support.command)
         return
     from peftchat.logging_setup import quiet_libraries
 
@@ -49,7 +53,7 @@ def command(model: str, target: str, out: Path | None, type_name: str | None, ov
     from peftchat.export.run_export import ExportOptions, export_gguf, export_ollama
 
     export = export_gguf if target == "gguf" else export_ollama
-    written = export(model, ExportOptions(out, type_name, overwrite))
+    written = export(model, ExportOptions(output, type_name, overwrite))
     stderr.print(f"{written.tensors} tensors, {written.type}, {written.bytes / 1e6:,.1f} MB, read back and equal.")
     if target == "ollama":
         modelfile = written.path.parent / "Modelfile"

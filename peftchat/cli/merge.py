@@ -1,4 +1,4 @@
-"""`peftchat merge`: fold a run's adapter into its base."""
+"""`peftchat merge`: merge a run's adapter into its base."""
 
 import json
 import re
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from peftchat.cli.common import Command, json_option, output_option
 
 if TYPE_CHECKING:
     from peftchat.merging.output import MergeReport
@@ -42,18 +44,18 @@ class _WeightedAdapter(click.ParamType):
             self.fail(f"{weight!r} in {value!r} is not a number", param, ctx)
 
 
-@click.command()
+@click.command("merge", cls=Command, renamed={"--out": "--output", "--working-set": "--memory-budget"})
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the merged model.  [default: RUN/merged]")
+@output_option("Folder of the merged model.  [default: RUN/merged]")
 @click.option(
     "--base",
     type=click.Choice(["auto", "original", "dequantized"]),
     default="auto",
     show_default=True,
-    help="For a QLoRA run, fold into the original base or into the one it was trained on. auto takes the nearer one.",
+    help="For a QLoRA run: merge into the original base or into the one it was trained on. auto takes the nearer one.",
 )
 @click.option(
-    "--verify/--no-verify", default=True, help="Compare logits with base + adapter afterwards.  [default: on]"
+    "--verify/--no-verify", default=True, help="Compare the logits with base and adapter afterwards.  [default: on]"
 )
 @click.option("--scale", type=float, default=1.0, show_default=True, help="Weight of the run's own adapter.")
 @click.option(
@@ -63,53 +65,56 @@ class _WeightedAdapter(click.ParamType):
     multiple=True,
     help="Another adapter on the same base, with its weight. Repeatable.",
 )
-@click.option("--working-set", type=_Size(), help="Memory for weights in flight.  [default: one tensor and its update]")
+@click.option(
+    "--memory-budget", type=_Size(), help="Memory for weights in flight.  [default: one tensor and its update]"
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Type of the merged weights.  [default: as the base stores them]",
+    help="Dtype of the merged weights.  [default: the base's]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a folder that is already there.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
+@json_option("Print the report as one JSON object.")
 def command(
     run: Path,
-    out: Path | None,
+    output: Path | None,
     base: str,
     verify: bool,
     scale: float,
     adapters: tuple[tuple[Path, float], ...],
-    working_set: int | None,
+    memory_budget: int | None,
     dtype: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Fold the adapter of RUN, new tokens included, into the weights of its base.
+    """Merge a run's adapter into its base and verify the result.
 
-    Weights stream through memory a tensor at a time, so the model may be larger than memory. An interrupted merge goes
-    on where it stopped when it is started again.
+    RUN is a run folder; the embeddings of new tokens are merged too. Weights stream through memory one tensor at a
+    time, so the model may be larger than memory. An interrupted merge resumes when it is started again.
 
     \b
     peftchat merge runs/assistant
-    peftchat merge runs/assistant -o assistant-7b --working-set 512MB
+    peftchat merge runs/assistant -o assistant-7b --memory-budget 512MB
     """
     from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
     import torch
 
-    from peftchat.merging import MergeOptions, merge_run
+    from peftchat import api
+    from peftchat.merging import MergeOptions
 
     options = MergeOptions(
-        out=out,
+        output=output,
         base=base,  # type: ignore[arg-type]
         verify=verify,
         scale=scale,
         adapters=adapters,
-        working_set=working_set,
+        memory_budget=memory_budget,
         dtype=getattr(torch, dtype) if dtype else None,
         overwrite=overwrite,
     )
-    result = merge_run(run, options)
+    result = api.merge(run, options)
     if as_json:
         click.echo(json.dumps({"folder": str(result.folder), **result.report.as_dict()}))
     else:
@@ -119,21 +124,21 @@ def command(
 def _print(folder: Path, report: "MergeReport") -> None:
     from peftchat.console import stdout
 
-    choice = report.choice
-    if choice.distance_original is not None and choice.distance_dequantized is not None:
+    base = report.base
+    if base.distance_original is not None and base.distance_dequantized is not None:
         stdout.print(
-            f"Base: {choice.taken} weights. Distance to what was trained: original {choice.distance_original:.2e}, "
-            f"dequantized {choice.distance_dequantized:.2e}."
+            f"Base: {base.kind} weights. Distance to the trained weights: original {base.distance_original:.2e}, "
+            f"dequantized {base.distance_dequantized:.2e}."
         )
     stdout.print(
-        f"Merged {report.tensors} tensors ({report.bytes / 1e9:.2f} GB, {report.folded_bytes / 1e9:.2f} GB changed) in "
-        f"{report.seconds:.1f} s; vocabulary {report.vocabulary:,}"
-        + (f" ({report.grown} new)" if report.grown else "")
+        f"Merged {report.tensors} tensors ({report.bytes / 1e9:.2f} GB, {report.changed_bytes / 1e9:.2f} GB changed) "
+        f"in {report.seconds:.1f} s; vocabulary {report.vocabulary:,}"
+        + (f" ({report.added_rows} added)" if report.added_rows else "")
         + f", head {'tied' if report.tied else 'not tied'}, {report.dtype}."
     )
     if report.verification is None:
         stdout.print("Not verified.")
     else:
-        proof = report.verification
-        stdout.print(f"{proof.verdict} {proof.prompts} prompts, {proof.positions} positions, {proof.seconds:.1f} s.")
+        check = report.verification
+        stdout.print(f"{check.verdict} {check.prompts} prompts, {check.positions} positions, {check.seconds:.1f} s.")
     stdout.print(f"Model: {folder}")

@@ -1,32 +1,29 @@
-"""`peftchat variants`: the ways to train, as a table or one by one."""
-
-import json
+"""`peftchat variants`: list the variants, or describe one."""
 
 import click
 
+from peftchat.cli.common import echo_json, json_option
 
-@click.command()
+
+@click.command("variants")
 @click.argument("name", required=False)
-@click.option(
-    "--json", "as_json", is_flag=True, help="One JSON object: all variants by name, or the one that is named."
-)
+@json_option("Print one JSON object: all variants by name, or the named one.")
 def command(name: str | None, as_json: bool) -> None:
-    """List what `adapter.variant` knows, or tell about one: what it does, takes, and works with.
+    """List the ways to train: LoRA, other adapters, full.
+
+    With NAME, describe one variant: what it does, its options and what it is compatible with.
 
     \b
-    Examples:
-        peftchat variants
-        peftchat variants dora
+    peftchat variants
+    peftchat variants dora
     """
     from peftchat.console import stdout
     from peftchat.variants import VARIANTS, get_variant
-    from peftchat.variants.describe import details, facts_of, overview
+    from peftchat.variants.describe import as_dict, details, overview
 
     if as_json:
-        chosen = (
-            facts_of(get_variant(name)) if name else {each: facts_of(variant) for each, variant in VARIANTS.items()}
-        )
-        click.echo(json.dumps(chosen))
+        chosen = as_dict(get_variant(name)) if name else {key: as_dict(variant) for key, variant in VARIANTS.items()}
+        echo_json(chosen)
     elif name:
         stdout.print(details(get_variant(name)))
     else:

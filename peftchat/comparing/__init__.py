@@ -1,6 +1,7 @@
-"""Trains variants of one recipe on the same rows, measures them, and says which to take and why.
+"""Comparison of variants: train them on the same examples, evaluate them, and recommend one.
 
-The way of a comparison: `candidates` says what is compared, `plan` turns it into recipes, `search` picks the settings
-to try, `job` trains one of them in a process of its own, `measure` looks at the finished run, `outcome` gathers,
-`choose` recommends, `table` and `page` show.
+A comparison passes through these modules in order: `candidates` names the variants, `compare_plan` turns them into
+recipes, `hyperparameter_search` picks the settings to try, `compare` trains and evaluates them in child processes,
+`evaluate` is the evaluation's child process, `outcomes` holds the results of each candidate, `recommend` picks one,
+`results` is what `comparison.json` holds, and `compare_report` writes the files and prints the table.
 """

@@ -1,4 +1,4 @@
-"""What is compared: variants by name, crossed with a grid of settings."""
+"""Candidates of a comparison: variants by name, crossed with a grid of settings."""
 
 import hashlib
 import itertools
@@ -11,28 +11,28 @@ from typing import Any
 
 from peftchat.errors import UserError
 from peftchat.recipe.document import parse_yaml, to_plain
-from peftchat.variants import ADAPTERS, canonical_name, get_variant
+from peftchat.variants import ADAPTERS, canonical_name
 
 Settings = Mapping[str, Any]
 """Dotted keys of a recipe and their values."""
 
-_SHORT = {"learning_rate": "lr"}
-_DECIDED_HERE = {
+_SHORT_KEYS = {"learning_rate": "lr"}
+_RESERVED_KEYS = {
     "method": "--variants",
     "adapter.variant": "--variants",
-    "output_dir": "--out",
+    "output_dir": "--output",
     "extends": "the recipe",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One row of the comparison.
+    """A variant with its settings.
 
     Attributes:
-        name: how it is called in tables.
-        variant: the `adapter.variant`, or `full`.
-        settings: what sets it apart from the others.
+        name: its name in tables.
+        variant: its `adapter.variant`, or `full`.
+        settings: the recipe keys that distinguish it from other candidates.
     """
 
     name: str
@@ -41,115 +41,118 @@ class Candidate:
 
     @property
     def slug(self) -> str:
-        """Its part of a file's name."""
-        return _tidy(self.name, self.settings)
+        """Its part of a file name."""
+        return _file_name(self.name, self.settings)
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A key and the values that it takes, one of them where it is merely set."""
+    """A recipe key and its values; a key that is only set has one."""
 
     key: str
     values: tuple[Any, ...]
 
 
 def parse_axis(flag: str) -> Axis:
-    """`adapter.r=8,16` as an axis: commas outside brackets and quotes part values, each of which is YAML.
+    """Parse a flag such as `adapter.r=8,16`.
+
+    Commas inside brackets or quotes do not separate values. Each value is YAML.
 
     Raises:
-        UserError: not of that form, or a key that the comparison itself decides.
+        UserError: the flag is malformed, or the comparison itself decides the key.
     """
     key, equals, text = (part.strip() for part in flag.partition("="))
     where = f"--set {key}"
     if not equals or not all(key.split(".")):
         hint = "Write for example `--set adapter.r=8,16,64`."
-        raise UserError("not of the form KEY=VALUE[,VALUE...]", where=f"--set {flag}", hint=hint)
-    if key in _DECIDED_HERE:
-        raise UserError("this key is not for `--set` here", where=where, hint=f"Use {_DECIDED_HERE[key]}.")
+        raise UserError("expected KEY=VALUE[,VALUE...]", where=f"--set {flag}", hint=hint)
+    if key in _RESERVED_KEYS:
+        raise UserError("`compare` sets this key itself", where=where, hint=f"Use {_RESERVED_KEYS[key]}.")
     values, _ = to_plain(parse_yaml(f"[{text}]", where), where)
     if not values:
-        raise UserError("no value is given", where=where)
+        raise UserError("the key has no value", where=where, hint="Write for example `--set adapter.r=8`.")
     if len(values) > 1 and key in ("training.learning_rate", "training.seed"):
-        hint = "Use --learning-rates, which are compared within each variant." if "rate" in key else "Use --seeds N."
-        raise UserError("several values of this key are no candidates of their own", where=where, hint=hint)
+        hint = "Use --learning-rates A,B,..." if key == "training.learning_rate" else "Use --seeds N."
+        raise UserError(f"expected one value for this key, got {len(values)}", where=where, hint=hint)
     return Axis(key, tuple(values))
 
 
-def flags(settings: Settings) -> list[str]:
-    """The settings as `--set` flags; JSON is YAML."""
+def override_flags(settings: Settings) -> list[str]:
+    """Return the settings as `--set` flags; JSON is YAML."""
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
 
 
 def make_candidates(names: Sequence[str], axes: Sequence[Axis]) -> list[Candidate]:
-    """Every variant with every combination of values on the grid.
+    """Combine every variant with every combination of values.
 
-    Settings of an adapter do not multiply `full`, which has none.
+    Adapter settings do not apply to `full`, which has no adapter.
 
     Raises:
-        UserError: an unknown name, or one that is given twice.
+        UserError: a name is unknown or given twice.
     """
-    made: dict[str, Candidate] = {}
+    candidates: dict[str, Candidate] = {}
     for name in names:
-        variant, settings = _variant(name)
-        own = [axis for axis in axes if variant != "full" or not axis.key.startswith("adapter.")]
-        for values in itertools.product(*(axis.values for axis in own)):
-            chosen = {axis.key: value for axis, value in zip(own, values, strict=True)}
-            told = [f"{label(key)}={_text(chosen[key])}" for key in (axis.key for axis in own if len(axis.values) > 1)]
-            candidate = Candidate(" ".join([name, *told]), variant, settings | chosen)
-            if candidate.name in made:
+        variant, settings = _parse_variant(name)
+        used = [axis for axis in axes if variant != "full" or not axis.key.startswith("adapter.")]
+        compared = [axis.key for axis in used if len(axis.values) > 1]
+        for values in itertools.product(*(axis.values for axis in used)):
+            chosen = {axis.key: value for axis, value in zip(used, values, strict=True)}
+            labels = [f"{_short_key(key)}={_format_value(chosen[key])}" for key in compared]
+            candidate = Candidate(" ".join([name, *labels]), variant, settings | chosen)
+            if candidate.name in candidates:
                 raise UserError(f"`{candidate.name}` is given twice", where="--variants", hint="Name it once.")
-            made[candidate.name] = candidate
-    if not made:
+            candidates[candidate.name] = candidate
+    if not candidates:
         raise UserError("no variant is given", where="--variants", hint="Name some, such as lora,dora,full.")
-    return list(made.values())
+    return list(candidates.values())
 
 
-def _variant(name: str) -> tuple[str, dict[str, Any]]:
-    """The variant that a name means, and what it sets."""
+def _parse_variant(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the variant of a name and the recipe keys that it sets."""
     if name == "full":
         return "full", {"method": "full"}
-    for quantized, part in ((False, name), *((True, part) for part in _beside_qlora(name))):
+    for quantized, part in ((False, name), *((True, part) for part in _qlora_partners(name))):
         variant = canonical_name(part)
         if variant in ADAPTERS:
-            method = "qlora" if quantized or "unquantized" in get_variant(variant).refuses else "lora"
+            method = "qlora" if quantized or "unquantized" in ADAPTERS[variant].incompatible_with else "lora"
             return variant, {"method": method, "adapter.variant": variant}
-    words = ["full", "qlora", *ADAPTERS]
-    near = get_close_matches(name, words, n=1)
-    hint = f"Did you mean `{near[0]}`?" if near else f"Known: {', '.join(words)}; and pairs such as qlora+dora."
-    raise UserError(f"`{name}` is no variant", where="--variants", hint=hint)
+    known = ["full", "qlora", *ADAPTERS]
+    near = get_close_matches(name, known, n=1)
+    hint = f"Did you mean `{near[0]}`?" if near else f"Use one of {', '.join(known)}, or a pair such as qlora+dora."
+    raise UserError(f"unknown variant `{name}`", where="--variants", hint=hint)
 
 
-def _beside_qlora(name: str) -> list[str]:
-    """What stands beside `qlora` in a pair, on either side; alone it means LoRA."""
+def _qlora_partners(name: str) -> list[str]:
+    """Return the variants that a name may pair with `qlora`, which alone means LoRA."""
     if name == "qlora":
         return ["lora"]
     return [part for part in (name.removeprefix("qlora+"), name.removesuffix("+qlora")) if part != name]
 
 
-def label(key: str) -> str:
-    """The last word of a dotted key, shortened where that is customary."""
+def _short_key(key: str) -> str:
+    """Return the last part of a dotted key, abbreviated where that is common."""
     last = key.rpartition(".")[2]
-    return _SHORT.get(last, last)
+    return _SHORT_KEYS.get(last, last)
 
 
 def describe(settings: Settings) -> str:
-    """Settings for people: `lr 2e-4, r 8`."""
-    return ", ".join(f"{label(key)} {_text(value)}" for key, value in settings.items())
+    """Format settings for people: `lr 2e-4, r 8`."""
+    return ", ".join(f"{_short_key(key)} {_format_value(value)}" for key, value in settings.items())
 
 
 def slug(settings: Settings) -> str:
-    """Settings as a part of a file's name; different settings give different names."""
-    return _tidy("-".join(f"{label(key)}{_text(value)}" for key, value in settings.items()), settings)
+    """Format settings as part of a file name; different settings give different names."""
+    return _file_name("-".join(f"{_short_key(key)}{_format_value(value)}" for key, value in settings.items()), settings)
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, float):
-        return rate_text(value)
+        return format_lr(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def rate_text(rate: float) -> str:
-    """A rate in the fewest characters that keep it: `2e-4`, `0.3`."""
+def format_lr(rate: float) -> str:
+    """Format a learning rate in the fewest characters that keep its value: `2e-4`, `0.3`."""
     if rate == 0 or 0.1 <= abs(rate) < 1e5:
         return f"{rate:.17g}" if float(f"{rate:.6g}") != rate else f"{rate:.6g}"
     text = next((short for short in (f"{rate:.2e}", f"{rate:.5e}") if float(short) == rate), f"{rate:.16e}")
@@ -157,15 +160,15 @@ def rate_text(rate: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def _tidy(text: str, settings: Settings) -> str:
-    """`text` with nothing but letters that every file system takes; what that loses is told by a digest."""
-    tidy = re.sub(r"[^a-z0-9.+=_-]+", "-", text.lower()).strip("-.")[:60]
-    if tidy == text.replace(" ", "-"):
-        return tidy
+def _file_name(text: str, settings: Settings) -> str:
+    """Keep only characters that every file system takes; append a digest of the settings if any was lost."""
+    cleaned = re.sub(r"[^a-z0-9.+=_-]+", "-", text.lower()).strip("-.")[:60]
+    if cleaned == text.replace(" ", "-"):
+        return cleaned
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:8]
-    return f"{tidy}-{digest}"
+    return f"{cleaned}-{digest}"
 
 
 def split_names(texts: Iterable[str]) -> list[str]:
-    """Names of one or several comma lists."""
+    """Return the names in one or several comma-separated lists."""
     return [name for text in texts for part in text.split(",") if (name := part.strip())]

@@ -1,7 +1,10 @@
-"""A process of its own for each run: its memory is its own, and so is its end."""
+"""Comparison run: train every candidate, evaluate the best trials, and write the results.
+
+Each training and each evaluation runs in a child process, so that its memory is measured alone and its failure ends
+nothing else. Finished work in the folder is kept, so an interrupted comparison continues where it stopped.
+"""
 
 import hashlib
-import json
 import re
 import shutil
 import subprocess
@@ -19,8 +22,10 @@ from peftchat.comparing.compare_plan import ComparePlan, TrainingJob
 from peftchat.comparing.compare_progress import CompareProgress
 from peftchat.comparing.compare_report import write_comparison_files
 from peftchat.comparing.comparison_folder import ComparisonFolder
-from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult, read_evaluation, read_run_result
+from peftchat.comparing.evaluate import EvaluationRequest
+from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult, read_run_result
 from peftchat.comparing.results import ComparisonResult
+from peftchat.console import stderr
 from peftchat.conversations.dataset_card import SplitCount
 from peftchat.conversations.prepare import ConversationFile, atomic_directory
 from peftchat.conversations.problems import ProblemLog
@@ -28,108 +33,95 @@ from peftchat.dataset.cache import conversations
 from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe
+from peftchat.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 
-_LOOK_EVERY = 0.5
-_PATIENCE = 30.0
-_NO_COLOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+GENERAL_TEXT = Path(__file__).with_name("general_text.txt")
+"""Ordinary prose and a little code, written for this purpose."""
+
+_MAX_PROMPT_CHARACTERS = 600
+"""Longer prompts do not fit the report."""
+
+_POLL_SECONDS = 0.5
+_TERMINATE_SECONDS = 30.0
+_ANSI_CODE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
-def run_python(arguments: Sequence[str], log: Path, watch: Callable[[], None]) -> str | None:
-    """Run `python -m ARGUMENTS` to its end, all that it says going to `log`.
+@dataclass(frozen=True)
+class EvalOptions:
+    """Options of the evaluation after training.
 
-    Args:
-        watch: called about twice a second while the process runs.
+    Attributes:
+        general_text: the file for the general loss, which shows forgetting; None for the built-in one.
+        prompts: prompts that every variant answers; None for the first `num_samples` held-out ones.
+        num_samples: how many of those.
+        merge: whether to merge each variant and verify the result.
+    """
+
+    general_text: Path | None = None
+    prompts: Sequence[str] | None = None
+    num_samples: int = 3
+    merge: bool = True
+
+
+def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[ComparisonResult, ComparisonFolder]:
+    """Train and evaluate everything that is not finished yet, and write the results.
 
     Returns:
-        None if it ended well, else the reason in one line.
+        The result and its folder.
+
+    Raises:
+        UserError: the folder cannot be used, or the data cannot be read.
     """
-    _end_leftover(log)
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
-        )
-    note = _pid_file(log)
-    write_text(note, f"{process.pid} {psutil.Process(process.pid).create_time()}")
-    try:
-        while process.poll() is None:
-            watch()
-            time.sleep(_LOOK_EVERY)
-    finally:
-        if process.poll() is None:
-            _end(psutil.Process(process.pid))
-            process.wait()
-        note.unlink(missing_ok=True)
-    return None if process.returncode == 0 else _reason(process.returncode, log)
-
-
-def _pid_file(log: Path) -> Path:
-    return log.with_suffix(".pid")
-
-
-def _end_leftover(log: Path) -> None:
-    """End the process of an earlier start that was killed itself: two must not write one run."""
-    note = _pid_file(log)
-    if not note.is_file():
-        return
-    pid, _, born = note.read_text(encoding="utf-8").partition(" ")
-    with suppress(psutil.NoSuchProcess, ValueError):
-        process = psutil.Process(int(pid))
-        # The number may belong to another process by now.
-        if f"{process.create_time()}" == born:
-            _end(process)
-    note.unlink()
-
-
-def _end(process: psutil.Process) -> None:
-    with suppress(psutil.NoSuchProcess):
-        family = [*process.children(recursive=True), process]
-        for one in family:
-            one.terminate()
-        _, alive = psutil.wait_procs(family, timeout=_PATIENCE)
-        for one in alive:
-            one.kill()
-
-
-def _reason(status: int, log: Path) -> str:
-    if status < 0:
-        return f"ended by signal {-status}" + (" (out of memory?)" if status == -9 else "")
-    lines = _NO_COLOR.sub("", log.read_text(encoding="utf-8", errors="replace")).splitlines()
-    for line in reversed(lines):
-        for mark in ("Error: ", "Failed: "):
-            if line.startswith(mark):
-                return line.removeprefix(mark)
-    # A traceback ends with the exception.
-    return next((line.strip() for line in reversed(lines) if line.strip()), f"ended with status {status}")
+    folder = ComparisonFolder(out.absolute())
+    text = options.general_text or GENERAL_TEXT
+    if not text.is_file():
+        raise UserError("no such file", where=f"--forgetting-text {text}")
+    message = f"{len(plan.candidates)} candidates, {plan.num_runs} runs, in {out}"
+    stderr.print(message, markup=False, highlight=False)
+    with folder.locked(plan.base.recipe), CompareProgress(plan.num_runs) as progress:
+        write_splits(plan.base.recipe, folder)
+        trainer = _RunTrainer(plan, folder, progress)
+        candidates = trainer.run_trials()
+        write_comparison_files(ComparisonResult.of(plan, candidates), folder)
+        candidates = trainer.run_seeds(candidates)
+        write_comparison_files(ComparisonResult.of(plan, candidates), folder)
+        prompts = options.prompts
+        if prompts is None:
+            prompts = first_prompts(folder, options.num_samples)
+        evaluator = _RunEvaluator(folder, progress, text.absolute(), tuple(prompts), options.merge)
+        candidates = [replace(candidate, evaluation=evaluator.evaluate(candidate)) for candidate in candidates]
+        trained = any(candidate.best for candidate in candidates)
+        result = ComparisonResult.of(plan, candidates, evaluator.base_general_loss() if trained else None)
+        write_comparison_files(result, folder)
+    return result, folder
 
 
 def write_splits(recipe: "Recipe", folder: ComparisonFolder) -> None:
-    """Write both sides of the recipe's data into the folder, unless they lie there.
+    """Write both splits of the recipe's data into the folder, unless they are there.
 
-    A recipe that holds out a share of its rows chooses them by its seed, which differs between the runs.
+    All runs read these files: a split by `data.eval_fraction` depends on the seed, which differs between runs.
 
     Raises:
-        UserError: a source cannot be read, or leaves one side empty.
+        UserError: a source cannot be read, or a split is empty.
     """
     if folder.data.is_dir():
         return
     with atomic_directory(folder.data) as draft:
-        for side in ("train", "eval"):
+        for split in ("train", "eval"):
             count = SplitCount()
-            with ConversationFile(draft / f"{side}.jsonl", count) as file:
-                for conversation in conversations(recipe, side, ProblemLog(strict=True)):
+            with ConversationFile(draft / f"{split}.jsonl", count) as file:
+                for conversation in conversations(recipe, split, ProblemLog(strict=True)):
                     file.write(conversation)
             if not count.conversations:
-                raise UserError(
-                    f"no conversation is left to {'train' if side == 'train' else 'evaluate'} on", where="data"
-                )
+                raise UserError(f"the {split} split has no conversations", where="data")
 
 
-def first_questions(folder: ComparisonFolder, count: int) -> list[str]:
-    """The first user message of the first held-out conversations, none twice."""
+def first_prompts(folder: ComparisonFolder, count: int) -> list[str]:
+    """Return the first user messages of the first held-out conversations, without repetition."""
     from peftchat.conversations import read_conversations
 
     found: dict[str, None] = {}
@@ -137,166 +129,177 @@ def first_questions(folder: ComparisonFolder, count: int) -> list[str]:
         if len(found) >= count:
             break
         first = next((message.content for message in conversation.messages if message.role == "user"), "")
-        if first.strip() and len(first) <= _LONGEST:
+        if first.strip() and len(first) <= _MAX_PROMPT_CHARACTERS:
             found[first] = None
     return list(found)[:count]
 
 
-_LONGEST = 600
-"""Characters of a question that still suits a table."""
+class _RunTrainer:
+    """Trains the runs that are not finished yet."""
 
-
-PLAIN_TEXT = Path(__file__).with_name("plain_text.txt")
-"""Ordinary prose and a little code, written for this purpose."""
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """What is looked at when the runs have ended.
-
-    Attributes:
-        plain_text: the file that forgetting is measured on; None for the one that comes along.
-        questions: prompts that every variant answers; None for the first `samples` of the held-out ones.
-        samples: how many of those.
-        merge: merge each variant and prove it.
-    """
-
-    plain_text: Path | None = None
-    questions: Sequence[str] | None = None
-    samples: int = 3
-    merge: bool = True
-
-
-def compare(plan: ComparePlan, out: Path, looks: EvalOptions) -> tuple[ComparisonResult, ComparisonFolder]:
-    """Run everything that is not there yet, and write the results into the folder, which is returned with them.
-
-    Raises:
-        UserError: the folder cannot be used, or the data cannot be read.
-    """
-    folder = ComparisonFolder(out.absolute())
-    text = looks.plain_text or PLAIN_TEXT
-    if not text.is_file():
-        raise UserError("no such file", where=f"--plain-text {text}")
-    with folder.claimed(plan.base.recipe), CompareProgress(plan.size) as overview:
-        write_splits(plan.base.recipe, folder)
-        work = _Work(plan, folder, overview)
-        outcomes = work.searched()
-        write_comparison_files(ComparisonResult.of(plan, outcomes), folder)
-        outcomes = work.repeated(outcomes)
-        write_comparison_files(ComparisonResult.of(plan, outcomes), folder)
-        questions = looks.questions
-        if questions is None:
-            questions = first_questions(folder, looks.samples)
-        look = _Evaluate(folder, overview, text.absolute(), list(questions), looks.merge)
-        outcomes = [replace(outcome, measured=look.at(outcome)) for outcome in outcomes]
-        result = ComparisonResult.of(
-            plan, outcomes, look.at_base() if any(outcome.best for outcome in outcomes) else None
-        )
-        write_comparison_files(result, folder)
-    return result, folder
-
-
-class _Work:
-    """Trains what is not trained yet."""
-
-    def __init__(self, plan: ComparePlan, folder: ComparisonFolder, overview: CompareProgress) -> None:
+    def __init__(self, plan: ComparePlan, folder: ComparisonFolder, progress: CompareProgress) -> None:
         self._plan = plan
         self._folder = folder
-        self._overview = overview
+        self._progress = progress
 
-    def searched(self) -> list[CandidateResult]:
-        """Every candidate with all settings to try, on the first seed."""
+    def run_trials(self) -> list[CandidateResult]:
+        """Train every candidate with all settings to try, on the first seed."""
         return [
-            CandidateResult(candidate, self._tried(CandidateResult(candidate))) for candidate in self._plan.candidates
+            CandidateResult(candidate, self._trials(CandidateResult(candidate))) for candidate in self._plan.candidates
         ]
 
-    def repeated(self, outcomes: Sequence[CandidateResult]) -> list[CandidateResult]:
-        """The best settings of every candidate, on the other seeds."""
-        repeats: list[list[RunResult]] = [[] for _ in outcomes]
-        others = self._plan.seeds[1:]
-        for outcome in outcomes:
-            if outcome.best is None:
-                self._overview.skip(len(others))
-        for seed in others:
-            for place, outcome in enumerate(outcomes):
-                if outcome.best is not None:
-                    repeats[place].append(self._train(TrainingJob(outcome.candidate, outcome.settings, seed)))
-        return [replace(outcome, repeats=made) for outcome, made in zip(outcomes, repeats, strict=True)]
+    def run_seeds(self, candidates: Sequence[CandidateResult]) -> list[CandidateResult]:
+        """Train the best settings of every candidate on the other seeds."""
+        seed_runs: list[list[RunResult]] = [[] for _ in candidates]
+        other_seeds = self._plan.seeds[1:]
+        for candidate in candidates:
+            if candidate.best is None:
+                self._progress.skip_runs(len(other_seeds))
+        for seed in other_seeds:
+            for runs, candidate in zip(seed_runs, candidates, strict=True):
+                if candidate.best is not None:
+                    runs.append(self._train(TrainingJob(candidate.candidate, candidate.settings, seed)))
+        return [replace(candidate, seed_runs=runs) for candidate, runs in zip(candidates, seed_runs, strict=True)]
 
-    def _tried(self, outcome: CandidateResult) -> list[RunResult]:
-        records = []
-        search = self._plan.search(outcome.candidate)
+    def _trials(self, candidate: CandidateResult) -> list[RunResult]:
+        trials = []
+        search = self._plan.search(candidate.candidate)
         while (settings := search.ask()) is not None:
-            record = self._train(TrainingJob(outcome.candidate, settings, self._plan.seeds[0]))
-            search.tell(record.loss if record.failure is None else None)
-            records.append(record)
-        return records
+            result = self._train(TrainingJob(candidate.candidate, settings, self._plan.seeds[0]))
+            search.tell(result.loss if result.failure is None else None)
+            trials.append(result)
+        return trials
 
     def _train(self, job: TrainingJob) -> RunResult:
-        run = self._folder.run(job.name)
-        text = dump_recipe(self._plan.recipe_of(job, run, self._folder.data))
-        file = self._folder.recipe(job.name)
-        kept = (run / "run.json").is_file()
-        self._folder.check_unchanged(file, text, run)
-        write_text(file, text)
+        run = RunFolder(self._folder.run(job.name))
+        text = dump_recipe(self._plan.run_recipe(job, run.path, self._folder.data))
+        recipe_file = self._folder.recipe(job.name)
+        kept = run.is_finished
+        self._folder.check_unchanged(recipe_file, text, run.path)
+        write_text(recipe_file, text)
         failure = None
         if not kept:
             failure = run_python(
-                ["peftchat", "train", str(file), "--resume"],
+                ["peftchat", "train", str(recipe_file), "--resume"],
                 self._folder.log(job.name),
-                lambda: self._overview.watch(job, run),
+                lambda: self._progress.show_run(job, run.path),
             )
-        # It is written when everything else is: what went wrong after it does not touch the run.
-        if (run / "run.json").is_file():
-            record = read_run_result(job, run)
-            # They are many, large, and of no use to a finished run.
-            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        # The summary is written last: a process that fails after it has finished its run.
+        if run.is_finished:
+            result = read_run_result(job, run.path)
+            # Checkpoints are large, and a finished run does not need them.
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
         else:
-            record = RunResult(job, failure=failure)
-        self._overview.ended(record, kept=kept)
-        return record
+            result = RunResult(job, failure=failure)
+        self._progress.finish_run(result, kept=kept)
+        return result
 
 
-class _Evaluate:
-    """Measures what is not measured yet; other questions or another text are measured anew."""
+class _RunEvaluator:
+    """Evaluates runs; a result in the folder is kept if its request is the same."""
 
     def __init__(
-        self, folder: ComparisonFolder, overview: CompareProgress, text: Path, questions: list[str], merge: bool
+        self, folder: ComparisonFolder, progress: CompareProgress, text: Path, prompts: tuple[str, ...], merge: bool
     ) -> None:
         self._folder = folder
-        self._overview = overview
+        self._progress = progress
         self._text = text
-        self._questions = questions
+        self._prompts = prompts
         self._merge = merge
 
-    def at(self, outcome: CandidateResult) -> Evaluation:
-        """Measure the best run of a candidate's first seed."""
-        if outcome.best is None:
+    def evaluate(self, candidate: CandidateResult) -> Evaluation:
+        """Evaluate the best trial of a candidate."""
+        if candidate.best is None:
             return Evaluation()
-        name = outcome.best.job.name
-        return self._measured(name, outcome.candidate.name, self._folder.run(name))
+        name = candidate.best.job.name
+        return self._evaluate(name, candidate.candidate.name, self._folder.run(name))
 
-    def at_base(self) -> float | None:
-        """The base's loss on plain text."""
-        return self._measured("base", "the base", None).plain_loss
+    def base_general_loss(self) -> float | None:
+        """Return the base model's loss on general text."""
+        return self._evaluate("base", "the base model", None).general_loss
 
-    def _measured(self, name: str, title: str, run: Path | None) -> Evaluation:
-        recipe = self._folder.base if run is None else run / "recipe.yaml"
-        request = {
-            "run": None if run is None else str(run),
-            "recipe": str(recipe),
-            "text": str(self._text),
-            "digest": hashlib.sha256(self._text.read_bytes()).hexdigest(),
-            "questions": self._questions,
-            "merge": self._merge,
-        }
-        asked, answered = self._folder.measured(f"{name}.request"), self._folder.measured(name)
-        content = json.dumps(request, indent=2) + "\n"
-        if answered.is_file() and asked.is_file() and asked.read_text(encoding="utf-8") == content:
-            return read_evaluation(answered)
-        answered.unlink(missing_ok=True)
-        write_text(asked, content)
-        self._overview.measuring(title)
-        arguments = ["peftchat.comparing.evaluate", str(asked), str(answered)]
-        failure = run_python(arguments, self._folder.log(f"{name}.measured"), lambda: None)
-        return Evaluation(failure=failure) if failure is not None else read_evaluation(answered)
+    def _evaluate(self, name: str, title: str, run: Path | None) -> Evaluation:
+        request = EvaluationRequest(
+            run=run,
+            recipe=self._folder.base if run is None else RunFolder(run).recipe,
+            general_text=self._text,
+            general_text_sha256=hashlib.sha256(self._text.read_bytes()).hexdigest(),
+            prompts=self._prompts,
+            merge=self._merge,
+        )
+        request_file, result_file = self._folder.evaluation(f"{name}.request"), self._folder.evaluation(name)
+        content = request.model_dump_json(indent=2) + "\n"
+        unchanged = request_file.is_file() and request_file.read_text(encoding="utf-8") == content
+        if result_file.is_file() and unchanged:
+            return Evaluation.read(result_file)
+        result_file.unlink(missing_ok=True)
+        write_text(request_file, content)
+        self._progress.start_evaluation(title)
+        arguments = ["peftchat.comparing.evaluate", str(request_file), str(result_file)]
+        error = run_python(arguments, self._folder.log(f"{name}.evaluation"), lambda: None)
+        return Evaluation(error=error) if error is not None else Evaluation.read(result_file)
+
+
+def run_python(arguments: Sequence[str], log: Path, watch: Callable[[], None]) -> str | None:
+    """Run `python -m ARGUMENTS` until it ends, with its output in `log`.
+
+    Args:
+        arguments: the module and its arguments.
+        log: the file for standard output and standard error.
+        watch: called about twice per second while the process runs.
+
+    Returns:
+        None if it succeeded, else the reason in one line.
+    """
+    pid_file = log.with_suffix(".pid")
+    _end_leftover(pid_file)
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+        )
+    write_text(pid_file, f"{process.pid} {psutil.Process(process.pid).create_time()}")
+    try:
+        while process.poll() is None:
+            watch()
+            time.sleep(_POLL_SECONDS)
+    finally:
+        if process.poll() is None:
+            _end(psutil.Process(process.pid))
+            process.wait()
+        pid_file.unlink(missing_ok=True)
+    return None if process.returncode == 0 else _failure_reason(process.returncode, log)
+
+
+def _end_leftover(pid_file: Path) -> None:
+    """End the child of an earlier comparison that was killed: two processes must not write one run."""
+    if not pid_file.is_file():
+        return
+    pid, _, created = pid_file.read_text(encoding="utf-8").partition(" ")
+    with suppress(psutil.NoSuchProcess, ValueError):
+        process = psutil.Process(int(pid))
+        # The number may belong to another process by now.
+        if f"{process.create_time()}" == created:
+            _end(process)
+    pid_file.unlink()
+
+
+def _end(process: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        family = [*process.children(recursive=True), process]
+        for member in family:
+            member.terminate()
+        _, alive = psutil.wait_procs(family, timeout=_TERMINATE_SECONDS)
+        for member in alive:
+            member.kill()
+
+
+def _failure_reason(status: int, log: Path) -> str:
+    if status < 0:
+        return f"ended by signal {-status}" + (" (out of memory?)" if status == -9 else "")
+    lines = _ANSI_CODE.sub("", log.read_text(encoding="utf-8", errors="replace")).splitlines()
+    for line in reversed(lines):
+        for prefix in ("Error: ", "Failed: "):
+            if line.startswith(prefix):
+                return line.removeprefix(prefix)
+    # A traceback ends with the exception.
+    return next((line.strip() for line in reversed(lines) if line.strip()), f"ended with status {status}")

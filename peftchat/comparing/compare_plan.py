@@ -1,4 +1,4 @@
-"""How much each run may use."""
+"""Plan of a comparison: its options, its budget and the recipe of every run."""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftchat.comparing.candidates import Axis, Candidate, Settings, flags, make_candidates, slug
-from peftchat.comparing.hyperparameter_search import RATE, Range, RateGrid, Search, TreeParzen, check_optuna
+from peftchat.comparing.candidates import Axis, Candidate, Settings, make_candidates, override_flags, slug
+from peftchat.comparing.hyperparameter_search import (
+    LEARNING_RATE,
+    LearningRateGrid,
+    Range,
+    Search,
+    TPESearch,
+    check_optuna,
+)
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
 from peftchat.variants import get_variant
@@ -16,30 +23,31 @@ if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
 
 
-Kind = Literal["steps", "tokens", "minutes"]
-_FAR = 1_000_000.0
-"""Epochs that no budget reaches."""
+BudgetKind = Literal["steps", "tokens", "minutes"]
+_UNLIMITED_EPOCHS = 1_000_000.0
+"""More epochs than any budget reaches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A limit that is the same for all runs.
+    """The length of every run.
 
     Attributes:
-        kind: what is counted; minutes are of training, without evaluation.
+        kind: the unit; minutes of training exclude evaluation.
+        amount: how many of it.
     """
 
-    kind: Kind
+    kind: BudgetKind
     amount: float
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe's keys that bring it about."""
+        """The recipe keys that set this length."""
         if self.kind == "steps":
             return {"training.max_steps": int(self.amount)}
-        key = "training.max_tokens" if self.kind == "tokens" else "training.max_minutes"
+        key = "training.max_train_tokens" if self.kind == "tokens" else "training.max_train_minutes"
         amount = int(self.amount) if self.kind == "tokens" else float(self.amount)
-        return {"training.max_steps": -1, "training.num_train_epochs": _FAR, key: amount}
+        return {"training.max_steps": -1, "training.num_train_epochs": _UNLIMITED_EPOCHS, key: amount}
 
     def __str__(self) -> str:
         amount = f"{self.amount:g}" if self.kind == "minutes" else f"{int(self.amount):,}"
@@ -47,48 +55,49 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """`steps=200`, `tokens=1e6` or `minutes=30`.
+    """Parse `steps=200`, `tokens=1e6` or `minutes=30`.
 
     Raises:
-        UserError: anything else.
+        UserError: the text is anything else.
     """
     kind, _, amount = (part.strip() for part in text.partition("="))
     hint = "Write steps=N, tokens=N or minutes=N."
     if kind not in ("steps", "tokens", "minutes"):
-        raise UserError(f"`{kind}` is no budget", where=f"--budget {text}", hint=hint)
+        raise UserError(f"unknown budget `{kind}`", where=f"--budget {text}", hint=hint)
     try:
         number = float(amount.replace("_", ""))
     except ValueError:
         raise UserError(f"`{amount}` is not a number", where=f"--budget {text}", hint=hint) from None
     if not 0 < number < 1e15 or (kind != "minutes" and not number.is_integer()):
-        what = "must be above 0" if kind == "minutes" else "must be a whole number above 0"
-        raise UserError(what, where=f"--budget {text}", hint=hint)
+        expected = "a number above 0" if kind == "minutes" else "a whole number above 0"
+        raise UserError(f"expected {expected}, got {amount}", where=f"--budget {text}", hint=hint)
     return Budget(kind, number)  # type: ignore[arg-type]
 
 
 LR_FACTORS = (1 / 3, 1.0, 3.0)
-"""Factors around the rate that is expected to suit."""
+"""Factors around the expected learning rate."""
 
 
 def expected_lr(candidate: Candidate, loaded: "LoadedRecipe") -> float:
-    """The rate that is likely to suit a candidate.
+    """Return the learning rate that is likely to suit a candidate.
 
-    It is the customary one of its variant. A recipe that gives a rate of its own knows something about its model and
-    data, so the customary rate is then scaled by as much as the recipe's departs from its own variant's.
+    It is the default of its variant. If the recipe sets a learning rate, the default is scaled by the ratio between
+    that rate and the default of the recipe's own variant.
 
     Args:
-        loaded: the recipe that all candidates start from.
+        candidate: the variant and its settings.
+        loaded: the recipe that all candidates share.
     """
     recipe = loaded.recipe
-    hint = get_variant(candidate.variant).learning_rate
+    default = get_variant(candidate.variant).learning_rate
     if loaded.document.value(("training", "learning_rate")) is None:
-        return hint
-    own = "full" if recipe.adapter is None else recipe.adapter.variant
-    return _round_lr(recipe.training.learning_rate * hint / get_variant(own).learning_rate)
+        return default
+    recipe_variant = "full" if recipe.adapter is None else recipe.adapter.variant
+    return _round_lr(recipe.training.learning_rate * default / get_variant(recipe_variant).learning_rate)
 
 
 def lr_grid(rate: float) -> tuple[float, ...]:
-    """Three rates around `rate`, to two digits, rising."""
+    """Return three learning rates around `rate`, with two digits, in rising order."""
     return tuple(_round_lr(rate * factor) for factor in LR_FACTORS)
 
 
@@ -96,43 +105,43 @@ def _round_lr(rate: float) -> float:
     return float(f"{rate:.1e}")
 
 
-_EVALUATIONS = 6
-"""Points of a held-out curve after the first, where the recipe leaves the choice."""
+_NUM_EVALUATIONS = 6
+"""Evaluations during a run if the recipe does not set them."""
 
-_DATA_KEYS = ("data.train", "data.eval", "data.max_train_rows", "data.max_eval_rows")
-"""Keys that say which rows there are; the runs get these rows as files."""
+_DATA_KEYS = ("data.train", "data.eval", "data.max_train_samples", "data.max_eval_samples")
+"""Keys that select the data; the runs read the selected conversations from files."""
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What the user asked for.
+    """Options of a comparison.
 
     Attributes:
-        recipe: the file that all candidates start from.
-        variants: their names.
-        axes: settings; those of several values span the grid.
-        seeds: how many runs of each candidate at its best settings.
-        budget: None for the recipe's own length.
-        rates: learning rates to try; None for a grid of each candidate's own.
-        fixed_rate: try no rate but the expected one.
-        trials: settings to try for each candidate by optuna; 0 for none.
-        ranges: what optuna looks through.
+        recipe: the file that all candidates share.
+        variants: names of variants.
+        axes: settings; those with several values span a grid of candidates.
+        num_seeds: runs of each candidate at its best settings.
+        budget: the length of a run; None for the recipe's own.
+        learning_rates: learning rates to try; None for a grid around each candidate's expected rate.
+        search_lr: whether to try learning rates other than the expected one.
+        num_trials: settings that optuna tries for each candidate; 0 for the grid of learning rates.
+        ranges: the ranges that optuna searches.
     """
 
     recipe: Path
     variants: Sequence[str]
     axes: Sequence[Axis] = ()
-    seeds: int = 3
+    num_seeds: int = 3
     budget: Budget | None = None
-    rates: Sequence[float] | None = None
-    fixed_rate: bool = False
-    trials: int = 0
+    learning_rates: Sequence[float] | None = None
+    search_lr: bool = True
+    num_trials: int = 0
     ranges: Sequence[Range] = ()
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training run: a candidate, settings to try it with, and a seed."""
+    """One training run of a candidate with the settings of a trial and a seed."""
 
     candidate: Candidate
     settings: Settings
@@ -146,138 +155,144 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class ComparePlan:
-    """A comparison whose every part has been checked.
+    """A comparison whose recipes have all been checked.
 
     Attributes:
-        base: the recipe that all candidates start from, with the budget and the settings of one value.
-        candidates: what is compared.
-        wish: what was asked for.
+        options: the user's options.
+        base: the recipe that all candidates share, with the budget and the settings that have one value.
+        candidates: the candidates to compare.
     """
 
-    wish: CompareOptions
+    options: CompareOptions
     base: "LoadedRecipe"
     candidates: Sequence[Candidate]
 
     @property
     def seeds(self) -> list[int]:
-        """The recipe's own seed and those after it."""
+        """The recipe's seed and the ones after it."""
         first = self.base.recipe.training.seed
-        return [first + number for number in range(self.wish.seeds)]
+        return [first + offset for offset in range(self.options.num_seeds)]
 
     @property
-    def size(self) -> int:
-        """Training runs if none fails."""
-        return sum(self.search(candidate).size + self.wish.seeds - 1 for candidate in self.candidates)
+    def num_runs(self) -> int:
+        """The number of training runs if none fails."""
+        return sum(self.search(candidate).num_trials + self.options.num_seeds - 1 for candidate in self.candidates)
 
     def search(self, candidate: Candidate) -> Search:
-        """A fresh search through the settings of one candidate."""
-        wish = self.wish
-        if wish.trials:
-            named = {span.key for span in wish.ranges}
-            fixed = {} if RATE in named else {RATE: expected_lr(candidate, self.base)}
-            return TreeParzen(wish.trials, wish.ranges, fixed, self.seeds[0])
-        if wish.rates is not None:
-            return RateGrid(wish.rates)
+        """Start a search over the settings of one candidate."""
+        options = self.options
+        if options.num_trials:
+            searched = {searched.key for searched in options.ranges}
+            fixed = {} if LEARNING_RATE in searched else {LEARNING_RATE: expected_lr(candidate, self.base)}
+            return TPESearch(options.num_trials, options.ranges, fixed, self.seeds[0])
+        if options.learning_rates is not None:
+            return LearningRateGrid(options.learning_rates)
         rate = expected_lr(candidate, self.base)
-        return RateGrid([rate] if wish.fixed_rate else lr_grid(rate))
+        return LearningRateGrid(lr_grid(rate) if options.search_lr else [rate])
 
-    def recipe_of(self, job: TrainingJob, output_dir: Path, data: Path) -> "Recipe":
-        """The recipe of one run, on the rows in the folder `data`."""
-        rows = {
+    def run_recipe(self, job: TrainingJob, output_dir: Path, data: Path) -> "Recipe":
+        """Return the recipe of one run on the conversations in the folder `data`."""
+        files = {
             "data.train": [{"path": str(data / "train.jsonl"), "format": "messages"}],
             "data.eval": [{"path": str(data / "eval.jsonl"), "format": "messages"}],
         }
-        asked = {**_common(self.wish), **self._evaluation(), **job.candidate.settings}
-        settings = {key: value for key, value in asked.items() if not key.startswith(_DATA_KEYS)}
-        settings |= {"data.max_train_rows": None, "data.max_eval_rows": None, **rows}
+        requested = {**_shared_settings(self.options), **self._evaluation_settings(), **job.candidate.settings}
+        settings = {key: value for key, value in requested.items() if not key.startswith(_DATA_KEYS)}
+        settings |= {"data.max_train_samples": None, "data.max_eval_samples": None, **files}
         settings |= {**job.settings, "training.seed": job.seed, "output_dir": str(output_dir)}
-        return load_recipe(self.wish.recipe, flags(settings)).recipe
+        return load_recipe(self.options.recipe, override_flags(settings)).recipe
 
-    def recommended(self, candidate: Candidate, settings: Settings) -> "Recipe":
-        """The user's recipe with a candidate's settings, at the recipe's own length and on its own data."""
-        return load_recipe(self.wish.recipe, flags({**candidate.settings, **settings})).recipe
+    def recommended_recipe(self, candidate: Candidate, settings: Settings) -> "Recipe":
+        """Return the user's recipe with a candidate's settings, with its own length and data."""
+        return load_recipe(self.options.recipe, override_flags({**candidate.settings, **settings})).recipe
 
-    def _evaluation(self) -> dict[str, object]:
-        """Evaluate a few times on the way, where the recipe does not say when."""
+    def _evaluation_settings(self) -> dict[str, object]:
+        """Return settings for a few evaluations during the run, unless the recipe sets them."""
         settings: dict[str, object] = {"training.eval_on_start": True}
         written = self.base.document.value
         if any(written(("training", key)) is not None for key in ("eval_strategy", "eval_steps")):
             return settings
-        steps = _steps(self.base.recipe)
+        steps = _known_steps(self.base.recipe)
         if steps is not None:
-            settings |= {"training.eval_strategy": "steps", "training.eval_steps": math.ceil(steps / _EVALUATIONS)}
-        elif self.wish.budget is not None:
-            # After every epoch would be after every few steps of a small set, and there are no other marks.
+            settings |= {"training.eval_strategy": "steps", "training.eval_steps": math.ceil(steps / _NUM_EVALUATIONS)}
+        elif self.options.budget is not None:
+            # On a small dataset, an evaluation per epoch would come every few steps.
             settings["training.eval_strategy"] = "no"
         return settings
 
 
-def plan_comparison(wish: CompareOptions) -> ComparePlan:
+def plan_comparison(options: CompareOptions) -> ComparePlan:
     """Check everything that can be checked before the first run.
 
     Raises:
-        UserError: an unknown variant, no held-out data, or a candidate that no recipe can describe.
+        UserError: a variant is unknown, there is no held-out data, or the recipe of a candidate is invalid.
     """
-    if wish.trials:
+    if options.num_trials:
         check_optuna()
-    for axis in wish.axes:
+    for axis in options.axes:
         if len(axis.values) > 1 and axis.key.startswith(_DATA_KEYS):
-            what = "all runs are trained on the same rows and judged by the same"
-            raise UserError(what, where=f"--set {axis.key}", hint="Give one value, or compare recipes of their own.")
-    base = load_recipe(wish.recipe, flags(_common(wish)))
+            raise UserError(
+                f"all candidates must use the same data, got {len(axis.values)} values",
+                where=f"--set {axis.key}",
+                hint="Give one value, or run one comparison per value.",
+            )
+    base = load_recipe(options.recipe, override_flags(_shared_settings(options)))
     if not base.recipe.data.has_eval:
         raise UserError(
-            "a comparison judges by held-out conversations, and the recipe has none",
+            "a comparison needs held-out conversations, and the recipe has none",
             where=base.where("data"),
             hint="Add `--set data.eval_fraction=0.1`, or name files in data.eval.",
         )
     _check_sources(base.recipe)
-    plan = ComparePlan(wish, base, make_candidates(wish.variants, wish.axes))
+    plan = ComparePlan(options, base, make_candidates(options.variants, options.axes))
     for candidate in plan.candidates:
-        _check(plan, candidate)
+        _check_candidate(plan, candidate)
     return plan
 
 
-def _check(plan: ComparePlan, candidate: Candidate) -> None:
-    """Read the recipe of every settings that can be known, or of both ends of what is searched."""
+def _check_candidate(plan: ComparePlan, candidate: Candidate) -> None:
+    """Load the recipe of every trial that is known, or of both ends of the ranges searched."""
     known: list[Settings]
-    if plan.wish.trials:
-        lowest = {span.key: int(span.low) if span.whole else span.low for span in plan.wish.ranges}
-        highest = {span.key: int(span.high) if span.whole else span.high for span in plan.wish.ranges}
+    if plan.options.num_trials:
+        ranges = plan.options.ranges
+        lowest = {searched.key: int(searched.low) if searched.integer else searched.low for searched in ranges}
+        highest = {searched.key: int(searched.high) if searched.integer else searched.high for searched in ranges}
         known = [lowest, highest]
     else:
-        search = plan.search(candidate)
-        known = list(iter(search.ask, None))
+        known = list(iter(plan.search(candidate).ask, None))
     for settings in known:
         try:
-            plan.recommended(candidate, settings)
-            plan.recipe_of(TrainingJob(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
+            plan.recommended_recipe(candidate, settings)
+            plan.run_recipe(TrainingJob(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
         except UserError as error:
-            raise UserError(error.what, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
+            raise UserError(error.message, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
 
 
-def _common(wish: CompareOptions) -> dict[str, object]:
-    """What all candidates share: the budget, and settings of one value that no candidate leaves out."""
-    shared = {axis.key: axis.values[0] for axis in wish.axes if len(axis.values) == 1}
+def _shared_settings(options: CompareOptions) -> dict[str, object]:
+    """Return the settings that every candidate shares: the budget, and keys with one value.
+
+    Adapter keys are left out, since `full` has no adapter.
+    """
+    shared = {axis.key: axis.values[0] for axis in options.axes if len(axis.values) == 1}
     shared = {key: value for key, value in shared.items() if not key.startswith("adapter.")}
-    return {**shared, **(wish.budget.settings if wish.budget else {})}
+    return {**shared, **(options.budget.settings if options.budget else {})}
 
 
 def _check_sources(recipe: "Recipe") -> None:
     from peftchat.conversations.readers import find_files
-    from peftchat.models.loading import check_model_folder
+    from peftchat.models.source import ModelSource
 
-    check_model_folder(recipe.model.name)
+    ModelSource.of_recipe(recipe).check_weights()
     for entry in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(entry.path, entry.split)
 
 
-def _steps(recipe: "Recipe") -> int | None:
-    """Optimizer steps of a run, where they can be told without reading the data."""
+def _known_steps(recipe: "Recipe") -> int | None:
+    """Return the optimizer steps of a run; None if they depend on the data."""
     training = recipe.training
     if training.max_steps > 0:
         return training.max_steps
-    if training.max_tokens is None:
+    if training.max_train_tokens is None:
         return None
-    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    return math.ceil(training.max_tokens / (rows * recipe.data.max_length)) if recipe.data.packing else None
+    examples = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return math.ceil(training.max_train_tokens / (examples * recipe.data.max_length)) if recipe.data.packing else None

@@ -1,4 +1,4 @@
-"""What is shown while a comparison runs: on a terminal in place, elsewhere a line a run."""
+"""Progress of a comparison: updated in place on a terminal, one line per run elsewhere."""
 
 import time
 from pathlib import Path
@@ -15,24 +15,24 @@ from peftchat.comparing.outcomes import RunResult
 from peftchat.console import stderr
 from peftchat.errors import UserError
 from peftchat.formatting import format_clock, format_decimal, format_duration
-from peftchat.runs.metrics_file import MetricsFile
+from peftchat.runs.run_folder import RunFolder
 
 
 class CompareProgress:
-    """Counts runs and tells which one is on. Use as a context manager.
+    """Progress display of a comparison; use it as a context manager.
 
     Args:
-        total: runs if none fails.
-        console: where to show it.
+        total: the number of runs if none fails.
+        console: where to print.
     """
 
     def __init__(self, total: int, console: Console = stderr) -> None:
         self._total = total
         self._console = console
         self._done = 0
-        self._made_here = 0
-        self._began = time.monotonic()
-        self._now = Text("")
+        self._trained_here = 0
+        self._started = time.monotonic()
+        self._current = Text("")
         live = console.is_terminal and not console.is_dumb_terminal
         self._live = Live(console=console, refresh_per_second=2, get_renderable=self._render) if live else None
 
@@ -45,69 +45,69 @@ class CompareProgress:
         if self._live is not None:
             self._live.stop()
 
-    def watch(self, job: TrainingJob, run: Path) -> None:
-        """Show where a run that is going on has got to."""
+    def show_run(self, job: TrainingJob, run: Path) -> None:
+        """Show the step and loss of the current run."""
         if self._live is None:
             return
-        readings = ""
+        metrics = ""
         try:
-            lines = MetricsFile(run / "metrics.jsonl").read()
+            lines = RunFolder(run).metrics.read()
         except UserError:
             lines = []
         for line in reversed(lines):
             if line.get("loss") is not None:
-                readings = f"step {line['step']}, loss {format_decimal(line['loss'])}"  # type: ignore[arg-type]
+                metrics = f"step {line['step']}, loss {format_decimal(line['loss'])}"  # type: ignore[arg-type]
                 break
-        self._now = Text.assemble((_title(job), "bold"), "  ", (readings or "starting", "dim"))
+        self._current = Text.assemble((_title(job), "bold"), "  ", (metrics or "starting", "dim"))
 
-    def measuring(self, what: str) -> None:
-        """Show that a finished run is looked at."""
-        self._now = Text.assemble((what, "bold"), "  ", ("measuring", "dim"))
+    def start_evaluation(self, title: str) -> None:
+        """Show that a finished run is being evaluated."""
+        self._current = Text.assemble((title, "bold"), "  ", ("evaluating", "dim"))
         if self._live is None:
-            self._console.print(f"measuring {what}", markup=False)
+            self._console.print(f"evaluating {title}", markup=False)
 
-    def ended(self, record: RunResult, *, kept: bool) -> None:
-        """Count a run and print its result; `kept` ones were there from an earlier start."""
+    def finish_run(self, result: RunResult, *, kept: bool) -> None:
+        """Count a run and print its result; a `kept` run was finished before this start."""
         self._done += 1
-        self._made_here += not kept
-        place = f"{self._done:>{len(str(self._total))}}/{self._total}"
-        if record.failure is not None:
+        self._trained_here += not kept
+        counter = f"{self._done:>{len(str(self._total))}}/{self._total}"
+        if result.failure is not None:
             self._console.print(
-                Text.assemble(f"{place}  {_title(record.job)}  ", ("failed: ", "red"), record.failure), soft_wrap=True
+                Text.assemble(f"{counter}  {_title(result.job)}  ", ("failed: ", "red"), result.failure), soft_wrap=True
             )
             return
-        taken = "kept from before" if kept else f"trained {format_duration(record.seconds)}"
-        left = self._left()
+        time_taken = "already finished" if kept else f"trained {format_duration(result.seconds)}"
+        left = self._seconds_left()
         self._console.print(
             Text.assemble(
-                f"{place}  {_title(record.job)}  held-out loss ",
-                (format_decimal(record.loss), "bold"),
-                (f"  {taken}" + (f", {format_clock(left)} left" if left else ""), "dim"),
+                f"{counter}  {_title(result.job)}  held-out loss ",
+                (format_decimal(result.loss), "bold"),
+                (f"  {time_taken}" + (f", {format_clock(left)} left" if left else ""), "dim"),
             ),
             soft_wrap=True,
         )
 
-    def skip(self, runs: int) -> None:
-        """Take runs off the total that will not take place."""
+    def skip_runs(self, runs: int) -> None:
+        """Subtract runs that will not start from the total."""
         self._total -= runs
 
-    def _left(self) -> float | None:
-        if not self._made_here:
+    def _seconds_left(self) -> float | None:
+        if not self._trained_here:
             return None
-        return (time.monotonic() - self._began) / self._made_here * (self._total - self._done)
+        return (time.monotonic() - self._started) / self._trained_here * (self._total - self._done)
 
     def _render(self) -> Group:
         row = Table.grid(padding=(0, 2), expand=True)
         row.add_column(ratio=1)
         row.add_column(justify="right")
         row.add_column(justify="right")
-        left = self._left()
+        left = self._seconds_left()
         row.add_row(
             ProgressBar(total=max(1, self._total), completed=self._done),
             f"run {min(self._done + 1, self._total)} of {self._total}",
             f"{format_clock(left)} left" if left else "",
         )
-        return Group(row, self._now)
+        return Group(row, self._current)
 
 
 def _title(job: TrainingJob) -> str:

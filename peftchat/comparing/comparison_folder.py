@@ -1,4 +1,4 @@
-"""The folder of a comparison: what lies where, and that it stays one comparison."""
+"""Folder of a comparison: its files, and the check that it holds one comparison only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,59 +17,67 @@ if TYPE_CHECKING:
 
 
 class ComparisonFolder:
-    """One comparison's folder.
+    """The folder of one comparison.
 
-    Args:
-        path: `comparison.json`, `report.html`, `recommended.yaml`, and below them `data/`, `recipes/`, `runs/`,
-            `logs/`, `measured/`.
+    Attributes:
+        path: the folder.
+        base: the recipe that all candidates share.
+        data: the conversations of every run, one file per split.
+        summary: `comparison.json`.
+        report: the HTML report.
+        recommended: the recommended recipe.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.base = path / "recipe.yaml"
         self.data = path / "data"
-        self.result = path / "comparison.json"
+        self.summary = path / "comparison.json"
         self.report = path / "report.html"
         self.recommended = path / "recommended.yaml"
 
     def recipe(self, name: str) -> Path:
-        """The recipe of a run."""
+        """Return the recipe file of a run."""
         return self.path / "recipes" / f"{name}.yaml"
 
     def run(self, name: str) -> Path:
-        """The run folder of a run."""
+        """Return the run folder of a run."""
         return self.path / "runs" / name
 
     def log(self, name: str) -> Path:
-        """What a run said."""
+        """Return the file with the output of a child process."""
         return self.path / "logs" / f"{name}.txt"
 
-    def measured(self, name: str) -> Path:
-        """What was measured of a run afterwards."""
-        return self.path / "measured" / f"{name}.json"
+    def evaluation(self, name: str) -> Path:
+        """Return the file with the evaluation of a run."""
+        return self.path / "evaluations" / f"{name}.json"
 
     @contextmanager
-    def claimed(self, recipe: "Recipe") -> Iterator[None]:
-        """Make the folder this comparison's, and keep a second start out of it meanwhile.
+    def locked(self, recipe: "Recipe") -> Iterator[None]:
+        """Create the folder and lock it against a second process.
+
+        Args:
+            recipe: the recipe that all candidates share.
 
         Raises:
-            UserError: it holds something else, a comparison by another recipe, or one that is going on.
+            UserError: it holds other files, a comparison of another recipe, or a comparison that is running.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise UserError("the folder is to be made here, and there is a file", where=f"--out {self.path}")
+            raise UserError("expected a folder, got a file", where=f"-o {self.path}")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.base.is_file():
-            hint = "Name an empty folder."
-            raise UserError("the folder already holds other files", where=f"--out {self.path}", hint=hint)
+            hint = "Choose an empty folder."
+            raise UserError("the folder already holds other files", where=f"-o {self.path}", hint=hint)
         text = dump_recipe(recipe)
         if self.base.is_file():
             _check_same(self.base, text)
-        for name in ("recipes", "runs", "logs", "measured"):
+        for name in ("recipes", "runs", "logs", "evaluations"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
-            raise UserError("another comparison is going on there", where=f"--out {self.path}") from error
+            hint = "Wait until it ends, or choose another folder."
+            raise UserError("another comparison runs in this folder", where=f"-o {self.path}", hint=hint) from error
         try:
             write_text(self.base, text)
             yield
@@ -77,38 +85,37 @@ class ComparisonFolder:
             lock.release()
 
     def check_unchanged(self, file: Path, text: str, run: Path) -> None:
-        """Refuse to take a run that lies in the folder for one that would be trained differently now.
+        """Check that a run already in the folder was trained with the recipe it has now.
 
         Args:
             file: the recipe that the run was started with, if it was.
             text: its recipe now.
+            run: its run folder.
 
         Raises:
-            UserError: naming the key that changed.
+            UserError: a key changed.
         """
         if file.is_file() and run.is_dir():
             _check_same(file, text)
 
 
 def _check_same(file: Path, text: str) -> None:
-    # Read and written again, it has the keys that recipes have come to have since.
-    before = dump_recipe(load_recipe(file, to_train=False).recipe)
+    # Loading and dumping adds keys that are newer than the file.
+    before = dump_recipe(load_recipe(file, to_train=False, upgrade=True).recipe)
     old, new = _flat(before), _flat(text)
     for key in sorted(old.keys() | new.keys()):
         if key != "output_dir" and old.get(key) != new.get(key):
             raise UserError(
-                f"the comparison was started with {key}: {old.get(key)}, and now it is {new.get(key)}",
+                f"the comparison was started with {key}: {old.get(key)}, and it is {new.get(key)} now",
                 where=str(file),
-                hint="Go on with the same value, or start another comparison with -o.",
+                hint="Use the same value, or start another comparison with -o.",
             )
 
 
 def _flat(text: str) -> dict[str, Any]:
-    """The values of a recipe's YAML by dotted key."""
+    """Return the values of a recipe's YAML by dotted key."""
     values, _ = to_plain(parse_yaml(text, "recipe"), "recipe")
     flat: dict[str, Any] = {}
-    for section, held in values.items():
-        flat |= (
-            {f"{section}.{key}": value for key, value in held.items()} if isinstance(held, dict) else {section: held}
-        )
+    for section, value in values.items():
+        flat |= {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {section: value}
     return flat

@@ -1,4 +1,4 @@
-"""Which settings are tried on the first seed: a grid of learning rates, or ranges that optuna's TPE looks through."""
+"""Hyperparameter search on the first seed: a grid of learning rates, or optuna's TPE over ranges."""
 
 import importlib.util
 import logging
@@ -9,62 +9,69 @@ from typing import Any, Protocol
 from peftchat.comparing.candidates import Settings
 from peftchat.errors import UserError
 
-RATE = "training.learning_rate"
+LEARNING_RATE = "training.learning_rate"
 
 
 class Search(Protocol):
-    """Proposes settings one after the other and hears how each did."""
+    """A search that proposes settings one by one and receives the loss of each."""
 
     @property
-    def size(self) -> int:
-        """How many settings it will propose."""
+    def num_trials(self) -> int:
+        """The number of settings it proposes."""
 
     def ask(self) -> Settings | None:
-        """The next settings to try, None after the last."""
+        """Return the next settings to try; None after the last."""
 
     def tell(self, loss: float | None) -> None:
-        """The held-out loss that the settings asked for last led to; None if they failed."""
+        """Record the held-out loss of the settings returned last; None if the run failed."""
 
 
-class RateGrid:
-    """Learning rates, one after the other.
+class LearningRateGrid:
+    """Learning rates in a fixed order.
 
     Args:
-        rates: at least one.
+        learning_rates: at least one.
     """
 
-    def __init__(self, rates: Sequence[float]) -> None:
-        self._rates = list(rates)
-        self.size = len(self._rates)
+    def __init__(self, learning_rates: Sequence[float]) -> None:
+        self._remaining = list(learning_rates)
+        self.num_trials = len(self._remaining)
 
     def ask(self) -> Settings | None:
-        """The next rate."""
-        return {RATE: self._rates.pop(0)} if self._rates else None
+        """Return the next learning rate."""
+        return {LEARNING_RATE: self._remaining.pop(0)} if self._remaining else None
 
     def tell(self, loss: float | None) -> None:
-        """Nothing to learn: a grid goes on as it is."""
+        """Ignore the loss: a grid does not depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The values that a key may take: from `low` to `high`, whole numbers or not, even or even in their logarithm."""
+    """The values that a key may take.
+
+    Attributes:
+        key: a recipe key.
+        low, high: the smallest and the largest value.
+        log: whether values are sampled on a logarithmic scale.
+        integer: whether values are integers.
+    """
 
     key: str
     low: float
     high: float
     log: bool
-    whole: bool
+    integer: bool
 
 
 def parse_range(flag: str) -> Range:
-    """`training.learning_rate=1e-5..1e-3:log` or `adapter.r=4..64`.
+    """Parse `training.learning_rate=1e-5..1e-3:log` or `adapter.r=4..64`.
 
     Raises:
-        UserError: not of that form, or empty.
+        UserError: the flag is malformed, or the range is empty.
     """
     key, equals, text = (part.strip() for part in flag.partition("="))
-    span, _, scale = text.partition(":")
-    low, dots, high = span.partition("..")
+    bounds, _, scale = text.partition(":")
+    low, dots, high = bounds.partition("..")
     where = f"--search {flag}"
     hint = "Write KEY=LOW..HIGH, or KEY=LOW..HIGH:log."
     if not (equals and key and dots) or scale not in ("", "log"):
@@ -72,63 +79,65 @@ def parse_range(flag: str) -> Range:
     try:
         first, last = float(low), float(high)
     except ValueError:
-        raise UserError("the ends of a range are numbers", where=where, hint=hint) from None
-    if not first < last or (scale == "log" and first <= 0):
-        what = "a range on a logarithmic scale is above 0 and rises" if scale else "a range rises"
-        raise UserError(what, where=where, hint=hint)
-    whole = all(end.strip().lstrip("-").isdecimal() for end in (low, high))
-    return Range(key, first, last, scale == "log", whole)
+        raise UserError(f"expected two numbers, got `{low}` and `{high}`", where=where, hint=hint) from None
+    if not first < last:
+        raise UserError(f"expected LOW < HIGH, got {low} and {high}", where=where, hint=hint)
+    if scale == "log" and first <= 0:
+        raise UserError(f"a logarithmic range must start above 0, got {low}", where=where, hint=hint)
+    integer = all(end.strip().lstrip("-").isdecimal() for end in (low, high))
+    return Range(key, first, last, scale == "log", integer)
 
 
 def check_optuna() -> None:
-    """Refuse where the optional library is missing.
+    """Check that the optional library is installed.
 
     Raises:
-        UserError: with the command that installs it.
+        UserError: it is not.
     """
     if importlib.util.find_spec("optuna") is None:
         raise UserError(
             "a search over ranges needs optuna, which is not installed",
             where="--trials",
-            hint="pip install 'peftchat[sweep]'",
+            hint="Install it with `pip install 'peftchat[sweep]'`.",
         )
 
 
-class TreeParzen:
+class TPESearch:
     """Optuna's tree-structured Parzen estimator (Bergstra et al., 2011).
 
-    It is seeded and asked in order, so an interrupted comparison proposes the same settings again, whose finished runs
-    are then found in the folder.
+    It is seeded and asked in order. An interrupted comparison therefore proposes the same settings again and finds
+    their finished runs in its folder.
 
     Args:
-        trials: how many settings to try.
-        ranges: what to look through.
-        fixed: settings beside them.
+        num_trials: how many settings to try.
+        ranges: the ranges to search.
+        fixed: settings that every trial shares.
+        seed: of the sampler.
     """
 
-    def __init__(self, trials: int, ranges: Sequence[Range], fixed: Settings, seed: int) -> None:
+    def __init__(self, num_trials: int, ranges: Sequence[Range], fixed: Settings, seed: int) -> None:
         import optuna
 
         logging.getLogger("optuna").setLevel(logging.ERROR)
-        self.size = trials
-        self._left = trials
+        self.num_trials = num_trials
+        self._remaining = num_trials
         self._ranges = ranges
         self._fixed = fixed
-        # The library starts with ten random trials, which would be all that most comparisons have.
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(2, trials // 2)))
+        # By default the first ten trials are random, which would be all trials of most comparisons.
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(2, num_trials // 2)))
         self._study = optuna.create_study(direction="minimize", sampler=sampler)
         self._trial: Any = None
 
     def ask(self) -> Settings | None:
-        """The next settings, numbers to three digits."""
-        if not self._left:
+        """Return the next settings; real numbers have three digits."""
+        if not self._remaining:
             return None
-        self._left -= 1
+        self._remaining -= 1
         self._trial = self._study.ask()
-        return {**self._fixed, **{span.key: self._value(span) for span in self._ranges}}
+        return {**self._fixed, **{searched.key: self._suggest(searched) for searched in self._ranges}}
 
     def tell(self, loss: float | None) -> None:
-        """Let the estimator learn from a run."""
+        """Update the estimator with the loss of a run."""
         import optuna
 
         if loss is None:
@@ -136,7 +145,8 @@ class TreeParzen:
         else:
             self._study.tell(self._trial, loss)
 
-    def _value(self, span: Range) -> float | int:
-        if span.whole:
-            return int(self._trial.suggest_int(span.key, int(span.low), int(span.high), log=span.log))
-        return float(f"{self._trial.suggest_float(span.key, span.low, span.high, log=span.log):.2e}")
+    def _suggest(self, searched: Range) -> float | int:
+        low, high = searched.low, searched.high
+        if searched.integer:
+            return int(self._trial.suggest_int(searched.key, int(low), int(high), log=searched.log))
+        return float(f"{self._trial.suggest_float(searched.key, low, high, log=searched.log):.2e}")

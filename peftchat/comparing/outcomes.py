@@ -1,4 +1,4 @@
-"""What a handful of seeds says about a mean."""
+"""Results of a comparison: of one run, of its evaluation, and of one candidate over its seeds."""
 
 import json
 import math
@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
 
 from peftchat.comparing.candidates import Candidate, Settings
 from peftchat.comparing.compare_plan import TrainingJob
-from peftchat.comparing.hyperparameter_search import RATE
-from peftchat.runs.metrics_file import MetricsFile
-from peftchat.runs.run_summary import read_run_json, weights_size
+from peftchat.comparing.hyperparameter_search import LEARNING_RATE
+from peftchat.files import write_text
+from peftchat.runs.run_folder import RunFolder
+from peftchat.runs.run_summary import RunSummary, SampleAnswer
 
 _T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -25,36 +28,37 @@ _NORMAL95 = 1.959964
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and the 95 % interval around it.
+    """A mean over seeds with its 95 % interval.
 
     Attributes:
-        margin: half the interval; None where one value is all there is.
-        count: values it was made of.
+        mean: the mean.
+        margin: half the interval; None for a single seed.
+        seeds: the number of seeds.
     """
 
     mean: float
     margin: float | None
-    count: int
+    seeds: int
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and Student's 95 % interval of independent values, at least one."""
-    mean, count = fmean(values), len(values)
-    if count < 2:
-        return Estimate(mean, None, count)
-    return Estimate(mean, _quantile(count - 1) * stdev(values) / math.sqrt(count), count)
+    """Return the mean and Student's 95 % interval of at least one independent value."""
+    mean, seeds = fmean(values), len(values)
+    if seeds < 2:
+        return Estimate(mean, None, seeds)
+    return Estimate(mean, _t_quantile(seeds - 1) * stdev(values) / math.sqrt(seeds), seeds)
 
 
-def _quantile(freedom: int) -> float:
-    """Student's t for a two-sided 95 % interval.
+def _t_quantile(degrees: int) -> float:
+    """Return Student's t for a two-sided 95 % interval.
 
-    Beyond the table it is the normal distribution's with the first two terms of its expansion in the inverse of the
-    degrees of freedom (Abramowitz and Stegun, 26.7.5).
+    Beyond the table it is the normal quantile with the first two terms of its expansion in the inverse degrees of
+    freedom (Abramowitz and Stegun, 26.7.5).
     """
-    if freedom <= len(_T95):
-        return _T95[freedom - 1]
+    if degrees <= len(_T95):
+        return _T95[degrees - 1]
     z = _NORMAL95
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 Curve = tuple[tuple[float, float], ...]
@@ -62,16 +66,16 @@ Curve = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that has ended.
+    """The result of a run that has ended.
 
     Attributes:
-        job: what it was for.
-        failure: why it failed, in one line; all that follows is then empty.
-        loss: held-out loss at the end, in nats a supervised token.
-        loss_before: the same before the first step.
-        tokens, seconds: of training alone.
-        weights_bytes: what it wrote to be used: an adapter, or whole weights.
-        curve: step and held-out loss.
+        job: the training job.
+        failure: why it failed, in one line; the other values are then empty.
+        loss: held-out loss at the end, in nats per supervised token.
+        loss_before: held-out loss before the first step.
+        steps, tokens, seconds: of training, without evaluation.
+        weights_bytes: size of the files it wrote: the adapter, or all weights.
+        curve: pairs of step and held-out loss.
     """
 
     job: TrainingJob
@@ -89,42 +93,42 @@ class RunResult:
 
     @property
     def loss_by_tokens(self) -> Curve:
-        """The curve over tokens; steps have nearly the same number of them, so each counts for its share."""
+        """Pairs of tokens and held-out loss, assuming the same number of tokens per step."""
         return tuple((self.tokens * step / self.steps, loss) for step, loss in self.curve)
 
     @property
     def loss_by_seconds(self) -> Curve:
-        """The curve over seconds of training, evaluation left out."""
+        """Pairs of training seconds and held-out loss, assuming the same time per step."""
         return tuple((self.seconds * step / self.steps, loss) for step, loss in self.curve)
 
 
 def read_run_result(job: TrainingJob, run: Path) -> RunResult:
-    """The record of a finished run.
+    """Read the result of a finished run from its folder.
 
     Raises:
         UserError: the folder holds no finished run.
     """
-    facts = read_run_json(run)
-    loss = facts.get("eval_loss")
-    if not isinstance(loss, int | float) or not math.isfinite(loss):
+    folder = RunFolder(run)
+    summary = RunSummary.read(folder)
+    loss = summary.eval_loss
+    if loss is None or not math.isfinite(loss):
         return RunResult(job, failure=f"the held-out loss is {loss}")
-    lines = MetricsFile(run / "metrics.jsonl").read()
     return RunResult(
         job,
         loss=loss,
-        loss_before=facts.get("eval_loss_before"),
-        steps=facts["steps"],
-        tokens=facts["tokens"],
-        seconds=facts["seconds"],
-        tokens_per_second=facts["tokens_per_second"] or 0.0,
-        peak_memory_bytes=facts["peak_memory_bytes"],
-        trainable_parameters=facts["trainable_parameters"],
-        weights_bytes=weights_size(run) or 0,
-        curve=tuple(_points(lines)),
+        loss_before=summary.eval_loss_before,
+        steps=summary.steps or 0,
+        tokens=summary.tokens or 0,
+        seconds=summary.seconds or 0.0,
+        tokens_per_second=summary.tokens_per_second or 0.0,
+        peak_memory_bytes=summary.peak_memory_bytes or 0,
+        trainable_parameters=summary.trainable_parameters or 0,
+        weights_bytes=folder.weights_bytes() or 0,
+        curve=tuple(_curve_points(folder.metrics.read())),
     )
 
 
-def _points(lines: list[dict[str, Any]]) -> list[tuple[float, float]]:
+def _curve_points(lines: list[dict[str, Any]]) -> list[tuple[float, float]]:
     return [
         (float(line["step"]), float(line["eval_loss"]))
         for line in lines
@@ -132,117 +136,126 @@ def _points(lines: list[dict[str, Any]]) -> list[tuple[float, float]]:
     ]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured of a finished run afterwards, with libraries that do not know peftchat.
+MergeResult = Literal["same", "differs", "not mergeable", "full model"]
+"""Whether the merged model computes what base and adapter compute, or why there is no merged model."""
+
+
+class Evaluation(BaseModel):
+    """The evaluation of a finished run, loaded by stock transformers and PEFT.
 
     Attributes:
-        failure: why nothing could be measured.
-        plain_loss: loss on plain text, in nats a token.
-        merge: what the merge's proof said: `same`, `differs`, `does not fold`, or `nothing to fold`.
-        merge_words: the proof's or the refusal's own words.
-        answers: prompt, answer, whether it ended its turn.
+        error: why it could not be evaluated.
+        general_loss: loss on text unrelated to the training data, in nats per token.
+        merge: the result of merging; None if it was not tried.
+        merge_message: the message of the merge's verification, or of its error.
+        answers: answers to the prompts.
     """
 
-    failure: str | None = None
-    plain_loss: float | None = None
-    merge: str | None = None
-    merge_words: str = ""
-    answers: tuple[tuple[str, str, bool], ...] = ()
+    model_config = ConfigDict(frozen=True)
 
+    error: str | None = None
+    general_loss: float | None = None
+    merge: MergeResult | None = None
+    merge_message: str = ""
+    answers: tuple[SampleAnswer, ...] = ()
 
-def read_evaluation(path: Path) -> Evaluation:
-    """What `peftchat.comparing.evaluate` wrote."""
-    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    answers = tuple((one["prompt"], one["answer"], one["stopped"]) for one in content["answers"])
-    return Evaluation(None, content["plain_loss"], content["merge"], content["merge_words"], answers)
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read an evaluation that its child process wrote."""
+        return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+
+    def write(self, path: Path) -> None:
+        """Write the evaluation as JSON."""
+        text = json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n"
+        # Answers may hold lone surrogates, which UTF-8 cannot encode; backslash escapes are valid JSON.
+        write_text(path, text, errors="backslashreplace")
 
 
 @dataclass(frozen=True)
 class CandidateResult:
-    """What became of one candidate.
+    """The results of one candidate.
 
     Attributes:
-        candidate: which.
-        tried: a run of the first seed for each of the settings tried.
-        repeats: runs of the other seeds at the best of them.
-        measured: what was measured of the best run of the first seed.
+        candidate: the candidate.
+        trials: one run per settings tried, on the first seed.
+        seed_runs: runs with the best settings on the other seeds.
+        evaluation: the evaluation of the best trial.
     """
 
     candidate: Candidate
-    tried: Sequence[RunResult] = ()
-    repeats: Sequence[RunResult] = ()
-    measured: Evaluation = field(default_factory=Evaluation)
+    trials: Sequence[RunResult] = ()
+    seed_runs: Sequence[RunResult] = ()
+    evaluation: Evaluation = field(default_factory=Evaluation)
 
     @property
     def best(self) -> RunResult | None:
-        """The run of the first seed with the lowest held-out loss; None if all failed."""
-        whole = [record for record in self.tried if record.failure is None]
-        return min(whole, key=lambda record: record.loss, default=None)
+        """The trial with the lowest held-out loss; None if all failed."""
+        finished = [run for run in self.trials if run.failure is None]
+        return min(finished, key=lambda run: run.loss, default=None)
 
     @property
     def settings(self) -> Settings:
-        """The best of the settings tried; empty if all failed."""
+        """The settings of the best trial; empty if all failed."""
         return self.best.job.settings if self.best else {}
 
     @property
     def runs(self) -> list[RunResult]:
-        """The finished runs at the best settings, one a seed."""
-        return [] if self.best is None else [self.best, *(one for one in self.repeats if one.failure is None)]
+        """The finished runs with the best settings, one per seed."""
+        return [] if self.best is None else [self.best, *(run for run in self.seed_runs if run.failure is None)]
 
     @property
     def failures(self) -> list[RunResult]:
         """The runs that failed."""
-        return [record for record in (*self.tried, *self.repeats) if record.failure is not None]
+        return [run for run in (*self.trials, *self.seed_runs) if run.failure is not None]
 
     @property
     def loss(self) -> Estimate | None:
         """Held-out loss over the seeds."""
-        return estimate([record.loss for record in self.runs]) if self.runs else None
+        return estimate([run.loss for run in self.runs]) if self.runs else None
 
     @property
     def losses(self) -> Mapping[int, float]:
         """Held-out loss by seed."""
-        return {record.job.seed: record.loss for record in self.runs}
+        return {run.job.seed: run.loss for run in self.runs}
 
     @property
     def seconds(self) -> float:
         """Mean training time of a run."""
-        return fmean(record.seconds for record in self.runs)
+        return fmean(run.seconds for run in self.runs)
 
     @property
     def tokens_per_second(self) -> float:
-        """Mean over the runs."""
-        return fmean(record.tokens_per_second for record in self.runs)
+        """Mean training throughput of the runs."""
+        return fmean(run.tokens_per_second for run in self.runs)
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Of the run that took the most."""
-        return max(record.peak_memory_bytes for record in self.runs)
+        """The largest peak memory of a run."""
+        return max(run.peak_memory_bytes for run in self.runs)
 
     @property
     def seconds_per_token(self) -> float:
-        """Training time a token of the fastest run: whatever else a machine does can only make one slower.
+        """Training time per token of the fastest run: other load on the machine can only slow a run down.
 
-        The learning rate does not matter for it, so runs that tried another one count too.
+        Trials that differ only in the learning rate count too, since it does not affect speed.
         """
-        alike = [one for one in self.tried if one.failure is None and _without_rate(one) == _without_rate(self.best)]
-        return min(record.seconds / max(1, record.tokens) for record in [*self.runs, *alike])
+        alike = [run for run in self.trials if run.failure is None and _without_lr(run) == _without_lr(self.best)]
+        return min(run.seconds / max(1, run.tokens) for run in [*self.runs, *alike])
 
     @property
     def cost(self) -> float:
-        """What training takes of a machine for each token: time times memory."""
+        """The cost of training per token: time times memory."""
         return self.seconds_per_token * self.peak_memory_bytes
 
     @property
-    def edge(self) -> str | None:
-        """`lowest` or `highest` where the best learning rate is at an end of those tried."""
-        rates = sorted(rate for one in self.tried if isinstance(rate := one.job.settings.get(RATE), float))
+    def lr_at_grid_end(self) -> Literal["lowest", "highest"] | None:
+        """Which end of the learning rates tried the best one is at, if any."""
+        rates = sorted(rate for run in self.trials if isinstance(rate := run.job.settings.get(LEARNING_RATE), float))
         if len(rates) < 2 or self.best is None:
             return None
-        best = self.settings[RATE]
+        best = self.settings[LEARNING_RATE]
         return "lowest" if best == rates[0] else "highest" if best == rates[-1] else None
 
 
-def _without_rate(record: RunResult | None) -> dict[str, Any]:
-    return {} if record is None else {key: value for key, value in record.job.settings.items() if key != RATE}
+def _without_lr(run: RunResult | None) -> dict[str, Any]:
+    return {} if run is None else {key: value for key, value in run.job.settings.items() if key != LEARNING_RATE}

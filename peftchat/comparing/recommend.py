@@ -1,4 +1,4 @@
-"""Which candidate to take, and why, in words that the numbers carry."""
+"""Recommendation: which candidate to use, with the reasons and the warnings that follow from the numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,186 +8,200 @@ from peftchat.comparing.outcomes import CandidateResult, Estimate, estimate
 from peftchat.formatting import format_count, format_percent
 
 NEGLIGIBLE = 0.005
-"""A difference below this share of the lower loss is a tie, however sure it is."""
+"""Fraction of the lower loss below which a difference counts as a tie, however certain it is."""
 
-_UNSURE = 0.01
-"""The same where there is one seed, and so no interval."""
+_SINGLE_SEED_NEGLIGIBLE = 0.01
+"""The same for a single seed, which has no interval."""
 
-_CHEAPER = 0.95
-"""Costs nearer to each other than this are equal: timings vary by as much."""
+_EQUAL_COST = 0.95
+"""Costs whose ratio is above this count as equal, since timings vary by as much."""
 
-_FORGETTING = 0.05
+_MAX_FORGETTING = 0.05
+"""Relative rise of the general loss above which a warning is given."""
 
-_UNEVEN = 1.1
+_MAX_TOKEN_RATIO = 1.1
+"""Ratio of the most to the fewest tokens of a run above which a warning is given."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to take.
+    """The recommended candidate.
 
     Attributes:
-        choice: the candidate.
-        lowest: the one with the lowest mean loss.
-        tied: those that cannot be told from it, `choice` among them.
+        recommended: the candidate to use.
+        lowest: the candidate with the lowest mean loss.
+        tied: the candidates statistically tied with it; includes `recommended`.
         headline: one sentence.
-        reasons: why, one sentence each.
-        cautions: what speaks against relying on it.
+        reasons: one sentence each.
+        warnings: reasons not to rely on it, one sentence each.
     """
 
-    choice: CandidateResult
+    recommended: CandidateResult
     lowest: CandidateResult
     tied: Sequence[CandidateResult]
     headline: str
     reasons: Sequence[str]
-    cautions: Sequence[str]
+    warnings: Sequence[str]
 
 
-def recommend(outcomes: Sequence[CandidateResult], base_plain_loss: float | None = None) -> Recommendation | None:
-    """The cheapest of the candidates whose loss cannot be told from the lowest; None if no run ended well.
+def recommend(candidates: Sequence[CandidateResult], base_general_loss: float | None = None) -> Recommendation | None:
+    """Return the cheapest of the candidates that are tied with the lowest loss.
 
     Args:
-        base_plain_loss: the base's loss on plain text.
+        candidates: the results.
+        base_general_loss: the base model's loss on general text.
+
+    Returns:
+        The recommendation; None if no run has finished.
     """
-    finished = [outcome for outcome in outcomes if outcome.best is not None]
+    finished = [candidate for candidate in candidates if candidate.best is not None]
     if not finished:
         return None
-    lowest = min(finished, key=_mean)
-    tied = [outcome for outcome in finished if is_tied(lowest, outcome)]
-    cheapest = min(outcome.cost for outcome in tied)
-    choice = min((outcome for outcome in tied if _CHEAPER * outcome.cost <= cheapest), key=_mean)
+    lowest = min(finished, key=_mean_loss)
+    tied = [candidate for candidate in finished if is_tied(lowest, candidate)]
+    cheapest = min(candidate.cost for candidate in tied)
+    recommended = min((one for one in tied if _EQUAL_COST * one.cost <= cheapest), key=_mean_loss)
     return Recommendation(
-        choice,
+        recommended,
         lowest,
         tied,
-        f"Take {named(choice)}.",
-        list(_reasons(choice, lowest, tied, finished)),
-        list(_warnings(choice, lowest, outcomes, base_plain_loss)),
+        f"Recommended: {name_with_settings(recommended)}",
+        _reasons(recommended, lowest, tied, finished),
+        _warnings(recommended, lowest, candidates, base_general_loss),
     )
 
 
 def is_tied(lowest: CandidateResult, other: CandidateResult) -> bool:
-    """Whether `other` may well be as good as `lowest`.
+    """Return whether the loss of `other` is statistically tied with the lowest.
 
-    Runs of one seed saw the same rows in the same order, so the interval is that of their differences.
+    Runs of one seed see the same examples in the same order, so the interval is that of their paired differences.
     """
-    difference = loss_gap(lowest, other)
-    if difference.margin is None:
-        return difference.mean <= _UNSURE * abs(_mean(lowest))
-    return difference.mean <= max(difference.margin, NEGLIGIBLE * abs(_mean(lowest)))
+    gap = loss_gap(lowest, other)
+    if gap.margin is None:
+        return gap.mean <= _SINGLE_SEED_NEGLIGIBLE * abs(_mean_loss(lowest))
+    return gap.mean <= max(gap.margin, NEGLIGIBLE * abs(_mean_loss(lowest)))
 
 
 def loss_gap(lowest: CandidateResult, other: CandidateResult) -> Estimate:
-    """By how much the loss of `other` is higher, over the seeds that both have."""
+    """Return how much the loss of `other` is above the lowest, over the seeds that both have."""
     seeds = lowest.losses.keys() & other.losses.keys()
     return estimate([other.losses[seed] - lowest.losses[seed] for seed in sorted(seeds)])
 
 
-def named(outcome: CandidateResult) -> str:
-    """A candidate and its settings: `dora (lr 2e-4)`."""
-    return f"{outcome.candidate.name} ({describe(outcome.settings)})"
+def name_with_settings(result: CandidateResult) -> str:
+    """Return a candidate's name with its settings: `dora (lr 2e-4)`."""
+    return f"{result.candidate.name} ({describe(result.settings)})"
 
 
-def loss_words(loss: Estimate) -> str:
-    """`2.314 ± 0.021`, or the value alone where there is no interval."""
-    return thousandths(loss.mean) if loss.margin is None else f"{thousandths(loss.mean)} ± {thousandths(loss.margin)}"
+def format_estimate(loss: Estimate) -> str:
+    """Format a loss as `2.314 ± 0.021`, or without an interval as `2.314`."""
+    return format_loss(loss.mean) if loss.margin is None else f"{format_loss(loss.mean)} ± {format_loss(loss.margin)}"
 
 
-def thousandths(value: float) -> str:
-    """A loss or a difference of losses to three digits after the point: what is beyond them is noise in every run."""
+def format_loss(value: float) -> str:
+    """Format a loss with three decimals; further digits are noise in every run."""
     return f"{value:.3f}"
 
 
-def _mean(outcome: CandidateResult) -> float:
-    loss = outcome.loss
+def _mean_loss(result: CandidateResult) -> float:
+    loss = result.loss
     assert loss is not None
     return loss.mean
 
 
 def _reasons(
-    choice: CandidateResult,
+    recommended: CandidateResult,
     lowest: CandidateResult,
     tied: Sequence[CandidateResult],
     finished: Sequence[CandidateResult],
 ) -> list[str]:
-    loss, best = choice.loss, choice.best
+    loss, best = recommended.loss, recommended.best
     assert loss is not None and best is not None
-    before = "" if best.loss_before is None else f", from {thousandths(best.loss_before)} before training"
-    reasons = [f"Its held-out loss is {loss_words(loss)}{before}."]
-    if choice is lowest:
-        reasons.append("No other has a lower one." if len(finished) > 1 else "Nothing else was there to compare with.")
+    before = "" if best.loss_before is None else f", from {format_loss(best.loss_before)} before training"
+    reasons = [f"Its held-out loss is {format_estimate(loss)}{before}."]
+    if recommended is lowest:
+        reasons.append("It is the lowest." if len(finished) > 1 else "No other candidate has finished.")
     else:
-        lower = _mean(choice) - _mean(lowest)
-        noise = loss_gap(lowest, choice).margin
-        if noise is None:
-            within = "which one seed cannot tell apart"
-        elif lower <= noise:
-            within = f"which is within the noise (± {thousandths(noise)})"
-        else:
-            within = f"which is under {format_percent(NEGLIGIBLE)} of it"
-        reasons.append(
-            f"{named(lowest)} is lower by {thousandths(lower)}, {within}; "
-            f"{choice.candidate.name} {_cost_words(choice, lowest)}."
-        )
-    others = [outcome for outcome in tied if outcome not in (choice, lowest)]
-    if choice is lowest and (dearer := [outcome for outcome in others if outcome.cost > choice.cost]):
-        told = "; ".join(f"{outcome.candidate.name} {_cost_words(outcome, choice)}" for outcome in dearer)
-        reasons.append(f"Not to be told from it, and dearer: {told}.")
+        reasons.append(_tie_reason(recommended, lowest))
+    others = [result for result in tied if result not in (recommended, lowest)]
+    if recommended is lowest and (costly := [result for result in others if result.cost > recommended.cost]):
+        costs = "; ".join(f"{result.candidate.name} {_relative_cost(result, recommended)}" for result in costly)
+        reasons.append(f"Statistically tied, but more expensive: {costs}.")
     elif others:
-        reasons.append(f"Not to be told from the lowest either: {', '.join(one.candidate.name for one in others)}.")
-    behind = sorted((outcome for outcome in finished if outcome not in tied), key=_mean)
+        reasons.append(f"Also tied with the lowest: {', '.join(result.candidate.name for result in others)}.")
+    behind = sorted((result for result in finished if result not in tied), key=_mean_loss)
     if behind:
-        told = ", ".join(f"{one.candidate.name} ({loss_gap(lowest, one).mean:+.3f})" for one in behind)
-        by = format_percent(_UNSURE) if loss.margin is None else "the noise"
-        reasons.append(f"Behind by more than {by}: {told}.")
+        gaps = ", ".join(f"{result.candidate.name} ({loss_gap(lowest, result).mean:+.3f})" for result in behind)
+        limit = format_percent(_SINGLE_SEED_NEGLIGIBLE) if loss.margin is None else "the noise"
+        reasons.append(f"Higher by more than {limit}: {gaps}.")
     return reasons
 
 
-def _cost_words(one: CandidateResult, other: CandidateResult) -> str:
-    """How the time and memory of `one` stand to those of `other`."""
-    time = one.seconds_per_token / other.seconds_per_token
-    memory = one.peak_memory_bytes / other.peak_memory_bytes
-    parts = [_ratio(time, "of the time"), _ratio(memory, "of the memory")]
-    return f"takes {' and '.join(parts)}"
+def _tie_reason(recommended: CandidateResult, lowest: CandidateResult) -> str:
+    """Explain why a candidate is recommended although another has a lower loss."""
+    gap = _mean_loss(recommended) - _mean_loss(lowest)
+    noise = loss_gap(lowest, recommended).margin
+    if noise is None:
+        limit = "too little to tell apart with one seed"
+    elif gap <= noise:
+        limit = f"within the noise (± {format_loss(noise)})"
+    else:
+        limit = f"less than {format_percent(NEGLIGIBLE)}"
+    return (
+        f"{name_with_settings(lowest)} is lower by {format_loss(gap)}, {limit}; "
+        f"{recommended.candidate.name} {_relative_cost(recommended, lowest)}."
+    )
 
 
-def _ratio(value: float, what: str) -> str:
-    return f"{value:.2g} times {what.removeprefix('of ')}" if value >= 1 else f"{format_percent(value)} {what}"
+def _relative_cost(result: CandidateResult, other: CandidateResult) -> str:
+    """Compare the time and memory of `result` with those of `other`."""
+    time = result.seconds_per_token / other.seconds_per_token
+    memory = result.peak_memory_bytes / other.peak_memory_bytes
+    return f"takes {_ratio(time, 'time')} and {_ratio(memory, 'memory')}"
+
+
+def _ratio(value: float, quantity: str) -> str:
+    return f"{value:.2g} times the {quantity}" if value >= 1 else f"{format_percent(value)} of the {quantity}"
 
 
 def _warnings(
-    choice: CandidateResult, lowest: CandidateResult, outcomes: Sequence[CandidateResult], base_plain_loss: float | None
+    recommended: CandidateResult,
+    lowest: CandidateResult,
+    candidates: Sequence[CandidateResult],
+    base_general_loss: float | None,
 ) -> list[str]:
-    found = []
-    best, loss = choice.best, choice.loss
+    warnings = []
+    best, loss = recommended.best, recommended.loss
     assert best is not None and loss is not None
-    if loss.count == 1:
-        found.append("One seed: there is no interval, and differences under 1 % were taken for ties.")
-    elif loss.count == 2:
-        found.append("Two seeds: the intervals are wide, and little can be told apart. Three or more say more.")
-    tokens = [outcome.best.tokens for outcome in outcomes if outcome.best is not None]
-    if max(tokens) > _UNEVEN * min(tokens):
-        found.append(
-            f"The variants saw between {format_count(min(tokens))} and {format_count(max(tokens))} tokens: "
-            "with `--budget tokens=N` all see as many."
+    if loss.seeds == 1:
+        warnings.append("One seed gives no interval; differences below 1 % count as ties.")
+    elif loss.seeds == 2:
+        warnings.append("Two seeds give wide intervals; use three or more to tell close candidates apart.")
+    tokens = [result.best.tokens for result in candidates if result.best is not None]
+    if max(tokens) > _MAX_TOKEN_RATIO * min(tokens):
+        warnings.append(
+            f"The runs trained on between {format_count(min(tokens))} and {format_count(max(tokens))} tokens. "
+            "Use `--budget tokens=N` to give every run the same number."
         )
     if best.loss_before is not None and loss.mean >= best.loss_before:
-        found.append("Its held-out loss did not fall: nothing here learned from these rows within the budget.")
-    for outcome in outcomes:
-        if outcome.edge is not None and outcome in (choice, lowest):
-            found.append(
-                f"The best learning rate of {outcome.candidate.name} is the {outcome.edge} tried: "
-                f"one that is still {'lower' if outcome.edge == 'lowest' else 'higher'} may do better."
+        warnings.append("Its held-out loss did not fall: no candidate learned from this data within the budget.")
+    for result in candidates:
+        end = result.lr_at_grid_end
+        if end is not None and result in (recommended, lowest):
+            direction = "lower" if end == "lowest" else "higher"
+            warnings.append(
+                f"The best learning rate of {result.candidate.name} is the {end} tried; "
+                f"a {direction} one may be better."
             )
-        if outcome.failures:
-            record = outcome.failures[0]
-            found.append(
-                f"{len(outcome.failures)} of {len(outcome.tried) + len(outcome.repeats)} runs of "
-                f"{outcome.candidate.name} failed: {record.failure}"
+        if result.failures:
+            warnings.append(
+                f"{len(result.failures)} of {len(result.trials) + len(result.seed_runs)} runs of "
+                f"{result.candidate.name} failed: {result.failures[0].failure}"
             )
-    plain = choice.measured.plain_loss
-    if plain is not None and base_plain_loss and plain > (1 + _FORGETTING) * base_plain_loss:
-        rise = format_percent(plain / base_plain_loss - 1)
-        found.append(f"Its loss on plain text rose by {rise}: it has forgotten some of what the base knew.")
-    if choice.measured.merge == "differs":
-        found.append("Merged into its base it computes something else: use the adapter as it is.")
-    return found
+    general_loss = recommended.evaluation.general_loss
+    if general_loss is not None and base_general_loss and general_loss > (1 + _MAX_FORGETTING) * base_general_loss:
+        rise = format_percent(general_loss / base_general_loss - 1)
+        warnings.append(f"Its loss on general text rose by {rise}: it forgot some of what the base model knew.")
+    if recommended.evaluation.merge == "differs":
+        warnings.append("The merged model gives other results than the adapter: use the adapter unmerged.")
+    return warnings

@@ -1,108 +1,235 @@
-"""What a comparison found, and the files that say so."""
+"""Result of a comparison, and its summary in `comparison.json`."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
 
 from peftchat.comparing.compare_plan import ComparePlan
 from peftchat.comparing.comparison_folder import ComparisonFolder
-from peftchat.comparing.outcomes import CandidateResult, Estimate, RunResult
+from peftchat.comparing.outcomes import CandidateResult, Estimate, MergeResult, RunResult
 from peftchat.comparing.recommend import Recommendation, is_tied, loss_gap, recommend
+from peftchat.files import write_text
 from peftchat.recipe import dump_recipe
+from peftchat.runs.run_summary import SampleAnswer
 
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """A comparison, as far as it has come.
+    """A comparison with all results so far.
 
     Attributes:
-        outcomes: one a candidate, in the order asked for.
-        base_plain_loss: the untouched base's loss on plain text.
-        recommendation: None until a run has ended well.
+        plan: the plan of the comparison.
+        candidates: the result of each candidate, in the order of the options.
+        base_general_loss: the loss of the untrained base model on general text.
+        recommendation: None until a run has finished.
     """
 
     plan: ComparePlan
-    outcomes: Sequence[CandidateResult]
-    base_plain_loss: float | None
+    candidates: Sequence[CandidateResult]
+    base_general_loss: float | None
     recommendation: Recommendation | None
 
     @classmethod
     def of(
-        cls, plan: ComparePlan, outcomes: Sequence[CandidateResult], base_plain_loss: float | None = None
+        cls, plan: ComparePlan, candidates: Sequence[CandidateResult], base_general_loss: float | None = None
     ) -> "ComparisonResult":
-        """The result with its recommendation."""
-        return cls(plan, outcomes, base_plain_loss, recommend(outcomes, base_plain_loss))
+        """Return the result with its recommendation."""
+        return cls(plan, candidates, base_general_loss, recommend(candidates, base_general_loss))
 
     def recommended_recipe(self, folder: ComparisonFolder) -> str:
-        """The recipe to run, with the reasons at its head."""
-        advice = self.recommendation
-        assert advice is not None
-        recipe = self.plan.recommended(advice.choice.candidate, advice.choice.settings)
-        head = [f"    peftchat train {folder.recommended}", "", *advice.reasons, *advice.cautions]
-        if self.plan.wish.budget is not None:
-            head.append(f"Compared at {self.plan.wish.budget} a run; this recipe runs for its own length.")
+        """Return the recommended recipe as YAML, with the reasons as a comment on top."""
+        recommendation = self.recommendation
+        assert recommendation is not None
+        recommended, budget = recommendation.recommended, self.plan.options.budget
+        recipe = self.plan.recommended_recipe(recommended.candidate, recommended.settings)
+        head = [f"    peftchat train {folder.recommended}", "", *recommendation.reasons, *recommendation.warnings]
+        if budget is not None:
+            head.append(f"The comparison trained {budget} per run; this recipe keeps its own length.")
         comment = "".join(f"# {line}".rstrip() + "\n" for line in ("", *head, ""))
         return comment + dump_recipe(recipe)
 
-    def as_dict(self, folder: ComparisonFolder) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        advice, budget = self.recommendation, self.plan.wish.budget
-        return {
-            "folder": str(folder.path),
-            "report": str(folder.report),
-            "recipe": str(self.plan.wish.recipe),
-            "budget": None if budget is None else str(budget),
-            "seeds": self.plan.seeds,
-            "base_plain_loss": self.base_plain_loss,
-            "candidates": [self._candidate(outcome, folder) for outcome in self.outcomes],
-            "recommendation": advice
-            and {
-                "name": advice.choice.candidate.name,
-                "settings": {**advice.choice.candidate.settings, **advice.choice.settings},
-                "lowest": advice.lowest.candidate.name,
-                "tied": [outcome.candidate.name for outcome in advice.tied],
-                "headline": advice.headline,
-                "reasons": list(advice.reasons),
-                "cautions": list(advice.cautions),
-                "recipe": str(folder.recommended),
-            },
-        }
 
-    def _candidate(self, outcome: CandidateResult, folder: ComparisonFolder) -> dict[str, Any]:
-        said: dict[str, Any] = {
-            "name": outcome.candidate.name,
-            "settings": {**outcome.candidate.settings, **outcome.settings},
-            "loss": _estimate(outcome.loss),
-            "tried": [_record(record, folder) for record in outcome.tried],
-            "repeats": [_record(record, folder) for record in outcome.repeats],
-        }
-        best, advice, measured = outcome.best, self.recommendation, outcome.measured
-        if best is None or advice is None:
-            return said
-        return said | {
-            "above_lowest": _estimate(loss_gap(advice.lowest, outcome)),
-            "tied": is_tied(advice.lowest, outcome),
-            "loss_before": best.loss_before,
-            "tokens": best.tokens,
-            "seconds": outcome.seconds,
-            "tokens_per_second": outcome.tokens_per_second,
-            "peak_memory_bytes": outcome.peak_memory_bytes,
-            "trainable_parameters": best.trainable_parameters,
-            "weights_bytes": best.weights_bytes,
-            "plain_loss": measured.plain_loss,
-            "merge": measured.merge,
-            "merge_words": measured.merge_words,
-            "answers": [{"prompt": prompt, "answer": text, "stopped": end} for prompt, text, end in measured.answers],
-            "not_measured": measured.failure,
-        }
+class _Summary(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-def _estimate(value: Estimate | None) -> dict[str, Any] | None:
-    return None if value is None else {"mean": value.mean, "margin": value.margin, "seeds": value.count}
+class TrialSummary(_Summary):
+    """One training run of a candidate.
+
+    Attributes:
+        run: the run folder.
+        settings: the settings that this run tried.
+        loss: held-out loss in nats per supervised token; None if the run failed.
+        seconds, tokens: of training.
+        failure: why it failed, in one line.
+        log: the output of a failed run.
+    """
+
+    run: str
+    settings: dict[str, Any]
+    seed: int
+    loss: float | None = None
+    seconds: float | None = None
+    tokens: int | None = None
+    failure: str | None = None
+    log: str | None = None
+
+    @classmethod
+    def of(cls, result: RunResult, folder: ComparisonFolder) -> Self:
+        """Summarize the result of a run."""
+        job = result.job
+        summary = cls(run=str(folder.run(job.name)), settings=dict(job.settings), seed=job.seed)
+        if result.failure is not None:
+            return summary.model_copy(update={"failure": result.failure, "log": str(folder.log(job.name))})
+        return summary.model_copy(update={"loss": result.loss, "seconds": result.seconds, "tokens": result.tokens})
 
 
-def _record(record: RunResult, folder: ComparisonFolder) -> dict[str, Any]:
-    said = {"run": str(folder.run(record.job.name)), "settings": dict(record.job.settings), "seed": record.job.seed}
-    if record.failure is not None:
-        return said | {"failure": record.failure, "log": str(folder.log(record.job.name))}
-    return said | {"loss": record.loss, "seconds": record.seconds, "tokens": record.tokens}
+class CandidateSummary(_Summary):
+    """The results of one candidate; without a finished run, everything after `seed_runs` is None.
+
+    Attributes:
+        loss: held-out loss over the seeds.
+        trials: one run per settings tried, on the first seed.
+        seed_runs: runs with the best settings on the other seeds.
+        loss_gap: how much its loss is above the lowest.
+        tied: whether it is statistically tied with the lowest.
+        loss_before: held-out loss before training.
+        general_loss: loss on general text after training.
+        merge: whether the merged model computes the same.
+        evaluation_error: why the evaluation failed.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    loss: Estimate | None
+    trials: tuple[TrialSummary, ...]
+    seed_runs: tuple[TrialSummary, ...]
+    loss_gap: Estimate | None = None
+    tied: bool | None = None
+    loss_before: float | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    trainable_parameters: int | None = None
+    weights_bytes: int | None = None
+    general_loss: float | None = None
+    merge: MergeResult | None = None
+    merge_message: str | None = None
+    answers: tuple[SampleAnswer, ...] | None = None
+    evaluation_error: str | None = None
+
+    @classmethod
+    def of(cls, result: CandidateResult, lowest: CandidateResult | None, folder: ComparisonFolder) -> Self:
+        """Summarize the result of a candidate; `lowest` is the one with the lowest loss."""
+        summary = cls(
+            name=result.candidate.name,
+            settings={**result.candidate.settings, **result.settings},
+            loss=result.loss,
+            trials=tuple(TrialSummary.of(run, folder) for run in result.trials),
+            seed_runs=tuple(TrialSummary.of(run, folder) for run in result.seed_runs),
+        )
+        best, evaluation = result.best, result.evaluation
+        if best is None or lowest is None:
+            return summary
+        return summary.model_copy(
+            update={
+                "loss_gap": loss_gap(lowest, result),
+                "tied": is_tied(lowest, result),
+                "loss_before": best.loss_before,
+                "tokens": best.tokens,
+                "seconds": result.seconds,
+                "tokens_per_second": result.tokens_per_second,
+                "peak_memory_bytes": result.peak_memory_bytes,
+                "trainable_parameters": best.trainable_parameters,
+                "weights_bytes": best.weights_bytes,
+                "general_loss": evaluation.general_loss,
+                "merge": evaluation.merge,
+                "merge_message": evaluation.merge_message,
+                "answers": evaluation.answers,
+                "evaluation_error": evaluation.error,
+            }
+        )
+
+
+class RecommendationSummary(_Summary):
+    """The recommended candidate, by name.
+
+    Attributes:
+        settings: its recipe keys.
+        lowest: the candidate with the lowest loss.
+        tied: the candidates that are statistically tied with it.
+        recipe: the file with the recommended recipe.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    lowest: str
+    tied: tuple[str, ...]
+    headline: str
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+    recipe: str
+
+    @classmethod
+    def of(cls, recommendation: Recommendation, folder: ComparisonFolder) -> Self:
+        """Summarize a recommendation."""
+        recommended = recommendation.recommended
+        return cls(
+            name=recommended.candidate.name,
+            settings={**recommended.candidate.settings, **recommended.settings},
+            lowest=recommendation.lowest.candidate.name,
+            tied=tuple(result.candidate.name for result in recommendation.tied),
+            headline=recommendation.headline,
+            reasons=tuple(recommendation.reasons),
+            warnings=tuple(recommendation.warnings),
+            recipe=str(folder.recommended),
+        )
+
+
+class ComparisonSummary(_Summary):
+    """The summary of a comparison; `comparison.json` on disk."""
+
+    folder: str
+    report: str
+    recipe: str
+    budget: str | None
+    seeds: tuple[int, ...]
+    base_general_loss: float | None
+    candidates: tuple[CandidateSummary, ...]
+    recommendation: RecommendationSummary | None
+
+    @classmethod
+    def of(cls, result: ComparisonResult, folder: ComparisonFolder) -> Self:
+        """Summarize the result of a comparison in a folder."""
+        recommendation, budget = result.recommendation, result.plan.options.budget
+        lowest = None if recommendation is None else recommendation.lowest
+        return cls(
+            folder=str(folder.path),
+            report=str(folder.report),
+            recipe=str(result.plan.options.recipe),
+            budget=None if budget is None else str(budget),
+            seeds=tuple(result.plan.seeds),
+            base_general_loss=result.base_general_loss,
+            candidates=tuple(CandidateSummary.of(candidate, lowest, folder) for candidate in result.candidates),
+            recommendation=None if recommendation is None else RecommendationSummary.of(recommendation, folder),
+        )
+
+    @classmethod
+    def read(cls, folder: ComparisonFolder) -> Self:
+        """Read the summary of a comparison from its folder.
+
+        Raises:
+            OSError: there is none.
+            ValueError: the file is not a summary.
+        """
+        return cls.model_validate(json.loads(folder.summary.read_text(encoding="utf-8")))
+
+    def write(self, folder: ComparisonFolder) -> None:
+        """Write the summary into the folder of the comparison."""
+        text = json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n"
+        # Answers may hold lone surrogates, which UTF-8 cannot encode; backslash escapes are valid JSON.
+        write_text(folder.summary, text, errors="backslashreplace")

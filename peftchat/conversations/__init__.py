@@ -1,9 +1,9 @@
-"""From what people have to `Conversation`: one small file per input form, one reader per kind of file."""
+"""From what people have to `Conversation`: one small file per input format, one reader per kind of file."""
 
 from peftchat.conversations.formats import list_formats
 from peftchat.conversations.problems import Problem, ProblemLog, ReadOptions
 from peftchat.conversations.reading import read_conversations, read_sources
-from peftchat.conversations.splitting import EvalSplit, fit_split, split_eval
+from peftchat.conversations.splitting import EvalSplit, fit_split
 
 __all__ = [
     "EvalSplit",
@@ -14,5 +14,4 @@ __all__ = [
     "read_conversations",
     "read_sources",
     "fit_split",
-    "split_eval",
 ]

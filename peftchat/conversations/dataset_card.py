@@ -1,4 +1,4 @@
-"""The card: what became of every row, in numbers a program can read and sentences a person can."""
+"""The dataset card: how many records were read, kept, changed and left out, and why."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -41,16 +41,16 @@ class Card:
     Attributes:
         source: the path or hub id as given.
         settings: what was asked for.
-        forms: input file -> form it was read as.
-        rows: rows read.
-        oasst: messages, trees and paths of OpenAssistant exports; empty for other forms.
-        problems: rows in quarantine by kind.
+        formats: input file -> format it was read as.
+        records: records read.
+        oasst: messages, trees and paths of OpenAssistant exports; empty for other formats.
+        problems: records in quarantine by kind.
         examples: the first problems of each kind, as `file:line: detail`.
         skipped: what was left out by rule.
         trimmed: conversations that lost a user turn at their end.
         train: what `train.jsonl` holds.
         eval: what `eval.jsonl` holds.
-        stopped_early: whether `max_conversations` ended the reading.
+        stopped_early: whether `max_samples` ended the reading.
         seconds: wall time.
         peftchat: version that wrote this.
     """
@@ -58,8 +58,8 @@ class Card:
     source: str
     settings: dict[str, Any]
     peftchat: str
-    forms: dict[str, str] = field(default_factory=dict)
-    rows: int = 0
+    formats: dict[str, str] = field(default_factory=dict)
+    records: int = 0
     oasst: dict[str, int] = field(default_factory=dict)
     problems: dict[Kind, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -72,8 +72,8 @@ class Card:
 
     def take(self, log: ProblemLog) -> None:
         """Fill in what the log of the reading counted."""
-        self.forms = dict(log.forms)
-        self.rows = log.rows
+        self.formats = dict(log.formats)
+        self.records = log.records
         self.oasst = {name: count for name, count in log.notes.items() if name.startswith("oasst_")}
         self.problems = {kind: log.problems[kind] for kind in KINDS if kind in log.problems}
         self.examples = {kind: [str(problem) for problem in log.examples[kind]] for kind in self.problems}
@@ -86,8 +86,8 @@ class Card:
 
 
 def funnel(card: Card) -> Iterator[tuple[str, int]]:
-    """The way from rows to conversations, a line a step: what, how many."""
-    yield "rows read", card.rows
+    """The way from records to conversations, a line a step: what, how many."""
+    yield "records read", card.records
     yield from _oasst_steps(card.oasst, card.skipped)
     for kind, count in card.problems.items():
         yield f"in quarantine: {KINDS[kind]}", -count
@@ -115,8 +115,8 @@ def _oasst_steps(oasst: Mapping[str, int], skipped: Mapping[str, int]) -> Iterat
 def card_text(card: Card) -> str:
     """The card as Markdown."""
     lines = [f"# Data from {card.source}", ""]
-    lines += [f"Read as {form}: `{file}`" for file, form in card.forms.items()]
-    lines += ["", "| what became of the rows | count |", "| --- | ---: |"]
+    lines += [f"Read as {data_format}: `{file}`" for file, data_format in card.formats.items()]
+    lines += ["", "| step | count |", "| --- | ---: |"]
     lines += [f"| {what} | {count:,} |" for what, count in funnel(card)]
     lines += ["", "| file | conversations | messages | answers | characters |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, side in (("train.jsonl", card.train), ("eval.jsonl", card.eval)):
@@ -126,7 +126,7 @@ def card_text(card: Card) -> str:
     lines += ["", "Conversations that start with the same user message are all in the same file.", "", "Settings:", ""]
     lines += [f"- {name}: {value}" for name, value in card.settings.items()]
     if card.stopped_early:
-        lines += ["", "The reading stopped at `max_conversations`: the source holds more than is counted here."]
+        lines += ["", "The reading stopped at `max_samples`: the source holds more than is counted here."]
     if card.examples:
         lines += ["", "First problems of each kind (all of them are in `quarantine.jsonl`):", ""]
         lines += [f"- {example}" for examples in card.examples.values() for example in examples]

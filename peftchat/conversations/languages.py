@@ -1,4 +1,4 @@
-"""Which language a conversation is in: what its row says, else a detector's guess."""
+"""Which language a conversation is in: what its record says, else a detector's guess."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ _WRITTEN_AS = {"cmn": "zh", "yue": "zh", "wuu": "zh"}
 
 
 def matches_language(language: str, wanted: Sequence[str]) -> bool:
-    """Whether a language tag is one of `wanted` or a regional form of one: `pt` takes in `pt-BR`."""
+    """Whether a language tag is one of `wanted` or a regional variety of one: `pt` includes `pt-BR`."""
     tag = language.lower().replace("_", "-")
     return any(tag == want.lower() or tag.startswith(want.lower() + "-") for want in wanted)
 
@@ -28,8 +28,8 @@ def detect_language(messages: Sequence[Message]) -> str:
         import py3langid
     except ImportError as error:
         raise UserError(
-            "rows without a `lang` field need a language detector, and none is installed",
-            where="languages (--lang)",
+            "records without a `lang` field need a language detector, and none is installed",
+            where="languages (--languages)",
             hint="pip install 'peftchat[languages]'",
         ) from error
     text = "\n".join(message.content for message in messages if message.role in ("user", "assistant"))
@@ -38,7 +38,7 @@ def detect_language(messages: Sequence[Message]) -> str:
 
 
 def is_in_languages(fields: Mapping[str, Any], messages: Sequence[Message], wanted: Sequence[str]) -> bool:
-    """Whether a conversation is in a wanted language by its row's `lang` or `language` field, or else by its text."""
+    """Return whether a conversation is in a wanted language, by its `lang` or `language` field, else by its text."""
     for name in _FIELDS:
         if isinstance(value := fields.get(name), str) and value:
             return matches_language(value, wanted)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +15,9 @@ from typing import BinaryIO, Self
 
 import orjson
 
-from peftchat import __version__
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.dataset_card import SKIPPED, Card, SplitCount, card_text
-from peftchat.conversations.problems import KINDS, MAX_RECORD_BYTES, Problem, ProblemLog, ReadOptions
+from peftchat.conversations.problems import KINDS, Problem, ProblemLog, ReadOptions
 from peftchat.conversations.reading import read_conversations
 from peftchat.conversations.splitting import EvalSplit, SplitCensus, fingerprint
 from peftchat.errors import UserError
@@ -51,7 +51,7 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
 
 
 class ConversationFile:
-    """A `.jsonl` file in messages form that counts what it holds."""
+    """A `.jsonl` file in messages format that counts what it holds."""
 
     def __init__(self, path: Path, count: SplitCount) -> None:
         self.count = count
@@ -59,8 +59,8 @@ class ConversationFile:
 
     def write(self, conversation: Conversation) -> None:
         """Append one conversation: its messages, and where it came from."""
-        row = {"messages": conversation.as_dicts(), "source": conversation.source}
-        self._file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        record = {"messages": conversation.as_dicts(), "source": conversation.source}
+        self._file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
         self.count.add(conversation)
 
     def __enter__(self) -> Self:
@@ -73,25 +73,25 @@ class ConversationFile:
 
 
 class Quarantine:
-    """The bad rows, each with its place and reason; the file is made with the first of them."""
+    """The bad records, each with its place and reason; the file is made with the first of them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: BinaryIO | None = None
 
     def write(self, problem: Problem, raw: bytes | None) -> None:
-        """Append one row; of a very long one only the start is kept, and said to be."""
+        """Append one record; of a very long one only the start is kept, and said to be."""
         if self._file is None:
             self._file = self._path.open("wb")
         text = (raw or b"")[:_KEPT_OF_RAW_RECORD].decode(errors="backslashreplace")
-        row = {
+        record = {
             "where": problem.where,
             "kind": problem.kind,
             "detail": printable(problem.detail),
             "row": text,
             "cut": len(raw or b"") > _KEPT_OF_RAW_RECORD,
         }
-        self._file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        self._file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
     def __enter__(self) -> Self:
         return self
@@ -145,30 +145,24 @@ _TRAIN, _EVAL, _WHOLE = "train.jsonl", "eval.jsonl", ".whole.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class PrepareSettings:
-    """What to make of a source.
+class PrepareOptions(ReadOptions):
+    """How to read a source and what to make of it.
 
     Attributes:
-        format: input form, or `auto`.
+        format: input format, or `auto`.
         split: of a folder or hub data set.
-        languages: keep only these; empty keeps all.
-        top_k: OpenAssistant only: follow the best `top_k` replies of each turn.
         eval_fraction: share of first user messages whose conversations are held out.
         seed: of that choice.
         strict: end at the first problem.
-        max_conversations: stop after this many.
-        max_row_bytes: a longer row is a problem.
+        max_samples: stop after this many.
     """
 
     format: str = "auto"
     split: str | None = None
-    languages: tuple[str, ...] = ()
-    top_k: int | None = None
     eval_fraction: float = 0.1
     seed: int = 0
     strict: bool = False
-    max_conversations: int | None = None
-    max_row_bytes: int = MAX_RECORD_BYTES
+    max_samples: int | None = None
 
 
 def _no_progress(conversations: int) -> None:
@@ -176,9 +170,9 @@ def _no_progress(conversations: int) -> None:
 
 
 def prepare(
-    source: str, folder: Path, settings: PrepareSettings, progress: Callable[[int], None] = _no_progress
+    source: str, folder: Path, settings: PrepareOptions, progress: Callable[[int], None] = _no_progress
 ) -> Card:
-    """Write `train.jsonl`, `eval.jsonl`, `card.md`, `card.json` and, if any row is bad, `quarantine.jsonl`.
+    """Write `train.jsonl`, `eval.jsonl`, `card.md`, `card.json` and, if any record is bad, `quarantine.jsonl`.
 
     Exact duplicates are left out. Memory does not grow with the source. Everything is written beside `folder` first
     and renamed at the end.
@@ -193,7 +187,7 @@ def prepare(
         UserError: as `read_conversations`; or `folder` is not empty or cannot be written, or no conversation is left.
     """
     started = time.monotonic()
-    card = Card(source, asdict(settings), __version__)
+    card = Card(source, asdict(settings), version("peftchat"))
     with atomic_directory(folder) as draft:
         with Quarantine(draft / "quarantine.jsonl") as quarantine:
             log = ProblemLog(strict=settings.strict, quarantine=quarantine.write)
@@ -210,10 +204,9 @@ def prepare(
     return card
 
 
-def _conversations(source: str, settings: PrepareSettings, log: ProblemLog, card: Card) -> Iterator[Conversation]:
-    options = ReadOptions(settings.languages, settings.top_k, settings.max_row_bytes)
-    stream = read_conversations(source, format=settings.format, split=settings.split, problems=log, options=options)
-    yield from islice(stream, settings.max_conversations)
+def _conversations(source: str, settings: PrepareOptions, log: ProblemLog, card: Card) -> Iterator[Conversation]:
+    stream = read_conversations(source, format=settings.format, split=settings.split, problems=log, options=settings)
+    yield from islice(stream, settings.max_samples)
     card.stopped_early = next(stream, None) is not None
 
 
@@ -230,7 +223,7 @@ def _new_only(
 
 
 def _write_splits(
-    stream: Iterator[Conversation], draft: Path, settings: PrepareSettings, card: Card
+    stream: Iterator[Conversation], draft: Path, settings: PrepareOptions, card: Card
 ) -> EvalSplit | None:
     """Write both files by the split that large sets end with; return another if the set turns out to need it."""
     census = SplitCensus(settings.eval_fraction, settings.seed)
@@ -259,15 +252,15 @@ def _split_again(draft: Path, split: EvalSplit, card: Card) -> None:
 def _reread(path: Path) -> Iterator[Conversation]:
     with path.open("rb") as lines:
         for line in lines:
-            row = orjson.loads(line)
-            messages = tuple(Message(**message) for message in row["messages"])
-            yield Conversation(messages, row["source"])
+            record = orjson.loads(line)
+            messages = tuple(Message(**message) for message in record["messages"])
+            yield Conversation(messages, record["source"])
 
 
 def _why_nothing(card: Card) -> str:
     reasons = [f"in {count:,} {KINDS[kind]}" for kind, count in card.problems.items()]
     reasons += [f"{count:,} {SKIPPED[rule]}" for rule, count in card.skipped.items()]
-    return f"What became of the {card.rows:,} rows: {'; '.join(reasons) or 'nothing'}."
+    return f"Of {card.records:,} records: {'; '.join(reasons) or 'none was left out'}."
 
 
-__all__ = ["Card", "PrepareSettings", "card_text", "prepare"]
+__all__ = ["Card", "PrepareOptions", "card_text", "prepare"]

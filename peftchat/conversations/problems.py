@@ -1,4 +1,4 @@
-"""A row as it comes out of a file, before anyone knows what it means."""
+"""A record as it comes out of a file, before anyone knows what it means."""
 
 import json
 from collections import Counter, defaultdict
@@ -9,11 +9,11 @@ from typing import Any, Literal, NamedTuple
 from peftchat.errors import UserError
 
 MAX_RECORD_BYTES = 16 * 2**20
-"""Default limit for one row: a conversation of 16 MiB is a broken file, not a conversation."""
+"""Default limit for one record: a conversation of 16 MiB is a broken file, not a conversation."""
 
 
 class RawRecord(NamedTuple):
-    """One JSON object or table row.
+    """One JSON object or table record.
 
     Attributes:
         where: `file:line` or `file:element`, from 1.
@@ -26,7 +26,7 @@ class RawRecord(NamedTuple):
     raw: bytes | None
 
     def as_bytes(self) -> bytes:
-        """What a quarantine file shows of the row: its bytes, or its fields as JSON where it came from a table."""
+        """What a quarantine file shows of the record: its bytes, or its fields as JSON where it came from a table."""
         if self.raw is not None:
             return self.raw
         return json.dumps(self.value, default=str).encode()
@@ -38,14 +38,14 @@ class ReadOptions:
 
     Attributes:
         languages: keep only conversations in these languages (`en`, `pt-BR`; `pt` includes `pt-BR`); empty keeps all.
-            The row's own `lang` field decides where there is one, else a detector.
-        top_k: OASST only: of each turn's ranked replies, follow the best `top_k`; None follows all.
-        max_row_bytes: a longer row is a problem and is not read into memory.
+            The record's own `lang` field decides where there is one, else a detector.
+        oasst_top_k: OASST only: of each turn's ranked replies, follow the best `oasst_top_k`; None follows all.
+        max_record_bytes: a longer record is a problem and is not read into memory.
     """
 
     languages: tuple[str, ...] = ()
-    top_k: int | None = None
-    max_row_bytes: int = MAX_RECORD_BYTES
+    oasst_top_k: int | None = None
+    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 Kind = Literal[
@@ -54,12 +54,12 @@ Kind = Literal[
     "nul_character",
     "lone_surrogate",
     "nested_too_deep",
-    "row_too_long",
+    "record_too_long",
     "broken_file",
     "not_an_object",
     "missing_field",
     "wrong_type",
-    "other_form",
+    "other_format",
     "unknown_role",
     "repeated_role",
     "system_not_first",
@@ -70,22 +70,22 @@ Kind = Literal[
 ]
 
 KINDS: dict[Kind, str] = {
-    "not_json": "the row is not JSON",
-    "not_utf8": "the row is not UTF-8 text",
+    "not_json": "the record is not JSON",
+    "not_utf8": "the record is not UTF-8 text",
     "nul_character": "the text holds a NUL character",
     "lone_surrogate": "the text holds half of a surrogate pair",
     "nested_too_deep": "the JSON is nested too deep to be a conversation",
-    "row_too_long": "the row is longer than the limit",
+    "record_too_long": "the record is longer than the limit",
     "broken_file": "the file cannot be read on from here",
-    "not_an_object": "the row is JSON but not an object",
-    "missing_field": "a field of the form is missing",
-    "wrong_type": "a field holds another type than its form says",
-    "other_form": "the row lacks the fields of the form that the file is read as",
-    "unknown_role": "a turn has a role that the form does not know",
+    "not_an_object": "the record is JSON but not an object",
+    "missing_field": "a field of the format is missing",
+    "wrong_type": "a field holds another type than its format says",
+    "other_format": "the record lacks the fields of the format that the file is read as",
+    "unknown_role": "a turn has a role that the format does not know",
     "repeated_role": "two turns of one role follow each other",
     "system_not_first": "a system message stands behind other turns",
     "no_answer": "the conversation has no assistant message",
-    "empty_content": "a turn says nothing",
+    "empty_content": "a message is empty",
     "unsupported_content": "a turn holds something other than text",
     "broken_tree": "a message does not belong to any tree of its file",
 }
@@ -98,12 +98,12 @@ _EXAMPLES_PER_KIND = 3
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One row that cannot be used.
+    """One record that cannot be used.
 
     Attributes:
         where: `file:line` (or `file:element` for JSON arrays and tables), from 1.
         kind: a key of `KINDS`.
-        detail: what exactly, for this row.
+        detail: what exactly, for this record.
     """
 
     where: str
@@ -116,7 +116,7 @@ class Problem:
 
 
 class RecordError(Exception):
-    """A row cannot become a conversation; the reader that knows its place turns it into a `Problem`."""
+    """A record cannot become a conversation; the reader that knows its place turns it into a `Problem`."""
 
     def __init__(self, kind: Kind, detail: str) -> None:
         super().__init__(detail)
@@ -125,31 +125,31 @@ class RecordError(Exception):
 
 
 class ProblemLog:
-    """Counts what happened to the rows of one reading.
+    """Counts what happened to the records of one reading.
 
     Args:
-        strict: end the reading with an `UserError` at the first problem instead of going on without the row.
-        quarantine: called with each problem and the raw row (None where the row has no bytes of its own).
+        strict: end the reading with an `UserError` at the first problem instead of going on without the record.
+        quarantine: called with each problem and the raw record (None where the record has no bytes of its own).
 
     Attributes:
-        rows: rows read from files, good and bad.
-        problems: rows that could not be used, by kind.
-        skipped: rows left out on purpose, by the name of the rule.
-        notes: rows that were kept but changed, or are worth knowing about, by name.
+        records: records read from files, valid and invalid.
+        problems: records that could not be used, by kind.
+        skipped: records left out on purpose, by the name of the rule.
+        notes: records that were kept but changed, or are worth knowing about, by name.
         examples: the first few problems of each kind.
-        forms: the form each source file was read as, by path.
+        formats: source file -> format it was read as.
     """
 
     def __init__(
         self, *, strict: bool = False, quarantine: Callable[[Problem, bytes | None], None] | None = None
     ) -> None:
         self.strict = strict
-        self.rows = 0
+        self.records = 0
         self.problems: Counter[Kind] = Counter()
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.examples: defaultdict[Kind, list[Problem]] = defaultdict(list)
-        self.forms: dict[str, str] = {}
+        self.formats: dict[str, str] = {}
         self.first: Problem | None = None
         self._quarantine = quarantine
 
@@ -159,7 +159,7 @@ class ProblemLog:
         return self.problems.total()
 
     def add(self, problem: Problem, raw: bytes | None = None) -> None:
-        """Record a row that cannot be used.
+        """Record a record that cannot be used.
 
         Raises:
             UserError: in strict mode, once there are more problems than are worth counting.
@@ -182,9 +182,9 @@ class ProblemLog:
         more = self.total - 1
         what = self.first.detail
         if more:
-            what += f" ({more:,} more problem{'s' if more > 1 else ''} in the rows behind it)"
+            what += f" ({more:,} more problem{'s' if more > 1 else ''} in the records behind it)"
         return UserError(
             what,
             where=self.first.where,
-            hint="Repair the rows, or let `peftchat data prepare` write a clean file and put the bad rows aside.",
+            hint="Repair the records, or let `peftchat data prepare` write a clean file and put the bad records aside.",
         )

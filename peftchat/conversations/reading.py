@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from peftchat.conversation import Conversation
 from peftchat.conversations.formats import FORMATS, Format, find_format, matching_format
@@ -15,37 +15,12 @@ from peftchat.conversations.readers.hub import read_hub
 from peftchat.conversations.splitting import seeded_fraction
 from peftchat.errors import UserError
 
-
-class SourceEntry(Protocol):
-    """What a recipe says about one source."""
-
-    @property
-    def path(self) -> str:
-        """A file, a folder or a hub id."""
-
-    @property
-    def format(self) -> str:
-        """An input form, or `auto`."""
-
-    @property
-    def split(self) -> str | None:
-        """The split of a folder or hub data set."""
-
-    @property
-    def weight(self) -> float:
-        """How many times each conversation is used, see `read_sources`."""
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """Languages to keep, see `ReadOptions`."""
-
-    @property
-    def top_k(self) -> int | None:
-        """How many replies to follow, see `ReadOptions`."""
+if TYPE_CHECKING:
+    from peftchat.recipe import DataEntry
 
 
 def read_sources(
-    entries: Sequence[SourceEntry],
+    entries: "Sequence[DataEntry]",
     seed: int = 0,
     *,
     problems: ProblemLog | None = None,
@@ -67,7 +42,7 @@ def read_sources(
                 format=entry.format,
                 split=entry.split,
                 problems=log,
-                options=ReadOptions(languages=entry.languages, top_k=entry.top_k),
+                options=ReadOptions(languages=entry.languages, oasst_top_k=entry.oasst_top_k),
             ),
             entry.weight,
             f"{seed} {place}",
@@ -108,32 +83,32 @@ def read_conversations(
 ) -> Iterator[Conversation]:
     """The conversations of a file, a folder of files or a hub data set, one at a time.
 
-    Memory does not grow with the number of rows; only OpenAssistant exports are remembered (to find duplicates), and
+    Memory does not grow with the number of records; only OpenAssistant exports are remembered (to find duplicates), and
     those of single messages held until the file ends.
 
     Args:
         path: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file, a folder of them, or a hub id.
-        format: one of `list_formats()`; `auto` decides by the first rows of each file.
+        format: one of `list_formats()`; `auto` decides by the first records of each file.
         split: of a folder or hub data set; see `find_files`.
-        problems: where bad rows are counted; by default a strict log, so that the first one ends the reading.
-        options: languages, OASST rank limit, row limit.
+        problems: where bad records are counted; by default a strict log, so that the first one ends the reading.
+        options: languages, OASST rank limit, record limit.
 
     Raises:
-        UserError: path, format or split do not exist, no form fits, `top_k` is set for a form without ranks, or, in
-            strict mode, a row has a problem. Path and format are checked at once, before the first conversation is
-            asked for.
+        UserError: path, format or split do not exist, no format fits, `oasst_top_k` is set for a format without
+            ranks, or, in strict mode, a record is invalid. Path and format are checked at once, before the first
+            conversation is asked for.
     """
     log = ProblemLog(strict=True) if problems is None else problems
     settings = options or ReadOptions()
-    form = None if format == "auto" else find_format(format)
-    if form is not None:
-        _check_rank_limit(str(path), form, settings)
+    data_format = None if format == "auto" else find_format(format)
+    if data_format is not None:
+        _check_rank_limit(str(path), data_format, settings)
     files = find_files(str(path), split)
     if files is None:
         sources = [(str(path), read_hub(str(path), split, log))]
     else:
         sources = [(str(file), _records(file, settings, log)) for file in files]
-    stream = _all_sources(str(path), sources, form, settings, log)
+    stream = _all_sources(str(path), sources, data_format, settings, log)
     return _until_problem(stream, log) if log.strict else stream
 
 
@@ -142,7 +117,7 @@ def _records(file: Path, options: ReadOptions, problems: ProblemLog) -> Iterator
     if reader is None:
         raise ValueError(f"no reader for {file}")
     try:
-        yield from reader(file, options.max_row_bytes, problems)
+        yield from reader(file, options.max_record_bytes, problems)
     except OSError as error:
         raise UserError(f"the file cannot be read: {error.strerror or error}", where=str(file)) from error
 
@@ -150,59 +125,59 @@ def _records(file: Path, options: ReadOptions, problems: ProblemLog) -> Iterator
 def _all_sources(
     path: str,
     sources: list[tuple[str, Iterator[RawRecord]]],
-    form: Format | None,
+    data_format: Format | None,
     options: ReadOptions,
     problems: ProblemLog,
 ) -> Iterator[Conversation]:
-    before = problems.rows + problems.total
-    for name, rows in sources:
-        yield from _source(name, rows, form, options, problems)
-    if problems.rows + problems.total == before:
-        raise UserError("there are no rows", where=path, hint="Give a file with rows.")
+    before = problems.records + problems.total
+    for name, records in sources:
+        yield from _source(name, records, data_format, options, problems)
+    if problems.records + problems.total == before:
+        raise UserError("there are no records", where=path, hint="Give a file with records.")
 
 
 def _source(
-    name: str, rows: Iterator[RawRecord], form: Format | None, options: ReadOptions, problems: ProblemLog
+    name: str, records: Iterator[RawRecord], data_format: Format | None, options: ReadOptions, problems: ProblemLog
 ) -> Iterator[Conversation]:
-    """The conversations of one file, its form settled first."""
-    first = list(itertools.islice(rows, _DETECT_RECORDS))
-    if form is None and first:
-        form = _detect(name, first)
-    if form is None:
+    """The conversations of one file, its format settled first."""
+    first = list(itertools.islice(records, _DETECT_RECORDS))
+    if data_format is None and first:
+        data_format = _detect(name, first)
+    if data_format is None:
         return
-    _check_rank_limit(name, form, options)
-    problems.forms[name] = form.name
-    yield from form.read(_chain(first, rows), options, problems)
+    _check_rank_limit(name, data_format, options)
+    problems.formats[name] = data_format.name
+    yield from data_format.read(_chain(first, records), options, problems)
 
 
-def _check_rank_limit(name: str, form: Format, options: ReadOptions) -> None:
-    if options.top_k is not None and not form.ranked:
+def _check_rank_limit(name: str, data_format: Format, options: ReadOptions) -> None:
+    if options.oasst_top_k is not None and not data_format.ranked:
         raise UserError(
-            f"`top_k` chooses answers by rank, and the form `{form.name}` has no ranks",
+            f"`oasst_top_k` chooses answers by rank, and the format `{data_format.name}` has no ranks",
             where=name,
-            hint="Leave `top_k` out; OpenAssistant exports have ranks.",
+            hint="Leave `oasst_top_k` out; OpenAssistant exports have ranks.",
         )
 
 
 def _chain(first: list[RawRecord], rest: Iterator[RawRecord]) -> Iterator[RawRecord]:
     yield from first
-    # The rows looked at for detection must not stay in memory for the length of the file.
+    # The records looked at for detection must not stay in memory for the length of the file.
     first.clear()
     yield from rest
 
 
-def _detect(name: str, rows: Iterable[RawRecord]) -> Format:
-    """The form of the first row that has one."""
+def _detect(name: str, records: Iterable[RawRecord]) -> Format:
+    """The format of the first record that has one."""
     shown = ""
-    for row in rows:
-        form = matching_format(row.value)
-        if form is not None:
-            return form
-        shown = shown or field_names(row.value)
+    for record in records:
+        data_format = matching_format(record.value)
+        if data_format is not None:
+            return data_format
+        shown = shown or field_names(record.value)
     raise UserError(
-        f"no known form has the fields found here: {shown}",
+        f"no known format has the fields found here: {shown}",
         where=name,
-        hint=f"Known forms: {', '.join(FORMATS)} (`peftchat data formats` shows their fields).",
+        hint=f"Known formats: {', '.join(FORMATS)} (`peftchat data formats` shows their fields).",
     )
 
 

@@ -93,22 +93,6 @@ def fit_split(conversations: Iterable[Conversation], fraction: float, seed: int)
     return census.settle()
 
 
-def split_eval(
-    conversations: Iterable[Conversation], fraction: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and evaluation conversations, each in the order given.
-
-    `fraction` is honored on average over seeds. With at least two different first user messages both sides hold
-    something; with one, evaluation is empty.
-    """
-    everything = list(conversations)
-    split = fit_split(everything, fraction, seed)
-    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
-    for conversation in everything:
-        sides[split.is_eval(conversation)].append(conversation)
-    return sides
-
-
 def _start(conversation: Conversation) -> str:
     for message in conversation.messages:
         if message.role == "user":

@@ -1,4 +1,4 @@
-"""What became of the conversations of one side."""
+"""Encoding: conversations as examples that fit and have something to learn, with counts of the others."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,116 +20,116 @@ if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 
-_NAMED = 5
+_MAX_SOURCES = 5
 
 
 @dataclass(slots=True)
 class EncodingStats:
-    """What became of the conversations of one side.
+    """Counts of the conversations of one split.
 
     Attributes:
-        rows: rows that are kept.
+        examples: examples kept.
         tokens: their tokens.
-        supervised: their tokens that carry a target.
-        dropped: conversations and rows that are not, by reason.
-        named: the first few sources of each reason, and of the conversations that were `shortened` or `divided`.
-        shortened: conversations that lost exchanges to fit `data.max_length`.
-        exchanges_cut: exchanges lost that way.
-        divided: conversations that became several rows to fit.
-        parts: those rows.
-        lookalikes: stretches spelled like a special token, encoded as ordinary text.
-        forms: the form each source file was read as.
-        notes: rows that a source changed, by what it did.
+        supervised: their tokens with a target.
+        dropped: conversations and examples left out, by reason.
+        first_sources: the first few sources of each reason, and of `truncated` and `split`.
+        truncated: conversations that lost rounds to fit `data.max_length`.
+        rounds_dropped: rounds lost that way.
+        split: conversations that became several examples to fit.
+        split_examples: those examples.
+        special_token_text: stretches of text spelled like a special token, encoded as ordinary text.
+        formats: the format of each source file.
+        notes: records that reading changed, by kind of change.
     """
 
-    rows: int = 0
+    examples: int = 0
     tokens: int = 0
     supervised: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    named: dict[str, list[str]] = field(default_factory=dict)
-    shortened: int = 0
-    exchanges_cut: int = 0
-    divided: int = 0
-    parts: int = 0
-    lookalikes: int = 0
-    forms: dict[str, str] = field(default_factory=dict)
+    first_sources: dict[str, list[str]] = field(default_factory=dict)
+    truncated: int = 0
+    rounds_dropped: int = 0
+    split: int = 0
+    split_examples: int = 0
+    special_token_text: int = 0
+    formats: dict[str, str] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
 
-    def drop(self, reason: str, source: str) -> None:
-        """Count a row that is left out."""
+    def count_dropped(self, reason: str, source: str) -> None:
+        """Count an example that is left out."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self._name(reason, source)
+        self._note_source(reason, source)
 
-    def shorten(self, exchanges: int, source: str) -> None:
-        """Count a conversation that lost exchanges."""
-        self.shortened += 1
-        self.exchanges_cut += exchanges
-        self._name("shortened", source)
+    def count_truncated(self, rounds: int, source: str) -> None:
+        """Count a conversation that lost rounds."""
+        self.truncated += 1
+        self.rounds_dropped += rounds
+        self._note_source("truncated", source)
 
-    def divide(self, parts: int, source: str) -> None:
-        """Count a conversation that became several rows."""
-        self.divided += 1
-        self.parts += parts
-        self._name("divided", source)
+    def count_split(self, examples: int, source: str) -> None:
+        """Count a conversation that became several examples."""
+        self.split += 1
+        self.split_examples += examples
+        self._note_source("split", source)
 
-    def _name(self, what: str, source: str) -> None:
-        named = self.named.setdefault(what, [])
-        if len(named) < _NAMED:
-            named.append(source)
+    def _note_source(self, key: str, source: str) -> None:
+        sources = self.first_sources.setdefault(key, [])
+        if len(sources) < _MAX_SOURCES:
+            sources.append(source)
 
 
 _BATCH = 1024
 _BATCH_CHARACTERS = 2**21
-"""A batch ends here even if it has few conversations, so that long ones do not fill the memory."""
+"""Characters of a batch: it then ends even with few conversations, so that long ones do not fill the memory."""
 _WORKERS = 2
-"""The tokenizer's threads use all cores by themselves; a second batch keeps them busy while Python has the first."""
+"""Batches in flight: the tokenizer's threads work on one while Python works on the other."""
 
 
 def encode_conversations(
     recipe: "Recipe", encoder: ChatEncoder, conversations: Iterable[Conversation], stats: EncodingStats
 ) -> Iterator[ExampleBatch]:
-    """Batches of rows, in the order of their conversations.
+    """Yield batches of examples, in the order of their conversations.
 
     Args:
-        recipe: says what fits, what is trained and what is refused.
-        encoder: of the recipe's format.
+        recipe: its `data` and `chat` sections.
+        encoder: the encoder of the recipe's chat format.
         conversations: read while earlier ones are encoded.
-        stats: counts what became of each.
+        stats: the counts to add to.
 
     Raises:
-        UserError: a conversation holds what the recipe refuses.
+        UserError: a conversation has something that the recipe makes an error.
     """
-    table = loss_mask_table(recipe.chat.loss_on)
-    for batch, rows in _in_flight(encoder, conversations):
-        if recipe.chat.special_text == "refuse" and rows.lookalikes.any():
-            raise _special_text(rows.sources[int(rows.lookalikes.argmax())])
-        if rows.lengths.max() > recipe.data.max_length:
-            rows = _fitting(recipe, encoder, batch, rows, stats)
-        supervised = rows.counts(table)
+    loss_mask = loss_mask_table(recipe.chat.loss_on)
+    for batch, examples in _encode_ahead(encoder, conversations):
+        if recipe.chat.special_token_text == "error" and examples.special_token_text.any():
+            raise _special_token_text(examples.sources[int(examples.special_token_text.argmax())])
+        if examples.lengths.max() > recipe.data.max_length:
+            examples = _fit_max_length(recipe, encoder, batch, examples, stats)
+        supervised = examples.counts(loss_mask)
         if not supervised.all():
-            rows = _learnable(recipe, rows, supervised > 0, stats)
-        stats.rows += len(rows)
-        stats.tokens += len(rows.ids)
+            examples = _keep_trainable(recipe, examples, supervised > 0, stats)
+        stats.examples += len(examples)
+        stats.tokens += len(examples.ids)
         stats.supervised += int(supervised.sum())
-        stats.lookalikes += int(rows.lookalikes.sum())
-        yield rows
+        stats.special_token_text += int(examples.special_token_text.sum())
+        yield examples
 
 
-def _in_flight(
+def _encode_ahead(
     encoder: ChatEncoder, conversations: Iterable[Conversation]
 ) -> Iterator[tuple[Sequence[Conversation], ExampleBatch]]:
-    """Each batch with its rows, in order, the next ones being read and encoded meanwhile."""
+    """Yield each batch with its examples, in order, while the next ones are read and encoded."""
     waiting: deque[tuple[Sequence[Conversation], Future[ExampleBatch]]] = deque()
     with ThreadPoolExecutor(_WORKERS if encoder.parallel else 1) as pool:
         try:
             for batch in _batches(conversations):
                 waiting.append((batch, pool.submit(encoder.batch, batch)))
                 if len(waiting) > _WORKERS:
-                    done, rows = waiting.popleft()
-                    yield done, rows.result()
+                    done, examples = waiting.popleft()
+                    yield done, examples.result()
             while waiting:
-                done, rows = waiting.popleft()
-                yield done, rows.result()
+                done, examples = waiting.popleft()
+                yield done, examples.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -148,58 +148,58 @@ def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversatio
         yield batch
 
 
-def _fitting(
-    recipe: "Recipe", encoder: ChatEncoder, batch: Sequence[Conversation], rows: ExampleBatch, stats: EncodingStats
+def _fit_max_length(
+    recipe: "Recipe", encoder: ChatEncoder, batch: Sequence[Conversation], examples: ExampleBatch, stats: EncodingStats
 ) -> ExampleBatch:
-    """The rows that fit, and what is left of the others."""
+    """Return the examples that fit, and the others cut by `data.truncation`."""
     limit, policy = recipe.data.max_length, recipe.data.truncation
     kept: list[EncodedExample] = []
-    for conversation, row in zip(batch, rows, strict=True):
-        if len(row.ids) <= limit:
-            kept.append(row)
+    for conversation, example in zip(batch, examples, strict=True):
+        if len(example.ids) <= limit:
+            kept.append(example)
             continue
-        if policy == "refuse":
+        if policy == "error":
             raise UserError(
-                f"the conversation has {len(row.ids)} tokens, and data.max_length is {limit}",
+                f"the conversation has {len(example.ids)} tokens, and data.max_length is {limit}",
                 where=conversation.source or None,
-                hint="Raise data.max_length, or set data.truncation: turns, turns_leading, split or drop.",
+                hint="Raise data.max_length, or set data.truncation: turns, drop_first_turns, split or drop.",
             )
         if policy == "drop":
-            stats.drop("too_long", conversation.source)
+            stats.count_dropped("too_long", conversation.source)
             continue
-        fitted = truncate_to_fit(conversation, row, encoder, limit, policy)
-        kept += fitted.rows
-        if not fitted.rows:
-            stats.drop("too_long", conversation.source)
-        elif fitted.lost:
-            stats.shorten(fitted.lost, conversation.source)
-        if len(fitted.rows) > 1:
-            stats.divide(len(fitted.rows), conversation.source)
+        truncated = truncate_to_fit(conversation, example, encoder, limit, policy)
+        kept += truncated.examples
+        if not truncated.examples:
+            stats.count_dropped("too_long", conversation.source)
+        elif truncated.lost:
+            stats.count_truncated(truncated.lost, conversation.source)
+        if len(truncated.examples) > 1:
+            stats.count_split(len(truncated.examples), conversation.source)
     return ExampleBatch.of(kept)
 
 
-def _learnable(
-    recipe: "Recipe", rows: ExampleBatch, has_targets: npt.NDArray[np.bool_], stats: EncodingStats
+def _keep_trainable(
+    recipe: "Recipe", examples: ExampleBatch, has_targets: npt.NDArray[np.bool_], stats: EncodingStats
 ) -> ExampleBatch:
-    """The rows that have something to learn."""
+    """Return the examples with a target."""
     kept: list[EncodedExample] = []
-    for row, learnable in zip(rows, has_targets, strict=True):
-        if learnable:
-            kept.append(row)
-        elif recipe.chat.empty_rows == "refuse":
+    for example, trainable in zip(examples, has_targets, strict=True):
+        if trainable:
+            kept.append(example)
+        elif recipe.chat.untrainable_examples == "error":
             raise UserError(
-                f"nothing in the conversation is trained by chat.loss_on: {recipe.chat.loss_on}",
-                where=row.source or None,
-                hint="Take the conversation out, or set chat.empty_rows: drop to leave such rows out.",
+                f"the conversation has no token to train on by chat.loss_on: {recipe.chat.loss_on}",
+                where=example.source or None,
+                hint="Remove the conversation, or set chat.untrainable_examples: drop.",
             )
         else:
-            stats.drop("nothing_to_learn", row.source)
+            stats.count_dropped("nothing_to_learn", example.source)
     return ExampleBatch.of(kept)
 
 
-def _special_text(source: str) -> UserError:
+def _special_token_text(source: str) -> UserError:
     return UserError(
-        "a message holds text that is spelled like a special token, and chat.special_text is `refuse`",
+        "a message has text spelled like a special token, and chat.special_token_text is `error`",
         where=source or None,
-        hint="Take the text out, or set chat.special_text: text to train on it as ordinary text.",
+        hint="Remove the text, or set chat.special_token_text: escape to train on it as ordinary text.",
     )

@@ -1,6 +1,6 @@
-"""Packing: which rows share a sequence.
+"""Packing: grouping examples into sequences of a fixed capacity.
 
-Best-fit decreasing: the longest rows first, each into the fullest sequence that still has room. On conversation
+Best-fit decreasing: the longest examples first, each into the fullest pack that still has space. On conversation
 lengths this leaves well under one percent of a long sequence empty.
 """
 
@@ -11,19 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 _CHUNK = 2**16
-"""Rows that are Python numbers at one time."""
+"""Lengths that are converted to Python numbers at a time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packs(Sequence[list[int]]):
-    """The row numbers of each sequence, in four bytes a row.
+    """The example indices of each pack, in four bytes per example.
 
     Attributes:
-        rows: those of all sequences one after the other, int32, shape (N,).
-        offsets: where each sequence begins, and the end of the last one, int64, shape (P + 1,).
+        examples: the indices of all packs concatenated, int32, shape (N,).
+        offsets: the start of each pack, and the end of the last one, int64, shape (P + 1,).
     """
 
-    rows: npt.NDArray[np.int32]
+    examples: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -31,59 +31,60 @@ class Packs(Sequence[list[int]]):
 
     def __getitem__(self, index: int) -> list[int]:  # type: ignore[override]
         if not 0 <= index < len(self):
-            raise IndexError(f"sequence {index} of {len(self)}")
-        numbers: list[int] = self.rows[self.offsets[index] : self.offsets[index + 1]].tolist()
-        return numbers
+            raise IndexError(f"pack {index} of {len(self)}")
+        indices: list[int] = self.examples[self.offsets[index] : self.offsets[index + 1]].tolist()
+        return indices
 
 
 def pack(lengths: npt.NDArray[np.int64], capacity: int, seed: int) -> Packs:
-    """Group rows into sequences of at most `capacity` tokens.
+    """Group examples into packs of at most `capacity` tokens.
 
     Args:
-        lengths: tokens of each row, int64, shape (N,).
-        capacity: tokens that fit in one sequence.
-        seed: orders rows of equal length, and so decides which of them meet.
+        lengths: tokens of each example, int64, shape (N,).
+        capacity: tokens that fit into one pack.
+        seed: shuffles examples of equal length, and so decides which of them share a pack.
 
     Returns:
-        The row numbers of each sequence; every row occurs exactly once.
+        The example indices of each pack; every example occurs exactly once.
 
     Raises:
-        ValueError: a row is longer than the capacity.
+        ValueError: an example is longer than the capacity.
     """
     if len(lengths) and int(lengths.max()) > capacity:
-        raise ValueError(f"a row of {int(lengths.max())} tokens does not fit into {capacity}")
+        raise ValueError(f"an example of {int(lengths.max())} tokens does not fit into {capacity}")
     order = np.random.default_rng(seed).permutation(np.arange(len(lengths), dtype=np.int32))
     order = order[np.argsort(-lengths[order], kind="stable")]
-    chosen = np.empty(len(order), dtype=np.int32)  # the sequence of each row, in that order
+    pack_of = np.empty(len(order), dtype=np.int32)  # the pack of each example, in that order
     count = 0
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free tokens -> sequences
-    # Bit r is set where some sequence has exactly r tokens free: the best fit is the lowest bit at or above the length.
-    rooms = 0
-    for place, length in enumerate(_numbers(lengths, order)):
-        fitting = rooms >> length
+    packs_by_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # free tokens -> packs
+    # Bit n is set if some pack has exactly n free tokens: the best fit is the lowest set bit at or above the length.
+    spaces = 0
+    for position, length in enumerate(_numbers(lengths, order)):
+        fitting = spaces >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            target = with_room[room].pop()
-            if not with_room[room]:
-                rooms &= ~(1 << room)
+            space = length + (fitting & -fitting).bit_length() - 1
+            target = packs_by_space[space].pop()
+            if not packs_by_space[space]:
+                spaces &= ~(1 << space)
         else:
-            room = capacity
+            space = capacity
             target = count
             count += 1
-        chosen[place] = target
-        left = room - length
-        with_room[left].append(target)
-        rooms |= 1 << left
+        pack_of[position] = target
+        left = space - length
+        packs_by_space[left].append(target)
+        spaces |= 1 << left
     offsets = np.zeros(count + 1, dtype=np.int64)
-    np.cumsum(np.bincount(chosen, minlength=count), out=offsets[1:])
-    return Packs(order[np.argsort(chosen, kind="stable")], offsets)
+    np.cumsum(np.bincount(pack_of, minlength=count), out=offsets[1:])
+    return Packs(order[np.argsort(pack_of, kind="stable")], offsets)
 
 
 def _numbers(lengths: npt.NDArray[np.int64], order: npt.NDArray[np.int32]) -> Iterator[int]:
+    """Yield the lengths in an order, converting a part of them at a time."""
     for start in range(0, len(order), _CHUNK):
         yield from lengths[order[start : start + _CHUNK]].tolist()
 
 
 def efficiency(packs: Sequence[Sequence[int]], lengths: npt.NDArray[np.int64], capacity: int) -> float:
-    """The share of the sequences' capacity that holds tokens, 0 to 1."""
+    """Return the fraction of the packs' capacity that holds tokens, 0 to 1."""
     return float(lengths.sum()) / (len(packs) * capacity) if packs else 0.0

@@ -1,7 +1,7 @@
-"""Conversations that are too long, cut between exchanges and nowhere else.
+"""Truncation: conversations that are too long, cut between rounds only.
 
-An exchange is what one user message sets off: the message, the answer, and tool calls and results in between. Every
-row made here is the encoding of a shorter conversation, so that no answer is ever without its end token.
+A round is a user message with everything up to the next one: the answer, and tool calls and results in between. Every
+example made here is the encoding of a shorter conversation, so no answer lacks its end token.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,28 +13,29 @@ from peftchat.chat_template.encoder import ChatEncoder
 from peftchat.chat_template.examples import EncodedExample
 from peftchat.conversation import Conversation, Message
 
-TruncationSide = Literal["turns", "turns_leading", "split"]
+TruncationSide = Literal["turns", "drop_first_turns", "split"]
 
 Round = tuple[Message, ...]
 
-_AROUND = 12
+_CHARACTERS_AROUND = 12
+"""Characters that a template adds around a message, about."""
 
 
 @dataclass(frozen=True, slots=True)
 class Truncated:
-    """A conversation made to fit.
+    """A conversation cut to fit.
 
     Attributes:
-        rows: its rows; none if not even one exchange fits.
-        lost: exchanges that are in none of them.
+        examples: its examples; none if not even one round fits.
+        lost: number of rounds that are in none of them.
     """
 
-    rows: tuple[EncodedExample, ...]
+    examples: tuple[EncodedExample, ...]
     lost: int
 
 
 def rounds(conversation: Conversation) -> tuple[Round, list[Round]]:
-    """The system message, if there is one, and the exchanges, the last of which may lack its answer."""
+    """Return the system message, if any, and the rounds; the last round may lack its answer."""
     messages = conversation.messages
     start = 1 if messages and messages[0].role == "system" else 0
     found: list[list[Message]] = []
@@ -49,74 +50,74 @@ def rounds(conversation: Conversation) -> tuple[Round, list[Round]]:
 
 
 def truncate_to_fit(
-    conversation: Conversation, whole: EncodedExample, encoder: ChatEncoder, limit: int, cut: TruncationSide
+    conversation: Conversation, full: EncodedExample, encoder: ChatEncoder, limit: int, cut: TruncationSide
 ) -> Truncated:
-    """The conversation in rows of at most `limit` tokens, each with the system message.
+    """Return the conversation as examples of at most `limit` tokens, each with the system message.
 
     Args:
-        conversation: one that is too long.
-        whole: its row.
-        encoder: of the chat format.
-        limit: most tokens in a row.
-        cut: `turns` keeps the first exchanges, `turns_leading` the last ones; `split` keeps all in several rows and
-            loses only exchanges that are too long by themselves.
+        conversation: a conversation that is too long.
+        full: its encoding in full.
+        encoder: encodes the shorter conversations.
+        limit: most tokens of an example.
+        cut: `turns` keeps the first rounds, `drop_first_turns` the last ones. `split` keeps all of them in several
+            examples, and loses only rounds that are too long by themselves.
     """
     system, parts = rounds(conversation)
-    room = limit * _size(conversation.messages) / len(whole.ids) - _size(system)
+    space = limit * _size(conversation.messages) / len(full.ids) - _size(system)
 
-    def row_of(some: Sequence[Round]) -> EncodedExample | None:
-        messages = [message for exchange in some for message in exchange]
+    def encode(kept: Sequence[Round]) -> EncodedExample | None:
+        messages = [message for part in kept for message in part]
         while messages and messages[-1].role != "assistant":
             messages.pop()
         if not messages:
             return None
-        row = encoder.encode([replace(conversation, messages=(*system, *messages))])[0]
-        return row if len(row.ids) <= limit else None
+        example = encoder.encode([replace(conversation, messages=(*system, *messages))])[0]
+        return example if len(example.ids) <= limit else None
 
     if cut == "split":
-        return _split(parts, row_of, room)
+        return _split(parts, encode, space)
     if cut == "turns":
-        kept, row = _longest(len(parts), lambda count: row_of(parts[:count]), _guess(parts, room))
+        kept, example = _longest(len(parts), lambda count: encode(parts[:count]), _guess(parts, space))
     else:
-        guess = _guess(parts[::-1], room)
-        kept, row = _longest(len(parts), lambda count: row_of(parts[len(parts) - count :]), guess)
-    return Truncated(() if row is None else (row,), len(parts) - kept)
+        guess = _guess(parts[::-1], space)
+        kept, example = _longest(len(parts), lambda count: encode(parts[len(parts) - count :]), guess)
+    return Truncated(() if example is None else (example,), len(parts) - kept)
 
 
 def _split(
-    parts: Sequence[Round], row_of: Callable[[Sequence[Round]], EncodedExample | None], room: float
+    parts: Sequence[Round], encode: Callable[[Sequence[Round]], EncodedExample | None], space: float
 ) -> Truncated:
-    """As few rows of neighboring exchanges as possible."""
-    rows: list[EncodedExample] = []
+    """Return as few examples of neighboring rounds as possible."""
+    examples: list[EncodedExample] = []
     start = lost = 0
     while start < len(parts):
         rest = parts[start:]
-        kept, row = _longest(len(rest), lambda count, rest=rest: row_of(rest[:count]), _guess(rest, room))  # type: ignore[misc]
-        if row is None:
+        kept, example = _longest(len(rest), lambda count, rest=rest: encode(rest[:count]), _guess(rest, space))  # type: ignore[misc]
+        if example is None:
             lost += 1
             start += 1
         else:
-            rows.append(row)
+            examples.append(example)
             start += kept
-    return Truncated(tuple(rows), lost)
+    return Truncated(tuple(examples), lost)
 
 
 def _longest(
-    most: int, row_of: Callable[[int], EncodedExample | None], guess: int
+    most: int, encode: Callable[[int], EncodedExample | None], guess: int
 ) -> tuple[int, EncodedExample | None]:
-    """The largest number of exchanges, up to `most`, of which a row can be made, and that row; 0 and None if none.
+    """Return the largest number of rounds, up to `most`, that fit, and their example; 0 and None if none fits.
 
-    Every try encodes a conversation, so the search begins at a guess and widens from there.
+    Every attempt encodes a conversation, so the search begins at a guess and widens from there.
     """
-    kept: tuple[int, EncodedExample | None] = (0, None)
-    low, high = 0, most + 1  # so many fit, and so many do not
+    best: tuple[int, EncodedExample | None] = (0, None)
+    low, high = 0, most + 1  # low rounds fit, and high do not
     count, step = min(max(guess, 1), most), 1
     while high - low > 1:
-        row = row_of(count)
-        if row is None:
+        example = encode(count)
+        if example is None:
             high = count
         else:
-            low, kept = count, (count, row)
+            low, best = count, (count, example)
         if high > most:
             count = min(low + step, most)
         elif not low:
@@ -124,14 +125,14 @@ def _longest(
         else:
             count = (low + high) // 2
         step *= 2
-    return kept
+    return best
 
 
-def _guess(parts: Sequence[Round], room: float) -> int:
-    """How many of the first exchanges have the size that there is room for."""
-    return sum(size <= room for size in accumulate(map(_size, parts)))
+def _guess(parts: Sequence[Round], space: float) -> int:
+    """Guess how many of the first rounds fit, by their size."""
+    return sum(size <= space for size in accumulate(map(_size, parts)))
 
 
 def _size(messages: Sequence[Message]) -> int:
-    """About how long the messages are, in characters; what is around a message counts for a few."""
-    return sum(len(message.content) + _AROUND for message in messages)
+    """Return about how long the messages are, in characters, with what a template adds around them."""
+    return sum(len(message.content) + _CHARACTERS_AROUND for message in messages)

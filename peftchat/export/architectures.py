@@ -1,6 +1,6 @@
-"""What llama.cpp needs to know about an architecture, for those that can be written as GGUF.
+"""The architectures that can be written as GGUF, and what llama.cpp needs to know about each.
 
-Names of tensors and keys are the `gguf` library's; which keys an architecture needs is llama.cpp's loader
+Names of tensors and keys are the `gguf` library's. llama.cpp's loader determines which keys an architecture needs
 (https://github.com/ggml-org/llama.cpp, `src/llama-model.cpp`).
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 _SCALINGS = ("default", "linear", "llama3")
-_ELSEWHERE = "Convert the merged folder with llama.cpp's own convert_hf_to_gguf.py, which knows more."
+_HINT = "Convert the merged folder with llama.cpp's convert_hf_to_gguf.py, which supports more."
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,55 +26,56 @@ class Architecture:
 
     Attributes:
         arch: its name in the `gguf` library's `MODEL_ARCH`.
-        describe: writes its metadata.
-        activation: the activation that llama.cpp computes for it.
-        interleaved_rotation: its rotary embedding turns neighboring pairs in llama.cpp, halves in transformers.
+        write_metadata: writes its metadata.
+        activations: the names of the activation that llama.cpp computes for it.
+        interleaved_rotary: its rotary embedding rotates neighboring pairs in llama.cpp, halves in transformers.
     """
 
     arch: str
-    describe: Callable[["GGUFWriter", Any], None]
-    activation: tuple[str, ...]
-    interleaved_rotation: bool = False
+    write_metadata: Callable[["GGUFWriter", Any], None]
+    activations: tuple[str, ...]
+    interleaved_rotary: bool = False
 
-    def rotated(self, name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
-        """A weight with the rows of query and key heads in llama.cpp's order; every other weight as it is."""
-        if not self.interleaved_rotation:
+    def reorder_heads(self, name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
+        """Return a weight with the rows of query and key heads in llama.cpp's order; any other weight unchanged."""
+        if not self.interleaved_rotary:
             return weight
         if ".q_proj." in name:
-            return _interleaved(weight, config.num_attention_heads)
+            return _interleave(weight, config.num_attention_heads)
         if ".k_proj." in name:
-            return _interleaved(weight, config.num_key_value_heads)
+            return _interleave(weight, config.num_key_value_heads)
         return weight
 
 
 def architecture_of(config: Any, where: str) -> Architecture:
-    """The entry for a transformers config.
+    """Return the architecture of a transformers config.
 
     Raises:
-        UserError: GGUF for it is not written here, or it differs from what llama.cpp computes.
+        UserError: it is not supported, or llama.cpp computes it in another way.
     """
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise UserError(
-            f"the architecture {config.model_type} is not exported to GGUF (these are: {', '.join(ARCHITECTURES)})",
+            f"the architecture {config.model_type} is not exported to GGUF (supported: {', '.join(ARCHITECTURES)})",
             where=where,
-            hint=_ELSEWHERE,
+            hint=_HINT,
         )
     activation = getattr(config, "hidden_act", None) or config.activation_function
-    if activation not in found.activation:
-        raise UserError(f"llama.cpp does not compute {config.model_type} with {activation}", where=where)
+    if activation not in found.activations:
+        raise UserError(
+            f"llama.cpp does not compute {config.model_type} with {activation} (supported: {found.activations[0]})",
+            where=where,
+        )
     scaling = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if scaling not in _SCALINGS:
-        raise UserError(
-            f"rotary embeddings scaled by `{scaling}` are not exported to GGUF", where=where, hint=_ELSEWHERE
-        )
+        raise UserError(f"rotary embeddings scaled by `{scaling}` are not exported to GGUF", where=where, hint=_HINT)
     if config.model_type == "gpt_bigcode" and not config.multi_query:
         raise UserError("llama.cpp computes gpt_bigcode with multi-query attention only", where=where)
     return found
 
 
 def rope_factors(config: Any) -> np.ndarray | None:
-    """By what each rotary frequency is divided under Llama 3's long-context scaling, float32, shape (D / 2,)."""
+    """Return the divisors of the rotary frequencies under Llama 3's long-context scaling, float32, shape (D / 2,)."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = getattr(config, "rope_parameters", None)
@@ -86,13 +87,13 @@ def rope_factors(config: Any) -> np.ndarray | None:
     return factors
 
 
-def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def _interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, 2, half, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def _describe_rotary(writer: "GGUFWriter", config: Any) -> None:
-    """Decoders with rotary embeddings, RMS norm and gated feed-forward layers: Llama and its kin."""
+def _write_rotary(writer: "GGUFWriter", config: Any) -> None:
+    """Write the metadata of decoders with rotary embeddings, RMS norm and gated feed-forward layers, such as Llama."""
     from gguf import RopeScalingType
 
     rope = config.rope_parameters
@@ -113,7 +114,7 @@ def _describe_rotary(writer: "GGUFWriter", config: Any) -> None:
         writer.add_rope_scaling_factor(float(rope["factor"]))
 
 
-def _describe_starcoder(writer: "GGUFWriter", config: Any) -> None:
+def _write_starcoder(writer: "GGUFWriter", config: Any) -> None:
     writer.add_context_length(config.n_positions)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
@@ -124,17 +125,17 @@ def _describe_starcoder(writer: "GGUFWriter", config: Any) -> None:
 
 
 def _context(config: Any) -> int:
-    """Tokens up to which llama.cpp, which attends to all of them, computes what the model does."""
+    """Return the context length at which llama.cpp still computes what the model does: it ignores sliding windows."""
     window = getattr(config, "sliding_window", None)
     longest = int(config.max_position_embeddings)
     return min(longest, int(window)) if window else longest
 
 
 ARCHITECTURES = {
-    "llama": Architecture("LLAMA", _describe_rotary, ("silu",), interleaved_rotation=True),
-    "mistral": Architecture("LLAMA", _describe_rotary, ("silu",), interleaved_rotation=True),
-    "qwen2": Architecture("QWEN2", _describe_rotary, ("silu",)),
-    "qwen3": Architecture("QWEN3", _describe_rotary, ("silu",)),
-    "gpt_bigcode": Architecture("STARCODER", _describe_starcoder, ("gelu_pytorch_tanh",)),
+    "llama": Architecture("LLAMA", _write_rotary, ("silu",), interleaved_rotary=True),
+    "mistral": Architecture("LLAMA", _write_rotary, ("silu",), interleaved_rotary=True),
+    "qwen2": Architecture("QWEN2", _write_rotary, ("silu",)),
+    "qwen3": Architecture("QWEN3", _write_rotary, ("silu",)),
+    "gpt_bigcode": Architecture("STARCODER", _write_starcoder, ("gelu_pytorch_tanh",)),
 }
-"""transformers' `model_type` -> how it is written."""
+"""transformers' `model_type` -> its architecture."""

@@ -1,4 +1,4 @@
-"""Writing a model folder as one GGUF file, tensor by tensor."""
+"""Write a model as one GGUF file, tensor by tensor, and verify the file."""
 
 import importlib.util
 import logging
@@ -15,7 +15,7 @@ import torch
 
 from peftchat.errors import UserError, VerificationError
 from peftchat.export.architectures import Architecture, architecture_of, rope_factors
-from peftchat.export.source import ExportSource, read_source_config
+from peftchat.export.export_source import ExportSource
 from peftchat.export.vocabulary import read_vocabulary
 from peftchat.merging.byte_progress import ByteProgress
 from peftchat.merging.safetensors_io import SafetensorsCheckpoint, TensorEntry, read_rows
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-"""The type that keeps weights as they are stored."""
+"""Stored dtype -> the GGUF type that keeps it."""
 
 TYPES = (*STORED.values(), "q8_0")
-"""Types of the weight matrices; vectors are always written as float32, which is what llama.cpp adds and scales in."""
+"""Types of the weight matrices; vectors are always written as float32, in which llama.cpp adds and scales."""
 
 _POSITIONS = "position_embd.weight"
-_GENERATION_MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of the file: where it comes from and what it becomes."""
+    """A tensor of the file: its source in the checkpoint, and its name, shape and type in GGUF."""
 
     name: str
     source: str
@@ -52,61 +52,65 @@ class WrittenGguf:
     """A finished file.
 
     Attributes:
-        path: where it is.
-        type: of its matrices.
-        tensors: how many.
-        adds_start: whether llama.cpp puts the token for the beginning before a text.
+        path: the file.
+        type: type of its matrices.
+        tensors: number of tensors.
+        bytes: size of the file.
+        adds_bos: whether llama.cpp adds the BOS token before a text.
     """
 
     path: Path
     type: str
     tensors: int
     bytes: int
-    adds_start: bool
+    adds_bos: bool
 
 
 def require_gguf() -> None:
-    """See that the library is there.
+    """Check that the `gguf` library is installed.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not installed.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("writing GGUF needs the package gguf", hint="Install it: pip install 'peftchat[gguf]'.")
+        raise UserError(
+            "writing GGUF needs the package gguf, which is not installed",
+            hint="Install it: pip install 'peftchat[gguf]'.",
+        )
 
 
 def write_gguf(source: ExportSource, path: Path, type_name: str | None = None) -> WrittenGguf:
-    """Write `path` from a model folder; at most one matrix is in memory at a time.
+    """Write `path` from a model; at most one matrix is in memory at a time.
 
     Args:
-        path: appears only when it is complete and has been read back.
+        path: the file; it appears when it is complete and verified.
         type_name: one of `TYPES`; None keeps the weights as they are stored.
 
     Raises:
-        UserError: llama.cpp has no equal for the architecture or the tokenizer, or the library is missing.
-        VerificationError: what is on disk is not what was written.
+        UserError: llama.cpp does not support the architecture or the tokenizer, or the library is not installed.
+        VerificationError: the file differs from what was written.
     """
     require_gguf()
-    tokenizer = source.tokenizer()
-    # Before a merge, which may take long: what llama.cpp cannot have is refused at once.
-    architecture = architecture_of(source.base_config(), str(source.folder))
-    read_vocabulary(tokenizer, len(tokenizer), str(source.folder))
-    weights = source.weights()
-    config, checkpoint = read_source_config(weights), SafetensorsCheckpoint.open(weights)
+    tokenizer = source.model.tokenizer()
+    # Checked before a merge or a download, which may take long.
+    architecture = architecture_of(source.model.config().get_text_config(), source.model.where)
+    read_vocabulary(tokenizer, len(tokenizer), source.model.where)
+    full_model = source.full_model()
+    config, checkpoint = full_model.config().get_text_config(), SafetensorsCheckpoint.open(full_model.path)
     type_name = type_name or _stored_type(checkpoint)
     tensors = list(_tensors(checkpoint, config, architecture, type_name))
-    adds_start = _adds_start(tokenizer)
+    adds_bos = _adds_bos(tokenizer)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
 
     logging.getLogger("gguf").setLevel(logging.WARNING)
     writer = GGUFWriter(temporary, MODEL_ARCH_NAMES[MODEL_ARCH[architecture.arch]])
     _write_metadata(writer, source.name, type_name)
-    architecture.describe(writer, config)
+    architecture.write_metadata(writer, config)
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     writer.add_vocab_size(rows)
-    read_vocabulary(tokenizer, rows, str(source.folder)).write(writer)
-    _write_special_ids(writer, tokenizer, adds_start=adds_start)
+    read_vocabulary(tokenizer, rows, source.model.where).write(writer)
+    _write_special_ids(writer, tokenizer, adds_bos=adds_bos)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         digests = _write_tensors(writer, tensors, config, architecture)
@@ -116,24 +120,24 @@ def write_gguf(source: ExportSource, path: Path, type_name: str | None = None) -
         raise UserError(f"cannot write: {error.strerror or error}", where=str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    return WrittenGguf(path, type_name, len(tensors), path.stat().st_size, adds_start)
+    return WrittenGguf(path, type_name, len(tensors), path.stat().st_size, adds_bos)
 
 
 def check_gguf(path: Path, digests: dict[str, int]) -> None:
-    """Read a file again: every tensor there, with the bytes that were meant.
+    """Check that a file has every tensor with the expected bytes.
 
     Args:
         digests: CRC-32 of each tensor's bytes by name.
 
     Raises:
-        VerificationError: naming the first tensor that differs.
+        VerificationError: names the first tensor that differs.
     """
     from gguf import GGUFReader
 
     found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     for name in sorted(digests.keys() | found.keys()):
         if name not in found or name not in digests or _digest(found[name].data) != digests[name]:
-            raise VerificationError(f"{path}: the tensor {name} was not written as it should be")
+            raise VerificationError(f"{path}: the tensor {name} differs from what was written")
 
 
 def _stored_type(checkpoint: SafetensorsCheckpoint) -> str:
@@ -154,7 +158,7 @@ def _tensors(
             continue
         name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise UserError(f"llama.cpp has no place for the weight {entry.name}", where=str(entry.file))
+            raise UserError(f"llama.cpp has no tensor for the weight {entry.name}", where=str(entry.file))
         kind = _kind(name, entry.shape, type_name)
         yield _Tensor(name, entry.name, entry.shape, kind, _size(entry.shape, kind), entry)
     factors = rope_factors(config)
@@ -169,7 +173,7 @@ def _kind(name: str, shape: tuple[int, ...], type_name: str) -> "GGMLQuantizatio
     if len(shape) < 2 or name == _POSITIONS:
         return GGMLQuantizationType.F32
     kind = GGMLQuantizationType[type_name.upper()]
-    # A row of blocks must be whole.
+    # A row must consist of complete blocks.
     return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
 
 
@@ -190,8 +194,8 @@ def _write_metadata(writer: "GGUFWriter", name: str, type_name: str) -> None:
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def _write_special_ids(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase", *, adds_start: bool) -> None:
-    writer.add_add_bos_token(adds_start)
+def _write_special_ids(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase", *, adds_bos: bool) -> None:
+    writer.add_add_bos_token(adds_bos)
     for add, token_id in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, tokenizer.eos_token_id),
@@ -205,23 +209,23 @@ def _write_special_ids(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase
 
 
 def _plain_jinja(template: str) -> str:
-    """The template without marks of what the assistant wrote: they change no text, and not every engine has them."""
-    return _GENERATION_MARK.sub(
+    """Remove the generation tags from a template: they change no text, and not every engine supports them."""
+    return _GENERATION_TAG.sub(
         lambda match: f"{{%{match[1]} {'endif' if match[2] else 'if true'} {match[3]}%}}", template
     )
 
 
-def _adds_start(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a text begins with the token for its beginning: as the chat template says, where there is one."""
-    start = tokenizer.bos_token
-    if start is None:
+def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether a text begins with the BOS token: as in the chat template, if there is one."""
+    bos = tokenizer.bos_token
+    if bos is None:
         return False
     if not tokenizer.chat_template:
         return bool(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
     messages = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
     text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    # A token that opens every turn is not one for the beginning.
-    return text.startswith(str(start)) and text.count(str(start)) == 1
+    # A token that opens every turn does not mark the beginning of the text.
+    return text.startswith(str(bos)) and text.count(str(bos)) == 1
 
 
 def _write_tensors(
@@ -229,7 +233,7 @@ def _write_tensors(
 ) -> dict[str, int]:
     digests = {}
     for tensor in tensors:
-        # A quantized row is given in elements here, since its type is named.
+        # The shape of a quantized tensor is given in elements, since its type is given.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=tensor.kind)
     try:
         writer.write_header_to_file()
@@ -253,10 +257,12 @@ def _converted(tensor: _Tensor, config: Any, architecture: Architecture) -> np.n
     if tensor.entry is None:
         assert tensor.values is not None
         return tensor.values
-    weight = architecture.rotated(tensor.source, read_rows(tensor.entry), config)
+    weight = architecture.reorder_heads(tensor.source, read_rows(tensor.entry), config)
     data: np.ndarray = quantize(weight.to(torch.float32).contiguous().numpy(), tensor.kind)
     if data.dtype == np.float16 and not np.isfinite(data).all():
-        raise UserError(f"{tensor.source} holds values beyond float16", where="--type", hint="Use --type bf16.")
+        raise UserError(
+            f"{tensor.source} has values outside the range of float16", where="--type", hint="Use --type bf16."
+        )
     return np.ascontiguousarray(data)
 
 

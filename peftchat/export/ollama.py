@@ -1,4 +1,4 @@
-"""A chat template as the frame that it puts around each role's messages, found by rendering it."""
+"""Ollama's Modelfile: a chat template as the frame around each role's messages, found by rendering it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _SYSTEM, _FIRST, _SECOND, _THIRD = "s7Q1x", "u4K2y", "a9M3z", "u5T6w"
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What stands before and after a role's message."""
+    """The text before and after a role's message."""
 
     before: str
     after: str
@@ -26,74 +26,74 @@ class ChatFrames:
     """A chat format whose every turn is a frame around a message.
 
     Attributes:
-        start: what begins the text: the token for its beginning, or nothing.
-        system: None where the template takes no system message.
-        default_system: the system prompt of conversations without one; None where there is none.
-        opening: what opens an answer.
+        bos: the BOS token if the text begins with it, else empty.
+        system: None if the template supports no system message.
+        default_system: the system prompt of conversations without one; None if there is none.
+        generation_prompt: the text that opens an answer.
     """
 
-    start: str
+    bos: str
     system: Frame | None
     default_system: str | None
     user: Frame
     assistant: Frame
-    opening: str
+    generation_prompt: str
 
-    def render(self, messages: Sequence[tuple[str, str]], *, opening: bool) -> str:
-        """The format's own rendering, for comparison with the template's."""
+    def render(self, messages: Sequence[tuple[str, str]], *, generation_prompt: bool) -> str:
+        """Render a conversation from the frames."""
         frames = {"system": self.system, "user": self.user, "assistant": self.assistant}
         if self.system and self.default_system is not None and messages[0][0] != "system":
             messages = [("system", self.default_system), *messages]
-        parts = [self.start]
+        parts = [self.bos]
         for role, content in messages:
             frame = frames[role]
             assert frame is not None
             parts += [frame.before, content, frame.after]
-        return "".join(parts) + (self.opening if opening else "")
+        return "".join(parts) + (self.generation_prompt if generation_prompt else "")
 
 
 def read_frames(tokenizer: "PreTrainedTokenizerBase", where: str) -> ChatFrames:
-    """Find the frames of a tokenizer's chat template and prove them on further conversations.
+    """Find the frames of a tokenizer's chat template and verify them on further conversations.
 
     Raises:
-        UserError: there is no template, or its turns are not frames around messages.
+        UserError: there is no template, or it does more than put a frame around each message.
     """
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template", where=where)
-    found = _found(tokenizer)
-    if found is None or not _agrees(tokenizer, found):
+    frames = _find_frames(tokenizer)
+    if frames is None or not _verified(tokenizer, frames):
         raise UserError(
-            "the chat template does more than put a frame around each message, so it has no plain form for Ollama",
+            "the chat template does more than put a frame around each message, so it has no equivalent for Ollama",
             where=where,
-            hint="Export with `--to gguf`, which carries the template itself, and write the Modelfile by hand.",
+            hint="Export with `--to gguf`, which stores the template itself, and write the Modelfile by hand.",
         )
-    return found
+    return frames
 
 
-def _found(tokenizer: "PreTrainedTokenizerBase") -> ChatFrames | None:
+def _find_frames(tokenizer: "PreTrainedTokenizerBase") -> ChatFrames | None:
     question, conversation = [("user", _FIRST)], [("user", _FIRST), ("assistant", _SECOND), ("user", _THIRD)]
-    asked, opened = _render(tokenizer, question), _render(tokenizer, question, opening=True)
-    whole = _render(tokenizer, conversation)
+    asked, opened = _render(tokenizer, question), _render(tokenizer, question, generation_prompt=True)
+    complete = _render(tokenizer, conversation)
     answered = _render(tokenizer, conversation[:2])
-    if asked is None or opened is None or whole is None or answered is None:
+    if asked is None or opened is None or complete is None or answered is None:
         return None
     head, _, user_after = asked.partition(_FIRST)
     after_answer = answered.partition(_SECOND)[2]
-    between, _, rest = whole.partition(_FIRST)[2].partition(_SECOND)
+    between, _, rest = complete.partition(_FIRST)[2].partition(_SECOND)
     before_user = rest.partition(_THIRD)[0].removeprefix(after_answer)
     lead = head.removesuffix(before_user)
-    start = str(tokenizer.bos_token or "")
-    if lead != start:
-        start = ""
+    bos = str(tokenizer.bos_token or "")
+    if lead != bos:
+        bos = ""
     system, default = None, None
-    told = _render(tokenizer, [("system", _SYSTEM), *question])
-    if told is not None and _SYSTEM in told:
-        before, _, after = told.partition(_SYSTEM)
-        system = Frame(before.removeprefix(start), after.partition(_FIRST)[0].removesuffix(before_user))
-        if lead != start:
+    instructed = _render(tokenizer, [("system", _SYSTEM), *question])
+    if instructed is not None and _SYSTEM in instructed:
+        before, _, after = instructed.partition(_SYSTEM)
+        system = Frame(before.removeprefix(bos), after.partition(_FIRST)[0].removesuffix(before_user))
+        if lead != bos:
             default = lead.removeprefix(system.before).removesuffix(system.after)
     return ChatFrames(
-        start,
+        bos,
         system,
         default,
         Frame(before_user, user_after),
@@ -102,26 +102,26 @@ def _found(tokenizer: "PreTrainedTokenizerBase") -> ChatFrames | None:
     )
 
 
-def _agrees(tokenizer: "PreTrainedTokenizerBase", frames: ChatFrames) -> bool:
+def _verified(tokenizer: "PreTrainedTokenizerBase", frames: ChatFrames) -> bool:
     turns = [("user", "one"), ("assistant", "two\n\nthree"), ("user", "four"), ("assistant", "five"), ("user", "six")]
     probes = [turns[:1], turns[:2], turns[:3], turns]
     if frames.system is not None:
         probes += [[("system", "be brief"), *probe] for probe in probes]
     return all(
-        _render(tokenizer, probe, opening=opening) == frames.render(probe, opening=opening)
+        _render(tokenizer, probe, generation_prompt=opens) == frames.render(probe, generation_prompt=opens)
         for probe in probes
-        for opening in (probe[-1][0] == "user", False)
+        for opens in (probe[-1][0] == "user", False)
     )
 
 
 def _render(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[tuple[str, str]], *, opening: bool = False
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[tuple[str, str]], *, generation_prompt: bool = False
 ) -> str | None:
     from jinja2.exceptions import TemplateError
 
     dicts = [{"role": role, "content": content} for role, content in messages]
     try:
-        return str(tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=opening))
+        return str(tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=generation_prompt))
     except TemplateError:
         return None
 
@@ -130,21 +130,21 @@ _QUOTES = '"""'
 
 
 def modelfile(
-    gguf_name: str, frames: ChatFrames, stops: list[str], generation: "GenerationConfig", *, writes_start: bool
+    gguf_name: str, frames: ChatFrames, stops: list[str], generation: "GenerationConfig", *, writes_bos: bool
 ) -> str:
-    """The Modelfile's text.
+    """Return the text of the Modelfile.
 
     Args:
         gguf_name: the GGUF file beside it.
         frames: the chat format.
         stops: tokens that end an answer.
-        generation: its sampling settings are taken over.
-        writes_start: whether the template must write what begins the text; llama.cpp does where the GGUF file says so.
+        generation: the generation settings; those of sampling are used.
+        writes_bos: whether the template must write the BOS token; llama.cpp does if the GGUF file says so.
 
     Raises:
-        UserError: a text that Ollama's format cannot hold.
+        UserError: a text contains triple quotes, which a Modelfile cannot quote.
     """
-    lines = [f"FROM ./{gguf_name}", f"TEMPLATE {_quoted(go_template(frames, writes_start=writes_start))}"]
+    lines = [f"FROM ./{gguf_name}", f"TEMPLATE {_quoted(go_template(frames, writes_bos=writes_bos))}"]
     if frames.default_system:
         lines.append(f"SYSTEM {_quoted(frames.default_system)}")
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
@@ -152,12 +152,12 @@ def modelfile(
     return "\n".join(lines) + "\n"
 
 
-def go_template(frames: ChatFrames, *, writes_start: bool) -> str:
-    """The chat format in Go's template language, as Ollama fills it.
+def go_template(frames: ChatFrames, *, writes_bos: bool) -> str:
+    """Return the chat format in Go's template language, for Ollama.
 
-    A last message of the assistant stays open, which is how Ollama lets a caller begin the answer.
+    A last message of the assistant stays open: so a caller of Ollama can begin the answer.
     """
-    start = frames.start if writes_start else ""
+    bos = frames.bos if writes_bos else ""
     user, assistant = frames.user, frames.assistant
     branches = [
         f'{{{{ if eq .Role "user" }}}}{user.before}{{{{ .Content }}}}{user.after}',
@@ -170,20 +170,20 @@ def go_template(frames: ChatFrames, *, writes_start: bool) -> str:
             f'{{{{ else if eq .Role "system" }}}}{frames.system.before}{{{{ .Content }}}}{frames.system.after}'
         )
         if frames.default_system == "":
-            # Ollama takes an empty SYSTEM for none, so the empty block is written by the template itself.
+            # Ollama treats an empty SYSTEM as none, so the template itself writes the empty block.
             block = f"{frames.system.before}{frames.system.after}"
             empty_system = f"{{{{ if not .System }}}}{block}{{{{ end }}}}"
     return (
-        f"{start}{empty_system}{{{{ range $i, $_ := .Messages }}}}"
+        f"{bos}{empty_system}{{{{ range $i, $_ := .Messages }}}}"
         "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
         f"{''.join(branches)}{{{{ end }}}}"
-        f'{{{{ if and $last (ne .Role "assistant") }}}}{frames.opening}{{{{ end }}}}{{{{ end }}}}'
+        f'{{{{ if and $last (ne .Role "assistant") }}}}{frames.generation_prompt}{{{{ end }}}}{{{{ end }}}}'
     )
 
 
 def _sampling(generation: "GenerationConfig") -> Iterator[tuple[str, float | int]]:
     if not generation.do_sample:
-        # Ollama samples unless it is told not to.
+        # Ollama samples by default.
         yield "temperature", 0
         return
     for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
@@ -194,5 +194,5 @@ def _sampling(generation: "GenerationConfig") -> Iterator[tuple[str, float | int
 
 def _quoted(text: str) -> str:
     if _QUOTES in text:
-        raise UserError(f'the text holds {_QUOTES}, which a Modelfile cannot quote: "{text[:60]}"')
+        raise UserError(f'the text contains {_QUOTES}, which a Modelfile cannot quote: "{text[:60]}"')
     return f"{_QUOTES}{text}{_QUOTES}"

@@ -1,65 +1,65 @@
-"""One export from end to end."""
+"""Export a run or a model as a GGUF file or for Ollama."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from peftchat.errors import UserError
+from peftchat.export.export_source import ExportSource
 from peftchat.export.gguf import WrittenGguf, write_gguf
 from peftchat.export.ollama import modelfile, read_frames
-from peftchat.export.source import ExportSource, open_source
 from peftchat.files import write_text
 from peftchat.models.loading import end_ids
 
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """What the user may choose.
+    """The user's options.
 
     Attributes:
-        out: the GGUF file, or for Ollama the folder; None puts it into the run's folder.
-        type: type of the matrices; None keeps the weights as they are stored.
-        overwrite: replace what is already there.
+        output: the GGUF file, or the folder for Ollama; None for one in the run's folder.
+        type: type of the matrices; None keeps the stored one.
+        overwrite: replace an existing file or folder.
     """
 
-    out: Path | None = None
+    output: Path | None = None
     type: str | None = None
     overwrite: bool = False
 
 
-def export_gguf(path: str, options: ExportOptions) -> WrittenGguf:
+def export_gguf(name: str, options: ExportOptions) -> WrittenGguf:
     """Write a run or a model as one GGUF file.
 
     Raises:
-        UserError: it cannot be written as GGUF, or the file is already there.
-        VerificationError: what is on disk is not what was written.
+        UserError: it cannot be written as GGUF, or the file exists.
+        VerificationError: the file differs from what was written.
     """
-    _refuse_existing(options.out, options)
-    source = open_source(path)
-    out = options.out or source.home / _file_name(source, options)
-    _refuse_existing(out, options)
-    return write_gguf(source, out, options.type)
+    _reject_existing(options.output, options)
+    source = ExportSource.open(name)
+    output = options.output or source.folder / _file_name(source, options)
+    _reject_existing(output, options)
+    return write_gguf(source, output, options.type)
 
 
-def export_ollama(path: str, options: ExportOptions) -> WrittenGguf:
-    """Write a folder that `ollama create` takes: a GGUF file and a Modelfile.
+def export_ollama(name: str, options: ExportOptions) -> WrittenGguf:
+    """Write a folder for `ollama create`: a GGUF file and a Modelfile.
 
     Raises:
-        UserError: as `export_gguf`, or the chat template has no plain form for Ollama.
-        VerificationError: what is on disk is not what was written.
+        UserError: as for `export_gguf`, or the chat template has no equivalent for Ollama.
+        VerificationError: the file differs from what was written.
     """
-    _refuse_existing(options.out, options)
-    source = open_source(path)
-    folder = options.out or source.home / "ollama"
-    _refuse_existing(folder, options)
-    tokenizer = source.tokenizer()
-    frames = read_frames(tokenizer, str(source.folder))
-    generation = source.generation()
+    _reject_existing(options.output, options)
+    source = ExportSource.open(name)
+    folder = options.output or source.folder / "ollama"
+    _reject_existing(folder, options)
+    tokenizer = source.model.tokenizer()
+    frames = read_frames(tokenizer, source.model.where)
+    generation = source.model.generation_config()
     ends = end_ids(generation.eos_token_id) or end_ids(tokenizer.eos_token_id)
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends)]
-    # Made before the weights are written: what it refuses is refused at once.
-    modelfile(_file_name(source, options), frames, stops, generation, writes_start=True)
+    # Checked before the weights are written.
+    modelfile(_file_name(source, options), frames, stops, generation, writes_bos=True)
     written = write_gguf(source, folder / _file_name(source, options), options.type)
-    text = modelfile(written.path.name, frames, stops, generation, writes_start=not written.adds_start)
+    text = modelfile(written.path.name, frames, stops, generation, writes_bos=not written.adds_bos)
     write_text(folder / "Modelfile", text)
     return written
 
@@ -68,6 +68,6 @@ def _file_name(source: ExportSource, options: ExportOptions) -> str:
     return f"{source.name}-{options.type}.gguf" if options.type else f"{source.name}.gguf"
 
 
-def _refuse_existing(out: Path | None, options: ExportOptions) -> None:
-    if out is not None and out.exists() and not options.overwrite:
-        raise UserError("it is already there", where=str(out), hint="Choose another name with -o, or --overwrite.")
+def _reject_existing(output: Path | None, options: ExportOptions) -> None:
+    if output is not None and output.exists() and not options.overwrite:
+        raise UserError("the output already exists", where=str(output), hint="Choose another with -o, or --overwrite.")

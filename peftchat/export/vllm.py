@@ -1,75 +1,85 @@
-"""Whether vLLM can serve a folder, and the command that does.
+"""Check whether vLLM can serve a folder, and build the command that does.
 
-What vLLM takes of an adapter: https://docs.vllm.ai/en/stable/features/lora.html and `vllm/lora/peft_helper.py`.
+What vLLM supports of an adapter: https://docs.vllm.ai/en/stable/features/lora.html and `vllm/lora/peft_helper.py`.
 """
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftchat.errors import UserError
 from peftchat.merging.safetensors_io import SafetensorsCheckpoint
+from peftchat.models.source import (
+    ADAPTER_CONFIG,
+    GENERATION_CONFIG,
+    MODEL_CONFIG,
+    ModelKind,
+    ModelSource,
+    read_json,
+)
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that `--max-lora-rank` takes."""
+"""The values that `--max-lora-rank` accepts."""
 
 
 @dataclass(frozen=True, slots=True)
 class VllmSupport:
-    """What vLLM needs.
+    """Whether vLLM can serve a folder.
 
     Attributes:
         command: serves the folder; None where it cannot be served.
-        reasons: what stands in the way.
+        reasons: why it cannot be served.
     """
 
     command: str | None
     reasons: tuple[str, ...] = ()
 
 
-def vllm_support(path: str) -> VllmSupport:
-    """Judge a run folder or a model folder from its files; an adapter that must be merged is judged by `RUN/merged`.
+def vllm_support(name: str) -> VllmSupport:
+    """Check a run folder or a model folder by its files; an adapter that must be merged by `RUN/merged`.
 
     Raises:
-        UserError: neither a finished run nor a model.
+        UserError: there is no such folder, or it holds neither a model nor an adapter.
     """
-    folder = Path(path)
-    if (folder / "adapter_config.json").is_file():
-        config = _read(folder / "adapter_config.json")
+    model = ModelSource.open(name, local=True)
+    model.require_model()
+    reasons: tuple[str, ...] = ()
+    served_name = model.path.resolve().name
+    if model.kind is ModelKind.ADAPTER:
+        config = read_json(model.path / ADAPTER_CONFIG)
         reasons = tuple(_adapter_reasons(config))
         if not reasons:
-            return VllmSupport(_adapter_command(folder, config))
-        merged = folder / "merged"
-        if not (merged / "config.json").is_file():
-            return VllmSupport(None, (*reasons, f"merge it first: `peftchat merge {folder}`"))
-        folder = merged
-    elif not (folder / "config.json").is_file():
-        raise UserError("neither a finished run nor a model", where=path, hint="Name a run folder or a model folder.")
-    reasons = tuple(_model_reasons(folder))
-    name = folder.resolve().parent.name if folder.name == "merged" else folder.resolve().name
-    return VllmSupport(None, reasons) if reasons else VllmSupport(_command([str(folder), "--served-model-name", name]))
+            return VllmSupport(_adapter_command(model.path, config))
+        merged = model.path / "merged"
+        if not (merged / MODEL_CONFIG).is_file():
+            return VllmSupport(None, (*reasons, f"merge it first: `peftchat merge {model.path}`"))
+        model = ModelSource.open(str(merged))
+    elif model.path.name == "merged":
+        served_name = model.path.resolve().parent.name
+    reasons = tuple(_model_reasons(model))
+    if reasons:
+        return VllmSupport(None, reasons)
+    return VllmSupport(_command([str(model.path), "--served-model-name", served_name]))
 
 
 def _adapter_reasons(config: dict[str, Any]) -> list[str]:
-    """Why vLLM cannot load the adapter beside its base."""
+    """Return why vLLM cannot load the adapter beside its base."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        return [f"vLLM loads adapters of the type LORA, and this is {kind}"]
+        return [f"vLLM loads adapters of the type LORA, got {kind}"]
     limits = {
         "use_dora": "vLLM does not load DoRA adapters",
-        "trainable_token_indices": "vLLM does not load adapters that bring rows for new tokens",
+        "trainable_token_indices": "vLLM does not load adapters with embeddings of new tokens",
         "modules_to_save": "vLLM does not load adapters with modules_to_save",
-        "rank_pattern": "vLLM wants one rank for all modules",
-        "alpha_pattern": "vLLM wants one alpha for all modules",
-        "target_parameters": "vLLM does not load adapters on bare parameters",
+        "rank_pattern": "vLLM supports only one rank for all modules",
+        "alpha_pattern": "vLLM supports only one alpha for all modules",
+        "target_parameters": "vLLM does not load adapters on parameters without a module",
     }
     reasons = [reason for key, reason in limits.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         reasons.append("vLLM does not load adapters with trained biases")
     if config["r"] > _RANKS[-1]:
-        reasons.append(f"vLLM takes ranks up to {_RANKS[-1]}, and this one is {config['r']}")
+        reasons.append(f"vLLM supports ranks up to {_RANKS[-1]}, got {config['r']}")
     return reasons
 
 
@@ -82,36 +92,23 @@ def _adapter_command(folder: Path, config: dict[str, Any]) -> str:
     return _command([*arguments, "--max-lora-rank", str(rank), "--generation-config", str(folder)])
 
 
-def _model_reasons(folder: Path) -> list[str]:
-    """What a folder of whole weights lacks."""
-    reasons = []
-    config = _read(folder / "config.json")
-    if not config.get("architectures"):
-        reasons.append(f"{folder / 'config.json'} names no architecture")
-    if not (folder / "tokenizer_config.json").is_file():
-        reasons.append(f"{folder} holds no tokenizer")
-    elif not (folder / "chat_template.jinja").is_file() and not _read(folder / "tokenizer_config.json").get(
-        "chat_template"
-    ):
-        reasons.append(f"{folder} holds no chat template, so that vLLM cannot answer chats")
-    generation = folder / "generation_config.json"
-    if not generation.is_file() or _read(generation).get("eos_token_id") is None:
-        reasons.append(f"{generation} names no end token, so that answers would not stop")
+def _model_reasons(model: ModelSource) -> list[str]:
+    """Return what a full model lacks."""
+    folder, reasons = model.path, []
+    if not read_json(folder / MODEL_CONFIG).get("architectures"):
+        reasons.append(f"{folder / MODEL_CONFIG} names no architecture")
+    if not model.has("tokenizer_config.json"):
+        reasons.append(f"{folder} has no tokenizer")
+    elif not model.has("chat_template.jinja") and not read_json(folder / "tokenizer_config.json").get("chat_template"):
+        reasons.append(f"{folder} has no chat template, so vLLM cannot answer chats")
+    generation = folder / GENERATION_CONFIG
+    if not model.has(GENERATION_CONFIG) or read_json(generation).get("eos_token_id") is None:
+        reasons.append(f"{generation} names no end token, so answers would not stop")
     checkpoint = SafetensorsCheckpoint.open(folder)
     if any(entry.bytes == 0 for entry in checkpoint.entries.values()):
-        reasons.append(f"{folder} holds empty weights")
+        reasons.append(f"{folder} has empty weights")
     return reasons
 
 
 def _command(arguments: list[str]) -> str:
     return shlex.join(["vllm", "serve", *arguments])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError("the file cannot be read", where=str(path)) from error
-    if not isinstance(found, dict):
-        raise UserError("the file holds no JSON object", where=str(path))
-    return found

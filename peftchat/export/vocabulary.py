@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftchat.chat_template.templates import special_tokens
+from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,22 +22,22 @@ _SPLITS = {
 """Split patterns of byte-level tokenizers -> llama.cpp's name for them (`src/llama-vocab.cpp`)."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-# llama.cpp reads a score only of tokens that merges make; SentencePiece gives others this one or a lower one.
-_NO_MERGE = -1e6
+# llama.cpp reads scores only of tokens that merges produce; SentencePiece gives others this score or a lower one.
+_UNMERGED_SCORE = -1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What GGUF says about a tokenizer.
+    """The GGUF metadata of a tokenizer.
 
     Attributes:
         model: `gpt2` for byte-level BPE, `llama` for SentencePiece's BPE with byte fallback.
-        split: llama.cpp's name of the rule that splits text before merging.
+        split: llama.cpp's name for the pre-tokenizer, which splits text before merging.
         tokens: every token by id, padded to the rows of the model.
         types: `gguf.TokenType` of each.
         merges: of byte-level BPE, in order; empty otherwise.
-        scores: of SentencePiece's BPE: the earlier a merge, the higher; empty otherwise.
-        space_first: whether a space is put before text.
+        scores: of SentencePiece's BPE: higher for earlier merges; empty otherwise.
+        space_first: whether a space is added before the text.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Vocabulary:
     space_first: bool
 
     def write(self, writer: "GGUFWriter") -> None:
-        """Write all of it."""
+        """Write all metadata."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.split)
         writer.add_token_list(self.tokens)
@@ -65,10 +65,10 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerBase", rows: int, where: str)
     """Read a tokenizer of the `tokenizers` library.
 
     Args:
-        rows: rows of the model's embedding; ids without a token are filled up.
+        rows: rows of the model's embedding; ids without a token get a placeholder.
 
     Raises:
-        UserError: llama.cpp has no tokenizer that would give the same ids, or there are more tokens than rows.
+        UserError: llama.cpp has no tokenizer that gives the same ids, or there are more tokens than rows.
     """
     if not tokenizer.is_fast:
         raise _unsupported("it is not one of the `tokenizers` library", where)
@@ -82,7 +82,7 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerBase", rows: int, where: str)
         ranks: dict[str, int] = {}
         for rank, pair in enumerate(pairs):
             ranks.setdefault("".join(pair), rank)
-        scores = [float(-ranks[token]) if token in ranks else _NO_MERGE for token in tokens]
+        scores = [float(-ranks[token]) if token in ranks else _UNMERGED_SCORE for token in tokens]
         return Vocabulary("llama", "default", tokens, types, (), scores, _puts_space_first(state, where))
     merges = [" ".join(pair) for pair in pairs]
     return Vocabulary("gpt2", _split_name(state, where), tokens, types, merges, (), space_first=False)
@@ -95,7 +95,9 @@ def _tokens(
 
     by_id = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     if max(by_id) >= rows:
-        raise UserError(f"the tokenizer has the id {max(by_id)} and the model only {rows} rows", where=where)
+        raise UserError(
+            f"the tokenizer has the id {max(by_id)}, but the model's embedding only {rows} rows", where=where
+        )
     special = special_tokens(tokenizer)
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     tokens, types = [], []
@@ -118,9 +120,9 @@ def _tokens(
 
 
 def _split_name(state: dict[str, Any], where: str) -> str:
-    """llama.cpp's name for how a byte-level tokenizer splits text."""
+    """Return llama.cpp's name for the pre-tokenizer of a byte-level tokenizer."""
     normalizer = state["normalizer"]
-    # Qwen's normalizes to NFC, which llama.cpp leaves to the caller.
+    # Qwen's tokenizer normalizes to NFC, which llama.cpp leaves to the caller.
     if normalizer is not None and normalizer["type"] != "NFC":
         raise _unsupported(f"it normalizes text ({normalizer['type']})", where)
     steps = _steps(state["pre_tokenizer"])
@@ -134,11 +136,11 @@ def _split_name(state: dict[str, Any], where: str) -> str:
             name = _SPLITS.get(steps[0]["pattern"].get("Regex", ""))
             if name is not None and steps[0]["behavior"] == "Isolated":
                 return name
-    raise _unsupported("llama.cpp's rules for splitting text do not include its own", where)
+    raise _unsupported("llama.cpp does not support its rules for splitting text", where)
 
 
 def _puts_space_first(state: dict[str, Any], where: str) -> bool:
-    """Whether SentencePiece's mark for a space is put before text."""
+    """Return whether SentencePiece's space mark is added before the text."""
     steps = [*_steps(state["normalizer"], "normalizers"), *_steps(state["pre_tokenizer"])]
     kinds = [step["type"] for step in steps]
     if kinds == ["Prepend", "Replace"]:
@@ -147,7 +149,7 @@ def _puts_space_first(state: dict[str, Any], where: str) -> bool:
         return False
     if kinds == ["Metaspace"]:
         return bool(steps[0]["prepend_scheme"] != "never")
-    raise _unsupported("its treatment of spaces is not one that llama.cpp knows", where)
+    raise _unsupported("llama.cpp does not support its treatment of spaces", where)
 
 
 def _steps(part: dict[str, Any] | None, inner: str = "pretokenizers") -> list[dict[str, Any]]:
@@ -160,5 +162,5 @@ def _unsupported(why: str, where: str) -> UserError:
     return UserError(
         f"the tokenizer cannot be written as GGUF: {why}",
         where=where,
-        hint="Convert the merged folder with llama.cpp's own convert_hf_to_gguf.py.",
+        hint="Convert the merged folder with llama.cpp's convert_hf_to_gguf.py.",
     )

@@ -101,7 +101,6 @@ PARAMETERS = (
     "What parameters does `{name}` have?",
     "What can I pass to `{name}`?",
 )
-PARAMETERS_NEXT = ("Which arguments does it take?", "What can I pass to it?", "What are its parameters?")
 DEFAULT_NEXT = (
     "What is the default of `{parameter}`?",
     "Do I have to pass `{parameter}`?",

@@ -6,11 +6,11 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from peftchat import __version__
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
 from peftchat.files import write_text
@@ -184,7 +184,7 @@ def write_conversations(
     folder: Path,
     *,
     seed: int = 0,
-    max_rows: int | None = None,
+    max_samples: int | None = None,
     eval_fraction: float = 0.1,
     private: bool = False,
 ) -> WrittenConversations:
@@ -193,8 +193,8 @@ def write_conversations(
     Args:
         roots: package names, folders or files.
         folder: created where it is missing; files of an earlier call are replaced.
-        seed: chooses phrasings, the split and, with `max_rows`, the rows.
-        max_rows: at most this many rows in both files together, drawn evenly over the objects.
+        seed: chooses phrasings, the split and, with `max_samples`, the rows.
+        max_samples: at most this many rows in both files together, drawn evenly over the objects.
         eval_fraction: share of the rows held out, from 0 (no eval rows) to below 1.
         private: ask also about names that start with an underscore.
 
@@ -211,19 +211,19 @@ def write_conversations(
             where=", ".join(roots),
             hint="Conversations are made from docstrings and signatures: add docstrings, or name another package.",
         )
-    kept = _draw(everything, max_rows, seed)
+    kept = _draw(everything, max_samples, seed)
     train, held_out = split(kept, eval_fraction, seed)
     card = {
-        "made_by": f"peftchat {__version__} data from-code",
+        "made_by": f"peftchat {version('peftchat')} data from-code",
         "roots": list(roots),
         "seed": seed,
-        "max_rows": max_rows,
+        "max_samples": max_samples,
         "eval_fraction": eval_fraction,
         "split_by": "object",
         "files_read": found.files,
         "objects": len(found.objects),
         "conversations_made": len(everything),
-        "left_out_by_max_rows": len(everything) - len(kept),
+        "left_out_by_max_samples": len(everything) - len(kept),
         "skipped": dict(sorted(found.skipped.items())),
         "unreadable": list(found.unreadable),
         "train": _facts(train),
@@ -287,7 +287,7 @@ def _facts(conversations: Sequence[CodeConversation]) -> dict[str, Any]:
         if message.role == "assistant"
     ]
     return {
-        "rows": len(conversations),
+        "conversations": len(conversations),
         "objects": len({conversation.object for conversation in conversations}),
         "turns": sum(len(conversation.conversation.messages) for conversation in conversations),
         "kinds": dict(sorted(Counter(conversation.kind for conversation in conversations).items())),

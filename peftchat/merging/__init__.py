@@ -1,10 +1,10 @@
-"""Fold a run's adapter into its base, tensor by tensor, and prove that the result is what was trained.
+"""Merge a run's adapter into its base, tensor by tensor, and verify that the result is what was trained.
 
-The way of a weight: `shards` reads it, `layout` knows which parameter it is, `fold` changes it, `writer` appends it to
-a new shard, `check` reopens what was written, `verify` compares the logits of both sides.
+The path of a weight: `safetensors_io` reads its rows, `base_weights` maps them to a parameter, `deltas` change them, a
+`ShardWriter` appends them to the new shard, `output` reopens what was written, `verify` compares logits.
 """
 
 from peftchat.merging.merge import MergeResult, merge_run
-from peftchat.merging.prepare import MergeOptions
+from peftchat.merging.merge_job import MergeOptions
 
 __all__ = ["MergeOptions", "MergeResult", "merge_run"]

@@ -1,10 +1,10 @@
-"""Which PEFT methods can become weights, and why the others cannot.
+"""Adapters on disk: which can be merged, their config and weights, and their modules in an empty model.
 
-Everything not named here folds: either by a rule of its own or by PEFT's own `merge` on one layer at a time.
+Every PEFT method that is not named here can be merged: by a rule of its own, or by PEFT's `merge` of one layer at a
+time.
 """
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from peftchat.errors import UserError
+from peftchat.errors import UserError, first_line
 from peftchat.merging.empty_model import EmptyModel, ParameterSlot
 from peftchat.merging.qlora_base import Quantization
 from peftchat.merging.safetensors_io import read_header
-from peftchat.recipe.load import LoadedRecipe, load_recipe
+from peftchat.models.source import ADAPTER_CONFIG, LOAD_ERRORS, MISFIT_ERRORS, ModelKind, ModelSource
+from peftchat.recipe import LoadedRecipe
 
 _PROMPTS = "it trains vectors that are put before the prompt, not weights"
 _GATED = "what it adds depends on the input, so no fixed weights do the same"
@@ -52,7 +53,7 @@ _LOST_INITS = ("pissa_niter", "corda", "loftq", "lora_ga")
 
 
 def refuse_unmergeable(config: Any, where: str) -> None:
-    """Raise for an adapter that cannot be folded from its file and the base.
+    """Raise for an adapter that cannot be merged from its file and the base.
 
     Args:
         config: a PEFT config.
@@ -79,7 +80,6 @@ def refuse_unmergeable(config: Any, where: str) -> None:
         raise UserError("it repeats layers of the base, which peft does not merge either", where=where)
 
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER = "default"
 _ROOT = "base_model.model."
@@ -91,62 +91,58 @@ class AdaptedModule:
 
     Attributes:
         path: dotted name of the module in the base.
-        module: PEFT's layer or wrapper.
+        layer: PEFT's layer or wrapper.
         slots: the base's parameters inside it, by name; tied ones included.
-        start: the LoRA initialization that must be taken out of the base first, if there was one.
+        residual_init: the LoRA initialization that must first be subtracted from the base, if there is one.
     """
 
     path: str
-    module: Any
+    layer: Any
     slots: dict[str, ParameterSlot]
-    start: str | None = None
+    residual_init: str | None = None
 
 
 @dataclass(frozen=True)
-class AdapterWeights:
-    """An adapter in place.
+class InstalledAdapter:
+    """An adapter with its layers in an empty model.
 
     Attributes:
-        hollow: the model it sits in.
-        model: the `PeftModel` around it.
-        sites: the modules it changes.
-        saved: parameters of the base that the adapter's file holds whole (trained biases, resized embeddings).
-        folder: where it came from.
+        empty_model: the base, with PEFT's layers in it.
+        modules: the modules that the adapter changes.
+        saved: base parameters that the adapter's file holds complete (trained biases, resized embeddings).
     """
 
-    hollow: EmptyModel
-    model: Any
-    sites: tuple[AdaptedModule, ...]
+    empty_model: EmptyModel
+    modules: tuple[AdaptedModule, ...]
     saved: dict[str, torch.Tensor]
-    folder: Path
 
 
 def read_adapter_config(folder: Path) -> Any:
-    """The adapter's PEFT config.
+    """Read the adapter's PEFT config.
 
     Raises:
-        UserError: there is none, it cannot be read, or its method cannot be folded.
+        UserError: there is none, it cannot be read, or its method cannot be merged.
     """
     from peft import PeftConfig
 
-    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"no {ADAPTER_CONFIG_NAME} here", where=str(folder), hint="Name a run folder or a PEFT adapter."
+            f"the folder has no {ADAPTER_CONFIG}", where=str(folder), hint="Name a run folder or a PEFT adapter."
         )
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(folder / ADAPTER_CONFIG_NAME)) from error
+    except LOAD_ERRORS as error:
+        raise UserError(f"the file cannot be read: {first_line(error)}", where=str(folder / ADAPTER_CONFIG)) from error
     refuse_unmergeable(config, str(folder))
     return config
 
 
 def check_weights(folder: Path) -> None:
-    """Open the adapter's file and look at every entry.
+    """Check every entry of the adapter's weight file.
 
     Raises:
-        UserError: missing, damaged, empty, or with a tensor of no elements, which is what a sharded trainer leaves
-            when it saves without gathering.
+        UserError: the file is missing, damaged or empty, or has a tensor without elements. A sharded trainer writes
+            such tensors when it saves without gathering.
     """
     entries = read_header(folder / ADAPTER_WEIGHTS_NAME)
     if not entries:
@@ -162,18 +158,18 @@ def check_weights(folder: Path) -> None:
 
 
 def vocabulary_needed(config: Any, folder: Path) -> int:
-    """How many rows the base's embeddings must have for this adapter (0: it does not say)."""
+    """Return the embedding rows that this adapter needs in its base; 0 if it does not say."""
     indices = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
-    ids = [index for each in lists for index in each]
+    ids = [token_id for listed in lists for token_id in listed]
     names = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "lm_head.weight")
-    whole = [
+    saved_rows = [
         entry.shape[0] for name, entry in read_header(folder / ADAPTER_WEIGHTS_NAME).items() if name.endswith(names)
     ]
-    return max([index + 1 for index in ids] + whole, default=0)
+    return max([token_id + 1 for token_id in ids] + saved_rows, default=0)
 
 
-def install_adapter(hollow: EmptyModel, config: Any, folder: Path) -> AdapterWeights:
+def install_adapter(empty_model: EmptyModel, config: Any, folder: Path) -> InstalledAdapter:
     """Wrap the model's modules as `config` says and load the adapter's tensors.
 
     Raises:
@@ -183,40 +179,40 @@ def install_adapter(hollow: EmptyModel, config: Any, folder: Path) -> AdapterWei
     from peft.utils.save_and_load import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    config = copy.deepcopy(config)  # PEFT fills in what it finds in the model
-    start = getattr(config, "init_lora_weights", None)
-    residual = start.lower() if isinstance(start, str) and start.lower() in RESIDUAL_INITS else None
-    if residual:
+    config = copy.deepcopy(config)  # PEFT completes it from the model
+    init = getattr(config, "init_lora_weights", None)
+    residual_init = init.lower() if isinstance(init, str) and init.lower() in RESIDUAL_INITS else None
+    if residual_init:
         config.init_lora_weights = False
     config.inference_mode = True
-    # LoRA's tensors can stay in the mapped file; other methods have index buffers that only a real start fills.
+    # LoRA's tensors can stay in the mapped file; other methods have index buffers that only real initialization fills.
     mapped = str(config.peft_type).endswith("LORA") and type(config).__name__ == "LoraConfig"
     state = load_file(folder / ADAPTER_WEIGHTS_NAME)
     try:
-        model = PeftModel(hollow.model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=mapped)
-        saved = _saved_whole(state, hollow)
+        peft_model = PeftModel(empty_model.model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=mapped)
+        saved = _saved_base_parameters(state, empty_model)
         state = {key: value for key, value in state.items() if _base_name(key) not in saved}
-        result = set_peft_model_state_dict(model, state, low_cpu_mem_usage=mapped)
-    except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+        result = set_peft_model_state_dict(peft_model, state, low_cpu_mem_usage=mapped)
+    except MISFIT_ERRORS as error:
         raise _misfit(folder, str(error)) from error
-    _check_keys(result, model, folder, hollow.ties)
-    model.eval()
-    return AdapterWeights(hollow, model, tuple(_adapted_modules(hollow, residual)), saved, folder)
+    _check_keys(result, peft_model, folder, empty_model.ties)
+    peft_model.eval()
+    return InstalledAdapter(empty_model, tuple(_adapted_modules(empty_model, residual_init)), saved)
 
 
 def _base_name(key: str) -> str:
     return key.removeprefix(_ROOT).replace(".base_layer.", ".")
 
 
-def _saved_whole(state: dict[str, torch.Tensor], hollow: EmptyModel) -> dict[str, torch.Tensor]:
+def _saved_base_parameters(state: dict[str, torch.Tensor], empty_model: EmptyModel) -> dict[str, torch.Tensor]:
     from peft.utils.other import ModulesToSaveWrapper
 
-    wrapped = {name for name, module in hollow.model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    wrapped = {name for name, module in empty_model.model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     names = {key: _base_name(key) for key in state}
     return {
         name: state[key]
         for key, name in names.items()
-        if name in hollow.slots and not any(name.startswith(f"{path}.") for path in wrapped)
+        if name in empty_model.slots and not any(name.startswith(f"{path}.") for path in wrapped)
     }
 
 
@@ -230,12 +226,12 @@ def _misfit(folder: Path, why: str) -> UserError:
     )
 
 
-def _check_keys(result: Any, model: Any, folder: Path, ties: Mapping[str, str]) -> None:
+def _check_keys(result: Any, peft_model: Any, folder: Path, ties: Mapping[str, str]) -> None:
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-    config = model.peft_config[ADAPTER]
+    config = peft_model.peft_config[ADAPTER]
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
-    # Banks that several layers share are in the file once and hang in the model many times.
+    # Banks that several layers share are in the file once and in the model many times.
     shared = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.", "randlora_A", "randlora_B")
     missing = [key for key in result.missing_keys if prefix in key and f".{ADAPTER}" in key]
     missing = [key for key in missing if not any(mark in key for mark in shared)]
@@ -248,17 +244,17 @@ def _check_keys(result: Any, model: Any, folder: Path, ties: Mapping[str, str]) 
         raise _misfit(folder, f"{count} of its tensors have no place in it, first {first}")
 
 
-def _adapted_modules(hollow: EmptyModel, start: str | None) -> Iterator[AdaptedModule]:
+def _adapted_modules(empty_model: EmptyModel, residual_init: str | None) -> Iterator[AdaptedModule]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     found: list[str] = []
-    for path, module in hollow.model.named_modules():
+    for path, module in empty_model.model.named_modules():
         if any(path.startswith(f"{outer}.") for outer in found):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             found.append(path)
-            yield AdaptedModule(path, module, hollow.within(path), start)
+            yield AdaptedModule(path, module, empty_model.within(path), residual_init)
 
 
 _RUN_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -266,105 +262,69 @@ _RUN_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """A trained adapter.
+    """A trained adapter and the base that it was trained on.
 
     Attributes:
-        folder: the run folder.
+        model: the adapter's folder.
         config: the adapter's PEFT config.
-        base: hub id or folder of the base.
-        revision: of a hub id.
-        quantization: how the base was held while training; None if it was not quantized.
+        base: the base model.
+        quantization: how the base was quantized in training; None if it was not.
         recipe: the run's recipe; None for a bare adapter.
     """
 
-    folder: Path
+    model: ModelSource
     config: Any
-    base: str
-    revision: str | None
-    trust_remote_code: bool
+    base: ModelSource
     quantization: Quantization | None
     recipe: LoadedRecipe | None
 
+    @classmethod
+    def open(cls, folder: Path) -> "AdapterSource":
+        """Read a run folder and check its adapter's file.
 
-def open_adapter_source(folder: Path) -> AdapterSource:
-    """Read a run folder and check its adapter's file.
-
-    Raises:
-        UserError: not a run folder, a run of method `full`, or an adapter that is damaged or cannot be folded.
-    """
-    if not folder.is_dir():
-        raise UserError("no such folder", where=str(folder))
-    recipe = load_recipe(folder / "recipe.yaml", to_train=False) if (folder / "recipe.yaml").is_file() else None
-    if recipe is not None and recipe.recipe.method == "full":
-        raise UserError(
-            "this run trained every weight, so there is nothing to merge",
-            where=str(folder),
-            hint="The run folder is already a model: `peftchat chat RUN` and every other tool load it as it is.",
-        )
-    if not (folder / ADAPTER_CONFIG_NAME).is_file() and (folder / "config.json").is_file():
-        raise UserError(
-            "this is a model, not an adapter: there is nothing to merge",
-            where=str(folder),
-            hint="Use it as it is, or name the run folder that holds the adapter.",
-        )
-    config = read_adapter_config(folder)
-    check_weights(folder)
-    if recipe is None:
-        return AdapterSource(folder, config, _base_of(config, folder), config.revision, False, None, None)
-    model, section = recipe.recipe.model, recipe.recipe.quantization
-    quantization = None
-    if recipe.recipe.method == "qlora" and section is not None:
-        quantization = Quantization(section.bits, section.type, section.double, _RUN_DTYPES[model.dtype])
-    return AdapterSource(folder, config, model.name, model.revision, model.trust_remote_code, quantization, recipe)
-
-
-def _base_of(config: Any, folder: Path) -> str:
-    if not config.base_model_name_or_path:
-        raise UserError(
-            "the adapter does not say which base it belongs to",
-            where=str(folder / ADAPTER_CONFIG_NAME),
-            hint="Set base_model_name_or_path there.",
-        )
-    return str(config.base_model_name_or_path)
-
-
-def find_base(name: str, revision: str | None) -> Path:
-    """The folder of a base model: `name` itself, or the hub's snapshot, fetched if it is not here.
-
-    Raises:
-        UserError: neither a folder nor a hub model that can be had.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if Path(name).is_dir():
-        return Path(name)
-    hint = "Check the name, and that the base is where it was when the run was trained."
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.py"]))
-    except HFValidationError as error:
-        raise UserError("the base model is not there", where=name, hint=hint) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the base model cannot be fetched: {reason}", where=name, hint=hint) from error
-
-
-def base_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The base's transformers config.
-
-    Raises:
-        UserError: none there, unreadable, or of a base that is stored quantized.
-    """
-    from transformers import AutoConfig
-
-    where = folder / "config.json"
-    try:
-        if "quantization_config" in json.loads(where.read_text(encoding="utf-8")):
+        Raises:
+            UserError: not a run folder, a run of method `full`, or an adapter that is damaged or cannot be merged.
+        """
+        source = ModelSource.open(str(folder), local=True)
+        recipe = source.recipe()
+        if recipe is not None and recipe.recipe.method == "full":
             raise UserError(
-                "the base is stored quantized, and folding an adapter needs its full weights",
-                where=str(where),
-                hint="Set `model.name` of the recipe to the 16-bit model it was made from.",
+                "this run trained every weight, so there is nothing to merge",
+                where=str(folder),
+                hint="The run folder is already a model: `peftchat chat RUN` and every other tool load it as it is.",
             )
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no usable model config: {str(error).splitlines()[0]}", where=str(where)) from error
+        if source.kind is ModelKind.FULL:
+            raise UserError(
+                "this is a model, not an adapter, so there is nothing to merge",
+                where=str(folder),
+                hint="Use it as it is, or name the run folder that holds the adapter.",
+            )
+        source.require_model()
+        config = read_adapter_config(folder)
+        check_weights(folder)
+        quantization = None
+        if recipe is not None and recipe.recipe.method == "qlora" and recipe.recipe.quantization is not None:
+            section, dtype = recipe.recipe.quantization, _RUN_DTYPES[recipe.recipe.model.dtype]
+            quantization = Quantization(section.bits, section.type, section.double, dtype)
+        return cls(source, config, source.base(), quantization, recipe)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run or the adapter."""
+        return self.model.path
+
+
+def unquantized_config(base: ModelSource) -> Any:
+    """Return the base's transformers config.
+
+    Raises:
+        UserError: it cannot be loaded, or the base is stored quantized.
+    """
+    config = base.config()
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            "the base is stored quantized, and a merge needs its full weights",
+            where=base.where,
+            hint="Set `model.name` of the recipe to the 16-bit model it was made from.",
+        )
+    return config

@@ -1,8 +1,8 @@
-"""Which tensors of a checkpoint make which parameter of the model.
+"""The weights of a checkpoint by the names of the model's parameters.
 
-Mostly it is one for one, under the same name or one that differs by a prefix. Since version 5 transformers also fuses
-tensors while it loads (the experts of a mixture become one stack) and splits them again when it saves; its own
-conversion table is used for both ways, so that a merged checkpoint has the names of its base.
+Most tensors are one parameter, under the same name or one with another prefix. Since version 5 transformers also fuses
+tensors when it loads (the experts of a mixture become one stack) and splits them when it saves. Its own conversion
+table is used for both, so a merged checkpoint has the tensor names of its base.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +23,7 @@ class Fusion:
 
     Attributes:
         keys: the tensors, in the order of their numbers.
-        parameters: what they become.
+        parameters: the parameters that they become.
     """
 
     keys: tuple[str, ...]
@@ -34,7 +34,7 @@ class Fusion:
     _renamed: tuple[tuple[str, str], ...] = field(repr=False)
 
     def fuse(self, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Read every tensor and build the parameters, in the type that was read."""
+        """Read every tensor and build the parameters, in the stored dtype."""
         converter = deepcopy(self._converter)
         for key, (renamed, pattern) in zip(self.keys, self._renamed, strict=True):
             converter.add_tensor(renamed, key, pattern, read(key))
@@ -42,13 +42,13 @@ class Fusion:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def split(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of the checkpoint for the given parameters: the way back."""
+        """Split parameters into the tensors of the checkpoint."""
         from transformers.core_model_loading import revert_weight_conversion
 
         tensors = revert_weight_conversion(self._model, parameters)
         if set(tensors) != set(self.keys):
             raise UserError(
-                f"transformers does not split {self.parameters[0]} into the tensors it was made of",
+                f"transformers does not split {self.parameters[0]} into the tensors that it was fused from",
                 hint="Save the base once with transformers' save_pretrained and merge into that.",
             )
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -56,12 +56,12 @@ class Fusion:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """The tensors of a checkpoint and the parameters of a model, matched.
+    """The tensors of a checkpoint matched with the parameters of a model.
 
     Attributes:
-        parameter_of: checkpoint name -> parameter name, where it is one for one.
-        key_of: the other way round.
-        fusion_of: checkpoint name and parameter name -> the fusion they belong to.
+        parameter_of: checkpoint name -> parameter name, where one tensor is one parameter.
+        key_of: parameter name -> checkpoint name, likewise.
+        fusion_of: checkpoint name or parameter name -> the fusion it belongs to.
         unused: tensors that the model does not load.
     """
 
@@ -71,17 +71,17 @@ class TensorMap:
     unused: tuple[str, ...]
 
 
-def match_tensor_map(checkpoint: SafetensorsCheckpoint, hollow: EmptyModel) -> TensorMap:
+def match_tensors(checkpoint: SafetensorsCheckpoint, empty_model: EmptyModel) -> TensorMap:
     """Match the checkpoint's tensors with the model's parameters.
 
     Raises:
-        UserError: a parameter of the model is in no shard, or a shape differs (but for rows of the vocabulary that
-            the model has gained).
+        UserError: a parameter of the model is in no shard, or a shape differs. Embeddings of the model may have more
+            rows than those of the checkpoint.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    model = hollow.model
+    model = empty_model.model
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -92,7 +92,7 @@ def match_tensor_map(checkpoint: SafetensorsCheckpoint, hollow: EmptyModel) -> T
     unused = []
     for key in sorted(checkpoint.entries, key=_natural):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name in hollow.ties or name not in state:
+        if name in empty_model.ties or name not in state:
             unused.append(key)
         elif pattern is None or key in state:
             one[key] = key if key in state else name
@@ -102,9 +102,9 @@ def match_tensor_map(checkpoint: SafetensorsCheckpoint, hollow: EmptyModel) -> T
     for first, members in groups.items():
         fusion = _fusion(model, first, members, by_pattern[members[0][2]], state, mapping)
         fusion_of.update(dict.fromkeys((*fusion.keys, *fusion.parameters), fusion))
-    layout = TensorMap(one, {name: key for key, name in one.items()}, fusion_of, tuple(unused))
-    _check(layout, checkpoint, hollow)
-    return layout
+    tensor_map = TensorMap(one, {name: key for key, name in one.items()}, fusion_of, tuple(unused))
+    _check(tensor_map, checkpoint, empty_model)
+    return tensor_map
 
 
 def _fusion(
@@ -125,80 +125,80 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _check(layout: TensorMap, checkpoint: SafetensorsCheckpoint, hollow: EmptyModel) -> None:
-    for name, slot in hollow.slots.items():
-        if name in layout.fusion_of or name in hollow.ties:
+def _check(tensor_map: TensorMap, checkpoint: SafetensorsCheckpoint, empty_model: EmptyModel) -> None:
+    for name, slot in empty_model.slots.items():
+        if name in tensor_map.fusion_of or name in empty_model.ties:
             continue
-        if name not in layout.key_of:
+        if name not in tensor_map.key_of:
             raise UserError(f"the base has no tensor for {name}", where=str(checkpoint.folder))
-        shape = checkpoint.entries[layout.key_of[name]].shape
+        shape = checkpoint.entries[tensor_map.key_of[name]].shape
         if tuple(slot.shape[1:]) != shape[1:] or (slot.shape and shape[0] > slot.shape[0]):
             raise UserError(
-                f"{name} has the shape {list(shape)} where config.json asks for {list(slot.shape)}",
+                f"{name} has the shape {list(shape)}, expected {list(slot.shape)} by config.json",
                 where=str(checkpoint.folder),
             )
 
 
 RoundTrip = Callable[[torch.Tensor], torch.Tensor]
-"""A parameter's stored weights -> the weights as they were while training (same shape and type)."""
+"""A parameter's stored weights -> the weights as they were in training (same shape and dtype)."""
 
 _BLOCK_BYTES = 64 << 20
 
 
 class BaseWeights:
-    """Weights of `hollow`, by parameter name, out of `checkpoint`.
+    """Reads the weights of a model's parameters from a checkpoint.
 
-    Rows that the model has and the checkpoint has not (a grown vocabulary) read as the mean of the checkpoint's rows.
+    Rows that the model has in addition to the checkpoint (a larger vocabulary) are the mean of the checkpoint's rows.
 
     Args:
-        checkpoint: where the weights lie.
-        hollow: the model whose parameters are asked for.
-        round_trip: what quantization did to the base while training, by parameter; none for the base as it is.
+        checkpoint: the stored weights.
+        empty_model: the model with the parameters.
+        round_trip: the effect of quantization on the base in training, by parameter; None for the stored base.
     """
 
     def __init__(
         self,
         checkpoint: SafetensorsCheckpoint,
-        hollow: EmptyModel,
+        empty_model: EmptyModel,
         *,
         round_trip: Mapping[str, RoundTrip] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.hollow = hollow
-        self.layout: TensorMap = match_tensor_map(checkpoint, hollow)
+        self.empty_model = empty_model
+        self.tensor_map: TensorMap = match_tensors(checkpoint, empty_model)
         self._round_trip = round_trip or {}
         self._means: dict[str, torch.Tensor] = {}
         self._last: tuple[str, torch.Tensor] | None = None
 
     def source(self, name: str) -> str:
-        """The parameter that holds the weight of `name`: itself, or the one it is tied to."""
-        return self.hollow.ties.get(name, name)
+        """Return the parameter that holds the weight of `name`: itself, or the one it is tied to."""
+        return self.empty_model.ties.get(name, name)
 
     @property
     def round_tripped(self) -> frozenset[str]:
-        """The parameters that were quantized while training."""
+        """The parameters that were quantized in training."""
         return frozenset(self._round_trip)
 
-    def in_blocks(self, name: str) -> bool:
-        """Whether rows can be had without holding the whole parameter."""
-        return name not in self._round_trip and name not in self.layout.fusion_of
+    def can_read_rows(self, name: str) -> bool:
+        """Return whether rows can be read without the complete parameter in memory."""
+        return name not in self._round_trip and name not in self.tensor_map.fusion_of
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored type of a parameter."""
+        """Return the stored dtype of a parameter."""
         name = self.source(name)
-        fusion = self.layout.fusion_of.get(name)
-        key = fusion.keys[0] if fusion else self.layout.key_of[name]
+        fusion = self.tensor_map.fusion_of.get(name)
+        key = fusion.keys[0] if fusion else self.tensor_map.key_of[name]
         return self.checkpoint.entries[key].dtype
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows of a parameter in its stored type; tied names read what they are tied to."""
+        """Read rows of a parameter in its stored dtype; a tied name reads the parameter it is tied to."""
         name = self.source(name)
-        if not self.in_blocks(name):
-            return self._whole(name)[start:stop]
-        return self._stored_rows(name, start, self.hollow.slots[name].shape[0] if stop is None else stop)
+        if not self.can_read_rows(name):
+            return self._full_weight(name)[start:stop]
+        return self._stored_rows(name, start, self.empty_model.slots[name].shape[0] if stop is None else stop)
 
     def _stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        entry = self.checkpoint.entries[self.layout.key_of[name]]
+        entry = self.checkpoint.entries[self.tensor_map.key_of[name]]
         if not entry.shape or stop <= entry.rows:
             return read_rows(entry, start, stop if entry.shape else None)
         old = read_rows(entry, start, entry.rows) if start < entry.rows else None
@@ -206,22 +206,22 @@ class BaseWeights:
         new = self._mean(entry).expand(count, *entry.shape[1:])
         return new.contiguous() if old is None else torch.cat([old, new])
 
-    def _whole(self, name: str) -> torch.Tensor:
-        # One layer's weights are asked for in a row, by block: the last one is kept, never more.
+    def _full_weight(self, name: str) -> torch.Tensor:
+        # A layer's weights are read block after block: only the last parameter is kept.
         if self._last is None or self._last[0] != name:
             self._last = None
-            self._last = (name, self._make_whole(name))
+            self._last = (name, self._read_full(name))
         return self._last[1]
 
-    def _make_whole(self, name: str) -> torch.Tensor:
-        fusion = self.layout.fusion_of.get(name)
+    def _read_full(self, name: str) -> torch.Tensor:
+        fusion = self.tensor_map.fusion_of.get(name)
         if fusion is not None:
             return fusion.fuse(lambda key: read_rows(self.checkpoint.entries[key]))[name]
-        stored = self._stored_rows(name, 0, self.hollow.slots[name].shape[0])
+        stored = self._stored_rows(name, 0, self.empty_model.slots[name].shape[0])
         return self._round_trip[name](stored) if name in self._round_trip else stored
 
-    def forget(self) -> None:
-        """Let go of the parameter that was read last."""
+    def release(self) -> None:
+        """Release the memory of the parameter that was read last."""
         self._last = None
 
     def _mean(self, entry: TensorEntry) -> torch.Tensor:
@@ -234,6 +234,6 @@ class BaseWeights:
 
 
 def blocks(rows: int, row_bytes: int, budget: int) -> Iterator[tuple[int, int]]:
-    """Cut `rows` rows of `row_bytes` each into ranges of at most `budget` bytes (never less than one row)."""
+    """Split `rows` rows of `row_bytes` bytes into ranges of at most `budget` bytes and at least one row."""
     step = max(1, budget // max(1, row_bytes))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))

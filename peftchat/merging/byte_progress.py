@@ -1,4 +1,4 @@
-"""Progress in bytes, with rate and time left, on standard error."""
+"""A progress bar in bytes, with rate and time left, on standard error."""
 
 from types import TracebackType
 
@@ -15,7 +15,7 @@ from peftchat.console import stderr
 
 
 class ByteProgress:
-    """A bar over bytes written; silent where standard error is no terminal. Use as a context manager."""
+    """A bar of written bytes, shown only on a terminal. Use as a context manager."""
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self._bar = Progress(
@@ -34,7 +34,7 @@ class ByteProgress:
         return self
 
     def advance(self, count: int) -> None:
-        """`count` more bytes are done."""
+        """Advance the bar by `count` bytes."""
         self._bar.advance(self._task, count)
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""DoRA (Liu et al., 2024) on linear layers: every row of `W + scaling * B A` gets the length that was trained."""
+"""Deltas of adapted modules: computed row by row where possible, else by PEFT's own merge of one module."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,137 +6,141 @@ from typing import Any
 import torch
 
 from peftchat.errors import UserError
-from peftchat.merging.adapter_source import ADAPTER, AdaptedModule, AdapterWeights
+from peftchat.merging.adapter_source import ADAPTER, AdaptedModule, InstalledAdapter
 from peftchat.merging.deltas import AddDelta, ApplyDelta, Delta, Read, ReplaceRows, ReplaceWeight
 
 
-def dora_delta(site: AdaptedModule, read: Read) -> Mapping[str, Delta] | None:
-    """Linear layers whose rows are outputs. Conv1D norms run over columns, so those go by the whole layer."""
+def dora_delta(module: AdaptedModule, read: Read) -> Mapping[str, Delta] | None:
+    """Return the delta of DoRA (Liu et al., 2024) on a linear layer.
+
+    Every row of `W + scaling * B A` is scaled to its trained length. Conv1D stores its outputs as columns, so PEFT
+    merges it.
+    """
     from peft.tuners.lora.layer import Linear
     from peft.tuners.lora.variants import DoraLinearVariant
 
-    layer = site.module
+    layer = module.layer
     if type(layer) is not Linear or type(layer.lora_variant.get(ADAPTER)) is not DoraLinearVariant:
         return None
-    if layer.fan_in_fan_out or layer.lora_bias[ADAPTER] or site.start:
+    if layer.fan_in_fan_out or layer.lora_bias[ADAPTER] or module.residual_init:
         return None
     left, right = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
-    lengths, scaling = layer.lora_magnitude_vector[ADAPTER].weight, layer.scaling[ADAPTER]
+    magnitudes, scaling = layer.lora_magnitude_vector[ADAPTER].weight, layer.scaling[ADAPTER]
 
-    def rows(base: torch.Tensor, start: int) -> torch.Tensor:
+    def apply(base: torch.Tensor, start: int) -> torch.Tensor:
         span = slice(start, start + len(base))
         part = left[span].detach().to(torch.float32)
         direction = base.addmm_(part, right.detach().to(torch.float32), alpha=scaling)
-        factor = lengths[span].detach().to(torch.float32) / torch.linalg.norm(direction, dim=1)
+        factor = magnitudes[span].detach().to(torch.float32) / torch.linalg.norm(direction, dim=1)
         return direction.mul_(factor[:, None])
 
-    return {f"{site.path}.weight": AddDelta(rows)}
+    return {f"{module.path}.weight": AddDelta(apply)}
 
 
-def low_rank_delta(site: AdaptedModule, read: Read) -> Mapping[str, Delta] | None:
-    """Linear, Conv1D and Embedding layers without a variant, a trained LoRA bias or a start taken out of the base."""
+def low_rank_delta(module: AdaptedModule, read: Read) -> Mapping[str, Delta] | None:
+    """Return the delta of plain LoRA on a Linear, Conv1D or Embedding layer."""
     from peft.tuners.lora.layer import Embedding, Linear
 
-    layer = site.module
-    if type(layer) not in (Linear, Embedding) or layer.lora_variant.get(ADAPTER) or site.start:
+    layer = module.layer
+    if type(layer) not in (Linear, Embedding) or layer.lora_variant.get(ADAPTER) or module.residual_init:
         return None
     if layer.lora_bias[ADAPTER]:
         return None
     if isinstance(layer, Embedding):
-        # A is [r, words] and B is [size, r]: the embedding's rows are words, so the product is used transposed.
+        # A is [r, tokens] and B is [size, r]; the embedding has one row per token, so the product is transposed.
         left, right = layer.lora_embedding_A[ADAPTER].T, layer.lora_embedding_B[ADAPTER].T
     elif layer.fan_in_fan_out:
         left, right = layer.lora_A[ADAPTER].weight.T, layer.lora_B[ADAPTER].weight.T
     else:
         left, right = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
-    return {f"{site.path}.weight": AddDelta(_product(left, right, layer.scaling[ADAPTER]))}
+    return {f"{module.path}.weight": AddDelta(_product(left, right, layer.scaling[ADAPTER]))}
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> ApplyDelta:
-    def rows(base: torch.Tensor, start: int) -> torch.Tensor:
+    def apply(base: torch.Tensor, start: int) -> torch.Tensor:
         part = left[start : start + len(base)].detach().to(torch.float32)
         return base.addmm_(part, right.detach().to(torch.float32), alpha=scaling)
 
-    return rows
+    return apply
 
 
-def saved_module_delta(site: AdaptedModule, read: Read) -> Mapping[str, Delta] | None:
-    """A module with a trained copy, which takes its place."""
+def saved_module_delta(module: AdaptedModule, read: Read) -> Mapping[str, Delta] | None:
+    """Return the weights of a module's trained copy (`modules_to_save`, LN tuning)."""
     from peft.tuners.ln_tuning.layer import LNTuningLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    if isinstance(site.module, ModulesToSaveWrapper):
-        trained = site.module.modules_to_save[ADAPTER]
-    elif isinstance(site.module, LNTuningLayer):
-        trained = site.module.ln_tuning_layers[ADAPTER]
+    if isinstance(module.layer, ModulesToSaveWrapper):
+        trained = module.layer.modules_to_save[ADAPTER]
+    elif isinstance(module.layer, LNTuningLayer):
+        trained = module.layer.ln_tuning_layers[ADAPTER]
     else:
         return None
-    return {f"{site.path}.{name}": ReplaceWeight(value.detach()) for name, value in trained.named_parameters()}
+    return {f"{module.path}.{name}": ReplaceWeight(value.detach()) for name, value in trained.named_parameters()}
 
 
-def from_file(adapter: AdapterWeights) -> dict[str, Delta]:
-    """Base parameters that lie in the file beside the adapter's own."""
+def saved_parameter_deltas(adapter: InstalledAdapter) -> dict[str, Delta]:
+    """Return the base parameters that the adapter's file holds complete."""
     return {name: ReplaceWeight(value) for name, value in adapter.saved.items()}
 
 
-def layer_of(site: AdaptedModule) -> Any:
-    """PEFT's token layer of a site, None if it is a site of another kind."""
+def token_layer(module: AdaptedModule) -> Any:
+    """Return PEFT's layer of trained tokens in a module; None if the module has none."""
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.utils.other import TrainableTokensWrapper
 
-    layer = site.module.token_adapter if isinstance(site.module, TrainableTokensWrapper) else site.module
+    layer = module.layer.token_adapter if isinstance(module.layer, TrainableTokensWrapper) else module.layer
     return layer if isinstance(layer, TrainableTokensLayer) else None
 
 
-def added_token_delta(site: AdaptedModule, read: Read) -> Mapping[str, Delta] | None:
-    """Token rows beside another method, or trained alone; on the embedding, on the head, or on both through a tie."""
-    rows = token_ids_of(site)
-    return None if rows is None else {f"{site.path}.weight": rows}
+def added_token_delta(module: AdaptedModule, read: Read) -> Mapping[str, Delta] | None:
+    """Return the trained token rows of an embedding or a head."""
+    rows = trained_token_rows(module)
+    return None if rows is None else {f"{module.path}.weight": rows}
 
 
-def token_ids_of(site: AdaptedModule) -> ReplaceRows | None:
-    """The trained rows of a site, None if it is a site of another kind."""
-    layer = layer_of(site)
+def trained_token_rows(module: AdaptedModule) -> ReplaceRows | None:
+    """Return the trained token rows of a module; None if it has none."""
+    layer = token_layer(module)
     if layer is None:
         return None
     return ReplaceRows(tuple(layer.token_indices[ADAPTER]), layer.trainable_tokens_delta[ADAPTER].detach())
 
 
-def whole_layer_delta(site: AdaptedModule, read: Read) -> Mapping[str, Delta] | None:
-    """Anything that PEFT can merge."""
-    folder = _LayerMerger(site, read)
-    return {name: AddDelta(folder.result(name), whole=True) for name in site.slots}
+def merged_layer_delta(module: AdaptedModule, read: Read) -> Mapping[str, Delta] | None:
+    """Return the deltas of any module that PEFT can merge."""
+    merger = _LayerMerger(module, read)
+    return {name: AddDelta(merger.apply_for(name), needs_all_rows=True) for name in module.slots}
 
 
 class _LayerMerger:
-    """Merge a site once and hand out its parameters one after the other."""
+    """Merges a module once and returns its parameters one after the other."""
 
-    def __init__(self, site: AdaptedModule, read: Read) -> None:
-        self._site = site
+    def __init__(self, module: AdaptedModule, read: Read) -> None:
+        self._module = module
         self._read = read
         self._ready: dict[str, torch.Tensor] = {}
 
-    def result(self, name: str) -> ApplyDelta:
-        """The fold of one of the site's parameters."""
+    def apply_for(self, name: str) -> ApplyDelta:
+        """Return the computation of one of the module's merged parameters."""
 
-        def rows(base: torch.Tensor, start: int) -> torch.Tensor:
+        def apply(base: torch.Tensor, start: int) -> torch.Tensor:
             if name not in self._ready:
                 self._ready = self._merge(name, base)
             return self._ready.pop(name)
 
-        return rows
+        return apply
 
-    def _merge(self, asked: str, base: torch.Tensor) -> dict[str, torch.Tensor]:
-        site = self._site
-        for name, slot in site.slots.items():
-            slot.fill(base if name == asked else self._read(name))
-        subtract_init(site)
+    def _merge(self, parameter: str, base: torch.Tensor) -> dict[str, torch.Tensor]:
+        module = self._module
+        for name, slot in module.slots.items():
+            slot.fill(base if name == parameter else self._read(name))
+        subtract_init(module)
         try:
-            _merge_in_place(site.module)
+            _merge_in_place(module.layer)
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            raise UserError(f"PEFT cannot merge {site.path}: {error}") from error
-        merged = {name: slot.value() for name, slot in site.slots.items()}
-        for slot in site.slots.values():
+            raise UserError(f"PEFT cannot merge {module.path}: {error}") from error
+        merged = {name: slot.value() for name, slot in module.slots.items()}
+        for slot in module.slots.values():
             slot.empty()
         return merged
 
@@ -146,26 +150,26 @@ def _merge_in_place(module: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if isinstance(module, ParamWrapper | MultiheadAttention):
-        # Several parameters of one module are wrapped one in the other, and only this method merges them all.
+        # Several parameters of one module are wrapped in nested layers, and only this method merges them all.
         module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     else:
         module.merge()
     for layer in module.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.merged_adapters.clear()  # the weights are about to leave: nothing is merged here any more
+            layer.merged_adapters.clear()  # the merged weights are taken out next, so nothing stays merged
 
 
-def subtract_init(site: AdaptedModule) -> None:
-    """Turn the site's base weights into the remainder the adapter was trained on; keep the trained factors.
+def subtract_init(module: AdaptedModule) -> None:
+    """Subtract the adapter's initialization from the module's base weights and keep the trained factors.
 
-    The site's weights must be real, in float32. Sites with any other start stay as they are.
+    The module's weights must be real, in float32. Modules with any other initialization stay as they are.
     """
-    if not site.start:
+    if not module.residual_init:
         return
-    layer = site.module
+    layer = module.layer
     trained = {name: value.detach().clone() for name, value in layer.named_parameters() if f".{ADAPTER}." in name}
-    if site.start == "pissa":
-        layer.pissa_init(ADAPTER, site.start)
+    if module.residual_init == "pissa":
+        layer.pissa_init(ADAPTER, module.residual_init)
     else:
         layer.olora_init(ADAPTER)
     with torch.no_grad():
@@ -175,26 +179,26 @@ def subtract_init(site: AdaptedModule) -> None:
 
 
 DeltaRule = Callable[[AdaptedModule, Read], Mapping[str, Delta] | None]
-"""A site and a reader of base parameters -> the changed parameters, or None where the rule does not apply."""
+"""A module and a reader of base parameters -> a delta per parameter, or None where the rule does not apply."""
 
 RULES: tuple[DeltaRule, ...] = (
     added_token_delta,
     saved_module_delta,
     low_rank_delta,
     dora_delta,
-    whole_layer_delta,
+    merged_layer_delta,
 )
 
 
-def collect_deltas(adapter: AdapterWeights, read: Read) -> dict[str, Delta]:
-    """Everything that `adapter` changes, by parameter name.
+def collect_deltas(adapter: InstalledAdapter, read: Read) -> dict[str, Delta]:
+    """Return the delta of every parameter that an adapter changes, by name.
 
     Args:
         adapter: an installed adapter.
-        read: the base's parameter of a name, whole, in float32.
+        read: returns the base's parameter of a name, all rows, in float32.
     """
-    changes: dict[str, Delta] = {}
-    for site in adapter.sites:
-        changes.update(next(found for rule in RULES if (found := rule(site, read)) is not None))
-    changes.update(from_file(adapter))
-    return changes
+    deltas: dict[str, Delta] = {}
+    for module in adapter.modules:
+        deltas.update(next(found for rule in RULES if (found := rule(module, read)) is not None))
+    deltas.update(saved_parameter_deltas(adapter))
+    return deltas

@@ -1,4 +1,4 @@
-"""What can happen to a parameter, and how the changes of several adapters add up."""
+"""Deltas of parameters, and the sum of several adapters' deltas."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from peftchat.errors import UserError
 
 Read = Callable[[str], torch.Tensor]
-"""Parameter name -> the base's weights, whole, float32."""
+"""Parameter name -> all of the base's weights, float32."""
 
 ApplyDelta = Callable[[torch.Tensor, int], torch.Tensor]
 """Old rows (float32, `[n, ...]`, may be overwritten) and the number of the first -> new rows, float32, same shape."""
@@ -19,12 +19,12 @@ class AddDelta:
     """New weights are computed from the old ones.
 
     Attributes:
-        rows: the computation.
-        whole: it needs all rows at once.
+        apply: the computation.
+        needs_all_rows: the computation needs all rows at once.
     """
 
-    rows: ApplyDelta
-    whole: bool = False
+    apply: ApplyDelta
+    needs_all_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ReplaceRows:
 
 @dataclass(frozen=True)
 class ReplaceWeight:
-    """The parameter was trained whole."""
+    """All of the parameter is replaced by a trained copy."""
 
     value: torch.Tensor
 
@@ -47,39 +47,40 @@ Delta = AddDelta | ReplaceRows | ReplaceWeight
 
 @dataclass(frozen=True)
 class WeightedDelta:
-    """A change and how much of it is wanted (1: as trained)."""
+    """A delta and the weight of its adapter (1: as trained)."""
 
     weight: float
-    change: Delta
+    delta: Delta
 
 
 def sum_deltas(parts: Sequence[WeightedDelta]) -> AddDelta:
-    """One update out of the changes of one or several adapters.
+    """Return one delta for a parameter that one or several adapters change.
 
-    Updates add up: `W + sum(weight * (fold(W) - W))`, so that a LoRA of weight w is a LoRA with its scaling times w.
-    What was replaced (token rows, modules trained whole) has no meaningful difference to a base that may not even have
-    had the row: one adapter's is taken as trained whatever its weight, those of several are averaged by weight.
+    Computed deltas add up: `W + sum(weight * (apply(W) - W))`, so a weight w multiplies the scaling of a LoRA by w.
+    Replaced rows and weights have no meaningful difference to the base, which may not even have had the row. Those of
+    one adapter are used as trained, whatever its weight. Those of several are averaged by weight.
 
     Raises:
-        UserError: the weights of adapters that replace the same thing do not add up to more than nothing.
+        UserError: the weights of adapters that replace the same thing add up to 0 or less.
     """
-    updates = [(part.weight, part.change) for part in parts if isinstance(part.change, AddDelta)]
-    rows = _mean_rows([(part.weight, part.change) for part in parts if isinstance(part.change, ReplaceRows)])
-    whole = _mean([(part.weight, part.change.value) for part in parts if isinstance(part.change, ReplaceWeight)])
+    added = [(part.weight, part.delta) for part in parts if isinstance(part.delta, AddDelta)]
+    rows = _mean_rows([(part.weight, part.delta) for part in parts if isinstance(part.delta, ReplaceRows)])
+    replacement = _mean([(part.weight, part.delta.value) for part in parts if isinstance(part.delta, ReplaceWeight)])
 
-    def fold(base: torch.Tensor, start: int) -> torch.Tensor:
-        if whole is not None:
-            base = whole[start : start + len(base)].to(torch.float32) if base.dim() else whole.to(torch.float32)
-        if len(updates) == 1 and updates[0][0] == 1.0:
-            base = updates[0][1].rows(base, start)
-        elif updates:
-            base = base + sum(weight * (update.rows(base.clone(), start) - base) for weight, update in updates)
+    def apply(base: torch.Tensor, start: int) -> torch.Tensor:
+        if replacement is not None:
+            part = replacement[start : start + len(base)] if base.dim() else replacement
+            base = part.to(torch.float32)
+        if len(added) == 1 and added[0][0] == 1.0:
+            base = added[0][1].apply(base, start)
+        elif added:
+            base = base + sum(weight * (delta.apply(base.clone(), start) - base) for weight, delta in added)
         for index, value in rows.items():
             if start <= index < start + len(base):
                 base[index - start] = value
         return base
 
-    return AddDelta(fold, whole=any(update.whole for _, update in updates))
+    return AddDelta(apply, needs_all_rows=any(delta.needs_all_rows for _, delta in added))
 
 
 def _mean_rows(parts: list[tuple[float, ReplaceRows]]) -> dict[int, torch.Tensor]:
@@ -96,7 +97,7 @@ def _mean(parts: list[tuple[float, torch.Tensor]]) -> torch.Tensor | None:
         return parts[0][1] if parts else None
     total = sum(weight for weight, _ in parts)
     if total <= 0:
-        raise UserError("the weights of the adapters do not add up to more than 0", where="--adapter")
+        raise UserError(f"the weights of the adapters add up to {total:g}, expected more than 0", where="--adapter")
     mean = torch.zeros_like(parts[0][1], dtype=torch.float32)
     for weight, value in parts:
         mean += value.to(torch.float32) * (weight / total)

@@ -1,8 +1,8 @@
-"""A model with every module and no weights.
+"""An empty model: every module, no weights.
 
-PEFT decides by names, shapes and types which modules an adapter changes and how. It gets a real transformers model to
-decide on, whose matrices all share one zero: full shape, no memory. (On the meta device PEFT would move the adapter's
-own weights and index buffers there too, and lose them.)
+PEFT decides by names, shapes and types which modules an adapter changes and how. It gets a real transformers model for
+that, whose matrices are views of a single zero: full shape, no memory. The meta device would not do: PEFT would move
+the adapter's own weights and index buffers there too, and lose them.
 """
 
 import copy
@@ -12,27 +12,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftchat.errors import UserError
+from peftchat.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
 class ParameterSlot:
-    """The place of one parameter: it stays valid while PEFT wraps the module in its own layers."""
+    """Access to one parameter, which stays valid while PEFT wraps the module in its own layers."""
 
     owner: nn.Module
     attribute: str
     shape: torch.Size
 
     def fill(self, value: torch.Tensor) -> None:
-        """Put a real weight there."""
+        """Set the parameter to a real weight."""
         self.owner._parameters[self.attribute] = nn.Parameter(value, requires_grad=False)
 
     def empty(self) -> None:
-        """Put the weightless one back."""
-        self.fill(_weightless(self.shape, torch.float32))
+        """Set the parameter back to zeros without memory."""
+        self.fill(_zeros(self.shape, torch.float32))
 
     def value(self) -> torch.Tensor:
-        """The weight that is there now."""
+        """Return the parameter's current weight."""
         return self.owner.get_parameter(self.attribute).data
 
 
@@ -42,7 +42,7 @@ class EmptyModel:
 
     Attributes:
         model: the transformers model; PEFT may wrap its modules in place.
-        slots: parameter name, as in the model before PEFT, to its place.
+        slots: parameter name, as in the model before PEFT -> access to the parameter.
         ties: tied name -> the name whose weight it shares; both have a slot.
     """
 
@@ -51,16 +51,16 @@ class EmptyModel:
     ties: dict[str, str]
 
     def within(self, path: str) -> dict[str, ParameterSlot]:
-        """The parameters inside the module at `path`, tied ones included."""
+        """Return the parameters inside the module at `path`, tied ones included."""
         return {name: slot for name, slot in self.slots.items() if name.startswith(f"{path}.")}
 
 
-def build_empty_model(config: Any, *, rows: int = 0, trust_remote_code: bool = False) -> EmptyModel:
-    """Build the model of `config`, in float32, with at least `rows` rows in its embeddings.
+def build_empty_model(config: Any, *, vocabulary_size: int = 0, trust_remote_code: bool = False) -> EmptyModel:
+    """Build the model of `config` in float32, without weights.
 
     Args:
-        config: a transformers config; it is copied, and the copy follows the growth.
-        rows: smallest vocabulary; 0 keeps the config's.
+        config: a transformers config; it is copied, and the copy gets the new vocabulary size.
+        vocabulary_size: smallest number of embedding rows; 0 keeps the config's.
         trust_remote_code: as in transformers.
 
     Raises:
@@ -75,18 +75,16 @@ def build_empty_model(config: Any, *, rows: int = 0, trust_remote_code: bool = F
                 copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
             )
     except ValueError as error:
-        raise UserError(f"transformers cannot build this model: {str(error).splitlines()[0]}") from error
-    if rows > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+        raise UserError(f"transformers cannot build this model: {first_line(error)}") from error
+    if vocabulary_size > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
     ties = dict(model.all_tied_weights_keys)
     slots = {}
     for path, module in model.named_modules():
         for attribute, weight in module._parameters.items():
             name = f"{path}.{attribute}" if path else attribute
             if weight is not None:
-                module._parameters[attribute] = nn.Parameter(
-                    _weightless(weight.shape, torch.float32), requires_grad=False
-                )
+                module._parameters[attribute] = nn.Parameter(_zeros(weight.shape, torch.float32), requires_grad=False)
                 slots[name] = ParameterSlot(module, attribute, weight.shape)
     for tied, source in ties.items():
         slots[tied].owner._parameters[slots[tied].attribute] = slots[source].owner._parameters[slots[source].attribute]
@@ -94,6 +92,6 @@ def build_empty_model(config: Any, *, rows: int = 0, trust_remote_code: bool = F
     return EmptyModel(model, slots, ties)
 
 
-def _weightless(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    # Vectors are real: PEFT copies trained biases and norms into them in place.
+def _zeros(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    # Vectors take memory: PEFT copies trained biases and norms into them in place.
     return torch.zeros((), dtype=dtype).expand(shape) if len(shape) > 1 else torch.zeros(shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The merge from end to end: plan, fold, write, check, verify, and only then give the folder its name."""
+"""The merge from end to end: plan, write shards, check, verify, and only then rename the folder."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,16 +13,17 @@ from filelock import FileLock, Timeout
 from peftchat.errors import UserError, VerificationError
 from peftchat.malloc import return_large_blocks
 from peftchat.merging.byte_progress import ByteProgress
-from peftchat.merging.merge_plan import JOURNAL_NAME, ResumeState, ShardBuilder
+from peftchat.merging.merge_job import MergeJob, MergeOptions, prepare_merge
+from peftchat.merging.merge_plan import RESUME_STATE_NAME, ResumeState, ShardBuilder
 from peftchat.merging.output import (
+    MergedBase,
     MergeReport,
     check_written,
     make_loadable,
-    write_companions,
+    write_config_and_tokenizer,
     write_index,
     write_report,
 )
-from peftchat.merging.prepare import MergeJob, MergeOptions, prepare
 from peftchat.merging.safetensors_io import ShardWriter
 from peftchat.merging.verify import verify_merged
 
@@ -31,72 +32,74 @@ _LOCK = ".lock"
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Where the merged model is, and what is known about it."""
+    """A merged model's folder and report."""
 
     folder: Path
     report: MergeReport
 
 
 def merge_run(folder: Path, options: MergeOptions) -> MergeResult:
-    """Merge the run in `folder`.
+    """Merge the adapter of the run in `folder` into its base.
 
-    Work goes on in `OUT.partial`, which holds no `config.json`, and so is no model to any loader, until everything is
-    written, checked and proved. A second start continues there.
+    The merged model is written to `OUTPUT.partial`. That folder has no `config.json`, so no loader accepts it before
+    everything is written, checked and verified. An interrupted merge is resumed there.
 
     Raises:
-        UserError: something the user gave cannot be used.
-        VerificationError: the result is not what was planned or trained; it lies in `OUT.failed`.
+        UserError: the run, its base, an adapter or an option cannot be used.
+        VerificationError: the result is not what was planned or trained; it is left in `OUTPUT.failed`.
     """
     started = monotonic()
     return_large_blocks()
-    out = options.out or folder / "merged"
-    if out.exists() and not options.overwrite:
-        raise UserError("the folder is already there", where=str(out), hint="Choose another with -o, or --overwrite.")
-    job = prepare(folder, options)
-    partial = _beside(out, "partial")
+    output = options.output or folder / "merged"
+    if output.exists() and not options.overwrite:
+        raise UserError(
+            "the output folder is already there", where=str(output), hint="Choose another with -o, or --overwrite."
+        )
+    job = prepare_merge(folder, options)
+    partial = _beside(output, "partial")
     try:
-        with _working_folder(partial, out):
+        with _working_folder(partial):
             try:
-                resumed = _write_shards(job, partial, options.block)
-            except UserError:  # a layer that PEFT will not merge: no second start would do better
+                resumed = _write_shards(job, partial, options.block_bytes)
+            except UserError:  # a layer that PEFT cannot merge: resuming would fail too
                 shutil.rmtree(partial)
                 raise
             write_index(partial, job.plan)
             check_written(partial, job.plan)
             _write_small_files(job, partial, options)
-            made = _report(job, options, resumed, started)
+            report = _report(job, options, resumed, started)
             if options.verify:
-                made = replace(made, verification=verify_merged(job, partial, options))
-            made = replace(made, seconds=monotonic() - started)
-            write_report(partial, made)
-            if made.verification is not None and not made.verification.passed:
-                raise VerificationError(made.verification.verdict)
+                report = replace(report, verification=verify_merged(job, partial, options))
+            report = replace(report, seconds=monotonic() - started)
+            write_report(partial, report)
+            if report.verification is not None and not report.verification.passed:
+                raise VerificationError(report.verification.verdict)
     except VerificationError as error:
-        failed = _beside(out, "failed")
+        failed = _beside(output, "failed")
         shutil.rmtree(failed, ignore_errors=True)
         partial.rename(failed)
-        raise VerificationError(f"{error} The result is in {failed}, not in {out}.") from error
+        raise VerificationError(f"{error} The result is in {failed}, not in {output}.") from error
     except OSError as error:
-        hint = "What is written stays for a second start; free space or choose another folder with -o."
+        hint = "Free disk space and start again to resume, or choose another folder with -o."
         raise UserError(f"cannot write: {error.strerror or error}", where=str(partial), hint=hint) from error
-    _publish(partial, out)
-    return MergeResult(out, made)
+    _publish(partial, output)
+    return MergeResult(output, report)
 
 
-def _beside(out: Path, suffix: str) -> Path:
-    return out.with_name(f"{out.name}.{suffix}")
+def _beside(output: Path, suffix: str) -> Path:
+    return output.with_name(f"{output.name}.{suffix}")
 
 
 @contextmanager
-def _working_folder(partial: Path, out: Path) -> Iterator[None]:
-    """Make the folder and keep a second merge out of it."""
+def _working_folder(partial: Path) -> Iterator[None]:
+    """Create the folder and lock it against a second merge."""
     partial.mkdir(parents=True, exist_ok=True)
     lock_file = partial / _LOCK
     lock = FileLock(lock_file, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
-        raise UserError("another merge is writing there", where=str(partial)) from error
+        raise UserError("another merge is writing to this folder", where=str(partial)) from error
     try:
         yield
     finally:
@@ -104,66 +107,68 @@ def _working_folder(partial: Path, out: Path) -> Iterator[None]:
         lock_file.unlink(missing_ok=True)
 
 
-def _write_shards(job: MergeJob, partial: Path, block: int) -> int:
-    """Write every shard that is not there yet; returns how many were."""
-    kept = ResumeState.open(partial, job.fingerprint)
-    for left in partial.iterdir():
-        if left.name not in (*kept.done, _LOCK):
-            left.unlink()
-    kept.save()
-    resumed = len(kept.done)
-    sizes = {file: sum(tensor.spec.bytes for tensor in tensors) for file, tensors in job.plan.shards.items()}
-    producer = ShardBuilder(job.plan, job.weights, block)
-    with ByteProgress("Merging", sum(sizes.values()), sum(sizes[file] for file in kept.done)) as progress:
-        for file, tensors in job.plan.shards.items():
-            if file in kept.done:
+def _write_shards(job: MergeJob, partial: Path, block_bytes: int) -> int:
+    """Write every shard that is not there yet and return how many were."""
+    state = ResumeState.open(partial, job.fingerprint)
+    for file in partial.iterdir():
+        if file.name not in (*state.done, _LOCK):
+            file.unlink()
+    state.save()
+    resumed = len(state.done)
+    sizes = {name: sum(tensor.spec.bytes for tensor in tensors) for name, tensors in job.plan.shards.items()}
+    builder = ShardBuilder(job.plan, job.weights, block_bytes)
+    with ByteProgress("Merging", sum(sizes.values()), sum(sizes[name] for name in state.done)) as progress:
+        for name, tensors in job.plan.shards.items():
+            if name in state.done:
                 continue
-            with ShardWriter(partial / file, [tensor.spec for tensor in tensors]) as writer:
+            with ShardWriter(partial / name, [tensor.spec for tensor in tensors]) as writer:
                 for tensor in tensors:
-                    for rows in producer.rows(tensor):
+                    for rows in builder.rows(tensor):
                         writer.append(rows)
                         progress.advance(rows.nbytes)
-            kept.record(file, writer.digest)
+            state.record(name, writer.digest)
     return resumed
 
 
 def _write_small_files(job: MergeJob, partial: Path, options: MergeOptions) -> None:
-    config = job.weights.hollow.model.config
+    config = job.weights.empty_model.model.config
     dtype = options.dtype or job.base.config.dtype
-    write_companions(partial, config, job.run.folder, job.base.folder, untied=bool(job.plan.untied), dtype=dtype)
+    write_config_and_tokenizer(
+        partial, config, job.source.folder, job.base.folder, untied=bool(job.plan.untied), dtype=dtype
+    )
 
 
 def _report(job: MergeJob, options: MergeOptions, resumed: int, started: float) -> MergeReport:
     tensors = [tensor for shard in job.plan.shards.values() for tensor in shard]
-    embedding = job.weights.hollow.model.get_input_embeddings().weight.shape[0]
-    before = job.base.config.get_text_config().vocab_size
-    named = [member for member in job.members if not member.is_rows]
+    vocabulary = job.weights.empty_model.model.get_input_embeddings().weight.shape[0]
+    base_vocabulary = job.base.config.get_text_config().vocab_size
+    selected = job.selected_base
+    adapters = [adapter for adapter in job.adapters if not adapter.is_added_tokens]
     return MergeReport(
-        base=job.run.base,
-        adapters=[(str(member.folder), member.weight) for member in named],
-        method=[str(member.config.peft_type).rpartition(".")[2].lower() for member in named],
-        choice=job.choice,
+        base=MergedBase(job.source.base.name, selected.kind, selected.distance_original, selected.distance_dequantized),
+        adapters=[(str(adapter.folder), adapter.weight) for adapter in adapters],
+        method=[str(adapter.config.peft_type).rpartition(".")[2].lower() for adapter in adapters],
         dtype=str(options.dtype or job.base.config.dtype).removeprefix("torch."),
         tensors=len(tensors),
         bytes=job.plan.bytes,
-        folded_bytes=job.plan.folded_bytes,
+        changed_bytes=job.plan.changed_bytes,
         shards=len(job.plan.shards),
         resumed_shards=resumed,
-        vocabulary=embedding,
-        grown=max(0, embedding - before),
-        tied=bool(job.weights.hollow.ties) and not job.plan.untied,
+        vocabulary=vocabulary,
+        added_rows=max(0, vocabulary - base_vocabulary),
+        tied=bool(job.weights.empty_model.ties) and not job.plan.untied,
         seconds=monotonic() - started,
         versions={name: version(name) for name in ("peftchat", "peft", "transformers", "torch", "safetensors")},
     )
 
 
-def _publish(partial: Path, out: Path) -> None:
-    """Rename the finished folder; an old one that may be replaced is moved away first and removed last."""
-    old = _beside(out, "old")
-    if out.exists():
+def _publish(partial: Path, output: Path) -> None:
+    """Rename the finished folder; a folder that it replaces is moved away first and removed last."""
+    old = _beside(output, "old")
+    if output.exists():
         shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    (partial / JOURNAL_NAME).unlink()
+        output.rename(old)
+    (partial / RESUME_STATE_NAME).unlink()
     make_loadable(partial)
-    partial.rename(out)
+    partial.rename(output)
     shutil.rmtree(old, ignore_errors=True)

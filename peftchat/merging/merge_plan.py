@@ -1,4 +1,4 @@
-"""What will be written: every tensor of every shard, known before the first weight is read."""
+"""The plan of a merged checkpoint, the shards built from it, and the state that an interrupted merge resumes from."""
 
 import hashlib
 import json
@@ -13,8 +13,8 @@ from peftchat.merging.base_weights import BaseWeights, Fusion, blocks
 from peftchat.merging.deltas import AddDelta, Delta, ReplaceRows, ReplaceWeight, WeightedDelta, sum_deltas
 from peftchat.merging.safetensors_io import TensorEntry, TensorSpec, read_rows
 
-# Bytes in flight for each weight of a block: stored, float32, folded float32 and the stored result.
-_FLIGHT = 16
+# Memory per weight of a block: stored, float32, merged float32 and the stored result.
+_BYTES_PER_WEIGHT = 16
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class PlannedTensor:
     """One tensor to write.
 
     Attributes:
-        spec: name, type and shape in the new shard.
-        parameter: the model's parameter it is, or is part of; None for a tensor that no module loads.
+        spec: name, dtype and shape in the new shard.
+        parameter: the model's parameter that it is, or is part of; None for a tensor that no module loads.
         entry: the base's tensor of that name; None where the merge adds one (a head that is no longer tied).
     """
 
@@ -37,14 +37,13 @@ class MergePlan:
     """The new checkpoint.
 
     Attributes:
-        shards: file name -> its tensors, widest type first so that each begins at a multiple of its size.
-        updates: parameter name -> how it changes. What is not here is copied.
-        tied: whether the output head stays tied to the embedding.
+        shards: file name -> its tensors, widest dtype first so that each begins at a multiple of its size.
+        deltas: parameter name -> its delta. All other parameters are copied.
         untied: tied names that get a tensor of their own.
     """
 
     shards: Mapping[str, tuple[PlannedTensor, ...]]
-    updates: Mapping[str, AddDelta]
+    deltas: Mapping[str, AddDelta]
     untied: tuple[str, ...]
 
     @property
@@ -53,62 +52,62 @@ class MergePlan:
         return sum(tensor.spec.bytes for tensors in self.shards.values() for tensor in tensors)
 
     @property
-    def folded_bytes(self) -> int:
-        """Size of those that change."""
+    def changed_bytes(self) -> int:
+        """Size of the tensors that change."""
         tensors = (tensor for shard in self.shards.values() for tensor in shard)
-        return sum(tensor.spec.bytes for tensor in tensors if tensor.parameter in self.updates)
+        return sum(tensor.spec.bytes for tensor in tensors if tensor.parameter in self.deltas)
 
 
 def plan_merge(
     weights: BaseWeights, adapters: Sequence[tuple[float, Mapping[str, Delta]]], dtype: torch.dtype | None
 ) -> MergePlan:
-    """Lay out the merged checkpoint in the base's own shards.
+    """Plan the merged checkpoint in the shards of the base.
 
     Args:
         weights: the base.
-        adapters: weight and changes of each adapter.
-        dtype: type of all floating-point tensors; None keeps each as it is stored.
+        adapters: weight and deltas of each adapter.
+        dtype: dtype of all floating-point tensors; None keeps each as it is stored.
     """
     parts: dict[str, list[WeightedDelta]] = {}
-    for weight, changes in adapters:
-        for name, change in changes.items():
-            parts.setdefault(name, []).append(WeightedDelta(weight, change))
-    untied = tuple(name for name, source in weights.hollow.ties.items() if not _same(parts, name, source))
-    for name in weights.hollow.ties:
+    for weight, adapter_deltas in adapters:
+        for name, delta in adapter_deltas.items():
+            parts.setdefault(name, []).append(WeightedDelta(weight, delta))
+    untied = tuple(name for name, source in weights.empty_model.ties.items() if not _same_deltas(parts, name, source))
+    for name in weights.empty_model.ties:
         if name not in untied:
             parts.pop(name, None)
-    updates = {name: sum_deltas(changes) for name, changes in parts.items()}
-    shards = {file: list(_of_file(weights, file, dtype)) for file in weights.checkpoint.files}
+    deltas = {name: sum_deltas(weighted) for name, weighted in parts.items()}
+    shards = {file: list(_tensors_of_file(weights, file, dtype)) for file in weights.checkpoint.files}
     for name in untied:
-        source = weights.checkpoint.entries[weights.layout.key_of[weights.source(name)]]
+        source = weights.checkpoint.entries[weights.tensor_map.key_of[weights.source(name)]]
         stored = dtype or source.dtype
-        spec = TensorSpec(name, stored, tuple(weights.hollow.slots[name].shape))
+        spec = TensorSpec(name, stored, tuple(weights.empty_model.slots[name].shape))
         shards[source.file.name].append(PlannedTensor(spec, name, None))
     ordered = {
         file: tuple(sorted(tensors, key=lambda tensor: -tensor.spec.dtype.itemsize)) for file, tensors in shards.items()
     }
-    return MergePlan({file: tensors for file, tensors in ordered.items() if tensors}, updates, untied)
+    return MergePlan({file: tensors for file, tensors in ordered.items() if tensors}, deltas, untied)
 
 
-def _of_file(weights: BaseWeights, file: str, dtype: torch.dtype | None) -> Iterator[PlannedTensor]:
-    ties = set(weights.hollow.ties)
+def _tensors_of_file(weights: BaseWeights, file: str, dtype: torch.dtype | None) -> Iterator[PlannedTensor]:
+    ties = set(weights.empty_model.ties)
     for entry in weights.checkpoint.of_file(file):
-        fusion = weights.layout.fusion_of.get(entry.name)
-        name = fusion.parameters[0] if fusion else weights.layout.parameter_of.get(entry.name)
+        fusion = weights.tensor_map.fusion_of.get(entry.name)
+        name = fusion.parameters[0] if fusion else weights.tensor_map.parameter_of.get(entry.name)
         if name is None and entry.name in ties:
-            continue  # a copy of a tied weight: it would contradict the merged one
+            continue  # a copy of a tied weight: it would differ from the merged one
         shape = entry.shape
-        if name in weights.hollow.slots and not fusion:
-            shape = tuple(weights.hollow.slots[name].shape)
+        if name in weights.empty_model.slots and not fusion:
+            shape = tuple(weights.empty_model.slots[name].shape)
         stored = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
         yield PlannedTensor(TensorSpec(entry.name, stored, shape), name, entry)
 
 
-def _same(parts: Mapping[str, list[WeightedDelta]], one: str, other: str) -> bool:
-    """Whether a tied pair changes in the same way on both sides, so that it can stay a pair."""
+def _same_deltas(parts: Mapping[str, list[WeightedDelta]], one: str, other: str) -> bool:
+    """Return whether both sides of a tied pair change in the same way, so that they can stay tied."""
     left, right = parts.get(one, []), parts.get(other, [])
     return len(left) == len(right) and all(
-        a.weight == b.weight and _equal(a.change, b.change) for a, b in zip(left, right, strict=True)
+        a.weight == b.weight and _equal(a.delta, b.delta) for a, b in zip(left, right, strict=True)
     )
 
 
@@ -120,30 +119,30 @@ def _equal(one: Delta, other: Delta) -> bool:
     return False
 
 
-def check_memory_budget(plan: MergePlan, weights: BaseWeights, working_set: int) -> None:
-    """Refuse a working set that a single tensor does not fit in where its fold needs the tensor in one piece.
+def check_memory_budget(plan: MergePlan, weights: BaseWeights, memory_budget: int) -> None:
+    """Reject a memory budget that is too small for a tensor that must be merged in one piece.
 
     Raises:
-        UserError: names the tensor and the smallest working set that does.
+        UserError: names the tensor and the smallest budget for it.
     """
-    for name, update in plan.updates.items():
-        need = weights.hollow.slots[name].shape.numel() * _FLIGHT
-        if need > working_set and (update.whole or not weights.in_blocks(name)):
+    for name, delta in plan.deltas.items():
+        need = weights.empty_model.slots[name].shape.numel() * _BYTES_PER_WEIGHT
+        if need > memory_budget and (delta.needs_all_rows or not weights.can_read_rows(name)):
             raise UserError(
-                f"{name} has to be folded in one piece, which takes {need >> 20:,} MB",
-                where="--working-set",
-                hint=f"Give at least {(need >> 20) + 1}MB.",
+                f"{name} must be merged in one piece, which needs {need >> 20:,} MB, got {memory_budget >> 20:,} MB",
+                where="--memory-budget",
+                hint=f"Set it to at least {(need >> 20) + 1}MB.",
             )
 
 
 def block_bytes(budget: int, stored: torch.dtype) -> int:
-    """How many stored bytes may be folded at once within `budget` bytes of memory."""
-    return max(1, budget // _FLIGHT) * stored.itemsize
+    """Return how many stored bytes can be merged at once within `budget` bytes of memory."""
+    return max(1, budget // _BYTES_PER_WEIGHT) * stored.itemsize
 
 
 @dataclass
 class ShardBuilder:
-    """Gives the rows of each tensor, folded and in the type to be stored.
+    """Computes the rows of each tensor, merged and in the dtype to be stored.
 
     Attributes:
         budget: bytes of memory for one block.
@@ -156,66 +155,63 @@ class ShardBuilder:
     _split_of: Fusion | None = None
 
     def rows(self, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
-        """The tensor's rows, in order.
+        """Yield the tensor's rows, in order.
 
         Raises:
             VerificationError: a value is not a finite number.
         """
         for block in self._blocks(tensor):
             if block.is_floating_point() and block.numel() and not _finite(block):
-                raise VerificationError(f"{tensor.spec.name} holds values that are not finite numbers")
+                raise VerificationError(f"{tensor.spec.name} has values that are not finite numbers")
             yield block
 
     def _blocks(self, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
         name, spec = tensor.parameter, tensor.spec
-        fusion = self.weights.layout.fusion_of.get(spec.name)
-        if fusion is not None and self._changes(fusion):
-            yield self._from_fusion(fusion, spec.name).to(spec.dtype)
-        elif name is not None and name in self.weights.hollow.slots and fusion is None:
-            yield from self._parameter(name, tensor)
+        fusion = self.weights.tensor_map.fusion_of.get(spec.name)
+        if fusion is not None and any(name in self.plan.deltas for name in fusion.parameters):
+            yield self._split_fusion(fusion, spec.name).to(spec.dtype)
+        elif name is not None and name in self.weights.empty_model.slots and fusion is None:
+            yield from self._merged_rows(name, tensor)
         elif tensor.entry is not None:
             for start, stop in self._ranges(tensor):
                 yield read_rows(tensor.entry, start, stop).to(spec.dtype)
-
-    def _changes(self, fusion: Fusion) -> bool:
-        return any(name in self.plan.updates for name in fusion.parameters)
 
     def _ranges(self, tensor: PlannedTensor) -> Iterator[tuple[int, int]]:
         rows = tensor.spec.shape[0] if tensor.spec.shape else 1
         stored = self.weights.dtype(tensor.parameter) if tensor.parameter else tensor.spec.dtype
         return blocks(rows, tensor.spec.bytes // max(1, rows), block_bytes(self.budget, stored))
 
-    def _parameter(self, name: str, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
-        update = self.plan.updates.get(name)
-        if update is not None and update.whole:
-            whole = self.weights.rows(name).to(torch.float32)
-            yield update.rows(whole, 0).to(tensor.spec.dtype)
+    def _merged_rows(self, name: str, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
+        delta = self.plan.deltas.get(name)
+        if delta is not None and delta.needs_all_rows:
+            base = self.weights.rows(name).to(torch.float32)
+            yield delta.apply(base, 0).to(tensor.spec.dtype)
             return
         for start, stop in self._ranges(tensor):
             base = self.weights.rows(name, start, stop)
-            if update is not None:
-                base = update.rows(base.to(torch.float32, copy=True), start)
+            if delta is not None:
+                base = delta.apply(base.to(torch.float32, copy=True), start)
             yield base.to(tensor.spec.dtype)
-        self.weights.forget()
+        self.weights.release()
 
-    def _from_fusion(self, fusion: Fusion, key: str) -> torch.Tensor:
+    def _split_fusion(self, fusion: Fusion, key: str) -> torch.Tensor:
         if self._split_of is not fusion:
             self._split, self._split_of = {}, fusion
             parameters = {name: self.weights.rows(name).to(torch.float32) for name in fusion.parameters}
             for name in fusion.parameters:
-                if name in self.plan.updates:
-                    parameters[name] = self.plan.updates[name].rows(parameters[name], 0)
-            self.weights.forget()
+                if name in self.plan.deltas:
+                    parameters[name] = self.plan.deltas[name].apply(parameters[name], 0)
+            self.weights.release()
             self._split = fusion.split(parameters)
         return self._split[key]
 
 
 def _finite(block: torch.Tensor) -> bool:
-    low, high = torch.aminmax(block)  # one vectorized pass; a NaN anywhere comes out of both
+    low, high = torch.aminmax(block)  # one vectorized pass; both are NaN if any value is
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-JOURNAL_NAME = "merge_state.json"
+RESUME_STATE_NAME = "merge_state.json"
 _DIGEST_CHUNK = 16 << 20
 
 
@@ -225,42 +221,42 @@ class ResumeState:
 
     Attributes:
         path: the file.
-        plan: fingerprint of everything that decides the result; a journal of another plan is not continued.
+        fingerprint: of everything that determines the result; the state of another merge is not resumed.
         done: shard -> SHA-256 of the file.
     """
 
     path: Path
-    plan: str
+    fingerprint: str
     done: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, plan: str) -> "ResumeState":
-        """The journal in `folder`, less the shards that have changed since; a new one if it is of another plan."""
-        path = folder / JOURNAL_NAME
+    def open(cls, folder: Path, fingerprint: str) -> "ResumeState":
+        """Read the state in `folder`, without shards that changed since; new if it is of another merge."""
+        path = folder / RESUME_STATE_NAME
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            state = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return cls(path, plan)
-        if kept.get("plan") != plan:
-            return cls(path, plan)
-        done = {name: digest for name, digest in kept["shards"].items() if file_digest(folder / name) == digest}
-        return cls(path, plan, done)
+            return cls(path, fingerprint)
+        if state.get("plan") != fingerprint:
+            return cls(path, fingerprint)
+        done = {name: digest for name, digest in state["shards"].items() if file_digest(folder / name) == digest}
+        return cls(path, fingerprint, done)
 
     def record(self, shard: str, digest: str) -> None:
-        """Add a finished shard and write the journal in one step."""
+        """Add a finished shard and save the state."""
         self.done[shard] = digest
         self.save()
 
     def save(self) -> None:
-        """Write the journal in one step: the old one is there until the new one is whole."""
-        text = json.dumps({"plan": self.plan, "shards": self.done}, indent=1)
+        """Write the state atomically: the old file stays until the new one is complete."""
+        text = json.dumps({"plan": self.fingerprint, "shards": self.done}, indent=1)
         temporary = self.path.with_suffix(".part")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.path)
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file, "" if there is none."""
+    """Return the SHA-256 of a file, "" if there is none."""
     if not file.is_file():
         return ""
     digest = hashlib.sha256()
@@ -271,5 +267,5 @@ def file_digest(file: Path) -> str:
 
 
 def job_fingerprint(parts: Mapping[str, object]) -> str:
-    """One hash of everything that decides what a merge writes."""
+    """Return one hash of everything that determines what a merge writes."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The small files of a model folder: everything that is not a weight comes from the trained side."""
+"""The files of a merged model beside its weights, the check of what was written, and the report."""
 
 import dataclasses
 import json
@@ -11,8 +11,9 @@ import torch
 
 from peftchat.errors import UserError, VerificationError
 from peftchat.merging.merge_plan import MergePlan
-from peftchat.merging.qlora_base import SelectedBase
-from peftchat.merging.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsCheckpoint
+from peftchat.merging.qlora_base import BaseKind
+from peftchat.merging.safetensors_io import SafetensorsCheckpoint
+from peftchat.models.source import GENERATION_CONFIG, MODEL_CONFIG, WEIGHTS, WEIGHTS_INDEX
 
 _TOKENIZER = (
     "tokenizer.json",
@@ -28,94 +29,92 @@ _TOKENIZER = (
     "chat_template.jinja",
 )
 
-_GENERATION = "generation_config.json"
-CONFIG_NAME = "config.json"
-_HIDDEN_CONFIG = "config.unproved.json"
-"""The config's name until the merge is proved: no loader takes a folder without `config.json` for a model."""
+_UNVERIFIED_CONFIG = "config.unverified.json"
+"""The config's name until the merge is verified: no loader accepts a folder without `config.json`."""
 
 
 def write_index(folder: Path, plan: MergePlan) -> None:
-    """The index of the shards; a single `model.safetensors` needs none."""
-    if tuple(plan.shards) == (SINGLE_NAME,):
+    """Write the index of the shards; a single `model.safetensors` needs none."""
+    if tuple(plan.shards) == (WEIGHTS,):
         return
     weight_map = {tensor.spec.name: file for file, tensors in plan.shards.items() for tensor in tensors}
     index = {"metadata": {"total_size": plan.bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_companions(
+def write_config_and_tokenizer(
     folder: Path, config: Any, run: Path, base: Path, *, untied: bool, dtype: torch.dtype | None
 ) -> None:
     """Write the config (see `make_loadable`), `generation_config.json`, tokenizer, chat template and remote code.
 
-    A bare adapter that was saved without a tokenizer was trained with the base's, and only then that one is taken.
+    They come from the run. An adapter without a tokenizer was trained with the base's, so that one is copied.
 
     Args:
         folder: the merged model.
-        config: the model's config, already grown to the merged vocabulary.
-        run: where the trained side's files are.
-        base: where remote code is.
+        config: the model's config, with the merged vocabulary size.
+        run: the adapter's folder.
+        base: the base's folder, which may hold remote code.
         untied: the output head no longer shares the embedding's weight.
-        dtype: type of the merged weights.
+        dtype: dtype of the merged weights.
     """
-    trained = [name for name in _TOKENIZER if (run / name).is_file()]
+    has_tokenizer = any((run / name).is_file() for name in _TOKENIZER)
     for name in _TOKENIZER:
-        source = (run if trained else base) / name
+        source = (run if has_tokenizer else base) / name
         if source.is_file():
             shutil.copyfile(source, folder / name)
     for code in base.glob("*.py"):
         shutil.copyfile(code, folder / code.name)
-    generation = next((side / _GENERATION for side in (run, base) if (side / _GENERATION).is_file()), None)
+    generation = next((path for path in (run / GENERATION_CONFIG, base / GENERATION_CONFIG) if path.is_file()), None)
     if generation is not None:
-        shutil.copyfile(generation, folder / _GENERATION)
+        shutil.copyfile(generation, folder / GENERATION_CONFIG)
         for name, value in _special_ids(generation).items():
             setattr(config, name, value)
     if untied:
         config.tie_word_embeddings = False
     config.dtype = dtype
     config.save_pretrained(folder)
-    (folder / CONFIG_NAME).rename(folder / _HIDDEN_CONFIG)
+    (folder / MODEL_CONFIG).rename(folder / _UNVERIFIED_CONFIG)
 
 
 def read_model_config(folder: Path) -> Any:
-    """The config of a merged folder that is not yet proved."""
+    """Load the config of a merged folder that is not verified yet."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(str(folder / _HIDDEN_CONFIG))
+    return AutoConfig.from_pretrained(str(folder / _UNVERIFIED_CONFIG))
 
 
 def make_loadable(folder: Path) -> None:
-    """Give `config.json` its name, which makes the folder a model."""
-    (folder / _HIDDEN_CONFIG).rename(folder / CONFIG_NAME)
+    """Rename the config to `config.json`, so that loaders accept the folder."""
+    (folder / _UNVERIFIED_CONFIG).rename(folder / MODEL_CONFIG)
 
 
 def _special_ids(generation: Path) -> dict[str, Any]:
-    """End and padding ids as the trained side stops and pads."""
+    """Return the end and padding ids of the run's generation settings."""
     settings = json.loads(generation.read_text(encoding="utf-8"))
     return {name: settings[name] for name in ("eos_token_id", "pad_token_id") if settings.get(name) is not None}
 
 
 def check_written(folder: Path, plan: MergePlan) -> None:
-    """Open index and shards of the merged folder as any reader would: names, types, shapes, sizes.
+    """Check names, dtypes, shapes and sizes of all tensors in the merged folder.
 
-    Values were checked for being finite on their way into the file.
+    `ShardBuilder` has already checked that all values are finite.
 
     Raises:
-        VerificationError: says what differs.
+        VerificationError: names the first tensor that differs from the plan.
     """
     try:
         written = SafetensorsCheckpoint.open(folder).entries
     except UserError as error:
-        raise VerificationError(f"what was written cannot be read back: {error}") from error
+        raise VerificationError(f"the merged folder cannot be read back: {error}") from error
     planned = {tensor.spec.name: tensor.spec for tensors in plan.shards.values() for tensor in tensors}
     if written.keys() != planned.keys():
         first = sorted(written.keys() ^ planned.keys())[0]
-        raise VerificationError(f"{folder}: the tensors written are not those planned, first {first}")
+        raise VerificationError(f"{folder}: the written tensors are not the planned ones, the first is {first}")
     for name, spec in planned.items():
         entry = written[name]
         if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
             raise VerificationError(
-                f"{folder}: {name} is {entry.dtype} {list(entry.shape)}, planned {spec.dtype} {spec.shape}"
+                f"{folder}: {name} is {entry.dtype} {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
             )
         if entry.bytes == 0:
             raise VerificationError(f"{folder}: {name} has no elements")
@@ -126,19 +125,20 @@ REPORT_NAME = "merge_report.json"
 
 @dataclass(frozen=True)
 class Verification:
-    """The merged model against base + adapter, both computed in float32, on the same prompts.
+    """Comparison of the merged model with base + adapter: logits in float32, on the same prompts.
 
     Attributes:
-        passed: every figure is within its tolerance.
-        verdict: one sentence.
-        reference: what stood for base + adapter.
-        prompts, positions: how much was compared.
-        special_tokens: ids with trained rows that occur in the prompts.
-        max_difference, mean_difference: of two logits, as a share of the range of the reference's logits.
+        passed: `max_difference` and `kl` are within their tolerances.
+        verdict: the result in one sentence.
+        reference: how base + adapter were computed.
+        prompts, positions: number of prompts and of compared positions.
+        special_tokens: ids of trained tokens that occur in the prompts.
+        max_difference, mean_difference: of two logits, as a fraction of `logit_range`.
         logit_range: largest minus smallest logit of the reference.
-        kl: mean Kullback-Leibler divergence, reference to merged, in nats a position.
-        same_greedy: share of positions where both sides would choose the same next token.
-        tolerance_max, tolerance_kl: the limits for `max_difference` and `kl`, by the type of the merged weights.
+        kl: mean Kullback-Leibler divergence, reference to merged, in nats per position.
+        top1_agreement: fraction of positions where both have the same most likely token.
+        tolerance_max, tolerance_kl: the limits for `max_difference` and `kl`, by the dtype of the merged weights.
+        seconds: time of the comparison.
     """
 
     passed: bool
@@ -151,48 +151,65 @@ class Verification:
     mean_difference: float
     logit_range: float
     kl: float
-    same_greedy: float
+    top1_agreement: float
     tolerance_max: float
     tolerance_kl: float
     seconds: float
 
 
 @dataclass(frozen=True)
-class MergeReport:
-    """A merge.
+class MergedBase:
+    """The base of a merge.
 
     Attributes:
-        base: hub id or folder of the base.
+        name: hub id or folder.
+        kind: the original weights, or those that a QLoRA run was trained on.
+        distance_original, distance_dequantized: relative distance of each merged result to the trained weights; None
+            for a run that was not quantized.
+    """
+
+    name: str
+    kind: BaseKind
+    distance_original: float | None = None
+    distance_dequantized: float | None = None
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The report of a merge; `merge_report.json` on disk.
+
+    Attributes:
+        base: the base that the adapters were merged into.
         adapters: folder and weight of each adapter.
-        choice: which weights of the base, with the measured distances for a quantized run.
-        dtype: type of the merged weights.
-        tensors, bytes: all that was written; `folded_bytes` of it changed.
-        shards: how many files; `resumed_shards` of them were there from an earlier start.
-        vocabulary: rows of the input embedding; `grown` of them the base did not have.
+        method: PEFT type of each adapter.
+        dtype: dtype of the merged weights.
+        tensors, bytes: number and size of the written tensors; `changed_bytes` of them differ from the base.
+        shards: number of files; `resumed_shards` of them are from an interrupted merge.
+        vocabulary: rows of the input embedding; `added_rows` of them are not in the base.
         tied: the output head shares the embedding's weight.
-        method: the PEFT method of each adapter.
+        seconds: time of the merge.
+        versions: of the libraries.
         verification: None if it was switched off.
     """
 
-    base: str
+    base: MergedBase
     adapters: list[tuple[str, float]]
     method: list[str]
-    choice: SelectedBase
     dtype: str
     tensors: int
     bytes: int
-    folded_bytes: int
+    changed_bytes: int
     shards: int
     resumed_shards: int
     vocabulary: int
-    grown: int
+    added_rows: int
     tied: bool
     seconds: float
     versions: dict[str, str]
     verification: Verification | None = None
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values, for JSON."""
+        """Return the report as plain values, for JSON."""
         return dataclasses.asdict(self)
 
 

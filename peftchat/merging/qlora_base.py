@@ -1,9 +1,8 @@
-"""Which base a QLoRA adapter is folded into: the original weights, or those it was trained on.
+"""The base that a QLoRA adapter is merged into: the original weights, or those it was trained on.
 
-While training, the base was `dequantize(quantize(W))`; the adapter has learned to live with the error of that. Folding
-into W leaves the error out, folding into the dequantized weights keeps it. Both are measured against what was trained:
-the relative distance, over a sample of the changed matrices, between the stored result and `dequantized base + update`
-in float32.
+In training the base was `dequantize(quantize(W))`, and the adapter adapted to the quantization error. Merging into W
+removes the error, merging into the dequantized weights keeps it. Both results are compared with the trained weights,
+`dequantized base + delta` in float32: the relative L2 distance over a sample of the changed matrices.
 """
 
 import copy
@@ -26,9 +25,9 @@ _SAMPLE = 8
 
 @dataclass(frozen=True)
 class SelectedBase:
-    """The base taken, and for a quantized run both distances to what was trained (0 is the same, 1 unrelated)."""
+    """The selected base, and for a quantized run both distances to the trained weights (0: equal, 1: unrelated)."""
 
-    taken: BaseKind
+    kind: BaseKind
     distance_original: float | None = None
     distance_dequantized: float | None = None
 
@@ -39,50 +38,52 @@ def select_base(
     dequantized: tuple[BaseWeights, Mapping[str, AddDelta]] | None,
     dtype: torch.dtype | None,
 ) -> SelectedBase:
-    """Pick by `mode`; `auto` takes the nearer one, and the original where the run was not quantized.
+    """Select the base by `mode`; `auto` selects the nearer one, or the original if the run was not quantized.
 
     Args:
-        mode: what the user asked for.
-        original: the stored base and the updates on it.
-        dequantized: the base as it was while training; None for a run on an unquantized base.
-        dtype: type of the merged weights; None as stored.
+        mode: the user's option.
+        original: the stored base and its deltas.
+        dequantized: the base as it was in training, and its deltas; None for a run on an unquantized base.
+        dtype: dtype of the merged weights; None as stored.
 
     Raises:
-        UserError: `dequantized` was asked for and the base was not quantized.
+        UserError: the mode is `dequantized` and the base was not quantized.
     """
     if dequantized is None:
         if mode == "dequantized":
             raise UserError("the run was not trained on a quantized base", where="--base", hint="Leave the flag out.")
         return SelectedBase("original")
-    weights, updates = dequantized
-    names = [name for name in updates if name in weights.round_tripped]
+    weights, deltas = dequantized
+    names = [name for name in deltas if name in weights.round_tripped]
     names = names[:: max(1, len(names) // _SAMPLE)][:_SAMPLE]
-    apart = {"original": 0.0, "dequantized": 0.0}
-    size = 0.0
+    squared_distance = {"original": 0.0, "dequantized": 0.0}
+    squared_norm = 0.0
     for name in names:
         stored = dtype or weights.dtype(name)
-        trained = _folded(weights, updates, name)
-        size += float(trained.square().sum())
-        apart["dequantized"] += float((trained.to(stored).to(torch.float32) - trained).square().sum())
-        plain = _folded(*original, name).to(stored).to(torch.float32)
-        apart["original"] += float((plain - trained).square().sum())
-    weights.forget()
-    distances = {kind: (square / size) ** 0.5 if size else 0.0 for kind, square in apart.items()}
+        trained = _merged_weight(weights, deltas, name)
+        squared_norm += float(trained.square().sum())
+        squared_distance["dequantized"] += float((trained.to(stored).to(torch.float32) - trained).square().sum())
+        merged = _merged_weight(*original, name).to(stored).to(torch.float32)
+        squared_distance["original"] += float((merged - trained).square().sum())
+    weights.release()
+    distances = {
+        kind: (square / squared_norm) ** 0.5 if squared_norm else 0.0 for kind, square in squared_distance.items()
+    }
     nearer: BaseKind = "original" if distances["original"] < distances["dequantized"] else "dequantized"
     return SelectedBase(nearer if mode == "auto" else mode, distances["original"], distances["dequantized"])
 
 
-def _folded(weights: BaseWeights, updates: Mapping[str, AddDelta], name: str) -> torch.Tensor:
-    return updates[name].rows(weights.rows(name).to(torch.float32, copy=True), 0)
+def _merged_weight(weights: BaseWeights, deltas: Mapping[str, AddDelta], name: str) -> torch.Tensor:
+    return deltas[name].apply(weights.rows(name).to(torch.float32, copy=True), 0)
 
 
 _BLOCK = 64
-"""Weights that share a scale in bitsandbytes' 4-bit types."""
+"""Number of weights that share a scale in bitsandbytes' 4-bit types."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the base was held: the recipe's `quantization` section and the type it was quantized from."""
+    """How the base was quantized: the recipe's `quantization` section and the dtype before quantization."""
 
     bits: int
     type: str
@@ -90,11 +91,11 @@ class Quantization:
     dtype: torch.dtype
 
     def round_trip(self, weights: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-        """Quantize a matrix and dequantize it; the stored type is kept.
+        """Quantize and dequantize a matrix; the stored dtype is kept.
 
         Args:
-            weights: the matrix as the checkpoint holds it.
-            transposed: it is stored input by output, as Conv1D does; the quantized layer holds it the other way round.
+            weights: the stored matrix.
+            transposed: it is stored as input x output, as Conv1D does; the quantized layer stores output x input.
         """
         if transposed:
             return self.round_trip(weights.T.contiguous()).T.contiguous()
@@ -110,18 +111,18 @@ class Quantization:
         return functional.dequantize_4bit(codes, state).to(weights.dtype)
 
 
-def quantized_parameters(hollow: EmptyModel) -> dict[str, bool]:
-    """The parameters that transformers would quantize in this model, and whether each is stored transposed.
+def quantized_parameters(empty_model: EmptyModel) -> dict[str, bool]:
+    """Return the parameters that transformers quantizes in this model, and whether each is stored transposed.
 
-    It is transformers' own choice, made on a copy: the output head and what the model asks to keep are left alone.
-    Call it before an adapter is installed.
+    Transformers selects them on a copy of the model: it excludes the output head and modules that the model lists.
+    Call this before an adapter is installed.
     """
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
     from transformers.utils.quantization_config import BitsAndBytesConfig
 
-    model = copy.deepcopy(hollow.model)
+    model = copy.deepcopy(empty_model.model)
     config = BitsAndBytesConfig(load_in_4bit=True)
     kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     before = dict(model.named_modules())

@@ -1,4 +1,4 @@
-"""The number types of the safetensors format, as torch calls them."""
+"""Reading and writing safetensors files by rows, without a complete tensor in memory."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from peftchat.errors import UserError
+from peftchat.models.source import WEIGHTS, WEIGHTS_INDEX
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -27,16 +28,16 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Name in a safetensors header -> torch's type. Packed and 8-bit float types are left out: a base that holds them
-is quantized, and an adapter cannot be folded into it."""
+"""Name in a safetensors header -> torch's dtype. Packed and 8-bit float types are left out: a base with them is
+quantized, and an adapter cannot be merged into it."""
 
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-"""torch's type -> name in a safetensors header."""
+"""torch's dtype -> name in a safetensors header."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a tensor will be: its name, type and shape."""
+    """Name, dtype and shape of a tensor to write."""
 
     name: str
     dtype: torch.dtype
@@ -49,13 +50,13 @@ class TensorSpec:
 
 
 class ShardWriter:
-    """Append the tensors of `specs`, in that order, to `path`; use as a context manager.
+    """Writes the tensors of `specs`, in that order, to a new file `path`; use as a context manager.
 
-    Leaving the block in peace requires that every byte has come; the file is then flushed to the disk and renamed.
-    Leaving it by an exception removes what was written.
+    At the end of the block every byte must have been appended; the file is flushed to the disk and renamed. If the
+    block raises, the unfinished file is removed.
 
     Attributes:
-        digest: SHA-256 of the whole file, set when it is complete.
+        digest: SHA-256 of the file, set when it is complete.
     """
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
@@ -63,7 +64,7 @@ class ShardWriter:
         self.digest = ""
         self._temporary = path.with_name(path.name + ".part")
         self._hash = hashlib.sha256()
-        self._due = sum(spec.bytes for spec in specs)
+        self._remaining = sum(spec.bytes for spec in specs)
         self._header = _header(specs)
 
     def __enter__(self) -> "ShardWriter":
@@ -73,16 +74,15 @@ class ShardWriter:
         return self
 
     def append(self, rows: torch.Tensor) -> None:
-        """The next rows (any number, C order) of the tensor whose turn it is, in the type that the header promised.
+        """Append the next rows (any number, C order), in the dtype of their spec.
 
-        Hashing and writing go on beside the computation of the next rows; one block waits at most. The rows must not be
-        changed afterwards.
+        Rows are hashed and written by another thread, one block at a time. They must not be changed afterwards.
 
         Raises:
-            OSError: of this or the last block.
+            OSError: this block or the previous one cannot be written.
         """
         flat = rows.contiguous().reshape(-1).view(torch.uint8)
-        self._due -= flat.numel()
+        self._remaining -= flat.numel()
         self._pending.result()
         if flat.numel():
             self._pending = self._thread.submit(self._write, flat.numpy().data)
@@ -100,7 +100,7 @@ class ShardWriter:
             self._thread.shutdown()
             if kind is None:
                 self._pending.result()
-                assert self._due == 0, f"{self.path.name}: {self._due} bytes differ from the header"
+                assert self._remaining == 0, f"{self.path.name}: {self._remaining} bytes differ from the header"
                 os.fsync(self._stream.fileno())
                 complete = True
         finally:
@@ -120,18 +120,16 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
         table[spec.name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks that tensors begin at a multiple of eight
+    text += b" " * (-len(text) % 8)  # the format requires that tensors begin at a multiple of eight
     return len(text).to_bytes(8, "little") + text
 
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-_LONGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: `offset` counts bytes from the start of the file."""
+    """Location of one tensor: `offset` counts bytes from the start of the file."""
 
     name: str
     file: Path
@@ -151,7 +149,7 @@ class TensorEntry:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, in the order in which they lie.
+    """Read the header of a safetensors file: its tensors, in their order in the file.
 
     Raises:
         UserError: the file is missing, is not safetensors, or is shorter or longer than its header says.
@@ -160,8 +158,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-                raise _damaged(file, "the header is cut off")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise _damaged(file, "the header is incomplete")
             header = json.loads(stream.read(length))
     except FileNotFoundError as error:
         raise UserError("the file is missing", where=str(file), hint="Copy or download the model again.") from error
@@ -174,7 +172,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     entries.sort(key=lambda entry: entry.offset)
     end = max((entry.offset + entry.bytes for entry in entries), default=8 + length)
     if end != size:
-        raise _damaged(file, f"{size:,} bytes where its header says {end:,}")
+        raise _damaged(file, f"it has {size:,} bytes, expected {end:,} by its header")
     return {entry.name: entry for entry in entries}
 
 
@@ -191,7 +189,7 @@ def _entry(file: Path, name: str, info: dict[str, Any], start: int) -> TensorEnt
         )
     entry = TensorEntry(name, file, TORCH_DTYPES[kind], shape, start + begin)
     if entry.bytes != end - begin:
-        raise _damaged(file, f"the size of {name} does not fit its shape {list(shape)}")
+        raise _damaged(file, f"the size of {name} does not match its shape {list(shape)}")
     return entry
 
 
@@ -200,7 +198,7 @@ def _damaged(file: Path, why: str) -> UserError:
 
 
 def read_rows(entry: TensorEntry, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """Rows `start` to `stop` of a tensor, in its stored type, in memory of its own.
+    """Read rows `start` to `stop` of a tensor, in its stored dtype, into new memory.
 
     Raises:
         UserError: the file ends early.
@@ -234,18 +232,18 @@ class SafetensorsCheckpoint:
         """Read the index and every header of a model folder.
 
         Raises:
-            UserError: no safetensors weights, a missing or damaged shard, or an index that names a tensor that no
-                shard holds.
+            UserError: no safetensors weights, a missing or damaged shard, or a tensor that is not in the shard named by
+                the index.
         """
-        index = folder / INDEX_NAME
+        index = folder / WEIGHTS_INDEX
         if index.is_file():
             weight_map = _read_index(index)
             files = tuple(dict.fromkeys(weight_map.values()))
-        elif (folder / SINGLE_NAME).is_file():
-            weight_map, files = {}, (SINGLE_NAME,)
+        elif (folder / WEIGHTS).is_file():
+            weight_map, files = {}, (WEIGHTS,)
         else:
             raise UserError(
-                "no safetensors weights here",
+                f"the folder has no safetensors weights ({WEIGHTS} or its index)",
                 where=str(folder),
                 hint="Save the model once with transformers' save_pretrained, which writes them.",
             )
@@ -254,7 +252,7 @@ class SafetensorsCheckpoint:
             entries.update(read_header(folder / name))
         for tensor, name in weight_map.items():
             if tensor not in entries or entries[tensor].file.name != name:
-                raise UserError(f"{tensor} is not in {name}, where the index puts it", where=str(index))
+                raise UserError(f"{tensor} is not in {name}, the file that the index names", where=str(index))
         return cls(folder, entries, files)
 
     @property
@@ -263,11 +261,11 @@ class SafetensorsCheckpoint:
         return sum(entry.bytes for entry in self.entries.values())
 
     def of_file(self, name: str) -> Iterator[TensorEntry]:
-        """The tensors of one shard, in the order in which they lie."""
+        """Return the tensors of one shard, in their order in the file."""
         return (entry for entry in self.entries.values() if entry.file.name == name)
 
     def fingerprint(self) -> list[list[object]]:
-        """Name, size and time of change of every shard: enough to notice that the base was swapped."""
+        """Return name, size and modification time of every shard, which change when the base is replaced."""
         stats = [(name, (self.folder / name).stat()) for name in self.files]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 

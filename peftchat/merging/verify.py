@@ -1,4 +1,4 @@
-"""Figures for how far two sets of logits are apart."""
+"""Verification: the merged model's logits compared with those of base + adapter."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from peftchat.errors import UserError
-from peftchat.merging.adapter_source import AdapterSource, install_adapter
+from peftchat.merging.adapter_source import AdapterSource
 from peftchat.merging.base_weights import BaseWeights
 from peftchat.merging.empty_model import EmptyModel, build_empty_model
+from peftchat.merging.merge_job import MergeJob, MergeOptions
 from peftchat.merging.output import Verification, read_model_config
-from peftchat.merging.prepare import MergeJob, MergeOptions
 from peftchat.merging.safetensors_io import SafetensorsCheckpoint
 from peftchat.merging.streaming import (
     MergedReference,
@@ -25,47 +25,48 @@ from peftchat.merging.streaming import (
     trained_token_ids,
     unmerged_model,
 )
+from peftchat.recipe import Recipe
 
-_ROWS = 64
+_POSITIONS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class LogitDifferences:
-    """See `report.Verification` for what each figure means."""
+    """Differences of two sets of logits; see `output.Verification` for each figure."""
 
     max_difference: float
     mean_difference: float
     logit_range: float
     kl: float
-    same_greedy: float
+    top1_agreement: float
 
 
 def compare_logits(expected: torch.Tensor, found: torch.Tensor) -> LogitDifferences:
-    """Compare logits `[positions, vocabulary]`, a few positions at a time. A NaN on either side makes NaN figures."""
-    spread = float(expected.max() - expected.min())
+    """Compare logits `[positions, vocabulary]`, a few positions at a time; a NaN in either makes the figures NaN."""
+    logit_range = float(expected.max() - expected.min())
     largest = total = divergence = 0.0
-    same = 0
-    for start in range(0, len(expected), _ROWS):
-        left, right = expected[start : start + _ROWS], found[start : start + _ROWS]
-        apart = (left - right).abs()
-        largest = max(largest, float(apart.max())) if not apart.isnan().any() else float("nan")
-        total += float(apart.sum(dtype=torch.float64))
+    same_top1 = 0
+    for start in range(0, len(expected), _POSITIONS_AT_ONCE):
+        left, right = expected[start : start + _POSITIONS_AT_ONCE], found[start : start + _POSITIONS_AT_ONCE]
+        difference = (left - right).abs()
+        largest = max(largest, float(difference.max())) if not difference.isnan().any() else float("nan")
+        total += float(difference.sum(dtype=torch.float64))
         log_left, log_right = left.double().log_softmax(-1), right.double().log_softmax(-1)
         divergence += float((log_left.exp() * (log_left - log_right)).sum())
-        same += int((left.argmax(-1) == right.argmax(-1)).sum())
+        same_top1 += int((left.argmax(-1) == right.argmax(-1)).sum())
     count = len(expected)
     return LogitDifferences(
-        max_difference=largest / spread,
-        mean_difference=total / expected.numel() / spread,
-        logit_range=spread,
+        max_difference=largest / logit_range,
+        mean_difference=total / expected.numel() / logit_range,
+        logit_range=logit_range,
         kl=max(0.0, divergence / count),
-        same_greedy=same / count,
+        top1_agreement=same_top1 / count,
     )
 
 
-MOST_PROMPTS = 20
-MOST_TOKENS = 64
-"""In a prompt: long enough for every layer's attention to matter, short enough that twenty fit one batch."""
+MAX_PROMPTS = 20
+MAX_PROMPT_TOKENS = 64
+"""Long enough that attention matters in every layer, short enough that twenty prompts fit into one batch."""
 
 _BUILT_IN = (
     "How do I read a file line by line in Python?",
@@ -79,31 +80,34 @@ _BUILT_IN = (
 )
 
 
-def prompts(run: AdapterSource, tokenizer: Any, special: Sequence[int], vocabulary: int) -> list[list[int]]:
-    """Prompts as ids: conversations of the run's held-out data, built-in ones after them, and every special token.
+def verification_prompts(
+    source: AdapterSource, tokenizer: Any, special: Sequence[int], vocabulary: int
+) -> list[list[int]]:
+    """Return prompts as ids: the run's held-out conversations, built-in prompts, and every trained token.
 
     Args:
-        run: the run whose data is used.
-        tokenizer: the merged model's; None if it has none, and then ids are spread over the vocabulary.
-        special: ids with trained rows; each occurs in at least one prompt, between ordinary tokens.
+        source: the run whose data is used.
+        tokenizer: the merged model's; without one (None), ids are chosen from all of the vocabulary.
+        special: ids of trained tokens; each occurs in at least one prompt, after an ordinary token.
         vocabulary: number of rows of the embedding.
     """
     if tokenizer is None:
-        found = [[(97 * start + 31 * place) % vocabulary for place in range(32)] for start in range(8)]
+        found = [[(97 * start + 31 * position) % vocabulary for position in range(32)] for start in range(8)]
     else:
-        found = [_encode(tokenizer, messages) for messages in islice(_messages(run), MOST_PROMPTS)]
-    found = [[index for index in ids if index < vocabulary][:MOST_TOKENS] for ids in found]
+        found = [_encode(tokenizer, messages) for messages in islice(_messages(source), MAX_PROMPTS)]
+    found = [[token_id for token_id in ids if token_id < vocabulary][:MAX_PROMPT_TOKENS] for ids in found]
     found = [ids for ids in found if len(ids) > 1]
-    seen = {index for ids in found for index in ids}
-    ordinary = next((index for index in found[0] if index not in special), 0) if found else 0
-    unseen = [index for index in special if index not in seen]
-    for start in range(0, len(unseen), MOST_TOKENS // 2):
-        found.append([token for index in unseen[start : start + MOST_TOKENS // 2] for token in (ordinary, index)])
+    seen = {token_id for ids in found for token_id in ids}
+    ordinary = next((token_id for token_id in found[0] if token_id not in special), 0) if found else 0
+    unseen = [token_id for token_id in special if token_id not in seen]
+    for start in range(0, len(unseen), MAX_PROMPT_TOKENS // 2):
+        part = unseen[start : start + MAX_PROMPT_TOKENS // 2]
+        found.append([token for token_id in part for token in (ordinary, token_id)])
     return found
 
 
 def load_prompt_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a model folder, None if it has none."""
+    """Load the tokenizer in a model folder; None if it has none."""
     from transformers import AutoTokenizer
 
     if not ((folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()):
@@ -117,20 +121,19 @@ def _encode(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
 
 
-def _messages(run: AdapterSource) -> Iterator[list[dict[str, str]]]:
-    if run.recipe is not None:
-        with suppress(UserError):  # the data may have moved since; the comparison does not depend on it
-            yield from _of_run(run)
+def _messages(source: AdapterSource) -> Iterator[list[dict[str, str]]]:
+    if source.recipe is not None:
+        with suppress(UserError):  # the data may have been moved; built-in prompts remain
+            yield from _held_out_messages(source.recipe.recipe)
     for text in _BUILT_IN:
         yield [{"role": "user", "content": text}]
 
 
-def _of_run(run: AdapterSource) -> Iterator[list[dict[str, str]]]:
-    """The run's held-out conversations; those it trained on where it held out none."""
+def _held_out_messages(recipe: Recipe) -> Iterator[list[dict[str, str]]]:
+    """Yield the run's held-out conversations, or its training conversations if it held out none."""
     from peftchat.conversations import fit_split, read_sources
 
-    assert run.recipe is not None
-    data, seed = run.recipe.recipe.data, run.recipe.recipe.training.seed
+    data, seed = recipe.data, recipe.training.seed
     conversations = read_sources(data.eval or data.train, seed)
     if data.eval is None and data.eval_fraction is not None:
         split = fit_split(read_sources(data.train, seed), data.eval_fraction, seed)
@@ -145,101 +148,106 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float16: (1e-2, 1e-4),
     torch.bfloat16: (5e-2, 5e-3),
 }
-"""Stored type -> largest logit difference as a share of the logits' range, and mean KL divergence in nats: what may be
-left after every merged weight was rounded once to the type. `docs/merge.md` has the measurements behind them."""
+"""Stored dtype -> limits for the largest logit difference, as a fraction of the range of the logits, and for the mean
+KL divergence in nats. Rounding every merged weight once to the dtype stays within them; `docs/merge.md` has the
+measurements."""
 
 _LOGIT_BYTES = 96 << 20
-_FEWEST_POSITIONS = 64
+_MIN_POSITIONS = 64
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prompts side by side, `[prompts, length]`, padded on the right; `real` is true where there is a token."""
+    """Prompts `[prompts, length]`, padded on the right; `mask` is true where there is a token."""
 
     ids: torch.Tensor
-    real: torch.Tensor
+    mask: torch.Tensor
 
 
 def verify_merged(job: MergeJob, folder: Path, options: MergeOptions) -> Verification:
-    """Measure the merged model in `folder` against what it was made from.
+    """Compare the merged model in `folder` with base + adapter.
 
     Args:
         job: the merge.
         folder: the written model.
-        options: the type decides the tolerance, the working set how much is compared at once.
+        options: the dtype determines the tolerances, the memory budget the number of positions.
     """
     started = monotonic()
-    vocabulary = job.weights.hollow.model.get_input_embeddings().weight.shape[0]
-    adapters = [install_adapter(job.base.hollow(), member.config, member.folder) for member in job.members]
-    special = trained_token_ids(adapters)
-    room = min(_LOGIT_BYTES, options.working_set or _LOGIT_BYTES) // (4 * vocabulary)
-    batch = _batch(prompts(job.run, load_prompt_tokenizer(folder), special, vocabulary), max(_FEWEST_POSITIONS, room))
-    beside = [adapter for adapter, member in zip(adapters, job.members, strict=True) if member.is_rows]
-    stock = len(job.members) - len(beside) == 1 and job.members[0].weight == 1.0
-    if stock:
-        expected = _logits(unmerged_model(adapters[0], job.weights, beside), batch)
+    vocabulary = job.weights.empty_model.model.get_input_embeddings().weight.shape[0]
+    installed = [job.base.install(adapter) for adapter in job.adapters]
+    special = trained_token_ids(installed)
+    positions = min(_LOGIT_BYTES, options.memory_budget or _LOGIT_BYTES) // (4 * vocabulary)
+    prompts = verification_prompts(job.source, load_prompt_tokenizer(folder), special, vocabulary)
+    batch = _batch(prompts, max(_MIN_POSITIONS, positions))
+    added_tokens = [found for found, adapter in zip(installed, job.adapters, strict=True) if adapter.is_added_tokens]
+    is_stock = len(job.adapters) - len(added_tokens) == 1 and job.adapters[0].weight == 1.0
+    if is_stock:
+        expected = _logits(unmerged_model(installed[0], job.weights, added_tokens), batch)
     else:
-        folded = job.base.hollow()
-        stream_weights(folded, MergedReference(job.weights, job.plan))
-        expected = _logits(folded, batch)
+        reference = job.base.empty_model()
+        stream_weights(reference, MergedReference(job.weights, job.plan))
+        expected = _logits(reference, batch)
     measured = compare_logits(expected, _logits(_merged_model(job, folder), batch))
     dtype = options.dtype or job.base.config.dtype or torch.float32
-    most, most_kl = TOLERANCES[dtype]
-    passed = measured.max_difference <= most and measured.kl <= most_kl
-    present = set(batch.ids[batch.real].tolist())
+    tolerance_max, tolerance_kl = TOLERANCES[dtype]
+    passed = measured.max_difference <= tolerance_max and measured.kl <= tolerance_kl
+    present = set(batch.ids[batch.mask].tolist())
     return Verification(
         passed=passed,
-        verdict=_verdict(measured, passed, most, most_kl, dtype),
-        reference="transformers with PEFT's layers, not merged" if stock else "the base with all updates in float32",
+        verdict=_verdict(measured, passed, dtype),
+        reference="transformers with PEFT's layers, not merged" if is_stock else "the base with all deltas in float32",
         prompts=len(batch.ids),
         positions=len(expected),
-        special_tokens=[index for index in special if index in present],
+        special_tokens=[token_id for token_id in special if token_id in present],
         max_difference=measured.max_difference,
         mean_difference=measured.mean_difference,
         logit_range=measured.logit_range,
         kl=measured.kl,
-        same_greedy=measured.same_greedy,
-        tolerance_max=most,
-        tolerance_kl=most_kl,
+        top1_agreement=measured.top1_agreement,
+        tolerance_max=tolerance_max,
+        tolerance_kl=tolerance_kl,
         seconds=monotonic() - started,
     )
 
 
 def _merged_model(job: MergeJob, folder: Path) -> EmptyModel:
-    """The merged model as its own files describe it."""
-    hollow = build_empty_model(read_model_config(folder), trust_remote_code=job.base.trust_remote_code)
-    stream_weights(hollow, StoredWeights(BaseWeights(SafetensorsCheckpoint.open(folder), hollow), {}, {}))
-    return hollow
+    """Return the merged model as its own files describe it."""
+    empty_model = build_empty_model(read_model_config(folder), trust_remote_code=job.base.trust_remote_code)
+    stream_weights(empty_model, StoredWeights(BaseWeights(SafetensorsCheckpoint.open(folder), empty_model), {}, {}))
+    return empty_model
 
 
-def _batch(found: Sequence[list[int]], positions: int) -> _Batch:
-    """Pad the prompts to one matrix, each cut in its middle so that together they have about `positions` tokens."""
-    longest = max(2, positions // len(found))
+def _batch(prompts: Sequence[list[int]], positions: int) -> _Batch:
+    """Pad prompts to one matrix; long ones lose their middle, so that all have about `positions` tokens together."""
+    longest = max(2, positions // len(prompts))
     head, tail = longest - longest // 2, longest // 2
-    found = [ids if len(ids) <= longest else ids[:head] + ids[-tail:] for ids in found]
-    length = max(len(ids) for ids in found)
-    ids = torch.zeros(len(found), length, dtype=torch.long)
-    real = torch.zeros(len(found), length, dtype=torch.bool)
-    for row, prompt in enumerate(found):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-        real[row, : len(prompt)] = True
-    return _Batch(ids, real)
+    prompts = [ids if len(ids) <= longest else ids[:head] + ids[-tail:] for ids in prompts]
+    length = max(len(ids) for ids in prompts)
+    batch = _Batch(
+        torch.zeros(len(prompts), length, dtype=torch.long), torch.zeros(len(prompts), length, dtype=torch.bool)
+    )
+    for row, prompt in enumerate(prompts):
+        batch.ids[row, : len(prompt)] = torch.tensor(prompt)
+        batch.mask[row, : len(prompt)] = True
+    return batch
 
 
-def _logits(hollow: EmptyModel, batch: _Batch) -> torch.Tensor:
-    """Logits of the real positions, float32 `[positions, vocabulary]`."""
-    keep_positions(hollow, batch.real)
+def _logits(empty_model: EmptyModel, batch: _Batch) -> torch.Tensor:
+    """Return the logits of all positions but padding, float32 `[positions, vocabulary]`."""
+    keep_positions(empty_model, batch.mask)
     with torch.inference_mode():
-        result: Any = hollow.model(input_ids=batch.ids, attention_mask=batch.real.long(), use_cache=False)
+        result: Any = empty_model.model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
     logits: torch.Tensor = result.logits[0].float()
     return logits
 
 
-def _verdict(measured: LogitDifferences, passed: bool, most: float, most_kl: float, dtype: torch.dtype) -> str:
-    kind = str(dtype).removeprefix("torch.")
+def _verdict(measured: LogitDifferences, passed: bool, dtype: torch.dtype) -> str:
+    tolerance_max, tolerance_kl = TOLERANCES[dtype]
+    name = str(dtype).removeprefix("torch.")
     figures = (
-        f"largest logit difference {measured.max_difference:.2e} of the range (allowed for {kind}: {most:.0e}), "
-        f"mean KL {measured.kl:.2e} (allowed: {most_kl:.0e}), same next token at {measured.same_greedy:.1%}"
+        f"largest logit difference {measured.max_difference:.2e} of the range "
+        f"(allowed for {name}: {tolerance_max:.0e}), "
+        f"mean KL {measured.kl:.2e} (allowed: {tolerance_kl:.0e}), same next token at {measured.top1_agreement:.1%}"
     )
     if passed:
         return f"The merged model computes what base and adapter compute: {figures}."

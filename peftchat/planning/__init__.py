@@ -1,1 +1,1 @@
-"""Will it fit? Memory, time and cost of a run, from the model's config alone."""
+"""Planning: predict the memory, time and cost of a run from the model's config alone."""

@@ -1,8 +1,8 @@
-"""Activations: what a step keeps and makes for a while, as a function of layers, batch and length.
+"""Activation memory of a step as a function of layers, batch and length.
 
-The figures are read off the model's own code on shapes (`peftchat.planning.tracing`) at one and two layers and two or
-three lengths. They are exact in between and beyond: bytes are linear in layers and in the batch, and linear in the
-length but for the scores or the mask of unfused attention, which are quadratic.
+The bytes are traced on the model's own code with fake tensors (`peftchat.planning.tracing`), at one and two layers and
+at two or three lengths. Interpolation and extrapolation are exact: bytes are linear in layers and batch, and linear in
+the length except for the scores or the mask of unfused attention, which are quadratic.
 """
 
 import functools
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 _LENGTHS = (256, 512, 1024)
-"""Tokens of the rows that are traced; two of them do where nothing grows with the square of the length."""
+"""Traced sequence lengths in tokens; two of them suffice where no term is quadratic."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """Bytes that a forward and backward pass adds to weights and optimizer, at its moments.
+    """Bytes that a forward and backward pass adds to weights and optimizer states.
 
     Attributes:
-        kept: activations alive between forward and backward.
-        forward: the most during the forward of the backbone, `kept` included.
-        backward: the most while the last block's gradient is formed, nearly all of `kept` included.
-        end: the most at the end of the backward pass, without the gradients themselves.
+        saved: activations saved for the backward pass.
+        forward: the peak of the backbone's forward pass, including `saved`.
+        backward: the peak while the last block's gradient is computed, including most of `saved`.
+        end: the peak at the end of the backward pass, without the gradients themselves.
     """
 
-    kept: float
+    saved: float
     forward: float
     backward: float
     end: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Law:
+class _Polynomial:
     """`constant + batch * (linear * length + square * length²)` bytes."""
 
     constant: float
@@ -55,8 +55,8 @@ class _Law:
         return max(0.0, self.constant + batch * (self.linear * length + self.square * length * length))
 
     @classmethod
-    def through(cls, lengths: Sequence[int], values: Sequence[float]) -> "_Law":
-        """The law through its values at two lengths, or at three where it has a quadratic term."""
+    def through(cls, lengths: Sequence[int], values: Sequence[float]) -> "_Polynomial":
+        """Fit the values at two lengths, or at three for a quadratic term."""
         (x, y), (a, b) = lengths[:2], values[:2]
         first = (b - a) / (y - x)
         square = 0.0
@@ -67,122 +67,123 @@ class _Law:
 
 
 class ActivationProfile:
-    """The activations of one architecture under one way of training it.
+    """The activation memory of one architecture with one trace config.
 
     Args:
-        trace: gives the bytes of a step for (layers, length), at batch 1.
-        layers: blocks of the whole model.
-        attention: decides whether anything grows with the square of the length.
+        trace: returns the bytes of a step for (layers, length) at batch 1.
+        num_layers: decoder blocks of the full model.
+        attention: whether a term is quadratic in the length.
     """
 
-    def __init__(self, trace: Callable[[int, int], BackboneTrace], layers: int, attention: AttentionKind) -> None:
-        self._layers = layers
+    def __init__(self, trace: Callable[[int, int], BackboneTrace], num_layers: int, attention: AttentionKind) -> None:
+        self._num_layers = num_layers
         lengths = _LENGTHS[::2] if attention == "fused" else _LENGTHS
         names = ("forward_peak", "saved", "first_layer_peak", "rest_peak", "gradients")
 
-        def laws(depth: int) -> dict[str, _Law]:
-            found = [trace(depth, length) for length in lengths]
-            return {name: _Law.through(lengths, [getattr(one, name) for one in found]) for name in names}
+        def fit(layers: int) -> dict[str, _Polynomial]:
+            traces = [trace(layers, length) for length in lengths]
+            return {name: _Polynomial.through(lengths, [getattr(one, name) for one in traces]) for name in names}
 
-        self._one = laws(1)
-        self._two = laws(2) if layers > 1 else self._one
+        self._one = fit(1)
+        self._two = fit(2) if num_layers > 1 else self._one
 
-    def step(self, batch: int, length: int) -> StepMemory:
-        """The bytes of a step over `batch` rows of `length` tokens."""
+    def at(self, batch: int, length: int) -> StepMemory:
+        """Return the bytes of a step over `batch` sequences of `length` tokens."""
         first = self._one["saved"](batch, length)
-        block = self._two["saved"](batch, length) - first if self._layers > 1 else first
+        block = self._two["saved"](batch, length) - first if self._num_layers > 1 else first
 
-        def whole(name: str) -> float:
-            # A block deep inside adds what it keeps; what lives for a while is that of one block.
-            if self._layers == 1:
+        def full(name: str) -> float:
+            # Each further block adds its saved activations; temporary memory is that of one block.
+            if self._num_layers == 1:
                 return self._one[name](batch, length)
-            return self._two[name](batch, length) + (self._layers - 2) * block
+            return self._two[name](batch, length) + (self._num_layers - 2) * block
 
         end = self._one["rest_peak"](batch, length) - self._one["gradients"](batch, length)
-        kept, backward = whole("saved"), whole("first_layer_peak")
-        return StepMemory(kept, whole("forward_peak"), backward, max(0.0, end))
+        saved, backward = full("saved"), full("first_layer_peak")
+        return StepMemory(saved, full("forward_peak"), backward, max(0.0, end))
 
 
 class LossProfile:
-    """Bytes of the loss as a function of the supervised positions of one micro-batch.
+    """The memory of the loss as a function of the supervised positions of one micro-batch.
 
-    Logits exist for one chunk of positions at a time, so the bytes of the forward are a constant, something for each
-    position, and something for each position of a chunk.
+    Logits exist for one chunk of positions at a time. The forward pass therefore takes a constant, a term per position,
+    and a term per position of a chunk.
 
     Args:
-        trace: gives the bytes for a number of positions, as a CPU works through them.
-        chunk: positions of the CPU's chunk.
-        of_a_chunk: positions of a chunk on the device planned for, of so many in all.
+        trace: returns the bytes for a number of positions in chunks of the CPU's size.
+        cpu_chunk: positions per chunk on a CPU.
+        device_chunk: returns the positions per chunk on the planned device for a total number of positions.
     """
 
-    def __init__(self, trace: Callable[[int], LossTrace], chunk: int, of_a_chunk: Callable[[int], int]) -> None:
-        half, one, four = (trace(count) for count in (chunk // 2, chunk, 4 * chunk))
-        slope = (one.forward - half.forward) / (chunk - chunk // 2)
-        self._position = (four.forward - one.forward) / (3 * chunk)
-        self._row = slope - self._position
-        self._constant = one.forward - slope * chunk
-        self._back = (four.backward - one.backward) / (3 * chunk)
-        self._back_constant = one.backward - self._back * chunk
+    def __init__(self, trace: Callable[[int], LossTrace], cpu_chunk: int, device_chunk: Callable[[int], int]) -> None:
+        half, one, four = (trace(count) for count in (cpu_chunk // 2, cpu_chunk, 4 * cpu_chunk))
+        per_position = (one.forward - half.forward) / (cpu_chunk - cpu_chunk // 2)
+        self._position = (four.forward - one.forward) / (3 * cpu_chunk)
+        self._chunk_position = per_position - self._position
+        self._constant = one.forward - per_position * cpu_chunk
+        self._backward = (four.backward - one.backward) / (3 * cpu_chunk)
+        self._backward_constant = one.backward - self._backward * cpu_chunk
         self._gradients = one.gradients
-        self.rows_at_once = of_a_chunk
+        self._device_chunk = device_chunk
 
     def at(self, targets: int) -> LossTrace:
-        """The bytes for so many supervised positions."""
-        forward = self._constant + self._position * targets + self._row * self.rows_at_once(targets)
-        return LossTrace(round(forward), round(self._back_constant + self._back * targets), self._gradients)
+        """Return the bytes for a number of supervised positions."""
+        forward = self._constant + self._position * targets + self._chunk_position * self._device_chunk(targets)
+        return LossTrace(round(forward), round(self._backward_constant + self._backward * targets), self._gradients)
 
 
-def activation_profile(config: "PretrainedConfig", recipe: "Recipe", key: TraceConfig) -> ActivationProfile:
-    """Trace the architecture of `config` as `recipe` wraps it."""
+def activation_profile(config: "PretrainedConfig", recipe: "Recipe", trace_config: TraceConfig) -> ActivationProfile:
+    """Trace the activations of an architecture with the recipe's adapter."""
 
     def trace(layers: int, length: int) -> BackboneTrace:
         with fake_mode():
-            model = fake_model(config, recipe, key, layers)
-            return trace_backbone(model, 1, length, _dtype(key.autocast))
+            model = fake_model(config, recipe, trace_config, layers)
+            return trace_backbone(model, 1, length, _dtype(trace_config.autocast))
 
-    return ActivationProfile(trace, int(config.get_text_config().num_hidden_layers), key.attention)
+    return ActivationProfile(trace, int(config.get_text_config().num_hidden_layers), trace_config.attention)
 
 
-def estimated_profile(facts: "ParameterCounts", key: TraceConfig) -> ActivationProfile:
-    """A rule of thumb for architectures that cannot be traced: 34 bytes a token and unit of width in a block.
+def estimated_profile(counts: "ParameterCounts", trace_config: TraceConfig) -> ActivationProfile:
+    """Estimate the activations of an architecture that cannot be traced.
 
-    Korthikanti et al. (2022), for 16 bits and fused attention; with scores or masks their quadratic term as well.
+    A block saves 34 bytes per token and unit of width (Korthikanti et al., 2022, for 16 bits and fused attention).
+    Scores and masks add a quadratic term.
     """
-    scale = 2 if key.autocast is None and key.held == "float32" else 1
-    scores = {"fused": 0, "masked": 2, "eager": 5 * facts.heads}[key.attention]
+    scale = 2 if trace_config.autocast is None and trace_config.weight_dtype == "float32" else 1
+    scores = {"fused": 0, "masked": 2, "eager": 5 * counts.num_heads}[trace_config.attention]
 
     def trace(layers: int, length: int) -> BackboneTrace:
-        block = scale * length * (34 * facts.hidden + scores * length)
-        entry = scale * 2 * length * facts.hidden
-        kept = entry + layers * (entry if key.checkpointing else block)
-        once = block if key.checkpointing else block // 3
-        return BackboneTrace(kept + once, kept, kept + once, block, 0)
+        block = scale * length * (34 * counts.hidden_size + scores * length)
+        entry = scale * 2 * length * counts.hidden_size
+        saved = entry + layers * (entry if trace_config.checkpointing else block)
+        temporary = block if trace_config.checkpointing else block // 3
+        return BackboneTrace(saved + temporary, saved, saved + temporary, block, 0)
 
-    return ActivationProfile(trace, facts.layers, key.attention)
+    return ActivationProfile(trace, counts.num_layers, trace_config.attention)
 
 
 def loss_profile(
-    config: "PretrainedConfig", facts: "ParameterCounts", key: TraceConfig, *, trains_head: bool, device: str
+    config: "PretrainedConfig", counts: "ParameterCounts", trace_config: TraceConfig, *, trains_head: bool, device: str
 ) -> LossProfile:
-    """Trace the loss over a head of the model's size."""
-    size = facts.vocabulary + (0 if trains_head else key.new_tokens)
+    """Trace the loss with an LM head of the model's size."""
+    vocab_size = counts.vocab_size + (0 if trains_head else trace_config.new_tokens)
 
-    def of_a_chunk(on: str, targets: int) -> int:
-        return chunk_size(targets, size, on, taller=trains_head)
+    def chunk(on: str, targets: int) -> int:
+        return chunk_size(targets, vocab_size, on, trains_head=trains_head)
 
     def trace(targets: int) -> LossTrace:
         with fake_mode():
             return trace_loss(
                 config,
                 targets=targets,
-                head=(facts.vocabulary, facts.head_size // facts.vocabulary),
-                held=getattr(torch, key.held),
-                autocast=_dtype(key.autocast),
+                head=(counts.vocab_size, counts.lm_head_size // counts.vocab_size),
+                weight_dtype=getattr(torch, trace_config.weight_dtype),
+                autocast=_dtype(trace_config.autocast),
                 trains_head=trains_head,
-                new_tokens=key.new_tokens,
+                new_tokens=trace_config.new_tokens,
             )
 
-    return LossProfile(trace, of_a_chunk("cpu", 2**40), functools.partial(of_a_chunk, device))
+    return LossProfile(trace, chunk("cpu", 2**40), functools.partial(chunk, device))
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

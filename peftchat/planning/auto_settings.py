@@ -1,4 +1,4 @@
-"""Choices that a user would otherwise tune, made from a prediction and told with their reason."""
+"""Auto settings: gradient checkpointing and micro-batch size, chosen by predicted memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from peftchat.errors import UserError
 from peftchat.formatting import format_bytes
-from peftchat.models.loading import load_config
+from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.planner import Planner, largest_batch
-from peftchat.planning.settings import PlanSettings, settings_on
+from peftchat.planning.settings import PlanSettings, settings_for
 from peftchat.runs.run_summary import AutoSetting
-from peftchat.variants import get_variant
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -19,145 +18,152 @@ if TYPE_CHECKING:
 
 
 MARGIN = 0.9
-"""Share of a device's memory that a choice may fill: predictions are off by some percent."""
+"""Fraction of a device's memory that a setting may fill, since predictions have an error."""
 
-TOKENS_AT_ONCE: Mapping[str, int] = {"cuda": 16384, "cpu": 2048}
-"""Tokens of one forward pass beyond which larger matrices run no faster."""
+MAX_TOKENS_PER_PASS: Mapping[str, int] = {"cuda": 16384, "cpu": 2048}
+"""Tokens per forward pass beyond which larger matrices run no faster."""
 
 
 @dataclass(frozen=True, slots=True)
-class OpenSettings:
-    """Settings as they were chosen.
+class ChosenSettings:
+    """Settings with one of them chosen.
 
     Attributes:
-        settings: with the choice made.
-        peak: predicted bytes of one device.
-        reason: in a few words, for the user.
+        settings: the complete settings.
+        peak_bytes: predicted peak of one device.
+        reason: why, in a few words.
     """
 
     settings: PlanSettings
-    peak: int
+    peak_bytes: int
     reason: str
 
 
-def choose_open_settings(
-    recipe: "Recipe", planner: "Planner", settings: PlanSettings, room: int
+def choose_auto_settings(
+    recipe: "Recipe", planner: "Planner", settings: PlanSettings, device_memory: int
 ) -> tuple[PlanSettings, tuple[AutoSetting, ...]]:
-    """Settle what `training` leaves open: gradient checkpointing, and micro-batches for `rows_per_step`.
+    """Choose gradient checkpointing and the micro-batch size if the recipe leaves them open.
 
     Args:
-        settings: the recipe's, as far as it gives them.
-        room: bytes of one device.
+        recipe: the recipe.
+        planner: predicts memory.
+        settings: the recipe's settings.
+        device_memory: bytes of one device.
 
     Returns:
-        The settings with every value in place, and what was chosen.
+        The complete settings, and the chosen ones.
     """
-    rows = recipe.training.rows_per_step
-    choices = []
+    rows = recipe.training.global_batch_size
+    auto_settings = []
     if rows is not None:
-        # One row at a time decides whether checkpointing is needed at all.
+        # A batch of one decides whether checkpointing is needed.
         settings = settings.with_changes(batch=1, accumulation=max(1, rows // settings.processes))
     if recipe.training.gradient_checkpointing is None:
-        if _may_checkpoint(recipe):
-            chosen = choose_checkpointing(planner, settings, room)
+        if _supports_checkpointing(recipe):
+            chosen = choose_checkpointing(planner, settings, device_memory)
             settings, reason = chosen.settings, chosen.reason
         else:
-            reason = "this variant does not bear it"
-        choices.append(
+            reason = "not supported by this variant"
+        auto_settings.append(
             AutoSetting("training.gradient_checkpointing", "true" if settings.checkpointing else "false", reason)
         )
     if rows is not None:
-        chosen = choose_batch(planner, settings, room, TOKENS_AT_ONCE[settings.device])
+        chosen = choose_batch(planner, settings, device_memory, MAX_TOKENS_PER_PASS[settings.device])
         settings = chosen.settings
-        value = f"{settings.batch}, {settings.accumulation} times a step"
-        choices.append(AutoSetting("training.per_device_train_batch_size", value, chosen.reason))
-    return settings, tuple(choices)
+        value = f"{settings.batch}, {settings.accumulation} accumulated"
+        auto_settings.append(AutoSetting("training.per_device_train_batch_size", value, chosen.reason))
+    return settings, tuple(auto_settings)
 
 
-def _may_checkpoint(recipe: "Recipe") -> bool:
-    return recipe.adapter is None or get_variant(recipe.adapter.variant).why_not("checkpointing") is None
+def _supports_checkpointing(recipe: "Recipe") -> bool:
+    return recipe.adapter is None or recipe.adapter.incompatibility("checkpointing") is None
 
 
-def choose_checkpointing(planner: "Planner", settings: PlanSettings, room: int) -> OpenSettings:
-    """Gradient checkpointing only where the plan does not fit without it.
+def choose_checkpointing(planner: "Planner", settings: PlanSettings, device_memory: int) -> ChosenSettings:
+    """Choose gradient checkpointing only if the run does not fit without it.
 
     Args:
-        room: bytes of one device.
+        planner: predicts memory.
+        settings: all other settings.
+        device_memory: bytes of one device.
     """
+    available = format_bytes(device_memory)
     without = settings.with_changes(checkpointing=False)
     peak = planner.memory(without).total
-    if peak <= MARGIN * room:
-        return OpenSettings(without, peak, f"fits without checkpointing: {format_bytes(peak)} of {format_bytes(room)}")
-    with_it = settings.with_changes(checkpointing=True)
-    saved = planner.memory(with_it).total
-    if saved >= peak:
-        return OpenSettings(
-            without, peak, f"checkpointing would not help: {format_bytes(peak)} of {format_bytes(room)}"
+    if peak <= MARGIN * device_memory:
+        return ChosenSettings(
+            without, peak, f"fits without checkpointing: {format_bytes(peak)} of {format_bytes(device_memory)}"
         )
-    return OpenSettings(
-        with_it,
-        saved,
-        f"{format_bytes(peak)} without checkpointing, {format_bytes(saved)} with it, of {format_bytes(room)}",
+    checkpointed = settings.with_changes(checkpointing=True)
+    checkpointed_peak = planner.memory(checkpointed).total
+    if checkpointed_peak >= peak:
+        return ChosenSettings(without, peak, f"checkpointing would not help: {format_bytes(peak)} of {available}")
+    return ChosenSettings(
+        checkpointed,
+        checkpointed_peak,
+        f"{format_bytes(peak)} without checkpointing, {format_bytes(checkpointed_peak)} with it, of {available}",
     )
 
 
-def choose_batch(planner: "Planner", settings: PlanSettings, room: int, tokens: int) -> OpenSettings:
-    """The largest micro-batch up to a budget of tokens that fits; rows of one optimizer step stay as many as asked for.
+def choose_batch(planner: "Planner", settings: PlanSettings, device_memory: int, max_tokens: int) -> ChosenSettings:
+    """Choose the largest micro-batch that fits, without changing the examples per optimizer step.
 
     Args:
-        room: bytes of one device.
-        tokens: beyond this many in one forward pass nothing gets faster.
+        planner: predicts memory.
+        settings: all other settings; `batch * accumulation` stays the same.
+        device_memory: bytes of one device.
+        max_tokens: the most tokens per forward pass.
     """
-    rows = settings.batch * settings.accumulation
-    fitting = largest_batch(planner, settings, int(MARGIN * room))
-    most = max(1, min(rows, fitting, tokens // settings.length))
-    # Whole micro-batches only, so that the step's rows stay exactly those of the recipe.
-    batch = next(count for count in range(most, 0, -1) if rows % count == 0)
-    chosen = settings.with_changes(batch=batch, accumulation=rows // batch)
+    examples = settings.batch * settings.accumulation
+    fitting = largest_batch(planner, settings, int(MARGIN * device_memory))
+    most = max(1, min(examples, fitting, max_tokens // settings.length))
+    # Only divisors keep the examples per optimizer step exact.
+    batch = next(count for count in range(most, 0, -1) if examples % count == 0)
+    chosen = settings.with_changes(batch=batch, accumulation=examples // batch)
     peak = planner.memory(chosen).total
-    memory = f"{format_bytes(peak)} of {format_bytes(room)}"
-    reason = f"{batch} x {settings.length} tokens at once, {rows // batch} times a step: {memory}"
-    return OpenSettings(chosen, peak, reason)
+    memory = f"{format_bytes(peak)} of {format_bytes(device_memory)}"
+    reason = f"{batch} x {settings.length} tokens per pass, {examples // batch} accumulated: {memory}"
+    return ChosenSettings(chosen, peak, reason)
 
 
-def resolve_open(
-    loaded: "LoadedRecipe", placement: "DistributedSetup"
+def resolve_auto_settings(
+    loaded: "LoadedRecipe", distributed: "DistributedSetup"
 ) -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
-    """Fill in what `training` leaves open: gradient checkpointing, and micro-batches for `rows_per_step`.
+    """Choose the settings that the recipe leaves open.
 
     Returns:
-        The recipe with every value in place, and what was chosen.
+        The recipe with every value set, and the chosen settings.
 
     Raises:
-        UserError: `rows_per_step` cannot be divided among the processes.
+        UserError: the global batch size is not divisible by the number of processes.
     """
     recipe = loaded.recipe
     training = recipe.training
-    if training.gradient_checkpointing is not None and training.rows_per_step is None:
+    if training.gradient_checkpointing is not None and training.global_batch_size is None:
         return loaded, ()
-    _check_rows(loaded, placement.world_size)
-    hardware = this_machine(placement.processes)
-    planner = Planner(load_config(recipe, need_weights=False), recipe)
-    settings, choices = choose_open_settings(
-        recipe, planner, settings_on(recipe, hardware, None, placement), hardware.memory
+    _check_divisible(loaded, distributed.world_size)
+    hardware = this_machine(distributed.processes)
+    planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
+    settings, auto_settings = choose_auto_settings(
+        recipe, planner, settings_for(recipe, hardware, None, distributed), hardware.memory
     )
     values: dict[str, Any] = {"gradient_checkpointing": settings.checkpointing}
-    if training.rows_per_step is not None:
+    if training.global_batch_size is not None:
         values |= {
             "per_device_train_batch_size": settings.batch,
             "gradient_accumulation_steps": settings.accumulation,
-            "rows_per_step": None,
+            "global_batch_size": None,
         }
     complete = recipe.model_copy(update={"training": training.model_copy(update=values)})
-    return replace(loaded, recipe=complete), choices
+    return replace(loaded, recipe=complete), auto_settings
 
 
-def _check_rows(loaded: "LoadedRecipe", processes: int) -> None:
-    """Refuse rows of a step that cannot be shared out evenly."""
-    rows = loaded.recipe.training.rows_per_step
+def _check_divisible(loaded: "LoadedRecipe", processes: int) -> None:
+    """Check that the examples of a step can be divided evenly among the processes."""
+    rows = loaded.recipe.training.global_batch_size
     if rows is not None and rows % processes:
         raise UserError(
-            f"{rows} rows cannot be divided among {processes} processes",
-            where=loaded.where("training", "rows_per_step"),
-            hint=f"Take a multiple of {processes}.",
+            f"{rows} examples per step cannot be divided among {processes} processes",
+            where=loaded.where("training", "global_batch_size"),
+            hint=f"Use a multiple of {processes}.",
         )

@@ -1,10 +1,10 @@
-"""The place planned for: a card of the catalog, this machine's own, or its processor and main memory."""
+"""Hardware of a plan: a GPU of the catalog, this machine's GPUs, or its CPU and RAM."""
 
 import difflib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -23,18 +23,18 @@ _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memor
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One device, of which there may be several.
+    """A kind of device and how many of it there are.
 
     Attributes:
-        name: what it is called on the command line.
-        label: what it is called elsewhere.
+        name: its name on the command line.
+        label: its full name.
         device: `cuda` or `cpu`.
-        count: how many there are.
-        memory: bytes that a process can have on each.
-        tflops: dense 16-bit matrix rate of each in 10^12 operations a second; None where it is not known.
-        bandwidth: of its memory, in 10^9 bytes a second; None where it is not known.
-        bf16: whether it computes in bfloat16.
-        source: where the figures come from.
+        count: the number of devices.
+        memory: bytes that a process can use on each.
+        tflops: dense 16-bit matrix rate of each in 10^12 operations per second; None if unknown.
+        bandwidth: memory bandwidth in 10^9 bytes per second; None if unknown.
+        bf16: whether it supports bfloat16.
+        source: where the values come from.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Hardware:
 
 @cache
 def gpu_catalog() -> Mapping[str, Hardware]:
-    """Every card of the catalog, by name."""
+    """Return the GPUs of the catalog by name."""
     entries = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))
     return {
         name: Hardware(
@@ -71,53 +71,52 @@ def gpu_catalog() -> Mapping[str, Hardware]:
 @cache
 def _aliases() -> Mapping[str, str]:
     entries = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))
-    return {_plain(alias): name for name, entry in entries.items() for alias in (name, *entry["aliases"])}
+    return {_normalized(alias): name for name, entry in entries.items() for alias in (name, *entry["aliases"])}
 
 
-def _plain(name: str) -> str:
-    """A name without what people leave out or put in: case, vendor, separators."""
+def _normalized(name: str) -> str:
+    """Return a name without case, vendor and separators, which people write in different ways."""
     return re.sub(r"nvidia|amd|geforce|instinct|tesla|[^a-z0-9]", "", name.lower())
 
 
 def find_hardware(name: str | None, count: int | None) -> Hardware:
-    """The device that a name stands for; without one, the machine's own.
+    """Return the device with a name; without a name, this machine's.
 
     Args:
-        name: a card, `cpu`, or None.
-        count: how many; None for one, or all that are here.
+        name: a GPU of the catalog, `cpu`, or None.
+        count: how many; None for one, or for all of this machine's.
 
     Raises:
-        UserError: nothing has that name.
+        UserError: the name is unknown.
     """
     if name is None:
         return this_machine(count)
-    if _plain(name) == "cpu":
+    if _normalized(name) == "cpu":
         return this_cpu(count)
-    known = _aliases().get(_plain(name))
+    known = _aliases().get(_normalized(name))
     if known is None:
-        near = difflib.get_close_matches(_plain(name), _aliases(), n=1, cutoff=0.4)
+        near = difflib.get_close_matches(_normalized(name), _aliases(), n=1, cutoff=0.4)
         hint = f"Did you mean `{_aliases()[near[0]]}`? " if near else ""
-        raise UserError(
-            f"`{name}` is not in the catalog", where="--gpu", hint=f"{hint}Known: {', '.join(gpu_catalog())}, cpu."
-        )
-    return _with_count(gpu_catalog()[known], count or 1)
+        names = ", ".join(gpu_catalog())
+        raise UserError(f"`{name}` is not in the catalog", where="--gpu", hint=f"{hint}Use one of {names}, cpu.")
+    return replace(gpu_catalog()[known], count=count or 1)
 
 
 def this_machine(count: int | None) -> Hardware:
-    """This machine's GPUs, or its processor where it has none."""
+    """Return this machine's GPUs, or its CPU if it has none."""
     import torch
 
-    there = torch.cuda.device_count()
-    if not there:
+    available = torch.cuda.device_count()
+    if not available:
         return this_cpu(count)
     properties = torch.cuda.get_device_properties(0)
-    known = _aliases().get(_plain(properties.name))
+    known = _aliases().get(_normalized(properties.name))
     rated = gpu_catalog().get(known) if known else None
     return Hardware(
         name=known or properties.name,
-        label=f"{properties.name}, this machine's",
+        label=f"{properties.name} (this machine)",
         device="cuda",
-        count=count or there,
+        count=count or available,
         memory=int(properties.total_memory),
         tflops=None if rated is None else rated.tflops,
         bandwidth=None if rated is None else rated.bandwidth,
@@ -127,14 +126,14 @@ def this_machine(count: int | None) -> Hardware:
 
 
 def this_cpu(count: int | None) -> Hardware:
-    """This machine's processor; several processes share its memory."""
+    """Return this machine's CPU; several processes share its memory."""
     import os
 
     processes = count or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Hardware(
         name="cpu",
-        label=f"this machine's processor, {cores} cores",
+        label=f"CPU with {cores} cores (this machine)",
         device="cpu",
         count=processes,
         memory=system_memory() // processes,
@@ -146,7 +145,7 @@ def this_cpu(count: int | None) -> Hardware:
 
 
 def system_memory() -> int:
-    """Bytes of main memory that this process may use: the machine's, or the limit of its container."""
+    """Return the RAM that this process may use in bytes: the machine's, or its container's limit."""
     import psutil
 
     limits = [int(psutil.virtual_memory().total)]
@@ -160,21 +159,15 @@ def system_memory() -> int:
     return min(limits)
 
 
-def _with_count(hardware: Hardware, count: int) -> Hardware:
-    from dataclasses import replace
-
-    return replace(hardware, count=count)
-
-
 def gpu_table() -> Table:
-    """Every card that `--gpu` knows."""
+    """Return a table of the GPUs in the catalog."""
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
-    for title in ("name", "card"):
+    for title in ("name", "GPU"):
         table.add_column(title)
-    for title in ("GiB usable", "TFLOP/s in 16 bits", "GB/s"):
+    for title in ("usable GiB", "TFLOP/s in 16 bits", "GB/s"):
         table.add_column(title, justify="right")
     table.add_column("source", style="dim")
-    for card in gpu_catalog().values():
-        numbers = (f"{card.memory / 2**30:.1f}", f"{card.tflops:g}", f"{card.bandwidth:,.0f}")
-        table.add_row(card.name, card.label, *numbers, card.source)
+    for gpu in gpu_catalog().values():
+        numbers = (f"{gpu.memory / 2**30:.1f}", f"{gpu.tflops:g}", f"{gpu.bandwidth:,.0f}")
+        table.add_row(gpu.name, gpu.label, *numbers, gpu.source)
     return table

@@ -1,4 +1,4 @@
-"""The proof of a prediction: train on the longest batch here, in a process of its own, and measure."""
+"""Probe: measure a few training steps on the longest batch, in a child process."""
 
 import json
 import os
@@ -16,60 +16,66 @@ if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 _STEPS = 3
-"""The optimizer's states are made by the first step, and the allocator settles by the third."""
+"""The first step creates the optimizer states; by the third the allocator is stable."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRun:
-    """What was measured.
+    """The measurement of a probe.
 
     Attributes:
-        peak: bytes that the process held at most: allocated by torch on a GPU, resident without one.
-        seconds: of a step.
+        peak_bytes: peak memory of the process: allocated by torch on a GPU, resident on a CPU.
+        seconds: time per step.
     """
 
-    peak: int
+    peak_bytes: int
     seconds: float
 
 
 def measure_run(recipe: "Recipe", plan: "TrainingPlan") -> MeasuredRun:
-    """Train a few steps on rows as long as the recipe's longest, and throw the run away.
+    """Train a few steps on sequences as long as the recipe's longest, and delete the run.
 
     Raises:
-        UserError: the plan is for a device that is not here, or for several processes.
-        VerificationError: the training failed, by running out of memory perhaps.
+        UserError: the plan is for another device, or for several processes.
+        VerificationError: the training failed, for example out of memory.
     """
     from peftchat.planning.hardware import this_machine
     from peftchat.recipe import dump_recipe
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.runs.run_summary import RunSummary
 
     settings = plan.settings
     if this_machine(1).device != settings.device:
-        raise UserError("a probe runs on this machine", where="--gpu", hint="Leave `--gpu` out.")
+        raise UserError("`--probe` measures this machine only", where="--gpu", hint="Leave out `--gpu`.")
     if settings.processes > 1:
-        raise UserError("a probe runs in one process", where="--gpus", hint="Leave `--gpus` out.")
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        (place / "rows.jsonl").write_text(_long_examples(settings.length, settings.batch), encoding="utf-8")
-        path = place / "recipe.yaml"
-        path.write_text(dump_recipe(_measured(recipe, place)), encoding="utf-8")
+        raise UserError(
+            f"`--probe` runs one process, and the plan has {settings.processes}",
+            where="--gpus",
+            hint="Use `--gpus 1 --set distributed.strategy=single`.",
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "conversations.jsonl").write_text(_long_examples(settings.length, settings.batch), encoding="utf-8")
+        path = folder / "recipe.yaml"
+        run = RunFolder(folder / "run")
+        path.write_text(dump_recipe(_probe_recipe(recipe, folder)), encoding="utf-8")
         command = [sys.executable, "-m", "peftchat", "train", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
-        told = place / "run" / "run.json"
-        if done.returncode or not told.is_file():
+        if done.returncode or not run.is_finished:
             last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-            raise VerificationError(f"the probe's training ended early: {last}")
-        summary = json.loads(told.read_text(encoding="utf-8"))
-    return MeasuredRun(int(summary["peak_memory_bytes"]), float(summary["seconds"]) / _STEPS)
+            raise VerificationError(f"the training of the probe failed: {last}")
+        summary = RunSummary.read(run)
+    return MeasuredRun(summary.peak_memory_bytes or 0, (summary.seconds or 0.0) / _STEPS)
 
 
-def _measured(recipe: "Recipe", folder: Path) -> "Recipe":
-    """The recipe on synthetic long rows, for a few steps, saving and evaluating nothing."""
+def _probe_recipe(recipe: "Recipe", folder: Path) -> "Recipe":
+    """Return the recipe on long synthetic conversations, for a few steps, without saving or evaluation."""
     data = recipe.data.model_copy(
         update={
-            "train": (type(recipe.data.train[0])(path=str(folder / "rows.jsonl")),),
+            "train": (type(recipe.data.train[0])(path=str(folder / "conversations.jsonl")),),
             "eval": None,
             "eval_fraction": None,
-            "max_train_rows": None,
+            "max_train_samples": None,
         }
     )
     training = recipe.training.model_copy(
@@ -80,8 +86,8 @@ def _measured(recipe: "Recipe", folder: Path) -> "Recipe":
 
 
 def _long_examples(length: int, batch: int) -> str:
-    """Conversations of many exchanges: every row of the run will be as long as the recipe lets it be."""
-    exchange = [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "and on and on"}]
-    # No tokenizer makes fewer than eight tokens of an exchange; what is too long is cut to whole exchanges.
-    row = json.dumps({"messages": exchange * (length // 8 + 1)})
-    return f"{row}\n" * (2 * batch)
+    """Return conversations with so many turns that every example is as long as the recipe allows."""
+    turns = [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "and on and on"}]
+    # The two turns have at least eight tokens with any tokenizer; truncation removes the rest.
+    line = json.dumps({"messages": turns * (length // 8 + 1)})
+    return f"{line}\n" * (2 * batch)

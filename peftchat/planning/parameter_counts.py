@@ -1,4 +1,4 @@
-"""What a config alone says about a model: its parameters by part, and how many of them are trained."""
+"""Parameter counts of a model by part, and how many of them are trained, from its config alone."""
 
 import math
 from dataclasses import dataclass
@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from peftchat.errors import UserError
 from peftchat.models.added_tokens import find_added_tokens
 from peftchat.models.peft_model import freeze_layers
-from peftchat.planning.tracing import decoder_linears, meta_model, wrap
+from peftchat.planning.tracing import decoder_layers, decoder_linears, meta_model, wrap
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from peftchat.recipe import Recipe
 
@@ -21,109 +22,132 @@ class ParameterCounts:
     """Exact counts of a causal language model.
 
     Attributes:
-        family: the config's `model_type`.
-        layers: number of blocks.
-        hidden: width of the residual stream.
-        intermediate: inner width of the feed-forward part, 0 where the config names none.
-        heads: query heads.
-        key_value_heads: heads of keys and values.
-        vocabulary: rows of the embedding.
-        positions: tokens of the longest row that the model takes.
-        tied: whether the head is the embedding.
+        model_type: the config's `model_type`.
+        num_layers: decoder blocks.
+        hidden_size: width of the hidden states.
+        intermediate_size: inner width of the MLP; 0 if the config names none.
+        num_heads: query heads.
+        num_key_value_heads: key and value heads.
+        vocab_size: rows of the token embedding.
+        max_positions: tokens of the longest sequence that the model takes.
+        tied_head: whether the LM head is the embedding.
         embedding: weights of the token embedding.
-        head: weights of the output head; 0 where it is tied.
-        linear: weights of the linear layers in the blocks: those that quantization packs.
-        linear_rows: their output features, summed.
-        other: everything else (norms, biases, positions).
+        lm_head: weights of the LM head; 0 if it is tied.
+        linear: weights of the linear layers in the blocks, which quantization applies to.
+        linear_outputs: the sum of their output features.
+        other: all other weights: norms, biases, positions.
         largest: elements of the largest parameter.
-        parameters: all of them.
     """
 
-    family: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    key_value_heads: int
-    vocabulary: int
-    positions: int
-    tied: bool
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    max_positions: int
+    tied_head: bool
     embedding: int
-    head: int
+    lm_head: int
     linear: int
-    linear_rows: int
+    linear_outputs: int
     other: int
     largest: int
 
     @property
     def parameters(self) -> int:
-        """All weights, a tied head counted once."""
-        return self.embedding + self.head + self.linear + self.other
+        """All weights; a tied head counts once."""
+        return self.embedding + self.lm_head + self.linear + self.other
 
     @property
-    def head_size(self) -> int:
-        """Elements of the matrix that makes the logits."""
-        return self.embedding if self.tied else self.head
+    def lm_head_size(self) -> int:
+        """Elements of the matrix that computes the logits, tied or not."""
+        return self.embedding if self.tied_head else self.lm_head
 
 
 @dataclass(frozen=True, slots=True)
 class TrainableCounts:
-    """What is trained.
+    """The trainable parameters.
 
     Attributes:
-        parameters: trained weights, of the adapter or of the model itself.
-        largest: elements of the largest of them.
-        rows: trained elements of new tokens' rows beside a frozen model.
+        parameters: trainable weights of the adapter, or of the model itself.
+        largest: elements of the largest parameter among them.
+        new_token_parameters: trainable embeddings of added tokens beside a frozen model.
     """
 
     parameters: int
     largest: int
-    rows: int
+    new_token_parameters: int
 
 
 def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
-    """The counts of the model that a config describes."""
-    model = meta_model(config, torch.bfloat16)
+    """Count the parameters of the model that a config describes.
+
+    Raises:
+        UserError: no causal language model can be built from the config.
+    """
+    model = build_meta_model(config)
     text = config.get_text_config()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight
     linears = [tuple(layer.weight.shape) for layer in decoder_linears(model)]
     linear = sum(math.prod(shape) for shape in linears)
-    in_head = 0 if tied else int(head.weight.numel())
+    in_lm_head = 0 if tied else int(head.weight.numel())
     everything = sum(parameter.numel() for parameter in model.parameters())
     return ParameterCounts(
-        family=str(text.model_type),
-        layers=int(text.num_hidden_layers),
-        hidden=int(text.hidden_size),
-        intermediate=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 0),
-        heads=int(text.num_attention_heads),
-        key_value_heads=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
-        vocabulary=int(embedding.weight.shape[0]),
-        positions=int(getattr(text, "max_position_embeddings", None) or 2**20),
-        tied=tied,
+        model_type=str(text.model_type),
+        num_layers=int(text.num_hidden_layers),
+        hidden_size=int(text.hidden_size),
+        intermediate_size=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 0),
+        num_heads=int(text.num_attention_heads),
+        num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        vocab_size=int(embedding.weight.shape[0]),
+        max_positions=int(getattr(text, "max_position_embeddings", None) or 2**20),
+        tied_head=tied,
         embedding=embedding.weight.numel(),
-        head=in_head,
+        lm_head=in_lm_head,
         linear=linear,
-        linear_rows=sum(max(shape) for shape in linears),
-        other=everything - embedding.weight.numel() - in_head - linear,
+        linear_outputs=sum(max(shape) for shape in linears),
+        other=everything - embedding.weight.numel() - in_lm_head - linear,
         largest=max(parameter.numel() for parameter in model.parameters()),
     )
 
 
 def trainable_counts(config: "PretrainedConfig", recipe: "Recipe", new_tokens: int) -> TrainableCounts:
-    """What the recipe's method trains, counted on the shapes of the whole model; adapters are PEFT's own.
+    """Count what the recipe's method trains, with PEFT's own adapter on the full model's shapes.
 
     Raises:
         UserError: the adapter does not fit the model.
     """
-    model = meta_model(config, torch.bfloat16)
+    model = build_meta_model(config)
     if recipe.method == "full":
         freeze_layers(model, recipe.model.freeze_layers)
         sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         return TrainableCounts(sum(sizes), max(sizes), 0)
     model.requires_grad_(False)
-    trained = [parameter for parameter in wrap(model, recipe, new_tokens).parameters() if parameter.requires_grad]
-    rows = find_added_tokens(model)
-    own = set() if rows is None else {id(parameter) for parameter in rows.parameters()}
-    sizes = [parameter.numel() for parameter in trained if id(parameter) not in own]
-    return TrainableCounts(sum(sizes), max(sizes, default=0), sum(p.numel() for p in trained) - sum(sizes))
+    trainable = [parameter for parameter in wrap(model, recipe, new_tokens).parameters() if parameter.requires_grad]
+    added = find_added_tokens(model)
+    added_ids = set() if added is None else {id(parameter) for parameter in added.parameters()}
+    sizes = [parameter.numel() for parameter in trainable if id(parameter) not in added_ids]
+    return TrainableCounts(sum(sizes), max(sizes, default=0), sum(p.numel() for p in trainable) - sum(sizes))
+
+
+def build_meta_model(config: "PretrainedConfig") -> "PreTrainedModel":
+    """Build the model that a config describes on torch's `meta` device.
+
+    Raises:
+        UserError: no causal language model can be built from the config.
+    """
+    try:
+        model = meta_model(config, torch.bfloat16)
+        decoder_layers(model)
+    except Exception as error:
+        # Each architecture reports an invalid config in its own way.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"no causal language model can be built from the config: {reason}",
+            where=f"model.name: {config.name_or_path}",
+            hint="Choose a causal language model.",
+        ) from error
+    return model

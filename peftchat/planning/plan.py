@@ -1,11 +1,11 @@
-"""Time and money: arithmetic of the run over what the device can do, with every assumption named."""
+"""Training plan: the memory, time and cost of a recipe on a device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peftchat.models.loading import load_config
-from peftchat.planning.auto_settings import choose_open_settings
+from peftchat.models.source import ModelSource
+from peftchat.planning.auto_settings import choose_auto_settings
 from peftchat.planning.hardware import Hardware
 from peftchat.planning.memory import MemoryPlan
 from peftchat.planning.parameter_counts import ParameterCounts, TrainableCounts
@@ -15,11 +15,11 @@ from peftchat.planning.planner import (
     Planner,
     alternatives,
     changes,
-    cheapest_change,
+    cheapest_fix,
     largest_batch,
     largest_length,
 )
-from peftchat.planning.settings import DatasetSize, PlanSettings, read_dataset_size, settings_on, steps_of
+from peftchat.planning.settings import DatasetSize, PlanSettings, read_dataset_size, settings_for, total_steps
 from peftchat.training.throughput import training_flops
 
 if TYPE_CHECKING:
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 
 _UTILIZATION = {"full": 0.40, "lora": 0.35, "qlora": 0.25}
-"""Share of the matrix rate that training reaches on a GPU, model FLOPs only; a careful guess for each method."""
+"""Fraction of the peak matrix rate that training reaches on a GPU; a conservative estimate for each method."""
 
 _UTILIZATION_ON_CPU = 0.20
 
 
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
-    """What a run takes.
+    """The time and cost of a run.
 
     Attributes:
-        tokens: worked through, padding included.
+        tokens: tokens of all steps, with padding.
         steps: optimizer steps.
-        flops: floating-point operations of the model, recomputation not counted.
-        tflops: matrix rate of one device, in 10^12 operations a second.
-        utilization: assumed share of it.
-        seconds: of training, without loading, evaluation and saving.
-        money: at the given price, None without one.
-        assumptions: in words.
+        flops: floating-point operations of the model, without recomputation.
+        tflops: matrix rate of one device, in 10^12 operations per second.
+        utilization: the assumed fraction of it.
+        seconds: training time, without loading, evaluation and saving.
+        money: the cost at the given price; None without one.
+        assumptions: one phrase each.
     """
 
     tokens: int
@@ -59,8 +59,8 @@ class CostEstimate:
 
 def cost_estimate(
     settings: "PlanSettings",
-    facts: "ParameterCounts",
-    trained: "TrainableCounts",
+    counts: "ParameterCounts",
+    trainable: "TrainableCounts",
     hardware: "Hardware",
     *,
     tokens: int,
@@ -68,97 +68,101 @@ def cost_estimate(
     tflops: float,
     price: float | None,
 ) -> CostEstimate:
-    """Estimate time and money.
+    """Estimate time and cost.
 
     Args:
-        tokens: of the whole run, over all devices.
-        steps: optimizer steps of the whole run.
-        tflops: matrix rate of one device.
-        price: of one device for an hour, in any currency.
+        settings: the settings of the run.
+        counts: the parameters of the model.
+        trainable: the parameters that are trained.
+        hardware: the devices.
+        tokens: tokens of the run, over all devices.
+        steps: optimizer steps of the run.
+        tflops: matrix rate of one device, in 10^12 operations per second.
+        price: the price of one device per hour, in any currency.
     """
     full = settings.method == "full"
-    body = facts.linear + (0 if full else trained.parameters)
+    body = counts.linear + (0 if full else trainable.parameters)
     flops = training_flops(
         body=body,
-        head=facts.head_size,
-        trained_body=min(trained.parameters, body),
+        head=counts.lm_head_size,
+        trained_body=min(trainable.parameters, body),
         trains_head=full,
         tokens=tokens,
         supervised=round(tokens * settings.supervised),
-    ) + _attention_flops(settings, facts, tokens)
-    done = flops * (1.33 if settings.checkpointing else 1.0)
-    share = _UTILIZATION[settings.method] if settings.device == "cuda" else _UTILIZATION_ON_CPU
-    # Processes on one processor share its cores.
+    ) + _attention_flops(settings, counts, tokens)
+    executed = flops * (1.33 if settings.checkpointing else 1.0)
+    utilization = _UTILIZATION[settings.method] if settings.device == "cuda" else _UTILIZATION_ON_CPU
+    # Processes on one CPU share its cores.
     devices = hardware.count if settings.device == "cuda" else 1
-    seconds = done / (tflops * 1e12 * share * devices)
+    seconds = executed / (tflops * 1e12 * utilization * devices)
     money = None if price is None else price * seconds / 3600 * hardware.count
     return CostEstimate(
-        tokens, steps, flops, tflops, share, seconds, money, _assumptions(settings, hardware, share, tflops)
+        tokens, steps, flops, tflops, utilization, seconds, money, _assumptions(settings, hardware, utilization, tflops)
     )
 
 
-def _attention_flops(settings: "PlanSettings", facts: "ParameterCounts", tokens: int) -> float:
-    """Scores and weighted sums over the keys a query sees: half of its conversation, or all positions under a mask."""
-    within = settings.attention == "fused"
-    seen = min(settings.conversation, settings.length) / 2 if within else settings.length
-    return 12.0 * facts.layers * facts.hidden * seen * tokens
+def _attention_flops(settings: "PlanSettings", counts: "ParameterCounts", tokens: int) -> float:
+    """Count the operations of attention: over half of a conversation, or over all positions with a mask."""
+    fused = settings.attention == "fused"
+    keys = min(settings.conversation, settings.length) / 2 if fused else settings.length
+    return 12.0 * counts.num_layers * counts.hidden_size * keys * tokens
 
 
-def _assumptions(settings: "PlanSettings", hardware: "Hardware", share: float, tflops: float) -> tuple[str, ...]:
-    told = [f"{share:.0%} of {tflops:,.3g} TFLOP/s in use ({hardware.label})"]
+def _assumptions(settings: "PlanSettings", hardware: "Hardware", utilization: float, tflops: float) -> tuple[str, ...]:
+    assumptions = [f"{utilization:.0%} of {tflops:,.3g} TFLOP/s ({hardware.label})"]
     if settings.checkpointing:
-        told.append("a third more arithmetic for checkpointing")
+        assumptions.append("a third more computation for checkpointing")
     if hardware.count > 1 and settings.device == "cuda":
-        told.append(f"{hardware.count} devices work at the speed of {hardware.count}: communication is hidden")
+        assumptions.append(f"communication among {hardware.count} devices costs no time")
     if settings.offload != "none":
-        told.append("offloading costs nothing, which it does")
-    told.append("loading, evaluation and saving not counted")
-    return tuple(told)
+        assumptions.append("offloading costs no time (it does)")
+    assumptions.append("loading, evaluation and saving are not included")
+    return tuple(assumptions)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """What was found out about a recipe on a device.
+    """A recipe on a device: what it takes, whether it fits, and the alternatives.
 
     Attributes:
         model: the model's name.
-        facts: its counts.
-        trained: what is trained of it or beside it.
-        settings: the recipe's settings.
+        counts: its parameters.
+        trainable: the parameters that are trained.
+        settings: the settings of the run.
         hardware: the device.
         memory: the predicted peak.
-        largest_batch: rows in one forward pass that fit.
-        largest_length: tokens of a row that fit at the recipe's batch.
+        largest_batch: the largest batch of a forward pass that fits.
+        largest_length: the longest sequence that fits at the recipe's batch, in tokens.
         changes: single changes that save memory.
-        cheapest: what makes it fit, where it does not.
-        grid: other ways to train the model.
-        cost: time and money, where the work is known.
-        workload: the data, where it was read.
-        unread: why it was not.
-        estimated: whether activations are a rule of thumb, because the architecture could not be traced.
-        chosen: what the recipe leaves open, as training would settle it, with the reason.
+        cheapest_fix: the cheapest change that makes it fit; None if it fits or nothing does.
+        grid: other combinations of method, sharding strategy and checkpointing.
+        cost: time and cost; None if the number of steps is unknown.
+        dataset: the size of the data, if it was read.
+        unread_reason: why the data was not read.
+        estimated: whether activations are estimated, because the architecture could not be traced.
+        auto_settings: the settings that the recipe leaves open, with the reason of each choice.
     """
 
     model: str
-    facts: ParameterCounts
-    trained: TrainableCounts
+    counts: ParameterCounts
+    trainable: TrainableCounts
     settings: PlanSettings
     hardware: Hardware
     memory: MemoryPlan
     largest_batch: int
     largest_length: int
     changes: Sequence[Change]
-    cheapest: Change | None
+    cheapest_fix: Change | None
     grid: Sequence[GridCell]
     cost: CostEstimate | None
-    workload: DatasetSize | None
-    unread: str | None
+    dataset: DatasetSize | None
+    unread_reason: str | None
     estimated: bool
-    chosen: Sequence[str]
+    auto_settings: Sequence[str]
 
     @property
     def fits(self) -> bool:
-        """Whether the recipe as it is fits the device."""
+        """Whether the recipe fits the device."""
         return self.memory.total <= self.hardware.memory
 
 
@@ -168,38 +172,41 @@ def plan_training(
     """Plan a run of the recipe on a device.
 
     Args:
+        recipe: the recipe.
         hardware: the device, and how many of them.
-        price: of one device for an hour.
-        with_grid: also look at every other method, sharding and checkpointing.
-        read_data: encode local data for exact lengths.
+        price: the price of one device per hour.
+        with_grid: whether to predict every other method, sharding strategy and checkpointing.
+        read_data: whether to encode local data for exact lengths.
 
     Raises:
         UserError: the config cannot be read, or the adapter does not fit the model.
     """
-    found = read_dataset_size(recipe) if read_data else "not asked for"
-    workload = found if isinstance(found, DatasetSize) else None
-    planner = Planner(load_config(recipe, need_weights=False), recipe)
-    room = hardware.memory
-    settings, choices = choose_open_settings(recipe, planner, settings_on(recipe, hardware, workload), room)
+    found = read_dataset_size(recipe) if read_data else "not requested"
+    dataset = found if isinstance(found, DatasetSize) else None
+    planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
+    device_memory = hardware.memory
+    settings, auto_settings = choose_auto_settings(
+        recipe, planner, settings_for(recipe, hardware, dataset), device_memory
+    )
     memory = planner.memory(settings)
-    fits = memory.total <= room
+    fits = memory.total <= device_memory
     return TrainingPlan(
         model=recipe.model.name,
-        facts=planner.facts,
-        trained=planner.trained(settings),
+        counts=planner.counts,
+        trainable=planner.trainable(settings),
         settings=settings,
         hardware=hardware,
         memory=memory,
-        largest_batch=largest_batch(planner, settings, room),
-        largest_length=largest_length(planner, settings, room),
+        largest_batch=largest_batch(planner, settings, device_memory),
+        largest_length=largest_length(planner, settings, device_memory),
         changes=changes(planner, settings),
-        cheapest=None if fits else cheapest_change(planner, settings, room),
-        grid=alternatives(planner, settings, room) if with_grid else (),
-        cost=_plan_cost(recipe, planner, settings, hardware, workload, price),
-        workload=workload,
-        unread=None if isinstance(found, DatasetSize) else found,
+        cheapest_fix=None if fits else cheapest_fix(planner, settings, device_memory),
+        grid=alternatives(planner, settings, device_memory) if with_grid else (),
+        cost=_plan_cost(recipe, planner, settings, hardware, dataset, price),
+        dataset=dataset,
+        unread_reason=None if isinstance(found, DatasetSize) else found,
         estimated=planner.estimated,
-        chosen=tuple(f"{choice.key}: {choice.reason}" for choice in choices),
+        auto_settings=tuple(f"{setting.key}: {setting.reason}" for setting in auto_settings),
     )
 
 
@@ -208,20 +215,20 @@ def _plan_cost(
     planner: Planner,
     settings: PlanSettings,
     hardware: Hardware,
-    workload: DatasetSize | None,
+    dataset: DatasetSize | None,
     price: float | None,
 ) -> CostEstimate | None:
-    steps = steps_of(recipe, workload, settings)
+    steps = total_steps(recipe, dataset, settings)
     if steps is None:
         return None
     per_step = settings.batch * settings.accumulation * settings.processes
     tokens = steps * per_step * settings.length
-    if workload is not None:
-        tokens = min(tokens, round(steps * per_step * workload.tokens / workload.sequences))
+    if dataset is not None:
+        tokens = min(tokens, round(steps * per_step * dataset.tokens / dataset.sequences))
     return cost_estimate(
         settings,
-        planner.facts,
-        planner.trained(settings),
+        planner.counts,
+        planner.trainable(settings),
         hardware,
         tokens=tokens,
         steps=steps,
@@ -231,7 +238,7 @@ def _plan_cost(
 
 
 def _measured_rate(settings: PlanSettings) -> float:
-    """The matrix rate of this machine, where no data sheet tells it."""
+    """Measure the matrix rate of this machine, if no data sheet gives it."""
     import torch
 
     from peftchat.training.throughput import measure_matmul_flops

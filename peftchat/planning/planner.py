@@ -1,4 +1,4 @@
-"""Other ways to train the same model on the same device: method, sharding and checkpointing."""
+"""Planner: predict memory for settings, search what fits, and list changes and alternatives."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GridCell:
-    """One way to train.
+    """One combination of method, sharding strategy and checkpointing.
 
     Attributes:
         settings: with the recipe's own batch and length.
-        peak: bytes of one device.
-        fits: whether that is there.
-        largest_batch: rows in one forward pass that fit.
+        peak_bytes: predicted peak of one device.
+        fits: whether the device has that much memory.
+        largest_batch: the largest batch of a forward pass that fits.
     """
 
     settings: PlanSettings
-    peak: int
+    peak_bytes: int
     fits: bool
     largest_batch: int
 
@@ -50,11 +50,16 @@ _METHODS: tuple[tuple[Literal["full", "lora", "qlora"], Literal[4, 8] | None], .
 )
 
 
-def alternatives(planner: "Planner", settings: PlanSettings, room: int) -> Sequence[GridCell]:
-    """Every combination that trains, in the order of what it costs."""
+def alternatives(planner: "Planner", settings: PlanSettings, device_memory: int) -> Sequence[GridCell]:
+    """Return every combination that the recipe's variant supports, the most expensive method first."""
     cells = []
     for method, bits in _METHODS:
+        weights = "unquantized" if bits is None else f"{bits} bits"
+        if method != "full" and not planner.supports(weights):
+            continue
         for strategy in _strategies(settings, method, bits):
+            if method != "full" and not planner.supports(strategy):
+                continue
             for checkpointing in (False, True):
                 other = settings.with_changes(
                     method=method,
@@ -65,7 +70,7 @@ def alternatives(planner: "Planner", settings: PlanSettings, room: int) -> Seque
                     offload=settings.offload if strategy == settings.strategy else "none",
                 )
                 peak = planner.memory(other).total
-                cells.append(GridCell(other, peak, peak <= room, largest_batch(planner, other, room)))
+                cells.append(GridCell(other, peak, peak <= device_memory, largest_batch(planner, other, device_memory)))
     return cells
 
 
@@ -75,24 +80,24 @@ def _strategies(settings: PlanSettings, method: str, bits: int | None) -> "Itera
         return
     yield "ddp"
     yield "zero2"
-    # ZeRO-3 cannot slice 8-bit weights.
+    # ZeRO-3 cannot shard 8-bit weights.
     if bits != 8:
         yield "zero3"
 
 
-_MOST_ROWS = 1024
+_MAX_BATCH = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Settings changed to save memory.
+    """A change of settings that saves memory.
 
     Attributes:
-        name: what is changed, in a few words.
-        costs: what one pays for it.
-        flags: what to write after `peftchat train RECIPE`.
-        settings: with the change.
-        memory: the peak with it.
+        name: the change, in a few words.
+        costs: its disadvantage.
+        flags: overrides for `--set`.
+        settings: the changed settings.
+        memory: the peak with them.
     """
 
     name: str
@@ -102,22 +107,22 @@ class Change:
     memory: MemoryPlan
 
 
-def largest_batch(planner: "Planner", settings: PlanSettings, room: int) -> int:
-    """The most rows in one forward pass that fit into `room` bytes; 0 if one does not."""
-    return _largest(lambda rows: planner.memory(settings.with_changes(batch=rows)).total <= room, _MOST_ROWS)
+def largest_batch(planner: "Planner", settings: PlanSettings, device_memory: int) -> int:
+    """Return the largest batch of a forward pass that fits; 0 if none does."""
+    return _largest(lambda batch: planner.memory(settings.with_changes(batch=batch)).total <= device_memory, _MAX_BATCH)
 
 
-def largest_length(planner: "Planner", settings: PlanSettings, room: int) -> int:
-    """The longest row, in steps of 64 tokens, that the model takes and that fits into `room` bytes; 0 if none does."""
+def largest_length(planner: "Planner", settings: PlanSettings, device_memory: int) -> int:
+    """Return the longest sequence that model and memory allow, in steps of 64 tokens; 0 if none fits."""
 
     def fits(blocks: int) -> bool:
-        return planner.memory(settings.with_changes(length=64 * blocks)).total <= room
+        return planner.memory(settings.with_changes(length=64 * blocks)).total <= device_memory
 
-    return 64 * _largest(fits, max(1, planner.facts.positions // 64))
+    return 64 * _largest(fits, max(1, planner.counts.max_positions // 64))
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` for which `fits` holds, which it does up to some number and not beyond."""
+    """Return the largest number up to `most` that fits, if all smaller ones fit too."""
     if not fits(1):
         return 0
     low, high = 1, 2
@@ -131,28 +136,27 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def changes(planner: "Planner", settings: PlanSettings) -> list[Change]:
-    """Every single change that saves memory, the cheapest first, with its predicted peak."""
+    """Return every single change that saves memory and that the variant supports, the cheapest first."""
     before = planner.memory(settings).total
-    found = (_change(planner, settings, option) for option in _options(settings))
+    found = (_change(planner, settings, option) for option in _options(settings) if planner.supports(option.requires))
     return [change for change in found if change.memory.total < before]
 
 
-def cheapest_change(planner: "Planner", settings: PlanSettings, room: int) -> Change | None:
-    """The first single change that fits into `room` bytes, else the shortest row of changes that does; None if none."""
-    alone = changes(planner, settings)
-    for change in alone:
-        if change.memory.total <= room:
+def cheapest_fix(planner: "Planner", settings: PlanSettings, device_memory: int) -> Change | None:
+    """Return the first change that fits, else the shortest sequence of changes that does; None if none does."""
+    for change in changes(planner, settings):
+        if change.memory.total <= device_memory:
             return change
-    together: Change | None = None
+    combined: Change | None = None
     for _ in _options(settings):
-        current = settings if together is None else together.settings
-        done = set() if together is None else set(together.flags)
+        current = settings if combined is None else combined.settings
+        done = set() if combined is None else set(combined.flags)
         step = next((option for option in changes(planner, current) if not set(option.flags) <= done), None)
         if step is None:
             return None
-        together = step if together is None else _joined(together, step)
-        if together.memory.total <= room:
-            return together
+        combined = step if combined is None else _joined(combined, step)
+        if combined.memory.total <= device_memory:
+            return combined
     return None
 
 
@@ -170,6 +174,7 @@ class _Option:
     costs: str
     flags: tuple[str, ...]
     changes: dict[str, object]
+    requires: str = ""
 
 
 def _change(planner: "Planner", settings: PlanSettings, option: _Option) -> Change:
@@ -184,11 +189,12 @@ def _options(settings: PlanSettings) -> Iterator[_Option]:
             "about a third more time",
             ("training.gradient_checkpointing=true",),
             {"checkpointing": True},
+            requires="checkpointing",
         )
     if settings.batch > 1:
         accumulation = settings.accumulation * settings.batch
         yield _Option(
-            "one row at a time, accumulated",
+            "a batch of 1 with accumulation",
             "smaller matrix products",
             ("training.per_device_train_batch_size=1", f"training.gradient_accumulation_steps={accumulation}"),
             {"batch": 1, "accumulation": accumulation},
@@ -196,7 +202,7 @@ def _options(settings: PlanSettings) -> Iterator[_Option]:
     if settings.device == "cuda" and "8bit" not in settings.optimizer and settings.optimizer.startswith("adamw"):
         yield _Option(
             "paged 8-bit AdamW",
-            "rounded optimizer states",
+            "optimizer states in 8 bits",
             ("training.optim=paged_adamw_8bit",),
             {"optimizer": "paged_adamw_8bit"},
         )
@@ -205,9 +211,10 @@ def _options(settings: PlanSettings) -> Iterator[_Option]:
     if settings.method != "qlora" and settings.strategy != "zero2":
         yield _Option(
             "QLoRA in 4 bits",
-            "a third more time, a rounded base",
+            "a third more time, a base model in 4 bits",
             ("method=qlora",),
             {"method": "qlora", "bits": 4, "double": True},
+            requires="4 bits",
         )
     yield from _sharding(settings)
 
@@ -220,82 +227,94 @@ def _sharding(settings: PlanSettings) -> Iterator[_Option]:
         )
         for stage, costs in stages:
             if settings.strategy < stage and not (stage == "zero3" and settings.bits == 8):
-                yield _Option(f"ZeRO-{stage[-1]}", costs, (f"distributed.strategy={stage}",), {"strategy": stage})
+                yield _Option(
+                    f"ZeRO-{stage[-1]}", costs, (f"distributed.strategy={stage}",), {"strategy": stage}, requires=stage
+                )
     if settings.sharded and settings.offload == "none":
         yield _Option(
-            "optimizer in main memory",
-            "steps on the processor",
+            "optimizer states in RAM",
+            "optimizer steps on the CPU",
             ("distributed.offload=optimizer",),
             {"offload": "optimizer"},
         )
     if settings.strategy == "zero3" and settings.offload != "all":
         yield _Option(
-            "weights in main memory too",
-            "weights travel in every pass",
+            "weights in RAM too",
+            "transfer of all weights in every pass",
             ("distributed.offload=all",),
             {"offload": "all"},
         )
 
 
 class Planner:
-    """Predicts memory for one model and adapter; every trace is made once.
+    """Predicts the memory of one model and adapter; every trace is cached.
 
     Attributes:
-        facts: counts of the model.
-        estimated: whether some activations are a rule of thumb, because the architecture cannot run on shapes.
+        counts: the parameters of the model.
+        estimated: whether some activations are estimated, because the architecture cannot be traced.
 
     Args:
-        config: the base model's config; no weight is read.
-        recipe: names the adapter, or none, and then its defaults stand in for other methods.
+        config: the base model's config; no weights are read.
+        recipe: its adapter counts, or the default adapter for methods that the recipe does not use.
+
+    Raises:
+        UserError: no causal language model can be built from the config.
     """
 
     def __init__(self, config: "PretrainedConfig", recipe: "Recipe") -> None:
         self.config = config
         self.recipe = recipe
-        self.facts: ParameterCounts = parameter_counts(config)
+        self.counts: ParameterCounts = parameter_counts(config)
         self.estimated = False
-        self._trained: dict[tuple[bool, int], TrainableCounts] = {}
+        self._trainable: dict[tuple[bool, int], TrainableCounts] = {}
         self._profiles: dict[tuple[TraceConfig, bool], ActivationProfile] = {}
         self._losses: dict[tuple[str, str | None, bool, int, str], LossProfile] = {}
 
-    def memory(self, settings: PlanSettings) -> MemoryPlan:
-        """The predicted peak of one device under these settings."""
-        trained = self.trained(settings)
-        return memory_plan(settings, self.facts, trained, self._activations(settings), self._loss(settings))
+    def supports(self, setting: str) -> bool:
+        """Return whether the recipe's variant supports a setting such as `4 bits`, `zero3` or `checkpointing`."""
+        adapter = self.recipe.adapter
+        return adapter is None or adapter.incompatibility(setting) is None
 
-    def trained(self, settings: PlanSettings) -> TrainableCounts:
-        """What is trained: the model, or the recipe's adapter (the default one where it has none)."""
+    def memory(self, settings: PlanSettings) -> MemoryPlan:
+        """Predict the peak of one device with these settings."""
+        trainable = self.trainable(settings)
+        return memory_plan(settings, self.counts, trainable, self._activations(settings), self._loss(settings))
+
+    def trainable(self, settings: PlanSettings) -> TrainableCounts:
+        """Count the trainable parameters of the model, or of the recipe's adapter or the default one."""
         full = settings.method == "full"
         key = (full, 0 if full else settings.new_tokens)
-        if key not in self._trained:
-            self._trained[key] = trainable_counts(self.config, self._as("full" if full else "lora"), key[1])
-        return self._trained[key]
+        if key not in self._trainable:
+            self._trainable[key] = trainable_counts(self.config, self._with_method("full" if full else "lora"), key[1])
+        return self._trainable[key]
 
     @functools.cache  # noqa: B019 - a planner lives as long as one command
-    def _as(self, method: "Method") -> "Recipe":
-        """The recipe as it would be by another method."""
+    def _with_method(self, method: "Method") -> "Recipe":
+        """Return the recipe with another method."""
         if (self.recipe.method == "full") == (method == "full"):
             return self.recipe
         written = self.recipe.model_dump(exclude={"adapter", "quantization"}, exclude_unset=True)
         return type(self.recipe).model_validate({**written, "method": method})
 
     def _activations(self, settings: PlanSettings) -> ActivationProfile:
-        key = settings.activation_key
+        trace_config = settings.trace_config
         full = settings.method == "full"
-        if (key, full) not in self._profiles:
+        if (trace_config, full) not in self._profiles:
             try:
-                recipe = self._as("full" if full else "lora")
-                self._profiles[key, full] = activation_profile(self.config, recipe, key)
+                recipe = self._with_method("full" if full else "lora")
+                self._profiles[trace_config, full] = activation_profile(self.config, recipe, trace_config)
             except Exception:
-                # Shapes alone do not tell where a router sends its tokens, for one, and every architecture that
-                # cannot run on them says so in its own way.
+                # An architecture with data-dependent control flow, such as some MoE routers, cannot run on fake
+                # tensors, and each raises an error of its own.
                 self.estimated = True
-                self._profiles[key, full] = estimated_profile(self.facts, key)
-        return self._profiles[key, full]
+                self._profiles[trace_config, full] = estimated_profile(self.counts, trace_config)
+        return self._profiles[trace_config, full]
 
     def _loss(self, settings: PlanSettings) -> LossProfile:
-        key, full = settings.activation_key, settings.method == "full"
-        place = (key.held, key.autocast, full, key.new_tokens, settings.device)
-        if place not in self._losses:
-            self._losses[place] = loss_profile(self.config, self.facts, key, trains_head=full, device=settings.device)
-        return self._losses[place]
+        trace_config, full = settings.trace_config, settings.method == "full"
+        key = (trace_config.weight_dtype, trace_config.autocast, full, trace_config.new_tokens, settings.device)
+        if key not in self._losses:
+            self._losses[key] = loss_profile(
+                self.config, self.counts, trace_config, trains_head=full, device=settings.device
+            )
+        return self._losses[key]

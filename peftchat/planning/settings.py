@@ -1,10 +1,11 @@
-"""What a run works through: read from local data, else taken from the recipe's own numbers."""
+"""Settings of a plan: the recipe on a device, and the size of its dataset."""
 
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from peftchat.chat_template.templates import added_token_count
 from peftchat.errors import UserError
 from peftchat.planning.hardware import Device, Hardware
 from peftchat.training.distributed import is_sharded, weight_dtype
@@ -12,7 +13,7 @@ from peftchat.training.distributed import is_sharded, weight_dtype
 if TYPE_CHECKING:
     import numpy as np
 
-    from peftchat.chat_template.registry import ChatFormat
+    from peftchat.chat_template.chat_format import ChatFormat
     from peftchat.dataset.cache import EncodedSplit
     from peftchat.recipe import Recipe
     from peftchat.recipe.sections import Dtype, Method, Offload, Optimizer
@@ -20,54 +21,50 @@ if TYPE_CHECKING:
 
 
 AttentionKind = Literal["fused", "masked", "eager"]
-"""`fused`: a kernel that keeps its inputs, its output and one number a query (Dao et al., 2022). `masked`: SDPA
-with a mask of every pair of positions. `eager`: the scores of every pair are kept."""
-
-
-NEW_TOKENS = {"starchat": 4, "chatml": 2, "model": 0}
-"""Rows that each template may add; a tokenizer that has some of the tokens already adds fewer."""
+"""`fused`: a kernel that saves its inputs, its output and one number per query (Dao et al., 2022). `masked`: SDPA with
+a mask over every pair of positions. `eager`: the scores of every pair are saved."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceConfig:
-    """All that the bytes of a step depend on beside batch and length.
+    """Everything that the memory of a step depends on, except batch and length.
 
     Attributes:
-        held: dtype of the unquantized weights, as torch names it.
-        autocast: dtype that products are cast to, None where nothing is cast.
-        trained: dtype that trained weights are cast to before the step (DeepSpeed's), None for what PEFT makes them.
-        attention: how attention is computed.
-        quantized: whether frozen weights are packed.
-        checkpointing: whether each block is computed again in the backward pass.
-        branches_at_once: whether plain LoRA layers run as `peftchat.models.fused_lora` has them.
-        new_tokens: rows trained beside a frozen embedding.
+        weight_dtype: dtype of the unquantized weights, by torch's name.
+        autocast: dtype of autocast; None without it.
+        trainable_dtype: dtype that DeepSpeed casts trainable weights to; None for PEFT's own.
+        attention: the kind of attention.
+        quantized: whether frozen weights are quantized.
+        checkpointing: whether each block is recomputed in the backward pass.
+        fused_lora: whether plain LoRA layers run fused (`peftchat.models.fused_lora`).
+        new_tokens: embeddings of added tokens trained beside a frozen embedding.
     """
 
-    held: str
+    weight_dtype: str
     autocast: str | None
-    trained: str | None
+    trainable_dtype: str | None
     attention: AttentionKind
     quantized: bool
     checkpointing: bool
-    branches_at_once: bool
+    fused_lora: bool
     new_tokens: int
 
 
-_READ_AT_MOST = 64_000_000
-"""Bytes of data files that are encoded for a plan; larger sets count only if their rows are cached already."""
+_MAX_BYTES_READ = 64_000_000
+"""Bytes of data files that are encoded for a plan; larger datasets are not read."""
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetSize:
-    """The rows of a recipe.
+    """The size of a recipe's training data.
 
     Attributes:
-        sequences: rows or packs an epoch.
-        tokens: tokens an epoch, padding not counted.
-        longest: tokens of the longest row or pack.
-        conversation: tokens of the conversation that a usual token belongs to.
-        supervised: share of tokens with a target.
-        new_tokens: rows that the template adds to this tokenizer.
+        sequences: examples or packs per epoch.
+        tokens: tokens per epoch, without padding.
+        longest: tokens of the longest example or pack.
+        conversation: mean length of a conversation in tokens, weighted by length.
+        supervised: fraction of tokens with a target.
+        new_tokens: tokens that the template adds to this tokenizer.
     """
 
     sequences: int
@@ -79,17 +76,17 @@ class DatasetSize:
 
 
 def read_dataset_size(recipe: "Recipe") -> DatasetSize | str:
-    """The recipe's rows where everything needed for them lies here, else the reason why they were not read."""
+    """Return the size of the dataset if tokenizer and data are local, else why it was not read."""
     if not Path(recipe.model.name).is_dir():
-        return "the tokenizer is not in a local folder"
+        return "the tokenizer is not local"
     from peftchat.conversations.readers import find_files
 
     try:
         files = [find_files(entry.path, entry.split) for entry in recipe.data.train]
         if any(found is None for found in files):
-            return "the data is on a hub"
-        if sum(file.stat().st_size for found in files for file in found or ()) > _READ_AT_MOST:
-            return "the data is large"
+            return "the data is on the Hub"
+        if sum(file.stat().st_size for found in files for file in found or ()) > _MAX_BYTES_READ:
+            return f"the data is larger than {_MAX_BYTES_READ // 1_000_000} MB"
         return _read(recipe)
     except UserError as error:
         return str(error)
@@ -97,35 +94,36 @@ def read_dataset_size(recipe: "Recipe") -> DatasetSize | str:
 
 def _read(recipe: "Recipe") -> DatasetSize:
     from peftchat.dataset.cache import load_splits
-    from peftchat.training.model import chat_format
+    from peftchat.training.context import load_chat_format
 
-    chat = chat_format(recipe)
-    return dataset_size_of(recipe, chat, load_splits(recipe, chat)["train"])
+    chat = load_chat_format(recipe)
+    return dataset_size(recipe, chat, load_splits(recipe, chat)["train"])
 
 
-def dataset_size_of(recipe: "Recipe", chat: "ChatFormat", rows: "EncodedSplit") -> DatasetSize:
-    """What the recipe makes of encoded rows.
+def dataset_size(recipe: "Recipe", chat: "ChatFormat", split: "EncodedSplit") -> DatasetSize:
+    """Return the size of an encoded split under the recipe's packing.
 
     Args:
+        recipe: its packing and maximum length count.
         chat: the tokenizer in the recipe's chat format.
-        rows: those to train on, at least one.
+        split: the training split, at least one example.
     """
     import numpy as np
 
-    lengths = np.asarray(rows.store.lengths)
+    lengths = np.asarray(split.store.lengths)
     sequences = _sequences(recipe, lengths)
     return DatasetSize(
         sequences=len(sequences),
         tokens=int(lengths.sum()),
         longest=int(sequences.max()),
         conversation=math.ceil(float((lengths.astype(np.float64) ** 2).sum() / lengths.sum())),
-        supervised=rows.stats.supervised / rows.stats.tokens,
+        supervised=split.stats.supervised / split.stats.tokens,
         new_tokens=len(chat.new_tokens),
     )
 
 
 def _sequences(recipe: "Recipe", lengths: "np.ndarray") -> "np.ndarray":
-    """Tokens of each row or pack."""
+    """Return the tokens of each example or pack."""
     import numpy as np
 
     from peftchat.dataset.packing import pack
@@ -136,30 +134,30 @@ def _sequences(recipe: "Recipe", lengths: "np.ndarray") -> "np.ndarray":
     return np.array([lengths[group].sum() for group in packs])
 
 
-def steps_of(recipe: "Recipe", workload: DatasetSize | None, settings: "PlanSettings") -> int | None:
-    """Optimizer steps of the run; None where neither the recipe nor the data tells."""
+def total_steps(recipe: "Recipe", dataset: DatasetSize | None, settings: "PlanSettings") -> int | None:
+    """Return the optimizer steps of the run; None if they depend on data that was not read."""
     training = recipe.training
     if training.max_steps > 0:
         return training.max_steps
-    if workload is None:
+    if dataset is None:
         return None
-    return math.ceil(steps_per_epoch(workload, settings) * training.num_train_epochs)
+    return math.ceil(steps_per_epoch(dataset, settings) * training.num_train_epochs)
 
 
-def steps_per_epoch(workload: DatasetSize, settings: "PlanSettings") -> int:
-    """Optimizer steps in which every row or pack is seen once, as the trainer will count them."""
-    passes = math.ceil(workload.sequences / (settings.batch * settings.processes))
+def steps_per_epoch(dataset: DatasetSize, settings: "PlanSettings") -> int:
+    """Return the optimizer steps per epoch, as the trainer counts them."""
+    passes = math.ceil(dataset.sequences / (settings.batch * settings.processes))
     return max(1, math.ceil(passes / settings.accumulation))
 
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""Bytes an element of each dtype."""
+"""Bytes per element of each dtype."""
 
-USUAL_SUPERVISED = 0.65
-"""Share of tokens with a target where the data was not read; chat data sets lie between 0.4 and 0.8."""
+DEFAULT_SUPERVISED = 0.65
+"""Fraction of tokens with a target if the data was not read; chat datasets have between 0.4 and 0.8."""
 
-USUAL_CONVERSATION = 256
-"""Tokens of a conversation where the data was not read."""
+DEFAULT_CONVERSATION = 256
+"""Tokens per conversation if the data was not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,23 +165,23 @@ class PlanSettings:
     """One way to train a model.
 
     Attributes:
-        method: what is trained.
-        dtype: of the unquantized base.
-        bits: 4 or 8 for a quantized base, None for 16 or 32 by `dtype`.
+        method: full, lora or qlora.
+        dtype: dtype of the unquantized base model.
+        bits: 4 or 8 for a quantized base model, else None.
         double: whether the scales of 4-bit weights are quantized too.
-        optimizer: transformers' name of it.
-        strategy: what several processes share.
-        processes: all of them, on all machines.
-        offload: what DeepSpeed keeps in main memory.
-        checkpointing: whether activations are computed again in the backward pass.
-        batch: rows or packs in one forward pass of one process.
-        length: tokens of a row or pack.
-        accumulation: forward passes in an optimizer step.
-        supervised: share of tokens with a target.
-        attention: what kind of attention runs.
-        conversation: tokens of a usual conversation.
+        optimizer: its name in transformers.
+        strategy: how several processes share the work.
+        processes: their number, on all machines.
+        offload: what DeepSpeed keeps in RAM.
+        checkpointing: whether activations are recomputed in the backward pass.
+        batch: examples or packs per forward pass of one process.
+        length: tokens per example or pack.
+        accumulation: forward passes per optimizer step.
+        supervised: fraction of tokens with a target.
+        attention: the kind of attention.
+        conversation: tokens per conversation.
         device: `cuda` or `cpu`.
-        new_tokens: rows trained beside a frozen embedding.
+        new_tokens: embeddings of added tokens trained beside a frozen embedding.
     """
 
     method: "Method"
@@ -210,7 +208,7 @@ class PlanSettings:
         return is_sharded(self.strategy)
 
     @property
-    def held(self) -> "Dtype":
+    def weight_dtype(self) -> "Dtype":
         """The dtype of unquantized weights."""
         return weight_dtype(self.method, self.dtype, self.strategy)
 
@@ -220,22 +218,22 @@ class PlanSettings:
         return max(1, round(self.batch * self.length * self.supervised))
 
     @property
-    def activation_key(self) -> TraceConfig:
-        """What the trace of a step depends on."""
+    def trace_config(self) -> TraceConfig:
+        """The part of the settings that the trace of a step depends on."""
         return TraceConfig(
-            held=self.held,
+            weight_dtype=self.weight_dtype,
             # DeepSpeed casts the whole model instead.
             autocast=None if self.sharded or self.dtype == "float32" else self.dtype,
-            trained=self.dtype if self.sharded and self.method != "full" else None,
+            trainable_dtype=self.dtype if self.sharded and self.method != "full" else None,
             attention=self.attention,
             quantized=self.bits is not None,
             checkpointing=self.checkpointing,
-            branches_at_once=self.method != "full" and self.strategy != "zero3",
+            fused_lora=self.method != "full" and self.strategy != "zero3",
             new_tokens=0 if self.method == "full" else self.new_tokens,
         )
 
     def with_changes(self, **changes: object) -> "PlanSettings":
-        """The same settings but for these."""
+        """Return the settings with these changes."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -251,14 +249,18 @@ def plan_settings(
     conversation: int | None = None,
     new_tokens: int | None = None,
 ) -> PlanSettings:
-    """The recipe's settings on a device.
+    """Return the recipe's settings on a device.
 
     Args:
+        recipe: the recipe.
+        strategy: how the processes share the work.
+        processes: their number.
+        device: `cuda` or `cpu`.
         attention: see `attention_kind`.
-        longest: tokens of the longest row or pack, where the data was read; `data.max_length` without it.
-        supervised: share of tokens with a target, where the data was read.
-        conversation: tokens of a usual conversation, where the data was read.
-        new_tokens: rows that the template adds, where the tokenizer was read.
+        longest: tokens of the longest example or pack; `data.max_length` if None.
+        supervised: fraction of tokens with a target, if the data was read.
+        conversation: tokens per conversation, if the data was read.
+        new_tokens: tokens that the template adds, if the tokenizer was read.
     """
     training, quantization = recipe.training, recipe.quantization
     length = min(longest or recipe.data.max_length, recipe.data.max_length)
@@ -276,16 +278,16 @@ def plan_settings(
         batch=training.per_device_train_batch_size,
         length=length + -length % multiple,
         accumulation=training.gradient_accumulation_steps,
-        supervised=USUAL_SUPERVISED if supervised is None else supervised,
+        supervised=DEFAULT_SUPERVISED if supervised is None else supervised,
         attention=attention,
-        conversation=conversation or USUAL_CONVERSATION,
+        conversation=conversation or DEFAULT_CONVERSATION,
         device=device,
-        new_tokens=NEW_TOKENS.get(recipe.chat.template, 0) if new_tokens is None else new_tokens,
+        new_tokens=added_token_count(recipe.chat.template) if new_tokens is None else new_tokens,
     )
 
 
 def attention_kind(recipe: "Recipe", device: Device) -> AttentionKind:
-    """The kind of attention that the recipe runs with, as `peftchat.training.model` settles it."""
+    """Return the kind of attention that training selects on a device (`peftchat.training.model`)."""
     wanted = recipe.model.attention
     if wanted == "eager":
         return "eager"
@@ -298,35 +300,35 @@ def attention_kind(recipe: "Recipe", device: Device) -> AttentionKind:
     return "fused"
 
 
-def settings_on(
-    recipe: "Recipe", hardware: Hardware, workload: DatasetSize | None, placement: "DistributedSetup | None" = None
+def settings_for(
+    recipe: "Recipe", hardware: Hardware, dataset: DatasetSize | None, distributed: "DistributedSetup | None" = None
 ) -> PlanSettings:
-    """The recipe's settings on a device.
+    """Return the recipe's settings on a device.
 
     Args:
-        hardware: the device, which need not be here.
-        workload: the data, where it was read.
-        placement: where a run takes place; without it, what training would make of that many such devices.
+        recipe: the recipe.
+        hardware: the device, of this machine or another.
+        dataset: the size of the data, if it was read.
+        distributed: the distributed setup of a run; None for the one that training would select for the hardware.
     """
-    if placement is None:
-        strategy, processes = _placed(recipe, hardware)
+    if distributed is None:
+        strategy, processes = _default_strategy(recipe, hardware)
     else:
-        strategy, processes = placement.strategy, placement.world_size
-    conversation = None if workload is None else workload.conversation
+        strategy, processes = distributed.strategy, distributed.world_size
     return plan_settings(
         recipe,
         strategy=strategy,
         processes=processes,
         device=hardware.device,
         attention=attention_kind(recipe, hardware.device),
-        longest=None if workload is None else workload.longest,
-        supervised=None if workload is None else workload.supervised,
-        conversation=conversation,
-        new_tokens=None if workload is None else workload.new_tokens,
+        longest=None if dataset is None else dataset.longest,
+        supervised=None if dataset is None else dataset.supervised,
+        conversation=None if dataset is None else dataset.conversation,
+        new_tokens=None if dataset is None else dataset.new_tokens,
     )
 
 
-def _placed(recipe: "Recipe", hardware: Hardware) -> "tuple[Strategy, int]":
+def _default_strategy(recipe: "Recipe", hardware: Hardware) -> "tuple[Strategy, int]":
     wanted = recipe.distributed.strategy
     if wanted == "single":
         return "single", 1

@@ -1,19 +1,18 @@
-"""A model of shapes: the real architecture with one or two layers, its weights without storage.
+"""Memory tracing: run one or two layers of the real architecture on fake tensors and count bytes.
 
-What autograd keeps is then read off the model's own code, whatever the architecture and the adapter, without a
-weight being loaded. Three things that a shape cannot run are stood in for: fused attention, quantized products, and
-the mask of packed rows.
+What autograd saves is read off the model's own code, for any architecture and adapter, without loading weights. Three
+things that fake tensors cannot run are replaced: fused attention, quantized products, and the mask of packed
+sequences.
 """
 
 import copy
 import functools
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,15 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from peftchat.models.added_tokens import AddedTokenEmbeddings, AddedTokenHead, register_hooks, unfreeze_added_tokens
 from peftchat.models.fused_lora import fuse_lora_forward
-from peftchat.models.lora_init import initialize_adapter
-from peftchat.models.peft_model import adapter_mismatch, cast_trainable, peft_config
+from peftchat.models.peft_model import cast_trainable, wrap_without_init
 from peftchat.planning.settings import AttentionKind
 from peftchat.training.lm_head import Head, LogitTransform
 from peftchat.training.loss import linear_cross_entropy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
@@ -37,28 +33,33 @@ if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 
-_FUSED = "peftchat_shapes_fused"
+_FUSED = "peftchat_fake_fused"
 
 
-def fake_model(config: "PretrainedConfig", recipe: "Recipe", key: "TraceConfig", layers: int) -> "PreTrainedModel":
-    """The architecture with `layers` layers, wrapped as training wraps it. To be called under a `FakeTensorMode`.
+def fake_model(
+    config: "PretrainedConfig", recipe: "Recipe", trace_config: "TraceConfig", layers: int
+) -> "PreTrainedModel":
+    """Build the architecture with `layers` layers and the recipe's adapter, under a `FakeTensorMode`.
 
     Args:
         config: the base model's config.
-        recipe: its method and adapter decide what is trained.
-        key: dtypes, attention, quantization, checkpointing, new rows.
+        recipe: its method and adapter.
+        trace_config: dtypes, attention, quantization, checkpointing and added tokens.
+        layers: decoder blocks.
     """
-    model = meta_model(shallow(config, layers), getattr(torch, key.held), key.attention)
+    model = meta_model(shallow(config, layers), getattr(torch, trace_config.weight_dtype), trace_config.attention)
     wrapped: nn.Module = model
     if recipe.method != "full":
         model.requires_grad_(False)
-        wrapped = wrap(model, recipe, key.new_tokens)
-    materialize_fakes(wrapped, None if key.trained is None else getattr(torch, key.trained))
-    if key.quantized:
+        wrapped = wrap(model, recipe, trace_config.new_tokens)
+    materialize_fakes(
+        wrapped, None if trace_config.trainable_dtype is None else getattr(torch, trace_config.trainable_dtype)
+    )
+    if trace_config.quantized:
         _quantize(model)
-    if isinstance(wrapped, PeftModel) and key.branches_at_once:
+    if isinstance(wrapped, PeftModel) and trace_config.fused_lora:
         fuse_lora_forward(wrapped)
-    if key.checkpointing:
+    if trace_config.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if recipe.method != "full":
             model.enable_input_require_grads()
@@ -66,7 +67,7 @@ def fake_model(config: "PretrainedConfig", recipe: "Recipe", key: "TraceConfig",
 
 
 def shallow(config: "PretrainedConfig", layers: int) -> "PretrainedConfig":
-    """The config of the same model with fewer layers."""
+    """Return the config of the same model with fewer layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
@@ -76,54 +77,46 @@ def shallow(config: "PretrainedConfig", layers: int) -> "PretrainedConfig":
     return config
 
 
-def meta_model(config: "PretrainedConfig", held: torch.dtype, attention: AttentionKind = "masked") -> "PreTrainedModel":
-    """The whole architecture on torch's `meta` device: shapes and dtypes, no memory."""
+def meta_model(
+    config: "PretrainedConfig", dtype: torch.dtype, attention: AttentionKind = "masked"
+) -> "PreTrainedModel":
+    """Build the full architecture on torch's `meta` device: shapes and dtypes without memory."""
     from transformers import AutoModelForCausalLM
 
     _register_attention()
     names = {"fused": _FUSED, "masked": "sdpa", "eager": "eager"}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=held, attn_implementation=names[attention])
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=names[attention])
 
 
 def wrap(model: "PreTrainedModel", recipe: "Recipe", new_tokens: int) -> nn.Module:
-    """Put new tokens' rows and the recipe's adapter into a frozen model on the `meta` device.
+    """Add embeddings of added tokens and the recipe's adapter to a frozen model on the `meta` device.
 
-    As `peftchat.models.peft_model.add_adapter` does it, but no start of an adapter is looked for.
+    This follows `peftchat.models.peft_model.add_adapter`, without the adapter's initialization.
 
     Raises:
         UserError: the adapter does not fit the model.
     """
-    assert recipe.adapter is not None
     with torch.device("meta"):
         if new_tokens:
             _attach_embeddings(model, new_tokens)
-        config = peft_config(recipe, model)
-        if config is None:
-            return model
-        try:
-            wrapped = get_peft_model(model, config)
-        except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-            raise adapter_mismatch(recipe, error) from error
-        initialize_adapter(recipe, wrapped, _no_embedding, Path())
-    unfreeze_added_tokens(model)
-    cast_trainable(wrapped, torch.float32)
+        wrapped = wrap_without_init(recipe, model)
+    if wrapped is not model:
+        unfreeze_added_tokens(model)
+        cast_trainable(wrapped, torch.float32)
     return wrapped
 
 
-def _no_embedding(_: int) -> "Iterator[dict[str, Tensor]]":
-    return iter(())
-
-
-def materialize_fakes(model: nn.Module, trained: torch.dtype | None) -> None:
-    """Replace `meta` parameters and buffers by fake ones that believe to be on the CPU; ties stay tied."""
+def materialize_fakes(model: nn.Module, trainable_dtype: torch.dtype | None) -> None:
+    """Replace `meta` parameters and buffers by fake CPU tensors; tied weights stay tied."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                dtype = trained if trained is not None and parameter.requires_grad else parameter.dtype
+                cast = trainable_dtype is not None and parameter.requires_grad
+                dtype = trainable_dtype if cast else parameter.dtype
                 fake = torch.empty(parameter.shape, dtype=dtype)
                 made[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]
@@ -134,21 +127,21 @@ def materialize_fakes(model: nn.Module, trained: torch.dtype | None) -> None:
 
 def _attach_embeddings(model: "PreTrainedModel", count: int) -> None:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    vocabulary, width = embedding.shape
+    vocab_size, width = embedding.shape
     outputs = None if head is embedding else torch.empty(count, head.shape[1])
-    ids = range(vocabulary, vocabulary + count)
-    register_hooks(model, AddedTokenEmbeddings(ids, torch.empty(count, width), outputs, None, vocabulary))
+    ids = range(vocab_size, vocab_size + count)
+    register_hooks(model, AddedTokenEmbeddings(ids, torch.empty(count, width), outputs, None, vocab_size))
 
 
 def _quantize(model: "PreTrainedModel") -> None:
-    """Let every frozen linear layer but the head make its weight anew for each product, as bitsandbytes does."""
+    """Let every frozen linear layer except the head dequantize its weight per product, as bitsandbytes does."""
     for module in decoder_linears(model):
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.__class__ = _QuantizedLinear
 
 
 class _QuantizedLinear(nn.Linear):
-    """A linear layer whose weight is made for each product and not kept."""
+    """A linear layer whose weight is dequantized for each product and not saved."""
 
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = _QuantizedProduct.apply(x.to(self.weight.dtype), self)
@@ -199,12 +192,12 @@ def _register_attention() -> None:
 
 
 def fake_mode() -> FakeTensorMode:
-    """The mode in which a shadow model is made and run."""
+    """Return the mode for building and running a fake model."""
     return FakeTensorMode()
 
 
 def decoder_linears(model: "PreTrainedModel") -> "list[nn.Linear | Conv1D]":
-    """The linear layers of the blocks, those of GPT-2's class included; the head is none of them."""
+    """Return the linear layers of the blocks, including GPT-2's `Conv1D`, without the LM head."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
@@ -212,11 +205,11 @@ def decoder_linears(model: "PreTrainedModel") -> "list[nn.Linear | Conv1D]":
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages made inside the context and still alive.
+    """Counts the bytes of storages that are created inside the context and still alive.
 
     Attributes:
         now: bytes alive.
-        peak: the most since `restart`.
+        peak: the most bytes alive since `reset_peak`.
     """
 
     def __init__(self) -> None:
@@ -226,12 +219,12 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def ignore(self, model: nn.Module) -> None:
-        """Leave out the weights and buffers of a model."""
+        """Exclude the weights and buffers of a model."""
         for tensor in (*model.parameters(), *model.buffers()):
             self._watch(tensor.untyped_storage(), count=False)
 
-    def restart(self) -> None:
-        """Forget the peak."""
+    def reset_peak(self) -> None:
+        """Set the peak to the bytes alive now."""
         self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -259,14 +252,14 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True)
 class BackboneTrace:
-    """Bytes at the moments of a step through the backbone (all layers, without the head).
+    """Bytes of a step through the backbone (all layers, without the LM head).
 
     Attributes:
-        forward_peak: the most during the forward.
-        saved: alive behind it, with the last hidden state.
-        first_layer_peak: the most while the gradient passes the last layer, through which it goes first.
-        rest_peak: the most from there to the end.
-        gradients: alive at the end: the gradients of what is trained.
+        forward_peak: the peak of the forward pass.
+        saved: alive after it, including the last hidden states.
+        first_layer_peak: the peak while the gradient passes the last layer, which is first in the backward pass.
+        rest_peak: the peak from there to the end.
+        gradients: alive at the end: gradients of the trainable weights.
     """
 
     forward_peak: int
@@ -277,7 +270,7 @@ class BackboneTrace:
 
 
 def trace_backbone(model: "PreTrainedModel", batch: int, length: int, autocast: torch.dtype | None) -> BackboneTrace:
-    """Run forward and backward of a shadow model on ids of shape (batch, length), under its `FakeTensorMode`."""
+    """Run forward and backward of a fake model on ids of shape (batch, length), under its `FakeTensorMode`."""
     live = LiveBytes()
     live.ignore(model)
     layers = decoder_layers(model)
@@ -290,7 +283,7 @@ def trace_backbone(model: "PreTrainedModel", batch: int, length: int, autocast: 
 
     def passed(_: Tensor) -> None:
         marks.append(live.peak)
-        live.restart()
+        live.reset_peak()
 
     handle = layers[-1].register_forward_pre_hook(at_input, with_kwargs=True)
     ids = torch.empty(batch, length, dtype=torch.int64)
@@ -302,7 +295,7 @@ def trace_backbone(model: "PreTrainedModel", batch: int, length: int, autocast: 
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         del inputs
         forward_peak, saved = live.peak, live.now
-        live.restart()
+        live.reset_peak()
         handle.remove()
         gradient = torch.empty_like(hidden)
         hidden.backward(gradient)
@@ -312,25 +305,25 @@ def trace_backbone(model: "PreTrainedModel", batch: int, length: int, autocast: 
 
 
 def _mask(model: "PreTrainedModel", batch: int, length: int) -> Tensor:
-    """The mask that keeps packed conversations apart, as transformers makes it for SDPA (bool) and eager (a float)."""
+    """Return the mask that isolates packed conversations: bool for SDPA, float for eager, as in transformers."""
     eager = model.config._attn_implementation == "eager"
     return torch.empty(batch, 1, length, length, dtype=model.dtype if eager else torch.bool)
 
 
 def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
-    """The blocks of the model."""
+    """Return the decoder blocks of the model."""
     depth = model.config.get_text_config().num_hidden_layers
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
 
 
 @dataclass(frozen=True, slots=True)
 class LossTrace:
-    """Bytes that the head and the loss add to what the backbone keeps.
+    """Bytes that LM head and loss add to the saved activations of the backbone.
 
     Attributes:
-        forward: the most while the loss is computed.
-        backward: the most while its gradient is handed to the backbone.
-        gradients: alive behind it: the gradients of a trained head and of new tokens' rows.
+        forward: the peak while the loss is computed.
+        backward: the peak while its gradient is computed.
+        gradients: alive after it: gradients of a trainable LM head and of added-token embeddings.
     """
 
     forward: int
@@ -343,7 +336,7 @@ def trace_loss(
     *,
     targets: int,
     head: tuple[int, int],
-    held: torch.dtype,
+    weight_dtype: torch.dtype,
     autocast: torch.dtype | None,
     trains_head: bool,
     new_tokens: int,
@@ -351,30 +344,33 @@ def trace_loss(
     """Run the loss over `targets` supervised positions, forward and backward, under a `FakeTensorMode`.
 
     Args:
-        head: vocabulary and width.
-        held: dtype of the head.
-        trains_head: whether the head gets a gradient.
-        new_tokens: rows of their own, where the head is frozen.
+        config: the base model's config.
+        targets: supervised positions.
+        head: vocabulary size and width.
+        weight_dtype: dtype of the LM head.
+        autocast: dtype of autocast; None without it.
+        trains_head: whether the LM head gets a gradient.
+        new_tokens: added tokens with embeddings of their own, if the head is frozen.
     """
-    vocabulary, width = head
-    weight = nn.Parameter(torch.empty(vocabulary, width, dtype=held), requires_grad=trains_head)
-    rows = None
+    vocab_size, width = head
+    weight = nn.Parameter(torch.empty(vocab_size, width, dtype=weight_dtype), requires_grad=trains_head)
+    added = None
     if new_tokens and not trains_head:
         own = nn.Parameter(torch.empty(new_tokens, width))
-        rows = AddedTokenHead(own, None, torch.empty(new_tokens, dtype=torch.int64), vocabulary + new_tokens)
-    states = torch.empty(targets, width, dtype=autocast or held, requires_grad=True)
-    wanted, chosen = torch.empty(2, targets, dtype=torch.int64)
+        added = AddedTokenHead(own, None, torch.empty(new_tokens, dtype=torch.int64), vocab_size + new_tokens)
+    states = torch.empty(targets, width, dtype=autocast or weight_dtype, requires_grad=True)
+    target_ids, positions = torch.empty(2, targets, dtype=torch.int64)
     live = LiveBytes()
     with live:
-        live.ignore(nn.ParameterList([weight, states, *([] if rows is None else [rows.weight])]))
-        # In training the states are picked out of all positions, and so copied.
-        picked = states.index_select(0, chosen)
+        live.ignore(nn.ParameterList([weight, states, *([] if added is None else [added.weight])]))
+        # In training the states are selected from all positions, which copies them.
+        selected = states.index_select(0, positions)
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            loss, _ = linear_cross_entropy(picked, wanted, Head(weight, None, rows, LogitTransform.of(config)))
-        del picked
+            loss, _ = linear_cross_entropy(selected, target_ids, Head(weight, None, added, LogitTransform.of(config)))
+        del selected
         forward = live.peak
-        live.restart()
+        live.reset_peak()
         loss.backward()
-    gradients = [weight.grad, None if rows is None else rows.weight.grad]
-    kept = sum(gradient.numel() * gradient.element_size() for gradient in gradients if gradient is not None)
-    return LossTrace(forward, live.peak, kept)
+    gradients = [weight.grad, None if added is None else added.weight.grad]
+    gradient_bytes = sum(gradient.numel() * gradient.element_size() for gradient in gradients if gradient is not None)
+    return LossTrace(forward, live.peak, gradient_bytes)

@@ -11,10 +11,10 @@ from peftchat.recipe.sections import (
     QuantizationSection,
 )
 from peftchat.recipe.validation import dump_recipe, training_arguments
-from peftchat.variants.base import AdapterSection
+from peftchat.variants.base import Adapter
 
 __all__ = [
-    "AdapterSection",
+    "Adapter",
     "ChatSection",
     "DataEntry",
     "DataSection",

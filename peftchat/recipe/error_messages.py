@@ -10,11 +10,34 @@ from pydantic_core import ErrorDetails
 
 from peftchat.errors import UserError
 from peftchat.recipe.document import Document, Keys, dotted
-from peftchat.recipe.schema import Recipe, options_of
+from peftchat.recipe.schema import Recipe
 from peftchat.strict_model import StrictModel
-from peftchat.variants import VARIANTS
+from peftchat.variants import ADAPTERS, Adapter, get_adapter
+
+FORMER_KEYS: Mapping[tuple[str, str], str] = {
+    ("chat", "special_text"): "special_token_text",
+    ("chat", "empty_rows"): "untrainable_examples",
+    ("data", "max_train_rows"): "max_train_samples",
+    ("data", "max_eval_rows"): "max_eval_samples",
+    ("training", "rows_per_step"): "global_batch_size",
+    ("training", "max_tokens"): "max_train_tokens",
+    ("training", "max_minutes"): "max_train_minutes",
+}
+"""(section, key of an older version) -> the key today."""
+
+FORMER_SOURCE_KEYS: Mapping[str, str] = {"top_k": "oasst_top_k"}
+"""Key of an older version in an entry of `data.train` or `data.eval` -> the key today."""
+
+FORMER_VALUES: Mapping[Keys, Mapping[str, str]] = {
+    ("model", "attention"): {"per_dialogue": "varlen"},
+    ("chat", "special_token_text"): {"text": "escape", "refuse": "error"},
+    ("chat", "untrainable_examples"): {"refuse": "error"},
+    ("data", "truncation"): {"turns_leading": "drop_first_turns", "refuse": "error"},
+}
+"""Key -> the value of an older version -> the value today."""
 
 RENAMED: Mapping[str, str] = {
+    **{former: f"{section}.{key}" for (section, former), key in FORMER_KEYS.items()},
     "evaluation_strategy": "training.eval_strategy",
     "num_epochs": "training.num_train_epochs",
     "epochs": "training.num_train_epochs",
@@ -38,9 +61,7 @@ RENAMED: Mapping[str, str] = {
     "datasets": "data.train",
     "dataset_name": "data.train",
     "val_set_size": "data.eval_fraction",
-    "max_samples": "data.max_train_rows",
-    "max_train_samples": "data.max_train_rows",
-    "max_eval_samples": "data.max_eval_rows",
+    "max_samples": "data.max_train_samples",
     "base_model": "model.name",
     "model_name_or_path": "model.name",
     "model_id": "model.name",
@@ -198,11 +219,11 @@ def refuse(problems: Sequence[Problem], document: Document, name: str) -> None:
 
 def schema_problems(errors: Sequence[ErrorDetails], document: Document) -> list[Problem]:
     """One problem for each of the errors that pydantic found in a recipe."""
-    adapter = options_of(document.value(("adapter", "variant")) or "lora")
+    adapter = get_adapter(document.value(("adapter", "variant")) or "lora")
     return [_problem(error, adapter) for error in errors]
 
 
-def _problem(error: ErrorDetails, adapter: type[StrictModel] | None) -> Problem:
+def _problem(error: ErrorDetails, adapter: type[Adapter] | None) -> Problem:
     keys, kind, given = tuple(error["loc"]), error["type"], error["input"]
     context = error.get("ctx", {})
     if kind == "extra_forbidden":
@@ -284,6 +305,8 @@ def _mapping_hint(keys: Keys, given: object) -> str | None:
 
 
 def _not_allowed(keys: Keys, given: object, expected: str) -> Problem:
+    if (current := FORMER_VALUES.get(keys, {}).get(str(given))) is not None:
+        return Problem(keys, f"`{given}` is called `{current}` here")
     allowed = [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
     near = get_close_matches(str(given), allowed, n=1, cutoff=0.5)
     choices = ", ".join(f"`{word}`" for word in allowed)
@@ -319,7 +342,7 @@ def _field(keys: Keys) -> FieldInfo | None:
 
 
 def section_of(annotation: Any) -> type[StrictModel] | None:
-    """The Section class within an annotation such as `AdapterSection | None` or `tuple[DataEntry, ...]`."""
+    """The Section class within an annotation such as `Adapter | None` or `tuple[DataEntry, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, StrictModel):
         return annotation
     for part in get_args(annotation):
@@ -343,11 +366,13 @@ def all_keys() -> dict[str, list[str]]:
 
 def _settings_of_variants() -> list[str]:
     """What the `adapter` section takes beside `variant`, of any variant."""
-    return list(dict.fromkeys(key for variant in VARIANTS.values() for key in variant.keys))
+    return list(dict.fromkeys(key for adapter in ADAPTERS.values() for key in adapter.setting_names()))
 
 
-def _unknown(keys: Keys, given: object, adapter: type[StrictModel] | None) -> Problem:
+def _unknown(keys: Keys, given: object, adapter: type[Adapter] | None) -> Problem:
     name, section = str(keys[-1]), dotted(keys[:-1])
+    if section == "adapter" and adapter is not None and (new_name := adapter.new_name(name)):
+        return Problem(keys, f"`{name}` is called `{new_name}` here")
     if section == "adapter" and adapter is not None and name in _settings_of_variants():
         return _of_another_variant(keys, adapter)
     inside = _field(keys[:-1])
@@ -359,8 +384,9 @@ def _unknown(keys: Keys, given: object, adapter: type[StrictModel] | None) -> Pr
     if name in UNSUPPORTED_KEYS:
         what = f"`{name}` is a known setting that peftchat does not pass on"
         return Problem(keys, what, UNSUPPORTED_KEYS[name])
-    if name in RENAMED:
-        return Problem(keys, f"`{name}` is called `{RENAMED[name]}` here")
+    current = RENAMED.get(name) or (FORMER_SOURCE_KEYS.get(name) if isinstance(keys[-2:][0], int) else None)
+    if current:
+        return Problem(keys, f"`{name}` is called `{current}` here")
     if homes:
         return Problem(keys, "unknown key", _belongs(name, homes[0], keys))
     near = get_close_matches(name, valid, n=1)
@@ -374,10 +400,10 @@ def _unknown(keys: Keys, given: object, adapter: type[StrictModel] | None) -> Pr
     return Problem(keys, "unknown key", f"Here can stand: {listed}.")
 
 
-def _of_another_variant(keys: Keys, adapter: type[StrictModel]) -> Problem:
-    variant = adapter.model_fields["variant"].default
-    taken = ", ".join(f"`{key}`" for key in adapter.model_fields if key != "variant")
-    others = [entry.name for entry in VARIANTS.values() if keys[-1] in entry.keys]
+def _of_another_variant(keys: Keys, adapter: type[Adapter]) -> Problem:
+    variant = adapter.name
+    taken = ", ".join(f"`{key}`" for key in adapter.setting_names())
+    others = [other.name for other in ADAPTERS.values() if keys[-1] in other.setting_names()]
     shown = ", ".join(others[:4]) + (", …" if len(others) > 4 else "")
     what = f"`{variant}` has no such setting; it belongs to {shown}"
     return Problem(keys, what, f"`{variant}` takes {taken}." if taken else f"`{variant}` takes no settings.")

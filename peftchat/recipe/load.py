@@ -3,12 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from peftchat.errors import UserError
-from peftchat.recipe.document import Document, apply_override, find_beside_recipe, merge_recipes, parse_yaml, to_plain
-from peftchat.recipe.error_messages import refuse, schema_problems
+from peftchat.recipe.document import (
+    Document,
+    Keys,
+    apply_override,
+    find_beside_recipe,
+    merge_recipes,
+    parse_yaml,
+    path_keys,
+    to_plain,
+)
+from peftchat.recipe.error_messages import FORMER_KEYS, FORMER_SOURCE_KEYS, FORMER_VALUES, refuse, schema_problems
 from peftchat.recipe.schema import Recipe, drop_settings_of_other_variants
 from peftchat.recipe.validation import (
     conflict_problems,
@@ -27,13 +37,16 @@ class LoadedRecipe:
     recipe: Recipe
     path: Path
     document: Document
+    overrides: tuple[str, ...] = ()
 
     def where(self, *keys: str | int) -> str:
         """The place of a key, for an error about it: `file:line: a.b.c` or `--set a.b.c`."""
         return self.document.place(keys).of(keys)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, to_train: bool = True) -> LoadedRecipe:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), *, to_train: bool = True, upgrade: bool = False
+) -> LoadedRecipe:
     """Read, complete and check the recipe at `path`.
 
     Args:
@@ -41,11 +54,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, to_train: bool = T
         overrides: `section.key=YAML` texts, later ones on top.
         to_train: also check that this machine has what training by the recipe needs. Off for those who only
             look at the recipe of a finished run.
+        upgrade: accept keys and values of older versions, which the recipes of old runs have.
 
     Raises:
         UserError: the recipe cannot be used; all problems found are told at once.
     """
     document = _read(Path(path), ())
+    if upgrade:
+        _upgrade(document)
     for flag in overrides:
         apply_override(document, flag)
     find_beside_recipe(document)
@@ -55,7 +71,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, to_train: bool = T
     if to_train:
         problems += [*missing_dependencies(recipe), *deepspeed_problems(recipe)]
     refuse(problems, document, str(path))
-    return LoadedRecipe(recipe, Path(path), document)
+    return LoadedRecipe(recipe, Path(path), document, tuple(overrides))
 
 
 def _read(path: Path, extending: tuple[Path, ...]) -> Document:
@@ -85,6 +101,31 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Document:
     if not target.exists():
         raise UserError(f"`{base}` does not exist", where=where, hint=f"The path is taken from {path.parent or '.'}.")
     return merge_recipes(_read(target, chain), document)
+
+
+def _upgrade(document: Document) -> None:
+    """Replace keys and values of older versions by today's."""
+    for (section, former), key in FORMER_KEYS.items():
+        _rename(document, (section,), former, key)
+    for keys in path_keys(document.values):
+        if keys[0] == "data":
+            for former, key in FORMER_SOURCE_KEYS.items():
+                _rename(document, keys[:-1], former, key)
+    for keys, values in FORMER_VALUES.items():
+        if (value := document.value(keys)) in values:
+            document.value(keys[:-1])[keys[-1]] = values[value]
+
+
+def _rename(document: Document, parent: Keys, former: str, key: str) -> None:
+    holder: Any = document.values
+    for step in parent:
+        try:
+            holder = holder[step]
+        except (KeyError, IndexError, TypeError):
+            return
+    if isinstance(holder, dict) and former in holder and key not in holder:
+        holder[key] = holder.pop(former)
+        document.places[*parent, key] = document.places.pop((*parent, former))
 
 
 def _read_text(path: Path) -> str:

@@ -14,8 +14,8 @@ from peftchat.recipe.error_messages import section_of
 from peftchat.recipe.schema import LEARNING_RATES, Recipe
 from peftchat.recipe.sections import DataEntry, Method
 from peftchat.strict_model import StrictModel
-from peftchat.variants import VARIANTS, AdapterSection
-from peftchat.variants.low_rank import LoraSection
+from peftchat.variants import ADAPTERS, Adapter
+from peftchat.variants.low_rank import Lora
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ def sections() -> Iterator[SectionRows]:
     for name, info in Recipe.model_fields.items():
         if (section := section_of(info.annotation)) is not None:
             # Each variant has keys of its own; those of the default one stand for them.
-            shown = _LORA if section is AdapterSection else section
+            shown = Lora if section is Adapter else section
             yield SectionRows(name, info.description or "", tuple(_rows(shown)))
 
 
 def _variant_row() -> KeyRow:
-    info = AdapterSection.model_fields["variant"]
+    info = Adapter.model_fields["variant"]
     return KeyRow("variant", "a name", default_text(info), info.description or "")
 
 
@@ -115,11 +115,11 @@ def manual() -> str:
 
 def _variant_tables() -> Iterator[str]:
     """The keys of each variant that LoRA has not, or that stand for something else there."""
-    shared = {row.name: row for row in _rows(_LORA)}
-    for variant in VARIANTS.values():
-        if variant.options is None or variant.options is _LORA:
+    shared = {row.name: row for row in _rows(Lora)}
+    for variant in ADAPTERS.values():
+        if variant is Lora:
             continue
-        rows = [row for row in _rows(variant.options) if row.name != "variant"]
+        rows = [row for row in _rows(variant) if row.name != "variant"]
         same = [f"`{row.name}`" for row in rows if shared.get(row.name) == row]
         own = tuple(row for row in rows if shared.get(row.name) != row)
         yield f"### `{variant.name}`\n"
@@ -137,8 +137,6 @@ def _table(rows: tuple[KeyRow, ...]) -> str:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
-
-_LORA = LoraSection
 
 _ADAPTER_NOTE = """\
 These are the keys of `lora`. Each variant takes settings of its own, listed below; a setting of another variant is an
@@ -206,11 +204,9 @@ def _adapter_sections() -> dict[str, Any]:
     """The `adapter` section, whose keys depend on its variant, and a section for each variant."""
     sections: dict[str, Any] = {}
     choices: list[dict[str, Any]] = []
-    for variant in VARIANTS.values():
-        if variant.options is None:
-            continue
-        name = variant.options.__name__
-        sections[name] = variant.options.model_json_schema()
+    for variant in ADAPTERS.values():
+        name = variant.__name__
+        sections[name] = variant.model_json_schema()
         sections[name]["properties"]["variant"] = {"enum": [variant.name, *variant.aliases], "type": "string"}
         is_this = {"properties": {"variant": {"enum": [variant.name, *variant.aliases]}}, "required": ["variant"]}
         choices.append({"if": is_this, "then": {"$ref": f"#/$defs/{name}"}})
@@ -221,19 +217,19 @@ def _adapter_sections() -> dict[str, Any]:
             homes.setdefault(key, []).append({"$ref": f"#/$defs/{name}/properties/{key}"})
     any_key = {"properties": {key: {"anyOf": home} for key, home in homes.items()}, "additionalProperties": False}
     unnamed = {"if": {"not": {"required": ["variant"]}}, "then": any_key}
-    names = [name for variant in VARIANTS.values() if variant.options for name in (variant.name, *variant.aliases)]
+    names = [name for variant in ADAPTERS.values() for name in (variant.name, *variant.aliases)]
     kinds = {"enum": names, "type": "string", "default": "lora", "description": _meaning_of_variant()}
     whole = {
-        "description": AdapterSection.__doc__,
+        "description": "The adapter; its keys depend on `variant`.",
         "type": "object",
         "properties": {"variant": kinds},
         "allOf": [*choices, unnamed],
     }
-    return {**sections, "AdapterSection": whole}
+    return {**sections, "Adapter": whole}
 
 
 def _meaning_of_variant() -> str:
-    return AdapterSection.model_fields["variant"].description or ""
+    return Adapter.model_fields["variant"].description or ""
 
 
 def _without_titles(value: dict[str, Any]) -> dict[str, Any]:

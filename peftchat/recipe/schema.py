@@ -21,61 +21,53 @@ from peftchat.recipe.sections import (
     Schedule,
 )
 from peftchat.strict_model import StrictModel
-from peftchat.variants import ADAPTERS, VARIANTS, AdapterSection, Variant, canonical_name
-from peftchat.variants.base import NOT_INHERITED
+from peftchat.variants import ADAPTERS, Adapter, canonical_name, get_adapter
+from peftchat.variants.base import Mark
 
-_AnyName: Any = Literal[ADAPTERS]
+_AnyName: Any = Literal[tuple(ADAPTERS)]
 _Named: type[BaseModel] = create_model("_Named", variant=(_AnyName, ...))
 
 
-def options_of(variant: object) -> type[AdapterSection] | None:
-    """The section of a variant that a recipe names; None for a name that is no adapter's."""
-    known = VARIANTS.get(canonical_name(variant)) if isinstance(variant, str) else None
-    return None if known is None else known.options
-
-
 def validate_adapter(given: Any) -> Any:
-    """Check an `adapter` section by the settings of the variant that it names."""
+    """Validate an `adapter` section by the settings of the variant that it names."""
     if not isinstance(given, Mapping):
         return given
     name = "lora" if given.get("variant") is None else given["variant"]
-    options = options_of(name)
-    if options is None:
+    adapter = get_adapter(name)
+    if adapter is None:
         _Named.model_validate({"variant": name})  # raises, and lists the names there are
-    assert options is not None
-    return options.model_validate({**given, "variant": canonical_name(name)})
+    assert adapter is not None
+    return adapter.model_validate({**given, "variant": canonical_name(name)})
 
 
 def drop_settings_of_other_variants(document: Document) -> None:
-    """Let a variant that was laid on top of a recipe win over the settings below it that it does not take.
+    """Remove the settings that do not belong to a variant of a higher layer, such as `--set adapter.variant`.
 
-    A number that every variant counts in its own way, such as the rank of a shared random matrix, is not taken over
-    either.
+    Type-specific settings are removed as well: their values mean something else in every variant.
     """
-    options = options_of(document.value(("adapter", "variant")))
+    adapter = get_adapter(document.value(("adapter", "variant")))
     layer = document.layer(("adapter", "variant"))
     section = document.value(("adapter",))
-    if options is None or layer is None or not isinstance(section, dict):
+    if adapter is None or layer is None or not isinstance(section, dict):
         return
     for key in [key for key in section if key != "variant"]:
         own = document.layer(("adapter", key))
-        if own is not None and own < layer and not _taken_over(options, key):
+        if own is not None and own < layer and not _is_inherited(adapter, key):
             document.remove(("adapter", key))
 
 
-def _taken_over(options: type[AdapterSection], key: str) -> bool:
-    info = options.model_fields.get(key)
-    if info is None:
-        # A key that no variant knows is a mistake, and stays to be told.
-        return not any(variant.options and key in variant.options.model_fields for variant in VARIANTS.values())
-    extra = info.json_schema_extra
-    return not (isinstance(extra, dict) and extra.get(NOT_INHERITED))
+def _is_inherited(adapter: type[Adapter], key: str) -> bool:
+    """Return whether a variant takes a setting over from another one."""
+    if key in adapter.model_fields:
+        return not adapter.has_mark(key, Mark.TYPE_SPECIFIC)
+    # A key that no variant knows is a mistake, and stays to be reported.
+    return not any(key in other.model_fields or other.new_name(key) for other in ADAPTERS.values())
 
 
 LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 """The learning rate of each method where the recipe gives none."""
 
-OWN_KEYS = ("max_tokens", "max_minutes", "rows_per_step", "torch_compile")
+OWN_KEYS = ("max_train_tokens", "max_train_minutes", "global_batch_size", "torch_compile")
 """The keys that transformers does not know, or that are not left to it."""
 
 
@@ -110,26 +102,26 @@ class TrainingSection(StrictModel):
         -1, description="Stop after this many optimizer steps; beats `num_train_epochs`. -1 trains by epochs."
     )
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
-    max_tokens: int | None = Field(
+    max_train_tokens: int | None = Field(
         None,
         ge=1,
         description="Also stop after this many tokens, padding not counted. The learning rate then follows the share "
         "that is used up.",
     )
-    max_minutes: float | None = Field(
+    max_train_minutes: float | None = Field(
         None,
         gt=0,
-        description="Also stop after so many minutes of training; evaluating and saving do not count. The learning "
+        description="Also stop after this many minutes of training; evaluating and saving do not count. The learning "
         "rate then follows the share that is used up.",
     )
-    rows_per_step: int | None = Field(
+    global_batch_size: int | None = Field(
         None,
         ge=1,
-        description="Rows (packs, with `data.packing`) in one optimizer step of all processes together. Given instead "
+        description="Examples (packs, with `data.packing`) per optimizer step, over all processes. Given instead "
         "of the next key and `gradient_accumulation_steps`, which then follow from memory and a token budget.",
     )
     per_device_train_batch_size: int = Field(
-        2, ge=1, description="Rows (packs, with `data.packing`) in one forward pass of one process."
+        2, ge=1, description="Examples (packs, with `data.packing`) in one forward pass of one process."
     )
     per_device_eval_batch_size: int = Field(2, ge=1, description="The same for evaluation.")
     gradient_accumulation_steps: int = Field(
@@ -168,7 +160,7 @@ class TrainingSection(StrictModel):
         "start. Without it: on a CPU with a C++ compiler if the run is long.",
     )
     seed: int = Field(42, ge=0, description="Seed of adapter weights, dropout, and the split by `data.eval_fraction`.")
-    data_seed: int | None = Field(None, ge=0, description="Seed of the order of rows. Without it `seed` is used.")
+    data_seed: int | None = Field(None, ge=0, description="Seed of the order of examples. Without it `seed` is used.")
     save_strategy: SaveStrategy = Field(
         "steps",
         description="When to write a checkpoint that `--resume` can go on from. The final model is always saved.",
@@ -179,7 +171,7 @@ class TrainingSection(StrictModel):
     )
     eval_strategy: EvalStrategy = Field(
         "epoch",
-        description="When to evaluate on the held-out rows. Giving `eval_steps` alone means `steps`.",
+        description="When to evaluate on the held-out examples. Giving `eval_steps` alone means `steps`.",
     )
     eval_steps: int | None = Field(
         None, ge=1, description="Optimizer steps between evaluations. Without it `logging_steps` is used."
@@ -195,7 +187,7 @@ class TrainingSection(StrictModel):
     dataloader_num_workers: int = Field(
         0,
         ge=0,
-        description="Extra processes that prepare batches. Rows are encoded beforehand, so 0 rarely waits.",
+        description="Extra processes that prepare batches. Examples are encoded in advance, so 0 rarely waits.",
     )
 
     @model_validator(mode="before")
@@ -211,18 +203,18 @@ class TrainingSection(StrictModel):
 class Recipe(StrictModel):
     """What the user asks for. `adapter` and `quantization` are set exactly where `method` uses them."""
 
-    model: ModelSection = Field(description="The base model and how it is held in memory.", examples=["{name: MODEL}"])
+    model: ModelSection = Field(description="The base model and how it is loaded.", examples=["{name: MODEL}"])
     method: Method = Field(
         description="What is trained: all weights (`full`), an adapter (`lora`), or an adapter on a "
         "quantized base (`qlora`)."
     )
-    adapter: Annotated[SerializeAsAny[AdapterSection], BeforeValidator(validate_adapter)] | None = Field(
+    adapter: Annotated[SerializeAsAny[Adapter], BeforeValidator(validate_adapter)] | None = Field(
         None, description="The adapter that is trained beside the frozen base (methods `lora` and `qlora`)."
     )
     quantization: QuantizationSection | None = Field(None, description="The quantized base, for `qlora`.")
     chat: ChatSection = Field(
         ChatSection(),
-        description="How a conversation becomes tokens, and which of them are learned.",
+        description="How a conversation becomes tokens, and which of them are trained.",
     )
     data: DataSection = Field(
         description="What the model is trained and evaluated on.",
@@ -259,7 +251,7 @@ class Recipe(StrictModel):
         training = {} if filled.get("training") is None else filled["training"]
         if isinstance(training, Mapping) and training.get("learning_rate") is None:
             filled["training"] = {**training, "learning_rate": _learning_rate(method, filled.get("adapter"))}
-        if _refuses_packing(filled):
+        if _needs_unpacked(filled):
             data = filled.get("data")
             if isinstance(data, Mapping) and data.get("packing") is None:
                 filled["data"] = {**data, "packing": False}
@@ -267,17 +259,16 @@ class Recipe(StrictModel):
 
 
 def _learning_rate(method: str, adapter: Any) -> float:
-    """What the recipe trains with where it gives no rate: the variant's own."""
-    variant = None if method == "full" else _variant(adapter)
+    """Return the learning rate of a recipe that sets none: the variant's."""
+    variant = None if method == "full" else _named_adapter(adapter)
     return LEARNING_RATES[method] if variant is None else variant.learning_rate
 
 
-def _refuses_packing(given: Mapping[str, Any]) -> bool:
-    variant = None if given.get("method") == "full" else _variant(given.get("adapter"))
-    return variant is not None and variant.why_not("packing") is not None
+def _needs_unpacked(given: Mapping[str, Any]) -> bool:
+    variant = None if given.get("method") == "full" else _named_adapter(given.get("adapter"))
+    return variant is not None and variant.incompatibility("packing") is not None
 
 
-def _variant(adapter: Any) -> Variant | None:
-    """The variant that an `adapter` section names, before anything in it has been checked."""
-    name = adapter.get("variant") if isinstance(adapter, Mapping) else None
-    return VARIANTS.get(canonical_name(name)) if isinstance(name, str) else None
+def _named_adapter(section: Any) -> type[Adapter] | None:
+    """Return the variant that an `adapter` section names, before anything in it is validated."""
+    return get_adapter(section.get("variant")) if isinstance(section, Mapping) else None

@@ -1,24 +1,24 @@
-"""The closed sets of words a recipe may use."""
+"""The sections of a recipe except `adapter` and `training`, and the values their keys accept."""
 
 from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
+from peftchat.chat_template.loss_mask import LossOn
+from peftchat.chat_template.templates import ChatTemplateName, template_summaries
 from peftchat.strict_model import StrictModel, list_to_tuple
 
 Method = Literal["full", "lora", "qlora"]
 Dtype = Literal["bfloat16", "float16", "float32"]
-Attention = Literal["auto", "per_dialogue", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+Attention = Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 QuantizationType = Literal["nf4", "fp4"]
 
-TemplateName = Literal["starchat", "chatml", "model"]
-LossOn = Literal["answers", "answers_and_headers", "last_answer", "everything"]
 NewTokenInit = Literal["mean", "description", "zeros"]
-SpecialText = Literal["text", "refuse"]
-EmptyRows = Literal["drop", "refuse"]
+SpecialTokenText = Literal["escape", "error"]
+UntrainableExamples = Literal["drop", "error"]
 
-Truncation = Literal["turns", "turns_leading", "split", "refuse", "drop"]
+Truncation = Literal["turns", "drop_first_turns", "split", "error", "drop"]
 
 Strategy = Literal["auto", "single", "ddp", "zero2", "zero3"]
 Offload = Literal["none", "optimizer", "all"]
@@ -66,7 +66,7 @@ Optimizer = Literal[
 
 
 class ModelSection(StrictModel):
-    """The base model and how it is held in memory."""
+    """The base model and how it is loaded."""
 
     name: str = Field(
         min_length=1,
@@ -78,12 +78,12 @@ class ModelSection(StrictModel):
     )
     dtype: Dtype = Field(
         "bfloat16",
-        description="The number type the model is held and computed in. There is no separate `bf16` or `fp16`.",
+        description="Dtype of weights and computation. There is no separate `bf16` or `fp16`.",
     )
     attention: Attention = Field(
         "auto",
         description="The attention implementation. `auto` takes the fastest one here that keeps packed conversations "
-        "apart: `flash_attention_2` where it is installed, else `per_dialogue` (torch's variable-length kernel on a "
+        "apart: `flash_attention_2` where it is installed, else `varlen` (torch's variable-length kernel on a "
         "GPU, conversation by conversation on a CPU), else `sdpa` with a mask.",
     )
     trust_remote_code: bool = Field(
@@ -100,22 +100,21 @@ class ModelSection(StrictModel):
 class QuantizationSection(StrictModel):
     """How the frozen base is quantized with bitsandbytes (method `qlora`)."""
 
-    bits: Literal[4, 8] = Field(4, description="Bits a weight of the frozen base.")
-    type: QuantizationType = Field("nf4", description="The 4-bit number type. `nf4` suits trained weights better.")
+    bits: Literal[4, 8] = Field(4, description="Bits per weight of the frozen base.")
+    type: QuantizationType = Field("nf4", description="The 4-bit dtype. `nf4` suits trained weights better.")
     double: bool = Field(
         True,
-        description="Quantize the scales of 4-bit weights too, which saves about 0.4 bits a weight.",
+        description="Quantize the scales of 4-bit weights too, which saves about 0.4 bits per weight.",
     )
 
 
 class ChatSection(StrictModel):
-    """How a conversation becomes tokens, and which of them are learned."""
+    """How a conversation becomes tokens, and which of them are trained."""
 
-    template: TemplateName = Field(
+    template: ChatTemplateName = Field(
         "starchat",
-        description="The chat format: `starchat` (adds four tokens), `chatml` (adds `<|im_start|>` and "
-        "`<|im_end|>` where they are missing), or `model` (the tokenizer's own template, "
-        "nothing added).",
+        description="The chat template. Special tokens that the tokenizer lacks are added. "
+        + " ".join(f"`{name}`: {summary}" for name, summary in template_summaries().items()),
     )
     system: str | None = Field(
         None,
@@ -124,24 +123,24 @@ class ChatSection(StrictModel):
     )
     loss_on: LossOn = Field(
         "answers",
-        description="What is learned: `answers` (each answer and its end token), `answers_and_headers` "
+        description="What is trained: `answers` (each answer and its end token), `answers_and_headers` "
         "(also the assistant token and line breaks around them), `last_answer`, or "
         "`everything`.",
     )
     new_token_init: NewTokenInit = Field(
         "mean",
-        description="First value of the rows of added tokens: the `mean` of the existing rows, the mean of "
+        description="Initial embeddings of added tokens: the `mean` of the existing embeddings, the mean of "
         "the words of a `description` of the token, or `zeros`.",
     )
-    special_text: SpecialText = Field(
-        "text",
-        description="What to do with a message that contains the text of a special token: encode it as "
-        "ordinary `text`, or `refuse` the row.",
+    special_token_text: SpecialTokenText = Field(
+        "escape",
+        description="What to do with a message that contains the text of a special token: `escape` encodes it as "
+        "ordinary text, `error` stops.",
     )
-    empty_rows: EmptyRows = Field(
+    untrainable_examples: UntrainableExamples = Field(
         "drop",
-        description="What to do with a row in which nothing is learned: `drop` it, counted and named, or "
-        "`refuse` to train.",
+        description="What to do with an example in which no token is trained: `drop` it and count it, or stop with an "
+        "`error`.",
     )
 
 
@@ -150,28 +149,27 @@ class DataEntry(StrictModel):
 
     path: str = Field(
         min_length=1,
-        description="A local file, a folder, or the hub id of a data set.",
+        description="A local file, a folder, or the hub id of a dataset.",
         examples=["conversations.jsonl"],
     )
     format: str = Field(
         "auto",
         min_length=1,
-        description="The form of the rows. `auto` finds it from the first rows and reports it.",
+        description="The format of the records. `auto` detects it from the first ones and reports it.",
     )
-    split: str | None = Field(None, min_length=1, description="Split of a hub data set, such as `train` or `test`.")
+    split: str | None = Field(None, min_length=1, description="Split of a hub dataset, such as `train` or `test`.")
     weight: float = Field(
-        1.0, gt=0, description="How often this source is drawn in a mix, relative to its number of rows."
+        1.0, gt=0, description="How often each conversation of this source is used: 2 is twice, 0.5 is half of them."
     )
     languages: Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)] = Field(
         (),
         description="Keep only conversations in these languages, such as `[en, pt-BR]`; `pt` includes `pt-BR`. The "
         "record's own `lang` decides where there is one, else a detector.",
     )
-    top_k: int | None = Field(
+    oasst_top_k: int | None = Field(
         None,
         ge=1,
-        description="OpenAssistant exports only: of each turn's ranked replies, follow the best this many. "
-        "Without it, all.",
+        description="OpenAssistant exports only: follow the best N ranked replies of each turn. Without it, all.",
     )
 
 
@@ -194,27 +192,27 @@ class DataSection(StrictModel):
         gt=0,
         lt=1,
         description="Share of the training conversations held out for evaluation, chosen by `training.seed`; "
-        "whole conversation trees stay on one side.",
+        "conversations with the same first message stay in one split.",
     )
-    max_length: int = Field(2048, ge=2, description="Most tokens in a row, and in a pack when `packing` is on.")
+    max_length: int = Field(2048, ge=2, description="Most tokens in an example, and in a pack when `packing` is on.")
     packing: bool = Field(
         True,
-        description="Put several conversations in one row of `max_length` tokens instead of padding. Conversations "
-        "in a pack never see each other.",
+        description="Put several conversations in one pack of `max_length` tokens instead of padding. Conversations "
+        "in a pack do not attend to each other.",
     )
     truncation: Truncation = Field(
         "turns",
-        description="A conversation longer than `max_length`: `turns` drops its last exchanges, `turns_leading` its "
-        "first ones, `split` makes several rows of it, each with the system message; `drop` drops the conversation, "
-        "`refuse` stops with an error. All are counted.",
+        description="A conversation longer than `max_length`: `turns` drops its last turns, `drop_first_turns` its "
+        "first ones, `split` makes several examples of it, each with the system message; `drop` drops the "
+        "conversation, `error` stops. All are counted.",
     )
     pad_to_multiple_of: int | None = Field(
         None,
         ge=1,
-        description="Pad rows to a multiple of this many tokens, which some accelerators like (8 or 64).",
+        description="Pad to a multiple of this many tokens, which is faster on some accelerators (8 or 64).",
     )
-    max_train_rows: int | None = Field(None, ge=1, description="Use only the first this many training conversations.")
-    max_eval_rows: int | None = Field(None, ge=1, description="Use only the first this many held-out conversations.")
+    max_train_samples: int | None = Field(None, ge=1, description="Use only the first N training conversations.")
+    max_eval_samples: int | None = Field(None, ge=1, description="Use only the first N held-out conversations.")
 
     @property
     def has_eval(self) -> bool:
@@ -227,7 +225,7 @@ class DistributedSection(StrictModel):
 
     strategy: Strategy = Field(
         "auto",
-        description="`single` process, `ddp` (a whole model on each), `zero2` (gradients and optimizer "
+        description="`single` process, `ddp` (a full model on each), `zero2` (gradients and optimizer "
         "sharded) or `zero3` (weights sharded too). `auto` is `single` for one process; for "
         "more, `zero3` for `full` and `ddp` for adapters.",
     )
@@ -238,7 +236,7 @@ class DistributedSection(StrictModel):
     offload: Offload = Field(
         "none",
         description="Keep the optimizer's state (`optimizer`) or weights as well (`all`, `zero3` only) in "
-        "main memory. Slower, and fits larger models.",
+        "CPU memory. Slower, but fits larger models.",
     )
     deepspeed_config: str | None = Field(
         None,

@@ -14,7 +14,6 @@ from ruamel.yaml import YAML
 from peftchat.recipe.document import Document, Keys, dotted, make_absolute
 from peftchat.recipe.error_messages import Problem
 from peftchat.recipe.schema import OWN_KEYS, Recipe
-from peftchat.variants import get_variant
 
 KEYS: Keys = ("distributed", "deepspeed_config")
 
@@ -105,10 +104,10 @@ def invalid_combinations(recipe: Recipe) -> Iterator[Problem]:
     if training.warmup_steps > 1 and not training.warmup_steps.is_integer():
         what = f"a number of steps must be whole, got {training.warmup_steps}"
         yield Problem(("training", "warmup_steps"), what, "Below 1 it is a share of all steps.")
-    budgets = [key for key in ("max_tokens", "max_minutes") if getattr(training, key) is not None]
+    budgets = [key for key in ("max_train_tokens", "max_train_minutes") if getattr(training, key) is not None]
     if budgets and training.warmup_steps > 1:
-        what = f"with `{budgets[0]}` the schedule follows the budget, and a warm-up in steps has no place in it"
-        yield Problem(("training", "warmup_steps"), what, "Give a share below 1 such as 0.03.")
+        what = f"must be a fraction when `{budgets[0]}` sets the run length, got {training.warmup_steps:g}"
+        yield Problem(("training", "warmup_steps"), what, "Give a fraction below 1 such as 0.03.")
     if 0 < training.max_steps < training.warmup_steps:
         what = f"the warm-up ({training.warmup_steps:g} steps) is longer than the run ({training.max_steps})"
         hint = "Lower it, or give a share below 1 such as 0.03."
@@ -132,23 +131,24 @@ def _of_the_variant(recipe: Recipe) -> Iterator[Problem]:
     """What the adapter does not go together with."""
     if recipe.adapter is None:
         return
-    variant = get_variant(recipe.adapter.variant)
+    variant = recipe.adapter
     base = "unquantized" if recipe.quantization is None else f"{recipe.quantization.bits} bits"
-    if variant.why_not(base) is not None:
+    if variant.incompatibility(base) is not None:
         held = "an unquantized base" if base == "unquantized" else f"a base in {base}"
         hint = "Use `method: qlora`" if base == "unquantized" else "Use `method: lora`"
-        what = f"`{variant.name}` does not work on {held}: {variant.why_not(base)}"
+        what = f"`{variant.name}` does not work on {held}: {variant.incompatibility(base)}"
         yield Problem(("adapter", "variant"), what, f"{hint}, or another variant (`peftchat variants`).")
-    if variant.name == "adalora" and (recipe.training.max_tokens or recipe.training.max_minutes):
-        key = "max_tokens" if recipe.training.max_tokens else "max_minutes"
-        what = "`adalora` moves its ranks by a schedule over steps, and this budget does not say how many there are"
+    reason = variant.incompatibility("budget")
+    if reason is not None and (recipe.training.max_train_tokens or recipe.training.max_train_minutes):
+        key = "max_train_tokens" if recipe.training.max_train_tokens else "max_train_minutes"
+        what = f"`{variant.name}` does not work with it: {reason}"
         yield Problem(("training", key), what, "Give `max_steps` or `num_train_epochs`.")
     strategy: str = recipe.distributed.strategy
-    if variant.why_not(strategy) is not None:
-        what = f"`{variant.name}` does not work under `{strategy}`: {variant.why_not(strategy)}"
+    if variant.incompatibility(strategy) is not None:
+        what = f"`{variant.name}` does not work under `{strategy}`: {variant.incompatibility(strategy)}"
         yield Problem(("distributed", "strategy"), what, "Use `ddp`, or another variant (`peftchat variants`).")
-    if recipe.training.gradient_checkpointing and variant.why_not("checkpointing") is not None:
-        what = f"`{variant.name}` does not work with it: {variant.why_not('checkpointing')}"
+    if recipe.training.gradient_checkpointing and variant.incompatibility("checkpointing") is not None:
+        what = f"`{variant.name}` does not work with it: {variant.incompatibility('checkpointing')}"
         yield Problem(("training", "gradient_checkpointing"), what, "Write `false`.")
 
 
@@ -199,7 +199,7 @@ def _method(recipe: Recipe) -> Iterator[Conflict]:
 
 def _chat_and_data(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.adapter is not None and recipe.data.packing:
-        why = get_variant(recipe.adapter.variant).refuses.get("packing")
+        why = recipe.adapter.incompatibility("packing")
         if why is not None:
             yield Conflict(("data", "packing"), ("adapter", "variant"), why)
     if recipe.chat.template == "model":
@@ -216,10 +216,10 @@ def _optimizer(recipe: Recipe) -> Iterator[Conflict]:
     if training.lr_scheduler_type == "constant":
         why = "a `constant` schedule has no warm-up; `constant_with_warmup` does"
         yield Conflict(("training", "warmup_steps"), ("training", "lr_scheduler_type"), why)
-    if training.rows_per_step is not None:
-        why = "it follows from `rows_per_step`"
+    if training.global_batch_size is not None:
+        why = "it follows from `global_batch_size`"
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            yield Conflict(("training", key), ("training", "rows_per_step"), why)
+            yield Conflict(("training", key), ("training", "global_batch_size"), why)
     if not training.gradient_checkpointing:
         because = ("training", "gradient_checkpointing")
         why = "`gradient_checkpointing` is not switched on"
@@ -252,7 +252,7 @@ def _evaluation(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict(("training", "eval_steps"), ("training", "eval_strategy"), why)
         return
     why = "there is nothing to evaluate on: give `data.eval` or `data.eval_fraction`"
-    keys: list[Keys] = [("data", "max_eval_rows"), ("training", "eval_steps")]
+    keys: list[Keys] = [("data", "max_eval_samples"), ("training", "eval_steps")]
     if training.eval_strategy != "no":
         keys.append(("training", "eval_strategy"))
     if training.eval_on_start:

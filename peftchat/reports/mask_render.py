@@ -1,4 +1,4 @@
-"""Rows and their mask in the terminal."""
+"""Mask report in the terminal and as an HTML page."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -20,23 +20,23 @@ _TRAINED = "bold green"
 _TRAINED_SPECIAL = "bold black on green"
 _CONTEXT = "dim"
 _SPECIAL = "black on bright_black"
-_CUT = "strike red"
+_REMOVED = "strike red"
 _BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 
 
-def print_mask(rows: Iterable[ShownExample], summary: MaskSummary, console: Console) -> None:
-    """Print the rows, what their colors mean, and the counts over all rows.
+def print_mask(examples: Iterable[ShownExample], summary: MaskSummary, console: Console) -> None:
+    """Print examples, a legend, and the counts over all examples.
 
-    Without colors (a pipe, NO_COLOR) brackets take their place: `[+trained+]` and `[-cut-]`.
+    Without colors (a pipe, NO_COLOR) brackets replace them: `[+trained+]` and `[-truncated-]`.
     """
     colored = console.color_system is not None
-    any_row = False
-    for row in rows:
-        any_row = True
-        console.print(_title(row))
-        console.print(_body(row, colored))
+    any_example = False
+    for example in examples:
+        any_example = True
+        console.print(_title(example))
+        console.print(_body(example, colored))
         console.print()
-    if any_row:
+    if any_example:
         console.print(_legend(colored))
         console.print()
     console.print(Text(summary.headline, style="bold"))
@@ -44,67 +44,67 @@ def print_mask(rows: Iterable[ShownExample], summary: MaskSummary, console: Cons
     console.print(_summary_lines(summary))
 
 
-def _title(row: ShownExample) -> Text:
-    trained = row.trained / row.length if row.length else 0.0
-    cut = sum(len(token.ids) for token in row.cut)
-    text = Text(escape_control_chars(row.source), style="bold underline")
+def _title(example: ShownExample) -> Text:
+    trained = example.trained / example.length if example.length else 0.0
+    removed = sum(len(token.ids) for token in example.removed)
+    text = Text(escape_control_chars(example.source), style="bold underline")
     text.append(
-        f"  {format_count(row.length)} tokens, {format_percent(trained)} trained", style="not bold not underline"
+        f"  {format_count(example.length)} tokens, {format_percent(trained)} trained", style="not bold not underline"
     )
-    if cut:
-        text.append(f", {format_count(cut)} cut", style="not bold not underline red")
+    if removed:
+        text.append(f", {format_count(removed)} truncated", style="not bold not underline red")
     return text
 
 
-def _body(row: ShownExample, colored: bool) -> Text:
+def _body(example: ShownExample, colored: bool) -> Text:
     text = Text()
-    for style, stretch in _stretches(row):
+    for style, piece in _styled_text(example):
         if not colored and style in (_TRAINED, _TRAINED_SPECIAL):
-            stretch = f"[+{stretch}+]"
-        elif not colored and style == _CUT:
-            stretch = f"[-{stretch}-]"
-        text.append(stretch, style=style)
+            piece = f"[+{piece}+]"
+        elif not colored and style == _REMOVED:
+            piece = f"[-{piece}-]"
+        text.append(piece, style=style)
     return Text(text.plain.replace("+][+", "")) if not colored else text
 
 
-def _stretches(row: ShownExample) -> Iterator[tuple[str, str]]:
-    """Neighboring tokens of one style, joined."""
-    style, held = "", ""
-    for token, cut in row.laid_out:
-        current = _style(token, cut)
-        if current != style and held:
-            yield style, held
-            held = ""
+def _styled_text(example: ShownExample) -> Iterator[tuple[str, str]]:
+    """Yield neighboring tokens of one style as one text."""
+    style, joined = "", ""
+    for token, removed in example.all_tokens:
+        current = _style(token, removed)
+        if current != style and joined:
+            yield style, joined
+            joined = ""
         style = current
-        held += _shown(token)
-    if held:
-        yield style, held.rstrip("\n")
+        joined += _shown(token)
+    if joined:
+        yield style, joined.rstrip("\n")
 
 
-def _style(token: ShownToken, cut: bool) -> str:
-    if cut:
-        return _CUT
+def _style(token: ShownToken, removed: bool) -> str:
+    if removed:
+        return _REMOVED
     if token.special:
         return _TRAINED_SPECIAL if token.trained else _SPECIAL
     return _TRAINED if token.trained else _CONTEXT
 
 
 def _shown(token: ShownToken) -> str:
-    """The token's text; a line break of the template gets a sign, since whether it is trained matters."""
+    """Return the token's text, with a sign at line breaks of the template, which may be trained."""
     text = escape_control_chars(token.text)
     return text if token.part == TurnPart.CONTENT else text.replace("\n", f"{_BREAK}\n")
 
 
 def _legend(colored: bool) -> Text:
     if not colored:
-        return Text("[+trained+]  context  [-cut to fit data.max_length-]")
+        return Text("[+trained+]  context  [-truncated to data.max_length-]")
     return Text("  ").join(
         [
             Text("trained", style=_TRAINED),
             Text("context", style=_CONTEXT),
             Text("special token", style=_SPECIAL),
             Text("trained special token", style=_TRAINED_SPECIAL),
-            Text("cut to fit data.max_length", style=_CUT),
+            Text("truncated to data.max_length", style=_REMOVED),
         ]
     )
 
@@ -114,8 +114,8 @@ def _roles(summary: MaskSummary) -> Table:
     table.add_column("turns of", min_width=24)
     for name in ("tokens", "trained", "share"):
         table.add_column(name, justify="right", min_width=9)
-    for name, tally in summary.roles:
-        table.add_row(name, format_count(tally.tokens), format_count(tally.trained), format_percent(tally.share))
+    for name, count in summary.roles:
+        table.add_row(name, format_count(count.tokens), format_count(count.trained), format_percent(count.share))
     total = summary.total
     table.add_row(
         "all", format_count(total.tokens), format_count(total.trained), format_percent(total.share), style="bold"
@@ -127,7 +127,7 @@ def _summary_lines(summary: MaskSummary) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim", min_width=24)
     table.add_column()
-    for name, value, bad in summary.facts:
+    for name, value, bad in summary.details:
         table.add_row(name, Text(escape_control_chars(value), style="red" if bad else ""))
     return table
 
@@ -142,35 +142,35 @@ _PARTS = {
 _PAGE_BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 
 
-def write_mask_page(path: Path, name: str, rows: Sequence[ShownExample], summary: MaskSummary) -> Path:
-    """Write a page that needs nothing but a browser.
+def write_mask_page(path: Path, name: str, examples: Sequence[ShownExample], summary: MaskSummary) -> Path:
+    """Write a self-contained HTML page.
 
     Args:
         path: the file.
-        name: of the recipe.
-        rows: what to show; all of it ends up in the file.
-        summary: the counts over all rows.
+        name: the name of the recipe.
+        examples: the examples to show.
+        summary: the counts over all examples.
     """
-    bodies = [(row, _page_body(row)) for row in rows]
-    return write_page(path, "mask.html.jinja", name=name, summary=summary, rows=bodies)
+    bodies = [(example, _page_body(example)) for example in examples]
+    return write_page(path, "mask.html.jinja", name=name, summary=summary, examples=bodies)
 
 
-def _page_body(row: ShownExample) -> Markup:
-    stretches = []
-    for cut, tokens in groupby(row.laid_out, key=itemgetter(1)):
-        spans = Markup().join(_page_span(token, cut=cut) for token, _ in tokens)
-        stretches.append(Markup("<del>{}</del>").format(spans) if cut else spans)
-    return Markup().join(stretches)
+def _page_body(example: ShownExample) -> Markup:
+    parts = []
+    for removed, tokens in groupby(example.all_tokens, key=itemgetter(1)):
+        spans = Markup().join(_page_span(token, removed=removed) for token, _ in tokens)
+        parts.append(Markup("<del>{}</del>").format(spans) if removed else spans)
+    return Markup().join(parts)
 
 
-def _page_span(token: ShownToken, *, cut: bool) -> Markup:
+def _page_span(token: ShownToken, *, removed: bool) -> Markup:
     classes = [name for name, holds in (("t", token.trained), ("s", token.special)) if holds]
     ids = " ".join(map(str, token.ids))
-    state = "cut" if cut else "trained" if token.trained else "context"
+    state = "truncated" if removed else "trained" if token.trained else "context"
     hint = f"{ids} · {token.role or 'template'} · {_PARTS[token.part]} · {state}"
     return Markup('<b class="{}" data-i="{}">{}</b>').format(" ".join(classes), hint, _page_text(token))
 
 
 def _page_text(token: ShownToken) -> Markup:
-    """The token's text; line breaks get a sign, so that each has a place to point at."""
+    """Return the token's text, with a sign at line breaks to point at."""
     return Markup(str(escape(escape_control_chars(token.text))).replace("\n", f"<i>{_PAGE_BREAK}</i>\n"))

@@ -1,4 +1,4 @@
-"""What is trained, counted over every row, and whether the rows keep what the recipe's policy promises."""
+"""Mask summary: counts over every example, and checks of the loss mask against the recipe."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from peftchat.chat_template.examples import EncodedExample
-from peftchat.chat_template.loss_mask import LossOn, TokenTags, TurnPart, loss_mask_table, role_of, token_tag
+from peftchat.chat_template.examples import EncodedExample, TokenTags
+from peftchat.chat_template.loss_mask import LossOn, TurnPart, loss_mask_table, role_of, token_tag
 from peftchat.conversation import ROLES, Role
 from peftchat.dataset.cache import EncodedSplit, Split
 from peftchat.dataset.packing import efficiency, pack
@@ -20,37 +20,37 @@ _LAST_ANSWER = token_tag(TurnPart.OUTSIDE, last_answer=True)
 
 Flags = npt.NDArray[np.bool_]
 
-# Code -> its part and the number of its role, for whole rows at once.
+# Token tag -> its part and the number of its role.
 _PARTS = np.zeros(256, dtype=np.int8)
 _ROLES = np.zeros(256, dtype=np.int8)
-_SPEAKERS: tuple[Role | None, ...] = (None, *ROLES)
-for _part, (_number, _role), _last in itertools.product(TurnPart, enumerate(_SPEAKERS), (False, True)):
+_ROLE_ORDER: tuple[Role | None, ...] = (None, *ROLES)
+for _part, (_number, _role), _last in itertools.product(TurnPart, enumerate(_ROLE_ORDER), (False, True)):
     _PARTS[token_tag(_part, _role, last_answer=_last)] = _part
     _ROLES[token_tag(_part, _role, last_answer=_last)] = _number
 
 
 @dataclass(slots=True)
 class TokenCount:
-    """Tokens, and how many of them carry a target."""
+    """The number of tokens, and how many of them are targets."""
 
     tokens: int = 0
     trained: int = 0
 
     @property
     def share(self) -> float:
-        """The trained part of the tokens, 0 to 1."""
+        """The fraction of tokens that are targets."""
         return self.trained / self.tokens if self.tokens else 0.0
 
 
 @dataclass(slots=True)
 class Occurrences:
-    """How often something was found, and the row in which it was found first."""
+    """The number of occurrences, and the source of the first."""
 
     count: int = 0
     first: str = ""
 
     def add(self, count: int, source: str) -> None:
-        """Count further finds in a row."""
+        """Count the occurrences in one example."""
         if count and not self.count:
             self.first = source
         self.count += count
@@ -58,33 +58,33 @@ class Occurrences:
 
 @dataclass(slots=True)
 class MaskSurvey:
-    """The mask of one side in numbers.
+    """Counts over the loss mask of one split.
 
     Attributes:
-        rows: rows looked at.
-        roles: for each role, the tokens of its turns; under None those that a template writes outside the turns.
-        open_answers: answers without an end token.
-        silent_ends: answers that are trained while their end token is not.
-        lookalikes: stretches of messages spelled like a special token.
+        examples: the number of examples.
+        roles: the tokens in the turns of each role; None for template text outside the turns.
+        unterminated_answers: answers without an end token.
+        untrained_eos: trained answers whose end token is not a target.
+        special_token_text: stretches of messages spelled like a special token.
     """
 
-    rows: int = 0
+    examples: int = 0
     roles: dict[Role | None, TokenCount] = field(default_factory=dict)
-    open_answers: Occurrences = field(default_factory=Occurrences)
-    silent_ends: Occurrences = field(default_factory=Occurrences)
-    lookalikes: Occurrences = field(default_factory=Occurrences)
+    unterminated_answers: Occurrences = field(default_factory=Occurrences)
+    untrained_eos: Occurrences = field(default_factory=Occurrences)
+    special_token_text: Occurrences = field(default_factory=Occurrences)
 
     @property
     def total(self) -> TokenCount:
-        """The tokens of all roles."""
-        tallies = self.roles.values()
-        return TokenCount(sum(tally.tokens for tally in tallies), sum(tally.trained for tally in tallies))
+        """The counts over all roles."""
+        counts = self.roles.values()
+        return TokenCount(sum(count.tokens for count in counts), sum(count.trained for count in counts))
 
     @property
     def nothing_masked(self) -> bool:
-        """Whether every token is a target, but for the first of each row, which never is one."""
+        """Whether every token is a target, except the first of each example, which never is."""
         total = self.total
-        return total.tokens > 0 and total.trained == total.tokens - self.rows
+        return total.tokens > 0 and total.trained == total.tokens - self.examples
 
     @property
     def everything_masked(self) -> bool:
@@ -92,77 +92,77 @@ class MaskSurvey:
         return self.total.trained == 0
 
 
-def trained_tokens(codes: TokenTags, table: npt.NDArray[np.bool_]) -> Flags:
-    """Which tokens of one row carry a target: bool, shape (T,).
+def trained_tokens(tags: TokenTags, table: npt.NDArray[np.bool_]) -> Flags:
+    """Return which tokens of one example are targets: bool, shape (T,).
 
     Args:
-        codes: of the row's tokens, uint8, shape (T,).
-        table: of the policy, bool, shape (256,).
+        tags: the tags of its tokens, uint8, shape (T,).
+        table: the loss mask by token tag, bool, shape (256,).
     """
-    trained = table[codes]
-    # Nothing stands before the first token that could predict it.
+    trained = table[tags]
+    # No token precedes the first one to predict it.
     trained[:1] = False
     return trained
 
 
-def survey_mask(rows: Iterator[EncodedExample], loss_on: LossOn) -> MaskSurvey:
-    """Count and check the mask of all rows; memory does not grow with their number."""
+def survey_mask(examples: Iterator[EncodedExample], loss_on: LossOn) -> MaskSurvey:
+    """Count and check the loss mask of all examples, in memory that does not grow with their number."""
     table = loss_mask_table(loss_on)
     survey = MaskSurvey(roles={role: TokenCount() for role in (*ROLES, None)})
-    while chunk := [row for row in itertools.islice(rows, _CHUNK) if len(row.codes)]:
+    while chunk := [example for example in itertools.islice(examples, _CHUNK) if len(example.token_tags)]:
         _count(survey, chunk, table)
         _check_answers(survey, chunk, table, loss_on)
-        for row in chunk:
-            survey.lookalikes.add(row.lookalikes, row.source)
+        for example in chunk:
+            survey.special_token_text.add(example.special_token_text, example.source)
     return survey
 
 
-def _count(survey: MaskSurvey, rows: Sequence[EncodedExample], table: npt.NDArray[np.bool_]) -> None:
-    survey.rows += len(rows)
-    codes = np.concatenate([row.codes for row in rows])
-    trained = np.concatenate([trained_tokens(row.codes, table) for row in rows])
-    everything = np.bincount(codes, minlength=256)
-    targets = np.bincount(codes[trained], minlength=256)
-    for value in np.flatnonzero(everything):
-        tally = survey.roles[role_of(int(value))]
-        tally.tokens += int(everything[value])
-        tally.trained += int(targets[value])
+def _count(survey: MaskSurvey, examples: Sequence[EncodedExample], table: npt.NDArray[np.bool_]) -> None:
+    survey.examples += len(examples)
+    tags = np.concatenate([example.token_tags for example in examples])
+    trained = np.concatenate([trained_tokens(example.token_tags, table) for example in examples])
+    tokens = np.bincount(tags, minlength=256)
+    targets = np.bincount(tags[trained], minlength=256)
+    for value in np.flatnonzero(tokens):
+        count = survey.roles[role_of(int(value))]
+        count.tokens += int(tokens[value])
+        count.trained += int(targets[value])
 
 
 def _check_answers(
-    survey: MaskSurvey, rows: Sequence[EncodedExample], table: npt.NDArray[np.bool_], loss_on: LossOn
+    survey: MaskSurvey, examples: Sequence[EncodedExample], table: npt.NDArray[np.bool_], loss_on: LossOn
 ) -> None:
-    """Find the answers that do not end, and those whose end the model would not learn to write."""
-    for row in rows:
-        starts = turn_starts(row.codes)
-        answers = np.flatnonzero(_ROLES[row.codes[starts]] == _SPEAKERS.index("assistant"))
+    """Count the answers without an end token, and those whose end token is not trained."""
+    for example in examples:
+        starts = turn_starts(example.token_tags)
+        answers = np.flatnonzero(_ROLES[example.token_tags[starts]] == _ROLE_ORDER.index("assistant"))
         if not len(answers):
             continue
-        trained = trained_tokens(row.codes, table)
-        ends = _last_end_tokens(row.codes, starts)
+        trained = trained_tokens(example.token_tags, table)
+        ends = _last_end_tokens(example.token_tags, starts)
         has_end = np.logical_or.reduceat(ends, starts)[answers]
         end_trained = np.logical_or.reduceat(ends & trained, starts)[answers]
-        promised = np.ones(len(answers), dtype=bool)
+        should_train = np.ones(len(answers), dtype=bool)
         if loss_on == "last_answer":
-            promised = (row.codes[starts[answers]] & _LAST_ANSWER) != 0
-        survey.open_answers.add(int((~has_end).sum()), row.source)
-        survey.silent_ends.add(int((has_end & promised & ~end_trained).sum()), row.source)
+            should_train = (example.token_tags[starts[answers]] & _LAST_ANSWER) != 0
+        survey.unterminated_answers.add(int((~has_end).sum()), example.source)
+        survey.untrained_eos.add(int((has_end & should_train & ~end_trained).sum()), example.source)
 
 
-def turn_starts(codes: TokenTags) -> npt.NDArray[np.int64]:
-    """Where turns begin: another role, or the same one going back to an earlier part of a turn.
+def turn_starts(tags: TokenTags) -> npt.NDArray[np.int64]:
+    """Return where turns begin: at another role, or at an earlier part of a turn.
 
     Args:
-        codes: of the row's tokens, uint8, shape (T,); T > 0.
+        tags: the tags of an example's tokens, uint8, shape (T,); T > 0.
     """
-    parts, roles = _PARTS[codes], _ROLES[codes]
+    parts, roles = _PARTS[tags], _ROLES[tags]
     begins = (roles[1:] != roles[:-1]) | (np.diff(parts) < 0)
     return np.flatnonzero(np.concatenate([[True], begins]))
 
 
-def _last_end_tokens(codes: TokenTags, starts: npt.NDArray[np.int64]) -> Flags:
-    """The last token of each turn's end: text may stand between a content and its end token."""
-    ends = _PARTS[codes] == TurnPart.END
+def _last_end_tokens(tags: TokenTags, starts: npt.NDArray[np.int64]) -> Flags:
+    """Return the last token of each turn's end; text may precede the end token."""
+    ends = _PARTS[tags] == TurnPart.END
     followed = np.concatenate([ends[1:], [False]])
     followed[starts[1:] - 1] = False
     last: Flags = ends & ~followed
@@ -171,159 +171,163 @@ def _last_end_tokens(codes: TokenTags, starts: npt.NDArray[np.int64]) -> Flags:
 
 _REASONS = {
     "too_long": "longer than data.max_length",
-    "nothing_to_learn": "with nothing to learn",
+    "nothing_to_learn": "without a trained token",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class MaskSummary:
-    """A survey in words.
+    """The counts and checks of a loss mask, as text.
 
     Attributes:
         headline: one line.
-        roles: tokens by the role of their turn, roles that do not occur left out.
-        total: of all roles.
-        facts: name, value, and whether it is a reason to fail.
-        failures: the reasons why the mask cannot be trusted; empty if it can.
+        roles: tokens by the role of their turn, for roles that occur.
+        total: tokens of all roles.
+        details: name, value, and whether it is a failure.
+        failures: one reason per failed check.
     """
 
     headline: str
     roles: tuple[tuple[str, TokenCount], ...]
     total: TokenCount
-    facts: tuple[tuple[str, str, bool], ...]
+    details: tuple[tuple[str, str, bool], ...]
     failures: tuple[str, ...]
 
 
-def summarize(recipe: Recipe, side: Split, rows: EncodedSplit, survey: MaskSurvey) -> MaskSummary:
-    """The summary of one side's rows.
+def summarize(recipe: Recipe, split: Split, examples: EncodedSplit, survey: MaskSurvey) -> MaskSummary:
+    """Summarize the loss mask of one split.
 
     Args:
-        recipe: as the user wrote it: what it refuses is a failure here.
-        side: train or eval.
-        rows: encoded with nothing refused.
-        survey: of these rows.
+        recipe: the user's recipe; examples that it rejects are failures.
+        split: train or eval.
+        examples: the examples, encoded without rejections.
+        survey: the counts over these examples.
     """
     total = survey.total
     headline = (
-        f"{side}: {_examples(survey.rows)}, {format_count(total.tokens)} tokens, {format_percent(total.share)} trained "
-        f"(chat.loss_on: {recipe.chat.loss_on})"
+        f"{split}: {_number_of_examples(survey.examples)}, {format_count(total.tokens)} tokens, "
+        f"{format_percent(total.share)} trained (chat.loss_on: {recipe.chat.loss_on})"
     )
     return MaskSummary(
         headline,
-        tuple((role or "the template itself", tally) for role, tally in survey.roles.items() if tally.tokens),
+        tuple((role or "template text", count) for role, count in survey.roles.items() if count.tokens),
         total,
-        tuple(_facts(recipe, rows, survey)),
-        tuple(_failures(recipe, rows, survey)),
+        tuple(_details(recipe, examples, survey)),
+        tuple(_failures(recipe, examples, survey)),
     )
 
 
-def _facts(recipe: Recipe, rows: EncodedSplit, survey: MaskSurvey) -> list[tuple[str, str, bool]]:
-    stats = rows.stats
-    dropped = _dropped(rows)
-    looks = survey.lookalikes
-    special = f"{format_count(looks.count)} times in messages, as ordinary text (first {looks.first})"
+def _details(recipe: Recipe, examples: EncodedSplit, survey: MaskSurvey) -> list[tuple[str, str, bool]]:
+    stats = examples.stats
+    dropped = _dropped(examples)
+    text = survey.special_token_text
+    special = f"{format_count(text.count)} times in messages, as ordinary text (first {text.first})"
     return [
-        ("packing", _packing(recipe, rows), False),
-        ("shortened to fit", _truncated(recipe, rows), False),
-        *([("divided to fit", _split(rows), False)] if recipe.data.truncation == "split" else []),
-        ("rows left out", dropped or "none", bool(stats.dropped) and not stats.rows),
-        ("special-token text", special if looks.count else "none", _refused_text(recipe, survey)),
-        ("answers without end", _found(survey.open_answers), bool(survey.open_answers.count)),
-        ("ends not trained", _found(survey.silent_ends), bool(survey.silent_ends.count)),
+        ("packing", _packing(recipe, examples), False),
+        ("truncated", _truncated(recipe, examples), False),
+        *([("split", _split(examples), False)] if recipe.data.truncation == "split" else []),
+        ("dropped", dropped or "none", bool(stats.dropped) and not stats.examples),
+        ("special-token text", special if text.count else "none", _rejects_text(recipe, survey)),
+        (
+            "answers without an end token",
+            _occurrences(survey.unterminated_answers),
+            bool(survey.unterminated_answers.count),
+        ),
+        ("untrained end tokens", _occurrences(survey.untrained_eos), bool(survey.untrained_eos.count)),
     ]
 
 
-def _truncated(recipe: Recipe, rows: EncodedSplit) -> str:
-    stats = rows.stats
-    if not stats.shortened:
+def _truncated(recipe: Recipe, examples: EncodedSplit) -> str:
+    stats = examples.stats
+    if not stats.truncated:
         return "none"
-    its = "its" if stats.shortened == 1 else "their"
-    where = {"turns_leading": f"at {its} beginning", "split": "that did not fit alone"}
-    who = "conversation" if recipe.data.truncation == "split" else "row"
+    its = "its" if stats.truncated == 1 else "their"
+    where = {"drop_first_turns": f"at {its} beginning", "split": "that did not fit alone"}
+    who = "conversation" if recipe.data.truncation == "split" else "example"
     return (
-        f"{format_count(stats.shortened)} {who}{_s(stats.shortened)} lost {format_count(stats.exchanges_cut)} "
-        f"exchange{_s(stats.exchanges_cut)} {where.get(recipe.data.truncation, f'at {its} end')}"
-        f"{_named(rows, 'shortened')}"
+        f"{format_count(stats.truncated)} {who}{_plural(stats.truncated)} lost {format_count(stats.rounds_dropped)} "
+        f"round{_plural(stats.rounds_dropped)} {where.get(recipe.data.truncation, f'at {its} end')}"
+        f"{_named(examples, 'truncated')}"
     )
 
 
-def _split(rows: EncodedSplit) -> str:
-    stats = rows.stats
-    if not stats.divided:
+def _split(examples: EncodedSplit) -> str:
+    stats = examples.stats
+    if not stats.split:
         return "none"
-    became = f"{format_count(stats.divided)} conversation{_s(stats.divided)} became {_examples(stats.parts)}"
-    return f"{became}{_named(rows, 'divided')}"
+    conversations = f"{format_count(stats.split)} conversation{_plural(stats.split)}"
+    return f"{conversations} became {_number_of_examples(stats.split_examples)}{_named(examples, 'split')}"
 
 
-def _dropped(rows: EncodedSplit) -> str:
+def _dropped(examples: EncodedSplit) -> str:
     return "; ".join(
-        f"{format_count(number)} {_REASONS.get(reason, reason)}{_named(rows, reason)}"
-        for reason, number in rows.stats.dropped.items()
+        f"{format_count(number)} {_REASONS.get(reason, reason)}{_named(examples, reason)}"
+        for reason, number in examples.stats.dropped.items()
     )
 
 
-def _examples(number: int) -> str:
-    return f"{format_count(number)} row{_s(number)}"
+def _number_of_examples(number: int) -> str:
+    return f"{format_count(number)} example{_plural(number)}"
 
 
-def _s(number: int) -> str:
+def _plural(number: int) -> str:
     return "" if number == 1 else "s"
 
 
-def _packing(recipe: Recipe, rows: EncodedSplit) -> str:
+def _packing(recipe: Recipe, examples: EncodedSplit) -> str:
     length = recipe.data.max_length
     if not recipe.data.packing:
-        return "off: one conversation a row, padded to the longest of its batch"
-    lengths = rows.store.lengths
+        return "off: examples are padded to the longest of their batch"
+    lengths = examples.store.lengths
     packs = pack(lengths, length, recipe.training.seed)
     filled = format_percent(efficiency(packs, lengths, length))
     return f"{format_count(len(packs))} sequences of {format_count(length)} tokens, {filled} full"
 
 
-def _named(rows: EncodedSplit, what: str) -> str:
-    named = rows.stats.named.get(what, [])
+def _named(examples: EncodedSplit, what: str) -> str:
+    named = examples.stats.first_sources.get(what, [])
     return f" ({', '.join(named[:3])}{', …' if len(named) > 3 else ''})" if named else ""
 
 
-def _found(found: Occurrences) -> str:
+def _occurrences(found: Occurrences) -> str:
     return f"{format_count(found.count)} (first {found.first})" if found.count else "none"
 
 
-def _refused_text(recipe: Recipe, survey: MaskSurvey) -> bool:
-    return recipe.chat.special_text == "refuse" and survey.lookalikes.count > 0
+def _rejects_text(recipe: Recipe, survey: MaskSurvey) -> bool:
+    return recipe.chat.special_token_text == "error" and survey.special_token_text.count > 0
 
 
-def _failures(recipe: Recipe, rows: EncodedSplit, survey: MaskSurvey) -> list[str]:
-    """Why the mask cannot be trusted, each reason with the place to look at."""
+def _failures(recipe: Recipe, examples: EncodedSplit, survey: MaskSurvey) -> list[str]:
+    """Return the failed checks, each with the source of its first occurrence."""
     policy = f"chat.loss_on: {recipe.chat.loss_on}"
     failures = []
     if survey.everything_masked:
-        why = f"no token of any row is trained ({policy})" if survey.rows else f"no row is left; {_dropped(rows)}"
+        why = f"no token is trained ({policy})" if survey.examples else f"no example is left; {_dropped(examples)}"
         failures.append(f"everything is masked: {why}")
     if survey.nothing_masked:
-        asked = ", which asks for it" if recipe.chat.loss_on == "everything" else ""
+        asked = ", as requested" if recipe.chat.loss_on == "everything" else ""
         failures.append(f"nothing is masked: every token is trained ({policy}{asked})")
-    if survey.silent_ends.count:
+    if survey.untrained_eos.count:
         failures.append(
-            f"the end token of {format_count(survey.silent_ends.count)} answers is not trained, the first is in "
-            f"{survey.silent_ends.first}: the model would not learn to stop"
+            f"the end token of {format_count(survey.untrained_eos.count)} answers is not trained (first in "
+            f"{survey.untrained_eos.first}), so the model would not learn to stop"
         )
-    if survey.open_answers.count:
+    if survey.unterminated_answers.count:
         failures.append(
-            f"{format_count(survey.open_answers.count)} answers are cut: they have no end token, the first is in "
-            f"{survey.open_answers.first}"
+            f"{format_count(survey.unterminated_answers.count)} answers have no end token (first in "
+            f"{survey.unterminated_answers.first})"
         )
-    if _refused_text(recipe, survey):
+    if _rejects_text(recipe, survey):
         failures.append(
-            f"text spelled like a special token stands {format_count(survey.lookalikes.count)} times in messages, "
-            "the first "
-            f"in {survey.lookalikes.first}, and chat.special_text: refuse does not let it be encoded as text"
+            f"messages contain text spelled like a special token {format_count(survey.special_token_text.count)} times "
+            f"(first in {survey.special_token_text.first}), and chat.special_token_text is `error`"
         )
     for refusing, reason, key in (
-        (recipe.chat.empty_rows == "refuse", "nothing_to_learn", "chat.empty_rows"),
-        (recipe.data.truncation == "refuse", "too_long", "data.truncation"),
+        (recipe.chat.untrainable_examples == "error", "nothing_to_learn", "chat.untrainable_examples"),
+        (recipe.data.truncation == "error", "too_long", "data.truncation"),
     ):
-        if refusing and rows.stats.dropped.get(reason):
-            number = rows.stats.dropped[reason]
-            failures.append(f"{_examples(number)} {_REASONS[reason]}{_named(rows, reason)}, and {key} is `refuse`")
+        if refusing and examples.stats.dropped.get(reason):
+            number = examples.stats.dropped[reason]
+            which = f"{_number_of_examples(number)} {_REASONS[reason]}{_named(examples, reason)}"
+            failures.append(f"{which}, and {key} is `error`")
     return failures

@@ -1,21 +1,19 @@
-"""Python code that loads a run with stock transformers and peft, as text for its model card."""
+"""Model card of a run: Markdown with metadata, code to load the run, its training and its limits."""
 
 import io
-from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from peftchat.chat_template.templates import chatml, starchat
+from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE
 from peftchat.formatting import format_bytes, format_count, format_decimal, format_duration, format_percent
 from peftchat.recipe import QuantizationSection, Recipe
-from peftchat.reports.verdict import cautions, verdict
+from peftchat.reports.assessment import assess_run, run_warnings
 from peftchat.runs.run_summary import RunSummary
-from peftchat.variants import get_variant
 
-_ASK = """
+_EXAMPLE_PROMPT = """
 messages = [{"role": "user", "content": "How do I read a text file line by line?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 output = model.generate(**inputs.to(model.device), generation_config=generation, max_new_tokens=256)
@@ -23,22 +21,22 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def loading_code(recipe: Recipe, facts: RunSummary) -> str:
-    """A program that loads the run and answers one question.
+def loading_code(recipe: Recipe, summary: RunSummary) -> str:
+    """Return a program that loads the run and answers one question.
 
-    For an adapter whose new tokens lie beyond the base's vocabulary it first grows the base; where `run.json` does
-    not know the size of that vocabulary, the program looks.
+    If an adapter's new tokens are beyond the base model's vocabulary, the program first resizes the embeddings. If
+    `run.json` does not have the size of that vocabulary, the program checks it.
     """
-    lines = _full_code(recipe) if recipe.method == "full" else _adapter_code(recipe, facts)
-    return "\n".join(lines) + "\n" + _ASK
+    lines = _full_code(recipe) if recipe.method == "full" else _adapter_code(recipe, summary)
+    return "\n".join(lines) + "\n" + _EXAMPLE_PROMPT
 
 
-def new_vocabulary_size(facts: RunSummary) -> int | None:
-    """Rows that the base's embeddings must have for the new tokens; `None` if they are known to have them."""
-    if not facts.new_tokens:
+def new_vocabulary_size(summary: RunSummary) -> int | None:
+    """Return the size to which the base model's embeddings must be resized; None if they are large enough."""
+    if not summary.new_tokens:
         return None
-    needed = max(token.id for token in facts.new_tokens) + 1
-    if facts.base_vocabulary_size is not None and needed <= facts.base_vocabulary_size:
+    needed = max(token.id for token in summary.new_tokens) + 1
+    if summary.base_vocabulary_size is not None and needed <= summary.base_vocabulary_size:
         return None
     return needed
 
@@ -55,7 +53,7 @@ def _full_code(recipe: Recipe) -> list[str]:
     ]
 
 
-def _adapter_code(recipe: Recipe, facts: RunSummary) -> list[str]:
+def _adapter_code(recipe: Recipe, summary: RunSummary) -> list[str]:
     quantized = recipe.method == "qlora"
     names = "AutoModelForCausalLM, AutoTokenizer, GenerationConfig"
     lines = ["from peft import PeftModel"]
@@ -75,22 +73,27 @@ def _adapter_code(recipe: Recipe, facts: RunSummary) -> list[str]:
         lines += _quantization_code(recipe)
         arguments.append("quantization_config=quantization")
     lines.append(f"model = AutoModelForCausalLM.from_pretrained(base, {', '.join(arguments)})")
-    return [*lines, *_growth(facts), *_rows_beside(recipe, facts), "model = PeftModel.from_pretrained(model, run)"]
+    return [
+        *lines,
+        *_growth(summary),
+        *_load_added_tokens(recipe, summary),
+        "model = PeftModel.from_pretrained(model, run)",
+    ]
 
 
-def _rows_beside(recipe: Recipe, facts: RunSummary) -> list[str]:
-    """Where PEFT's adapter has no place for the rows of new tokens they lie in one of their own."""
-    if recipe.adapter is None or not facts.new_tokens or get_variant(recipe.adapter.variant).rows_inside:
+def _load_added_tokens(recipe: Recipe, summary: RunSummary) -> list[str]:
+    """Return code that loads added tokens from an adapter of their own, if the variant needs one."""
+    if recipe.adapter is None or not summary.new_tokens or recipe.adapter.supports_trainable_tokens:
         return []
     return ['model = PeftModel.from_pretrained(model, f"{run}/token_rows").merge_and_unload()  # new tokens']
 
 
-def _growth(facts: RunSummary) -> list[str]:
-    needed = new_vocabulary_size(facts)
+def _growth(summary: RunSummary) -> list[str]:
+    needed = new_vocabulary_size(summary)
     if needed is None:
         return []
     grow = f"model.resize_token_embeddings({needed}, mean_resizing=False)  # the adapter fills in the new rows"
-    if facts.base_vocabulary_size is not None:
+    if summary.base_vocabulary_size is not None:
         return [grow]
     return [f"if model.get_input_embeddings().num_embeddings < {needed}:", f"    {grow}"]
 
@@ -137,30 +140,26 @@ def _last_name(path: str) -> str:
     return Path(path).resolve().name
 
 
-_END_TOKENS = {"starchat": starchat(None).end_token, "chatml": chatml(None).end_token}
-
-
-def model_card(run_json: Mapping[str, Any], recipe_text: str) -> str:
+def model_card(summary: RunSummary, recipe_text: str) -> str:
     """Markdown with YAML front matter: what the model is, how to load it, what it learned from, its limits.
 
     Of files only the names are written, never the folders they lie in.
 
     Args:
-        run_json: the content of `run.json`; keys may be missing.
+        summary: the run's results; any may be missing.
         recipe_text: the resolved recipe.
 
     Raises:
-        pydantic.ValidationError: the text is not a recipe, or a key of `run_json` is of another kind.
+        pydantic.ValidationError: the text is not a recipe.
     """
     recipe = Recipe.model_validate(YAML(typ="safe").load(recipe_text))
-    facts = RunSummary.of(run_json)
     sections = [
         _front_matter(recipe),
-        _introduction(recipe, facts),
-        _use(recipe, facts),
-        _format(recipe, facts),
-        _training(recipe, facts),
-        _limits(facts),
+        _introduction(recipe, summary),
+        _use(recipe, summary),
+        _format(recipe, summary),
+        _training(recipe, summary),
+        _limits(summary),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -180,10 +179,10 @@ def _front_matter(recipe: Recipe) -> str:
     return f"---\n{text.getvalue()}---"
 
 
-def _introduction(recipe: Recipe, facts: RunSummary) -> str:
+def _introduction(recipe: Recipe, summary: RunSummary) -> str:
     kind = "A chat model" if recipe.method == "full" else "A chat adapter"
     text = f"# {run_name(recipe)}\n\n{kind}: `{base_name(recipe)}`, fine-tuned on conversations with peftchat"
-    return f"{text} ({_method(recipe)}). {verdict(facts).headline}"
+    return f"{text} ({_method(recipe)}). {assess_run(summary).headline}"
 
 
 def _method(recipe: Recipe) -> str:
@@ -192,40 +191,41 @@ def _method(recipe: Recipe) -> str:
     return f"{recipe.adapter.variant} on a quantized base" if recipe.method == "qlora" else recipe.adapter.variant
 
 
-def _use(recipe: Recipe, facts: RunSummary) -> str:
-    parts = ["## Use it", f"```python\n{loading_code(recipe, facts)}```"]
+def _use(recipe: Recipe, summary: RunSummary) -> str:
+    parts = ["## Use it", f"```python\n{loading_code(recipe, summary)}```"]
     if recipe.method == "full":
         parts.append("vLLM serves this folder as it is.")
         return "\n\n".join(parts)
-    needed = new_vocabulary_size(facts)
+    needed = new_vocabulary_size(summary)
     if needed is not None:
         parts.append(
-            f"The adapter carries rows for tokens up to id {needed - 1}. A base with fewer rows than that must be "
-            "grown first, as above; without it PEFT stops with an `IndexError` when it puts the rows in their place."
+            f"The adapter has embeddings for tokens up to id {needed - 1}. A base model with a smaller vocabulary must "
+            "be resized first, as above; otherwise PEFT raises an `IndexError` when it loads them."
         )
-    if recipe.adapter is not None and not get_variant(recipe.adapter.variant).folds:
-        parts.append("It cannot be folded into the base: the two belong together, and vLLM does not serve them.")
-        parts.append(f"To talk to it in the terminal: `peftchat chat {run_name(recipe)}`.")
+    if recipe.adapter is not None and not recipe.adapter.mergeable:
+        parts.append("It cannot be merged into the base model, and vLLM does not serve it.")
+        parts.append(f"To chat with it in the terminal: `peftchat chat {run_name(recipe)}`.")
         return "\n\n".join(parts)
-    merge = f"`peftchat merge {run_name(recipe)}` folds the adapter into the base's weights"
-    if facts.new_tokens:
-        parts.append(f"vLLM does not serve adapters that bring rows for new tokens: {merge}, and vLLM serves those.")
+    merge = f"`peftchat merge {run_name(recipe)}` merges the adapter into the base model"
+    if summary.new_tokens:
+        parts.append(f"vLLM does not serve adapters with embeddings of new tokens. {merge}, which vLLM serves.")
     else:
         parts.append(f"{merge}, for programs that do not load adapters.")
-    parts.append(f"To talk to it in the terminal: `peftchat chat {run_name(recipe)}`.")
+    parts.append(f"To chat with it in the terminal: `peftchat chat {run_name(recipe)}`.")
     return "\n\n".join(parts)
 
 
-def _format(recipe: Recipe, facts: RunSummary) -> str:
+def _format(recipe: Recipe, summary: RunSummary) -> str:
     template = recipe.chat.template
-    own = "the tokenizer's own chat template" if template == "model" else f"the chat template `{template}`"
-    end = _END_TOKENS.get(template)
-    stop = f"`{end}`" if end else "the template's end-of-turn token"
-    lines = [f"## Format\n\nIt was trained with {own}, which is saved with the tokenizer. An answer ends at {stop}."]
+    if template == TOKENIZER_TEMPLATE:
+        name, stop = "the tokenizer's own chat template", "the template's end-of-turn token"
+    else:
+        name, stop = f"the chat template `{template}`", f"`{CHAT_TEMPLATES[template].end_token}`"
+    lines = [f"## Format\n\nIt was trained with {name}, which is saved with the tokenizer. An answer ends at {stop}."]
     if recipe.chat.system is not None:
         lines.append(f"Conversations without a system message were given this one:\n\n{_quoted(recipe.chat.system)}")
-    if facts.new_tokens:
-        names = ", ".join(f"`{token.token}` ({token.id})" for token in facts.new_tokens)
+    if summary.new_tokens:
+        names = ", ".join(f"`{token.token}` ({token.id})" for token in summary.new_tokens)
         lines.append(f"Tokens added to the base's vocabulary: {names}.")
     return "\n\n".join(lines)
 
@@ -235,32 +235,32 @@ def _quoted(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines()) if text else "    (empty)"
 
 
-def _training(recipe: Recipe, facts: RunSummary) -> str:
-    names = ", ".join(f"`{_data_name(get_variant.path)}`" for get_variant in recipe.data.train)
+def _training(recipe: Recipe, summary: RunSummary) -> str:
+    names = ", ".join(f"`{_data_name(source.path)}`" for source in recipe.data.train)
     lines = [f"- data: {names}", f"- method: {recipe.method}"]
     if recipe.adapter is not None:
         options = recipe.adapter.model_dump(mode="json", exclude_none=True)
         lines.append("- adapter: " + ", ".join(f"{name} {_option(value)}" for name, value in options.items()))
     rows = [
-        ("conversations", format_count(facts.rows), facts.rows),
+        ("conversations", format_count(summary.train_examples), summary.train_examples),
         (
             "tokens seen",
-            f"{format_count(facts.tokens)}, loss on {format_percent(facts.supervised_share)}",
-            facts.tokens,
+            f"{format_count(summary.tokens)}, loss on {format_percent(summary.supervised_share)}",
+            summary.tokens,
         ),
-        ("steps", format_count(facts.steps), facts.steps),
+        ("steps", format_count(summary.steps), summary.steps),
         ("learning rate", format_decimal(recipe.training.learning_rate), recipe.training.learning_rate),
-        ("trained parameters", format_count(facts.trainable_parameters), facts.trainable_parameters),
-        ("held-out loss before", format_decimal(facts.eval_loss_before), facts.eval_loss_before),
-        ("held-out loss after", format_decimal(facts.eval_loss), facts.eval_loss),
-        ("training loss, mean", format_decimal(facts.train_loss), facts.train_loss),
-        ("time", format_duration(facts.seconds), facts.seconds),
-        ("speed", f"{format_count(facts.tokens_per_second)} tokens/s", facts.tokens_per_second),
-        ("peak memory", format_bytes(facts.peak_memory_bytes), facts.peak_memory_bytes),
+        ("trained parameters", format_count(summary.trainable_parameters), summary.trainable_parameters),
+        ("held-out loss before", format_decimal(summary.eval_loss_before), summary.eval_loss_before),
+        ("held-out loss after", format_decimal(summary.eval_loss), summary.eval_loss),
+        ("training loss, mean", format_decimal(summary.train_loss), summary.train_loss),
+        ("time", format_duration(summary.seconds), summary.seconds),
+        ("speed", f"{format_count(summary.tokens_per_second)} tokens/s", summary.tokens_per_second),
+        ("peak memory", format_bytes(summary.peak_memory_bytes), summary.peak_memory_bytes),
     ]
     lines += [f"- {name}: {words}" for name, words, value in rows if value is not None]
-    if facts.versions:
-        lines.append("- " + ", ".join(f"{name} {version}" for name, version in facts.versions.items() if version))
+    if summary.versions:
+        lines.append("- " + ", ".join(f"{name} {version}" for name, version in summary.versions.items() if version))
     return "## Training\n\n" + "\n".join(lines)
 
 
@@ -274,7 +274,7 @@ def _data_name(path: str) -> str:
     return path if is_hub_id else path.rstrip("/").rsplit("/")[-1]
 
 
-def _limits(facts: RunSummary) -> str:
-    found = [*cautions(facts), "Nothing in this run measured whether its answers are true or safe."]
+def _limits(summary: RunSummary) -> str:
+    warnings = [*run_warnings(summary), "Nothing in this run measured whether its answers are true or safe."]
     # A token such as <s> would be taken for an HTML tag.
-    return "## Limits\n\n" + "\n".join(f"- {escape(caution, quote=False)}" for caution in found)
+    return "## Limits\n\n" + "\n".join(f"- {escape(warning, quote=False)}" for warning in warnings)

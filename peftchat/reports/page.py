@@ -1,4 +1,4 @@
-"""Self-contained HTML pages from the templates of this package: one file, no scripts, nothing loaded from elsewhere."""
+"""HTML pages from the templates of this package: one file each, without scripts or external resources."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from peftchat.files import write_text
 
 
 def write_page(path: Path, template: str, **values: object) -> Path:
-    """Render a template to `path`, atomically. Values are escaped unless they are `markupsafe.Markup`."""
+    """Render a template to `path` atomically and return it; values are escaped unless they are `Markup`."""
     environment = Environment(
         loader=PackageLoader("peftchat", "reports"),
         autoescape=True,
@@ -27,6 +27,6 @@ def write_page(path: Path, template: str, **values: object) -> Path:
         moment=formatting.format_time,
     )
     text = environment.get_template(template).render(values)
-    # Text from conversations may hold lone surrogates, which UTF-8 has no bytes for.
+    # Text from conversations may hold lone surrogates, which UTF-8 cannot encode.
     write_text(path, text, errors="backslashreplace")
     return path

@@ -1,4 +1,4 @@
-"""What a finished run leaves for people: the model card and the report."""
+"""HTML report and model card of a finished run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,62 +15,63 @@ from peftchat.formatting import (
     format_percent,
     format_short_count,
 )
+from peftchat.reports.assessment import assess_run, run_warnings
 from peftchat.reports.model_card import model_card
 from peftchat.reports.page import write_page
 from peftchat.reports.svg import Series, line_plot
-from peftchat.reports.verdict import cautions, verdict
-from peftchat.runs.metrics_file import MetricsFile, Scalar
-from peftchat.runs.run_summary import Answer, RunSummary, read_run_json, weights_size
+from peftchat.runs.metrics_file import Scalar
+from peftchat.runs.run_folder import RunFolder
+from peftchat.runs.run_summary import RunSummary, SampleAnswer
 
 
 def write_summaries(run: Path) -> None:
     """Write `README.md` and `report.html` into a run folder that has its `run.json`."""
-    recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
-    write_text(run / "README.md", model_card(read_run_json(run), recipe))
+    folder = RunFolder(run)
+    recipe = folder.recipe.read_text(encoding="utf-8")
+    write_text(folder.model_card, model_card(RunSummary.read(folder), recipe))
     write_report(run)
 
 
-_SMOOTH_FROM = 40
+_MIN_POINTS_FOR_MEAN = 40
 
 
 def write_report(run: Path) -> Path:
     """Write `report.html` into a run folder from its `run.json`, `metrics.jsonl` and `recipe.yaml`.
 
-    The last two may be missing, and so may any key of `run.json`: the page then says "not measured".
+    The last two may be missing, and so may any key of `run.json`; the page then shows "not measured".
 
     Returns:
-        the path of the page.
+        The path of the page.
 
     Raises:
-        UserError: `run.json` is missing, or a file is not what its name says.
+        UserError: `run.json` is missing, or a file has unexpected content.
     """
-    record = read_run_json(run)
-    facts = RunSummary.of(record)
-    recipe = run / "recipe.yaml"
+    folder = RunFolder(run)
+    summary = RunSummary.read(folder)
     return write_page(
-        run / "report.html",
+        folder.report,
         "run_report.html.jinja",
         name=run.resolve().name,
-        facts=facts,
-        verdict=verdict(facts),
-        cautions=cautions(facts),
-        tiles=_tiles(facts),
-        plots=_plots(MetricsFile(run / "metrics.jsonl").read()),
-        samples=_paired(facts.samples_before, facts.samples_after),
-        weights_size=weights_size(run),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
-        record=json.dumps(record, indent=2, ensure_ascii=False),
+        summary=summary,
+        assessment=assess_run(summary),
+        warnings=run_warnings(summary),
+        tiles=_tiles(summary),
+        plots=_plots(folder.metrics.read()),
+        samples=_paired(summary.samples_before, summary.samples_after),
+        weights_size=folder.weights_bytes(),
+        recipe=folder.recipe.read_text(encoding="utf-8") if folder.recipe.exists() else None,
+        record=json.dumps(json.loads(folder.summary.read_text(encoding="utf-8")), indent=2, ensure_ascii=False),
     )
 
 
-def _tiles(facts: RunSummary) -> list[tuple[str, str]]:
+def _tiles(summary: RunSummary) -> list[tuple[str, str]]:
     return [
-        ("Held-out loss", format_decimal(facts.eval_loss)),
-        ("Time", format_duration(facts.seconds)),
-        ("Tokens/s", format_count(facts.tokens_per_second)),
-        ("Supervised", format_percent(facts.supervised_share)),
-        ("Trained", format_short_count(facts.trainable_parameters)),
-        ("Peak memory", format_bytes(facts.peak_memory_bytes)),
+        ("Held-out loss", format_decimal(summary.eval_loss)),
+        ("Time", format_duration(summary.seconds)),
+        ("Tokens/s", format_count(summary.tokens_per_second)),
+        ("Supervised", format_percent(summary.supervised_share)),
+        ("Trained", format_short_count(summary.trainable_parameters)),
+        ("Peak memory", format_bytes(summary.peak_memory_bytes)),
     ]
 
 
@@ -86,10 +87,10 @@ def _plots(lines: Sequence[Mapping[str, Scalar]]) -> list[tuple[str, Markup]]:
 
 
 def _losses(lines: Sequence[Mapping[str, Scalar]]) -> list[Series]:
-    """Training and held-out loss; a long training curve is noisy and gets its moving mean drawn over it."""
+    """Return training and held-out loss, with a moving mean over a long training curve."""
     train = _points(lines, "loss")
     held_out = Series("held out", _points(lines, "eval_loss"), color=1)
-    if len(train) < _SMOOTH_FROM:
+    if len(train) < _MIN_POINTS_FOR_MEAN:
         return [Series("training", train), held_out]
     window = len(train) // 20 * 2 + 1
     mean = Series(f"mean of {window}", _smoothed(train, window))
@@ -105,7 +106,7 @@ def _points(lines: Sequence[Mapping[str, Scalar]], key: str) -> list[tuple[float
 
 
 def _smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Centred moving mean; near the ends over the part of the window that exists."""
+    """Return the centered moving mean, over a shorter window near the ends."""
     half = window // 2
     values = [y for _, y in points]
     means = []
@@ -115,8 +116,10 @@ def _smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[
     return means
 
 
-def _paired(before: Sequence[Answer], after: Sequence[Answer]) -> list[tuple[str, Answer | None, Answer | None]]:
-    """Answers to the same prompt side by side, in the order in which the prompts were asked."""
+def _paired(
+    before: Sequence[SampleAnswer], after: Sequence[SampleAnswer]
+) -> list[tuple[str, SampleAnswer | None, SampleAnswer | None]]:
+    """Return the answers before and after training by prompt."""
     first = {answer.prompt: answer for answer in before}
     last = {answer.prompt: answer for answer in after}
     return [(prompt, first.get(prompt), last.get(prompt)) for prompt in {**first, **last}]

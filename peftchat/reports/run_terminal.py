@@ -1,7 +1,4 @@
-"""Answers before and after training, side by side for the eye."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Run summary in the terminal: the assessment, the main numbers, and answers before and after training."""
 
 from rich import box
 from rich.panel import Panel
@@ -18,32 +15,28 @@ from peftchat.formatting import (
     format_percent,
     format_short_count,
 )
-from peftchat.reports.verdict import cautions, verdict
-from peftchat.runs.run_summary import RunSummary
+from peftchat.reports.assessment import assess_run, run_warnings
+from peftchat.runs.run_summary import RunSummary, SampleAnswer
 
 
-def print_samples(summary: Mapping[str, Any]) -> None:
-    """Print each question of a run with the answers that the model gave before and after training.
-
-    Args:
-        summary: the content of `run.json`.
-    """
-    before = {sample["prompt"]: sample for sample in summary.get("samples_before") or ()}
-    for sample in summary.get("samples_after") or ():
+def print_samples(summary: RunSummary) -> None:
+    """Print each prompt of a run with the model's answers before and after training."""
+    before = {sample.prompt: sample for sample in summary.samples_before}
+    for sample in summary.samples_after:
         text = Text()
-        earlier = before.get(sample["prompt"])
+        earlier = before.get(sample.prompt)
         if earlier is not None:
             _add(text, "before", earlier)
             text.append("\n")
         _add(text, "after", sample)
-        stdout.print(Panel(text, title=Text(sample["prompt"], style="bold"), title_align="left"), soft_wrap=False)
+        stdout.print(Panel(text, title=Text(sample.prompt, style="bold"), title_align="left"), soft_wrap=False)
 
 
-def _add(text: Text, when: str, sample: Mapping[str, Any]) -> None:
+def _add(text: Text, when: str, sample: SampleAnswer) -> None:
     text.append(f"{when}  ", style="bold green" if when == "after" else "bold")
-    text.append(_truncated_answer(sample["answer"]) or "(nothing)")
-    if not sample["stopped"]:
-        text.append("  (did not stop by itself)", style="italic yellow")
+    text.append(_truncated_answer(sample.answer) or "(empty)")
+    if not sample.stopped:
+        text.append("  (reached the length limit)", style="italic yellow")
 
 
 def _truncated_answer(answer: str, most: int = 600) -> str:
@@ -53,31 +46,30 @@ def _truncated_answer(answer: str, most: int = 600) -> str:
 _COLORS = {"better": "green", "worse": "red", "failed": "red", "unknown": "yellow"}
 
 
-def print_summary(run_json: Mapping[str, Any]) -> None:
-    """Print the verdict, the main numbers and the new tokens of a run to standard error."""
-    facts = RunSummary.of(run_json)
-    result = verdict(facts)
+def print_summary(summary: RunSummary) -> None:
+    """Print the assessment, the main numbers and the new tokens of a run to standard error."""
+    result = assess_run(summary)
     stderr.print()
     stderr.print(Text(result.headline, style=f"bold {_COLORS[result.outcome]}"), soft_wrap=False)
-    stderr.print(_figures(facts))
-    if facts.new_tokens:
-        stderr.print(_tokens(facts))
-    for caution in cautions(facts):
-        stderr.print(Text.assemble(("note: ", "yellow"), caution), soft_wrap=False)
+    stderr.print(_figures(summary))
+    if summary.new_tokens:
+        stderr.print(_tokens(summary))
+    for warning in run_warnings(summary):
+        stderr.print(Text.assemble(("note: ", "yellow"), warning), soft_wrap=False)
 
 
-def _figures(facts: RunSummary) -> Table:
+def _figures(summary: RunSummary) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()
     rows = [
-        ("training loss", format_decimal(facts.train_loss)),
-        ("steps", format_count(facts.steps)),
-        ("time", format_duration(facts.seconds)),
-        ("tokens", f"{format_count(facts.tokens)}, {format_percent(facts.supervised_share)} supervised"),
-        ("speed", _per_second(facts)),
-        ("peak memory", format_bytes(facts.peak_memory_bytes)),
-        ("trained", _parameters(facts)),
+        ("training loss", format_decimal(summary.train_loss)),
+        ("steps", format_count(summary.steps)),
+        ("time", format_duration(summary.seconds)),
+        ("tokens", f"{format_count(summary.tokens)}, {format_percent(summary.supervised_share)} supervised"),
+        ("speed", _per_second(summary)),
+        ("peak memory", format_bytes(summary.peak_memory_bytes)),
+        ("trained", _parameters(summary)),
     ]
     for name, value in rows:
         if not value.startswith(UNKNOWN):
@@ -85,26 +77,26 @@ def _figures(facts: RunSummary) -> Table:
     return table
 
 
-def _per_second(facts: RunSummary) -> str:
-    if facts.tokens_per_second is None or facts.model_flops_utilisation is None:
-        return UNKNOWN if facts.tokens_per_second is None else f"{format_count(facts.tokens_per_second)} tokens/s"
-    utilization = format_percent(facts.model_flops_utilisation)
-    return f"{format_count(facts.tokens_per_second)} tokens/s, {utilization} of the peak matrix rate"
+def _per_second(summary: RunSummary) -> str:
+    if summary.tokens_per_second is None or summary.model_flops_utilisation is None:
+        return UNKNOWN if summary.tokens_per_second is None else f"{format_count(summary.tokens_per_second)} tokens/s"
+    utilization = format_percent(summary.model_flops_utilisation)
+    return f"{format_count(summary.tokens_per_second)} tokens/s, {utilization} of the peak matrix rate"
 
 
-def _parameters(facts: RunSummary) -> str:
-    if facts.trainable_parameters is None:
+def _parameters(summary: RunSummary) -> str:
+    if summary.trainable_parameters is None:
         return UNKNOWN
-    return f"{format_short_count(facts.trainable_parameters)} parameters"
+    return f"{format_short_count(summary.trainable_parameters)} parameters"
 
 
-def _tokens(facts: RunSummary) -> Table:
+def _tokens(summary: RunSummary) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     table.add_column("new token")
     for name in ("id", "seen", "input moved", "output moved"):
         table.add_column(name, justify="right")
     table.add_column("result")
-    for token in facts.new_tokens:
+    for token in summary.new_tokens:
         moved = [format_decimal(token.input_moved), format_decimal(token.output_moved)]
         style = "red" if token.verdict == "did not move" else ""
         table.add_row(

@@ -1,4 +1,4 @@
-"""Statistics of conversations in words: what terminal and page both say."""
+"""Dataset statistics in the terminal and as an HTML page."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,23 +18,23 @@ from peftchat.reports.mask import escape_control_chars
 from peftchat.reports.page import write_page
 from peftchat.reports.svg import Bar, bar_plot
 
-_NO_HYGIENE = "not looked for (pip install 'peftchat[hygiene]')"
+_NO_HYGIENE = "not checked (pip install 'peftchat[hygiene]')"
 _NO_DETECTOR = "not detected (pip install 'peftchat[languages]')"
 _MOST_LANGUAGES = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something to look at, with places."""
+    """A problem in the data, with sources of examples."""
 
     text: str
     examples: tuple[str, ...]
 
 
-def facts_of(part: PartStats) -> Iterator[tuple[str, str]]:
-    """One part, a line a fact: name, value."""
-    yield "form", ", ".join(sorted(set(part.forms.values()))) or "none"
-    yield "rows", format_count(part.rows)
+def describe_part(part: PartStats) -> Iterator[tuple[str, str]]:
+    """Yield the statistics of one part: name and value."""
+    yield "format", ", ".join(sorted(set(part.formats.values()))) or "none"
+    yield "records", format_count(part.records)
     yield "conversations", format_count(part.conversations)
     for name, sketch in (("turns", part.turns), ("characters", part.characters), ("tokens", part.tokens)):
         if sketch is not None:
@@ -50,15 +50,15 @@ def facts_of(part: PartStats) -> Iterator[tuple[str, str]]:
     yield "exact duplicates", _of(part.exact_duplicates, part.conversations)
     near = part.near_duplicates
     yield "near duplicates", _NO_HYGIENE if near is None else _of(near, part.conversations)
-    yield "unusable rows", _of(sum(part.problems.values()), part.rows)
+    yield "invalid records", _of(sum(part.problems.values()), part.records)
 
 
 def findings_of(part: PartStats) -> Iterator[Finding]:
-    """What is worth a look in one part."""
+    """Yield the problems of one part."""
     for kind, number in part.problems.items():
-        yield Finding(f"unusable, {format_count(number)}: {KINDS[kind]}", tuple(part.problem_examples[kind]))
+        yield Finding(f"invalid, {format_count(number)}: {KINDS[kind]}", tuple(part.problem_examples[kind]))
     for rule, number in part.skipped.items():
-        yield Finding(f"{format_count(number)} left out: {SKIPPED.get(rule, rule.replace('_', ' '))}", ())
+        yield Finding(f"{format_count(number)} skipped: {SKIPPED.get(rule, rule.replace('_', ' '))}", ())
     if part.exact_duplicates:
         yield Finding(
             f"{format_count(part.exact_duplicates)} repeat an earlier conversation", _pairs(part.duplicate_examples)
@@ -69,20 +69,20 @@ def findings_of(part: PartStats) -> Iterator[Finding]:
         )
 
 
-def overlap_words(overlap: Overlap) -> str:
-    """What two parts share, in one sentence."""
+def describe_overlap(overlap: Overlap) -> str:
+    """Describe what two parts have in common, in one sentence."""
     if not (overlap.same or overlap.same_start or overlap.near):
-        return f"nothing of {overlap.first} is in {overlap.second}"
+        return f"no overlap between {overlap.first} and {overlap.second}"
     near = "" if overlap.near is None else f", {format_count(overlap.near)} nearly the same"
     return (
         f"{overlap.second} shares with {overlap.first}: "
-        f"{format_count(overlap.same)} conversations word for word{near}, "
+        f"{format_count(overlap.same)} identical conversations{near}, "
         f"{format_count(overlap.same_start)} with the same first user message"
     )
 
 
-def benchmark_words(benchmark: BenchmarkOverlap) -> str:
-    """What of a benchmark stands in the data, in one sentence."""
+def describe_benchmark(benchmark: BenchmarkOverlap) -> str:
+    """Describe which questions of a benchmark occur in the data, in one sentence."""
     where = f"{benchmark.path}: {format_count(benchmark.found)} of {format_count(benchmark.questions)} questions found"
     conversations = (
         "1 conversation" if benchmark.conversations == 1 else f"{format_count(benchmark.conversations)} conversations"
@@ -91,11 +91,11 @@ def benchmark_words(benchmark: BenchmarkOverlap) -> str:
 
 
 def leaks(stats: DataStats) -> Iterator[Finding]:
-    """Overlaps between parts and with benchmarks."""
+    """Yield the overlaps between parts and with benchmarks."""
     for overlap in stats.overlaps:
-        yield Finding(overlap_words(overlap), _pairs(overlap.examples))
+        yield Finding(describe_overlap(overlap), _pairs(overlap.examples))
     for benchmark in stats.benchmarks:
-        yield Finding(benchmark_words(benchmark), _pairs(benchmark.examples))
+        yield Finding(describe_benchmark(benchmark), _pairs(benchmark.examples))
 
 
 def _pairs(examples: Sequence[tuple[str, str]]) -> tuple[str, ...]:
@@ -107,7 +107,7 @@ def _lengths(sketch: LengthSketch) -> str:
         return "none"
     return (
         f"{format_count(sketch.total)}; "
-        f"a conversation {format_count(sketch.smallest)} to {format_count(sketch.largest)}, "
+        f"per conversation {format_count(sketch.smallest)} to {format_count(sketch.largest)}, "
         f"half of them up to {format_count(sketch.quantile(0.5))}, 95 % up to {format_count(sketch.quantile(0.95))}"
     )
 
@@ -129,17 +129,17 @@ def _languages(part: PartStats) -> str:
         return "none"
     named = ", ".join(f"{code} {format_percent(number / sampled)}" for code, number in found[:_MOST_LANGUAGES])
     rest = f", {len(found) - _MOST_LANGUAGES} more" if len(found) > _MOST_LANGUAGES else ""
-    return f"{named}{rest} (of {format_count(sampled)} looked at)"
+    return f"{named}{rest} (of {format_count(sampled)} sampled)"
 
 
 def write_stats_page(path: Path, stats: DataStats) -> Path:
-    """Write a page that needs nothing but a browser."""
+    """Write a self-contained HTML page."""
     parts = [
         {
             "name": part.name,
             "tiles": _stats_tiles(part),
             "plots": _stats_plots(part),
-            "facts": list(facts_of(part)),
+            "statistics": list(describe_part(part)),
             "longest": part.longest,
             "counted": part.tokens is not None,
             "findings": list(findings_of(part)),
@@ -151,7 +151,7 @@ def write_stats_page(path: Path, stats: DataStats) -> Path:
 
 def _stats_tiles(part: PartStats) -> list[tuple[str, str]]:
     repeats = part.exact_duplicates + (part.near_duplicates or 0)
-    unusable = sum(part.problems.values())
+    invalid = sum(part.problems.values())
     return [
         ("Conversations", format_count(part.conversations)),
         ("Turns", format_count(part.turns.total)),
@@ -160,7 +160,7 @@ def _stats_tiles(part: PartStats) -> list[tuple[str, str]]:
         else ("Characters", format_count(part.characters.total)),
         ("Code", format_percent(part.code_share)),
         ("Repeats", format_percent(repeats / part.conversations if part.conversations else 0.0)),
-        ("Unusable rows", format_count(unusable)),
+        ("Invalid records", format_count(invalid)),
     ]
 
 
@@ -170,16 +170,16 @@ def _stats_plots(part: PartStats) -> list[tuple[str, Markup]]:
     for name, sketch in sketches.items():
         if sketch is not None and sketch.count:
             bars = [Bar(first, last, number) for first, last, number in sketch.histogram()]
-            title = f"{name.capitalize()} a conversation"
+            title = f"{name.capitalize()} per conversation"
             plots.append((title, bar_plot(bars, label=f"{title} in {part.name}", x_name=name)))
     return plots
 
 
 def print_stats(stats: DataStats, console: Console) -> None:
-    """Print a block a part, then what the parts share."""
+    """Print one block per part, then the overlaps."""
     for part in stats.parts:
         console.print(Text(escape_control_chars(part.name), style="bold underline"))
-        console.print(_stats_facts(part))
+        console.print(_statistics_table(part))
         console.print(_longest(part))
         _print_findings(findings_of(part), console)
         console.print()
@@ -189,11 +189,11 @@ def print_stats(stats: DataStats, console: Console) -> None:
         _print_findings(found, console)
 
 
-def _stats_facts(part: PartStats) -> Table:
+def _statistics_table(part: PartStats) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim", min_width=18)
     table.add_column()
-    for name, value in facts_of(part):
+    for name, value in describe_part(part):
         table.add_row(name, Text(escape_control_chars(value)))
     return table
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a logged step, readable while the run is alive and after it was killed."""
+"""Metrics file: `metrics.jsonl`, one JSON object per logged step, readable while the run goes on."""
 
 import json
 import math
@@ -10,10 +10,10 @@ from peftchat.errors import UserError
 from peftchat.files import write_text
 
 Scalar = float | int | str | bool | None
-"""What a line may hold; a float may be NaN or infinite."""
+"""A value of a line; a float may be NaN or infinite."""
 
-# JSON has no such numbers. These are the names that the JSON mapping of Protocol Buffers uses, and Python's
-# float() reads them too, so a diverged loss stays visible instead of turning into "no value".
+# JSON has no such numbers. The names are those of the JSON mapping of Protocol Buffers, and Python's float() reads
+# them, so a diverged loss stays visible.
 _NAMED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -28,47 +28,47 @@ class MetricsFile:
         self.path = path
 
     def append(self, line: Mapping[str, Scalar]) -> None:
-        """Add one line and hand it to the operating system before returning.
+        """Append one line and flush it to the operating system.
 
         Floats keep all their digits; NaN and infinities are written as the strings `"NaN"`, `"Infinity"` and
-        `"-Infinity"`. A line that an earlier process left half-written is removed first.
+        `"-Infinity"`. A half-written line of an earlier process is removed first.
 
         Raises:
             TypeError: a value is not a number, a string, a boolean or `None`.
         """
         text = _encode(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._torn():
+        if self._has_partial_line():
             self._rewrite(self.read())
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
 
     def keep_through(self, step: int) -> None:
-        """Drop every line after `step`, atomically, so that a resumed run logs each step once.
+        """Delete the lines after `step`, atomically, so that a resumed run logs each step once.
 
-        Lines without a step belong to no step and stay. `-1` drops all that have one.
+        Lines without a step stay. `-1` deletes every line with a step.
         """
         if self.path.exists():
             self._rewrite(line for line in self.read() if _step(line) <= step)
 
     def read(self) -> list[dict[str, Scalar]]:
-        """All whole lines, oldest first; a half-written last line is passed over.
+        """Return all complete lines, oldest first; a half-written last line is ignored.
 
         Raises:
             UserError: a line other than an unfinished last one is not a JSON object.
         """
         if not self.path.exists():
             return []
-        *whole, rest = self.path.read_bytes().split(b"\n")
-        lines = [self._decode(text, number) for number, text in enumerate(whole, start=1) if text.strip()]
+        *complete, rest = self.path.read_bytes().split(b"\n")
+        lines = [self._decode(text, number) for number, text in enumerate(complete, start=1) if text.strip()]
         if rest:
             try:
-                lines.append(self._decode(rest, len(whole) + 1))
+                lines.append(self._decode(rest, len(complete) + 1))
             except UserError:
                 return lines
         return lines
 
-    def _torn(self) -> bool:
+    def _has_partial_line(self) -> bool:
         if not self.path.exists() or self.path.stat().st_size == 0:
             return False
         with self.path.open("rb") as file:
@@ -91,11 +91,11 @@ class MetricsFile:
 
 
 def _encode(line: Mapping[str, Scalar]) -> str:
-    return json.dumps({key: _plain(value) for key, value in line.items()}, allow_nan=False) + "\n"
+    return json.dumps({key: _to_json(value) for key, value in line.items()}, allow_nan=False) + "\n"
 
 
-def _plain(value: Scalar) -> Scalar:
-    # NumPy's scalars count as numbers, yet json knows only Python's own.
+def _to_json(value: Scalar) -> Scalar:
+    # The json module does not serialize NumPy's scalars.
     if isinstance(value, numbers.Integral):
         return value if isinstance(value, bool) else int(value)
     if not isinstance(value, numbers.Real):
@@ -109,5 +109,6 @@ def _plain(value: Scalar) -> Scalar:
 
 
 def _step(line: Mapping[str, Scalar]) -> float:
+    """Return the step of a line; minus infinity without one."""
     step = line.get("step")
     return step if isinstance(step, int | float) else -math.inf

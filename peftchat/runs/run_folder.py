@@ -1,90 +1,33 @@
-"""Checkpoints that are whole: a marker written last says so, and resuming trusts nothing else."""
+"""Run folder: its files, its checkpoints, and whether a run may use it."""
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftchat.errors import UserError, VerificationError
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe, load_recipe
+from peftchat.runs.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 
-MARKER = "complete.json"
+_MARKER = "complete.json"
 
-
-def mark_complete(checkpoint: Path, totals: list[dict[str, Any]]) -> None:
-    """Check a checkpoint's files and write its marker.
-
-    Args:
-        checkpoint: the folder, all its files written.
-        totals: the counts of each process up to here.
-
-    Raises:
-        VerificationError: a file is empty.
-    """
-    sizes = {
-        str(file.relative_to(checkpoint)): file.stat().st_size
-        for file in sorted(checkpoint.rglob("*"))
-        if file.is_file() and file.name != MARKER
-    }
-    empty = [name for name, size in sizes.items() if size == 0]
-    if empty:
-        raise VerificationError(f"{checkpoint}: the checkpoint's file {empty[0]} is empty")
-    write_text(checkpoint / MARKER, json.dumps({"files": sizes, "totals": totals}, indent=1))
-
-
-def latest_complete(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run's `checkpoints` folder, or None."""
-    found = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
-    return next((checkpoint for checkpoint in found if _is_complete(checkpoint)), None)
-
-
-def remove_incomplete(folder: Path) -> list[Path]:
-    """Delete checkpoints that a killed run left half-written; returns what was deleted."""
-    broken = [checkpoint for checkpoint in folder.glob("checkpoint-*") if not _is_complete(checkpoint)]
-    for checkpoint in broken:
-        shutil.rmtree(checkpoint)
-    return broken
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step after which a checkpoint was written."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def token_counts_of(checkpoint: Path) -> list[dict[str, Any]]:
-    """The counts of each process at a checkpoint."""
-    totals: list[dict[str, Any]] = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["totals"]
-    return totals
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    marker = checkpoint / MARKER
-    if not marker.is_file():
-        return False
-    sizes = json.loads(marker.read_text(encoding="utf-8"))["files"]
-    return all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
-    )
-
-
-RECIPE = "recipe.yaml"
-SUMMARY = "run.json"
-METRICS = "metrics.jsonl"
-
-# What may change between a run and its continuation: how long it goes on, what is said about it, and where it runs.
-_FREE = {
+# Keys that may change when a run is resumed: how long it goes on, what it reports, and where it runs.
+_MAY_CHANGE = {
     "training": {
         "max_steps",
         "num_train_epochs",
-        "max_tokens",
-        "max_minutes",
+        "max_train_tokens",
+        "max_train_minutes",
         "save_strategy",
         "save_steps",
         "save_total_limit",
@@ -99,7 +42,7 @@ _FREE = {
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
         "torch_compile",
-        "rows_per_step",
+        "global_batch_size",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
     },
@@ -108,121 +51,238 @@ _FREE = {
 }
 
 
-class RunFolder:
-    """One run's folder.
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint of a run.
 
-    Args:
+    It counts as complete once its marker file, which is written last, lists the size of every other file.
+
+    Attributes:
+        path: its folder, named by transformers.
+    """
+
+    path: Path
+
+    @classmethod
+    def at_step(cls, checkpoints: Path, step: int) -> "Checkpoint":
+        """Return the checkpoint after a step, complete or not, in a folder of checkpoints."""
+        return cls(checkpoints / f"checkpoint-{step}")
+
+    @property
+    def step(self) -> int:
+        """The optimizer step after which it was written."""
+        return int(self.path.name.rpartition("-")[2])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every file listed in the marker exists and has its size."""
+        marker = self.path / _MARKER
+        if not marker.is_file():
+            return False
+        sizes = json.loads(marker.read_text(encoding="utf-8"))["files"]
+        files = {self.path / name: size for name, size in sizes.items()}
+        return all(file.is_file() and file.stat().st_size == size for file, size in files.items())
+
+    def mark_complete(self, token_counts: list[dict[str, Any]]) -> None:
+        """Check the checkpoint's files and write its marker.
+
+        Args:
+            token_counts: the counts of each process up to this step, by rank.
+
+        Raises:
+            VerificationError: a file is empty.
+        """
+        sizes = {
+            str(file.relative_to(self.path)): file.stat().st_size
+            for file in sorted(self.path.rglob("*"))
+            if file.is_file() and file.name != _MARKER
+        }
+        empty = [name for name, size in sizes.items() if size == 0]
+        if empty:
+            raise VerificationError(f"{self.path}: the checkpoint's file {empty[0]} is empty")
+        write_text(self.path / _MARKER, json.dumps({"files": sizes, "totals": token_counts}, indent=1))
+
+    def token_counts(self) -> list[dict[str, Any]]:
+        """Return the counts of each process at this checkpoint, by rank."""
+        counts: list[dict[str, Any]] = json.loads((self.path / _MARKER).read_text(encoding="utf-8"))["totals"]
+        return counts
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The folder of one run.
+
+    Attributes:
         path: the recipe's `output_dir`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.metrics = path / METRICS
-        self.summary = path / SUMMARY
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe; a folder without it belongs to no run."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def summary(self) -> Path:
+        """The run's results (`RunSummary`), written last."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> MetricsFile:
+        """The logged steps."""
+        return MetricsFile(self.path / "metrics.jsonl")
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.path / "report.html"
+
+    @property
+    def model_card(self) -> Path:
+        """The model card."""
+        return self.path / "README.md"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's logs."""
+        return self.path / "tensorboard"
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run has started here."""
+        return self.recipe.is_file()
 
     @property
     def is_finished(self) -> bool:
-        """Whether a run ended here."""
+        """Whether a run has finished here."""
         return self.summary.is_file()
 
-    def check(self, recipe: "Recipe", *, resume: bool) -> Path | None:
-        """Find out whether the run may use the folder, without touching it.
+    def weights_bytes(self) -> int | None:
+        """Return the size of the finished model's safetensors files; None without any.
+
+        Added tokens may have an adapter of their own in a subfolder, which counts too.
+        """
+        folders = [self.path, *(config.parent for config in self.path.glob("*/adapter_config.json"))]
+        files = [file for folder in folders for file in folder.glob("*.safetensors")]
+        return sum(file.stat().st_size for file in files) if files else None
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """Return the newest complete checkpoint."""
+        newest_first = sorted(self._all_checkpoints(), key=lambda checkpoint: checkpoint.step, reverse=True)
+        return next((checkpoint for checkpoint in newest_first if checkpoint.is_complete), None)
+
+    def check_usable(self, recipe: "Recipe", *, resume: bool) -> Checkpoint | None:
+        """Check whether the run may use the folder, without touching it.
 
         Returns:
-            The checkpoint to go on from, or None to start afresh.
+            The checkpoint to resume from, or None to start from scratch.
 
         Raises:
-            UserError: the folder holds another run, or something else, or cannot be written.
+            UserError: the folder holds another run or other files, or is not writable.
         """
+        where = f"output_dir: {self.path}"
         if not self.path.exists():
             self._check_writable()
             return None
         if not self.path.is_dir():
-            raise UserError("the run folder is to be made here, and there is a file", where=f"output_dir: {self.path}")
+            raise UserError("the run folder cannot be created: a file has its name", where=where)
         if not any(self.path.iterdir()):
             return None
-        is_run = (self.path / RECIPE).is_file()
-        if not resume or not is_run:
-            what = "the folder already holds another run" if is_run else "the folder already holds other files"
-            hint = "Go on with `--resume`, or" if is_run else "Name an empty folder, or"
-            raise UserError(what, where=f"output_dir: {self.path}", hint=f"{hint} give another `--set output_dir=…`.")
-        self._check_same(recipe)
-        checkpoint = latest_complete(self.checkpoints)
+        if not resume or not self.is_run:
+            what = "the folder already holds another run" if self.is_run else "the folder already holds other files"
+            hint = "Resume it with `--resume`, or" if self.is_run else "Choose an empty folder, or"
+            raise UserError(what, where=where, hint=f"{hint} set another `--set output_dir=…`.")
+        self._check_same_recipe(recipe)
+        checkpoint = self.latest_checkpoint()
         if checkpoint is None and self.is_finished:
             raise UserError(
-                "the run is finished, and left no checkpoint to go on from",
-                where=f"output_dir: {self.path}",
+                "the run is finished and has no checkpoint to resume from",
+                where=where,
                 hint="Start a new run in another folder.",
             )
         return checkpoint
 
-    def claim(self, recipe: "Recipe") -> None:
-        """Make the folder this run's."""
+    def claim(self, recipe: "Recipe", checkpoint: Checkpoint | None) -> None:
+        """Make the folder this run's: write its recipe and delete what lies after the checkpoint.
+
+        Args:
+            recipe: the run's recipe.
+            checkpoint: the checkpoint that the run resumes from; later steps are trained, and logged, once more.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / RECIPE, dump_recipe(recipe))
-        remove_incomplete(self.checkpoints)
+        write_text(self.recipe, dump_recipe(recipe))
+        for other in self._all_checkpoints():
+            if not other.is_complete:
+                shutil.rmtree(other.path)
+        self.metrics.keep_through(checkpoint.step if checkpoint else -1)
 
     def release(self) -> None:
-        """Take back what libraries made of the folder before the run claimed it: empty folders."""
+        """Delete the empty folders that libraries create before the run claims the folder."""
         for folder in (self.checkpoints, self.path):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
     @contextmanager
-    def finished_model(self) -> Iterator[Path]:
-        """A temporary folder for the finished model's files, which move into the run folder when all are written."""
+    def publish(self) -> Iterator[Path]:
+        """Yield a temporary folder for the finished model; move its files into the run folder at the end."""
         temporary = self.path / ".model.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             yield temporary
             for file in sorted(temporary.glob("*")):
-                if (self.path / file.name).is_dir():
-                    shutil.rmtree(self.path / file.name)
-                file.replace(self.path / file.name)
+                target = self.path / file.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                file.replace(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _check_writable(self) -> None:
-        """Try the nearest folder that exists."""
-        import os
+    def _all_checkpoints(self) -> list[Checkpoint]:
+        return [Checkpoint(folder) for folder in self.checkpoints.glob("checkpoint-*")]
 
+    def _check_writable(self) -> None:
+        """Check that the nearest existing folder is writable."""
         parent = next(folder for folder in self.path.absolute().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise UserError(f"nothing can be written into {parent}", where=f"output_dir: {self.path}")
+            raise UserError(f"{parent} is not writable", where=f"output_dir: {self.path}")
 
-    def _check_same(self, recipe: "Recipe") -> None:
-        """Refuse to continue a run by another recipe."""
-        before = load_recipe(self.path / RECIPE, to_train=False).recipe
-        old, new = (_bound(one.model_dump(mode="json")) for one in (before, _absolute(recipe)))
+    def _check_same_recipe(self, recipe: "Recipe") -> None:
+        """Check that the run is resumed with the recipe it was started with."""
+        before = load_recipe(self.recipe, to_train=False, upgrade=True).recipe
+        old, new = (_fixed_settings(one.model_dump(mode="json")) for one in (before, _as_saved(recipe)))
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 raise UserError(
-                    f"the run was started with {key}: {old.get(key)}, and now it is {new.get(key)}",
-                    where=str(self.path / RECIPE),
-                    hint="Continue with the same value, or start a new run in another folder.",
+                    f"the run was started with {key}: {old.get(key)}, and is resumed with {new.get(key)}",
+                    where=str(self.recipe),
+                    hint="Resume with the same value, or start a new run in another folder.",
                 )
 
 
-def _absolute(recipe: "Recipe") -> "Recipe":
-    """The recipe as it reads after being saved, with absolute paths."""
-    import tempfile
-
+def _as_saved(recipe: "Recipe") -> "Recipe":
+    """Return the recipe as it reads after being saved, with absolute paths."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / RECIPE
+        file = Path(folder) / "recipe.yaml"
         file.write_text(dump_recipe(recipe), encoding="utf-8")
         return load_recipe(file, to_train=False).recipe
 
 
-def _bound(values: dict[str, Any]) -> dict[str, Any]:
-    """The keys that a continuation must not change, flattened to `section.key`."""
+def _fixed_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that must not change when a run is resumed, by `section.key`."""
     flat: dict[str, Any] = {"method": values["method"]}
-    for section, held in values.items():
-        if isinstance(held, dict):
-            flat |= {f"{section}.{key}": value for key, value in held.items() if key not in _FREE.get(section, set())}
+    for section, settings in values.items():
+        if isinstance(settings, dict):
+            may_change = _MAY_CHANGE.get(section, set())
+            flat |= {f"{section}.{key}": value for key, value in settings.items() if key not in may_change}
     training = values["training"]
-    # How a step is cut into forward passes does not matter to it; how many rows it takes does.
-    rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
-    if training["rows_per_step"] is None:
-        flat["training: rows of a process in a step"] = rows
+    # An optimizer step may be cut into micro-batches differently, but its batch size must stay.
+    examples = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    if training["global_batch_size"] is None:
+        flat["training: batch size per process and optimizer step"] = examples
     return flat

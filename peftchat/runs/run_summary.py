@@ -1,23 +1,23 @@
-"""Settings that were chosen for the user, and why."""
+"""Run summary: the results of a finished run, kept in `run.json`."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from peftchat.errors import UserError
+from peftchat.files import write_text
+from peftchat.runs.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
 class AutoSetting:
-    """One setting that the recipe left open.
+    """A setting that the recipe left open and that was chosen automatically.
 
     Attributes:
-        key: its name in the recipe.
-        value: what was chosen, as text.
+        key: its recipe key.
+        value: the chosen value, as text.
         reason: why, in a few words.
     """
 
@@ -29,14 +29,32 @@ class AutoSetting:
         return f"{self.key}: {self.value} ({self.reason})"
 
 
-class NewToken(BaseModel):
-    """A special token that the run added.
+@dataclass(frozen=True, slots=True)
+class SampleAnswer:
+    """A prompt and the model's answer.
 
-    `seen` counts its occurrences in the training rows; the moves are L2 distances between a row's first and last
-    value, `None` where there is no such row.
+    Attributes:
+        prompt: the user's message.
+        answer: the text up to the end token.
+        stopped: whether the model ended its turn before the length limit.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    prompt: str
+    answer: str
+    stopped: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token that the run added to the vocabulary.
+
+    Attributes:
+        token: its text.
+        id: its token id.
+        seen: occurrences in the training data.
+        input_moved: L2 distance between the first and the last input embedding; None without one.
+        output_moved: the same for the output embedding.
+    """
 
     token: str
     id: int
@@ -46,7 +64,7 @@ class NewToken(BaseModel):
 
     @property
     def verdict(self) -> str:
-        """What the numbers say, in a word or two."""
+        """Return whether the token was learned, in a few words."""
         moves = [move for move in (self.input_moved, self.output_moved) if move is not None]
         if not self.seen:
             return "not in the data" if self.seen == 0 else "not measured"
@@ -55,97 +73,140 @@ class NewToken(BaseModel):
         return "learned" if all(move > 0 for move in moves) else "did not move"
 
 
-class Answer(BaseModel):
-    """What the model said to one prompt; `stopped` tells whether it ended its turn by itself."""
+class MemoryParts(BaseModel):
+    """The peak memory of the main process by part, in bytes.
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    Attributes:
+        baseline: held before the model was loaded; 0 on a GPU.
+        frozen_weights: parameters without a gradient, and buffers.
+        trained_weights: parameters with a gradient.
+        gradients: their gradients.
+        optimizer: optimizer states, and DeepSpeed's float32 master weights.
+        activations_and_other: the rest: activations, logits, gathered weights, communication buffers and memory that
+            allocators keep.
+    """
 
-    prompt: str
-    answer: str
-    stopped: bool | None = None
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    baseline: int = Field(0, validation_alias=AliasChoices("baseline", "start"))
+    frozen_weights: int = 0
+    trained_weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations_and_other: int = Field(
+        0, validation_alias=AliasChoices("activations_and_other", "activations_and_rest")
+    )
 
 
 class RunSummary(BaseModel):
-    """The keys of `run.json` that people are shown.
+    """The results of a finished run.
 
-    Losses are means over supervised tokens in nats, `seconds` is wall time, memory is in bytes, shares are fractions.
+    Training writes every key. A key that an older version did not write reads as None, meaning "not measured"; a key
+    that a newer version adds is ignored. Losses are means over supervised tokens in nats, `seconds` is training time,
+    memory is in bytes, fractions are between 0 and 1.
+
+    Attributes:
+        base_vocabulary_size: rows of the base model's embedding before tokens were added.
+        train_examples: encoded conversations trained on.
+        dropped: conversations left out, by reason.
+        truncated: conversations that lost turns to fit `data.max_length`.
+        special_token_text: stretches of text spelled like a special token and encoded as ordinary text.
+        formats: the format of each data file.
+        new_tokens: the tokens added to the vocabulary.
+        auto_settings: settings chosen automatically.
+        command: the command line.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
 
     method: str | None = None
-    base: str | None = None
-    command: str | None = None
-    started: str | None = None
-    finished: str | None = None
-    attention: str | None = None
+    base_model: str | None = Field(None, validation_alias=AliasChoices("base_model", "base"))
+    base_vocabulary_size: int | None = None
     steps: int | None = None
     epochs: float | None = None
-    world_size: int | None = None
-    rows: int | None = None
+    train_examples: int | None = Field(None, validation_alias=AliasChoices("train_examples", "rows"))
+    eval_examples: int | None = Field(None, validation_alias=AliasChoices("eval_examples", "eval_rows"))
     dropped: dict[str, int] | None = None
-    special_text: int | None = None
+    truncated: int | None = Field(None, validation_alias=AliasChoices("truncated", "shortened"))
+    special_token_text: int | None = Field(None, validation_alias=AliasChoices("special_token_text", "special_text"))
+    formats: dict[str, str] | None = Field(None, validation_alias=AliasChoices("formats", "forms"))
     tokens: int | None = None
     supervised_tokens: int | None = None
     padding_fraction: float | None = None
+    seconds: float | None = None
+    seconds_to_first_step: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    memory_bytes: MemoryParts | None = None
+    parameters: int | None = None
     trainable_parameters: int | None = None
     train_loss: float | None = None
     eval_loss_before: float | None = None
     eval_loss: float | None = None
-    seconds: float | None = None
-    tokens_per_second: float | None = None
-    peak_memory_bytes: int | None = None
     model_flops_utilisation: float | None = None
-    base_vocabulary_size: int | None = None
-    new_tokens: tuple[NewToken, ...] = ()
+    attention: str | None = None
+    template: str | None = None
+    end_token: str | None = None
+    strategy: str | None = None
+    world_size: int | None = None
+    device: str | None = None
     versions: dict[str, str | None] = {}
-    samples_before: tuple[Answer, ...] = ()
-    samples_after: tuple[Answer, ...] = ()
+    new_tokens: tuple[AddedToken, ...] = ()
+    samples_before: tuple[SampleAnswer, ...] = ()
+    samples_after: tuple[SampleAnswer, ...] = ()
+    auto_settings: tuple[AutoSetting, ...] = Field((), validation_alias=AliasChoices("auto_settings", "choices"))
+    command: str | None = None
+    started: str | None = None
+    finished: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, content: Any) -> Any:
+        """Treat `null` like an absent key."""
+        if not isinstance(content, dict):
+            return content
+        return {key: value for key, value in content.items() if value is not None}
 
     @classmethod
-    def of(cls, run_json: Mapping[str, Any]) -> "RunSummary":
-        """Facts of a run; a key whose value is `null` counts as absent.
+    def read(cls, folder: RunFolder) -> Self:
+        """Read the summary of a finished run.
 
         Raises:
-            pydantic.ValidationError: a key holds something of another kind.
+            UserError: `run.json` is missing, or is not a run's summary.
         """
-        return cls.model_validate({key: value for key, value in run_json.items() if value is not None})
+        path = folder.summary
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"this folder has no {path.name}",
+                where=str(folder.path),
+                hint="Give the folder of a run that has finished.",
+            ) from None
+        except ValueError as error:
+            raise UserError(f"not a JSON file ({error})", where=str(path)) from None
+        if not isinstance(content, dict):
+            raise UserError("not a JSON object", where=str(path))
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(f"`{key}` has an unexpected value: {first['msg']}", where=str(path)) from None
+
+    def write(self, folder: RunFolder) -> None:
+        """Write the summary into a run folder."""
+        text = json.dumps(self.model_dump(), indent=2, ensure_ascii=False)
+        write_text(folder.summary, text + "\n")
 
     @property
     def supervised_share(self) -> float | None:
-        """Share of the tokens that the loss was computed on."""
+        """The fraction of the tokens that the loss is computed on."""
         if not self.tokens or self.supervised_tokens is None:
             return None
         return self.supervised_tokens / self.tokens
 
     @property
-    def dropped_rows(self) -> int:
-        """Rows left out, for whatever reason."""
+    def dropped_examples(self) -> int:
+        """The number of conversations left out, for any reason."""
         return sum((self.dropped or {}).values())
-
-
-def read_run_json(run: Path) -> dict[str, Any]:
-    """`run.json` of a run folder.
-
-    Raises:
-        UserError: there is none, or it is not a JSON object.
-    """
-    path = run / "run.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            "this folder has no run.json", where=str(run), hint="Give the folder of a run that has finished."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"not a JSON file ({error})", where=str(path)) from None
-    if not isinstance(content, dict):
-        raise UserError("not a JSON object", where=str(path))
-    return content
-
-
-def weights_size(run: Path) -> int | None:
-    """Bytes of the safetensors files that a run wrote: whole weights, or an adapter with the rows of new tokens."""
-    files = [*run.glob("*.safetensors"), *run.glob("token_rows/*.safetensors")]
-    sizes = [path.stat().st_size for path in files]
-    return sum(sizes) if sizes else None

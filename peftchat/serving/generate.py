@@ -1,4 +1,4 @@
-"""How the next token is chosen: the model's own settings, and what the user says instead."""
+"""Generate an answer: sampling settings, the streamed text and why it ended."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 DEFAULT_NEW_TOKENS = 1024
-"""Longest answer where neither the model nor the user sets a limit."""
+"""Most tokens of an answer if neither the model nor the user sets a limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The user's choices; None leaves each to the model's `generation_config.json`.
+    """The user's sampling settings; None keeps those of the model's `generation_config.json`.
 
     Attributes:
-        max_new_tokens: longest answer.
-        temperature: 0 is greedy.
+        max_new_tokens: most tokens of an answer.
+        temperature: sampling temperature; 0 is greedy.
         top_p: nucleus sampling (Holtzman et al., 2020).
-        top_k: sample among so many tokens.
-        greedy: always the likeliest token.
-        seed: makes sampling repeatable.
+        top_k: sample from the `top_k` most likely tokens.
+        greedy: always take the most likely token.
+        seed: makes sampling reproducible.
     """
 
     max_new_tokens: int | None = None
@@ -42,17 +42,17 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse choices that contradict each other."""
-        chosen = {"--temperature": self.temperature, "--top-p": self.top_p, "--top-k": self.top_k}
-        first = next((flag for flag, value in chosen.items() if value), None)
+        """Reject settings that contradict each other."""
+        flags = {"--temperature": self.temperature, "--top-p": self.top_p, "--top-k": self.top_k}
+        first = next((flag for flag, value in flags.items() if value), None)
         if self.greedy and first is not None:
             raise UserError(
-                f"{first} says how to sample, and --greedy does not sample", where=first, hint="Leave one of them out."
+                f"{first} sets how to sample, but --greedy does not sample", where=first, hint="Remove one of them."
             )
 
 
 def apply_sampling(settings: "GenerationConfig", sampling: Sampling) -> "GenerationConfig":
-    """A copy of the model's settings with the user's choices in it; one answer at a time, token by token."""
+    """Return a copy of the model's settings with the user's in it, for one answer without beam search."""
     chosen = copy.deepcopy(settings)
     chosen.max_new_tokens = sampling.max_new_tokens or settings.max_new_tokens or DEFAULT_NEW_TOKENS
     chosen.max_length = None
@@ -73,23 +73,23 @@ def apply_sampling(settings: "GenerationConfig", sampling: Sampling) -> "Generat
 
 
 Finish = Literal["end", "turn", "length", "interrupted"]
-"""Why an answer ended: the end token, a token that opens somebody else's turn, the limit, or the user."""
+"""Why an answer ended: the end token, a token that opens another turn, the token limit, or the user."""
 
-_HALF_CHARACTER = "�"
+_INCOMPLETE_CHARACTER = "�"
 
 
 @dataclass(frozen=True, slots=True)
 class ChatAnswer:
-    """What the model said.
+    """The model's answer.
 
     Attributes:
-        text: without special tokens, white space around it removed.
+        text: the answer without special tokens and surrounding white space.
         finish: why it ended.
-        tokens: tokens written, the one that ended it not counted.
-        prompt_tokens: tokens read.
-        dropped: earlier exchanges that no longer fitted into the prompt.
-        lookalikes: stretches of the prompt spelled like a special token and read as text.
-        seconds: from prompt to end.
+        tokens: generated tokens, without the one that ended the answer.
+        prompt_tokens: tokens of the prompt.
+        dropped: earlier rounds that did not fit into the prompt.
+        special_token_text: texts in the prompt that are spelled like a special token and were encoded as text.
+        seconds: time from prompt to end.
     """
 
     text: str
@@ -97,7 +97,7 @@ class ChatAnswer:
     tokens: int
     prompt_tokens: int
     dropped: int
-    lookalikes: int
+    special_token_text: int
     seconds: float
 
     @property
@@ -112,28 +112,28 @@ def generate_answer(
     settings: "GenerationConfig",
     on_text: Callable[[str], None] = lambda text: None,
 ) -> ChatAnswer:
-    """Let the model answer a conversation.
+    """Generate the answer to a conversation.
 
     Args:
         messages: the conversation, the user's message last.
-        settings: what `apply_sampling` made.
-        on_text: gets each new stretch of the answer; joined, they are `ChatAnswer.text`.
+        settings: from `apply_sampling`.
+        on_text: receives each new part of the answer; joined, the parts are `ChatAnswer.text`.
 
     Raises:
         UserError: the last message does not fit into the model's context.
     """
     started = monotonic()
-    room = min(settings.max_new_tokens, chat.context // 2)
-    prompt = chat.prompts.fit(messages, chat.context - room)
+    max_new_tokens = min(settings.max_new_tokens, chat.context_length // 2)
+    prompt = chat.prompts.truncate_to_fit(messages, chat.context_length - max_new_tokens)
     ends, turns = chat.stop_ids, chat.prompts.turn_ids
-    writer = _Writer(chat.tokenizer, ends | turns, on_text)
+    streamer = _TextStreamer(chat.tokenizer, ends | turns, on_text)
     interrupted = False
     try:
-        _generate(chat, prompt.ids, settings, room, writer)
+        _generate(chat, prompt.ids, settings, max_new_tokens, streamer)
     except KeyboardInterrupt:
         interrupted = True
-    writer.end()
-    last = writer.last
+    streamer.end()
+    last = streamer.last
     finish: Finish = "length"
     if interrupted:
         finish = "interrupted"
@@ -142,17 +142,19 @@ def generate_answer(
     elif last in turns:
         finish = "turn"
     return ChatAnswer(
-        writer.text,
+        streamer.text,
         finish,
-        len(writer.ids),
+        len(streamer.ids),
         len(prompt.ids),
         prompt.dropped,
-        prompt.lookalikes,
+        prompt.special_token_text,
         monotonic() - started,
     )
 
 
-def _generate(chat: ChatModel, ids: list[int], settings: "GenerationConfig", room: int, writer: "_Writer") -> None:
+def _generate(
+    chat: ChatModel, ids: list[int], settings: "GenerationConfig", max_new_tokens: int, streamer: "_TextStreamer"
+) -> None:
     inputs = torch.tensor([ids], device=chat.device)
     pad = settings.pad_token_id if settings.pad_token_id is not None else chat.prompts.end_id
     with torch.inference_mode():
@@ -160,17 +162,17 @@ def _generate(chat: ChatModel, ids: list[int], settings: "GenerationConfig", roo
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             generation_config=settings,
-            max_new_tokens=room,
-            eos_token_id=sorted(writer.stops),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(streamer.stops),
             pad_token_id=pad,
-            streamer=writer,
+            streamer=streamer,
         )
 
 
-class _Writer:
-    """transformers' streamer interface: takes ids as they come and hands on the text that they add.
+class _TextStreamer:
+    """transformers' streamer interface: receives ids one by one and passes on the text that they add.
 
-    Its text is decoded from the whole answer each time, since what a token spells depends on those before it.
+    All ids are decoded each time, since the text of a token depends on those before it.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class _Writer:
         self._prompt_seen = False
 
     def put(self, value: Tensor) -> None:
-        """The prompt on the first call, then one token a call."""
+        """Receive the prompt on the first call, then one token per call."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
@@ -194,19 +196,19 @@ class _Writer:
             return
         self.ids.append(self.last)
         text = self._decoded()
-        # A character of several bytes may still be under way.
-        if not text.endswith(_HALF_CHARACTER):
-            self._hand_on(text)
+        # A character of several bytes may still be incomplete.
+        if not text.endswith(_INCOMPLETE_CHARACTER):
+            self._pass_on(text)
 
     def end(self) -> None:
-        """Hand on what was held back."""
-        self._hand_on(self._decoded())
+        """Pass on the text of an incomplete character at the end."""
+        self._pass_on(self._decoded())
 
     def _decoded(self) -> str:
         arguments: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return str(self._tokenizer.decode(self.ids, **arguments)).strip()
 
-    def _hand_on(self, text: str) -> None:
+    def _pass_on(self, text: str) -> None:
         if len(text) > len(self.text):
             self._on_text(text[len(self.text) :])
             self.text = text

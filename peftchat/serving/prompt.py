@@ -1,4 +1,4 @@
-"""A conversation so far as the ids that a model goes on from."""
+"""Encode a conversation as the prompt for the next answer."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,53 +17,48 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = (Message("user", "question"), Message("assistant", "answer"))
-# How chat formats spell their special tokens; in a template's own text nothing else looks like this.
+# The spelling of special tokens in chat templates; no other text of a template looks like this.
 _TOKEN_SPELLING = re.compile(r"<\|[^\s<>|]+\|>")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model gets.
+    """The prompt of an answer.
 
     Attributes:
-        ids: the conversation and the opening of the answer.
-        dropped: exchanges left out at the front because they no longer fit.
-        lookalikes: stretches of the messages that are spelled like a special token, encoded as ordinary text.
+        ids: the conversation and the generation prompt.
+        dropped: rounds removed from the front because they did not fit.
+        special_token_text: texts in the messages that are spelled like a special token and are encoded as text.
     """
 
     ids: list[int]
     dropped: int
-    lookalikes: int
+    special_token_text: int
 
 
-class _Opened:
-    """The tokenizer's own template with the opening of an answer behind the conversation."""
+class _WithGenerationPrompt:
+    """The tokenizer's own template with the generation prompt after the conversation."""
 
-    name = "model"
-    tokens: tuple[str, ...] = ()
-
-    def __init__(self, template: TokenizerTemplate, opening: tuple[TemplateSpan, ...]) -> None:
+    def __init__(self, template: TokenizerTemplate, generation_prompt: tuple[TemplateSpan, ...]) -> None:
         self._template = template
-        self._opening = opening
-        self.end_token = template.end_token
-        self.jinja = template.jinja
+        self._generation_prompt = generation_prompt
 
-    def pieces(self, conversation: Conversation) -> Iterator[TemplateSpan]:
-        yield from self._template.pieces(conversation)
-        yield from self._opening
+    def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
+        yield from self._template.spans(conversation)
+        yield from self._generation_prompt
 
 
 class PromptEncoder:
     """Encodes conversations by the tokenizer's own chat template.
 
-    A conversation without look-alikes of special tokens goes through `apply_chat_template`. One that has them is
-    encoded piece by piece, so that nothing a user types becomes a special token.
+    A conversation goes through `apply_chat_template`, unless a message contains the text of a special token. Then it is
+    encoded span by span, so that nothing a user types becomes a special token.
 
     Args:
         tokenizer: with a `chat_template`.
 
     Raises:
-        UserError: the template writes no special token after an answer, so that nothing would end one.
+        UserError: the template writes no special token after an answer, so no token ends one.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -78,66 +73,68 @@ class PromptEncoder:
 
     @property
     def turn_ids(self) -> frozenset[int]:
-        """Special tokens that open a turn: an answer that writes one has gone on to speak for somebody else."""
-        pieces = self._template.pieces(Conversation(_PROBE * 2))
-        headers = (piece.text for piece in pieces if piece.special and part_of(piece.code) == TurnPart.HEADER)
+        """Special tokens that open a turn; an answer that generates one has started another turn."""
+        spans = self._template.spans(Conversation(_PROBE * 2))
+        headers = (span.text for span in spans if span.special and part_of(span.tag) == TurnPart.HEADER)
         return frozenset(self._text.special[text] for text in headers) - {self.end_id}
 
     def check(self, where: str) -> None:
-        """See that the tokenizer has the tokens that its template writes.
+        """Check that the tokenizer has the special tokens that its template writes.
 
         Raises:
-            UserError: naming the first that it has not.
+            UserError: names the first that is missing.
         """
-        for text in (self._render(_PROBE, opening=False), self._opening_text()):
+        for text in (self._render(_PROBE, generation_prompt=False), self._generation_prompt()):
             for token in _TOKEN_SPELLING.findall(text):
                 if token not in self._text.special:
                     raise UserError(
                         f"the chat template writes {token}, which is not a special token of the tokenizer",
                         where=where,
-                        hint="Template and tokenizer do not belong together; take both from the same run.",
+                        hint="Take template and tokenizer from the same run.",
                     )
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
-        """The ids of a conversation that ends with the user's message, and of the opening of the answer.
+        """Encode a conversation that ends with the user's message, with the generation prompt.
 
         Raises:
-            UserError: the template refuses the conversation, or rewrites text that looks like a special token.
+            UserError: the template rejects the conversation, or changes text that is spelled like a special token.
         """
-        lookalikes = sum(self._text.lookalikes([message.content for message in messages]))
-        if lookalikes:
-            template = _Opened(TokenizerTemplate(self._tokenizer), self._opening_pieces())
-            (row,) = ChatEncoder(self._tokenizer, template).encode([Conversation(tuple(messages))])
-            return Prompt(row.ids.tolist(), 0, lookalikes)
-        ids = self._tokenizer.encode(self._render(messages, opening=True), add_special_tokens=False)
+        special_token_text = sum(self._text.count_special_token_text([message.content for message in messages]))
+        if special_token_text:
+            template = _WithGenerationPrompt(TokenizerTemplate(self._tokenizer), self._generation_prompt_spans())
+            (example,) = ChatEncoder(self._tokenizer, template).encode([Conversation(tuple(messages))])
+            return Prompt(example.ids.tolist(), 0, special_token_text)
+        ids = self._tokenizer.encode(self._render(messages, generation_prompt=True), add_special_tokens=False)
         return Prompt(ids, 0, 0)
 
-    def fit(self, messages: Sequence[Message], limit: int) -> Prompt:
-        """The conversation within `limit` tokens: whole exchanges go from its front, the system message stays.
+    def truncate_to_fit(self, messages: Sequence[Message], limit: int) -> Prompt:
+        """Encode a conversation within `limit` tokens: rounds are removed from its front, the system message stays.
 
         Raises:
             UserError: the last message alone is too long.
         """
         return truncate_prompt(messages, limit, self.encode)
 
-    def _render(self, messages: Sequence[Message], *, opening: bool) -> str:
+    def _render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
         from jinja2.exceptions import TemplateError
 
         dicts = Conversation(tuple(messages)).as_dicts()
         try:
-            return str(self._tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=opening))
+            return str(
+                self._tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=generation_prompt)
+            )
         except TemplateError as error:
-            raise UserError(f"the model's chat template refuses the conversation: {error}") from error
+            raise UserError(f"the model's chat template rejects the conversation: {error}") from error
 
-    def _opening_text(self) -> str:
-        closed = self._render(_PROBE[:1], opening=False)
-        opened = self._render(_PROBE[:1], opening=True)
+    def _generation_prompt(self) -> str:
+        closed = self._render(_PROBE[:1], generation_prompt=False)
+        opened = self._render(_PROBE[:1], generation_prompt=True)
         if not opened.startswith(closed):
-            raise UserError("the model's chat template does not open an answer by adding to the conversation")
+            raise UserError("the generation prompt of the model's chat template is not appended to the conversation")
         return opened[len(closed) :]
 
-    def _opening_pieces(self) -> tuple[TemplateSpan, ...]:
-        text = self._opening_text()
+    def _generation_prompt_spans(self) -> tuple[TemplateSpan, ...]:
+        text = self._generation_prompt()
         special = "|".join(map(re.escape, sorted(self._text.special, key=len, reverse=True)))
         parts = re.split(f"({special})", text)
         return tuple(
@@ -148,9 +145,9 @@ class PromptEncoder:
 
 
 def truncate_prompt(messages: Sequence[Message], limit: int, encode: Callable[[Sequence[Message]], Prompt]) -> Prompt:
-    """Drop exchanges from the front of a conversation until its prompt has at most `limit` tokens.
+    """Remove rounds from the front of a conversation until its prompt has at most `limit` tokens.
 
-    An exchange is a user's message with everything up to the next one.
+    A round is a user's message with everything up to the next one.
 
     Raises:
         UserError: even the last message alone is too long.
@@ -160,8 +157,8 @@ def truncate_prompt(messages: Sequence[Message], limit: int, encode: Callable[[S
     for dropped, turn in enumerate(turns):
         prompt = encode([*messages[:start], *messages[turn:]])
         if len(prompt.ids) <= limit:
-            return Prompt(prompt.ids, dropped, prompt.lookalikes)
+            return Prompt(prompt.ids, dropped, prompt.special_token_text)
     raise UserError(
-        f"the message takes {len(prompt.ids)} tokens with its frame, and the model has room for {limit}",
-        hint="Shorten it, or take a model with a longer context.",
+        f"the prompt of the message has {len(prompt.ids)} tokens, but the model's context allows {limit}",
+        hint="Shorten it, or use a model with a longer context.",
     )

@@ -1,4 +1,4 @@
-"""The conversation of one terminal session."""
+"""A chat in the terminal: history, slash commands, input and output."""
 
 import json
 import sys
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ChatHistory:
-    """What was said so far.
+    """The conversation so far.
 
     Attributes:
-        system: the system prompt; None leaves it to the model's template.
+        system: the system prompt; None keeps the template's own.
         turns: the messages after it.
     """
 
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
 
-    def asked(self, question: str) -> tuple[Message, ...]:
-        """The messages with one more question behind them, which is not kept."""
+    def with_question(self, question: str) -> tuple[Message, ...]:
+        """Return the messages with a further question, which is not added to the history."""
         return (*self.messages(), Message("user", question))
 
     def add(self, question: str, answer: str) -> None:
-        """Keep an exchange."""
+        """Add a question and its answer."""
         self.turns += [Message("user", question), Message("assistant", answer)]
 
     def undo(self) -> str | None:
-        """Take the last exchange back and return its question; None where there is none."""
+        """Remove the last question and answer and return the question; None if there is none."""
         if not self.turns:
             return None
         question = self.turns[-2].content
@@ -47,29 +47,29 @@ class ChatHistory:
         return question
 
     def messages(self) -> tuple[Message, ...]:
-        """The whole conversation, the system message first."""
+        """Return all messages, the system message first."""
         first = () if self.system is None else (Message("system", self.system),)
         return (*first, *self.turns)
 
-    def as_row(self) -> dict[str, list[dict[str, str]]]:
-        """The conversation as a row of the `messages` form, which `peftchat train` reads."""
+    def as_record(self) -> dict[str, list[dict[str, str]]]:
+        """Return the conversation as a record of the `messages` format, which `peftchat train` reads."""
         return {"messages": Conversation(self.messages()).as_dicts()}
 
 
 HELP = """\
-/undo         take the last question and answer back
-/clear        forget the conversation, keep the system prompt
-/system TEXT  set the system prompt; without TEXT, leave it to the model's template
-/tokens       how much of the context is used
-/save FILE    write the conversation as a row of the messages form
-/help         this list
+/undo         remove the last question and answer
+/clear        remove all questions and answers, keep the system prompt
+/system TEXT  set the system prompt; without TEXT, use the template's own
+/tokens       show how much of the context is used
+/save FILE    write the conversation as a record of the messages format
+/help         show this list
 /quit         leave; so does the end of input (Ctrl-D)
 Text between two lines of \"\"\" is one message. A space before a slash makes it ordinary text.\
 """
 
 
 class SlashCommands:
-    """Carries out the commands on one conversation.
+    """Runs slash commands on one conversation.
 
     Args:
         chat: the model, for counting tokens.
@@ -85,7 +85,7 @@ class SlashCommands:
             "/system": self._system,
             "/tokens": self._tokens,
             "/save": self._save,
-            "/help": lambda rest: _say(HELP),
+            "/help": lambda rest: _note(HELP),
         }
 
     @property
@@ -94,54 +94,54 @@ class SlashCommands:
         return [*self._table, "/quit"]
 
     def run(self, line: str) -> bool:
-        """Carry out a line that begins with a slash; returns whether the chat goes on."""
+        """Run a line that begins with a slash and return whether the chat continues."""
         name, _, rest = line.partition(" ")
         if name in ("/quit", "/exit"):
             return False
         action = self._table.get(name)
         if action is None:
-            _say(f"There is no command {name}. /help lists them; a space before the slash makes it ordinary text.")
+            _note(f"There is no command {name}. /help lists them; a space before the slash makes it ordinary text.")
         else:
             action(rest.strip())
         return True
 
     def _undo(self, rest: str) -> None:
         question = self._conversation.undo()
-        _say("There is nothing to take back." if question is None else f"Taken back: {_shortened(question)}")
+        _note("There is nothing to remove." if question is None else f"Removed: {_first_words(question)}")
 
     def _clear(self, rest: str) -> None:
         self._conversation.turns.clear()
-        _say("The conversation is forgotten.")
+        _note("The conversation is cleared.")
 
     def _system(self, rest: str) -> None:
         self._conversation.system = rest or None
-        _say(f"System prompt: {rest}" if rest else "The system prompt is left to the model's template.")
+        _note(f"System prompt: {rest}" if rest else "The system prompt is the one of the model's template.")
 
     def _tokens(self, rest: str) -> None:
-        context = self._chat.context
-        # The frame of the next question counts: it is what the model will read.
-        used = len(self._chat.prompts.encode(self._conversation.asked("")).ids)
-        exchanges = sum(message.role == "user" for message in self._conversation.turns)
-        _say(f"{used:,} of {context:,} tokens in {exchanges} exchange{'' if exchanges == 1 else 's'}.")
+        context = self._chat.context_length
+        # The template's text around the next question counts too.
+        used = len(self._chat.prompts.encode(self._conversation.with_question("")).ids)
+        rounds = sum(message.role == "user" for message in self._conversation.turns)
+        _note(f"{used:,} of {context:,} tokens in {rounds} round{'' if rounds == 1 else 's'}.")
 
     def _save(self, rest: str) -> None:
         if not rest:
-            _say("/save needs the name of a file.")
+            _note("/save needs a file name.")
             return
         path = Path(rest).expanduser()
         if path.exists():
-            _say(f"{path} is already there; name another file.")
+            _note(f"{path} already exists; choose another name.")
             return
         try:
-            write_text(path, json.dumps(self._conversation.as_row(), ensure_ascii=False) + "\n")
+            write_text(path, json.dumps(self._conversation.as_record(), ensure_ascii=False) + "\n")
         except OSError as error:
-            _say(f"{path} cannot be written: {error.strerror}.")
+            _note(f"{path} cannot be written: {error.strerror}.")
             return
-        _say(f"Saved to {path}.")
+        _note(f"Saved to {path}.")
 
 
-def system_refusal(chat: ChatModel, system: str) -> str | None:
-    """Why the model's template cannot take a system prompt; None where it can."""
+def system_prompt_error(chat: ChatModel, system: str) -> str | None:
+    """Return why the model's template does not support a system prompt; None if it does."""
     try:
         chat.prompts.encode((Message("system", system), Message("user", "question")))
     except UserError as error:
@@ -149,19 +149,19 @@ def system_refusal(chat: ChatModel, system: str) -> str | None:
     return None
 
 
-def _shortened(text: str) -> str:
+def _first_words(text: str) -> str:
     first = text.strip().splitlines()[0] if text.strip() else ""
     return first if len(first) <= 60 else f"{first[:59]}…"
 
 
-def _say(text: str) -> None:
+def _note(text: str) -> None:
     stderr.print(text, style="dim", markup=False)
 
 
 _FENCE = '"""'
-_CUT = {
-    "length": "[the answer was cut at its longest; --max-new-tokens allows more]",
-    "turn": "[the model went on to another speaker's turn and was stopped]",
+_UNFINISHED = {
+    "length": "[the answer reached the token limit; raise it with --max-new-tokens]",
+    "turn": "[the model started another turn and was stopped]",
     "interrupted": "[interrupted]",
 }
 
@@ -171,7 +171,7 @@ class Chat:
     """A conversation with a model, shown on standard output.
 
     Attributes:
-        as_json: print one JSON object an answer instead of the answer's text.
+        as_json: print one JSON object per answer instead of the answer's text.
     """
 
     model: ChatModel
@@ -180,42 +180,42 @@ class Chat:
     as_json: bool = False
 
     def ask(self, question: str) -> ChatAnswer:
-        """Put a question, print the answer, and keep both.
+        """Generate and print the answer to a question, and add both to the history.
 
         Raises:
             UserError: the question does not fit into the model's context.
         """
-        said = generate_answer(self.model, self.conversation.asked(question), self.settings, self._show)
-        self.conversation.add(question, said.text)
+        answer = generate_answer(self.model, self.conversation.with_question(question), self.settings, self._show)
+        self.conversation.add(question, answer.text)
         if self.as_json:
-            print(json.dumps(as_record(question, said), ensure_ascii=False), flush=True)
+            print(json.dumps(as_record(question, answer), ensure_ascii=False), flush=True)
         else:
             print(flush=True)
-        return said
+        return answer
 
     def loop(self) -> None:
-        """Answer questions and obey commands until the input ends."""
+        """Answer questions and run commands until the input ends."""
         commands = SlashCommands(self.model, self.conversation)
         is_terminal = sys.stdin.isatty()
         if is_terminal:
             _prepare_line_editing(commands.names)
             stderr.print(f"{self.model.name}  (/help lists the commands)", style="bold", markup=False)
-        told = 0
+        reported_drops = 0
         for entry in read_turns(_terminal_line if is_terminal else _piped_line):
             if entry.is_command:
                 if not commands.run(entry.text):
                     return
                 continue
             try:
-                said = self.ask(entry.text)
+                answer = self.ask(entry.text)
             except UserError as error:
                 stderr.print(str(error), style="red", markup=False)
                 continue
-            if said.finish in _CUT:
-                stderr.print(_CUT[said.finish], style="dim", markup=False)
-            if said.dropped > told:
-                stderr.print(f"[the first {said.dropped} exchanges no longer fit into the context]", style="dim")
-            told = said.dropped
+            if answer.finish in _UNFINISHED:
+                stderr.print(_UNFINISHED[answer.finish], style="dim", markup=False)
+            if answer.dropped > reported_drops:
+                stderr.print(f"[the first {answer.dropped} rounds no longer fit into the context]", style="dim")
+            reported_drops = answer.dropped
 
     def _show(self, text: str) -> None:
         if not self.as_json:
@@ -223,37 +223,37 @@ class Chat:
             sys.stdout.flush()
 
 
-def as_record(question: str, said: ChatAnswer) -> dict[str, object]:
-    """An answer as the JSON object that `--json` prints."""
+def as_record(question: str, answer: ChatAnswer) -> dict[str, object]:
+    """Return an answer as the JSON object that `--json` prints."""
     return {
         "prompt": question,
-        "answer": said.text,
-        "stopped": said.stopped,
-        "finish": said.finish,
-        "tokens": said.tokens,
-        "prompt_tokens": said.prompt_tokens,
-        "dropped_exchanges": said.dropped,
-        "special_text": said.lookalikes,
-        "seconds": round(said.seconds, 3),
-        "tokens_per_second": round(said.tokens / said.seconds, 2) if said.seconds else None,
+        "answer": answer.text,
+        "stopped": answer.stopped,
+        "finish": answer.finish,
+        "tokens": answer.tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "dropped_exchanges": answer.dropped,
+        "special_token_text": answer.special_token_text,
+        "seconds": round(answer.seconds, 3),
+        "tokens_per_second": round(answer.tokens / answer.seconds, 2) if answer.seconds else None,
     }
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTurn:
-    """What the user put in: a message or a command."""
+    """One input of the user: a message or a command."""
 
     text: str
     is_command: bool = False
 
 
 def read_turns(read: Callable[[bool], str | None]) -> Iterator[ChatTurn]:
-    r"""The user's messages and commands: a line each, or the lines between two fences of `\"\"\"`.
+    r"""Yield the user's messages and commands: one per line, or the lines between two fences of `\"\"\"`.
 
-    Empty ones are skipped. What stands in fences is never a command.
+    Empty ones are skipped. Text in fences is never a command.
 
     Args:
-        read: returns a line, None at the end; told whether the line goes on with a message.
+        read: returns a line, None at the end; its argument says whether the line continues a message.
     """
     while (line := read(False)) is not None:
         if line.startswith(_FENCE):
@@ -283,7 +283,7 @@ def _terminal_line(continued: bool) -> str | None:
             print(file=sys.stderr)
             return None
         except KeyboardInterrupt:
-            # At the prompt Ctrl-C throws the line away, as a shell does.
+            # At the prompt Ctrl-C discards the line, as a shell does.
             print(file=sys.stderr)
 
 
@@ -293,7 +293,7 @@ def _piped_line(continued: bool) -> str | None:
 
 
 def _prepare_line_editing(names: list[str]) -> None:
-    """Arrow keys, history and completion of commands, where Python was built with them."""
+    """Enable arrow keys, history and completion of commands, if Python has readline."""
     try:
         import readline
     except ImportError:
@@ -309,5 +309,5 @@ def _prepare_line_editing(names: list[str]) -> None:
 
 
 def _escape_control_chars(text: str) -> str:
-    """The text without control characters, which a terminal would obey."""
+    """Return the text without control characters, which a terminal would interpret."""
     return "".join(char for char in text if char in "\n\t" or char.isprintable())

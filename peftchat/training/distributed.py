@@ -1,4 +1,4 @@
-"""Where a run takes place: how many processes, on what, started by whom."""
+"""Distributed setup: the processes of a run, their devices, and how they are started."""
 
 import json
 import logging
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 
 Strategy = Literal["single", "ddp", "zero2", "zero3"]
-Launcher = Literal["none", "elastic", "environment"]
+Launcher = Literal["none", "torchrun", "environment"]
 
 
 @dataclass(frozen=True, slots=True)
 class DistributedSetup:
-    """How the recipe's `distributed` section turns out on this machine.
+    """The recipe's `distributed` section, resolved on this machine.
 
     Attributes:
-        strategy: the settled strategy.
+        strategy: the resolved strategy.
         processes: processes on this machine.
         nodes: machines.
-        gpus: GPUs that this machine has; 0 trains on the CPU.
-        launcher: `none`: this process trains; `elastic`: it has to start the others; `environment`: it was started as
-            one of them (torchrun, accelerate, Slurm).
+        gpus: GPUs of this machine; 0 trains on the CPU.
+        launcher: `none`: this process trains alone; `torchrun`: it has to launch the processes that train;
+            `environment`: it was launched as one of them (torchrun, accelerate, Slurm).
     """
 
     strategy: Strategy
@@ -58,10 +58,10 @@ class DistributedSetup:
 
 
 def resolve_distributed(loaded: "LoadedRecipe", environment: Mapping[str, str] = os.environ) -> DistributedSetup:
-    """Decide where the run takes place.
+    """Resolve the recipe's `distributed` section on this machine.
 
     Raises:
-        UserError: the recipe asks for more than there is, or contradicts the launcher that started this process.
+        UserError: the recipe asks for more than this machine has, or for something other than the launcher started.
     """
     import torch
 
@@ -69,12 +69,12 @@ def resolve_distributed(loaded: "LoadedRecipe", environment: Mapping[str, str] =
     gpus = torch.cuda.device_count()
     if not gpus:
         _check_cpu(loaded)
-    started = _started_by(environment)
-    if started is not None:
-        return _inside_launcher(loaded, started, gpus)
-    wanted = recipe.distributed.processes
-    processes = wanted if wanted is not None else max(1, gpus)
-    if recipe.distributed.strategy == "single" and wanted is None:
+    launched = _launched_processes(environment)
+    if launched is not None:
+        return _inside_launcher(loaded, launched, gpus)
+    requested = recipe.distributed.processes
+    processes = requested if requested is not None else max(1, gpus)
+    if recipe.distributed.strategy == "single" and requested is None:
         processes = 1
     _check_machine(loaded, processes, gpus)
     strategy = _resolve_strategy(recipe, processes * recipe.distributed.nodes)
@@ -85,7 +85,31 @@ def resolve_distributed(loaded: "LoadedRecipe", environment: Mapping[str, str] =
             hint="Write `ddp`, `zero2` or `zero3`, or set distributed.processes: 1.",
         )
     alone = strategy == "single" or (strategy == "ddp" and processes * recipe.distributed.nodes == 1)
-    return DistributedSetup(strategy, processes, recipe.distributed.nodes, gpus, "none" if alone else "elastic")
+    return DistributedSetup(strategy, processes, recipe.distributed.nodes, gpus, "none" if alone else "torchrun")
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process of a run, or the first one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def init_deepspeed(distributed: DistributedSetup) -> None:
+    """Create DeepSpeed's process group.
+
+    It has to exist before the model is loaded: without one, DeepSpeed assumes a single process and does not shard.
+
+    Raises:
+        UserError: DeepSpeed is not installed.
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"`{distributed.strategy}` needs DeepSpeed, which is not installed",
+            where="distributed.strategy",
+            hint="pip install 'peftchat[deepspeed]'",
+        ) from error
+    deepspeed.init_distributed(dist_backend="nccl" if distributed.gpus else "gloo", verbose=False)
 
 
 def is_sharded(strategy: Strategy) -> bool:
@@ -94,12 +118,12 @@ def is_sharded(strategy: Strategy) -> bool:
 
 
 def weight_dtype(method: "Method", dtype: "Dtype", strategy: Strategy) -> "Dtype":
-    """The dtype of unquantized weights: what is trained without DeepSpeed's masters is held in float32."""
+    """Return the dtype of unquantized weights: float32 for full fine-tuning without DeepSpeed's float32 masters."""
     return "float32" if method == "full" and not is_sharded(strategy) else dtype
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that torch expects, from those that `srun` sets; empty outside a Slurm step of several tasks."""
+    """Return torch's variables from those of `srun`; none outside a Slurm step of several tasks."""
     if "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in environment:
         return {}
     return {
@@ -120,37 +144,37 @@ def _first_host(nodes: str) -> str:
     return shown.stdout.split()[0]
 
 
-def _started_by(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """(world size, processes on this machine) if a launcher started this process."""
+def _launched_processes(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """Return (world size, processes on this machine) if a launcher started this process."""
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return None
     world = int(environment["WORLD_SIZE"])
     return world, int(environment.get("LOCAL_WORLD_SIZE", str(world)))
 
 
-def _inside_launcher(loaded: "LoadedRecipe", started: tuple[int, int], gpus: int) -> DistributedSetup:
-    world, local = started
+def _inside_launcher(loaded: "LoadedRecipe", launched: tuple[int, int], gpus: int) -> DistributedSetup:
+    world, local = launched
     recipe = loaded.recipe
-    wanted = recipe.distributed.processes
-    if wanted is not None and wanted * recipe.distributed.nodes != world:
+    requested = recipe.distributed.processes
+    if requested is not None and requested * recipe.distributed.nodes != world:
         raise UserError(
-            f"the recipe asks for {wanted * recipe.distributed.nodes} processes, and the launcher started {world}",
+            f"the recipe asks for {requested * recipe.distributed.nodes} processes, but the launcher started {world}",
             where=loaded.where("distributed", "processes"),
             hint=f"Start as many, or add `--set distributed.processes={local}`.",
         )
     if gpus and local > gpus:
         raise UserError(
-            f"the launcher started {local} processes on this machine, which has {gpus} GPUs",
+            f"the launcher started {local} processes on this machine, but it has {gpus} GPUs",
             where="launcher",
-            hint="Start one process a GPU.",
+            hint="Start one process per GPU.",
         )
     return DistributedSetup(_resolve_strategy(recipe, world), local, max(1, world // local), gpus, "environment")
 
 
 def _resolve_strategy(recipe: "Recipe", world_size: int) -> Strategy:
-    wanted = recipe.distributed.strategy
-    if wanted != "auto":
-        return wanted
+    requested = recipe.distributed.strategy
+    if requested != "auto":
+        return requested
     if world_size == 1:
         return "single"
     # Adapters leave little to shard; full fine-tuning is what ZeRO-3 is for.
@@ -158,17 +182,17 @@ def _resolve_strategy(recipe: "Recipe", world_size: int) -> Strategy:
 
 
 def _check_cpu(loaded: "LoadedRecipe") -> None:
-    """Refuse what only a GPU can do."""
+    """Reject settings that need a GPU."""
     recipe = loaded.recipe
     if recipe.model.dtype == "float16":
         raise UserError(
-            "float16 needs a GPU, and there is none here",
+            "float16 needs a GPU, and this machine has none",
             where=loaded.where("model", "dtype"),
             hint="Use bfloat16 or float32.",
         )
     if "8bit" in recipe.training.optim or recipe.training.optim.startswith("paged_"):
         raise UserError(
-            f"the optimizer {recipe.training.optim} needs a GPU, and there is none here",
+            f"the optimizer {recipe.training.optim} needs a GPU, and this machine has none",
             where=loaded.where("training", "optim"),
             hint="Use adamw_torch_fused.",
         )
@@ -176,37 +200,37 @@ def _check_cpu(loaded: "LoadedRecipe") -> None:
 
 def _check_machine(loaded: "LoadedRecipe", processes: int, gpus: int) -> None:
     cores = os.cpu_count() or 1
-    there = gpus or cores
-    if processes <= there:
+    available = gpus or cores
+    if processes <= available:
         return
     training = loaded.recipe.training
     accumulation = max(1, training.gradient_accumulation_steps * processes // max(1, gpus))
     if gpus:
         raise UserError(
-            f"the recipe asks for {processes} GPUs on each machine, and there {'is' if gpus == 1 else 'are'} {gpus}",
+            f"the recipe asks for {processes} GPUs per machine, but this one has {gpus}",
             where=loaded.where("distributed", "processes"),
-            hint=f"For the same batch on what is here: `--set distributed.processes={gpus} "
+            hint=f"For the same global batch size, add `--set distributed.processes={gpus} "
             f"--set training.gradient_accumulation_steps={accumulation}`.",
         )
     raise UserError(
-        f"the recipe asks for {processes} GPUs, there is none, and as processes on {cores} CPU cores they are too many",
+        f"the recipe asks for {processes} processes, but this machine has no GPU and {cores} CPU cores",
         where=loaded.where("distributed", "processes"),
-        hint=f"Run it where the GPUs are, or try it on the CPU with `--set distributed.processes={min(2, cores)}` "
+        hint=f"Run it on a machine with GPUs, or try it on the CPU with `--set distributed.processes={min(2, cores)}` "
         "and a small model.",
     )
 
 
-def launch(placement: DistributedSetup, arguments: Sequence[str]) -> int:
-    """Run `peftchat` with these arguments in every process and wait for all of them.
+def launch(distributed: DistributedSetup, arguments: Sequence[str]) -> int:
+    """Run `peftchat` with these arguments in every process, and wait for them.
 
     Args:
         arguments: the command line after `peftchat`.
 
     Returns:
-        0, or the status with which the first process to fail ended; it has told why.
+        0, or the exit status of the first process that failed; that process has reported its error.
 
     Raises:
-        UserError: several machines are asked for and nothing says how they find each other.
+        UserError: the recipe asks for several machines, and MASTER_ADDR is not set.
         VerificationError: a process was killed.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -214,14 +238,14 @@ def launch(placement: DistributedSetup, arguments: Sequence[str]) -> int:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     # The launcher would give every process a single thread.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // placement.processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // distributed.processes)))
     config = LaunchConfig(
-        min_nodes=placement.nodes,
-        max_nodes=placement.nodes,
-        nproc_per_node=placement.processes,
+        min_nodes=distributed.nodes,
+        max_nodes=distributed.nodes,
+        nproc_per_node=distributed.processes,
         run_id="peftchat",
         rdzv_backend="c10d",
-        rdzv_endpoint=_meeting_point(placement),
+        rdzv_endpoint=_rendezvous_endpoint(distributed),
         max_restarts=0,
     )
     try:
@@ -231,56 +255,58 @@ def launch(placement: DistributedSetup, arguments: Sequence[str]) -> int:
         if failure.exitcode > 0:
             return int(failure.exitcode)
         raise VerificationError(
-            f"process {rank} was ended by signal {-failure.exitcode}"
-            + (" (the machine ran out of memory?)" if failure.exitcode == -9 else "")
+            f"process {rank} was killed by signal {-failure.exitcode}"
+            + (" (perhaps out of memory)" if failure.exitcode == -9 else "")
         ) from error
     return 0
 
 
-def _meeting_point(placement: DistributedSetup) -> str:
-    if placement.nodes == 1:
+def _rendezvous_endpoint(distributed: DistributedSetup) -> str:
+    if distributed.nodes == 1:
         return "localhost:0"
     host = os.environ.get("MASTER_ADDR")
     if not host:
         raise UserError(
-            f"the recipe asks for {placement.nodes} machines, and nothing says where they meet",
+            f"the recipe asks for {distributed.nodes} machines, but MASTER_ADDR is not set",
             where="distributed.nodes",
-            hint="Set MASTER_ADDR (and MASTER_PORT) to the first machine everywhere, or start with srun or torchrun.",
+            hint="Set MASTER_ADDR (and MASTER_PORT) on every machine to the first one, or start with srun or torchrun.",
         )
     return f"{host}:{os.environ.get('MASTER_PORT', '29500')}"
 
 
-def deepspeed_config(recipe: "Recipe", placement: DistributedSetup, *, row_elements: int) -> dict[str, Any] | None:
-    """The configuration to hand to transformers; None where DeepSpeed has no part.
+def deepspeed_config(
+    recipe: "Recipe", distributed: DistributedSetup, *, added_token_elements: int
+) -> dict[str, Any] | None:
+    """Return DeepSpeed's configuration for transformers; None without DeepSpeed.
 
     Args:
-        row_elements: elements of the largest parameter that must stay whole on every process: the rows of new tokens,
-            which are read outside the forward of the module that owns them.
+        added_token_elements: number of elements of the added tokens' embedding. ZeRO-3 must not shard it, because it
+            is read outside the forward of the module that owns it.
     """
-    if not placement.uses_deepspeed:
+    if not distributed.uses_deepspeed:
         return None
     if recipe.distributed.deepspeed_config is not None:
         config: dict[str, Any] = json.loads(Path(recipe.distributed.deepspeed_config).read_text(encoding="utf-8"))
     else:
-        config = _own_config(recipe, placement)
-    if placement.strategy == "zero3":
+        config = _default_config(recipe, distributed)
+    if distributed.strategy == "zero3":
         zero = config["zero_optimization"]
         threshold = zero.get("stage3_param_persistence_threshold", "auto")
         # DeepSpeed's own default; `auto` would make it depend on the hidden size.
         floor = 100_000 if threshold == "auto" else int(threshold)
-        zero["stage3_param_persistence_threshold"] = max(floor, row_elements)
+        zero["stage3_param_persistence_threshold"] = max(floor, added_token_elements)
     return config
 
 
-def _own_config(recipe: "Recipe", placement: DistributedSetup) -> dict[str, Any]:
-    on_gpu = placement.gpus > 0
+def _default_config(recipe: "Recipe", distributed: DistributedSetup) -> dict[str, Any]:
+    on_gpu = distributed.gpus > 0
     zero: dict[str, Any] = {
-        "stage": 3 if placement.strategy == "zero3" else 2,
+        "stage": 3 if distributed.strategy == "zero3" else 2,
         "overlap_comm": on_gpu,
         "contiguous_gradients": True,
         "reduce_bucket_size": "auto",
     }
-    if placement.strategy == "zero3":
+    if distributed.strategy == "zero3":
         zero |= {
             "stage3_prefetch_bucket_size": "auto",
             "stage3_max_live_parameters": 1_000_000_000,
@@ -299,11 +325,11 @@ def _own_config(recipe: "Recipe", placement: DistributedSetup) -> dict[str, Any]
         "steps_per_print": 1_000_000_000,
     }
     if recipe.distributed.offload != "none":
-        place = {"device": "cpu", "pin_memory": on_gpu}
-        zero["offload_optimizer"] = place
+        target = {"device": "cpu", "pin_memory": on_gpu}
+        zero["offload_optimizer"] = target
         if recipe.distributed.offload == "all":
-            zero["offload_param"] = place
-        # Offloaded states want DeepSpeed's own CPU Adam, which it builds from this block.
+            zero["offload_param"] = target
+        # Offloaded optimizer states need DeepSpeed's own CPU Adam, which it builds from this block.
         config["optimizer"] = {
             "type": "AdamW",
             "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},

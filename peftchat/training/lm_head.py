@@ -1,4 +1,4 @@
-"""The output layer as the loss sees it: logits, what new tokens add to them, and the slopes of a chunk of positions."""
+"""LM head for the chunked loss: logits, added tokens' logits, and their gradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from peftchat.models.added_tokens import AddedTokenHead
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What a model does to its logits after the head: `softcap * tanh(scale * logits / softcap)`.
+    """A model's transform of the logits after its head: `softcap * tanh(scale * logits / softcap)`.
 
     Attributes:
         scale: factor on the logits.
-        softcap: bound of the logits (Gemma 2), None for none.
+        softcap: bound of the logits (Gemma 2), or None.
     """
 
     scale: float = 1.0
@@ -24,7 +24,7 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "LogitTransform":
-        """The transform that the model's config names; its spelling differs by family."""
+        """Return the transform of a model's config; its keys differ by model type."""
         text = config.get_text_config()
         scale = 1.0
         # Cohere and MPT, Falcon-H1, and Granite, which divides.
@@ -35,186 +35,200 @@ class LogitTransform:
         return cls(scale, getattr(text, "final_logit_softcapping", None))
 
     def apply_(self, logits: Tensor) -> Tensor | None:
-        """Transform logits in place; what `backward_` needs to know of them, if anything."""
+        """Transform logits in place; return the tanh that `backward_` needs, if there is a softcap."""
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is None:
             return None
-        bent = logits.div_(self.softcap).tanh_().clone()
+        tanh_logits = logits.div_(self.softcap).tanh_().clone()
         logits *= self.softcap
-        return bent
+        return tanh_logits
 
-    def backward_(self, gradient: Tensor, bent: Tensor | None) -> None:
-        """Turn the gradient of the transformed logits into that of the head's own, in place."""
-        if bent is not None:
-            gradient *= 1.0 - bent**2
+    def backward_(self, grad: Tensor, tanh_logits: Tensor | None) -> None:
+        """Turn the gradient of the transformed logits into that of the head's output, in place."""
+        if tanh_logits is not None:
+            grad *= 1.0 - tanh_logits**2
         if self.scale != 1.0:
-            gradient *= self.scale
+            grad *= self.scale
 
 
-def _own_logits(
-    product: Tensor, bias: Tensor | None, struck: Tensor | None, transform: LogitTransform
+def _transformed_logits(
+    product: Tensor, bias: Tensor | None, logit_mask: Tensor | None, transform: LogitTransform
 ) -> tuple[Tensor, Tensor | None]:
-    """Return float32 logits, shape (N, V), and what `LogitTransform.backward_` needs of them."""
+    """Return float32 logits, shape (N, V), and the tanh that `LogitTransform.backward_` needs."""
     logits = product.to(torch.float32, copy=True)
     if bias is not None:
         logits += bias
-    bent = transform.apply_(logits)
-    if struck is not None:
-        logits += struck
-    return logits, bent
+    tanh_logits = transform.apply_(logits)
+    if logit_mask is not None:
+        logits += logit_mask
+    return logits, tanh_logits
 
 
 def logsumexp_and_grad(
     product: Tensor,
-    new: Tensor | None,
+    added_logits: Tensor | None,
     bias: Tensor | None,
-    struck: Tensor | None,
+    logit_mask: Tensor | None,
     transform: LogitTransform,
-    with_slope: bool,
+    with_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """How the likelihood of each position spreads over the vocabulary.
+    """Return the log-sum-exp of the logits and, optionally, its gradient.
 
     Args:
-        product: states times the head, shape (N, V).
-        new: float32 logits of new tokens, shape (N, n), or None.
-        bias: the head's, shape (V,), or None.
-        struck: what is added to the logits, minus infinity where a new token takes a place, shape (V,); or None.
-        transform: what follows the projection.
+        product: hidden states times the head's weight, shape (N, V).
+        added_logits: float32 logits of the added tokens, shape (N, n), or None.
+        bias: the head's bias, shape (V,), or None.
+        logit_mask: minus infinity at the ids that added tokens override, 0 elsewhere, shape (V,); or None.
+        transform: the transform after the head.
+        with_grad: whether to compute the gradient.
 
     Returns:
-        The log of the sum of all exponentials, float32, shape (N, 1); and, if it is wanted, the gradient of that log
-        with respect to the product, shape (N, V), in its dtype.
+        The log-sum-exp, float32, shape (N, 1), and its gradient with respect to the product, shape (N, V), in the
+        product's dtype, or None.
     """
-    logits, bent = _own_logits(product, bias, struck, transform)
-    top = logits.amax(-1, keepdim=True)
-    if new is not None:
-        top = torch.maximum(top, new.amax(-1, keepdim=True))
-    logits.sub_(top).exp_()
-    mass = logits.sum(-1, keepdim=True)
-    if new is not None:
-        mass += (new - top).exp().sum(-1, keepdim=True)
-    log_mass = top + mass.log()
-    if not with_slope:
-        return log_mass, None
-    slope = logits.div_(mass)
-    transform.backward_(slope, bent)
-    return log_mass, slope.to(product.dtype)
+    logits, tanh_logits = _transformed_logits(product, bias, logit_mask, transform)
+    largest = logits.amax(-1, keepdim=True)
+    if added_logits is not None:
+        largest = torch.maximum(largest, added_logits.amax(-1, keepdim=True))
+    logits.sub_(largest).exp_()
+    total = logits.sum(-1, keepdim=True)
+    if added_logits is not None:
+        total += (added_logits - largest).exp().sum(-1, keepdim=True)
+    logsumexp = largest + total.log()
+    if not with_grad:
+        return logsumexp, None
+    grad_logits = logits.div_(total)
+    transform.backward_(grad_logits, tanh_logits)
+    return logsumexp, grad_logits.to(product.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The output layer with the rows of new tokens.
+    """An LM head with the output embeddings of added tokens.
 
     Attributes:
         weight: float, shape (V, H).
         bias: float, shape (V,), or None.
-        rows: rows of new tokens, or None.
-        transform: what follows the projection.
-        spread: `logsumexp_and_grad`, or the same function compiled.
+        added_tokens: the output embeddings of added tokens, or None.
+        transform: the transform after the head.
+        logsumexp: `logsumexp_and_grad`, or the same function compiled.
     """
 
     weight: Tensor
     bias: Tensor | None
-    rows: AddedTokenHead | None
+    added_tokens: AddedTokenHead | None
     transform: LogitTransform
-    spread: Callable[..., tuple[Tensor, Tensor | None]] = logsumexp_and_grad
+    logsumexp: Callable[..., tuple[Tensor, Tensor | None]] = logsumexp_and_grad
 
     @property
     def size(self) -> int:
         """Number of logits."""
-        return self.weight.shape[0] if self.rows is None else self.rows.size
+        return self.weight.shape[0] if self.added_tokens is None else self.added_tokens.size
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some positions on their way through the head.
+    """The logits of some supervised positions at their targets.
 
     Attributes:
-        product: states times the head, shape (N, V).
-        wanted: the targets, int64, shape (N, 1).
-        own: where a target's logit lies in the product, int64, shape (N, 1); anywhere for a new token.
-        own_logits: the product there, as logits, float32, shape (N, 1).
-        own_bent: what `LogitTransform.backward_` needs of them.
-        matches: whether the target is this new token, bool, shape (N, n); None without new tokens.
-        new: logits of the new tokens, float32, shape (N, n), or None.
-        new_bent: what `LogitTransform.backward_` needs of those.
-        head: the output layer.
+        head: the LM head.
+        product: hidden states times the head's weight, shape (N, V).
+        target_ids: the targets, int64, shape (N, 1).
+        target_index: the column of each target in the product, int64, shape (N, 1); any column for an added token.
+        base_logits: the product there, as logits, float32, shape (N, 1).
+        base_tanh: the tanh that `LogitTransform.backward_` needs for them.
+        is_added_token: whether the target is this added token, bool, shape (N, n); None without added tokens.
+        added_logits: logits of the added tokens, float32, shape (N, n), or None.
+        added_tanh: the tanh that `LogitTransform.backward_` needs for them.
     """
 
-    product: Tensor
-    wanted: Tensor
-    own: Tensor
-    own_logits: Tensor
-    own_bent: Tensor | None
-    matches: Tensor | None
-    new: Tensor | None
-    new_bent: Tensor | None
     head: Head
+    product: Tensor
+    target_ids: Tensor
+    target_index: Tensor
+    base_logits: Tensor
+    base_tanh: Tensor | None
+    is_added_token: Tensor | None = None
+    added_logits: Tensor | None = None
+    added_tanh: Tensor | None = None
 
     @classmethod
-    def of(cls, product: Tensor, states: Tensor, wanted: Tensor, cast_rows: Tensor | None, head: Head) -> "Chunk":
-        """Look up the targets' logits."""
-        own = wanted.clamp(max=product.shape[1] - 1)
-        own_logits = product.gather(1, own).float()
-        if head.bias is not None:
-            own_logits += head.bias[own]
-        own_bent = head.transform.apply_(own_logits)
-        if cast_rows is None or head.rows is None:
-            return cls(product, wanted, own, own_logits, own_bent, None, None, None, head)
-        new = (states @ cast_rows.T).float()
-        if head.rows.bias is not None:
-            new += head.rows.bias
-        new_bent = head.transform.apply_(new)
-        return cls(product, wanted, own, own_logits, own_bent, wanted == head.rows.ids, new, new_bent, head)
-
-    @property
-    def of_targets(self) -> Tensor:
-        """The targets' logits, float32, shape (N, 1)."""
-        if self.matches is None or self.new is None:
-            return self.own_logits
-        found = torch.where(self.matches, self.new, 0.0).sum(-1, keepdim=True)
-        return torch.where(self.matches.any(-1, keepdim=True), found, self.own_logits)
-
-    def put_targets(self, slope: Tensor, log_mass: Tensor) -> Tensor | None:
-        """Take the targets into account, in the slopes of the product and those of the new tokens.
+    def of(
+        cls, head: Head, product: Tensor, states: Tensor, target_ids: Tensor, added_weight: Tensor | None
+    ) -> "Chunk":
+        """Look up the targets' logits.
 
         Args:
-            slope: as `logsumexp_and_grad` finds it, changed in place.
-            log_mass: as `logsumexp_and_grad` finds it.
+            head: the LM head.
+            product: hidden states times the head's weight, shape (N, V).
+            states: the hidden states, shape (N, H).
+            target_ids: the targets, int64, shape (N, 1).
+            added_weight: the added tokens' output embeddings in the dtype of the states, shape (n, H), or None.
+        """
+        target_index = target_ids.clamp(max=product.shape[1] - 1)
+        base_logits = product.gather(1, target_index).float()
+        if head.bias is not None:
+            base_logits += head.bias[target_index]
+        base_tanh = head.transform.apply_(base_logits)
+        if added_weight is None or head.added_tokens is None:
+            return cls(head, product, target_ids, target_index, base_logits, base_tanh)
+        added_logits = (states @ added_weight.T).float()
+        if head.added_tokens.bias is not None:
+            added_logits += head.added_tokens.bias
+        added_tanh = head.transform.apply_(added_logits)
+        is_added_token = target_ids == head.added_tokens.ids
+        return cls(
+            head, product, target_ids, target_index, base_logits, base_tanh, is_added_token, added_logits, added_tanh
+        )
+
+    @property
+    def target_logits(self) -> Tensor:
+        """The targets' logits, float32, shape (N, 1)."""
+        if self.is_added_token is None or self.added_logits is None:
+            return self.base_logits
+        added = torch.where(self.is_added_token, self.added_logits, 0.0).sum(-1, keepdim=True)
+        return torch.where(self.is_added_token.any(-1, keepdim=True), added, self.base_logits)
+
+    def subtract_targets(self, grad_logits: Tensor, logsumexp: Tensor) -> Tensor | None:
+        """Turn the gradient of the log-sum-exp into that of the loss, in place.
+
+        Args:
+            grad_logits: the gradient of `logsumexp_and_grad`, changed in place.
+            logsumexp: the log-sum-exp of `logsumexp_and_grad`.
 
         Returns:
-            The slopes of the new tokens' logits, in the dtype of the product, shape (N, n); None without new tokens.
+            The gradient of the added tokens' logits, in the dtype of the product, shape (N, n); None without them.
         """
-        of_own = (self.own_logits - log_mass).exp_().sub_(1.0)
-        self.head.transform.backward_(of_own, self.own_bent)
-        # Not `scatter_`, which copies the whole of a bfloat16 tensor.
-        places = torch.arange(len(slope), device=slope.device)[:, None], self.own
-        of_own = of_own.to(slope.dtype)
-        if self.matches is None or self.new is None:
-            slope[places] = of_own
+        grad_base = (self.base_logits - logsumexp).exp_().sub_(1.0)
+        self.head.transform.backward_(grad_base, self.base_tanh)
+        # `scatter_` would copy a bfloat16 tensor in full.
+        index = torch.arange(len(grad_logits), device=grad_logits.device)[:, None], self.target_index
+        grad_base = grad_base.to(grad_logits.dtype)
+        if self.is_added_token is None or self.added_logits is None:
+            grad_logits[index] = grad_base
             return None
-        slope[places] = torch.where(self.matches.any(-1, keepdim=True), slope[places], of_own)
-        of_new = (self.new - log_mass).exp_().sub_(self.matches.float())
-        self.head.transform.backward_(of_new, self.new_bent)
-        return of_new.to(slope.dtype)
+        grad_logits[index] = torch.where(self.is_added_token.any(-1, keepdim=True), grad_logits[index], grad_base)
+        grad_added = (self.added_logits - logsumexp).exp_().sub_(self.is_added_token.float())
+        self.head.transform.backward_(grad_added, self.added_tanh)
+        return grad_added.to(grad_logits.dtype)
 
-    def count_correct(self, struck: Tensor | None) -> Tensor:
-        """How many targets are the most likely token (of equal ones, the first)."""
-        logits, _ = _own_logits(self.product, self.head.bias, struck, self.head.transform)
-        best, likeliest = logits.max(-1, keepdim=True)
-        if self.new is not None and self.head.rows is not None:
-            best_new, place = self.new.max(-1, keepdim=True)
-            candidate = self.head.rows.ids[place]
-            ahead = (best_new > best) | ((best_new == best) & (candidate < likeliest))
-            likeliest = torch.where(ahead, candidate, likeliest)
-        return (likeliest == self.wanted).sum()
+    def count_correct(self, logit_mask: Tensor | None) -> Tensor:
+        """Count the targets that are the most likely token; of equally likely tokens the first one counts."""
+        logits, _ = _transformed_logits(self.product, self.head.bias, logit_mask, self.head.transform)
+        best, predicted = logits.max(-1, keepdim=True)
+        if self.added_logits is not None and self.head.added_tokens is not None:
+            best_added, index = self.added_logits.max(-1, keepdim=True)
+            candidate = self.head.added_tokens.ids[index]
+            ahead = (best_added > best) | ((best_added == best) & (candidate < predicted))
+            predicted = torch.where(ahead, candidate, predicted)
+        return (predicted == self.target_ids).sum()
 
 
 def mask_overridden_logits(head: Head) -> Tensor | None:
-    """What keeps the head's own rows of new tokens out: float32, shape (V,), or None if it has none."""
-    if head.rows is None or not head.rows.overlaid:
+    """Return the mask of the head's logits that added tokens override: float32, shape (V,), or None."""
+    if head.added_tokens is None or not head.added_tokens.overlaid:
         return None
-    struck = torch.zeros(head.size, device=head.weight.device)
-    struck[head.rows.ids] = float("-inf")
-    return struck[: len(head.weight)]
+    logit_mask = torch.zeros(head.size, device=head.weight.device)
+    logit_mask[head.added_tokens.ids] = float("-inf")
+    return logit_mask[: len(head.weight)]

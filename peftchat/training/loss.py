@@ -1,8 +1,8 @@
-"""The forward that training uses: backbone, supervised positions, loss; all inside the model's own call.
+"""Loss: cross-entropy over the supervised positions, chunk by chunk, inside the model's own forward.
 
-It has to live inside `model.forward` so that DDP, DeepSpeed and PEFT see one ordinary forward. TRL installs a head
-of its own in the same place (`trl.trainer.utils.add_fused_lm_head`); it reads `lm_head.weight`, which misses the
-rows of new tokens, and outside CUDA it projects every position.
+It is part of `model.forward` so that DDP, DeepSpeed and PEFT call one ordinary forward. TRL installs a head of its own
+in the same place (`trl.trainer.utils.add_fused_lm_head`). That head reads `lm_head.weight`, which lacks the embeddings
+of added tokens, and outside CUDA it projects every position.
 """
 
 import functools
@@ -24,13 +24,13 @@ from peftchat.training.lm_head import Chunk, Head, LogitTransform, logsumexp_and
 
 @dataclass
 class SupervisedOutput(ModelOutput):
-    """What the supervised forward returns.
+    """The output of the supervised forward.
 
     Attributes:
         loss: sum of the negative log-likelihoods in nats, float32, shape ().
-        correct: supervised positions whose most likely token is the target, int64, shape (); counted where no
-            gradient is wanted.
-        aux_loss: load-balancing loss of mixtures of experts, float32, shape (), or None.
+        correct: supervised positions whose most likely token is the target, int64, shape (); counted only without
+            gradients.
+        aux_loss: load-balancing loss of a mixture of experts, float32, shape (), or None.
     """
 
     loss: Tensor | None = None
@@ -41,13 +41,15 @@ class SupervisedOutput(ModelOutput):
 def install_supervised_forward(model: PreTrainedModel) -> None:
     """Let `model(..., labels=labels, supervised=True)` return a `SupervisedOutput`.
 
-    Without `supervised`, the forward is what it was. The model is the causal language model itself, inside any PEFT
-    wrapper. Where its layers are compiled, what the loss does with logits is too.
+    Without `supervised`, the forward is unchanged. If the model's layers are compiled, the loss is compiled too.
+
+    Args:
+        model: the causal language model itself, inside any PEFT wrapper.
     """
     original = model.forward
     transform = LogitTransform.of(model.config)
-    # Chunks have sizes of their own; one program serves them all.
-    compiled = torch.compile(logsumexp_and_grad, dynamic=True) if has_compiled_layers(model) else logsumexp_and_grad
+    # Chunks differ in size; `dynamic` compiles one program for all of them.
+    logsumexp = torch.compile(logsumexp_and_grad, dynamic=True) if has_compiled_layers(model) else logsumexp_and_grad
 
     @functools.wraps(original)
     def forward(self: PreTrainedModel, *args: Any, supervised: bool = False, **kwargs: Any) -> Any:
@@ -55,16 +57,16 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
             return original(*args, **kwargs)
         labels: Tensor = kwargs.pop("labels")
         backbone = self.base_model(*args, **kwargs, use_cache=False)
-        # The state at position t predicts the token at t + 1.
+        # The hidden state at position t predicts the token at t + 1.
         targets = labels[:, 1:]
-        chosen = targets != IGNORE_INDEX
+        supervised_positions = targets != IGNORE_INDEX
         layer = self.get_output_embeddings()
-        rows = find_added_tokens(self)
+        added = find_added_tokens(self)
         with maybe_gather_lm_head_ctx(layer.weight, layer.bias):
-            head = Head(layer.weight, layer.bias, None if rows is None else rows.head(), transform, compiled)
-            states = backbone.last_hidden_state[:, :-1][chosen]
+            head = Head(layer.weight, layer.bias, None if added is None else added.head(), transform, logsumexp)
+            states = backbone.last_hidden_state[:, :-1][supervised_positions]
             loss, correct = linear_cross_entropy(
-                states, targets[chosen], head, count_correct=not torch.is_grad_enabled()
+                states, targets[supervised_positions], head, count_correct=not torch.is_grad_enabled()
             )
         return SupervisedOutput(loss=loss, correct=correct, aux_loss=_aux_loss(self, backbone, kwargs))
 
@@ -72,7 +74,7 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
 
 
 def _aux_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """The load-balancing loss of a mixture of experts that returns its router logits (Fedus et al., 2021)."""
+    """Return the load-balancing loss of a mixture of experts (Fedus et al., 2021), if it returns router logits."""
     if not kwargs.get("output_router_logits"):
         return None
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -84,26 +86,26 @@ def _aux_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) -> 
     return loss if isinstance(loss, torch.Tensor) else None
 
 
-# Elements of one chunk of logits. A GPU wants tall products; a CPU wants float32 logits that stay in its cache.
+# Elements of one chunk of logits: large products for a GPU, float32 logits that fit into the cache for a CPU.
 _CHUNK_ELEMENTS = {"cuda": 2**25, "cpu": 3 * 2**21}
-# Adding up the gradient of a whole head costs a pass over it each chunk, so there are fewer.
-_TALLER_FOR_WEIGHT = 4
+# Accumulating the gradient of the head costs a pass over it per chunk, so the chunks are larger.
+_LARGER_FOR_WEIGHT = 4
 
 
 def linear_cross_entropy(
     hidden: Tensor, targets: Tensor, head: Head, *, count_correct: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the negative log-likelihoods of the targets, and how many of them are the most likely token.
+    """Return the sum of the targets' negative log-likelihoods, and how many targets are the most likely token.
 
     Args:
-        hidden: states at the supervised positions, float, shape (N, H).
+        hidden: hidden states at the supervised positions, float, shape (N, H).
         targets: the tokens to predict there, int64, shape (N,).
-        head: the output layer.
-        count_correct: whether to look for the most likely tokens; training has no use for them.
+        head: the LM head.
+        count_correct: whether to count the targets that are the most likely token.
 
     Returns:
-        The sum, float32, shape (), differentiable in `hidden`, the head's weight and bias and the new rows; the
-        count, int64, shape (), 0 if it was not asked for.
+        The sum, float32, shape (), differentiable in `hidden`, the head's weight and bias and the added tokens'
+        output embeddings; the count, int64, shape (), 0 without `count_correct`.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -114,7 +116,7 @@ def linear_cross_entropy(
             targets,
             head.weight,
             head.bias,
-            None if head.rows is None else head.rows.weight,
+            None if head.added_tokens is None else head.added_tokens.weight,
             head,
             dtype,
             differentiable,
@@ -131,79 +133,75 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        rows: Tensor | None,
+        added_weight: Tensor | None,
         head: Head,
         dtype: torch.dtype,
         differentiable: bool,
         count_correct: bool,
     ) -> tuple[Tensor, Tensor]:
-        needs = ctx.needs_input_grad
-        wants = {
-            "hidden": differentiable and needs[0],
-            "weight": differentiable and needs[2],
-            "bias": differentiable and bias is not None and needs[3],
-            "rows": differentiable and rows is not None and needs[4],
-        }
-        # Sums over positions are kept in float32, whatever the dtype of the product.
-        gradients: dict[str, Tensor] = {}
-        if wants["hidden"]:
-            gradients["hidden"] = torch.empty_like(hidden)
-        for name, tensor in (("weight", weight), ("bias", bias), ("rows", rows)):
-            if wants[name] and tensor is not None:
-                gradients[name] = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+        needs_grad = ctx.needs_input_grad
+        grads: dict[str, Tensor] = {}
+        if differentiable and needs_grad[0]:
+            grads["hidden"] = torch.empty_like(hidden)
+        # Sums over positions are accumulated in float32, whatever the dtype of the product.
+        for name, tensor, needed in (
+            ("weight", weight, needs_grad[2]),
+            ("bias", bias, needs_grad[3]),
+            ("added_weight", added_weight, needs_grad[4]),
+        ):
+            if differentiable and needed and tensor is not None:
+                grads[name] = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
         cast_weight = weight.to(dtype)
-        cast_rows = None if rows is None else rows.to(dtype)
+        cast_added_weight = None if added_weight is None else added_weight.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        step = chunk_size(len(hidden), head.size, hidden.device.type, taller=wants["weight"])
-        # One buffer for all chunks: new memory of this size is slow to come by.
-        products = torch.empty(step, len(weight), dtype=dtype, device=hidden.device)
-        struck = mask_overridden_logits(head)
+        step = chunk_size(len(hidden), head.size, hidden.device.type, trains_head="weight" in grads)
+        # One buffer for all chunks: allocating this much memory is slow.
+        buffer = torch.empty(step, len(weight), dtype=dtype, device=hidden.device)
+        logit_mask = mask_overridden_logits(head)
         for start in range(0, hidden.shape[0], step):
             states = hidden[start : start + step].to(dtype)
-            product = torch.mm(states, cast_weight.T, out=products[: len(states)])
-            chunk = Chunk.of(product, states, targets[start : start + step, None], cast_rows, head)
+            product = torch.mm(states, cast_weight.T, out=buffer[: len(states)])
+            chunk = Chunk.of(head, product, states, targets[start : start + step, None], cast_added_weight)
             if count_correct:
-                correct += chunk.count_correct(struck)
-            log_mass, slope = (head.spread if gradients else logsumexp_and_grad)(
-                product, chunk.new, bias, struck, head.transform, bool(gradients)
+                correct += chunk.count_correct(logit_mask)
+            logsumexp, grad_logits = (head.logsumexp if grads else logsumexp_and_grad)(
+                product, chunk.added_logits, bias, logit_mask, head.transform, bool(grads)
             )
-            total += (log_mass - chunk.of_targets).sum()
-            if slope is None:
+            total += (logsumexp - chunk.target_logits).sum()
+            if grad_logits is None:
                 continue
-            of_rows = chunk.put_targets(slope, log_mass)
-            if "rows" in gradients and of_rows is not None:
-                gradients["rows"] += of_rows.T @ states
-            if "bias" in gradients:
-                gradients["bias"] += slope.sum(0, dtype=torch.float32)
-            if "weight" in gradients:
-                gradients["weight"] += slope.T @ states
-            if "hidden" in gradients:
-                of_states = slope @ cast_weight
-                if of_rows is not None and cast_rows is not None:
-                    of_states.addmm_(of_rows, cast_rows)
-                gradients["hidden"][start : start + step] = of_states
+            grad_added = chunk.subtract_targets(grad_logits, logsumexp)
+            if "added_weight" in grads and grad_added is not None:
+                grads["added_weight"] += grad_added.T @ states
+            if "bias" in grads:
+                grads["bias"] += grad_logits.sum(0, dtype=torch.float32)
+            if "weight" in grads:
+                grads["weight"] += grad_logits.T @ states
+            if "hidden" in grads:
+                grad_states = grad_logits @ cast_weight
+                if grad_added is not None and cast_added_weight is not None:
+                    grad_states.addmm_(grad_added, cast_added_weight)
+                grads["hidden"][start : start + step] = grad_states
         ctx.mark_non_differentiable(correct)
-        ctx.names = list(gradients)
-        ctx.dtypes = {"weight": weight.dtype, "bias": bias.dtype if bias is not None else None, "rows": torch.float32}
-        ctx.save_for_backward(*gradients.values())
-        if rows is not None:
-            ctx.dtypes["rows"] = rows.dtype
+        ctx.names = list(grads)
+        inputs = {"hidden": hidden, "weight": weight, "bias": bias, "added_weight": added_weight}
+        ctx.dtypes = {name: tensor.dtype for name, tensor in inputs.items() if tensor is not None}
+        ctx.save_for_backward(*grads.values())
         return total, correct
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = outputs[0]
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        found: list[Tensor | None] = [None] * 9
-        for place, name in ((0, "hidden"), (2, "weight"), (3, "bias"), (4, "rows")):
+        grads: list[Tensor | None] = [None] * 9
+        for position, name in ((0, "hidden"), (2, "weight"), (3, "bias"), (4, "added_weight")):
             if name in saved:
-                gradient = saved[name] * scale.to(saved[name].dtype)
-                found[place] = gradient.to(ctx.dtypes.get(name, gradient.dtype))
-        return tuple(found)
+                grads[position] = (saved[name] * scale.to(saved[name].dtype)).to(ctx.dtypes[name])
+        return tuple(grads)
 
 
-def chunk_size(positions: int, size: int, device: str, *, taller: bool) -> int:
-    """How many positions are projected together."""
-    rows = _CHUNK_ELEMENTS["cpu" if device == "cpu" else "cuda"] // size
-    return max(1, min(positions, max(16, rows * (_TALLER_FOR_WEIGHT if taller else 1))))
+def chunk_size(positions: int, vocabulary: int, device: str, *, trains_head: bool) -> int:
+    """Return how many positions are projected at a time."""
+    rows = _CHUNK_ELEMENTS["cpu" if device == "cpu" else "cuda"] // vocabulary
+    return max(1, min(positions, max(16, rows * (_LARGER_FOR_WEIGHT if trains_head else 1))))

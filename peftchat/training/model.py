@@ -1,28 +1,31 @@
-"""Which attention a run uses, and how batches are laid out for it."""
+"""The model of a run: base, added tokens and adapter, its attention, and compiled layers."""
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
-from peftchat.chat_template.registry import ChatFormat, make_format
+from peftchat.chat_template.chat_format import ChatFormat
+from peftchat.console import stderr
 from peftchat.dataset.collator import BatchLayout, ChatCollator
 from peftchat.errors import UserError
 from peftchat.formatting import format_duration
-from peftchat.models import varlen_attention as per_dialogue
+from peftchat.models import varlen_attention
 from peftchat.models.added_tokens import EmbeddingSnapshot, attach_added_tokens, resize_embeddings, snapshot_embeddings
 from peftchat.models.compiled import compile_layers, missing_compiler
-from peftchat.models.loading import VARLEN, end_ids, load_base, load_tokenizer
+from peftchat.models.fused_lora import fuse_lora_forward, num_adapted_layers
+from peftchat.models.loading import VARLEN, end_ids, load_base
 from peftchat.models.peft_model import add_adapter, cast_trainable, freeze_layers
 from peftchat.models.zero import is_zero3
 from peftchat.runs.run_summary import AutoSetting
+from peftchat.training.context import TrainContext
 from peftchat.training.distributed import DistributedSetup, weight_dtype
+from peftchat.training.progress import memory_in_use
 from peftchat.training.throughput import count_parameters
 
 if TYPE_CHECKING:
@@ -31,127 +34,14 @@ if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
 
 
-# What torch's variable-length kernel computes in.
+# The dtypes that torch's variable-length attention kernel supports.
 _KERNEL_DTYPES = ("bfloat16", "float16")
 
+_MIN_COMPILED_SECONDS = 150.0
+"""Shortest training time that repays compiling, which takes about 20 seconds the first time and 5 later."""
 
-def select_attention(recipe: "Recipe", model: "PreTrainedModel | PeftModel", base: "PreTrainedModel") -> BatchLayout:
-    """Give the model the attention of the recipe, and say how batches have to lie for it.
-
-    Args:
-        model: as it will be trained.
-        base: the causal language model inside it.
-
-    Raises:
-        UserError: the recipe asks for an attention that the model cannot run.
-    """
-    wanted = recipe.model.attention
-    before_rows = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    possible = not before_rows and _takes_other_attention(base)
-    if wanted == VARLEN and not possible:
-        raise UserError(
-            "this model cannot compute the attention of each conversation by itself",
-            where=f"model.attention: {wanted}",
-            hint="Set it to `auto`.",
-        )
-    if wanted == VARLEN or (wanted == "auto" and possible and _has_kernel(recipe)):
-        per_dialogue.register(recipe.data.max_length)
-        base.set_attn_implementation(VARLEN)
-    return _layout(recipe, base, before_rows=before_rows)
-
-
-def fall_back(recipe: "Recipe", base: "PreTrainedModel") -> BatchLayout | None:
-    """Give up attention by conversation if `auto` had chosen it; the layout that batches need then, or None."""
-    if recipe.model.attention != "auto" or base.config._attn_implementation != VARLEN:
-        return None
-    base.set_attn_implementation("sdpa")
-    return _layout(recipe, base, before_rows=False)
-
-
-def _layout(recipe: "Recipe", base: "PreTrainedModel", *, before_rows: bool) -> BatchLayout:
-    attention = str(base.config._attn_implementation)
-    # Attention between borders never looks across one; the others compute what their mask throws away.
-    if not before_rows and (attention == VARLEN or "flash" in attention):
-        return "flat"
-    return "stacked" if recipe.data.packing else "padded"
-
-
-def _takes_other_attention(base: "PreTrainedModel") -> bool:
-    return base.config._attn_implementation == "sdpa" and base._can_set_attn_implementation()
-
-
-def _has_kernel(recipe: "Recipe") -> bool:
-    if torch.cuda.is_available():
-        return recipe.model.dtype in _KERNEL_DTYPES
-    return True
-
-
-_WORTH_IT = 150.0
-"""Seconds of steps from which on compiling (about 20 seconds the first time, 5 later) is won back."""
-
-_QUICK_CORE = 2e11
-"""Floating-point operations a second of a core that is quick at training. It is not measured: processes must agree."""
-
-
-def compile_if_faster(
-    loaded: "LoadedRecipe",
-    placement: "DistributedSetup",
-    built: "TrainableModel",
-    stats: "EncodingStats",
-    *,
-    plain: bool,
-) -> AutoSetting | None:
-    """Compile the model's layers where the recipe says so, or leaves it open and the run is long.
-
-    Args:
-        stats: of the training rows.
-        plain: whether every adapted layer is of the kind that is known to compile.
-
-    Returns:
-        What was chosen and why; None where nothing was.
-
-    Raises:
-        UserError: the recipe wants compiled layers and cannot have them.
-    """
-    wanted = loaded.recipe.training.torch_compile
-    if wanted is False:
-        return None
-    lacking = missing_compiler(placement.device)
-    if wanted:
-        where = f"{loaded.where('training', 'torch_compile')}: true"
-        if lacking:
-            raise UserError(f"torch needs {lacking} to compile", where=where, hint="Install it, or remove the key.")
-        if placement.uses_deepspeed:
-            why = f"under `{placement.strategy}` layers are never compiled"
-            raise UserError(why, where=where, hint="Remove the key, or write `distributed.strategy: ddp`.")
-        if not compile_layers(built.causal_model):
-            raise UserError("this model's layers cannot be told apart", where=where, hint="Remove the key.")
-        return None
-    # Elsewhere it was never measured.
-    if lacking or not plain or placement.gpus or placement.uses_deepspeed:
-        return None
-    seconds = _seconds_at_least(loaded.recipe, placement, built, stats)
-    if seconds < _WORTH_IT or not compile_layers(built.causal_model):
-        return None
-    return AutoSetting("training.torch_compile", "true", f"the steps take at least {format_duration(seconds)}")
-
-
-def _seconds_at_least(
-    recipe: "Recipe", placement: "DistributedSetup", built: "TrainableModel", stats: "EncodingStats"
-) -> float:
-    """How long the steps take on quick cores."""
-    training = recipe.training
-    tokens = stats.tokens * training.num_train_epochs
-    if training.max_steps > 0:
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * placement.world_size
-        longest = recipe.data.max_length if recipe.data.packing else stats.tokens / stats.rows
-        tokens = training.max_steps * rows * longest
-    if training.max_tokens is not None:
-        tokens = min(tokens, training.max_tokens)
-    each = 4 if isinstance(built.model, PeftModel) else 6
-    work = each * count_parameters(built.causal_model) * tokens
-    seconds = work / (_QUICK_CORE * (os.cpu_count() or 1))
-    return min(seconds, training.max_minutes * 60) if training.max_minutes is not None else seconds
+_FAST_CORE_FLOPS = 2e11
+"""Floating-point operations per second of a fast core in training. A constant, because all processes must agree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +49,16 @@ class TrainableModel:
     """A model to train.
 
     Attributes:
-        model: wrapped by PEFT on adapter paths.
-        first_rows: the new tokens' embeddings before training; None without new tokens.
+        model: the model, wrapped by PEFT on adapter paths.
+        initial_embeddings: the added tokens' embeddings before training; None without added tokens.
+        baseline_bytes: memory that this process held before the model was loaded; 0 on a GPU.
+        auto_settings: settings chosen while the model was prepared.
     """
 
     model: "PreTrainedModel | PeftModel"
-    first_rows: EmbeddingSnapshot | None
+    initial_embeddings: EmbeddingSnapshot | None
+    baseline_bytes: int = 0
+    auto_settings: tuple[AutoSetting, ...] = ()
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -173,84 +67,85 @@ class TrainableModel:
         return model
 
 
-def chat_format(recipe: "Recipe") -> ChatFormat:
-    """The recipe's tokenizer in the recipe's chat format."""
-    return make_format(recipe.chat.template, recipe.chat.system, load_tokenizer(recipe))
+def load_trainable_model(context: TrainContext) -> TrainableModel:
+    """Load the base, prepare it for the recipe's method, and fuse or compile its layers where that is faster.
 
-
-def build_model(
-    recipe: "Recipe",
-    placement: DistributedSetup,
-    chat: ChatFormat,
-    rows: "ExampleStore",
-    checkpoint: Path | None = None,
-) -> TrainableModel:
-    """Load the base and prepare it for the recipe's method.
-
-    Under ZeRO-3 the process group must exist and transformers must know the configuration, or every process loads
-    the whole model.
-
-    Args:
-        recipe: says what to load and what to train.
-        placement: where it is trained.
-        chat: its new tokens get rows.
-        rows: the training rows, for variants that begin at what they find in them.
-        checkpoint: the checkpoint that the run goes on from.
+    Under ZeRO-3 the process group must exist and transformers must know the configuration; otherwise every process
+    loads the unsharded model.
 
     Raises:
-        UserError: the model cannot be loaded or does not fit the method.
+        UserError: the model cannot be loaded, or does not fit the method.
     """
+    recipe = context.recipe
+    baseline = 0 if torch.cuda.is_available() else memory_in_use()
+    built = _build_model(context)
+    compilable = recipe.method == "full"
+    if isinstance(built.model, PeftModel) and not is_zero3():
+        compilable = 0 < fuse_lora_forward(built.model) == num_adapted_layers(built.model)
+    stats = context.splits["train"].stats
+    setting = compile_if_faster(context.loaded, context.distributed, built, stats, compilable=compilable)
+    if setting is None:
+        return TrainableModel(built.model, built.initial_embeddings, baseline)
+    if context.is_main:
+        stderr.print(f"Chosen: {setting}", markup=False, highlight=False)
+    return TrainableModel(built.model, built.initial_embeddings, baseline, (setting,))
+
+
+def _build_model(context: TrainContext) -> TrainableModel:
+    recipe, chat = context.recipe, context.chat
     set_seed(recipe.training.seed)
-    dtype = weight_dtype(recipe.method, recipe.model.dtype, placement.strategy)
-    model = load_base(recipe, dtype=dtype, device_map=_device_map(recipe, placement))
+    dtype = weight_dtype(recipe.method, recipe.model.dtype, context.distributed.strategy)
+    model = load_base(recipe, dtype=dtype, device_map=_device_map(recipe, context.distributed))
     if model.get_output_embeddings() is None:
         raise UserError("the model has no language-model head", where=f"model.name: {recipe.model.name}")
     _set_special_ids(model, chat)
-    how = recipe.chat.new_token_init
+    init = recipe.chat.new_token_init
     if recipe.method == "full":
-        resize_embeddings(model, chat.tokenizer, chat.new_tokens, how)
+        resize_embeddings(model, chat.tokenizer, chat.new_tokens, init)
         freeze_layers(model, recipe.model.freeze_layers)
         return TrainableModel(model, snapshot_embeddings(model, chat.new_tokens))
     model.requires_grad_(False)
-    attach_added_tokens(model, chat.tokenizer, chat.new_tokens, how)
-    wrapped = add_adapter(recipe, model, partial(_batches, recipe, chat, rows, model.device), checkpoint)
-    _check_anything_trains(wrapped)
+    attach_added_tokens(model, chat.tokenizer, chat.new_tokens, init)
+    checkpoint = context.checkpoint.path if context.checkpoint else None
+    batches = partial(_calibration_batches, recipe, chat, context.splits["train"].store, model.device)
+    wrapped = add_adapter(recipe, model, batches, checkpoint)
+    _check_has_trainable(wrapped)
     if is_zero3() and recipe.method == "lora":
         # ZeRO-3 gathers parameters of one dtype at a time: https://github.com/deepspeedai/DeepSpeed/issues/8072
-        # Its optimizer keeps a float32 master of every one of them.
+        # Its optimizer keeps float32 master weights of all of them.
         cast_trainable(wrapped, getattr(torch, recipe.model.dtype))
     return TrainableModel(wrapped, snapshot_embeddings(model, chat.new_tokens))
 
 
-def _check_anything_trains(model: "PreTrainedModel | PeftModel") -> None:
+def _check_has_trainable(model: "PreTrainedModel | PeftModel") -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             "the chat format adds no tokens to this tokenizer, so `trainable_tokens` has nothing to train",
             where="adapter.variant",
-            hint="Take another variant, or a `chat.template` that adds tokens.",
+            hint="Use another variant, or a `chat.template` that adds tokens.",
         )
 
 
-def _batches(
-    recipe: "Recipe", chat: ChatFormat, rows: "ExampleStore", device: torch.device, count: int
+def _calibration_batches(
+    recipe: "Recipe", chat: ChatFormat, examples: "ExampleStore", device: torch.device, count: int
 ) -> Iterator[dict[str, Any]]:
-    """Up to `count` training rows, one a batch: the same in every process."""
+    """Yield up to `count` training examples, one per batch: the same ones in every process."""
     collator = ChatCollator(
-        rows, loss_on=recipe.chat.loss_on, layout="padded", pad_token_id=int(chat.tokenizer.pad_token_id)
+        examples, loss_on=recipe.chat.loss_on, layout="padded", pad_token_id=int(chat.tokenizer.pad_token_id)
     )
-    for index in range(min(count, len(rows))):
-        yield {name: tensor.to(device) for name, tensor in collator.collate([[rows[index]]]).items()}
+    for index in range(min(count, len(examples))):
+        yield {name: tensor.to(device) for name, tensor in collator.collate([[examples[index]]]).items()}
 
 
-def _device_map(recipe: "Recipe", placement: DistributedSetup) -> dict[str, Any] | None:
-    # Quantizing happens where the weights are put, so they go straight to this process's GPU.
-    if recipe.quantization is None or not placement.gpus or placement.strategy == "zero3":
+def _device_map(recipe: "Recipe", distributed: DistributedSetup) -> dict[str, Any] | None:
+    # Weights are quantized on the device they are loaded to, so they go to this process's GPU at once.
+    if recipe.quantization is None or not distributed.gpus or distributed.strategy == "zero3":
         return None
     return {"": int(os.environ.get("LOCAL_RANK", "0"))}
 
 
 def _set_special_ids(model: PreTrainedModel, chat: ChatFormat) -> None:
-    """Make generation stop at the end of a turn, and at the base's own end of text."""
+    """Stop generation at the end of a turn, and at the base's own end of text."""
     end = int(chat.tokenizer.convert_tokens_to_ids(chat.template.end_token))
     generation = model.generation_config
     others = (token_id for token_id in end_ids(generation.eos_token_id) if token_id != end)
@@ -258,3 +153,114 @@ def _set_special_ids(model: PreTrainedModel, chat: ChatFormat) -> None:
     generation.pad_token_id = chat.tokenizer.pad_token_id
     model.config.get_text_config().eos_token_id = end
     model.config.get_text_config().pad_token_id = chat.tokenizer.pad_token_id
+
+
+def select_attention(recipe: "Recipe", model: "PreTrainedModel | PeftModel", base: "PreTrainedModel") -> BatchLayout:
+    """Set the model's attention implementation, and return the batch layout that it needs.
+
+    Args:
+        recipe: its `model.attention` and `data.packing`.
+        model: the model to train.
+        base: the causal language model inside it.
+
+    Raises:
+        UserError: the model does not support the recipe's attention.
+    """
+    attention = recipe.model.attention
+    has_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    supports_varlen = not has_prompt and base.config._attn_implementation == "sdpa"
+    supports_varlen = supports_varlen and base._can_set_attn_implementation()
+    if attention == VARLEN and not supports_varlen:
+        raise UserError(
+            "this model does not support variable-length attention",
+            where=f"model.attention: {attention}",
+            hint="Set it to `auto`.",
+        )
+    if attention == VARLEN or (attention == "auto" and supports_varlen and _has_kernel(recipe)):
+        varlen_attention.register(recipe.data.max_length)
+        base.set_attn_implementation(VARLEN)
+    return _layout(recipe, base, has_prompt=has_prompt)
+
+
+def fall_back_to_sdpa(recipe: "Recipe", base: "PreTrainedModel") -> BatchLayout | None:
+    """Replace variable-length attention if `auto` selected it; return the batch layout needed then, or None."""
+    if recipe.model.attention != "auto" or base.config._attn_implementation != VARLEN:
+        return None
+    base.set_attn_implementation("sdpa")
+    return _layout(recipe, base, has_prompt=False)
+
+
+def _layout(recipe: "Recipe", base: "PreTrainedModel", *, has_prompt: bool) -> BatchLayout:
+    attention = str(base.config._attn_implementation)
+    # Variable-length attention computes nothing across conversations; the others compute what their mask discards.
+    if not has_prompt and (attention == VARLEN or "flash" in attention):
+        return "varlen"
+    return "packed" if recipe.data.packing else "padded"
+
+
+def _has_kernel(recipe: "Recipe") -> bool:
+    return not torch.cuda.is_available() or recipe.model.dtype in _KERNEL_DTYPES
+
+
+def compile_if_faster(
+    loaded: "LoadedRecipe",
+    distributed: DistributedSetup,
+    built: TrainableModel,
+    stats: "EncodingStats",
+    *,
+    compilable: bool,
+) -> AutoSetting | None:
+    """Compile the model's layers if the recipe asks for it, or leaves it open and the run is long.
+
+    Args:
+        loaded: its `training.torch_compile`.
+        distributed: the processes and devices of the run.
+        built: the model.
+        stats: counts of the training examples.
+        compilable: whether every adapted layer is of a kind that is known to compile.
+
+    Returns:
+        The setting and its reason, if it was chosen automatically.
+
+    Raises:
+        UserError: the recipe asks for compiled layers, and they are not available.
+    """
+    requested = loaded.recipe.training.torch_compile
+    if requested is False:
+        return None
+    missing = missing_compiler(distributed.device)
+    if requested:
+        where = f"{loaded.where('training', 'torch_compile')}: true"
+        if missing:
+            raise UserError(f"torch needs {missing} to compile", where=where, hint="Install it, or remove the key.")
+        if distributed.uses_deepspeed:
+            message = f"layers cannot be compiled under `{distributed.strategy}`"
+            raise UserError(message, where=where, hint="Remove the key, or set distributed.strategy: ddp.")
+        if not compile_layers(built.causal_model):
+            raise UserError("this model has no list of decoder layers to compile", where=where, hint="Remove the key.")
+        return None
+    # Elsewhere compiling was never measured to be faster.
+    if missing or not compilable or distributed.gpus or distributed.uses_deepspeed:
+        return None
+    seconds = _min_training_seconds(loaded.recipe, distributed, built, stats)
+    if seconds < _MIN_COMPILED_SECONDS or not compile_layers(built.causal_model):
+        return None
+    return AutoSetting("training.torch_compile", "true", f"the steps take at least {format_duration(seconds)}")
+
+
+def _min_training_seconds(
+    recipe: "Recipe", distributed: DistributedSetup, built: TrainableModel, stats: "EncodingStats"
+) -> float:
+    """Return the training time on fast cores, in seconds."""
+    training = recipe.training
+    tokens = stats.tokens * training.num_train_epochs
+    if training.max_steps > 0:
+        examples = training.per_device_train_batch_size * training.gradient_accumulation_steps * distributed.world_size
+        length = recipe.data.max_length if recipe.data.packing else stats.tokens / stats.examples
+        tokens = training.max_steps * examples * length
+    if training.max_train_tokens is not None:
+        tokens = min(tokens, training.max_train_tokens)
+    flops_per_weight = 4 if isinstance(built.model, PeftModel) else 6
+    flops = flops_per_weight * count_parameters(built.causal_model) * tokens
+    seconds = flops / (_FAST_CORE_FLOPS * (os.cpu_count() or 1))
+    return min(seconds, training.max_train_minutes * 60) if training.max_train_minutes is not None else seconds

@@ -1,4 +1,4 @@
-"""Room on the disk, counted before training and not found missing after it."""
+"""Preflight: checks of the disk and of the model, before the first step."""
 
 import shutil
 from pathlib import Path
@@ -9,28 +9,74 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftchat.chat_template.loss_mask import IGNORE_INDEX
-from peftchat.dataset.collator import borders
+from peftchat.console import stderr
+from peftchat.dataset.collator import cu_seqlens
 from peftchat.errors import UserError
 from peftchat.formatting import format_bytes
+from peftchat.models.loading import VARLEN
+from peftchat.training.context import TrainContext
+from peftchat.training.model import fall_back_to_sdpa
 from peftchat.training.throughput import unsharded_numel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftchat.recipe import Recipe
+    from peftchat.training.trainer import ChatTrainer
 
 
 _SMALL_FILES = 32 * 2**20
-"""Tokenizer, metrics, report."""
+"""Bytes of tokenizer, metrics and report."""
 
-_FULL = 2**20
+_FULL_DISK = 2**20
+"""A disk with fewer free bytes counts as full."""
+
+_LENGTH = 12
+"""Tokens of each test conversation."""
+
+
+def preflight(trainer: "ChatTrainer", context: TrainContext) -> None:
+    """Check the model as training calls it, and the free disk space.
+
+    If variable-length attention was selected automatically and does not work, the trainer falls back to SDPA.
+
+    Raises:
+        UserError: the loss or the isolation of packed conversations is wrong for this model, or the disk is too small.
+    """
+    try:
+        _check_model(trainer, context.recipe)
+    except (UserError, RuntimeError) as error:
+        # Only an attention that was selected automatically is replaced; for one that the recipe names it is an error.
+        layout = fall_back_to_sdpa(context.recipe, trainer.causal_model)
+        if layout is None:
+            raise
+        trainer.set_layout(layout)
+        if context.is_main:
+            reason = str(error).splitlines()[0]
+            stderr.print(
+                f"Chosen: model.attention: sdpa, slower ({VARLEN} does not work here: {reason})",
+                markup=False,
+                highlight=False,
+            )
+        _check_model(trainer, context.recipe)
+    check_space(context.run_folder.path, trainer.model, context.recipe)
+
+
+def _check_model(trainer: "ChatTrainer", recipe: "Recipe") -> None:
+    base, device = trainer.causal_model, trainer.args.device
+    vocabulary = min(base.config.get_text_config().vocab_size, 1000)
+    varlen = trainer.layout == "varlen"
+    with trainer.compute_loss_context_manager():
+        check_loss(trainer.model_wrapped, base, vocabulary, device, varlen=varlen)
+        if varlen or recipe.data.packing:
+            check_isolation(trainer.model_wrapped, vocabulary, device, varlen=varlen)
 
 
 def check_space(folder: Path, model: nn.Module, recipe: "Recipe") -> None:
-    """Refuse a run whose model and checkpoints will not fit beside what is on the disk.
+    """Check that the disk has space for the finished model and the checkpoints.
 
     Raises:
-        UserError: with what is needed and what is there.
+        UserError: with the bytes needed and the bytes free.
     """
     trained = sum(unsharded_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     finished = trained * (4 if recipe.method != "full" or recipe.model.dtype == "float32" else 2)
@@ -38,101 +84,101 @@ def check_space(folder: Path, model: nn.Module, recipe: "Recipe") -> None:
     # Weights and Adam's two moments in float32; while a checkpoint is written, the one it replaces is still there.
     kept = 0 if training.save_strategy == "no" else 1 if training.max_steps in range(1, training.save_steps) else 2
     needed = finished + kept * 12 * trained + _SMALL_FILES
-    free = shutil.disk_usage(_nearest(folder)).free
+    free = shutil.disk_usage(_nearest_existing(folder)).free
     if free < needed:
         raise UserError(
-            f"the run needs about {format_bytes(needed)} on the disk, and only {format_bytes(free)} are free",
+            f"the run needs about {format_bytes(needed)} of disk space, and only {format_bytes(free)} are free",
             where=f"output_dir: {folder}",
-            hint="Make room, choose another folder, or save fewer checkpoints (training.save_strategy: no).",
+            hint="Free disk space, choose another folder, or save fewer checkpoints (training.save_strategy: no).",
         )
 
 
 def is_disk_full(folder: Path) -> bool:
-    """Whether next to nothing can be written there any more."""
-    return shutil.disk_usage(_nearest(folder)).free < _FULL
+    """Whether the folder's disk is full."""
+    return shutil.disk_usage(_nearest_existing(folder)).free < _FULL_DISK
 
 
-def _nearest(folder: Path) -> Path:
-    """The folder, or the closest one above it that exists."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+def _nearest_existing(folder: Path) -> Path:
+    """Return the folder, or the closest one above it that exists."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
-_LENGTH = 12
+def check_isolation(model: nn.Module, vocabulary: int, device: torch.device, *, varlen: bool) -> None:
+    """Check that attention does not leak between packed conversations.
 
-
-def check_isolation(model: nn.Module, vocabulary: int, device: torch.device, *, with_borders: bool) -> None:
-    """Refuse packing where a conversation can see the one before it.
-
-    Two packs that differ only in their first conversation go through the model; the second conversation's states must
-    not notice.
+    Two packs that differ only in their first conversation go through the model. The loss of the second conversation
+    must be the same.
 
     Args:
-        model: as it is called in training.
-        vocabulary: ids below this are ordinary tokens.
-        with_borders: whether training tells the attention where conversations begin.
+        model: the model as training calls it.
+        vocabulary: token ids below this are ordinary tokens.
+        device: where the model is.
+        varlen: whether training passes the conversations' offsets to the attention.
 
     Raises:
-        UserError: they do notice.
+        UserError: it differs.
     """
     generator = torch.Generator().manual_seed(0)
     first, other, second = torch.randint(vocabulary, (3, 1, _LENGTH), generator=generator).to(device)
     arguments: dict[str, Any] = {"position_ids": torch.arange(_LENGTH, device=device).repeat(2)[None]}
-    if with_borders:
-        arguments |= _borders_on(device, [_LENGTH, _LENGTH])
+    if varlen:
+        arguments |= _offsets([_LENGTH, _LENGTH], device)
 
-    def loss_behind(start: Tensor) -> float:
+    def loss_after(start: Tensor) -> float:
         ids = torch.cat([start, second], dim=1)
         labels = ids.clone()
         labels[:, : _LENGTH + 1] = IGNORE_INDEX
-        return _supervised_loss(model, ids, labels, arguments)
+        return _loss(model, ids, labels, arguments)
 
-    one, two = loss_behind(first), loss_behind(other)
+    one, two = loss_after(first), loss_after(other)
     if abs(one - two) > 1e-4 * max(1.0, abs(one)):
         raise UserError(
-            "this model does not keep packed conversations apart: what stands before a conversation changes its loss",
+            "packed conversations are not isolated: attention leaks across their boundaries in this model",
             where="data.packing: true",
             hint="Set data.packing: false, or another model.attention.",
         )
 
 
 def check_loss(
-    model: nn.Module, base: "PreTrainedModel", vocabulary: int, device: torch.device, *, with_borders: bool
+    model: nn.Module, base: "PreTrainedModel", vocabulary: int, device: torch.device, *, varlen: bool
 ) -> None:
-    """Refuse a model whose logits are not what the loss takes them for (an unknown scale or cap behind the head).
+    """Check the fused loss against cross-entropy on the model's own logits.
 
-    With borders, this also holds the attention between them against transformers' own.
+    They differ where a model scales or caps its logits in a way that `LogitTransform` does not know. With `varlen`,
+    the check also compares variable-length attention with transformers' own.
 
     Raises:
-        UserError: the loss differs from the plain formula on the model's own logits.
+        UserError: with both losses.
     """
     ids = torch.randint(vocabulary, (1, _LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
     positions = torch.arange(_LENGTH, device=device)[None]
     labels = ids.clone()
-    # Behind trained vectors even the first token would be a target.
+    # After the virtual tokens of prompt tuning, even the first token would be a target.
     labels[:, 0] = IGNORE_INDEX
-    arguments = {"position_ids": positions} | (_borders_on(device, [_LENGTH]) if with_borders else {})
-    ours = _supervised_loss(model, ids, labels, arguments)
+    arguments = {"position_ids": positions} | (_offsets([_LENGTH], device) if varlen else {})
+    fused = _loss(model, ids, labels, arguments)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
     model.train(was_training)
-    # Trained vectors before the prompt have logits of their own.
+    # The virtual tokens of prompt tuning have logits of their own.
     logits = logits[:, -_LENGTH:]
-    plain = float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
-    if abs(ours - plain) > 0.02 * max(1.0, abs(plain)):
+    expected = float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
+    if abs(fused - expected) > 0.02 * max(1.0, abs(expected)):
         raise UserError(
-            f"the model changes its logits in a way that the loss does not know ({ours:.4f} instead of {plain:.4f})",
+            f"the fused loss does not match the model's own logits (got {fused:.4f}, expected {expected:.4f})",
             where=f"model.name: {base.config.name_or_path}",
-            hint="This architecture cannot be trained yet.",
+            hint="Choose another model; this architecture is not supported yet.",
         )
 
 
-def _borders_on(device: torch.device, lengths: list[int]) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in borders(lengths).items()}
+def _offsets(lengths: list[int], device: torch.device) -> dict[str, Any]:
+    offsets = cu_seqlens(lengths)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in offsets.items()}
 
 
-def _supervised_loss(model: nn.Module, ids: Tensor, labels: Tensor, arguments: dict[str, Any]) -> float:
+def _loss(model: nn.Module, ids: Tensor, labels: Tensor, arguments: dict[str, Any]) -> float:
     was_training = model.training
     model.eval()
     with torch.no_grad():

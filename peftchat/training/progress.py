@@ -1,11 +1,11 @@
-"""How progress looks: a live display on a terminal, plain lines in a log file."""
+"""Progress: a live display on a terminal, plain lines in a log file, and `metrics.jsonl`."""
 
 import numbers
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -24,9 +24,9 @@ from peftchat.runs.metrics_file import MetricsFile, Scalar
 
 @dataclass(frozen=True)
 class ProgressMetrics:
-    """The newest value of everything that is shown; `None` until it was measured.
+    """The newest values of a run; None until they are measured.
 
-    Losses are in nats a supervised token, memory in bytes, the supervised share is a fraction.
+    Losses are in nats per supervised token, memory is in bytes, and the supervised share is a fraction.
     """
 
     loss: float | None = None
@@ -38,8 +38,8 @@ class ProgressMetrics:
     supervised_share: float | None = None
     memory_bytes: float | None = None
 
-    def words(self) -> list[tuple[str, str]]:
-        """Name and value of each reading there is."""
+    def labeled(self) -> list[tuple[str, str]]:
+        """Return the name and the formatted value of each metric that was measured."""
         fields = [
             ("loss", format_decimal(self.loss), self.loss),
             ("held out", self.held_out(), self.eval_loss),
@@ -49,17 +49,22 @@ class ProgressMetrics:
             ("supervised", format_percent(self.supervised_share), self.supervised_share),
             ("memory", format_bytes(self.memory_bytes), self.memory_bytes),
         ]
-        return [(name, words) for name, words, value in fields if value is not None]
+        return [(name, text) for name, text, value in fields if value is not None]
 
     def held_out(self) -> str:
-        """The held-out loss, with the one before training where that was measured."""
+        """Return the held-out loss, after the one before training if that was measured."""
         if self.eval_loss_before is None or self.eval_loss_before == self.eval_loss:
             return format_decimal(self.eval_loss)
         return f"{format_decimal(self.eval_loss_before)} → {format_decimal(self.eval_loss)}"
 
 
 class Eta:
-    """Time left, from the last steps that were made here; a resumed run's earlier steps do not count."""
+    """Estimates the time left from the last 100 updates of this process.
+
+    Args:
+        step: the step at the start; not 0 if the run is resumed.
+        total: the last step.
+    """
 
     def __init__(self, step: float, total: int) -> None:
         self.total = total
@@ -67,17 +72,17 @@ class Eta:
 
     @property
     def step(self) -> float:
-        """Steps done, with a fraction inside an accumulated step."""
+        """Steps done; a fraction inside an accumulated step."""
         return self._marks[-1][0]
 
     def reach(self, step: float) -> None:
-        """Note that `step` is done now. Time before the first step, such as an evaluation's, is no part of the pace."""
+        """Note that `step` is done; the time before the first step, such as an evaluation, does not count."""
         if step <= self._marks[0][0]:
             self._marks.clear()
         self._marks.append((step, time.monotonic()))
 
-    def left(self) -> float | None:
-        """Seconds to the last step, or `None` before there is anything to judge by."""
+    def seconds_left(self) -> float | None:
+        """Return the seconds to the last step; None before the first step."""
         (first, begin), (last, end) = self._marks[0], self._marks[-1]
         if last <= first:
             return None
@@ -85,59 +90,48 @@ class Eta:
         return max(0.0, expected - (time.monotonic() - end))
 
 
-class Display(Protocol):
-    """What the callback tells a display. `begin` comes first where there is training; `close` may come at any time."""
-
-    def begin(self, step: int, total: int) -> None: ...  # noqa: D102
-    def reach(self, step: float) -> None: ...  # noqa: D102
-    def trained(self, step: int, readings: ProgressMetrics) -> None: ...  # noqa: D102
-    def evaluating(self, batches: int) -> None: ...  # noqa: D102
-    def evaluated(self, step: int, readings: ProgressMetrics) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
-
-
 class PlainDisplay:
-    """One line a logged step: for log files, pipes and continuous integration."""
+    """Prints one line per logged step, for log files and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._pace: Eta | None = None
+        self._eta: Eta | None = None
 
     def begin(self, step: int, total: int) -> None:
-        """Start counting."""
-        self._pace = Eta(step, total)
+        """Start the clock."""
+        self._eta = Eta(step, total)
 
     def reach(self, step: float) -> None:
-        """Note the step; nothing is printed."""
-        if self._pace is not None:
-            self._pace.reach(step)
+        """Note the step; print nothing."""
+        if self._eta is not None:
+            self._eta.reach(step)
 
-    def trained(self, step: int, readings: ProgressMetrics) -> None:
-        """Print the readings of a logged step."""
-        fields = [f"{name} {words}" for name, words in readings.words() if name != "held out"]
-        left = self._pace.left() if self._pace is not None else None
+    def trained(self, step: int, metrics: ProgressMetrics) -> None:
+        """Print the metrics of a logged step."""
+        fields = [f"{name} {text}" for name, text in metrics.labeled() if name != "held out"]
+        left = self._eta.seconds_left() if self._eta is not None else None
         if left is not None:
             fields.append(f"{format_clock(left)} left")
         self._print(step, fields)
 
     def evaluating(self, batches: int) -> None:
-        """Print nothing: the result is the line."""
+        """Print nothing; `evaluated` prints the result."""
 
-    def evaluated(self, step: int, readings: ProgressMetrics) -> None:
+    def evaluated(self, step: int, metrics: ProgressMetrics) -> None:
         """Print the held-out loss."""
-        self._print(step, [f"held-out loss {readings.held_out()}"])
+        self._print(step, [f"held-out loss {metrics.held_out()}"])
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
     def _print(self, step: int, fields: list[str]) -> None:
-        total = self._pace.total if self._pace is not None else 0
-        place = f"step {step}/{total} ({format_percent(step / total)})" if total else f"step {step}"
-        self._console.print("  ".join([place, *fields]), markup=False, soft_wrap=True)
+        total = self._eta.total if self._eta is not None else 0
+        prefix = f"step {step}/{total} ({format_percent(step / total)})" if total else f"step {step}"
+        self._console.print("  ".join([prefix, *fields]), markup=False, soft_wrap=True)
 
 
 class LiveDisplay:
-    """Bars and readings that stay in place at the bottom of a terminal; other output scrolls above them."""
+    """Shows bars and metrics at the bottom of a terminal; other output scrolls above them."""
 
     def __init__(self, console: Console) -> None:
         self._bars = Progress(
@@ -149,8 +143,8 @@ class LiveDisplay:
             console=console,
             expand=True,
         )
-        self._pace: Eta | None = None
-        self._readings = ProgressMetrics()
+        self._eta: Eta | None = None
+        self._metrics = ProgressMetrics()
         self._training: TaskID | None = None
         self._evaluation: TaskID | None = None
         self._batches = 0
@@ -158,21 +152,21 @@ class LiveDisplay:
 
     def begin(self, step: int, total: int) -> None:
         """Show the training bar."""
-        self._pace = Eta(step, total)
+        self._eta = Eta(step, total)
         self._training = self._bars.add_task("training", total=total, completed=step, done="", left="")
         self._live.start()
 
     def reach(self, step: float) -> None:
-        """Move the training bar."""
-        if self._pace is not None:
-            self._pace.reach(step)
+        """Advance the training bar."""
+        if self._eta is not None:
+            self._eta.reach(step)
 
-    def trained(self, step: int, readings: ProgressMetrics) -> None:
-        """Show the readings of a logged step."""
-        self._readings = readings
+    def trained(self, step: int, metrics: ProgressMetrics) -> None:
+        """Show the metrics of a logged step."""
+        self._metrics = metrics
 
     def evaluating(self, batches: int) -> None:
-        """Move the evaluation bar by one batch, and show it first if there is none."""
+        """Advance the evaluation bar by one batch; create it if there is none."""
         if self._evaluation is None:
             self._batches = 0
             self._evaluation = self._bars.add_task("evaluation", total=batches, done="", left="")
@@ -182,9 +176,9 @@ class LiveDisplay:
         if self._batches == 1:
             self._live.refresh()
 
-    def evaluated(self, step: int, readings: ProgressMetrics) -> None:
-        """Take the evaluation bar away and show the held-out loss."""
-        self._readings = readings
+    def evaluated(self, step: int, metrics: ProgressMetrics) -> None:
+        """Remove the evaluation bar and show the held-out loss."""
+        self._metrics = metrics
         if self._evaluation is not None:
             self._bars.remove_task(self._evaluation)
             self._evaluation = None
@@ -192,22 +186,24 @@ class LiveDisplay:
             self.close()
 
     def close(self) -> None:
-        """Leave the last state on the screen and give the terminal back."""
+        """Stop updating, and leave the last state on the screen."""
         self._live.stop()
 
     def _render(self) -> RenderableType:
-        if self._training is not None and self._pace is not None:
-            left = self._pace.left()
-            done = self._pace.step >= self._pace.total
+        if self._training is not None and self._eta is not None:
+            left = self._eta.seconds_left()
+            done = self._eta.step >= self._eta.total
             self._bars.update(
                 self._training,
-                completed=self._pace.step,
-                done=f"{int(self._pace.step)}/{self._pace.total}",
+                completed=self._eta.step,
+                done=f"{int(self._eta.step)}/{self._eta.total}",
                 left="" if left is None or done else f"{format_clock(left)} left",
             )
-        fields = [Text.assemble((f"{name} ", "dim"), words) for name, words in self._readings.words()]
+        fields = [Text.assemble((f"{name} ", "dim"), text) for name, text in self._metrics.labeled()]
         return Group(self._bars, Columns(fields, padding=(0, 3)))
 
+
+Display = PlainDisplay | LiveDisplay
 
 _SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "supervised_share", "memory_bytes")
 _TRAIN_LINE = ("epoch", *_SHOWN)
@@ -215,47 +211,47 @@ _EVAL_LINE = ("epoch", "eval_loss", "eval_tokens")
 
 
 def memory_in_use() -> int:
-    """Bytes held by this process: the peak that torch allocated on its GPU, or the resident memory without one."""
+    """Return the bytes of this process: torch's peak on its GPU, or the resident memory without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return psutil.Process().memory_info().rss
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows progress on standard error: live on a terminal, one line a logged step elsewhere.
+    """Shows progress on standard error: live on a terminal, one line per logged step elsewhere.
 
-    Only the main process shows anything. The Trainer does not tell its callbacks when training fails, so its caller
-    must call `close` in a `finally` clause: a terminal would otherwise keep its cursor hidden.
+    Only the main process shows it. The Trainer does not notify its callbacks when training fails, so its caller must
+    call `close` in a `finally` clause; otherwise a terminal keeps its cursor hidden.
 
     Args:
-        console: where to show it; standard error by default.
+        console: where to show progress.
     """
 
     def __init__(self, console: Console = stderr) -> None:
         terminal = console.file.isatty() and not console.is_dumb_terminal
         self._display: Display = LiveDisplay(console) if terminal else PlainDisplay(console)
-        self._readings = ProgressMetrics()
+        self._metrics = ProgressMetrics()
         self._substeps = 0
 
     def close(self) -> None:
-        """Give the terminal back; harmless when nothing is shown."""
+        """Stop the display, if it is running."""
         self._display.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the bar, from where a resumed run goes on."""
+        """Show the bar, at the step of the checkpoint if the run is resumed."""
         if not state.is_world_process_zero:
             return
         before = _number(_first_evaluation(state), "eval_loss")
-        if self._readings.eval_loss_before is None and before is not None:
-            self._readings = replace(self._readings, eval_loss_before=before, eval_loss=before)
+        if self._metrics.eval_loss_before is None and before is not None:
+            self._metrics = replace(self._metrics, eval_loss_before=before, eval_loss=before)
         self._display.begin(state.global_step, state.max_steps)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the bar by one part of an accumulated step."""
+        """Advance the bar by one micro-batch of an accumulated step."""
         if state.is_world_process_zero:
             self._substeps += 1
             self._display.reach(state.global_step + self._substeps / args.gradient_accumulation_steps)
@@ -263,39 +259,39 @@ class ProgressCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the parts of a step from its beginning, and its time from after an evaluation."""
+        """Start counting micro-batches, and leave the time of an evaluation out of the step."""
         self._substeps = 0
         if state.is_world_process_zero:
             self._display.reach(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar by one step."""
+        """Advance the bar by one step."""
         if state.is_world_process_zero:
             self._display.reach(state.global_step)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the bar of the evaluation by one batch."""
+        """Advance the bar of the evaluation by one batch."""
         loader = kwargs.get("eval_dataloader")
         if state.is_world_process_zero and loader is not None and has_length(loader):
             self._display.evaluating(len(loader))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Show what was logged; the closing summary of the Trainer is left to the run's own."""
+        """Show the logged metrics, except for the Trainer's closing summary."""
         logs: Mapping[str, Any] = kwargs.get("logs") or {}
         if not state.is_world_process_zero or "train_runtime" in logs:
             return
         if "eval_loss" in logs:
             loss = _number(logs, "eval_loss")
-            before = self._readings.eval_loss_before if state.global_step else loss
-            self._readings = replace(self._readings, eval_loss=loss, eval_loss_before=before)
-            self._display.evaluated(state.global_step, self._readings)
+            before = self._metrics.eval_loss_before if state.global_step else loss
+            self._metrics = replace(self._metrics, eval_loss=loss, eval_loss_before=before)
+            self._display.evaluated(state.global_step, self._metrics)
         elif "loss" in logs:
             shown = {key: _number(logs, key) for key in _SHOWN}
             shown["memory_bytes"] = shown["memory_bytes"] or memory_in_use()
-            self._readings = replace(self._readings, **shown)
-            self._display.trained(state.global_step, self._readings)
+            self._metrics = replace(self._metrics, **shown)
+            self._display.trained(state.global_step, self._metrics)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -305,16 +301,16 @@ class ProgressCallback(TrainerCallback):
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes `metrics.jsonl` from what the Trainer logs, in the main process.
+    """Writes the Trainer's logs to `metrics.jsonl`, in the main process.
 
     A training line has `step`, `epoch`, `loss`, `learning_rate`, `grad_norm`, `tokens_per_second`,
-    `supervised_share`, `memory_bytes`, `seconds`; an evaluation line `step`, `epoch`, `eval_loss`, `eval_tokens`,
-    `seconds`. What a log lacks is null; what else it holds as a number comes between. `seconds` counts from the start
-    of training and goes on where an earlier part of the run stopped. A step is written once a kind: of two
-    evaluations at one step, as before and after a resume, the first stays.
+    `supervised_share`, `memory_bytes`, `seconds`. An evaluation line has `step`, `epoch`, `eval_loss`, `eval_tokens`,
+    `seconds`. Keys that a log lacks are null; its other numbers come between. `seconds` counts from the start of
+    training, earlier parts of a resumed run included. Each step has at most one training and one evaluation line: of
+    two evaluations at one step, as before and after a resume, the first stays.
 
     Args:
-        metrics_file: the file; cut it back (`keep_through`) before a resumed training begins.
+        metrics_file: the file; a resumed run must cut it back (`keep_through`) before training begins.
     """
 
     def __init__(self, metrics_file: MetricsFile) -> None:
@@ -325,12 +321,12 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock, after the time that the run's earlier lines took."""
+        """Start the clock at the time of the run's last line."""
         if state.is_world_process_zero:
-            self._take_up()
+            self._continue()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write one line for a training or an evaluation log, none for the closing summary."""
+        """Write a line for a training or an evaluation log, none for the closing summary."""
         logs: Mapping[str, Any] = kwargs.get("logs") or {}
         if not state.is_world_process_zero or "train_runtime" in logs:
             return
@@ -338,7 +334,7 @@ class MetricsCallback(TrainerCallback):
         if kind not in logs:
             return
         if self._started is None:
-            self._take_up()
+            self._continue()
         if (kind, state.global_step) in self._written:
             return
         self._written.add((kind, state.global_step))
@@ -352,7 +348,7 @@ class MetricsCallback(TrainerCallback):
         line["seconds"] = round(time.monotonic() - (self._started or 0.0), 3)
         return line
 
-    def _take_up(self) -> None:
+    def _continue(self) -> None:
         lines = self._file.read()
         spent = max((_number(line, "seconds") or 0.0 for line in lines), default=0.0)
         self._started = time.monotonic() - spent
@@ -364,7 +360,7 @@ class MetricsCallback(TrainerCallback):
 
 def _number(logs: Mapping[str, Any], key: str) -> float | None:
     value = logs.get(key)
-    # Some back ends leave a norm or a loss on its device.
+    # Some backends leave a norm or a loss on its device.
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
     return value if isinstance(value, numbers.Real) else None  # type: ignore[return-value]

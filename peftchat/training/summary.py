@@ -1,22 +1,33 @@
-"""What fills this process's memory at the end of a run, part by part, for `run.json`."""
+"""Summary of a run: sample answers, added tokens, memory by part, and the rest of `run.json`."""
 
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from peftchat.chat_template.registry import ChatFormat
-from peftchat.dataset.cache import EncodedSplit, Split
-from peftchat.models.added_tokens import MODULE_NAME, find_added_tokens, is_tied, vocabulary_size
+from peftchat.chat_template.chat_format import ChatFormat
+from peftchat.errors import VerificationError
+from peftchat.models.added_tokens import (
+    MODULE_NAME,
+    EmbeddingSnapshot,
+    find_added_tokens,
+    is_tied,
+    l2_distance,
+    vocabulary_size,
+)
 from peftchat.models.loading import end_ids
 from peftchat.models.saving import is_adapted
-from peftchat.training.distributed import DistributedSetup
-from peftchat.training.progress import memory_in_use
+from peftchat.runs.run_summary import AddedToken, MemoryParts, RunSummary, SampleAnswer
+from peftchat.training.context import TrainContext
+from peftchat.training.model import TrainableModel
 from peftchat.training.throughput import (
     TokenCounts,
     count_parameters,
@@ -29,126 +40,11 @@ from peftchat.training.throughput import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peftchat.recipe import LoadedRecipe
     from peftchat.training.trainer import ChatTrainer
 
 
-def memory_parts(trainer: "ChatTrainer", at_start: int, peak: int) -> dict[str, int]:
-    """Bytes of this process by part: what it held before the model came, what stays all the time, and the rest.
-
-    `activations_and_rest` is the peak without the parts that are known: activations, logits, gathered weights,
-    buffers of communication, and what allocators keep.
-
-    Args:
-        at_start: bytes held before the model was loaded; 0 on a GPU.
-        peak: the most bytes held.
-    """
-    parameters = list(trainer.model.parameters())
-    trained = sum(_own_bytes(parameter) for parameter in parameters if parameter.requires_grad)
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    known = {
-        "start": at_start,
-        "frozen_weights": sum(map(_own_bytes, frozen)) + _bytes_of(trainer.model.buffers()),
-        "trained_weights": trained,
-        # As large as the weights, wherever they are collected.
-        "gradients": trained,
-        "optimizer": _bytes_of(_tensors(_states(trainer))),
-    }
-    return known | {"activations_and_rest": max(0, peak - sum(known.values()))}
-
-
-def _own_bytes(parameter: nn.Parameter) -> int:
-    """Bytes of the part of a parameter that this process keeps; under ZeRO-3 a slice."""
-    held: Tensor = getattr(parameter, "ds_tensor", parameter.data)
-    return held.numel() * held.element_size()
-
-
-def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
-
-
-def _states(trainer: "ChatTrainer") -> Iterator[Any]:
-    """What the optimizer keeps: its states, and under DeepSpeed float32 masters too."""
-    optimizer: Any = trainer.optimizer
-    seen: set[int] = set()
-    while optimizer is not None and id(optimizer) not in seen:
-        seen.add(id(optimizer))
-        yield getattr(optimizer, "state", None)
-        # The names of stage 2 and stage 3.
-        yield getattr(optimizer, "single_partition_of_fp32_groups", None)
-        yield getattr(optimizer, "fp32_partitioned_groups_flat", None)
-        optimizer = getattr(optimizer, "optimizer", None)
-
-
-def _tensors(held: Any) -> Iterator[Tensor]:
-    if isinstance(held, Tensor):
-        yield held
-    elif isinstance(held, Mapping):
-        for value in held.values():
-            yield from _tensors(value)
-    elif isinstance(held, list | tuple | Iterator):
-        for value in held:
-            yield from _tensors(value)
-
-
-def seconds_since_start() -> float:
-    """How long this process has been running."""
-    import psutil
-
-    return time.time() - float(psutil.Process(os.getpid()).create_time())
-
-
-def baseline_memory() -> int:
-    """Bytes in use now, to be called before the model is loaded: 0 on a GPU."""
-    return 0 if torch.cuda.is_available() else memory_in_use()
-
-
-_NEW_TOKENS = 120
-
-
-@dataclass(frozen=True, slots=True)
-class SampleAnswer:
-    """One question and what the model said.
-
-    Attributes:
-        prompt: the user's message.
-        answer: the text up to the end token.
-        stopped: whether the model ended its turn itself.
-    """
-
-    prompt: str
-    answer: str
-    stopped: bool
-
-
-def sample_answers(model: "PreTrainedModel", chat: ChatFormat, questions: Sequence[str]) -> list[SampleAnswer]:
-    """Greedy answers to single questions. Under ZeRO-3 every process must call it."""
-    was_training = model.training
-    model.eval()
-    given = [_answer(model, chat, question) for question in questions]
-    model.train(was_training)
-    return given
-
-
-def _answer(model: "PreTrainedModel", chat: ChatFormat, question: str) -> SampleAnswer:
-    tokenizer = chat.tokenizer
-    messages = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = prompt["input_ids"].to(next(model.parameters()).device)
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=_NEW_TOKENS,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-        )[0, ids.shape[1] :].tolist()
-    stopped = bool(output) and output[-1] in end_ids(model.generation_config.eos_token_id)
-    text = tokenizer.decode(output[:-1] if stopped else output, skip_special_tokens=True)
-    return SampleAnswer(question, text.strip(), stopped)
-
+_MAX_NEW_TOKENS = 120
+"""Length limit of a sample answer."""
 
 _PACKAGES = (
     "peftchat",
@@ -164,70 +60,229 @@ _PACKAGES = (
 )
 
 
-def run_summary(
-    loaded: "LoadedRecipe",
-    placement: DistributedSetup,
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """Results of the training loop.
+
+    Attributes:
+        token_counts: counts of all processes.
+        final_embeddings: the added tokens' embeddings after training; None without added tokens.
+        samples_before: answers before the first step.
+        seconds_to_first_step: from the start of the process to the end of the first step.
+    """
+
+    token_counts: TokenCounts
+    final_embeddings: EmbeddingSnapshot | None
+    samples_before: Sequence[SampleAnswer]
+    seconds_to_first_step: float | None
+
+
+def summarize(
+    context: TrainContext,
     trainer: "ChatTrainer",
-    chat: ChatFormat,
-    rows: Mapping[Split, EncodedSplit],
-    lines: Sequence[Mapping[str, Any]],
-    totals: TokenCounts,
-) -> dict[str, Any]:
-    """The parts of `run.json` that follow from the trainer, the rows and the metrics.
+    model: TrainableModel,
+    fitted: FitResult,
+    samples_after: Sequence[SampleAnswer],
+) -> RunSummary:
+    """Collect the run's results and write them into the run folder; every process must call it.
+
+    Returns:
+        The summary, the same in every process.
+
+    Raises:
+        VerificationError: an added token was not trained.
+    """
+    summaries: list[RunSummary | None] = [None]
+    if context.is_main:
+        summary = _summary(context, trainer, model, fitted, samples_after)
+        summary.write(context.run_folder)
+        summaries = [summary]
+    (summary_of_main,) = broadcast_object_list(summaries)
+    assert summary_of_main is not None
+    return summary_of_main
+
+
+def _summary(
+    context: TrainContext,
+    trainer: "ChatTrainer",
+    model: TrainableModel,
+    fitted: FitResult,
+    samples_after: Sequence[SampleAnswer],
+) -> RunSummary:
+    recipe, distributed, splits = context.recipe, context.distributed, context.splits
+    stats, counts = splits["train"].stats, fitted.token_counts
+    lines: list[Any] = context.run_folder.metrics.read()
+    evaluations = [line for line in lines if "eval_loss" in line]
+    peak = peak_memory_bytes()
+    return RunSummary(
+        method=recipe.method,
+        base_model=recipe.model.name,
+        base_vocabulary_size=_base_vocabulary(trainer, context.chat),
+        steps=trainer.state.global_step,
+        epochs=trainer.state.epoch,
+        train_examples=stats.examples,
+        eval_examples=splits["eval"].stats.examples if "eval" in splits else None,
+        dropped=stats.dropped,
+        truncated=stats.truncated,
+        special_token_text=stats.special_token_text,
+        formats=stats.formats,
+        tokens=counts.tokens,
+        supervised_tokens=counts.supervised,
+        padding_fraction=1.0 - counts.tokens / counts.positions if counts.positions else 0.0,
+        seconds=counts.seconds,
+        seconds_to_first_step=fitted.seconds_to_first_step,
+        tokens_per_second=counts.tokens / counts.seconds if counts.seconds else None,
+        peak_memory_bytes=peak,
+        memory_bytes=_memory_parts(trainer, model.baseline_bytes, peak),
+        parameters=count_parameters(trainer.model),
+        trainable_parameters=sum(unsharded_numel(p) for p in trainer.model.parameters() if p.requires_grad),
+        train_loss=_mean_training_loss(lines),
+        eval_loss_before=evaluations[0]["eval_loss"] if evaluations and evaluations[0]["step"] == 0 else None,
+        eval_loss=evaluations[-1]["eval_loss"] if evaluations else None,
+        model_flops_utilisation=_flops_utilization(context, trainer, counts),
+        attention=trainer.causal_model.config._attn_implementation,
+        template=context.chat.template.name,
+        end_token=context.chat.template.end_token,
+        strategy=distributed.strategy,
+        world_size=distributed.world_size,
+        device=torch.cuda.get_device_name() if distributed.gpus else "CPU",
+        versions={package: _version(package) for package in _PACKAGES},
+        new_tokens=_added_tokens(context.chat, model.initial_embeddings, fitted),
+        samples_before=tuple(fitted.samples_before),
+        samples_after=tuple(samples_after),
+        auto_settings=(*context.options.auto_settings, *model.auto_settings),
+        command=context.options.command,
+        started=context.started.isoformat(timespec="seconds"),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _added_tokens(chat: ChatFormat, initial: EmbeddingSnapshot | None, fitted: FitResult) -> tuple[AddedToken, ...]:
+    """Return how far each added token's embeddings moved.
+
+    Raises:
+        VerificationError: an embedding received a gradient and did not change, so training does not reach it.
+    """
+    if initial is None or fitted.final_embeddings is None:
+        return ()
+    counts = fitted.token_counts
+    inputs, outputs = l2_distance(initial, fitted.final_embeddings)
+    tokens = tuple(
+        AddedToken(token.token, token.id, seen, input_moved, output_moved)
+        for token, seen, input_moved, output_moved in zip(chat.new_tokens, counts.seen, inputs, outputs, strict=True)
+    )
+    for token, before_target in zip(tokens, counts.seen_before_target, strict=True):
+        distances = {"input": token.input_moved, "output": token.output_moved}
+        unmoved = [name for name, distance in distances.items() if distance == 0.0]
+        if before_target and unmoved:
+            raise VerificationError(
+                f"the {unmoved[0]} embedding of {token.token} did not change, although the token occurs "
+                f"{before_target} times before a target"
+            )
+    return tokens
+
+
+def _memory_parts(trainer: "ChatTrainer", baseline: int, peak: int) -> MemoryParts:
+    """Return this process's peak memory by part, in bytes.
 
     Args:
-        lines: the lines of `metrics.jsonl`.
-        totals: counts of all processes.
+        trainer: holds model and optimizer.
+        baseline: held before the model was loaded.
+        peak: held at most.
     """
-    recipe = loaded.recipe
-    model = trainer.model
-    train = rows["train"].stats
-    evaluations = [line for line in lines if "eval_loss" in line]
-    trained = sum(unsharded_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    return {
-        "method": recipe.method,
-        "base": recipe.model.name,
-        "base_vocabulary_size": _base_vocabulary(trainer, chat),
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
-        "rows": train.rows,
-        "eval_rows": rows["eval"].stats.rows if "eval" in rows else None,
-        "dropped": train.dropped,
-        "shortened": train.shortened,
-        "special_text": train.lookalikes,
-        "forms": train.forms,
-        "tokens": totals.tokens,
-        "supervised_tokens": totals.supervised,
-        "padding_fraction": 1.0 - totals.tokens / totals.positions if totals.positions else 0.0,
-        "seconds": totals.seconds,
-        "tokens_per_second": totals.tokens / totals.seconds if totals.seconds else None,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "parameters": count_parameters(model),
-        "trainable_parameters": trained,
-        "train_loss": _mean_training_loss(lines),
-        "eval_loss_before": evaluations[0]["eval_loss"] if evaluations and evaluations[0]["step"] == 0 else None,
-        "eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
-        "model_flops_utilisation": _utilization(trainer, placement, totals),
-        "attention": trainer.causal_model.config._attn_implementation,
-        "template": chat.template.name,
-        "end_token": chat.template.end_token,
-        "strategy": placement.strategy,
-        "world_size": placement.world_size,
-        "device": torch.cuda.get_device_name() if placement.gpus else "CPU",
-        "versions": {package: _version(package) for package in _PACKAGES},
+    parameters = list(trainer.model.parameters())
+    trained = sum(_local_bytes(parameter) for parameter in parameters if parameter.requires_grad)
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    known = {
+        "baseline": baseline,
+        "frozen_weights": sum(map(_local_bytes, frozen)) + _total_bytes(trainer.model.buffers()),
+        "trained_weights": trained,
+        # As large as the weights, wherever they are accumulated.
+        "gradients": trained,
+        "optimizer": _total_bytes(_tensors(_optimizer_states(trainer))),
     }
+    return MemoryParts(**known, activations_and_other=max(0, peak - sum(known.values())))
+
+
+def _local_bytes(parameter: nn.Parameter) -> int:
+    """Return the bytes of a parameter that this process holds: under ZeRO-3 those of its partition."""
+    local: Tensor = getattr(parameter, "ds_tensor", parameter.data)
+    return local.numel() * local.element_size()
+
+
+def _total_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def _optimizer_states(trainer: "ChatTrainer") -> Iterator[Any]:
+    """Yield the optimizer's states, and under DeepSpeed its float32 master weights."""
+    optimizer: Any = trainer.optimizer
+    seen: set[int] = set()
+    while optimizer is not None and id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        yield getattr(optimizer, "state", None)
+        # The attributes of ZeRO-2 and ZeRO-3.
+        yield getattr(optimizer, "single_partition_of_fp32_groups", None)
+        yield getattr(optimizer, "fp32_partitioned_groups_flat", None)
+        optimizer = getattr(optimizer, "optimizer", None)
+
+
+def _tensors(nested: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested mappings and sequences."""
+    if isinstance(nested, Tensor):
+        yield nested
+    elif isinstance(nested, Mapping):
+        for value in nested.values():
+            yield from _tensors(value)
+    elif isinstance(nested, list | tuple | Iterator):
+        for value in nested:
+            yield from _tensors(value)
+
+
+def seconds_since_start() -> float:
+    """Return the age of this process."""
+    return time.time() - float(psutil.Process(os.getpid()).create_time())
+
+
+def sample_answers(model: "PreTrainedModel", chat: ChatFormat, prompts: Sequence[str]) -> list[SampleAnswer]:
+    """Return greedy answers to single user messages; under ZeRO-3 every process must call it."""
+    was_training = model.training
+    model.eval()
+    answers = [_answer(model, chat, prompt) for prompt in prompts]
+    model.train(was_training)
+    return answers
+
+
+def _answer(model: "PreTrainedModel", chat: ChatFormat, prompt: str) -> SampleAnswer:
+    tokenizer = chat.tokenizer
+    messages = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = inputs["input_ids"].to(next(model.parameters()).device)
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_MAX_NEW_TOKENS,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )[0, ids.shape[1] :].tolist()
+    stopped = bool(output) and output[-1] in end_ids(model.generation_config.eos_token_id)
+    text = tokenizer.decode(output[:-1] if stopped else output, skip_special_tokens=True)
+    return SampleAnswer(prompt, text.strip(), stopped)
 
 
 def _base_vocabulary(trainer: "ChatTrainer", chat: ChatFormat) -> int | None:
-    """Rows that the untouched base's embedding has; None where full fine-tuning has grown it."""
-    rows = find_added_tokens(trainer.causal_model)
-    if rows is not None:
-        return rows.vocabulary
+    """Return the rows of the base's embedding; None if full fine-tuning resized it."""
+    added = find_added_tokens(trainer.causal_model)
+    if added is not None:
+        return added.vocab_size
     return None if chat.new_tokens else vocabulary_size(trainer.causal_model)
 
 
 def _mean_training_loss(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean over optimizer steps; a logged line stands for the steps since the line before it."""
+    """Return the mean over optimizer steps; a logged line stands for all steps since the line before it."""
     total, last = 0.0, 0
     for line in lines:
         if line.get("loss") is not None:
@@ -236,27 +291,26 @@ def _mean_training_loss(lines: Sequence[Mapping[str, Any]]) -> float | None:
     return total / last if last else None
 
 
-def _utilization(trainer: "ChatTrainer", placement: DistributedSetup, totals: TokenCounts) -> float | None:
-    """Model FLOPs utilization (Chowdhery et al., 2022), against the matrix rate measured here and now."""
-    if not totals.seconds:
+def _flops_utilization(context: TrainContext, trainer: "ChatTrainer", counts: TokenCounts) -> float | None:
+    """Return the model FLOPs utilization (Chowdhery et al., 2022), relative to a measured rate of matrix products."""
+    if not counts.seconds:
         return None
     model = trainer.causal_model
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     outside = {id(embedding), id(head)}
-    rows = {id(parameter) for name, parameter in model.named_parameters() if MODULE_NAME in name.split(".")}
-    body = {id(p): p for p in model.parameters() if p.dim() >= 2 and id(p) not in outside | rows}
-    trained = sum(unsharded_numel(p) for p in body.values() if p.requires_grad)
+    added = {id(parameter) for name, parameter in model.named_parameters() if MODULE_NAME in name.split(".")}
+    body = {id(p): p for p in model.parameters() if p.dim() >= 2 and id(p) not in outside | added}
     flops = training_flops(
         body=sum(unsharded_numel(p) for p in body.values()),
         head=unsharded_numel(embedding if is_tied(model) else head),
-        trained_body=trained,
+        trained_body=sum(unsharded_numel(p) for p in body.values() if p.requires_grad),
         trains_head=not is_adapted(trainer.model),
-        tokens=totals.tokens,
-        supervised=totals.supervised,
+        tokens=counts.tokens,
+        supervised=counts.supervised,
     )
     dtype = torch.float32 if not (trainer.args.bf16 or trainer.args.fp16) else torch.bfloat16
-    processes = placement.world_size if placement.gpus else 1
-    return flops / totals.seconds / (measure_matmul_flops(trainer.args.device, dtype) * processes)
+    processes = context.distributed.world_size if context.distributed.gpus else 1
+    return flops / counts.seconds / (measure_matmul_flops(trainer.args.device, dtype) * processes)
 
 
 def _version(package: str) -> str | None:

@@ -1,367 +1,156 @@
-"""The trainer of a run, put together from its model, rows and arguments."""
+"""Training: from a recipe to a finished run folder."""
 
 import errno
-import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from transformers import TrainerCallback
 
-from peftchat.chat_template.registry import ChatFormat
-from peftchat.console import stderr
-from peftchat.dataset.cache import EncodedSplit, Split, load_splits
-from peftchat.dataset.collator import BatchLayout, ChatCollator
-from peftchat.dataset.packing import pack
-from peftchat.errors import UserError, VerificationError
-from peftchat.files import write_text
 from peftchat.malloc import keep_large_blocks
-from peftchat.models.added_tokens import EmbeddingSnapshot, l2_distance, snapshot_embeddings
-from peftchat.models.fused_lora import fuse_lora_forward, num_adapted_layers
-from peftchat.models.loading import VARLEN
+from peftchat.models.added_tokens import snapshot_embeddings
 from peftchat.models.saving import save_model_files
-from peftchat.models.zero import is_zero3
-from peftchat.runs.metrics_file import MetricsFile
-from peftchat.runs.run_folder import RunFolder, step_of, token_counts_of
-from peftchat.runs.run_summary import AutoSetting
-from peftchat.training.distributed import DistributedSetup, deepspeed_config
-from peftchat.training.model import (
-    TrainableModel,
-    build_model,
-    chat_format,
-    compile_if_faster,
-    fall_back,
-    select_attention,
-)
-from peftchat.training.preflight import check_isolation, check_loss, check_space, is_disk_full
-from peftchat.training.progress import MetricsCallback, ProgressCallback
-from peftchat.training.summary import (
-    SampleAnswer,
-    baseline_memory,
-    memory_parts,
-    run_summary,
-    sample_answers,
-    seconds_since_start,
-)
-from peftchat.training.throughput import TokenCounts
-from peftchat.training.trainer import BudgetCallback, ChatTrainer, has_budget, sft_config
-from peftchat.training.variant_hooks import trainer_hooks
+from peftchat.runs.run_folder import RunFolder
+from peftchat.runs.run_summary import RunSummary, SampleAnswer
+from peftchat.training.context import TrainContext, TrainOptions, open_context
+from peftchat.training.model import load_trainable_model
+from peftchat.training.preflight import is_disk_full, preflight
+from peftchat.training.progress import ProgressCallback
+from peftchat.training.summary import FitResult, sample_answers, seconds_since_start, summarize
+from peftchat.training.trainer import ChatTrainer, build_trainer, sft_config
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from peftchat.recipe import LoadedRecipe
+    from peftchat.training.distributed import DistributedSetup
 
-    from peftchat.recipe import LoadedRecipe, Recipe
 
+def train(
+    loaded: "LoadedRecipe",
+    options: TrainOptions = TrainOptions(),
+    distributed: "DistributedSetup | None" = None,
+) -> RunSummary:
+    """Train a model as the recipe says, and leave a finished run folder.
 
-def make_trainer(
-    recipe: "Recipe",
-    folder: RunFolder,
-    arguments: Any,
-    built: TrainableModel,
-    chat: ChatFormat,
-    rows: dict[Split, EncodedSplit],
-    checkpoint: Path | None,
-    progress: ProgressCallback,
-) -> ChatTrainer:
-    """The trainer, with the attention settled and batches laid out for it.
+    Every process of a distributed run calls it and gets the same summary.
 
     Args:
-        arguments: TRL's arguments; told how to draw rows.
-        progress: shows the run on the terminal.
-    """
-    layout = select_attention(recipe, built.model, built.causal_model)
-    if layout == "padded":
-        # Rows of like length share a batch, so that little of it is padding.
-        arguments.train_sampling_strategy = "group_by_length"
-
-    def collator(side: Split) -> ChatCollator:
-        return ChatCollator(
-            rows[side].store,
-            loss_on=recipe.chat.loss_on,
-            layout=layout,
-            pad_token_id=chat.tokenizer.pad_token_id,
-            pad_to_multiple_of=recipe.data.pad_to_multiple_of,
-            watched=[token.id for token in chat.new_tokens],
-        )
-
-    return ChatTrainer(
-        built.model,
-        arguments,
-        train_packs=_packs(recipe, rows["train"], layout),
-        train_collator=collator("train"),
-        eval_packs=_packs(recipe, rows["eval"], layout) if "eval" in rows else None,
-        eval_collator=collator("eval") if "eval" in rows else None,
-        tokenizer=chat.tokenizer,
-        callbacks=[MetricsCallback(MetricsFile(folder.metrics)), progress],
-        totals=_totals_so_far(checkpoint),
-        parts=trainer_hooks(recipe, built.model),
-    )
-
-
-def _packs(recipe: "Recipe", rows: EncodedSplit, layout: BatchLayout) -> "Dataset":
-    """The rows of each sequence as the data set that the trainer draws from."""
-    from datasets import Dataset
-
-    lengths = rows.store.lengths
-    if recipe.data.packing:
-        return Dataset.from_dict({"rows": pack(lengths, recipe.data.max_length, recipe.training.seed)})
-    columns: dict[str, Any] = {"rows": [[index] for index in range(len(rows.store))]}
-    if layout == "padded":
-        columns["length"] = lengths
-    return Dataset.from_dict(columns)
-
-
-def _totals_so_far(checkpoint: Path | None) -> TokenCounts | None:
-    """This process's counts at the checkpoint; with another number of processes, the first one takes all."""
-    if checkpoint is None:
-        return None
-    everyone = [TokenCounts(**counts) for counts in token_counts_of(checkpoint)]
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if len(everyone) == world:
-        return everyone[rank]
-    together = TokenCounts.together(everyone)
-    return (
-        together
-        if rank == 0
-        else TokenCounts(seen=[0] * len(together.seen), seen_before_target=[0] * len(together.seen))
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class TrainOptions:
-    """What the user asked for beside the recipe.
-
-    Attributes:
-        resume: go on from the last whole checkpoint, if there is one.
-        questions: prompts to answer before and after training.
-        command: the command line, for the record.
-        choices: what was settled for the user.
-    """
-
-    resume: bool = False
-    questions: Sequence[str] = ()
-    command: str = ""
-    choices: Sequence[AutoSetting] = ()
-
-
-def run_training(loaded: "LoadedRecipe", placement: DistributedSetup, request: TrainOptions) -> dict[str, Any]:
-    """Train as the recipe says and leave a finished run folder.
-
-    Returns:
-        What was written to `run.json`.
+        loaded: the recipe.
+        options: resume, sample prompts, and what the summary records.
+        distributed: the resolved `distributed` section of the recipe; resolved here by default.
 
     Raises:
-        UserError: something the user gave cannot be used; the folder is then untouched.
-        VerificationError: training or saving did not do what it should have.
+        UserError: an input cannot be used; the run folder is then untouched.
+        VerificationError: training or saving went wrong.
     """
-    folder = RunFolder(Path(loaded.recipe.output_dir))
-    try:
-        return _run(loaded, placement, request, folder)
-    except Exception as error:
-        folder.release()
-        if is_disk_full(folder.path):
-            # Every library says it in its own words.
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.path)) from error
-        raise
+    with _released_on_failure(RunFolder(Path(loaded.recipe.output_dir))):
+        context = open_context(loaded, options, distributed)
+        config = sft_config(context)  # Before the model is loaded: transformers has to know about ZeRO-3.
+        model = load_trainable_model(context)
+        trainer = build_trainer(context, model, config)
+
+        def start() -> list[SampleAnswer]:
+            preflight(trainer, context)
+            claim(trainer, context)
+            return sample_answers(trainer.causal_model, context.chat, options.prompts)
+
+        fitted = fit(trainer, context, start)
+        samples_after = sample_answers(trainer.causal_model, context.chat, options.prompts)
+        save(trainer, context)
+        return summarize(context, trainer, model, fitted, samples_after)
 
 
-def _run(
-    loaded: "LoadedRecipe", placement: DistributedSetup, request: TrainOptions, folder: RunFolder
-) -> dict[str, Any]:
-    recipe = loaded.recipe
-    started = datetime.now(UTC)
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    checkpoint = folder.check(recipe, resume=request.resume)
-    _start_processes(placement)
-    chat = chat_format(recipe)
-    rows = load_splits(recipe, chat)
-    deepspeed = deepspeed_config(recipe, placement, row_elements=_row_elements(recipe, chat))
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
-    # transformers has to know about ZeRO-3 before the model is loaded.
-    arguments = sft_config(recipe, placement, folder.path, deepspeed=deepspeed, resuming=checkpoint is not None)
-    at_start = baseline_memory()
-    built = build_model(recipe, placement, chat, rows["train"].store, checkpoint)
-    plain = recipe.method == "full"
-    if isinstance(built.model, PeftModel) and not is_zero3():
-        plain = 0 < fuse_lora_forward(built.model) == num_adapted_layers(built.model)
-    compiling = compile_if_faster(loaded, placement, built, rows["train"].stats, plain=plain)
-    if compiling is not None and is_main:
-        stderr.print(f"Chosen: {compiling}", markup=False, highlight=False)
+def claim(trainer: ChatTrainer, context: TrainContext) -> None:
+    """Make the run folder this run's, in the main process; the others wait for it."""
+    if context.is_main:
+        context.run_folder.claim(context.recipe, context.checkpoint)
+    trainer.accelerator.wait_for_everyone()
+
+
+def fit(trainer: ChatTrainer, context: TrainContext, start: Callable[[], list[SampleAnswer]]) -> FitResult:
+    """Train, and evaluate the last step if there is held-out data.
+
+    Args:
+        trainer: the trainer.
+        context: the run.
+        start: called right before the first step, with the model as training calls it. Only `Trainer.train` wraps a
+            model for DDP or ZeRO, and a model that ZeRO-3 shards cannot be called before that.
+    """
+    callback = _StartCallback(start)
+    # The other callbacks write into the run folder when training begins, so it has to be claimed first.
+    trainer.callback_handler.callbacks.insert(0, callback)
     progress = ProgressCallback()
-    trainer = make_trainer(recipe, folder, arguments, built, chat, rows, checkpoint, progress)
-    before = _BeforeTraining(trainer, chat, recipe, folder, checkpoint, request.questions)
-    # The others write into the run folder when training begins; it is claimed only when nothing speaks against it.
-    trainer.callback_handler.callbacks.insert(0, before)
-    if has_budget(recipe.training):
-        trainer.add_callback(BudgetCallback(trainer, recipe.training))
-    metrics = MetricsFile(folder.metrics)
-    if not placement.gpus:
+    trainer.add_callback(progress)
+    if not context.distributed.gpus:
         keep_large_blocks()
+    checkpoint = context.checkpoint
     try:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if "eval" in rows and not _is_evaluated(trainer, result.global_step):
+        output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        if "eval" in context.splits and not trainer.has_evaluated(output.global_step):
             trainer.evaluate()
     finally:
         progress.close()
-    last_rows = snapshot_embeddings(built.causal_model, chat.new_tokens)
-    totals = trainer.gathered_totals()
-    after = sample_answers(trainer.causal_model, chat, request.questions)
-    _save(recipe, trainer, chat, folder, is_main=is_main)
-    summary: dict[str, Any] = {}
-    if is_main:
-        summary = run_summary(loaded, placement, trainer, chat, rows, metrics.read(), totals) | {
-            "new_tokens": _new_tokens(chat, totals, built.first_rows, last_rows),
-            "samples_before": [asdict(answer) for answer in before.answers],
-            "samples_after": [asdict(answer) for answer in after],
-            "command": request.command,
-            "seconds_to_first_step": before.seconds_to_first_step,
-            "choices": [asdict(choice) for choice in (*request.choices, *([compiling] if compiling else ()))],
-            "started": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        summary["memory_bytes"] = memory_parts(trainer, at_start, summary["peak_memory_bytes"])
-        write_text(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    trainer.accelerator.wait_for_everyone()
-    return summary
+    return FitResult(
+        token_counts=trainer.gather_token_counts(),
+        final_embeddings=snapshot_embeddings(trainer.causal_model, context.chat.new_tokens),
+        samples_before=callback.samples,
+        seconds_to_first_step=callback.seconds_to_first_step,
+    )
 
 
-def _start_processes(placement: DistributedSetup) -> None:
-    if not placement.uses_deepspeed:
-        return
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise UserError(
-            f"`{placement.strategy}` needs DeepSpeed, which is not installed",
-            where="distributed.strategy",
-            hint="pip install 'peftchat[deepspeed]'",
-        ) from error
-    # Left to itself on a CPU, DeepSpeed believes in a world of one while the model is loaded.
-    deepspeed.init_distributed(dist_backend="nccl" if placement.gpus else "gloo", verbose=False)
+class _StartCallback(TrainerCallback):
+    """Calls a function before the first step, and measures the time until that step is done.
 
+    Args:
+        start: the function; it returns sample answers.
+    """
 
-def _row_elements(recipe: "Recipe", chat: ChatFormat) -> int:
-    """Elements of the new tokens' rows, which ZeRO-3 must leave whole."""
-    from peftchat.models.loading import load_config
-
-    if not chat.new_tokens:
-        return 0
-    config = load_config(recipe).get_text_config()
-    beyond = max(token.id for token in chat.new_tokens) + 1 - int(config.vocab_size)
-    return max(len(chat.new_tokens), beyond) * int(config.hidden_size)
-
-
-class _BeforeTraining(TrainerCallback):
-    """Looks at the model as training will use it, right before the first step, and claims the run folder."""
-
-    def __init__(
-        self,
-        trainer: ChatTrainer,
-        chat: ChatFormat,
-        recipe: "Recipe",
-        folder: RunFolder,
-        checkpoint: Path | None,
-        questions: Sequence[str],
-    ) -> None:
-        self._trainer = trainer
-        self._chat = chat
-        self._recipe = recipe
-        self._folder = folder
-        self._checkpoint = checkpoint
-        self._questions = questions
-        self.answers: list[SampleAnswer] = []
+    def __init__(self, start: Callable[[], list[SampleAnswer]]) -> None:
+        self._start = start
+        self.samples: list[SampleAnswer] = []
         self.seconds_to_first_step: float | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Probe the loss and the isolation of packed conversations, claim the folder, answer the questions."""
-        self._probe()
-        check_space(self._folder.path, self._trainer.model, self._recipe)
-        if self._trainer.args.should_save:
-            self._folder.claim(self._recipe)
-            # Steps after the checkpoint are taken again and must not be told twice.
-            MetricsFile(self._folder.metrics).keep_through(step_of(self._checkpoint) if self._checkpoint else -1)
-        self._trainer.accelerator.wait_for_everyone()
-        self.answers = sample_answers(self._trainer.causal_model, self._chat, self._questions)
+        """Call the function."""
+        self.samples = self._start()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note how long it took until the first step was done."""
+        """Note the time at the end of the first step."""
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = seconds_since_start()
 
-    def _probe(self) -> None:
-        try:
-            self._look()
-        except (UserError, RuntimeError) as error:
-            # What was chosen for speed gives way; what the recipe asked for is reported.
-            layout = fall_back(self._recipe, self._trainer.causal_model)
-            if layout is None:
-                raise
-            self._trainer.lay_out(layout)
-            if self._trainer.args.should_save:
-                reason = str(error).splitlines()[0]
-                stderr.print(
-                    f"Chosen: model.attention: sdpa, slower ({VARLEN} does not work here: {reason})",
-                    markup=False,
-                    highlight=False,
-                )
-            self._look()
 
-    def _look(self) -> None:
-        trainer = self._trainer
-        base, device = trainer.causal_model, trainer.args.device
-        vocabulary = min(base.config.get_text_config().vocab_size, 1000)
-        flat = trainer.layout == "flat"
-        with trainer.compute_loss_context_manager():
-            check_loss(trainer.model_wrapped, base, vocabulary, device, with_borders=flat)
-            if flat or self._recipe.data.packing:
-                check_isolation(trainer.model_wrapped, vocabulary, device, with_borders=flat)
+def save(trainer: ChatTrainer, context: TrainContext) -> None:
+    """Write the finished model into the run folder, in the recipe's dtype; every process must call it."""
 
+    def save_to(folder: Path) -> None:
+        save_model_files(
+            trainer.model,
+            context.chat.tokenizer,
+            folder,
+            adapter=context.recipe.adapter,
+            dtype=context.recipe.model.dtype,
+            is_main=context.is_main,
+            wrapped=trainer.model_wrapped if trainer.is_deepspeed_enabled else None,
+        )
 
-def _is_evaluated(trainer: ChatTrainer, step: int) -> bool:
-    return any(line.get("step") == step and "eval_loss" in line for line in trainer.state.log_history)
-
-
-def _save(recipe: "Recipe", trainer: ChatTrainer, chat: ChatFormat, folder: RunFolder, *, is_main: bool) -> None:
-    """The finished model into the run folder, in the recipe's dtype."""
-    arguments: dict[str, Any] = {
-        "dtype": recipe.model.dtype,
-        "is_main": is_main,
-        "wrapped": trainer.model_wrapped if trainer.is_deepspeed_enabled else None,
-    }
-    if not is_main:
-        save_model_files(trainer.model, chat.tokenizer, folder.path, **arguments)
+    if not context.is_main:
+        save_to(context.run_folder.path)
         return
-    with folder.finished_model() as temporary:
-        save_model_files(trainer.model, chat.tokenizer, temporary, **arguments)
-        trainer.causal_model.generation_config.save_pretrained(str(temporary))
+    with context.run_folder.publish() as folder:
+        save_to(folder)
+        trainer.causal_model.generation_config.save_pretrained(str(folder))
 
 
-def _new_tokens(
-    chat: ChatFormat, totals: TokenCounts, first: EmbeddingSnapshot | None, last: EmbeddingSnapshot | None
-) -> list[dict[str, Any]]:
-    """What `run.json` says of each new token.
-
-    A row that got a gradient and stayed where it was means that training misses it: the run is then a failure.
-
-    Raises:
-        VerificationError: naming the token.
-    """
-    if first is None or last is None:
-        return []
-    inputs, outputs = l2_distance(first, last)
-    told = [
-        {"token": token.token, "id": token.id, "seen": seen, "input_moved": moved_in, "output_moved": moved_out}
-        for token, seen, moved_in, moved_out in zip(chat.new_tokens, totals.seen, inputs, outputs, strict=True)
-    ]
-    for entry, with_gradient in zip(told, totals.seen_before_target, strict=True):
-        still = [side for side in ("input", "output") if entry[f"{side}_moved"] == 0.0]
-        if with_gradient and still:
-            raise VerificationError(
-                f"the {still[0]} embedding of {entry['token']} did not move, though the token occurs "
-                f"{with_gradient} times before a target"
-            )
-    return told
+@contextmanager
+def _released_on_failure(run_folder: RunFolder) -> Iterator[None]:
+    """Release the run folder if the run fails, and report a full disk as such."""
+    try:
+        yield
+    except Exception as error:
+        run_folder.release()
+        if is_disk_full(run_folder.path):
+            # Every library has its own words for a full disk.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run_folder.path)) from error
+        raise

@@ -1,82 +1,80 @@
-"""A recipe's `training` section as TRL's arguments."""
+"""Trainer: TRL's trainer on packs of encoded conversations, and its arguments."""
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from trl import SFTTrainer
 
-from peftchat.errors import UserError, VerificationError
+from peftchat.dataset.collator import ChatCollator
+from peftchat.dataset.packing import pack
+from peftchat.errors import VerificationError
 from peftchat.models.added_tokens import MODULE_NAME
-from peftchat.models.saving import is_adapted, load_adapter_state, save_model_files
+from peftchat.models.saving import load_adapter_state, save_model_files
+from peftchat.models.source import ModelSource
 from peftchat.recipe import training_arguments
-from peftchat.runs.run_folder import mark_complete
-from peftchat.training.distributed import DistributedSetup
+from peftchat.runs.run_folder import Checkpoint
+from peftchat.training.context import TrainContext
+from peftchat.training.distributed import deepspeed_config
 from peftchat.training.loss import install_supervised_forward
-from peftchat.training.progress import memory_in_use
-from peftchat.training.throughput import Throughput, TokenCounts
-from peftchat.training.variant_hooks import TrainerHooks, set_param_group_lrs
+from peftchat.training.model import TrainableModel, select_attention
+from peftchat.training.progress import MetricsCallback, memory_in_use
+from peftchat.training.throughput import BudgetCallback, Throughput, TokenCounts, has_budget
+from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs, trainer_hooks
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
-    from peftchat.dataset.collator import BatchLayout, ChatCollator
-    from peftchat.recipe import Recipe, TrainingSection
+    from peftchat.chat_template.chat_format import ChatFormat
+    from peftchat.dataset.cache import Split
+    from peftchat.dataset.collator import BatchLayout
+    from peftchat.recipe import Recipe
 
 
-def sft_config(
-    recipe: "Recipe",
-    placement: DistributedSetup,
-    folder: Path,
-    *,
-    deepspeed: dict[str, Any] | None,
-    resuming: bool,
-) -> "SFTConfig":
-    """TRL's arguments for the run.
+def sft_config(context: TrainContext) -> "SFTConfig":
+    """Return TRL's arguments for the run.
 
-    Args:
-        folder: the run folder.
-        deepspeed: DeepSpeed's configuration, if it has a part.
-        resuming: whether the run goes on from a checkpoint; the evaluation before the first step then is done.
+    transformers reads DeepSpeed's configuration from them, so it has to be called before the model is loaded.
     """
     from trl import SFTConfig
 
-    on_cpu = placement.gpus == 0
+    recipe, distributed = context.recipe, context.distributed
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(context.run_folder.tensorboard))
+    on_cpu = distributed.gpus == 0
     arguments = training_arguments(recipe)
-    # Left out, TRL would switch it on.
+    # TRL turns it on by default.
     arguments.setdefault("gradient_checkpointing", False)
     if recipe.training.gradient_checkpointing:
         arguments.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
-    if resuming:
+    if context.checkpoint is not None:
+        # The run was evaluated before its first step.
         arguments["eval_on_start"] = False
     arguments["report_to"] = arguments.get("report_to") or "none"
     return SFTConfig(
         **arguments,
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(context.run_folder.checkpoints),
         bf16=recipe.model.dtype == "bfloat16",
         fp16=recipe.model.dtype == "float16",
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and placement.world_size > 1 else None,
+        ddp_backend="gloo" if on_cpu and distributed.world_size > 1 else None,
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
-        deepspeed=deepspeed,
-        # Rows come encoded, packed and labeled; TRL is to leave them alone.
+        deepspeed=deepspeed_config(
+            recipe, distributed, added_token_elements=_added_token_elements(recipe, context.chat)
+        ),
+        # Examples are encoded, packed and labeled already.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,
@@ -89,53 +87,61 @@ def sft_config(
     )
 
 
-_TENSORS_OF_OURS = ("real_tokens", "watched")
+def _added_token_elements(recipe: "Recipe", chat: "ChatFormat") -> int:
+    """Return the number of elements of the added tokens' embedding, which ZeRO-3 must not shard."""
+    if not chat.new_tokens:
+        return 0
+    config = ModelSource.of_recipe(recipe).config().get_text_config()
+    beyond = max(token.id for token in chat.new_tokens) + 1 - int(config.vocab_size)
+    return max(len(chat.new_tokens), beyond) * int(config.hidden_size)
+
+
+def build_trainer(context: TrainContext, model: TrainableModel, config: "SFTConfig") -> "ChatTrainer":
+    """Select the attention, and return the trainer with its callbacks."""
+    layout = select_attention(context.recipe, model.model, model.causal_model)
+    if layout == "padded":
+        # Examples of similar length share a batch, so that little of it is padding.
+        config.train_sampling_strategy = "group_by_length"
+    trainer = ChatTrainer(context, model, config, layout)
+    if has_budget(context.recipe.training):
+        trainer.add_callback(BudgetCallback(trainer.gather_token_counts, context.recipe.training))
+    return trainer
+
+
+# Batch entries that are counts, not arguments of the model.
+_COUNTS = ("real_tokens", "tracked_counts")
 
 
 class ChatTrainer(SFTTrainer):
     """Trains on packs of encoded conversations.
 
     Args:
-        model: the model, wrapped by PEFT on adapter paths, with its new rows attached.
-        args: TRL's arguments.
-        train_packs: a data set whose `rows` column lists the rows of each pack.
-        train_collator: lays out training packs.
-        eval_packs: the same for held-out rows, or None.
-        eval_collator: lays out held-out packs.
-        tokenizer: saved with every checkpoint.
-        callbacks: progress and metrics.
-        totals: counts so far, when the run resumes.
-        parts: what the variant brings into the loop.
+        context: the run.
+        model: the model to train.
+        config: TRL's arguments.
+        layout: the batch layout that the model's attention needs.
     """
 
     control: TrainerControl
 
     def __init__(
-        self,
-        model: "PreTrainedModel | PeftModel",
-        args: "SFTConfig",
-        *,
-        train_packs: "Dataset",
-        train_collator: "ChatCollator",
-        eval_packs: "Dataset | None",
-        eval_collator: "ChatCollator | None",
-        tokenizer: "PreTrainedTokenizerBase",
-        callbacks: "Sequence[TrainerCallback]" = (),
-        totals: TokenCounts | None = None,
-        parts: TrainerHooks | None = None,
+        self, context: TrainContext, model: TrainableModel, config: "SFTConfig", layout: "BatchLayout"
     ) -> None:
-        self._parts = parts or TrainerHooks()
-        trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._adapter = context.recipe.adapter
+        self._hooks = trainer_hooks(self._adapter, model.model)
+        self._collators = {split: _collator(context, split, layout) for split in context.splits}
+        packs = {split: _packs(context, split, layout) for split in context.splits}
+        trained = {name: weight.data for name, weight in model.model.named_parameters() if weight.requires_grad}
         super().__init__(
-            model=model,
-            args=args,
-            data_collator=train_collator,
-            train_dataset=train_packs,
-            eval_dataset=eval_packs,
-            processing_class=tokenizer,
-            callbacks=[*callbacks, *self._parts.callbacks],
+            model=model.model,
+            args=config,
+            data_collator=self._collators["train"],
+            train_dataset=packs["train"],
+            eval_dataset=packs.get("eval"),
+            processing_class=context.chat.tokenizer,
+            callbacks=[MetricsCallback(context.run_folder.metrics), VariantCallback(self._hooks)],
         )
-        # TRL casts what is trained on a quantized base to bfloat16, in which small updates round to nothing.
+        # TRL casts trainable parameters on a quantized base to bfloat16, in which small updates round to zero.
         # https://github.com/huggingface/trl/issues/7268
         for name, parameter in self.model.named_parameters():
             if name in trained and parameter.dtype != trained[name].dtype:
@@ -143,10 +149,8 @@ class ChatTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         install_supervised_forward(self.causal_model)
         self.model_accepts_loss_kwargs = True
-        self.meter = Throughput(train_collator.watched_count, totals)
-        self._train_collator = train_collator
-        self._eval_collator = eval_collator
-        self._reported = TokenCounts(**self.meter.totals.as_dict())
+        self.throughput = Throughput(self._collators["train"].num_tracked, _resumed_counts(context.checkpoint))
+        self._reported = TokenCounts(**self.throughput.counts.as_dict())
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -157,13 +161,16 @@ class ChatTrainer(SFTTrainer):
     @property
     def layout(self) -> "BatchLayout":
         """How batches are laid out."""
-        return self._train_collator.layout
+        return self._collators["train"].layout
 
-    def lay_out(self, layout: "BatchLayout") -> None:
-        """Lay batches out otherwise from here on; before training begins."""
-        for collator in (self._train_collator, self._eval_collator):
-            if collator is not None:
-                collator.layout = layout
+    def set_layout(self, layout: "BatchLayout") -> None:
+        """Change the layout of all later batches.
+
+        Whether the model's attention works is known once the model is wrapped, and by then the data loader has its
+        collator.
+        """
+        for collator in self._collators.values():
+            collator.layout = layout
 
     def compute_loss(
         self,
@@ -174,26 +181,30 @@ class ChatTrainer(SFTTrainer):
     ) -> Tensor:
         """Mean negative log-likelihood over the supervised tokens of the whole optimizer step.
 
-        Dividing by the step's count, not the micro-batch's, makes accumulation and processes invisible to the update.
+        Dividing by the count of the step, not of the micro-batch, makes the update independent of how the step is
+        split into micro-batches and processes.
         """
-        self.meter.add(inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["watched"])
+        self.throughput.add(
+            inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
+        )
         outputs = model(**self._model_inputs(inputs), supervised=True)
         count = (inputs["labels"] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         loss: Tensor = outputs.loss / torch.as_tensor(count, device=outputs.loss.device).clamp(min=1)
         if num_items_in_batch is not None:
-            # The count is that of all processes, and gradients are averaged over them.
+            # The count is over all processes, and gradients are averaged over them.
             loss = loss * self.accelerator.num_processes
-        if self._parts.penalty is not None:
-            loss = loss + self._parts.penalty() / self.current_gradient_accumulation_steps
+        penalty = self._hooks.penalty()
+        if penalty is not None:
+            loss = loss + penalty / self.current_gradient_accumulation_steps
         if outputs.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
         return loss
 
     def _model_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        kept: dict[str, Any] = {name: value for name, value in inputs.items() if name not in _TENSORS_OF_OURS}
+        arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name not in _COUNTS}
         if self.aux_loss_enabled:
-            kept["output_router_logits"] = True
-        return kept
+            arguments["output_router_logits"] = True
+        return arguments
 
     def evaluate(
         self,
@@ -201,29 +212,29 @@ class ChatTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean loss per supervised token of the held-out rows, in nats.
+        """Compute the mean loss per supervised token of the held-out examples, in nats.
 
-        transformers averages over batches and counts wrapped-around rows twice; here every token counts once,
-        whatever the batch size and the number of processes.
+        transformers averages over batches and counts wrapped-around examples twice. Here every token counts once,
+        for any batch size and number of processes.
         """
-        assert self._eval_collator is not None
+        collator = self._collators["eval"]
         packs = self.eval_dataset
         size = self.args.per_device_eval_batch_size
         batches = [range(start, min(start + size, len(packs))) for start in range(0, len(packs), size)]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         model = self.model_wrapped
         sums = torch.zeros(3, dtype=torch.float64)
-        with self.meter.paused(), torch.no_grad():
+        with self.throughput.paused(), torch.no_grad():
             was_training = model.training
             model.eval()
             for first in range(0, len(batches), world):
-                mine = first + rank
-                # ZeRO-3 gathers in step, so a process that has run out of batches goes through the last one again.
-                batch = self._eval_collator([packs[index] for index in batches[min(mine, len(batches) - 1)]])
+                index = first + rank
+                # ZeRO-3 gathers weights in all processes at once, so a process without a batch repeats the last one.
+                batch = collator([packs[number] for number in batches[min(index, len(batches) - 1)]])
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     outputs = model(**self._model_inputs(inputs), supervised=True)
-                if mine < len(batches):
+                if index < len(batches):
                     count = (inputs["labels"] >= 0).sum()
                     sums += torch.stack([outputs.loss, outputs.correct, count]).double().cpu()
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -239,22 +250,22 @@ class ChatTrainer(SFTTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add speed, supervised share and memory to the lines of training steps."""
+        """Add speed, supervised share and memory to the logs of training steps."""
         if "loss" in logs and "train_runtime" not in logs:
             if not math.isfinite(logs["loss"]):
                 raise VerificationError(
                     f"the loss is {logs['loss']} at step {self.state.global_step}: training diverged. "
                     "Lower training.learning_rate, or clip by training.max_grad_norm"
                 )
-            logs.update(self._pace())
+            logs.update(self._speed())
         super().log(logs, start_time)
 
-    def _pace(self) -> dict[str, float]:
-        now, before = self.meter.collect(), self._reported
-        mine = torch.tensor([now.tokens - before.tokens, now.supervised - before.supervised], dtype=torch.float64).to(
+    def _speed(self) -> dict[str, float]:
+        now, before = self.throughput.collect(), self._reported
+        counts = torch.tensor([now.tokens - before.tokens, now.supervised - before.supervised], dtype=torch.float64).to(
             self.args.device
         )
-        tokens, supervised = self.accelerator.reduce(mine, "sum").tolist()
+        tokens, supervised = self.accelerator.reduce(counts, "sum").tolist()
         seconds = now.seconds - before.seconds
         self._reported = TokenCounts(**now.as_dict())
         return {
@@ -265,37 +276,40 @@ class ChatTrainer(SFTTrainer):
         }
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer, with the learning rates that the variant wants for some of its parameters."""
-        made = self.optimizer is None
+        """Create the optimizer, with the variant's learning rates for some of its parameters."""
+        is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if made and self._parts.rate_of is not None:
+        if is_new:
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-            set_param_group_lrs(optimizer, names, self._parts.rate_of)
+            set_param_group_lrs(optimizer, names, self._hooks)
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """No decay on the rows of new tokens: it would pull them to zero, away from the other embeddings."""
+        """Return the parameters with weight decay: none of the added tokens' embeddings.
+
+        Decay would pull them to zero, away from the other embeddings.
+        """
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if MODULE_NAME not in name.split(".")]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write model and tokenizer into a folder; every process must call it."""
         folder = Path(output_dir or self.args.output_dir)
-        with self.meter.paused():
-            # Checkpoints keep float32, or a resumed run would start from rounded weights.
+        with self.throughput.paused():
+            # Checkpoints keep float32: a resumed run must not start from rounded weights.
             save_model_files(
-                self.model, self.processing_class, folder, dtype=None, is_main=self.args.should_save,
+                self.model, self.processing_class, folder,
+                adapter=self._adapter, dtype=None, is_main=self.args.should_save,
                 wrapped=self.model_wrapped if self.is_deepspeed_enabled else None,
             )  # fmt: skip
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # TRL's own method would first write a model card beside the checkpoints.
-        with self.meter.paused():
+        # TRL's own method also writes a model card into the folder of checkpoints.
+        with self.throughput.paused():
             Trainer._save_checkpoint(self, model, trial)
-            totals = self.meter.collect().as_dict()
-            everyone = self._gather_objects(totals)
+            counts = self._gather_objects(self.throughput.collect().as_dict())
             if self.args.should_save:
-                mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", everyone)
+                Checkpoint.at_step(Path(self.args.output_dir), self.state.global_step).mark_complete(counts)
             self.accelerator.wait_for_everyone()
 
     def _gather_objects(self, value: Any) -> list[Any]:
@@ -306,87 +320,56 @@ class ChatTrainer(SFTTrainer):
         return gathered
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if is_adapted(self.model):
-            load_adapter_state(self.model, Path(resume_from_checkpoint))
+        if self._adapter is not None:
+            load_adapter_state(self.model, self._adapter, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def gathered_totals(self) -> TokenCounts:
-        """The counts of all processes together; Every process must call it."""
-        return TokenCounts.together(
-            [TokenCounts(**counts) for counts in self._gather_objects(self.meter.collect().as_dict())]
-        )
+    def has_evaluated(self, step: int) -> bool:
+        """Whether the model was evaluated after a step."""
+        return any(line.get("step") == step and "eval_loss" in line for line in self.state.log_history)
+
+    def gather_token_counts(self) -> TokenCounts:
+        """Return the counts of all processes; every process must call it."""
+        counts = self._gather_objects(self.throughput.collect().as_dict())
+        return TokenCounts.merge([TokenCounts(**one) for one in counts])
 
 
-class BudgetCallback(TrainerCallback):
-    """Ends training once `training.max_tokens` or `training.max_minutes` is used up; a resumed run goes on counting.
+def _collator(context: TrainContext, split: "Split", layout: "BatchLayout") -> ChatCollator:
+    recipe, chat = context.recipe, context.chat
+    return ChatCollator(
+        context.splits[split].store,
+        loss_on=recipe.chat.loss_on,
+        layout=layout,
+        pad_token_id=chat.tokenizer.pad_token_id,
+        pad_to_multiple_of=recipe.data.pad_to_multiple_of,
+        tracked_token_ids=[token.id for token in chat.new_tokens],
+    )
 
-    The schedule was laid out over all steps of the recipe, of which a budget may leave most undone. It is therefore
-    read at the share of the budget that is used up, so that a cosine ends at its end whatever stops the run.
 
-    Args:
-        trainer: the trainer that it is a callback of; its meter leaves evaluation and saving out of the time.
-        training: names the budgets.
+def _packs(context: TrainContext, split: "Split", layout: "BatchLayout") -> "Dataset":
+    """Return the packs of a split: the indices of the examples of each, as the collator takes them."""
+    from datasets import Dataset
+
+    recipe, store = context.recipe, context.splits[split].store
+    if recipe.data.packing:
+        return Dataset.from_dict({"examples": pack(store.lengths, recipe.data.max_length, recipe.training.seed)})
+    columns: dict[str, Any] = {"examples": [[index] for index in range(len(store))]}
+    if layout == "padded":
+        columns["length"] = store.lengths
+    return Dataset.from_dict(columns)
+
+
+def _resumed_counts(checkpoint: Checkpoint | None) -> TokenCounts | None:
+    """Return this process's counts at the checkpoint.
+
+    With another number of processes than before, the main process takes all counts.
     """
-
-    def __init__(self, trainer: "ChatTrainer", training: "TrainingSection") -> None:
-        self._trainer = trainer
-        self._tokens = training.max_tokens
-        self._seconds = None if training.max_minutes is None else 60.0 * training.max_minutes
-        self._used = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take up what an earlier part of the run has used, and check that the schedule can be read anywhere."""
-        _lambda_schedule(self._trainer)
-        self._measure(state)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Set the learning rate of the coming step."""
-        schedule = _lambda_schedule(self._trainer)
-        position = self._used * state.max_steps
-        rates = [base * rule(position) for base, rule in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        # What the trainer logs as the learning rate.
-        schedule._last_lr = rates
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Stop after the step that uses the last of the budget."""
-        self._measure(state)
-        if self._used >= 1.0:
-            control.should_training_stop = True
-        return control
-
-    def _measure(self, state: TrainerState) -> None:
-        # Processes must agree on when to stop, so the count is that of all of them.
-        totals = self._trainer.gathered_totals()
-        shares = [state.global_step / state.max_steps]
-        if self._tokens is not None:
-            shares.append(totals.tokens / self._tokens)
-        if self._seconds is not None:
-            shares.append(totals.seconds / self._seconds)
-        self._used = min(1.0, max(shares))
-
-
-def _lambda_schedule(trainer: "ChatTrainer") -> LambdaLR:
-    schedule: Any = trainer.lr_scheduler
-    # accelerate wraps the schedule it was given.
-    inner = getattr(schedule, "scheduler", schedule)
-    if not isinstance(inner, LambdaLR):
-        raise UserError(
-            "a budget of tokens or minutes needs a schedule that is a function of progress, and this one is not",
-            where=f"training.lr_scheduler_type: {trainer.args.lr_scheduler_type}",
-            hint="Use linear, cosine or constant.",
-        )
-    return inner
-
-
-def has_budget(training: "TrainingSection") -> bool:
-    """Whether anything but steps and epochs ends the run."""
-    return training.max_tokens is not None or training.max_minutes is not None
+    if checkpoint is None:
+        return None
+    counts = [TokenCounts(**one) for one in checkpoint.token_counts()]
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if len(counts) == world:
+        return counts[rank]
+    merged = TokenCounts.merge(counts)
+    return merged if rank == 0 else TokenCounts.zeros(len(merged.seen))

@@ -1,6 +1,18 @@
-"""The ways to train: what each is, what it takes, and what it works with. Light to import; libraries come when used."""
+"""The ways to train: what each is, which settings it takes, and what it works with. Importing it loads no torch."""
 
-from peftchat.variants.base import AdapterSection, ModelShape, Paper, Variant
-from peftchat.variants.registry import ADAPTERS, VARIANTS, canonical_name, get_variant
+from peftchat.variants.base import Adapter, Paper, TrainerHooks, Variant
+from peftchat.variants.model_shape import ModelShape
+from peftchat.variants.registry import ADAPTERS, VARIANTS, canonical_name, get_adapter, get_variant
 
-__all__ = ["ADAPTERS", "VARIANTS", "AdapterSection", "ModelShape", "Paper", "Variant", "get_variant", "canonical_name"]
+__all__ = [
+    "ADAPTERS",
+    "VARIANTS",
+    "Adapter",
+    "ModelShape",
+    "Paper",
+    "TrainerHooks",
+    "Variant",
+    "canonical_name",
+    "get_adapter",
+    "get_variant",
+]

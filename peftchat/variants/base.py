@@ -1,152 +1,40 @@
-"""What a variant's settings depend on in the base model."""
+"""The interface of a variant: what it is, what it works with, its settings, and how it joins a model."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from enum import Enum, auto
+from inspect import cleandoc, get_annotations
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast, get_args
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from peftchat.errors import UserError
 from peftchat.strict_model import StrictModel
+from peftchat.variants.model_shape import ModelShape
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
+CalibrationBatches: TypeAlias = "Callable[[int], Iterator[dict[str, Tensor]]]"
+"""Number of training examples -> batches of one: `input_ids`, `attention_mask` and `labels`, shape (1, T)."""
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Names and sizes of the base's layers.
-
-    Attributes:
-        family: transformers' `model_type`.
-        hidden: width of the residual stream.
-        layers: number of decoder layers.
-        linear: dotted name of each linear layer, the output head aside -> (inputs, outputs).
-        norms: dotted names of the normalization layers that have weights.
-        transposed: the linear layers keep their weights as (inputs, outputs), as GPT-2's Conv1D does.
-    """
-
-    family: str
-    hidden: int
-    layers: int
-    linear: Mapping[str, tuple[int, int]]
-    norms: tuple[str, ...]
-    transposed: bool
-
-    def endings(self, group: str) -> list[str]:
-        """Shortest useful endings of the names of a group of linear layers, as PEFT matches them.
-
-        Args:
-            group: `attention`, `feed-forward` or `all-linear`.
-
-        Raises:
-            UserError: the model has no such layers.
-        """
-        wanted = (name for name in self.linear if group == "all-linear" or (group == "attention") == in_attention(name))
-        found = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in wanted))
-        if not found:
-            raise UserError(
-                f"no layer of the model looks like `{group}`",
-                where="adapter.target_modules",
-                hint="Write `all-linear`, or the names of the layers.",
-            )
-        return found
-
-    def shapes(self, modules: str | tuple[str, ...] | list[str]) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the linear layers that `modules` means; all of them where it means none."""
-        if modules == "all-linear":
-            return list(self.linear.values())
-        names = self.endings(modules) if isinstance(modules, str) else modules
-        found = [size for name, size in self.linear.items() if any(matches(name, ending) for ending in names)]
-        return found or list(self.linear.values())
-
-
-def matches(name: str, ending: str) -> bool:
-    """Whether PEFT would take a module of this name for a target."""
-    return name == ending or name.endswith(f".{ending}")
-
-
-def in_attention(name: str) -> bool:
-    """Whether a layer belongs to attention, by the name of a block around it."""
-    return any("attn" in part or "attention" in part for part in name.split(".")[:-1])
-
-
-def list_or(*words: str) -> Callable[[object], object]:
-    """A check for a key that takes one of these words or a list of module names."""
-
-    def check(value: object) -> object:
-        if value in words:
-            return value
-        if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
-            return tuple(value)
-        raise PydanticCustomError("module_list", f"expected `{words[0]}` or a list of module names")
-
-    return check
-
-
-Preset = Literal["all-linear", "attention", "feed-forward"]
-"""Groups of layers that exist in every architecture and go by one word."""
-
-Modules = Annotated[Preset | tuple[str, ...], BeforeValidator(list_or(*get_args(Preset)))]
-
-NOT_INHERITED = "x-not-inherited"
-"""Marks a key whose number means something else in every variant: a recipe that changes the variant of another one
-does not take the number over."""
-
-
-def type_specific(default: Any, description: str, **limits: Any) -> Any:
-    """A field whose value belongs to one variant, such as a rank that is counted in its own way."""
-    return Field(default, description=description, json_schema_extra={NOT_INHERITED: True}, **limits)
-
-
-class AdapterSection(StrictModel):
-    """What every variant has: its name. Each variant adds the settings that it takes."""
-
-    variant: str = Field("lora", description="The kind of adapter; `peftchat variants` lists them.")
-
-
-class TargetedSection(AdapterSection):
-    """Variants that change layers of the base."""
-
-    target_modules: Modules = Field(
-        "all-linear",
-        description="The layers that get an adapter: `all-linear` (all linear layers but the output head), "
-        "`attention` or `feed-forward` (those of one kind), or a list of module names such as `[q_proj, v_proj]`.",
-    )
-
-
-class LowRankSection(TargetedSection):
-    """Variants whose update is a product of two thin matrices, scaled by `alpha / r`."""
-
-    r: int = Field(16, ge=1, description="Rank of the update. More rank can learn more and costs more memory.")
-    alpha: int = Field(
-        32,
-        ge=1,
-        description="Scale of the update: `alpha / r` (`alpha / sqrt(r)` for rslora) times the adapter's output.",
-    )
-
-
-class DropoutSection(LowRankSection):
-    """Low-rank variants that can drop inputs while training."""
-
-    dropout: float = Field(0.05, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
-
-
-Setting = Literal["unquantized", "4 bits", "8 bits", "ddp", "zero2", "zero3", "packing", "checkpointing"]
-"""What may surround a variant in a recipe."""
+Setting = Literal["unquantized", "4 bits", "8 bits", "ddp", "zero2", "zero3", "packing", "checkpointing", "budget"]
+"""What a recipe may combine with a variant. `budget` is one of tokens or of minutes."""
 
 Stage = Literal["zero2", "zero3"]
 
-LoraInit = Literal["pissa", "olora", "eva", "corda", "loftq", "lora_ga"]
-"""Ways to begin that look at the base or at the user's rows."""
-
-Build = Callable[[Any, ModelShape], "PeftConfig"]
+VllmSupport = Literal["adapter", "merged", "no"]
+"""How vLLM serves a variant: as an adapter beside its base, only merged, or not at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Paper:
-    """Where a method comes from.
+    """The publication that describes a method.
 
     Attributes:
         authors: the first author, or both of two.
@@ -161,78 +49,306 @@ class Paper:
         return f"{self.authors}, {self.year}" + (f", arXiv:{self.arxiv}" if self.arxiv else "")
 
 
+class Mark(Enum):
+    """Properties of a setting beside its type and default."""
+
+    TYPE_SPECIFIC = auto()
+    """The value means something else in every variant, such as a rank that is counted in its own way. A recipe that
+    changes the variant of another one does not take the value over."""
+
+    NOT_IN_CONFIG = auto()
+    """The setting is no parameter of the variant's PEFT config."""
+
+
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """One way to train.
+class Formerly:
+    """The name that a setting had in earlier versions."""
+
+    name: str
+
+
+T = TypeVar("T")
+TypeSpecific = Annotated[T, Mark.TYPE_SPECIFIC]
+NotInConfig = Annotated[T, Mark.NOT_IN_CONFIG]
+
+
+class Variant(StrictModel):
+    """A way to train. The docstring of a subclass is the summary that users read.
 
     Attributes:
         name: its word in recipes.
         title: its usual name.
         summary: one sentence that says what it does.
-        paper: where it comes from; None for what has no paper of its own.
-        options: the keys it takes in the `adapter` section; None for full fine-tuning, which has no adapter.
-        build: makes the stock PEFT config of a section on a model; None where PEFT has no part.
-        learning_rate: peak rate where the recipe gives none.
-        refuses: settings it cannot be used with -> why. Found by running them unless the reason says otherwise.
-        proved: ZeRO stages under which it was run, and trained as in one process. Others are let through, and shown as
-            not proved.
-        folds: whether `peftchat merge` makes plain weights of it.
-        instead: for one that does not fold, what to do.
-        vllm: how vLLM serves it: beside its base as an adapter, only merged, or not at all.
-        rows_inside: whether PEFT can keep the rows of new tokens in the same adapter (`trainable_token_indices`).
-        start: how its first values are found, if they are not random.
-        starts_on_data: the user's rows are read to find them.
+        paper: None for a method without a paper of its own.
         aliases: other names that a recipe may use.
+        learning_rate: peak learning rate if the recipe sets none.
+        incompatible_with: settings that it does not work with -> the reason, found by running them unless it says
+            otherwise.
+        tested_zero_stages: ZeRO stages under which it was run, and trained as in one process. Others are allowed, and
+            shown as untested.
+        mergeable: whether `peftchat merge` can turn it into plain weights.
+        unmergeable_because: the reason, where it cannot.
+        merge_hint: what to do instead of merging.
+        vllm: how vLLM serves it.
+        supports_trainable_tokens: whether PEFT can keep the embeddings of added tokens in the same adapter
+            (`trainable_token_indices`).
+        needs_calibration_data: whether its initialization reads training examples.
     """
 
-    name: str
-    title: str
-    summary: str
-    paper: Paper | None
-    options: type[AdapterSection] | None
-    build: Build | None
-    learning_rate: float
-    refuses: Mapping[Setting, str] = field(default_factory=dict)
-    proved: frozenset[Stage] = frozenset()
-    folds: bool = True
-    instead: str = ""
-    vllm: Literal["adapter", "merged", "no"] = "merged"
-    rows_inside: bool = False
-    start: LoraInit | None = None
-    starts_on_data: bool = False
-    aliases: tuple[str, ...] = ()
+    name: ClassVar[str]
+    title: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[Paper | None] = None
+    aliases: ClassVar[tuple[str, ...]] = ()
+    learning_rate: ClassVar[float]
+    incompatible_with: ClassVar[Mapping[Setting, str]] = MappingProxyType({})
+    tested_zero_stages: ClassVar[frozenset[Stage]] = frozenset()
+    mergeable: ClassVar[bool] = True
+    unmergeable_because: ClassVar[str] = ""
+    merge_hint: ClassVar[str] = ""
+    vllm: ClassVar[VllmSupport] = "merged"
+    supports_trainable_tokens: ClassVar[bool] = False
+    needs_calibration_data: ClassVar[bool] = False
 
-    def why_not(self, setting: str) -> str | None:
-        """Why it cannot be used with a setting (`Setting`, or a word that stands for none); None where it can."""
-        return self.refuses.get(cast("Setting", setting))
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.summary = " ".join(cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
 
-    @property
-    def stages(self) -> str:
-        """The ZeRO stages that it works with, for a table: those not proved bear a question mark."""
+    @classmethod
+    def incompatibility(cls, setting: str) -> str | None:
+        """Return why it does not work with a `Setting`; None if it does, or for another word."""
+        return cls.incompatible_with.get(cast("Setting", setting))
+
+    @classmethod
+    def zero_stages(cls) -> str:
+        """Return the ZeRO stages that it works with, for a table; untested ones carry a question mark."""
         stages: tuple[Stage, ...] = get_args(Stage)
         return " ".join(
-            f"{stage[-1]}{'' if stage in self.proved else '?'}" for stage in stages if stage not in self.refuses
+            f"{stage[-1]}{'' if stage in cls.tested_zero_stages else '?'}"
+            for stage in stages
+            if stage not in cls.incompatible_with
         )
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys that it takes in the `adapter` section beside `variant`."""
-        return () if self.options is None else tuple(key for key in self.options.model_fields if key != "variant")
+    @classmethod
+    def setting_names(cls) -> tuple[str, ...]:
+        """Return the keys that it takes in the `adapter` section beside `variant`."""
+        return tuple(name for name in cls.model_fields if name != "variant")
+
+    @classmethod
+    def has_mark(cls, setting: str, mark: Mark) -> bool:
+        """Return whether a setting carries a mark."""
+        return mark in cls.model_fields[setting].metadata
+
+    @classmethod
+    def new_name(cls, old_name: str) -> str | None:
+        """Return what a setting of earlier versions is called now; None if there was none of that name."""
+        return next(
+            (name for name, info in cls.model_fields.items() if Formerly(old_name) in info.metadata),
+            None,
+        )
 
 
-def requires_unquantized(why: str) -> dict[Setting, str]:
-    """What to refuse for a variant that computes with the base's weights themselves."""
-    return {"4 bits": why, "8 bits": why}
+class TrainerHooks:
+    """What a variant does in the training loop beside training its parameters; by default nothing."""
+
+    def lr_multiplier(self, parameter: str) -> float:
+        """Return the learning rate of a parameter, by its name, as a multiple of the recipe's."""
+        return 1.0
+
+    def penalty(self) -> "Tensor | None":
+        """Return a term that is added to the loss of each optimizer step, shape (); None for none."""
+        return None
+
+    def on_train_begin(self, total_steps: int) -> None:
+        """Prepare for a run of `total_steps` optimizer steps.
+
+        Raises:
+            UserError: the settings do not fit that number.
+        """
+
+    def on_optimizer_step(self, step: int) -> None:
+        """Act after the optimizer step of that number, counted from 1, while gradients are still held."""
+
+    def save_state(self, checkpoint: Path) -> None:
+        """Write what a resumed run needs into a checkpoint; called on the main process."""
+
+    def load_state(self, checkpoint: Path) -> None:
+        """Read what `save_state` wrote.
+
+        Raises:
+            UserError: the checkpoint does not hold it.
+        """
 
 
-def targets(section: Any, facts: ModelShape) -> str | list[str]:
-    """PEFT's `target_modules` for a section."""
-    wanted = section.target_modules
-    if wanted == "all-linear":
-        return "all-linear"
-    return facts.endings(wanted) if isinstance(wanted, str) else list(wanted)
+class Adapter(Variant):
+    """The `adapter` section of a recipe, and how PEFT makes an adapter of it.
+
+    A new adapter is a subclass in a module of this package: a docstring, `variant: Literal["name"] = "name"`, the
+    class attributes that differ from the defaults, and settings by the names of PEFT's parameters. Methods are
+    overridden only where the adapter needs more than its PEFT config.
+
+    Attributes:
+        peft_class: name of the config class in `peft`; None for what is trained without an adapter of PEFT.
+        peft_alpha: PEFT's name of the setting `alpha`.
+        peft_dropout: PEFT's name of the setting `dropout`.
+        supports_conv1d: whether PEFT has layers of this kind for GPT-2's Conv1D.
+        shared_tensors: parts of the names of tensors that all layers share: a file holds them once.
+    """
+
+    peft_class: ClassVar[str | None]
+    peft_alpha: ClassVar[str] = "alpha"
+    peft_dropout: ClassVar[str] = "dropout"
+    supports_conv1d: ClassVar[bool] = True
+    shared_tensors: ClassVar[tuple[str, ...]] = ()
+
+    variant: str = Field("lora", description="The kind of adapter; `peftchat variants` lists them.")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.name = cls.model_fields["variant"].default
+
+    @classmethod
+    def is_concrete(cls) -> bool:
+        """Return whether a recipe can name this class, which then has a `variant` of its own."""
+        return "variant" in get_annotations(cls)
+
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of the PEFT config class for these settings on a model.
+
+        Raises:
+            UserError: the settings do not fit the model.
+        """
+        peft_names = {"alpha": self.peft_alpha, "dropout": self.peft_dropout}
+        return {
+            peft_names.get(name, name): getattr(self, name)
+            for name in self.setting_names()
+            if not self.has_mark(name, Mark.NOT_IN_CONFIG)
+        }
+
+    def peft_config(self, shape: ModelShape) -> "PeftConfig | None":
+        """Return the stock PEFT config for these settings on a model; None where PEFT has no part.
+
+        Raises:
+            UserError: the settings do not fit the model.
+            ValueError: PEFT rejects the settings.
+        """
+        if self.peft_class is None:
+            return None
+        if shape.is_conv1d and not self.supports_conv1d:
+            raise UserError(
+                f"PEFT has no `{self.variant}` for Conv1D, the kind of linear layer of `{shape.model_type}`",
+                where=f"adapter.variant: {self.variant}",
+                hint="Choose another variant, such as `lora`.",
+            )
+        import peft
+
+        config_class = getattr(peft, self.peft_class)
+        settings = self.peft_settings(shape)
+        if "fan_in_fan_out" in {field.name for field in fields(config_class)}:
+            settings["fan_in_fan_out"] = shape.is_conv1d
+        config: PeftConfig = config_class(**settings)
+        return config
+
+    def precompute_init(self, model: "PreTrainedModel", config: "PeftConfig", batches: CalibrationBatches) -> None:
+        """Compute, before PEFT wraps the base of a new run, what the initialization needs from the base alone."""
+
+    def restore_init(self, config: "PeftConfig", checkpoint: Path) -> None:
+        """Give the config of a resumed run the shapes that the initialization had found."""
+
+    def wrap(self, model: "PreTrainedModel", config: "PeftConfig") -> "PeftModel":
+        """Put the adapter around the base; also called on models without weights."""
+        from peft import get_peft_model
+
+        return get_peft_model(model, config)
+
+    def initialize(self, model: "PeftModel", batches: CalibrationBatches) -> None:
+        """Set the adapter's first values in a new run, where PEFT's own are not enough."""
+
+    def trainer_hooks(self, model: "PeftModel | PreTrainedModel") -> TrainerHooks:
+        """Return what the variant does in the training loop."""
+        return TrainerHooks()
+
+    def adapter_state(self, model: "PeftModel", tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+        """Return the tensors of the adapter's file by the names that PEFT gives them.
+
+        Args:
+            tensors: the model's trained parameters and its buffers by their names in the model.
+        """
+        from peft import get_peft_model_state_dict
+
+        # By default PEFT adds the complete embedding where the vocabulary was resized.
+        state: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
+        return state
+
+    def load_adapter_state(self, model: "PeftModel", state: "dict[str, Tensor]") -> list[str]:
+        """Put the tensors of an adapter's file into a model that was wrapped in the same way.
+
+        Returns:
+            Names of the tensors that the model has no place for.
+        """
+        from peft import set_peft_model_state_dict
+
+        return list(set_peft_model_state_dict(model, state).unexpected_keys)
+
+    def export_config(self, config: "PeftConfig") -> None:
+        """Change a copy of the PEFT config into the one for the adapter's file."""
 
 
-def largest_divisor(sizes: list[int], limit: int) -> int:
-    """The largest whole number up to `limit` that divides all sizes."""
-    return next(number for number in range(limit, 0, -1) if all(size % number == 0 for size in sizes))
+def list_or(*words: str) -> Callable[[object], object]:
+    """Return a check for a key that takes one of these words or a list of module names."""
+
+    def check(value: object) -> object:
+        if value in words:
+            return value
+        if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
+            return tuple(value)
+        raise PydanticCustomError("module_list", f"expected `{words[0]}` or a list of module names")
+
+    return check
+
+
+Preset = Literal["all-linear", "attention", "feed-forward"]
+"""Groups of layers that exist in every architecture and have one name in recipes."""
+
+Modules = Annotated[Preset | tuple[str, ...], BeforeValidator(list_or(*get_args(Preset)))]
+
+Dropout = Annotated[float, Field(ge=0, lt=1, description="Fraction of the adapter's inputs dropped during training.")]
+
+
+class TargetedAdapter(Adapter):
+    """An adapter that changes layers of the base."""
+
+    target_modules: Modules = Field(
+        "all-linear",
+        description="The layers that get an adapter: `all-linear` (all linear layers except the LM head), "
+        "`attention` or `feed-forward` (the linear layers of that kind), or a list of module names such as "
+        "`[q_proj, v_proj]`.",
+    )
+
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of the PEFT config class, with the model's own module names."""
+        return {**super().peft_settings(shape), "target_modules": shape.peft_targets(self.target_modules)}
+
+
+class LowRankAdapter(TargetedAdapter):
+    """An adapter whose update is a product of two thin matrices, scaled by `alpha / r`."""
+
+    r: int = Field(16, ge=1, description="Rank of the update. A higher rank can learn more and needs more memory.")
+    alpha: int = Field(
+        32,
+        ge=1,
+        description="Scale of the update: the adapter's output times `alpha / r` (rslora: times `alpha / sqrt(r)`).",
+    )
+
+
+def unquantized_only(reason: str) -> dict[Setting, str]:
+    """Return the incompatibilities of a variant that computes with the base's own weights."""
+    return {"4 bits": reason, "8 bits": reason}
+
+
+def incompatible(*groups: Mapping[Setting, str], **reasons: str) -> Mapping[Setting, str]:
+    """Return a read-only mapping of settings to reasons: those of all groups, and those given by name."""
+    joined = {setting: reason for group in groups for setting, reason in group.items()}
+    return MappingProxyType({**joined, **cast("dict[Setting, str]", reasons)})

@@ -1,4 +1,4 @@
-"""The registry for people and for programs: a table, a page on one variant, plain values."""
+"""The variants for people and for programs: a table, a page on one variant, plain values."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args
@@ -7,115 +7,120 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peftchat.variants.base import AdapterSection, Setting, Variant
+from peftchat.variants.base import Setting, Variant
 
 _BASES: tuple[Setting, ...] = ("unquantized", "8 bits", "4 bits")
-_SHORT = {"unquantized": "16", "8 bits": "8", "4 bits": "4"}
-_VLLM = {"adapter": "adapter", "merged": "merged", "no": "no"}
+_BITS = {"unquantized": "16", "8 bits": "8", "4 bits": "4"}
 
 
-def overview(variants: Iterable[Variant]) -> Table:
-    """A line a variant."""
+def overview(variants: Iterable[type[Variant]]) -> Table:
+    """Return a table with one line per variant."""
     table = Table(
         box=None,
         padding=(0, 2, 0, 0),
         pad_edge=False,
-        caption="Rate: the learning rate where the recipe gives none. Bits: of the base it trains on. ZeRO: the stages "
-        "it trains under; ? stands for one that nothing speaks against and that was not run. Folds: `peftchat merge` "
-        "makes plain weights of it. vLLM: how it serves the result (one that brings rows for new tokens is always "
-        "merged first). `peftchat variants NAME` tells the reasons.",
+        caption="Rate: the learning rate if the recipe sets none. Bits: of the base it trains on. ZeRO: the stages it "
+        "trains under; ? = expected to work, not tested. Merges: `peftchat merge` turns it into plain weights. vLLM: "
+        "how it serves the result (an adapter with embeddings of added tokens is always merged first). "
+        "`peftchat variants NAME` shows the reasons.",
         caption_justify="left",
     )
-    for column in ("Variant", "Paper", "Rate", "Bits", "ZeRO", "Folds", "vLLM"):
+    for column in ("Variant", "Paper", "Rate", "Bits", "ZeRO", "Merges", "vLLM"):
         table.add_column(column, no_wrap=True)
     for variant in variants:
-        paper = f"{variant.paper.authors} {variant.paper.year}" if variant.paper else ""
         table.add_row(
             variant.name,
-            paper,
-            f"{variant.learning_rate:.0e}".replace("e-0", "e-"),
-            " ".join(_SHORT[base] for base in _BASES if base not in variant.refuses),
-            variant.stages or "no",
-            "yes" if variant.folds else "no",
-            _VLLM[variant.vllm],
+            f"{variant.paper.authors} {variant.paper.year}" if variant.paper else "",
+            format_rate(variant.learning_rate),
+            bits(variant),
+            variant.zero_stages() or "no",
+            "yes" if variant.mergeable else "no",
+            variant.vllm,
         )
     return table
 
 
-def details(variant: Variant) -> RenderableType:
-    """All there is to tell about one variant."""
+def format_rate(rate: float) -> str:
+    """Return a learning rate as in `2e-4`."""
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
+def bits(variant: type[Variant]) -> str:
+    """Return the bits per weight of the bases that a variant trains on."""
+    return " ".join(_BITS[base] for base in _BASES if base not in variant.incompatible_with)
+
+
+def details(variant: type[Variant]) -> RenderableType:
+    """Return a page on one variant."""
     heading = Text(f"{variant.title} ({variant.name})", style="bold")
     parts: list[RenderableType] = [heading, Text(variant.summary), Text()]
     lines = Table.grid(padding=(0, 2))
     for label, text in _lines(variant):
         lines.add_row(Text(label, style="dim"), Text(text))
     parts.append(lines)
-    if variant.options is not None:
-        parts += [Text(), Text("Settings of the section `adapter`", style="bold"), _settings(variant.options)]
+    if variant.setting_names():
+        parts += [Text(), Text("Settings of the section `adapter`", style="bold"), _settings(variant)]
     parts += [Text(), Text("In a recipe", style="bold"), Text(example(variant))]
     return Group(*parts)
 
 
-def _lines(variant: Variant) -> Iterator[tuple[str, str]]:
+def _lines(variant: type[Variant]) -> Iterator[tuple[str, str]]:
     if variant.paper is not None:
         yield "paper", str(variant.paper)
     if variant.aliases:
         yield "also called", ", ".join(variant.aliases)
-    yield "learning rate", f"{variant.learning_rate:g} unless the recipe gives one"
-    yield "folds", "yes, by `peftchat merge`" if variant.folds else f"no. {variant.instead}"
-    yield "vLLM", _VLLM[variant.vllm]
-    if variant.starts_on_data:
-        yield "start", "is found in the training rows, by itself"
-    if variant.options is not None:
-        where = "inside the adapter" if variant.rows_inside else "an adapter of their own, in the folder token_rows"
-        yield "new tokens", where
-    for setting, why in variant.refuses.items():
-        yield f"not with {setting}", why
+    yield "learning rate", f"{variant.learning_rate:g} if the recipe sets none"
+    yield "merge", "yes, by `peftchat merge`" if variant.mergeable else f"no. {variant.merge_hint}"
+    yield "vLLM", variant.vllm
+    if variant.needs_calibration_data:
+        yield "initialization", "computed from training examples before the first step"
+    if variant.name != "full":
+        inside = variant.supports_trainable_tokens
+        yield "added tokens", "inside the adapter" if inside else "in a second adapter, in the folder token_rows"
+    for setting, reason in variant.incompatible_with.items():
+        yield f"not with {setting}", reason
 
 
-def _settings(options: type[AdapterSection]) -> Table:
+def _settings(variant: type[Variant]) -> Table:
     table = Table("Key", "Default", "Meaning")
-    for name, info in options.model_fields.items():
-        if name != "variant":
-            default = "chosen by the model" if info.default is None else str(info.default)
-            table.add_row(Text(name), Text(default), Text(info.description or ""))
+    for name in variant.setting_names():
+        info = variant.model_fields[name]
+        default = "chosen by the model" if info.default is None else str(info.default)
+        table.add_row(Text(name), Text(default), Text(info.description or ""))
     return table
 
 
-def example(variant: Variant) -> str:
-    """Lines of a recipe that use the variant."""
-    if variant.options is None:
+def example(variant: type[Variant]) -> str:
+    """Return lines of a recipe that use the variant."""
+    if variant.name == "full":
         return "method: full"
-    method = "qlora" if "unquantized" in variant.refuses else "lora"
+    method = "qlora" if "unquantized" in variant.incompatible_with else "lora"
     lines = [f"method: {method}", "adapter:", f"  variant: {variant.name}"]
-    for name, info in variant.options.model_fields.items():
-        if name != "variant" and info.default is not None:
-            lines.append(f"  {name}: {info.default}")
+    for name in variant.setting_names():
+        default = variant.model_fields[name].default
+        if default is not None:
+            lines.append(f"  {name}: {default}")
     return "\n".join(lines)
 
 
-def facts_of(variant: Variant) -> dict[str, Any]:
-    """The entry as plain values."""
-    fields = {} if variant.options is None else variant.options.model_fields
+def as_dict(variant: type[Variant]) -> dict[str, Any]:
+    """Return all that is known of the variant as plain values."""
+    fields = {name: variant.model_fields[name] for name in variant.setting_names()}
     return {
         "name": variant.name,
         "title": variant.title,
         "summary": variant.summary,
         "paper": str(variant.paper) if variant.paper else None,
         "aliases": list(variant.aliases),
-        "settings": {
-            name: {"default": info.default, "meaning": info.description}
-            for name, info in fields.items()
-            if name != "variant"
-        },
+        "settings": {name: {"default": info.default, "meaning": info.description} for name, info in fields.items()},
         "learning_rate": variant.learning_rate,
-        "works_with": {setting: setting not in variant.refuses for setting in get_args(Setting)},
-        "refuses": dict(variant.refuses),
-        "proved": sorted(variant.proved),
-        "folds": variant.folds,
-        "instead": variant.instead,
+        "works_with": {setting: setting not in variant.incompatible_with for setting in get_args(Setting)},
+        "incompatible_with": dict(variant.incompatible_with),
+        "tested_zero_stages": sorted(variant.tested_zero_stages),
+        "mergeable": variant.mergeable,
+        "merge_hint": variant.merge_hint,
         "vllm": variant.vllm,
-        "rows_inside": variant.rows_inside,
-        "starts_on_data": variant.starts_on_data,
+        "supports_trainable_tokens": variant.supports_trainable_tokens,
+        "needs_calibration_data": variant.needs_calibration_data,
         "recipe": example(variant),
     }

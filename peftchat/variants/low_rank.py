@@ -1,129 +1,123 @@
-"""LoRA and its closest relatives: the same two thin matrices, scaled, split or driven in another way."""
+"""LoRA and its closest relatives: the same two thin matrices, with another scale, split or learning rate."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftchat.variants.base import DropoutSection, ModelShape, Paper, Variant, targets
+from peftchat.variants.base import (
+    Dropout,
+    Formerly,
+    LowRankAdapter,
+    NotInConfig,
+    Paper,
+    TrainerHooks,
+    VllmSupport,
+    incompatible,
+)
+from peftchat.variants.model_shape import ModelShape
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
-class LoraSection(DropoutSection):
-    """Settings of LoRA."""
+class LoraAdapter(LowRankAdapter):
+    """An adapter of PEFT's LoRA class."""
+
+    peft_class = "LoraConfig"
+    peft_alpha = "lora_alpha"
+    peft_dropout = "lora_dropout"
+    vllm: ClassVar[VllmSupport] = "adapter"
+    supports_trainable_tokens = True
+
+
+class DropoutLoraAdapter(LoraAdapter):
+    """An adapter of PEFT's LoRA class that can drop inputs during training."""
+
+    dropout: Dropout = 0.05
+
+
+class Lora(DropoutLoraAdapter):
+    """Adds to each target weight a product of two thin matrices, and trains only those."""
+
+    title = "LoRA"
+    paper = Paper("Hu et al.", 2021, "2106.09685")
+    learning_rate = 2e-4
+    tested_zero_stages = frozenset({"zero2", "zero3"})
 
     variant: Literal["lora"] = "lora"
-    init: Literal["default", "gaussian", "orthogonal"] = Field(
+    init_lora_weights: Annotated[Literal["default", "gaussian", "orthogonal"], Formerly("init")] = Field(
         "default",
-        description="First values of the matrix on the input side; the other begins at zero (`orthogonal`: both are "
-        "parts of a random rotation whose product is zero).",
+        description="Initial values of the matrix on the input side; the other one is zero. With `orthogonal` both "
+        "are parts of a random rotation, and their product is zero.",
     )
 
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of LoraConfig, where `True` is the default initialization."""
+        chosen = True if self.init_lora_weights == "default" else self.init_lora_weights
+        return {**super().peft_settings(shape), "init_lora_weights": chosen}
 
-class RsloraSection(DropoutSection):
-    """Settings of rank-stabilised LoRA."""
+
+class Rslora(DropoutLoraAdapter):
+    """LoRA scaled by the square root of the rank, so that high ranks learn as fast as low ones."""
+
+    title = "rsLoRA"
+    paper = Paper("Kalajdzievski", 2023, "2312.03732")
+    learning_rate = 1e-4
 
     variant: Literal["rslora"] = "rslora"
 
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of LoraConfig with the other scale."""
+        return {**super().peft_settings(shape), "use_rslora": True}
 
-class DoraSection(DropoutSection):
-    """Settings of DoRA."""
+
+class Dora(DropoutLoraAdapter):
+    """Trains the norm of each row of a weight apart from its direction, which a LoRA changes."""
+
+    title = "DoRA"
+    paper = Paper("Liu et al.", 2024, "2402.09353")
+    learning_rate = 2e-4
+    tested_zero_stages = frozenset({"zero3"})
+    incompatible_with = incompatible(
+        {"8 bits": "PEFT reads the scales of 8-bit weights before bitsandbytes has computed them"}
+    )
+    vllm = "merged"
 
     variant: Literal["dora"] = "dora"
 
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of LoraConfig with trained norms."""
+        return {**super().peft_settings(shape), "use_dora": True}
 
-class LoraPlusSection(DropoutSection):
-    """Settings of LoRA+."""
+
+class LoraPlus(DropoutLoraAdapter):
+    """LoRA with a higher learning rate for the matrices on the output side than for those on the input side."""
+
+    title = "LoRA+"
+    paper = Paper("Hayou et al.", 2024, "2402.12354")
+    aliases = ("lora+",)
+    learning_rate = 5e-5
+    tested_zero_stages = frozenset({"zero2"})
 
     variant: Literal["loraplus"] = "loraplus"
-    rate_ratio: float = Field(
+    loraplus_lr_ratio: Annotated[NotInConfig[float], Formerly("rate_ratio")] = Field(
         16.0,
         ge=1,
         description="Learning rate of the matrices on the output side, as a multiple of `training.learning_rate`.",
     )
 
-
-def lora_config(section: DropoutSection, facts: ModelShape, **settings: Any) -> "LoraConfig":
-    """PEFT's config of a LoRA with these further settings."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=section.r,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        target_modules=targets(section, facts),
-        fan_in_fan_out=facts.transposed,
-        **settings,
-    )
+    def trainer_hooks(self, model: "PeftModel | PreTrainedModel") -> TrainerHooks:
+        """Return hooks that raise the learning rate of `lora_B`."""
+        return LoraPlusHooks(self.loraplus_lr_ratio)
 
 
-def _lora(section: LoraSection, facts: ModelShape) -> "LoraConfig":
-    return lora_config(section, facts, init_lora_weights=True if section.init == "default" else section.init)
+class LoraPlusHooks(TrainerHooks):
+    """The learning rates of LoRA+."""
 
+    def __init__(self, lr_ratio: float) -> None:
+        self._lr_ratio = lr_ratio
 
-def _rslora(section: RsloraSection, facts: ModelShape) -> "LoraConfig":
-    return lora_config(section, facts, use_rslora=True)
-
-
-def _dora(section: DoraSection, facts: ModelShape) -> "LoraConfig":
-    return lora_config(section, facts, use_dora=True)
-
-
-def _loraplus(section: LoraPlusSection, facts: ModelShape) -> "LoraConfig":
-    return lora_config(section, facts)
-
-
-LORA = Variant(
-    name="lora",
-    title="LoRA",
-    summary="Adds to each chosen weight a product of two thin matrices, which are all that is trained.",
-    paper=Paper("Hu et al.", 2021, "2106.09685"),
-    options=LoraSection,
-    build=_lora,
-    learning_rate=2e-4,
-    proved=frozenset({"zero2", "zero3"}),
-    vllm="adapter",
-    rows_inside=True,
-)
-
-RSLORA = Variant(
-    name="rslora",
-    title="rsLoRA",
-    summary="LoRA scaled by the square root of the rank, so that high ranks learn as fast as low ones.",
-    paper=Paper("Kalajdzievski", 2023, "2312.03732"),
-    options=RsloraSection,
-    build=_rslora,
-    learning_rate=1e-4,
-    vllm="adapter",
-    rows_inside=True,
-)
-
-DORA = Variant(
-    name="dora",
-    title="DoRA",
-    summary="Trains the length of each weight's rows apart from their direction; the direction moves by a LoRA.",
-    paper=Paper("Liu et al.", 2024, "2402.09353"),
-    options=DoraSection,
-    build=_dora,
-    learning_rate=2e-4,
-    proved=frozenset({"zero3"}),
-    refuses={"8 bits": "PEFT asks for the scales of 8-bit weights before bitsandbytes has made them"},
-    rows_inside=True,
-)
-
-LORAPLUS = Variant(
-    name="loraplus",
-    title="LoRA+",
-    summary="LoRA whose output-side matrices learn at a higher rate than those on the input side.",
-    paper=Paper("Hayou et al.", 2024, "2402.12354"),
-    options=LoraPlusSection,
-    build=_loraplus,
-    learning_rate=5e-5,
-    proved=frozenset({"zero2"}),
-    vllm="adapter",
-    rows_inside=True,
-    aliases=("lora+",),
-)
-
-VARIANTS = (LORA, RSLORA, DORA, LORAPLUS)
+    def lr_multiplier(self, parameter: str) -> float:
+        """Return the ratio for matrices on the output side, 1 for the others."""
+        return self._lr_ratio if ".lora_B." in parameter else 1.0

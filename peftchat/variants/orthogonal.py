@@ -1,166 +1,129 @@
-"""Variants that turn the weights or the outputs instead of adding to them."""
+"""Variants that rotate the weights or the outputs instead of adding to them."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from peftchat.variants.base import (
-    ModelShape,
+    Formerly,
+    NotInConfig,
     Paper,
-    TargetedSection,
-    Variant,
-    largest_divisor,
-    requires_unquantized,
-    targets,
-    type_specific,
+    TargetedAdapter,
+    TypeSpecific,
+    incompatible,
+    unquantized_only,
 )
+from peftchat.variants.model_shape import ModelShape, largest_divisor
 
-if TYPE_CHECKING:
-    from peft import BOFTConfig, HRAConfig, OFTConfig, RoadConfig
+RotationDropout = Annotated[float, Field(ge=0, lt=1, description="Fraction of rotations left out during training.")]
 
 
-class OftSection(TargetedSection):
-    """Settings of OFT."""
+def _block_size(chosen: int | None, limit: int, adapter: TargetedAdapter, shape: ModelShape) -> int:
+    """Return the chosen size of blocks, or the largest one up to `limit` that divides all inputs."""
+    return chosen or largest_divisor([inputs for inputs, _ in shape.sizes(adapter.target_modules)], limit)
+
+
+class Oft(TargetedAdapter):
+    """Multiplies each weight by trained rotations of blocks of its inputs, which keep angles between neurons."""
+
+    title = "OFT"
+    paper = Paper("Qiu et al.", 2023, "2306.07280")
+    learning_rate = 5e-4
+    tested_zero_stages = frozenset({"zero3"})
+    peft_class = "OFTConfig"
+    peft_dropout = "module_dropout"
+    supports_conv1d = False
 
     variant: Literal["oft"] = "oft"
-    block_size: int | None = Field(
+    oft_block_size: Annotated[int | None, Formerly("block_size")] = Field(
         None,
         ge=2,
-        description="Side of the rotations on the diagonal; it has to divide all inputs. Without it: the largest "
-        "such number up to 32.",
+        description="Size of the rotations on the diagonal; it must divide all inputs. Default: the largest such "
+        "number up to 32.",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of rotations left out while training.")
+    dropout: RotationDropout = 0.0
+
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of OFTConfig, which takes either a rank or a block size."""
+        size = _block_size(self.oft_block_size, 32, self, shape)
+        return {**super().peft_settings(shape), "r": 0, "oft_block_size": size}
 
 
-class BoftSection(TargetedSection):
-    """Settings of BOFT."""
+class Boft(TargetedAdapter):
+    """OFT with a rotation that is a product of sparse ones in butterfly order, so that all inputs can mix."""
+
+    title = "BOFT"
+    paper = Paper("Liu et al.", 2023, "2311.06243")
+    learning_rate = 1e-3
+    tested_zero_stages = frozenset({"zero3"})
+    peft_class = "BOFTConfig"
+    peft_dropout = "boft_dropout"
+    supports_conv1d = False
 
     variant: Literal["boft"] = "boft"
-    block_size: int | None = Field(
+    boft_block_size: Annotated[int | None, Formerly("block_size")] = Field(
         None,
         ge=2,
-        description="Side of the rotations on the diagonal; it has to divide all inputs. Without it: the largest "
-        "such number up to 8.",
+        description="Size of the rotations on the diagonal; it must divide all inputs. Default: the largest such "
+        "number up to 8.",
     )
-    factors: int = Field(1, ge=1, description="Factors of the butterfly. More mix more, and cost more.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of rotations left out while training.")
+    boft_n_butterfly_factor: Annotated[int, Formerly("factors")] = Field(
+        1, ge=1, description="Factors of the butterfly. More factors mix more inputs, and cost more."
+    )
+    dropout: RotationDropout = 0.0
+
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of BOFTConfig, with a block size that suits the model."""
+        size = _block_size(self.boft_block_size, 8, self, shape)
+        return {**super().peft_settings(shape), "boft_block_size": size}
 
 
-class HraSection(TargetedSection):
-    """Settings of HRA."""
+class Hra(TargetedAdapter):
+    """Multiplies each weight by a chain of trained Householder reflections."""
+
+    title = "HRA"
+    paper = Paper("Yuan et al.", 2024, "2405.17484")
+    learning_rate = 1e-3
+    tested_zero_stages = frozenset({"zero3"})
+    incompatible_with = incompatible(unquantized_only("PEFT multiplies the packed numbers instead of the weights"))
+    peft_class = "HRAConfig"
+    supports_conv1d = False
 
     variant: Literal["hra"] = "hra"
-    r: int = type_specific(
-        8, "Number of reflections; an even number makes them begin as the identity.", ge=2, multiple_of=2
+    r: TypeSpecific[int] = Field(
+        8,
+        ge=2,
+        multiple_of=2,
+        description="Number of reflections; an even number makes their initial product the identity.",
     )
 
 
-class RoadSection(TargetedSection):
-    """Settings of RoAd."""
+class Road(TargetedAdapter):
+    """Rotates and scales pairs of each layer's outputs by trained angles and factors."""
+
+    title = "RoAd"
+    paper = Paper("Liao and Monz", 2024, "2409.00119")
+    learning_rate = 1e-2
+    tested_zero_stages = frozenset({"zero3"})
+    peft_class = "RoadConfig"
+    supports_conv1d = False
 
     variant: Literal["road"] = "road"
-    form: Literal["road_1", "road_2", "road_4"] = Field(
-        "road_1", description="How many numbers a pair of outputs has of its own: one angle and length, two, or four."
+    # PEFT calls it `variant`, which is the name of the adapter here.
+    road_variant: Annotated[NotInConfig[Literal["road_1", "road_2", "road_4"]], Formerly("form")] = Field(
+        "road_1",
+        description="Trained numbers per pair of outputs: `road_1` one angle and one factor, `road_2` two of each, "
+        "`road_4` four of each. PEFT calls this setting `variant`.",
     )
     group_size: int | None = Field(
         None,
         ge=2,
-        description="How outputs are paired, an even number that divides all outputs. Without it: the largest such "
+        description="How outputs are paired: an even number that divides all outputs. Default: the largest such "
         "number up to 64.",
     )
 
-
-def _oft(section: OftSection, facts: ModelShape) -> "OFTConfig":
-    from peft import OFTConfig
-
-    size = section.block_size or largest_divisor(_inputs(section, facts), 32)
-    return OFTConfig(
-        r=0,
-        oft_block_size=size,
-        module_dropout=section.dropout,
-        target_modules=targets(section, facts),
-        fan_in_fan_out=facts.transposed,
-    )
-
-
-def _boft(section: BoftSection, facts: ModelShape) -> "BOFTConfig":
-    from peft import BOFTConfig
-
-    size = section.block_size or largest_divisor(_inputs(section, facts), 8)
-    return BOFTConfig(
-        boft_block_size=size,
-        boft_n_butterfly_factor=section.factors,
-        boft_dropout=section.dropout,
-        target_modules=targets(section, facts),
-        fan_in_fan_out=facts.transposed,
-    )
-
-
-def _inputs(section: TargetedSection, facts: ModelShape) -> list[int]:
-    return [inputs for inputs, _ in facts.shapes(section.target_modules)]
-
-
-def _hra(section: HraSection, facts: ModelShape) -> "HRAConfig":
-    from peft import HRAConfig
-
-    return HRAConfig(r=section.r, target_modules=targets(section, facts))
-
-
-def _road(section: RoadSection, facts: ModelShape) -> "RoadConfig":
-    from peft import RoadConfig
-
-    outputs = [outputs for _, outputs in facts.shapes(section.target_modules)]
-    half = largest_divisor([size // 2 for size in outputs], 32)
-    return RoadConfig(
-        variant=section.form,
-        group_size=section.group_size or 2 * half,
-        target_modules=targets(section, facts),
-    )
-
-
-OFT = Variant(
-    name="oft",
-    title="OFT",
-    summary="Turns each weight by trained rotations on blocks of its inputs, which keeps angles between neurons.",
-    paper=Paper("Qiu et al.", 2023, "2306.07280"),
-    options=OftSection,
-    build=_oft,
-    learning_rate=5e-4,
-    proved=frozenset({"zero3"}),
-)
-
-BOFT = Variant(
-    name="boft",
-    title="BOFT",
-    summary="OFT whose rotation is a product of sparse ones in butterfly order, so that all inputs can mix.",
-    paper=Paper("Liu et al.", 2023, "2311.06243"),
-    options=BoftSection,
-    build=_boft,
-    learning_rate=1e-3,
-    proved=frozenset({"zero3"}),
-)
-
-HRA = Variant(
-    name="hra",
-    title="HRA",
-    summary="Turns each weight by a chain of trained Householder reflections.",
-    paper=Paper("Yuan et al.", 2024, "2405.17484"),
-    options=HraSection,
-    build=_hra,
-    learning_rate=1e-3,
-    proved=frozenset({"zero3"}),
-    refuses=requires_unquantized("PEFT multiplies the packed numbers as if they were the weights"),
-)
-
-ROAD = Variant(
-    name="road",
-    title="RoAd",
-    summary="Turns and stretches pairs of each layer's outputs by trained angles and lengths.",
-    paper=Paper("Liao and Monz", 2024, "2409.00119"),
-    options=RoadSection,
-    build=_road,
-    learning_rate=1e-2,
-    proved=frozenset({"zero3"}),
-)
-
-VARIANTS = (OFT, BOFT, HRA, ROAD)
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of RoadConfig, with a group size that suits the model."""
+        half = largest_divisor([outputs // 2 for _, outputs in shape.sizes(self.target_modules)], 32)
+        group_size = self.group_size or 2 * half
+        return {**super().peft_settings(shape), "variant": self.road_variant, "group_size": group_size}

@@ -1,109 +1,75 @@
-"""Variants that leave the weights alone and train what stands before every prompt."""
+"""Variants that leave the weights alone and train vectors in front of every prompt."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from peftchat.variants.base import AdapterSection, ModelShape, Paper, Setting, Variant
-
-if TYPE_CHECKING:
-    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
-
-_ONCE = "the trained vectors stand once before a row, and only its first conversation would see them"
-_SHARDED = "PEFT writes its file from the process's own slice of the vectors, which ZeRO-3 leaves empty (read, not run)"
-_INSTEAD = "Keep base and adapter side by side: `peftchat chat RUN` and stock peft load them."
+from peftchat.variants.base import Adapter, Formerly, Paper, incompatible
+from peftchat.variants.model_shape import ModelShape
 
 
-class PromptTuningSection(AdapterSection):
-    """Settings of prompt tuning."""
+class PromptAdapter(Adapter):
+    """An adapter of trained vectors in front of the prompt."""
+
+    incompatible_with = incompatible(
+        packing="the trained vectors come once per pack, and only its first conversation would attend to them",
+        zero3="PEFT saves the process's own partition of the vectors, which ZeRO-3 leaves empty (read, not run)",
+    )
+    mergeable = False
+    unmergeable_because = "it trains vectors that are put before the prompt, not weights"
+    merge_hint = "Keep base and adapter side by side: `peftchat chat RUN` and stock PEFT load them."
+    vllm = "no"
+
+
+VirtualTokens = Annotated[int, Formerly("virtual_tokens"), Field(ge=1)]
+
+
+class PromptTuning(PromptAdapter):
+    """Trains vectors that precede each conversation like the embeddings of a prompt."""
+
+    title = "Prompt tuning"
+    paper = Paper("Lester et al.", 2021, "2104.08691")
+    learning_rate = 3e-2
+    tested_zero_stages = frozenset({"zero2"})
+    peft_class = "PromptTuningConfig"
 
     variant: Literal["prompt_tuning"] = "prompt_tuning"
-    virtual_tokens: int = Field(20, ge=1, description="Trained vectors before each conversation.")
+    num_virtual_tokens: VirtualTokens = Field(20, description="Trained vectors before each conversation.")
+
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of PromptTuningConfig: it starts from embeddings of random tokens."""
+        return {**super().peft_settings(shape), "prompt_tuning_init": "SAMPLE_VOCAB"}
 
 
-class PTuningSection(AdapterSection):
-    """Settings of P-tuning."""
+class PTuning(PromptAdapter):
+    """Prompt tuning with vectors that a small trained network computes."""
+
+    title = "P-tuning"
+    paper = Paper("Liu et al.", 2021, "2103.10385")
+    learning_rate = 1e-2
+    peft_class = "PromptEncoderConfig"
 
     variant: Literal["p_tuning"] = "p_tuning"
-    virtual_tokens: int = Field(20, ge=1, description="Trained vectors before each conversation.")
-    encoder_hidden: int = Field(128, ge=1, description="Width of the network that makes the vectors while training.")
+    num_virtual_tokens: VirtualTokens = Field(20, description="Trained vectors before each conversation.")
+    encoder_hidden_size: Annotated[int, Formerly("encoder_hidden")] = Field(
+        128, ge=1, description="Hidden size of the network that computes the vectors during training."
+    )
 
 
-class PrefixTuningSection(AdapterSection):
-    """Settings of prefix tuning."""
+class PrefixTuning(PromptAdapter):
+    """Trains keys and values that precede those of each conversation, in every layer."""
+
+    title = "Prefix tuning"
+    paper = Paper("Li and Liang", 2021, "2101.00190")
+    learning_rate = 3e-2
+    incompatible_with = incompatible(
+        PromptAdapter.incompatible_with,
+        checkpointing="PEFT does not support it: recomputing a layer would lose the trained keys and values",
+    )
+    unmergeable_because = "it trains keys and values that are put before the prompt's, not weights"
+    peft_class = "PrefixTuningConfig"
 
     variant: Literal["prefix_tuning"] = "prefix_tuning"
-    virtual_tokens: int = Field(
-        20, ge=1, description="Trained keys and values before each conversation, in every layer."
+    num_virtual_tokens: VirtualTokens = Field(
+        20, description="Trained keys and values before each conversation, in every layer."
     )
-
-
-def _prompt_tuning(section: PromptTuningSection, facts: ModelShape) -> "PromptTuningConfig":
-    from peft import PromptTuningConfig, PromptTuningInit
-
-    return PromptTuningConfig(
-        num_virtual_tokens=section.virtual_tokens, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB
-    )
-
-
-def _p_tuning(section: PTuningSection, facts: ModelShape) -> "PromptEncoderConfig":
-    from peft import PromptEncoderConfig
-
-    return PromptEncoderConfig(num_virtual_tokens=section.virtual_tokens, encoder_hidden_size=section.encoder_hidden)
-
-
-def _prefix_tuning(section: PrefixTuningSection, facts: ModelShape) -> "PrefixTuningConfig":
-    from peft import PrefixTuningConfig
-
-    return PrefixTuningConfig(num_virtual_tokens=section.virtual_tokens)
-
-
-_REFUSES: dict[Setting, str] = {"packing": _ONCE, "zero3": _SHARDED}
-
-PROMPT_TUNING = Variant(
-    name="prompt_tuning",
-    title="Prompt tuning",
-    summary="Trains vectors that stand before each conversation like words of a prompt.",
-    paper=Paper("Lester et al.", 2021, "2104.08691"),
-    options=PromptTuningSection,
-    build=_prompt_tuning,
-    learning_rate=3e-2,
-    proved=frozenset({"zero2"}),
-    refuses=_REFUSES,
-    folds=False,
-    instead=_INSTEAD,
-    vllm="no",
-)
-
-P_TUNING = Variant(
-    name="p_tuning",
-    title="P-tuning",
-    summary="Prompt tuning whose vectors come out of a small trained network.",
-    paper=Paper("Liu et al.", 2021, "2103.10385"),
-    options=PTuningSection,
-    build=_p_tuning,
-    learning_rate=1e-2,
-    refuses=_REFUSES,
-    folds=False,
-    instead=_INSTEAD,
-    vllm="no",
-)
-
-PREFIX_TUNING = Variant(
-    name="prefix_tuning",
-    title="Prefix tuning",
-    summary="Trains keys and values that stand before those of each conversation, in every layer.",
-    paper=Paper("Li and Liang", 2021, "2101.00190"),
-    options=PrefixTuningSection,
-    build=_prefix_tuning,
-    learning_rate=3e-2,
-    refuses={
-        **_REFUSES,
-        "checkpointing": "PEFT refuses it: recomputing a layer would lose the trained keys and values",
-    },
-    folds=False,
-    instead=_INSTEAD,
-    vllm="no",
-)
-
-VARIANTS = (PROMPT_TUNING, P_TUNING, PREFIX_TUNING)

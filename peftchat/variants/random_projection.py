@@ -1,306 +1,194 @@
 """Updates made of fixed random matrices, or of few coefficients of a fixed transform."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from peftchat.variants.base import (
-    ModelShape,
+    Dropout,
     Paper,
-    TargetedSection,
-    Variant,
-    largest_divisor,
-    requires_unquantized,
-    targets,
-    type_specific,
+    TargetedAdapter,
+    TypeSpecific,
+    incompatible,
+    unquantized_only,
 )
-
-if TYPE_CHECKING:
-    from peft import (
-        C3AConfig,
-        FourierFTConfig,
-        RandLoraConfig,
-        TinyLoraConfig,
-        UniLoraConfig,
-        VBLoRAConfig,
-        VeraConfig,
-        WaveFTConfig,
-    )
+from peftchat.variants.model_shape import ModelShape, largest_divisor
 
 
-class VeraSection(TargetedSection):
-    """Settings of VeRA."""
+class Vera(TargetedAdapter):
+    """Two fixed random matrices that all layers share; only two vectors per layer are trained."""
+
+    title = "VeRA"
+    paper = Paper("Kopiczko et al.", 2023, "2310.11454")
+    learning_rate = 5e-3
+    tested_zero_stages = frozenset({"zero2", "zero3"})
+    peft_class = "VeraConfig"
+    peft_dropout = "vera_dropout"
 
     variant: Literal["vera"] = "vera"
-    r: int = type_specific(
-        256, "Rank of the fixed random matrices. It costs time, and hardly any trained parameters.", ge=1
+    r: TypeSpecific[int] = Field(
+        256, ge=1, description="Rank of the fixed random matrices. It costs time, and hardly any trained parameters."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
-    d_initial: float = Field(0.1, gt=0, description="First value of the trained vector between the two matrices.")
+    dropout: Dropout = 0.0
+    d_initial: float = Field(0.1, gt=0, description="Initial value of the trained vector between the two matrices.")
 
 
-class RandloraSection(TargetedSection):
-    """Settings of RandLoRA."""
+class Randlora(TargetedAdapter):
+    """A full-rank update as a weighted sum of fixed random low-rank pairs; the weights of the sum are trained."""
+
+    title = "RandLoRA"
+    paper = Paper("Albert et al.", 2025, "2502.00987")
+    learning_rate = 5e-4
+    tested_zero_stages = frozenset({"zero3"})
+    peft_class = "RandLoraConfig"
+    peft_alpha = "randlora_alpha"
+    peft_dropout = "randlora_dropout"
+    shared_tensors = ("randlora_A", "randlora_B")
 
     variant: Literal["randlora"] = "randlora"
-    r: int = type_specific(32, "Rank of each fixed random pair; a layer has as many pairs as full rank takes.", ge=1)
-    alpha: int = type_specific(640, "Scale of the update: `alpha / r`; its authors take 20 times `r`.", ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
+    r: TypeSpecific[int] = Field(
+        32, ge=1, description="Rank of each fixed random pair; a layer has as many pairs as full rank needs."
+    )
+    alpha: TypeSpecific[int] = Field(640, ge=1, description="Scale of the update: `alpha / r`; the paper uses 20.")
+    dropout: Dropout = 0.0
 
 
-class FourierftSection(TargetedSection):
-    """Settings of FourierFT."""
+class Fourierft(TargetedAdapter):
+    """Trains a few coefficients of the update's Fourier transform."""
+
+    title = "FourierFT"
+    paper = Paper("Gao et al.", 2024, "2405.03003")
+    learning_rate = 5e-2
+    peft_class = "FourierFTConfig"
 
     variant: Literal["fourierft"] = "fourierft"
-    n_frequency: int | None = type_specific(
+    n_frequency: TypeSpecific[int | None] = Field(
         None,
-        "Trained Fourier coefficients of each layer. Without it: 1000, or half the weights of the smallest layer.",
         ge=1,
+        description="Trained Fourier coefficients of each layer. Default: 1000, or half the weights of the smallest "
+        "layer.",
     )
-    scaling: float = type_specific(150.0, "Scale of the update.", gt=0)
+    scaling: TypeSpecific[float] = Field(150.0, gt=0, description="Scale of the update.")
+
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of FourierFTConfig.
+
+        PEFT's default initialization is random; with zeros the adapter is the identity before the first step.
+        """
+        n_frequency = self.n_frequency or min(1000, _half_of_smallest(self, shape))
+        return {**super().peft_settings(shape), "n_frequency": n_frequency, "init_weights": True}
 
 
-class WaveftSection(TargetedSection):
-    """Settings of WaveFT."""
+class Waveft(TargetedAdapter):
+    """Trains a few coefficients of the update's wavelet transform."""
+
+    title = "WaveFT"
+    paper = Paper("Bilican et al.", 2025, "2505.12532")
+    learning_rate = 5e-4
+    peft_class = "WaveFTConfig"
 
     variant: Literal["waveft"] = "waveft"
-    n_frequency: int | None = type_specific(
+    n_frequency: TypeSpecific[int | None] = Field(
         None,
-        "Trained wavelet coefficients of each layer. Without it: 2592, or half the weights of the smallest layer.",
         ge=1,
+        description="Trained wavelet coefficients of each layer. Default: 2592, or half the weights of the smallest "
+        "layer.",
     )
-    scaling: float = type_specific(25.0, "Scale of the update.", gt=0)
+    scaling: TypeSpecific[float] = Field(25.0, gt=0, description="Scale of the update.")
+
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of WaveFTConfig."""
+        n_frequency = self.n_frequency or min(2592, _half_of_smallest(self, shape))
+        return {**super().peft_settings(shape), "n_frequency": n_frequency}
 
 
-class C3aSection(TargetedSection):
-    """Settings of C3A."""
+def _half_of_smallest(adapter: TargetedAdapter, shape: ModelShape) -> int:
+    return min(inputs * outputs for inputs, outputs in shape.sizes(adapter.target_modules)) // 2
+
+
+class C3a(TargetedAdapter):
+    """An update of circulant blocks, each of which is one trained vector."""
+
+    title = "C3A"
+    paper = Paper("Chen et al.", 2024, "2407.19342")
+    learning_rate = 1e-1
+    tested_zero_stages = frozenset({"zero3"})
+    peft_class = "C3AConfig"
+    supports_conv1d = False
 
     variant: Literal["c3a"] = "c3a"
     block_size: int | None = Field(
         None,
         ge=1,
-        description="Side of the circulant blocks; it has to divide all inputs and outputs. Without it: the largest "
-        "such number up to 256.",
+        description="Size of the circulant blocks; it must divide all inputs and outputs. Default: the largest such "
+        "number up to 256.",
     )
 
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of C3AConfig, with a block size that suits the model."""
+        return {**super().peft_settings(shape), "block_size": self.block_size or _common_divisor(self, shape)}
 
-class TinyloraSection(TargetedSection):
-    """Settings of TinyLoRA."""
+
+def _common_divisor(adapter: TargetedAdapter, shape: ModelShape) -> int:
+    """Return the largest number up to 256 that divides the inputs and outputs of all target layers."""
+    return largest_divisor([side for size in shape.sizes(adapter.target_modules) for side in size], 256)
+
+
+class Tinylora(TargetedAdapter):
+    """Changes the main singular directions of each weight by a few trained numbers through a fixed projection."""
+
+    title = "TinyLoRA"
+    paper = Paper("Morris et al.", 2026, "2602.04118")
+    learning_rate = 1e-3
+    incompatible_with = incompatible(unquantized_only("PEFT decomposes the packed numbers instead of the weights"))
+    peft_class = "TinyLoraConfig"
+    peft_dropout = "tinylora_dropout"
+    shared_tensors = (".tinylora_v.",)
 
     variant: Literal["tinylora"] = "tinylora"
-    r: int = type_specific(2, "Singular directions of each weight that the update moves.", ge=1)
+    r: TypeSpecific[int] = Field(2, ge=1, description="Singular directions of each weight that the update changes.")
     u: int = Field(64, ge=1, description="Trained numbers of each layer.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
+    dropout: Dropout = 0.0
 
 
-class UniloraSection(TargetedSection):
-    """Settings of Uni-LoRA."""
+class Unilora(TargetedAdapter):
+    """All LoRA matrices of the model are one trained vector, which a fixed projection distributes over them."""
+
+    title = "Uni-LoRA"
+    paper = Paper("Li et al.", 2025, "2506.00799")
+    learning_rate = 5e-3
+    peft_class = "UniLoraConfig"
+    peft_dropout = "unilora_dropout"
+    shared_tensors = (".unilora_theta_d.",)
 
     variant: Literal["unilora"] = "unilora"
-    r: int = type_specific(4, "Rank of the update of each layer.", ge=1)
-    theta_d_length: int = Field(4096, ge=1, description="Trained numbers of the whole model.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
+    r: TypeSpecific[int] = Field(4, ge=1, description="Rank of the update of each layer.")
+    theta_d_length: int = Field(4096, ge=1, description="Trained numbers of the complete model.")
+    dropout: Dropout = 0.0
 
 
-class VbloraSection(TargetedSection):
-    """Settings of VB-LoRA."""
+class Vblora(TargetedAdapter):
+    """LoRA matrices composed of vectors from a bank that all layers share."""
+
+    title = "VB-LoRA"
+    paper = Paper("Li et al.", 2024, "2405.15179")
+    learning_rate = 1e-3
+    peft_class = "VBLoRAConfig"
+    peft_dropout = "vblora_dropout"
+    shared_tensors = ("vblora_vector_bank",)
 
     variant: Literal["vblora"] = "vblora"
-    r: int = type_specific(4, "Rank of the update of each layer.", ge=1)
+    r: TypeSpecific[int] = Field(4, ge=1, description="Rank of the update of each layer.")
     num_vectors: int = Field(256, ge=1, description="Vectors in the bank that all layers share.")
     vector_length: int | None = Field(
         None,
         ge=1,
-        description="Length of each vector; it has to divide all inputs and outputs. Without it: the largest such "
-        "number up to 256.",
+        description="Length of each vector; it must divide all inputs and outputs. Default: the largest such number "
+        "up to 256.",
     )
     topk: int = Field(2, ge=1, description="Vectors of the bank that make up each piece of an update.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
+    dropout: Dropout = 0.0
 
-
-def _vera(section: VeraSection, facts: ModelShape) -> "VeraConfig":
-    from peft import VeraConfig
-
-    return VeraConfig(
-        r=section.r,
-        vera_dropout=section.dropout,
-        d_initial=section.d_initial,
-        target_modules=targets(section, facts),
-        fan_in_fan_out=facts.transposed,
-    )
-
-
-def _randlora(section: RandloraSection, facts: ModelShape) -> "RandLoraConfig":
-    from peft import RandLoraConfig
-
-    return RandLoraConfig(
-        r=section.r,
-        randlora_alpha=section.alpha,
-        randlora_dropout=section.dropout,
-        target_modules=targets(section, facts),
-        fan_in_fan_out=facts.transposed,
-    )
-
-
-def _fourierft(section: FourierftSection, facts: ModelShape) -> "FourierFTConfig":
-    from peft import FourierFTConfig
-
-    return FourierFTConfig(
-        n_frequency=section.n_frequency or min(1000, _half_of_smallest(section, facts)),
-        scaling=section.scaling,
-        # PEFT's own start is random; at zero the first answers are the base's.
-        init_weights=True,
-        target_modules=targets(section, facts),
-        fan_in_fan_out=facts.transposed,
-    )
-
-
-def _waveft(section: WaveftSection, facts: ModelShape) -> "WaveFTConfig":
-    from peft import WaveFTConfig
-
-    return WaveFTConfig(
-        n_frequency=section.n_frequency or min(2592, _half_of_smallest(section, facts)),
-        scaling=section.scaling,
-        target_modules=targets(section, facts),
-        fan_in_fan_out=facts.transposed,
-    )
-
-
-def _half_of_smallest(section: TargetedSection, facts: ModelShape) -> int:
-    return min(inputs * outputs for inputs, outputs in facts.shapes(section.target_modules)) // 2
-
-
-def _sides(section: TargetedSection, facts: ModelShape) -> list[int]:
-    return [side for shape in facts.shapes(section.target_modules) for side in shape]
-
-
-def _c3a(section: C3aSection, facts: ModelShape) -> "C3AConfig":
-    from peft import C3AConfig
-
-    size = section.block_size or largest_divisor(_sides(section, facts), 256)
-    return C3AConfig(block_size=size, target_modules=targets(section, facts))
-
-
-def _tinylora(section: TinyloraSection, facts: ModelShape) -> "TinyLoraConfig":
-    from peft import TinyLoraConfig
-
-    return TinyLoraConfig(
-        r=section.r,
-        u=section.u,
-        tinylora_dropout=section.dropout,
-        target_modules=targets(section, facts),
-        fan_in_fan_out=facts.transposed,
-    )
-
-
-def _unilora(section: UniloraSection, facts: ModelShape) -> "UniLoraConfig":
-    from peft import UniLoraConfig
-
-    return UniLoraConfig(
-        r=section.r,
-        theta_d_length=section.theta_d_length,
-        unilora_dropout=section.dropout,
-        target_modules=targets(section, facts),
-        fan_in_fan_out=facts.transposed,
-    )
-
-
-def _vblora(section: VbloraSection, facts: ModelShape) -> "VBLoRAConfig":
-    from peft import VBLoRAConfig
-
-    return VBLoRAConfig(
-        r=section.r,
-        num_vectors=section.num_vectors,
-        vector_length=section.vector_length or largest_divisor(_sides(section, facts), 256),
-        topk=section.topk,
-        vblora_dropout=section.dropout,
-        target_modules=targets(section, facts),
-        fan_in_fan_out=facts.transposed,
-    )
-
-
-VERA = Variant(
-    name="vera",
-    title="VeRA",
-    summary="Two fixed random matrices that all layers share; only two vectors of each layer are trained.",
-    paper=Paper("Kopiczko et al.", 2023, "2310.11454"),
-    options=VeraSection,
-    build=_vera,
-    learning_rate=5e-3,
-    proved=frozenset({"zero2", "zero3"}),
-)
-
-RANDLORA = Variant(
-    name="randlora",
-    title="RandLoRA",
-    summary="A full-rank update as a weighted sum of fixed random low-rank pairs; the weights are trained.",
-    paper=Paper("Albert et al.", 2025, "2502.00987"),
-    options=RandloraSection,
-    build=_randlora,
-    learning_rate=5e-4,
-    proved=frozenset({"zero3"}),
-)
-
-FOURIERFT = Variant(
-    name="fourierft",
-    title="FourierFT",
-    summary="Trains a few coefficients of the update's Fourier transform.",
-    paper=Paper("Gao et al.", 2024, "2405.03003"),
-    options=FourierftSection,
-    build=_fourierft,
-    learning_rate=5e-2,
-)
-
-WAVEFT = Variant(
-    name="waveft",
-    title="WaveFT",
-    summary="Trains a few coefficients of the update's wavelet transform.",
-    paper=Paper("Bilican et al.", 2025, "2505.12532"),
-    options=WaveftSection,
-    build=_waveft,
-    learning_rate=5e-4,
-)
-
-C3A = Variant(
-    name="c3a",
-    title="C3A",
-    summary="An update made of circulant blocks, each of which is one trained vector.",
-    paper=Paper("Chen et al.", 2024, "2407.19342"),
-    options=C3aSection,
-    build=_c3a,
-    learning_rate=1e-1,
-    proved=frozenset({"zero3"}),
-)
-
-TINYLORA = Variant(
-    name="tinylora",
-    title="TinyLoRA",
-    summary="Moves the main singular directions of each weight by a few trained numbers through a fixed projection.",
-    paper=Paper("Morris et al.", 2026, "2602.04118"),
-    options=TinyloraSection,
-    build=_tinylora,
-    learning_rate=1e-3,
-    refuses=requires_unquantized("PEFT decomposes the packed numbers as if they were the weights"),
-)
-
-UNILORA = Variant(
-    name="unilora",
-    title="Uni-LoRA",
-    summary="All LoRA matrices of the model are one trained vector, spread over them by a fixed projection.",
-    paper=Paper("Li et al.", 2025, "2506.00799"),
-    options=UniloraSection,
-    build=_unilora,
-    learning_rate=5e-3,
-)
-
-VBLORA = Variant(
-    name="vblora",
-    title="VB-LoRA",
-    summary="LoRA matrices put together from a bank of vectors that all layers share.",
-    paper=Paper("Li et al.", 2024, "2405.15179"),
-    options=VbloraSection,
-    build=_vblora,
-    learning_rate=1e-3,
-)
-
-VARIANTS = (VERA, RANDLORA, FOURIERFT, WAVEFT, C3A, TINYLORA, UNILORA, VBLORA)
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of VBLoRAConfig, with a vector length that suits the model."""
+        return {**super().peft_settings(shape), "vector_length": self.vector_length or _common_divisor(self, shape)}

@@ -1,25 +1,22 @@
 """Variants that train a few of the base's own numbers, or scale them."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from peftchat.errors import UserError
 from peftchat.variants.base import (
-    NOT_INHERITED,
-    AdapterSection,
-    ModelShape,
+    Adapter,
+    Dropout,
     Paper,
-    TargetedSection,
-    Variant,
-    in_attention,
+    TargetedAdapter,
+    TypeSpecific,
+    incompatible,
     list_or,
-    targets,
-    type_specific,
 )
+from peftchat.variants.model_shape import ModelShape, in_attention
 
-if TYPE_CHECKING:
-    from peft import IA3Config, LNTuningConfig, MissConfig, ShiraConfig
+AutoModules = TypeSpecific[Annotated[Literal["auto"] | tuple[str, ...], BeforeValidator(list_or("auto"))]]
 
 _KEYS_AND_VALUES = (
     "k_proj",
@@ -35,172 +32,139 @@ _KEYS_AND_VALUES = (
 )
 
 
-class Ia3Section(AdapterSection):
-    """Settings of IA3."""
+class Ia3(Adapter):
+    """Scales keys, values and feed-forward activations by trained vectors."""
+
+    title = "IA3"
+    paper = Paper("Liu et al.", 2022, "2205.05638")
+    learning_rate = 5e-3
+    tested_zero_stages = frozenset({"zero3"})
+    peft_class = "IA3Config"
 
     variant: Literal["ia3"] = "ia3"
-    target_modules: Annotated[Literal["auto"] | tuple[str, ...], BeforeValidator(list_or("auto"))] = Field(
+    target_modules: AutoModules = Field(
         "auto",
-        json_schema_extra={NOT_INHERITED: True},
         description="The layers that are scaled: `auto` (keys, values, and the second layer of the feed-forward "
         "network), or a list of module names.",
     )
     feedforward_modules: tuple[str, ...] | None = Field(
         None,
-        description="Those of them whose inputs are scaled instead of their outputs. Without it: those in the "
+        description="The target modules whose inputs are scaled instead of their outputs. Default: those in the "
         "feed-forward network.",
     )
 
-
-class LnTuningSection(AdapterSection):
-    """Settings of LN tuning."""
-
-    variant: Literal["ln_tuning"] = "ln_tuning"
-    target_modules: Annotated[Literal["auto"] | tuple[str, ...], BeforeValidator(list_or("auto"))] = Field(
-        "auto",
-        json_schema_extra={NOT_INHERITED: True},
-        description="The layers that are trained: `auto` (all normalization layers), or a list of module names.",
-    )
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of IA3Config, with the model's own module names."""
+        targets = _ia3_targets(shape) if isinstance(self.target_modules, str) else list(self.target_modules)
+        if self.feedforward_modules is None:
+            feedforward = [name for name in targets if _is_feedforward(name, shape)]
+        else:
+            feedforward = list(self.feedforward_modules)
+        return {"target_modules": targets, "feedforward_modules": feedforward}
 
 
-class ShiraSection(TargetedSection):
-    """Settings of SHiRA."""
-
-    variant: Literal["shira"] = "shira"
-    r: int | None = type_specific(
-        None,
-        "Decides how many weights are trained: as many as a LoRA of this rank has. Without it: 32, or less where the "
-        "smallest layer would be trained to more than a half.",
-        ge=1,
-    )
-
-
-class MissSection(TargetedSection):
-    """Settings of MiSS."""
-
-    variant: Literal["miss"] = "miss"
-    r: int | None = type_specific(
-        None,
-        "Rank of the update: the number of pieces that a layer's inputs are summed into. Without it: 64, or the inputs "
-        "of the smallest layer.",
-        ge=1,
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped while training.")
-
-
-def _ia3(section: Ia3Section, facts: ModelShape) -> "IA3Config":
-    from peft import IA3Config
-
-    names = _ia3_targets(facts) if isinstance(section.target_modules, str) else list(section.target_modules)
-    chosen = section.feedforward_modules
-    forward = [name for name in names if _feeds_forward(name, facts)] if chosen is None else list(chosen)
-    return IA3Config(target_modules=names, feedforward_modules=forward, fan_in_fan_out=facts.transposed)
-
-
-def _ia3_targets(facts: ModelShape) -> list[str]:
-    attention = [name for name in facts.endings("attention") if name.endswith(_KEYS_AND_VALUES)]
+def _ia3_targets(shape: ModelShape) -> list[str]:
+    """Return the keys, the values and the second feed-forward layers of a model."""
+    attention = [name for name in shape.target_module_names("attention") if name.endswith(_KEYS_AND_VALUES)]
     second = {
         ".".join(name.split(".")[-2:])
-        for name, (inputs, outputs) in facts.linear.items()
+        for name, (inputs, outputs) in shape.linear.items()
         # Layers outside the numbered blocks only change the width of the embeddings.
-        if not in_attention(name) and outputs == facts.hidden != inputs and any(map(str.isdigit, name.split(".")))
+        if not in_attention(name) and outputs == shape.hidden_size != inputs and any(map(str.isdigit, name.split(".")))
     }
     if not attention and not second:
         raise UserError(
-            f"keys, values and feed-forward layers of a {facts.family} are not known by name",
+            f"no layer of a `{shape.model_type}` has the name of a key, value or feed-forward layer",
             where="adapter.target_modules",
             hint="Name the layers to be scaled.",
         )
     return [*attention, *sorted(second)]
 
 
-def _feeds_forward(ending: str, facts: ModelShape) -> bool:
-    return any(name.endswith(f".{ending}") and not in_attention(name) for name in facts.linear)
+def _is_feedforward(target: str, shape: ModelShape) -> bool:
+    return any(name.endswith(f".{target}") and not in_attention(name) for name in shape.linear)
 
 
-def _ln_tuning(section: LnTuningSection, facts: ModelShape) -> "LNTuningConfig":
-    from peft import LNTuningConfig
+class LnTuning(Adapter):
+    """Trains the weights of the normalization layers and nothing else."""
 
-    wanted = section.target_modules
-    names = list(dict.fromkeys(_last(name) for name in facts.norms)) if isinstance(wanted, str) else list(wanted)
-    if not names:
-        raise UserError(
-            "no normalization layer was found in the model",
-            where="adapter.target_modules",
-            hint="Name the layers to be trained.",
-        )
-    return LNTuningConfig(target_modules=names)
+    title = "LN tuning"
+    paper = Paper("Zhao et al.", 2023, "2312.11420")
+    learning_rate = 1e-3
+    incompatible_with = incompatible(
+        zero3="PEFT copies the norms when it wraps them, when ZeRO-3 has left only empty partitions"
+    )
+    peft_class = "LNTuningConfig"
 
-
-def _last(name: str) -> str:
-    return name.split(".")[-1]
-
-
-def _shira(section: ShiraSection, facts: ModelShape) -> "ShiraConfig":
-    from peft import ShiraConfig
-
-    most = min(inputs * outputs // (2 * (inputs + outputs)) for inputs, outputs in facts.shapes(section.target_modules))
-    # A seed in the file lets the positions be drawn again; without one PEFT stores them all the same.
-    return ShiraConfig(
-        r=section.r or max(1, min(32, most)),
-        random_seed=0,
-        target_modules=targets(section, facts),
-        fan_in_fan_out=facts.transposed,
+    variant: Literal["ln_tuning"] = "ln_tuning"
+    target_modules: AutoModules = Field(
+        "auto",
+        description="The layers that are trained: `auto` (all normalization layers), or a list of module names.",
     )
 
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of LNTuningConfig, with the model's own module names."""
+        chosen = self.target_modules
+        names = [name.split(".")[-1] for name in shape.norms] if isinstance(chosen, str) else chosen
+        if not names:
+            raise UserError(
+                "the model has no normalization layers with weights",
+                where="adapter.target_modules",
+                hint="Name the layers to be trained.",
+            )
+        return {"target_modules": list(dict.fromkeys(names))}
 
-def _miss(section: MissSection, facts: ModelShape) -> "MissConfig":
-    from peft import MissConfig
 
-    most = min(inputs for inputs, _ in facts.shapes(section.target_modules))
-    return MissConfig(
-        r=section.r or min(64, most), miss_dropout=section.dropout, target_modules=targets(section, facts)
+class Shira(TargetedAdapter):
+    """Trains a fixed sparse selection of each weight's own entries."""
+
+    title = "SHiRA"
+    paper = Paper("Bhardwaj et al.", 2024, "2406.13175")
+    learning_rate = 1e-3
+    tested_zero_stages = frozenset({"zero3"})
+    peft_class = "ShiraConfig"
+    supports_conv1d = False
+
+    variant: Literal["shira"] = "shira"
+    r: TypeSpecific[int | None] = Field(
+        None,
+        ge=1,
+        description="Sets how many weights are trained: as many as a LoRA of this rank has. Default: 32, or less where "
+        "more than half of the smallest layer would be trained.",
     )
 
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of ShiraConfig.
 
-IA3 = Variant(
-    name="ia3",
-    title="IA3",
-    summary="Scales keys, values and feed-forward activations by trained vectors.",
-    paper=Paper("Liu et al.", 2022, "2205.05638"),
-    options=Ia3Section,
-    build=_ia3,
-    learning_rate=5e-3,
-    proved=frozenset({"zero3"}),
-)
+        A seed in the file lets PEFT draw the positions again; without one it stores them all the same.
+        """
+        sizes = shape.sizes(self.target_modules)
+        largest = min(inputs * outputs // (2 * (inputs + outputs)) for inputs, outputs in sizes)
+        return {**super().peft_settings(shape), "r": self.r or max(1, min(32, largest)), "random_seed": 0}
 
-LN_TUNING = Variant(
-    name="ln_tuning",
-    title="LN tuning",
-    summary="Trains the weights of the normalization layers and nothing else.",
-    paper=Paper("Zhao et al.", 2023, "2312.11420"),
-    options=LnTuningSection,
-    build=_ln_tuning,
-    learning_rate=1e-3,
-    refuses={"zero3": "PEFT copies the norms when it wraps them, of which ZeRO-3 has left empty slices"},
-)
 
-SHIRA = Variant(
-    name="shira",
-    title="SHiRA",
-    summary="Trains a fixed sparse choice of each weight's own entries.",
-    paper=Paper("Bhardwaj et al.", 2024, "2406.13175"),
-    options=ShiraSection,
-    build=_shira,
-    learning_rate=1e-3,
-    proved=frozenset({"zero3"}),
-)
+class Miss(TargetedAdapter):
+    """Adds one trained matrix that is repeated over slices of each layer's inputs (formerly called Bone)."""
 
-MISS = Variant(
-    name="miss",
-    title="MiSS",
-    summary="Adds one trained matrix that is repeated over slices of each layer's inputs (once known as Bone).",
-    paper=Paper("Kang and Yin", 2024, "2409.15371"),
-    options=MissSection,
-    build=_miss,
-    learning_rate=2e-4,
-    proved=frozenset({"zero3"}),
-    aliases=("bone",),
-)
+    title = "MiSS"
+    paper = Paper("Kang and Yin", 2024, "2409.15371")
+    aliases = ("bone",)
+    learning_rate = 2e-4
+    tested_zero_stages = frozenset({"zero3"})
+    peft_class = "MissConfig"
+    peft_dropout = "miss_dropout"
+    supports_conv1d = False
 
-VARIANTS = (IA3, LN_TUNING, SHIRA, MISS)
+    variant: Literal["miss"] = "miss"
+    r: TypeSpecific[int | None] = Field(
+        None,
+        ge=1,
+        description="Rank of the update: the number of pieces that a layer's inputs are summed into. Default: 64, or "
+        "the inputs of the smallest layer.",
+    )
+    dropout: Dropout = 0.0
+
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of MissConfig, with a rank that suits the model."""
+        largest = min(inputs for inputs, _ in shape.sizes(self.target_modules))
+        return {**super().peft_settings(shape), "r": self.r or min(64, largest)}

@@ -34,7 +34,7 @@ def test_a_question_from_a_pipe_and_json(model: Path) -> None:
     assert record["prompt"] == "is <|end|> text?"
     assert record["answer"] == "Tag né!"
     assert record["stopped"] is True
-    assert record["special_text"] == 1
+    assert record["special_token_text"] == 1
     assert record["tokens"] == 8
     assert {"seconds", "prompt_tokens", "dropped_exchanges", "finish"} <= record.keys()
     assert done.stdout.count("\n") == 1
@@ -71,11 +71,11 @@ def test_lines_of_a_pipe_are_messages_and_commands(model: Path, tmp_path: Path) 
         ("assistant", "Tag né!"),
     ]
     for note in (
-        "Taken back: four",
-        "of 256 tokens in 2 exchanges",
-        "already there",
+        "Removed: four",
+        "of 256 tokens in 2 rounds",
+        "already exists",
         "no command /nonsense",
-        "nothing to take back",
+        "nothing to remove",
     ):
         assert note in done.stderr
 
@@ -83,9 +83,9 @@ def test_lines_of_a_pipe_are_messages_and_commands(model: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--prompt", " "], "the question is empty"),
+        (["--prompt", " "], "the prompt is empty"),
         (["--greedy", "--temperature", "1", "--prompt", "x"], "--greedy does not sample"),
-        (["--prompt", "x" * 300], "room for 128"),
+        (["--prompt", "x" * 300], "context allows 128"),
     ],
 )
 def test_mistakes_are_told_in_one_message(model: Path, arguments: list[str], words: str) -> None:
@@ -98,7 +98,7 @@ def test_mistakes_are_told_in_one_message(model: Path, arguments: list[str], wor
 def test_a_message_too_long_for_the_model_does_not_end_a_chat(model: Path) -> None:
     done = peftchat("chat", model, stdin="x" * 300 + "\nshort\n")
     assert (done.returncode, done.stdout) == (0, "Tag né!\n")
-    assert "room for 128" in done.stderr
+    assert "context allows 128" in done.stderr
 
 
 def test_sampling_repeats_with_a_seed(model: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_chat_in_a_terminal(model: Path) -> None:
         assert "<|" not in shown
         terminal.until("> ")
         terminal.type("/und\t\n")
-        terminal.until("Taken back: hello")
+        terminal.until("Removed: hello")
         terminal.until("> ")
         terminal.type("thrown away")
         terminal.until("thrown away")

@@ -12,7 +12,7 @@ import pytest
 
 from peftchat.conversations import read_conversations
 from peftchat.conversations.languages import detect_language, matches_language
-from peftchat.conversations.prepare import PrepareSettings, prepare
+from peftchat.conversations.prepare import PrepareOptions, prepare
 from peftchat.errors import UserError
 from tests.support.cli import peftchat
 
@@ -34,7 +34,7 @@ def write_rows(path: Path, count: int, questions: int) -> Path:
 def test_trees_become_train_and_eval_files_and_a_card(tmp_path: Path, shared_data: Path) -> None:
     out = tmp_path / "out"
     source = shared_data / "oasst_trees_en_60.jsonl"
-    done = run(source, "-o", out, "--lang", "en", "--eval-fraction", "0.1", "--json")
+    done = run(source, "-o", out, "--languages", "en", "--eval-fraction", "0.1", "--json")
     assert done.returncode == 0, done.stderr
     card = json.loads(done.stdout)
     assert card == json.loads((out / "card.json").read_text())
@@ -59,7 +59,7 @@ def test_bad_records_go_to_quarantine_and_every_record_is_in_a_count(tmp_path: P
     assert card["problems"] == {"not_json": 1, "not_utf8": 1, "empty_content": 1}
     assert card["skipped"] == {"duplicate": 1}
     kept = card["train"]["conversations"] + card["eval"]["conversations"]
-    assert card["rows"] == kept + sum(card["problems"].values()) + sum(card["skipped"].values()) == 104
+    assert card["records"] == kept + sum(card["problems"].values()) + sum(card["skipped"].values()) == 104
     bad = rows_of(tmp_path / "out" / "quarantine.jsonl")
     assert [row["where"] for row in bad] == [f"{source}:{line}" for line in (101, 102, 103)]
     assert bad[0]["row"] == "not json\n"
@@ -69,7 +69,7 @@ def test_bad_records_go_to_quarantine_and_every_record_is_in_a_count(tmp_path: P
 
 def test_a_bad_record_of_a_table_is_shown_in_quarantine(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,completion\nasked,answered\nonly asked,\n")
-    prepare(str(tmp_path / "rows.csv"), tmp_path / "out", PrepareSettings())
+    prepare(str(tmp_path / "rows.csv"), tmp_path / "out", PrepareOptions())
     (bad,) = rows_of(tmp_path / "out" / "quarantine.jsonl")
     assert (bad["kind"], bad["where"]) == ("empty_content", f"{tmp_path / 'rows.csv'}:3")
     assert json.loads(bad["row"]) == {"prompt": "only asked", "completion": ""}
@@ -91,7 +91,7 @@ def test_strict_stops_with_status_2_and_writes_nothing(tmp_path: Path) -> None:
         (("absent.jsonl",), "no such file"),
         (("rows.jsonl", "--format", "sharegp"), "sharegpt"),
         (("rows.jsonl", "--format", "messages"), "no conversation is left"),
-        (("rows.jsonl", "--lang", "xx"), "no conversation is left"),
+        (("rows.jsonl", "--languages", "xx"), "no conversation is left"),
         (("rows.jsonl", "--split", "train"), "no split"),
         (("rows.jsonl", "--eval-fraction", "1"), "eval-fraction"),
         (("rows.jsonl", "-o", "full"), "not empty"),
@@ -119,7 +119,7 @@ def test_wrong_input_is_one_message_and_nothing_written(
 @pytest.mark.parametrize("questions", [1, 2, 3])
 def test_small_sets_leave_no_side_empty(tmp_path: Path, fraction: float, questions: int) -> None:
     source = write_rows(tmp_path / "rows.jsonl", 6, questions)
-    card = prepare(str(source), tmp_path / "out", PrepareSettings(eval_fraction=fraction))
+    card = prepare(str(source), tmp_path / "out", PrepareOptions(eval_fraction=fraction))
     assert card.train.conversations + card.eval.conversations == 6
     assert card.train.conversations
     assert bool(card.eval.conversations) == (questions > 1)
@@ -131,7 +131,7 @@ def test_the_same_seed_writes_the_same_files_and_another_another_split(tmp_path:
     source = write_rows(tmp_path / "rows.jsonl", 500, 400)
     written = []
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
-        prepare(str(source), tmp_path / name, PrepareSettings(seed=seed))
+        prepare(str(source), tmp_path / name, PrepareOptions(seed=seed))
         written.append((tmp_path / name / "eval.jsonl").read_bytes())
     assert written[0] == written[1] != written[2]
 
@@ -139,10 +139,10 @@ def test_the_same_seed_writes_the_same_files_and_another_another_split(tmp_path:
 def test_a_limit_on_records_is_said_in_the_card(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", 50, 50)
     for limit, stopped in ((10, True), (50, False)):
-        card = prepare(str(source), tmp_path / str(limit), PrepareSettings(max_conversations=limit))
+        card = prepare(str(source), tmp_path / str(limit), PrepareOptions(max_samples=limit))
         assert card.train.conversations + card.eval.conversations == limit
         assert card.stopped_early is stopped
-        assert ("max_conversations" in card_warning(tmp_path / str(limit))) is stopped
+        assert ("max_samples" in card_warning(tmp_path / str(limit))) is stopped
 
 
 def card_warning(folder: Path) -> str:
@@ -151,7 +151,7 @@ def card_warning(folder: Path) -> str:
 
 def test_a_prepared_folder_is_a_source(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", 200, 150)
-    card = prepare(str(source), tmp_path / "out", PrepareSettings())
+    card = prepare(str(source), tmp_path / "out", PrepareOptions())
     assert sum(1 for _ in read_conversations(tmp_path / "out")) == card.train.conversations
     assert sum(1 for _ in read_conversations(tmp_path / "out", split="eval")) == card.eval.conversations
 
@@ -181,7 +181,7 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(str(source), tmp_path / "out", PrepareSettings(), stop)
+        prepare(str(source), tmp_path / "out", PrepareOptions(), stop)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
@@ -197,8 +197,8 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
         program = textwrap.dedent(f"""
             import resource
             from pathlib import Path
-            from peftchat.conversations.prepare import PrepareSettings, prepare
-            prepare({str(source)!r}, Path({str(tmp_path / f"out{rows}")!r}), PrepareSettings())
+            from peftchat.conversations.prepare import PrepareOptions, prepare
+            prepare({str(source)!r}, Path({str(tmp_path / f"out{rows}")!r}), PrepareOptions())
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         """)
         return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
@@ -224,7 +224,7 @@ def test_the_language_of_records_that_do_not_say_it_is_detected(tmp_path: Path, 
     silent.write_text(
         "".join(json.dumps({"text": row["text"], "output": row["output"]}) + "\n" for row in rows_of(source))
     )
-    card = prepare(str(silent), tmp_path / "out", PrepareSettings(languages=("ru", "uk")))
+    card = prepare(str(silent), tmp_path / "out", PrepareOptions(languages=("ru", "uk")))
     kept = card.train.conversations + card.eval.conversations
     assert kept == sum(code in ("ru", "uk") for code in found) - card.skipped.get("duplicate", 0)
     assert card.skipped["other_language"] == 500 - sum(code in ("ru", "uk") for code in found)
@@ -234,5 +234,5 @@ def test_without_the_detector_the_cure_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "py3langid", None)
     source = write_rows(tmp_path / "rows.jsonl", 5, 5)
     with pytest.raises(UserError, match=r"pip install 'peftchat\[languages\]'"):
-        prepare(str(source), tmp_path / "out", PrepareSettings(languages=("en",)))
+        prepare(str(source), tmp_path / "out", PrepareOptions(languages=("en",)))
     assert not (tmp_path / "out").exists()

@@ -54,8 +54,8 @@ def test_counts_equal_slow_ones(shared_data: Path, tmp_path: Path) -> None:
     (part,) = json.loads(done.stdout)["parts"]
     conversations = list(read_conversations(source))
     lengths = [sum(len(message.content) for message in one.messages) for one in conversations]
-    assert part["conversations"] == part["rows"] == len(conversations)
-    assert part["forms"] == {str(source): "guanaco"}
+    assert part["conversations"] == part["records"] == len(conversations)
+    assert part["formats"] == {str(source): "guanaco"}
     assert (part["characters"]["total"], part["characters"]["max"]) == (sum(lengths), max(lengths))
     assert part["characters"]["median"] == pytest.approx(statistics.median(lengths), rel=0.02)
     assert sum(count for *_, count in part["characters"]["histogram"]) == len(conversations)
@@ -223,9 +223,9 @@ def test_code_and_bad_records_are_counted(tmp_path: Path) -> None:
     assert (part["with_code"], part["code_characters"]) == (1, len("12345\n"))
     assert part["problems"] == {"not_json": 1, "no_answer": 1}
     assert part["problem_examples"]["not_json"][0].startswith(f"{source}:3: ")
-    assert (part["rows"], part["conversations"]) == (4, 2)
+    assert (part["records"], part["conversations"]) == (4, 2)
     table = run(source)
-    assert f"{source}:4" in table.stdout.replace("\n", "") and "unusable rows" in table.stdout
+    assert f"{source}:4" in table.stdout.replace("\n", "") and "invalid records" in table.stdout
 
 
 def test_the_page_is_whole_and_needs_nothing(tmp_path: Path) -> None:
@@ -236,11 +236,11 @@ def test_the_page_is_whole_and_needs_nothing(tmp_path: Path) -> None:
     text = page.read_text()
     assert "<b>.jsonl" not in text and "&lt;b&gt;.jsonl" in text
     assert "http" not in text and "<script" not in text
-    assert text.count("<svg") == 4 and "50 conversations word for word" in text
+    assert text.count("<svg") == 4 and "50 identical conversations" in text
 
 
 @pytest.mark.parametrize(
-    "arguments", [["none.jsonl"], ["d.jsonl", "--against", "none.jsonl"], ["d.jsonl", "--tokenizer", "x"]]
+    "arguments", [["none.jsonl"], ["d.jsonl", "--benchmark", "none.jsonl"], ["d.jsonl", "--tokenizer", "x"]]
 )
 def test_bad_input_is_one_message(tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 from transformers import AutoTokenizer
 
+from peftchat.chat_template.chat_format import make_format
 from peftchat.chat_template.examples import EncodedExample
 from peftchat.chat_template.loss_mask import IGNORE_INDEX, TurnPart, token_tag
-from peftchat.chat_template.registry import make_format
 from peftchat.cli.mask import command
 from peftchat.errors import UserError, VerificationError
 from peftchat.reports.mask_summary import survey_mask
@@ -80,9 +80,9 @@ def test_json_shows_all_examples_unless_told_otherwise(recipe: Path) -> None:
 def test_held_out_examples_are_shown_on_request(recipe: Path, tokenizer_folder: Path) -> None:
     held_out = write_conversations(recipe.parent / "e.jsonl", [[("user", "held"), ("assistant", "out")]])
     entry = f"data.eval=[{{path: {held_out}}}]"
-    rows = json_rows(recipe, "--side", "eval", "--set", entry)
+    rows = json_rows(recipe, "--split", "eval", "--set", entry)
     assert [row["source"] for row in rows] == [f"{held_out}:1"]
-    refused = mask(recipe, "--side", "eval")
+    refused = mask(recipe, "--split", "eval")
     assert isinstance(refused.exception, UserError)
 
 
@@ -95,10 +95,10 @@ def test_nothing_is_touched_and_only_the_tokenizer_is_needed(recipe: Path) -> No
 
 
 def test_a_failed_check_is_one_message_and_status_1(recipe: Path) -> None:
-    done = peftchat("mask", recipe, "--json", "--set", "chat.special_text=refuse")
+    done = peftchat("mask", recipe, "--json", "--set", "chat.special_token_text=error")
     assert done.returncode == 1
     assert len(done.stdout.splitlines()) == 3
-    assert "d.jsonl:2" in done.stderr and "special_text" in done.stderr
+    assert "d.jsonl:2" in done.stderr and "special_token_text" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -106,9 +106,9 @@ def test_a_failed_check_is_one_message_and_status_1(recipe: Path) -> None:
     ("overrides", "reason"),
     [
         (["chat.loss_on=everything"], "nothing is masked"),
-        (["chat.special_text=refuse"], "stands 2 times in messages, the first in"),
-        (["data.max_length=40", "data.truncation=refuse"], "longer than data.max_length"),
-        (["data.max_length=8"], "everything is masked: no row is left"),
+        (["chat.special_token_text=error"], "special token 2 times (first in"),
+        (["data.max_length=40", "data.truncation=error"], "longer than data.max_length"),
+        (["data.max_length=8"], "everything is masked: no example is left"),
     ],
 )
 def test_reasons_to_fail(recipe: Path, overrides: list[str], reason: str) -> None:
@@ -165,7 +165,7 @@ def test_what_was_cut_is_struck_through_and_counted(recipe: Path) -> None:
     assert f"{source}:1" in rows and f"{source}:2" in rows
     (cut,) = re.findall(r"\[-(.*?)-\]", rows, re.DOTALL)
     assert cut.replace("↵", "") == "<|user|>\nfive six<|end|>\n<|assistant|>\nseven eight nine<|end|>"
-    assert "1 row lost 1 exchange at its end" in done.stdout
+    assert "1 example lost 1 round at its end" in done.stdout
     assert mask(recipe, "--rows", "all", "--set", one_less).stdout.split("[+trained+]")[0] == rows
     # Programs get the example as it is trained.
     assert "Ġseven" not in "".join(json_rows(recipe, "--set", one_less)[1]["tokens"])
@@ -240,29 +240,29 @@ def test_an_answer_without_an_end_is_found_wherever_it_stands() -> None:
         row_of(*turn("user", end=False), *turn("assistant", last=True)),
     ]
     survey = survey_mask(iter(rows), "answers")
-    assert survey.open_answers.count == 3
-    assert not survey.silent_ends.count
+    assert survey.unterminated_answers.count == 3
+    assert not survey.untrained_eos.count
 
 
 def test_a_trained_answer_with_a_silent_end_is_found() -> None:
     good = row_of(*turn("user"), *turn("assistant"), *turn("user"), *turn("assistant", last=True))
     bad = row_of(*turn("user"), *turn("assistant"), *turn("user"), *turn("assistant", last=True, marked_end=False))
-    assert survey_mask(iter([good]), "last_answer").silent_ends.count == 0
-    assert survey_mask(iter([bad]), "last_answer").silent_ends.count == 1
-    assert survey_mask(iter([bad]), "answers").silent_ends.count == 0
+    assert survey_mask(iter([good]), "last_answer").untrained_eos.count == 0
+    assert survey_mask(iter([bad]), "last_answer").untrained_eos.count == 1
+    assert survey_mask(iter([bad]), "answers").untrained_eos.count == 0
 
 
 def test_what_was_cut_is_shown_where_it_stood(recipe: Path) -> None:
     conversation = [("system", "Be brief."), *CONVERSATIONS[2]]
     write_conversations(recipe.parent / "d.jsonl", [conversation])
     one_less = f"data.max_length={len(json_rows(recipe)[0]['input_ids']) - 1}"
-    shown = mask(recipe, "--set", one_less, "--set", "data.truncation=turns_leading").stdout.replace("↵", "")
+    shown = mask(recipe, "--set", one_less, "--set", "data.truncation=drop_first_turns").stdout.replace("↵", "")
     assert (
         "<|system|>\nBe brief.<|end|>\n"
         "[-<|user|>\none two three<|end|>\n<|assistant|>\nfour<|end|>\n-]"
         "<|user|>\nfive six<|end|>\n<|assistant|>\n[+seven eight nine<|end|>+]"
     ) in shown
-    assert "1 row lost 1 exchange at its beginning" in shown
+    assert "1 example lost 1 round at its beginning" in shown
 
 
 def test_a_divided_conversation_is_shown_as_its_examples(recipe: Path) -> None:
@@ -273,5 +273,6 @@ def test_a_divided_conversation_is_shown_as_its_examples(recipe: Path) -> None:
     rows = done.stdout.split("[+trained+]")[0]
     assert rows.count(f"{source}:1") == 2 and "[-" not in rows
     assert (
-        f"1 conversation became 2 rows ({source}:1)" in done.stdout.replace("\n", "") or "became 2 rows" in done.stdout
+        f"1 conversation became 2 examples ({source}:1)" in done.stdout.replace("\n", "")
+        or "became 2 examples" in done.stdout
     )

@@ -56,9 +56,9 @@ def test_a_run_folder_becomes_a_model(run: Path) -> None:
     merged = run / "merged"
     assert Path(report["folder"]) == merged
     proof = report["verification"]
-    assert proof["passed"] and proof["same_greedy"] == 1.0 and proof["special_tokens"] == [96, 97, 98, 99]
+    assert proof["passed"] and proof["top1_agreement"] == 1.0 and proof["special_tokens"] == [96, 97, 98, 99]
     assert json.loads((merged / "merge_report.json").read_text())["verification"] == proof
-    assert (report["vocabulary"], report["grown"], report["tied"]) == (100, 4, True)
+    assert (report["vocabulary"], report["added_rows"], report["tied"]) == (100, 4, True)
     config = json.loads((merged / "config.json").read_text())
     assert (config["vocab_size"], config["tie_word_embeddings"]) == (100, True)
     assert (config["eos_token_id"], config["pad_token_id"]) == (99, 0)
@@ -66,12 +66,12 @@ def test_a_run_folder_becomes_a_model(run: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(merged)
     assert tokenizer.chat_template == TEMPLATE and tokenizer.convert_tokens_to_ids("<|end|>") == 99
     left = {file.name for file in merged.iterdir()}
-    assert not {name for name in left if "part" in name or "state" in name or "unproved" in name or "lock" in name}
+    assert not {name for name in left if "part" in name or "state" in name or "unverified" in name or "lock" in name}
     assert merged_logits(merged).shape == (*IDS.shape, 100)
 
 
 def test_the_words_a_user_sees(run: Path) -> None:
-    result = merge(run, "-o", run / "here", "--dtype", "bfloat16", "--working-set", "1MB")
+    result = merge(run, "-o", run / "here", "--dtype", "bfloat16", "--memory-budget", "1MB")
     assert result.returncode == 0, result.stderr
     assert "computes what base and adapter compute" in result.stdout and str(run / "here") in result.stdout
     assert apart(merged_logits(run / "here"), merged_logits_of(run)) < 0.05
@@ -88,7 +88,7 @@ def merged_logits_of(run: Path):
         (["nowhere"], "no such folder"),
         (["{run}", "--base", "dequantized"], "not trained on a quantized base"),
         (["{run}", "--adapter", "{run}=much"], "not a number"),
-        (["{run}", "--working-set", "lots"], "not a size"),
+        (["{run}", "--memory-budget", "lots"], "not a size"),
         (["{base}"], "nothing to merge"),
     ],
 )

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_helpers import recipe_dict
 
 from peftchat.errors import UserError
 from peftchat.planning.hardware import find_hardware, gpu_catalog, system_memory
+from tests.support.planning import recipe_dict
 
 GIB = 2**30
 
@@ -32,7 +32,7 @@ def test_json_is_one_object_about_a_model_that_has_a_config_only(tmp_path: Path)
     told = json.loads(done.stdout)
     assert told["fits"] is True
     assert told["settings"]["strategy"] == "zero3"
-    assert sum(told["memory"]["parts"].values()) == told["memory"]["total"] <= told["room"]
+    assert sum(told["memory"]["parts"].values()) == told["memory"]["total"] <= told["device_memory"]
     ways = {
         (cell["settings"]["method"], cell["settings"]["bits"], cell["settings"]["strategy"]) for cell in told["grid"]
     }
@@ -46,7 +46,7 @@ def test_json_is_one_object_about_a_model_that_has_a_config_only(tmp_path: Path)
 
 def test_what_does_not_fit_says_so_first_and_names_the_flags(tmp_path: Path) -> None:
     recipe = written(tmp_path, "llama-3.1-8b", "lora")
-    done = peftchat("plan", str(recipe), "--gpu", "3060", "--no-grid", "--set", "data.max_length=1024")
+    done = peftchat("plan", str(recipe), "--gpu", "3060", "--no-alternatives", "--set", "data.max_length=1024")
     assert done.returncode == 0, done.stderr
     first = re.split(r"\nmodel ", done.stdout)[0]
     assert first.startswith("It does not fit")
@@ -96,7 +96,7 @@ def test_a_probe_is_within_a_sixth_of_the_prediction(tmp_path: Path, demo_model:
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(recipe), encoding="utf-8")
-    done = peftchat("plan", str(path), "--gpu", "cpu", "--no-grid", "--probe", "--json")
+    done = peftchat("plan", str(path), "--gpu", "cpu", "--no-alternatives", "--probe", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["memory"]["total"] == pytest.approx(told["probe"]["peak"], rel=0.17)
+    assert told["memory"]["total"] == pytest.approx(told["probe"]["peak_bytes"], rel=0.17)

@@ -106,7 +106,7 @@ def test_an_unknown_tracker(tmp_path: Path, files: dict[str, Path]) -> None:
 def test_special_text_where_it_is_forbidden(tmp_path: Path, files: dict[str, Path]) -> None:
     turns = [{"role": "user", "content": "say <|end|>"}, {"role": "assistant", "content": "no"}]
     files["data"].write_text(json.dumps({"messages": turns}) + "\n")
-    assert "special token" in refused(tmp_path, files, chat={"special_text": "refuse"})
+    assert "special token" in refused(tmp_path, files, chat={"special_token_text": "error"})
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, files: dict[str, Path]) -> None:
@@ -126,7 +126,7 @@ def test_no_space_left(tmp_path: Path, files: dict[str, Path]) -> None:
         pytest.skip("a small disk cannot be mounted without more rights")
     try:
         files["run"] = disk / "run"
-        assert "no space left" in refused(tmp_path, files)
+        assert "of disk space" in refused(tmp_path, files)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from peftchat.chat_template.registry import make_format
+from peftchat.chat_template.chat_format import make_format
 from tests.support.models import small_config
 from tests.support.tokenizers import byte_level
 

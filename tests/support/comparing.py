@@ -4,18 +4,18 @@ from pathlib import Path
 
 from peftchat.comparing.candidates import Candidate
 from peftchat.comparing.compare_plan import TrainingJob
-from peftchat.comparing.hyperparameter_search import RATE
+from peftchat.comparing.hyperparameter_search import LEARNING_RATE
 from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult
 
 
 def made(
     name: str, losses: list[float], *, seconds: float = 10.0, memory: int = 100, tokens: int = 1000
 ) -> CandidateResult:
-    """A candidate with one run a seed."""
+    """A candidate with one run per seed."""
     candidate = Candidate(name, name, {})
     runs = [
         RunResult(
-            TrainingJob(candidate, {RATE: 1e-3}, seed),
+            TrainingJob(candidate, {LEARNING_RATE: 1e-3}, seed),
             loss=loss,
             loss_before=4.0,
             steps=10,
@@ -25,7 +25,7 @@ def made(
         )
         for seed, loss in enumerate(losses)
     ]
-    return CandidateResult(candidate, runs[:1], runs[1:], Evaluation(plain_loss=3.0))
+    return CandidateResult(candidate, runs[:1], runs[1:], Evaluation(general_loss=3.0))
 
 
 def write_rows_and_recipe(folder: Path, text: str) -> Path:

@@ -24,7 +24,7 @@ def start(run: Path, target: Path) -> int:
     """Begin a merge in a fork and return its process id as soon as something of it is on the disk."""
     child = os.fork()
     if child == 0:
-        merge_run(run, MergeOptions(out=target, verify=False))
+        merge_run(run, MergeOptions(output=target, verify=False))
         os._exit(0)
     while not target.with_name(f"{target.name}.partial").exists() and not target.exists():
         time.sleep(0.0002)

@@ -9,12 +9,12 @@ from peftchat.runs.metrics_file import MetricsFile
 
 RUN_JSON: dict[str, Any] = {
     "method": "lora",
-    "base": "base-model",
+    "base_model": "base-model",
     "steps": 60,
     "epochs": 1.5,
-    "rows": 5421,
+    "train_examples": 5421,
     "dropped": {"longer than max_length": 7, "no answer": 3},
-    "special_text": 2,
+    "special_token_text": 2,
     "command": "peftchat train recipe.yaml --set 'data.train=[{path: a&b.jsonl}]'",
     "started": "2026-01-14T10:02:11+00:00",
     "finished": "2026-01-14T10:06:29+00:00",

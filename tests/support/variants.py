@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftchat.models.loading import quantization_config
 from peftchat.recipe import load_recipe
-from peftchat.training.distributed import resolve_distributed
-from peftchat.training.train import TrainOptions, run_training
+from peftchat.training.context import TrainOptions
+from peftchat.training.train import train
 from peftchat.variants import VARIANTS
 from tests.support.data import read_json
 from tests.support.recipes import write_training_recipe
@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"eva": {"r": 2}}
 
 def method_of(name: str) -> str:
     """Return the method that goes with a variant: LoftQ has nothing to do on a base that is not quantized."""
-    return "full" if name == "full" else "qlora" if "unquantized" in VARIANTS[name].refuses else "lora"
+    return "full" if name == "full" else "qlora" if "unquantized" in VARIANTS[name].incompatible_with else "lora"
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class VariantTrainer:
         """Train a variant for four steps, if `sections` do not say otherwise, into a folder of the caller's own."""
         recipe = {"method": method_of(name), **sections}
         if name != "full":
-            few = {"start_rows": 8} if "start_rows" in VARIANTS[name].keys else {}
+            few = {"calibration_samples": 8} if "calibration_samples" in VARIANTS[name].setting_names() else {}
             recipe["adapter"] = {"variant": name, **few, **SETTINGS.get(name, {}), **sections.get("adapter", {})}
         rate = VARIANTS[name].learning_rate * LEARNING_RATES.get(name, 5.0)
         recipe["training"] = {"learning_rate": rate, **sections.get("training", {})}
         run.parent.mkdir(parents=True, exist_ok=True)
         path = run.with_name(f"{run.name}.yaml")
         loaded = load_recipe(write_training_recipe(path, self.base, self.conversations, self.held_out, run, **recipe))
-        return TrainedVariant(name, run, run_training(loaded, resolve_distributed(loaded), TrainOptions(resume=resume)))
+        return TrainedVariant(name, run, train(loaded, TrainOptions(resume=resume)).model_dump())
 
     def stock_model(self, run: Path) -> Any:
         """Load a run by transformers and peft, as its model card says."""

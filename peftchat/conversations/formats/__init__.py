@@ -1,8 +1,8 @@
-"""The registry of input forms; a new form is one file here and one entry in `FORMATS`."""
+"""The registry of input formats; a new format is one file here and one entry in `FORMATS`."""
 
 import difflib
 
-from peftchat.conversations.formats import alpaca, guanaco, messages, oasst, prompt_completion, sharegpt
+from peftchat.conversations.formats import alpaca, chatgpt_export, guanaco, messages, oasst, prompt_completion, sharegpt
 from peftchat.conversations.formats.base import Fields, Format
 from peftchat.errors import UserError
 
@@ -13,6 +13,7 @@ FORMATS: dict[str, Format] = {
         messages.FORMAT,
         sharegpt.FORMAT,
         oasst.FORMAT,
+        chatgpt_export.FORMAT,
         guanaco.FORMAT,
         alpaca.FORMAT,
         prompt_completion.FORMAT,
@@ -23,7 +24,7 @@ __all__ = ["FORMATS", "Fields", "Format", "find_format", "list_formats", "matchi
 
 
 def find_format(name: str) -> Format:
-    """The form called `name`.
+    """The format called `name`.
 
     Raises:
         UserError: there is none; names the nearest.
@@ -36,11 +37,11 @@ def find_format(name: str) -> Format:
 
 
 def matching_format(fields: Fields) -> Format | None:
-    """The first form that a row's fields fit."""
-    return next((form for form in FORMATS.values() if form.matches(fields)), None)
+    """The first format that a record's fields fit."""
+    return next((data_format for data_format in FORMATS.values() if data_format.matches(fields)), None)
 
 
 def list_formats() -> list[tuple[str, str]]:
-    """Name and one line for every form, `auto` first."""
-    auto = ("auto", "the first of the forms below that the first rows have")
-    return [auto, *((form.name, form.summary) for form in FORMATS.values())]
+    """Name and one line for every format, `auto` first."""
+    auto = ("auto", "the first of the formats below that the first records have")
+    return [auto, *((data_format.name, data_format.summary) for data_format in FORMATS.values())]

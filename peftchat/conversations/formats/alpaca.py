@@ -1,4 +1,4 @@
-"""Alpaca's form: `instruction`, `input`, `output`, with optional `system` and `history`."""
+"""Alpaca's format: `instruction`, `input`, `output`, with optional `system` and `history`."""
 
 from peftchat.conversation import Message
 from peftchat.conversations.formats.base import Fields, optional_text, record_format, text_field, type_name

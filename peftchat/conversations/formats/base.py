@@ -1,4 +1,4 @@
-"""What an input form is: how to recognize its rows, and how to turn them into conversations."""
+"""What an input format is: how to recognize its records, and how to turn them into conversations."""
 
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,14 +14,14 @@ Fields = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One input form.
+    """One input format.
 
     Attributes:
         name: as written in a recipe's `format`.
         summary: one line: its fields.
-        matches: whether a row has this form, judged by its fields alone.
-        read: the conversations in a stream of rows; bad rows go to the log.
-        ranked: whether its answers come with ranks, so that `ReadOptions.top_k` means something.
+        matches: whether a record has this format, judged by its fields alone.
+        read: the conversations in a stream of records; bad records go to the log.
+        ranked: whether its answers come with ranks, so that `ReadOptions.oasst_top_k` means something.
     """
 
     name: str
@@ -38,21 +38,21 @@ _MAY_REPEAT = ("tool",)
 def record_format(
     name: str, summary: str, matches: Callable[[Fields], bool], parse: Callable[[Fields], list[Message]]
 ) -> Format:
-    """A form in which each row is one conversation; `parse` raises `RecordError` for a row it cannot read."""
+    """A format in which each record is one conversation; `parse` raises `RecordError` for a record it cannot read."""
 
-    def read(rows: Iterable[RawRecord], options: ReadOptions, problems: ProblemLog) -> Iterator[Conversation]:
-        for row in rows:
+    def read(records: Iterable[RawRecord], options: ReadOptions, problems: ProblemLog) -> Iterator[Conversation]:
+        for record in records:
             try:
-                if not matches(row.value):
-                    raise RecordError("other_form", f"not in {name} form; fields: {field_names(row.value)}")
-                messages = validate_messages(parse(row.value), problems)
+                if not matches(record.value):
+                    raise RecordError("other_format", f"not in {name} format; fields: {field_names(record.value)}")
+                messages = validate_messages(parse(record.value), problems)
             except RecordError as error:
-                problems.add(Problem(row.where, error.kind, error.detail), row.as_bytes())
+                problems.add(Problem(record.where, error.kind, error.detail), record.as_bytes())
                 continue
-            if options.languages and not is_in_languages(row.value, messages, options.languages):
+            if options.languages and not is_in_languages(record.value, messages, options.languages):
                 problems.skipped["other_language"] += 1
             else:
-                yield Conversation(messages, row.where)
+                yield Conversation(messages, record.where)
 
     return Format(name, summary, matches, read)
 
@@ -61,14 +61,14 @@ def validate_messages(messages: Sequence[Message], problems: ProblemLog) -> tupl
     """The conversation's messages, a trailing user turn taken off and counted.
 
     Raises:
-        RowError: no answer, nothing said, a role twice, a system message in the middle, or text that no tokenizer
+        RecordError: no answer, nothing said, a role twice, a system message in the middle, or text that no tokenizer
             should see (NUL, half a surrogate pair).
     """
     before: Role | None = None
     for number, message in enumerate(messages, start=1):
         role = message.role
         if role == before and role not in _MAY_REPEAT:
-            raise RecordError("repeated_role", f"two {role} turns in a row (turns {number - 1} and {number})")
+            raise RecordError("repeated_role", f"two {role} turns in a record (turns {number - 1} and {number})")
         if role == "system" and before is not None:
             raise RecordError("system_not_first", f"a system message behind other turns (turn {number})")
         _check_content(message.content, role, number)
@@ -85,7 +85,7 @@ def validate_messages(messages: Sequence[Message], problems: ProblemLog) -> tupl
 
 def _check_content(content: str, role: Role, number: int) -> None:
     if (not content or content.isspace()) and role not in _MAY_BE_EMPTY:
-        raise RecordError("empty_content", f"the {role} turn says nothing (turn {number})")
+        raise RecordError("empty_content", f"the {role} message is empty (turn {number})")
     if "\x00" in content:
         raise RecordError("nul_character", f"the {role} turn holds a NUL character (turn {number})")
     if content.isascii():
@@ -103,7 +103,7 @@ def text_field(fields: Fields, name: str) -> str:
     """A field that must be text.
 
     Raises:
-        RowError: it is absent or something else.
+        RecordError: it is absent or something else.
     """
     if name not in fields:
         raise RecordError("missing_field", f"no field {name!r}; fields: {field_names(fields)}")
@@ -114,7 +114,7 @@ def text_field(fields: Fields, name: str) -> str:
 
 
 def optional_text(fields: Fields, name: str) -> str:
-    """A field that may be absent, null or text; "" where it says nothing."""
+    """A field that may be absent, null or text; "" if it is empty."""
     return "" if fields.get(name) is None else text_field(fields, name)
 
 
@@ -122,7 +122,7 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
     """A field that must be a list of objects.
 
     Raises:
-        RowError: it is not.
+        RecordError: it is not.
     """
     turns = fields.get(name)
     if not isinstance(turns, list):
@@ -134,7 +134,7 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
 
 
 def field_names(fields: Fields) -> str:
-    """The names of a row's fields, for messages; at most ten of them."""
+    """The names of a record's fields, for messages; at most ten of them."""
     names = [name if name.isprintable() else reprlib.repr(name) for name in map(str, list(fields)[:10])]
     more = ", …" if len(fields) > len(names) else ""
     return (", ".join(names) or "none") + more

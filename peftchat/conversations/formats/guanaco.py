@@ -1,4 +1,4 @@
-"""Guanaco's form: one `text`, `### Human: … ### Assistant: …`."""
+"""Guanaco's format: one `text`, `### Human: … ### Assistant: …`."""
 
 import re
 

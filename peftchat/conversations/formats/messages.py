@@ -1,4 +1,4 @@
-"""OpenAI's chat form: `messages`, a list of `{"role", "content"}`."""
+"""OpenAI's chat format: `messages`, a list of `{"role", "content"}`."""
 
 import reprlib
 from typing import Any
@@ -23,7 +23,7 @@ def parse_turns(turns: list[Fields]) -> list[Message]:
     """Messages from `role`/`content` objects.
 
     Raises:
-        RowError: an unknown role, or content that is not text.
+        RecordError: an unknown role, or content that is not text.
     """
     messages = []
     for number, turn in enumerate(turns, start=1):
@@ -45,7 +45,7 @@ def render_tool_calls(content: str, calls: list[dict[str, Any]]) -> str:
     """An assistant's tool calls as text behind what it said.
 
     Each call is `<tool_call>`, a line of JSON with `name` and `arguments`, and `</tool_call>`, each on its own line:
-    the form that Hermes and Qwen models are trained on. The tool's answer stays a `tool` message.
+    the format that Hermes and Qwen models are trained on. The tool's answer stays a `tool` message.
     """
     blocks = [f"<tool_call>\n{orjson.dumps(call).decode()}\n</tool_call>" for call in calls]
     return "\n".join([content, *blocks] if content else blocks)
@@ -93,7 +93,7 @@ def _calls(turn: Fields, number: int) -> list[dict[str, Any]]:
 
 FORMAT = record_format(
     "messages",
-    "messages: a list of {role, content} (OpenAI's chat form; tool calls become <tool_call> text)",
+    "messages: a list of {role, content} (OpenAI's chat format; tool calls become <tool_call> text)",
     lambda fields: "messages" in fields,
     lambda fields: parse_turns(turn_list(fields, "messages")),
 )

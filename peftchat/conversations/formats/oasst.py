@@ -49,7 +49,7 @@ def parse_message(fields: Mapping[str, Any]) -> TreeMessage:
     """One message without its replies.
 
     Raises:
-        RowError: text, role or rank are not what the export format says.
+        RecordError: text, role or rank are not what the export format says.
     """
     name = text_field(fields, "role")
     role = _ROLES.get(name)
@@ -76,7 +76,7 @@ def parse_tree(prompt: Mapping[str, Any]) -> TreeMessage:
     """A message and, through `replies`, everything below it.
 
     Raises:
-        RowError: a message below it cannot be parsed.
+        RecordError: a message below it cannot be parsed.
     """
     root = parse_message(prompt)
     open_messages = [(root, prompt)]
@@ -118,20 +118,20 @@ class FlatMessages:
     def __init__(self) -> None:
         self._found: dict[str, _Found] = {}
 
-    def add(self, row: RawRecord) -> None:
+    def add(self, record: RawRecord) -> None:
         """Keep one message.
 
         Raises:
-            RowError: it cannot be parsed, or its id was there before.
+            RecordError: it cannot be parsed, or its id was there before.
         """
-        key = text_field(row.value, "message_id")
+        key = text_field(record.value, "message_id")
         if key in self._found:
             raise RecordError("broken_tree", f"message id {key[:80]!r} was there before, at {self._found[key].where}")
-        state, parent = row.value.get("tree_state"), optional_text(row.value, "parent_id") or None
-        self._found[key] = _Found(row.where, parent, state, parse_message(row.value))
+        state, parent = record.value.get("tree_state"), optional_text(record.value, "parent_id") or None
+        self._found[key] = _Found(record.where, parent, state, parse_message(record.value))
 
     def trees(self, problems: ProblemLog) -> Iterator[FlatTree]:
-        """The trees in order of their prompts, replies in order of their rows.
+        """The trees in order of their prompts, replies in order of their records.
 
         Messages that no prompt leads to (a lost parent, a circle) are problems.
         """
@@ -266,21 +266,21 @@ class _Reading:
         self.problems = problems
         self.seen: set[bytes] = set()
 
-    def tree(self, row: RawRecord) -> Iterator[Conversation]:
-        prompt = parse_tree(row.value["prompt"])
+    def tree(self, record: RawRecord) -> Iterator[Conversation]:
+        prompt = parse_tree(record.value["prompt"])
         # In a tree export a missing state or verdict is not a good one.
-        ready, reviewed = row.value.get("tree_state") == _READY, prompt.reviewed is True
-        yield from self.conversations(prompt, row.where, ready=ready, reviewed=reviewed, row=row)
+        ready, reviewed = record.value.get("tree_state") == _READY, prompt.reviewed is True
+        yield from self.conversations(prompt, record.where, ready=ready, reviewed=reviewed, record=record)
 
-    def thread(self, row: RawRecord) -> Iterator[Conversation]:
+    def thread(self, record: RawRecord) -> Iterator[Conversation]:
         """A thread is a tree without branches; its ranks were given among siblings that are not here."""
-        fields = turn_list(row.value, "thread")
+        fields = turn_list(record.value, "thread")
         if not fields:
             raise RecordError("no_answer", "the thread is empty")
         path = [parse_message(message) for message in fields]
         for parent, message in pairwise(path):
             parent.replies.append(message)
-        yield from self.conversations(path[0], row.where, reviewed=path[0].reviewed is not False, row=row)
+        yield from self.conversations(path[0], record.where, reviewed=path[0].reviewed is not False, record=record)
 
     def conversations(
         self,
@@ -289,9 +289,9 @@ class _Reading:
         *,
         ready: bool = True,
         reviewed: bool = True,
-        row: RawRecord | None = None,
+        record: RawRecord | None = None,
     ) -> Iterator[Conversation]:
-        """The conversations of one tree, each once; `row` is what a quarantine shows of it."""
+        """The conversations of one tree, each once; `record` is what a quarantine shows of it."""
         notes, skipped = self.problems.notes, self.problems.skipped
         notes["oasst_trees"] += 1
         notes["oasst_messages"] += _tree_size(prompt)
@@ -301,7 +301,7 @@ class _Reading:
             return
         for path in leaf_paths(prompt):
             notes["oasst_paths"] += 1
-            if broken := broken_rule(path, self.options.top_k):
+            if broken := broken_rule(path, self.options.oasst_top_k):
                 skipped[broken] += 1
                 continue
             kept = without_open_turn(path)
@@ -310,7 +310,7 @@ class _Reading:
             try:
                 messages = validate_messages(_messages(kept), self.problems)
             except RecordError as error:
-                self.problems.add(Problem(where, error.kind, error.detail), row and row.as_bytes())
+                self.problems.add(Problem(where, error.kind, error.detail), record and record.as_bytes())
                 continue
             mark = fingerprint(messages)
             if mark in self.seen:
@@ -341,21 +341,21 @@ def _tree_size(root: TreeMessage) -> int:
     return count
 
 
-def _read(rows: Iterable[RawRecord], options: ReadOptions, problems: ProblemLog) -> Iterator[Conversation]:
+def _read(records: Iterable[RawRecord], options: ReadOptions, problems: ProblemLog) -> Iterator[Conversation]:
     reading = _Reading(options, problems)
     single = FlatMessages()
-    for row in rows:
+    for record in records:
         try:
-            if _is_tree(row.value):
-                yield from reading.tree(row)
-            elif _is_thread(row.value):
-                yield from reading.thread(row)
-            elif _is_message(row.value):
-                single.add(row)
+            if _is_tree(record.value):
+                yield from reading.tree(record)
+            elif _is_thread(record.value):
+                yield from reading.thread(record)
+            elif _is_message(record.value):
+                single.add(record)
             else:
-                raise RecordError("other_form", f"not in oasst form; fields: {field_names(row.value)}")
+                raise RecordError("other_format", f"not in oasst format; fields: {field_names(record.value)}")
         except RecordError as error:
-            problems.add(Problem(row.where, error.kind, error.detail), row.as_bytes())
+            problems.add(Problem(record.where, error.kind, error.detail), record.as_bytes())
     for tree in single.trees(problems):
         ready = tree.state is None or tree.state == _READY
         reviewed = tree.prompt.reviewed is not False

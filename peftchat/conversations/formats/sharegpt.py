@@ -1,4 +1,4 @@
-"""ShareGPT's form: `conversations`, a list of `{"from", "value"}` (or of `{"role", "content"}`)."""
+"""ShareGPT's format: `conversations`, a list of `{"from", "value"}` (or of `{"role", "content"}`)."""
 
 import reprlib
 

@@ -1,4 +1,4 @@
-"""From a path to rows: which files a path means, and the reader for each kind of file."""
+"""From a path to records: which files a path means, and the reader for each kind of file."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -59,9 +59,9 @@ def _single_file(path: Path, split: str | None) -> Path:
         raise UserError(f"a single file has no split {split!r}", where=str(path), hint=hint)
     if reader_for(path) is None:
         endings = ", ".join(READERS)
-        raise UserError("the file's ending says nothing about its form", where=str(path), hint=f"Known: {endings}.")
+        raise UserError(f"unknown file ending {path.suffix!r}", where=str(path), hint=f"Use one of {endings}.")
     if path.stat().st_size == 0:
-        raise UserError("the file is empty", where=str(path), hint="Give a file with rows.")
+        raise UserError("the file is empty", where=str(path), hint="Give a file with records.")
     return path
 
 

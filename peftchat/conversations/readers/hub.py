@@ -9,7 +9,7 @@ _TIMEOUT = 20.0
 
 
 def read_hub(name: str, split: str | None, problems: ProblemLog) -> Iterator[RawRecord]:
-    """The rows of split `split` (default `train`) of the hub data set `name`; `where` is `name/split:row`.
+    """The records of split `split` (default `train`) of the hub data set `name`; `where` is `name/split:record`.
 
     Raises:
         UserError: the data set or the split cannot be had: offline, private, misspelt.
@@ -21,8 +21,8 @@ def read_hub(name: str, split: str | None, problems: ProblemLog) -> Iterator[Raw
     try:
         # Asked first because it fails at once where `datasets` repeats its requests for half a minute.
         huggingface_hub.dataset_info(name, timeout=_TIMEOUT)
-        rows = iter(datasets.load_dataset(name, split=split, streaming=True))
-        first = next(rows, None)
+        records = iter(datasets.load_dataset(name, split=split, streaming=True))
+        first = next(records, None)
     except Exception as error:
         # `datasets` lets a dozen unrelated types through: HTTP, file system, its own.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -34,6 +34,6 @@ def read_hub(name: str, split: str | None, problems: ProblemLog) -> Iterator[Raw
     number = 0
     while first is not None:
         number += 1
-        problems.rows += 1
+        problems.records += 1
         yield RawRecord(f"{name}/{split}:{number}", first, None)
-        first = next(rows, None)
+        first = next(records, None)

@@ -1,4 +1,4 @@
-"""A `.json` file: one array of rows, or rows one after the other, read in pieces."""
+"""A `.json` file: one array of records, or records one after the other, read in pieces."""
 
 import codecs
 import json
@@ -53,7 +53,7 @@ class _Text:
             self.extend()
 
 
-def read_json_values(path: Path, max_row_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
+def read_json_values(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
     """The objects of a `.json` file; `where` counts elements from 1.
 
     After a syntax error nothing behind it can be trusted, so the file ends there with one problem.
@@ -70,15 +70,15 @@ def read_json_values(path: Path, max_row_bytes: int, problems: ProblemLog) -> It
                 break
             number += 1
             where = f"{name}:{number}"
-            problems.rows += 1
+            problems.records += 1
             try:
-                value, raw = _element(text, max_row_bytes)
+                value, raw = _element(text, max_record_bytes)
             except RecordError as error:
                 raw = text.window[text.position : text.position + _KEPT_OF_BROKEN_ELEMENT]
                 problems.add(Problem(where, error.kind, error.detail), raw.encode(errors="replace"))
                 return
-            if len(raw) > max_row_bytes:
-                problems.add(_too_long(where, max_row_bytes), raw[:_KEPT_OF_BROKEN_ELEMENT].encode(errors="replace"))
+            if len(raw) > max_record_bytes:
+                problems.add(_too_long(where, max_record_bytes), raw[:_KEPT_OF_BROKEN_ELEMENT].encode(errors="replace"))
             elif isinstance(value, dict):
                 yield RawRecord(where, value, raw.encode(errors="surrogateescape"))
             else:
@@ -109,7 +109,7 @@ def _element(text: _Text, limit: int) -> tuple[Any, str]:
             if text.ended or not cut:
                 raise RecordError("not_json", f"not JSON: {error.msg}") from None
             if len(text.window) - text.position > limit:
-                raise RecordError("row_too_long", _too_long("", limit).detail) from None
+                raise RecordError("record_too_long", _too_long("", limit).detail) from None
             text.extend()
         except ValueError as error:
             # A number of more than 4,300 digits.
@@ -121,4 +121,4 @@ def _element(text: _Text, limit: int) -> tuple[Any, str]:
 
 
 def _too_long(where: str, limit: int) -> Problem:
-    return Problem(where, "row_too_long", f"the element is longer than {limit:,} characters")
+    return Problem(where, "record_too_long", f"the element is longer than {limit:,} characters")

@@ -14,27 +14,27 @@ _BOM = b"\xef\xbb\xbf"
 _KEPT_OF_LONG_LINE = 4096
 
 
-def read_jsonl(path: Path, max_row_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
-    """The objects of a `.jsonl` or `.jsonl.gz` file; blank lines are not rows.
+def read_jsonl(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
+    """The objects of a `.jsonl` or `.jsonl.gz` file; blank lines are not records.
 
-    Memory is bounded by `max_row_bytes`, whatever the file holds.
+    Memory is bounded by `max_record_bytes`, whatever the file holds.
     """
     name = str(path)
     number = 0
     try:
         with _open(path) as file:
-            while line := file.readline(max_row_bytes + 1):
+            while line := file.readline(max_record_bytes + 1):
                 number += 1
-                if len(line) > max_row_bytes and not line.endswith(b"\n"):
-                    problems.rows += 1
-                    problems.add(_too_long(f"{name}:{number}", max_row_bytes), line[:_KEPT_OF_LONG_LINE])
-                    _skip_line(file, max_row_bytes)
+                if len(line) > max_record_bytes and not line.endswith(b"\n"):
+                    problems.records += 1
+                    problems.add(_too_long(f"{name}:{number}", max_record_bytes), line[:_KEPT_OF_LONG_LINE])
+                    _skip_line(file, max_record_bytes)
                     continue
                 if number == 1 and line.startswith(_BOM):
                     line = line[len(_BOM) :]
                 if line.isspace() or not line:
                     continue
-                problems.rows += 1
+                problems.records += 1
                 try:
                     value = orjson.loads(line)
                 except orjson.JSONDecodeError as error:
@@ -66,12 +66,12 @@ def explain_json_error(where: str, line: bytes, error: ValueError) -> Problem:
 
 
 def not_an_object(where: str, value: object) -> Problem:
-    """The problem of a row that is a JSON list, text or number."""
-    return Problem(where, "not_an_object", f"a row must be a JSON object, this is a {type(value).__name__}")
+    """The problem of a record that is a JSON list, text or number."""
+    return Problem(where, "not_an_object", f"a record must be a JSON object, this is a {type(value).__name__}")
 
 
 def _too_long(where: str, limit: int) -> Problem:
-    return Problem(where, "row_too_long", f"the line is longer than {limit:,} bytes")
+    return Problem(where, "record_too_long", f"the line is longer than {limit:,} bytes")
 
 
 def _skip_line(file: BinaryIO, chunk: int) -> None:

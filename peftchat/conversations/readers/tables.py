@@ -13,8 +13,8 @@ _BATCH = 512
 _LIST_COLUMNS = ("messages", "conversations")
 
 
-def read_parquet(path: Path, max_row_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
-    """The rows of a Parquet file; `where` counts rows from 1. `max_row_bytes` does not apply."""
+def read_parquet(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
+    """The rows of a Parquet file; `where` counts rows from 1. `max_record_bytes` does not apply."""
     import pyarrow
     from pyarrow import parquet
 
@@ -25,7 +25,7 @@ def read_parquet(path: Path, max_row_bytes: int, problems: ProblemLog) -> Iterat
             for batch in file.iter_batches(batch_size=_BATCH):
                 for value in batch.to_pylist():
                     number += 1
-                    problems.rows += 1
+                    problems.records += 1
                     yield RawRecord(f"{name}:{number}", value, None)
     except UnicodeDecodeError:
         detail = f"a text in rows {number + 1} to {number + _BATCH} is not UTF-8"
@@ -34,7 +34,7 @@ def read_parquet(path: Path, max_row_bytes: int, problems: ProblemLog) -> Iterat
         problems.add(Problem(f"{name}:{number + 1}", "broken_file", f"not readable Parquet: {_first_line(error)}"))
 
 
-def read_csv(path: Path, max_row_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
+def read_csv(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
     """The rows of a CSV file with a header; `where` is the line on which the row ends.
 
     A column named `messages` or `conversations` holds JSON. Bytes that are not UTF-8 become lone surrogates,
@@ -42,14 +42,14 @@ def read_csv(path: Path, max_row_bytes: int, problems: ProblemLog) -> Iterator[R
     """
     name = str(path)
     # The csv module's own limit of 128 KiB a field is smaller than real answers, and it has one limit for all readers.
-    csv.field_size_limit(max_row_bytes)
+    csv.field_size_limit(max_record_bytes)
     number = 0
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.DictReader(_bounded_lines(file, max_row_bytes), strict=True)
+        rows = csv.DictReader(_bounded_lines(file, max_record_bytes), strict=True)
         try:
             for fields in rows:
                 number = rows.line_num
-                problems.rows += 1
+                problems.records += 1
                 where = f"{name}:{number}"
                 if None in fields or None in fields.values():
                     detail = f"the row has another number of columns than the header's {len(rows.fieldnames or ())}"
@@ -57,7 +57,7 @@ def read_csv(path: Path, max_row_bytes: int, problems: ProblemLog) -> Iterator[R
                     continue
                 yield RawRecord(where, _with_lists(fields), None)
         except csv.Error as error:
-            problems.rows += 1
+            problems.records += 1
             problems.add(Problem(f"{name}:{number + 1}", "broken_file", f"not readable CSV: {error}"))
 
 

@@ -151,8 +151,8 @@ class _Gathering:
     def finish(self, log: ProblemLog) -> PartStats:
         """The statistics once all was read."""
         stats = self.stats
-        stats.rows = log.rows
-        stats.forms = dict(log.forms)
+        stats.records = log.records
+        stats.formats = dict(log.formats)
         stats.longest = tuple(row for _, _, row in sorted(self._longest, reverse=True))
         stats.problems = dict(log.problems)
         stats.problem_examples = {kind: list(map(str, problems)) for kind, problems in log.examples.items()}

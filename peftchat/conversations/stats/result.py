@@ -126,8 +126,8 @@ class PartStats:
 
     Attributes:
         name: of the part.
-        forms: input file -> form it was read as.
-        rows: rows read.
+        formats: input file -> format it was read as.
+        records: records read.
         conversations: usable ones; all that follows counts these.
         turns: messages a conversation.
         characters: a conversation.
@@ -149,8 +149,8 @@ class PartStats:
     """
 
     name: str
-    forms: dict[str, str] = field(default_factory=dict)
-    rows: int = 0
+    formats: dict[str, str] = field(default_factory=dict)
+    records: int = 0
     conversations: int = 0
     turns: LengthSketch = field(default_factory=LengthSketch)
     characters: LengthSketch = field(default_factory=LengthSketch)

@@ -44,8 +44,8 @@ def recipe(tmp_path: Path, pretrained: Path) -> Path:
         (["--variants", "lora", "--budget", "hours=2"], "steps=N, tokens=N or minutes=N"),
         (["--variants", "lora", "--learning-rates", "fast"], "1e-4,3e-4"),
         (["--variants", "lora", "--trials", "3"], "belong together"),
-        (["--variants", "lora", "--learning-rates", "1e-3", "--fixed-learning-rate"], "exclude each other"),
-        (["--variants", "lora", "--plain-text", "nowhere.txt"], "nowhere.txt"),
+        (["--variants", "lora", "--learning-rates", "1e-3", "--no-lr-search"], "exclude each other"),
+        (["--variants", "lora", "--forgetting-text", "nowhere.txt"], "nowhere.txt"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_made(
@@ -113,7 +113,7 @@ class Comparison:
     @property
     def losses(self) -> dict[float, float]:
         """The good candidate's held-out losses by learning rate."""
-        return {run["settings"]["training.learning_rate"]: run["loss"] for run in self.good["tried"]}
+        return {run["settings"]["training.learning_rate"]: run["loss"] for run in self.good["trials"]}
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,8 @@ def comparison(tmp_path_factory: pytest.TempPathFactory, pretrained: Path) -> It
     recipe, out = write_recipe(folder, pretrained), folder / "comparison"
     # Some conversation is longer than 16 tokens, so that the runs of that candidate fail once they have started.
     arguments = [str(recipe), "--variants", "lora", "--set", "data.max_length=256,16"]
-    arguments += ["--set", "data.truncation=refuse", "--learning-rates", "1e-4,3e-3", "--seeds", "1"]
-    arguments += ["--ask", "the cat sat on", "--json", "-o", str(out)]
+    arguments += ["--set", "data.truncation=error", "--learning-rates", "1e-4,3e-3", "--seeds", "1"]
+    arguments += ["--prompt", "the cat sat on", "--json", "-o", str(out)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFTCHAT_CACHE", str(folder / "cache"))
         killed = start_comparison(*arguments)
@@ -154,8 +154,8 @@ def test_a_killed_comparison_keeps_finished_runs_and_ends_the_one_that_was_on(co
 
 def test_a_candidate_whose_runs_fail_has_their_reason_in_one_line(comparison: Comparison) -> None:
     bad = comparison.candidates["lora max_length=16"]
-    assert bad["loss"] is None and len(bad["tried"]) == 2
-    assert all("data.max_length is 16" in run["failure"] and "\n" not in run["failure"] for run in bad["tried"])
+    assert bad["loss"] is None and len(bad["trials"]) == 2
+    assert all("data.max_length is 16" in run["failure"] and "\n" not in run["failure"] for run in bad["trials"])
 
 
 def test_the_better_learning_rate_is_taken_and_recommended(comparison: Comparison) -> None:
@@ -177,7 +177,7 @@ def test_the_best_run_is_merged_and_asked(comparison: Comparison) -> None:
 
 def test_the_loss_is_what_stock_libraries_measure(comparison: Comparison, pretrained: Path) -> None:
     loss = comparison.losses[3e-3]
-    run = Path(next(run["run"] for run in comparison.good["tried"] if run["loss"] == loss))
+    run = Path(next(run["run"] for run in comparison.good["trials"] if run["loss"] == loss))
     model, tokenizer = stock_run(run, pretrained, "lora")
     assert stock_loss(model, tokenizer, comparison.recipe.parent / "eval.jsonl") == pytest.approx(loss, abs=1e-3)
     assert not (run / "checkpoints").exists()

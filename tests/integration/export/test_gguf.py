@@ -117,7 +117,7 @@ def test_an_adapter_is_merged_first(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, str(run / "run.gguf"))
     merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
     inputs = asked(run, QUESTIONS[0])
-    with pytest.raises(UserError, match="already there"):
+    with pytest.raises(UserError, match="already exists"):
         export_gguf(str(run), ExportOptions())
     # Beside an adapter's config, transformers would take the file for a base.
     alone = (run / "run.gguf").rename(tmp_path / "run.gguf")

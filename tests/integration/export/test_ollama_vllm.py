@@ -88,7 +88,7 @@ def test_the_go_template_writes_what_the_chat_template_writes(
             dicts = [{"role": "system", "content": system}, *dicts]
         told = dicts[0]["content"] if dicts[0]["role"] == "system" else ""
         cases.append({"System": told, "Messages": dicts})
-    assert rendered_by_go(go_template(frames, writes_start=True), cases, tmp_path) == expected
+    assert rendered_by_go(go_template(frames, writes_bos=True), cases, tmp_path) == expected
 
 
 def test_a_template_that_rewrites_messages_is_refused() -> None:
@@ -98,14 +98,14 @@ def test_a_template_that_rewrites_messages_is_refused() -> None:
         LLAMA3.replace("<|end|>", "{% if loop.index0 == 2 %}!{% endif %}<|end|>"),
     ):
         tokenizer.chat_template = template
-        with pytest.raises(UserError, match="no plain form for Ollama"):
+        with pytest.raises(UserError, match="no equivalent for Ollama"):
             read_frames(tokenizer, "here")
 
 
 def test_the_modelfile_says_when_to_stop_and_how_to_sample() -> None:
     frames = read_frames(in_format(byte_level(), "starchat", "Be kind."), "here")
     sampling = GenerationConfig(do_sample=True, temperature=0.2, top_p=0.95, top_k=50, repetition_penalty=1.1)
-    text = modelfile("m.gguf", frames, ["<|end|>", "<|endoftext|>"], sampling, writes_start=True)
+    text = modelfile("m.gguf", frames, ["<|end|>", "<|endoftext|>"], sampling, writes_bos=True)
     lines = text.splitlines()
     assert lines[0] == "FROM ./m.gguf"
     assert 'SYSTEM """Be kind."""' in lines
@@ -117,10 +117,10 @@ def test_the_modelfile_says_when_to_stop_and_how_to_sample() -> None:
         "PARAMETER top_k 50",
         "PARAMETER repeat_penalty 1.1",
     ]
-    assert "PARAMETER temperature 0\n" in modelfile("m.gguf", frames, [], GenerationConfig(), writes_start=True)
+    assert "PARAMETER temperature 0\n" in modelfile("m.gguf", frames, [], GenerationConfig(), writes_bos=True)
     quoting = read_frames(in_format(byte_level(), "starchat", 'Use """.'), "here")
     with pytest.raises(UserError, match="cannot quote"):
-        modelfile("m.gguf", quoting, [], sampling, writes_start=True)
+        modelfile("m.gguf", quoting, [], sampling, writes_bos=True)
 
 
 def test_an_ollama_folder_is_complete(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_vllm_serves_a_plain_adapter_beside_its_base(tmp_path: Path) -> None:
     run = save_adapter_run(tmp_path / "base", tmp_path / "run", in_format(byte_level()), r=12)
     verdict = vllm_support(str(run))
     assert verdict.command is None
-    assert verdict.reasons[0] == "vLLM does not load adapters that bring rows for new tokens"
+    assert verdict.reasons[0] == "vLLM does not load adapters with embeddings of new tokens"
     assert "peftchat merge" in verdict.reasons[-1]
     config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
     (run / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": None}), encoding="utf-8")

@@ -20,7 +20,7 @@ NEW_TOKENS = 12
 def test_merged_and_adapter_continue_alike(demo_model: Path, tmp_path: Path) -> None:
     """In float32, greedy continuations of twenty held-out questions are the same, token for token."""
     made = true_peftchat(
-        "data", "from-code", "json", "textwrap", "shutil", "-o", str(tmp_path / "data"), "--max-rows", "120"
+        "data", "from-code", "json", "textwrap", "shutil", "-o", str(tmp_path / "data"), "--max-samples", "120"
     )
     assert made.returncode == 0, made.stderr
     run = tmp_path / "run"

@@ -117,7 +117,7 @@ def test_an_adapter_for_a_smaller_vocabulary_grows_the_base_and_one_for_other_ro
     shutil.rmtree(base)
     larger.rename(base)
     with pytest.raises(UserError, match="does not fit"):
-        merge_run(tmp_path / "run", MergeOptions(out=tmp_path / "out"))
+        merge_run(tmp_path / "run", MergeOptions(output=tmp_path / "out"))
 
 
 def test_an_existing_folder_is_kept_unless_asked(run: Path) -> None:
@@ -191,14 +191,14 @@ def test_a_small_disk(run: Path, tmp_path: Path) -> None:
 def test_a_target_that_is_not_a_folder(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
-        merge_run(run, MergeOptions(out=tmp_path / "file" / "out"))
+        merge_run(run, MergeOptions(output=tmp_path / "file" / "out"))
 
 
 def test_killed_at_any_moment_nothing_wrong_loads_and_a_second_start_gives_the_same_bytes(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama", hidden_size=128, num_hidden_layers=6, shard="60KB")
     run, turns = tmp_path / "run", 20
     train_by_noise(base, run, LoraConfig(r=4, target_modules="all-linear"))
-    wanted = files(merge_run(run, MergeOptions(out=tmp_path / "wanted", verify=False)).folder)
+    wanted = files(merge_run(run, MergeOptions(output=tmp_path / "wanted", verify=False)).folder)
     assert len(wanted) > 20
     killing = start("-m", "tests.support.merge_kill", run, tmp_path, turns, cwd=PROJECT)
     stdout, stderr = killing.communicate()
@@ -210,7 +210,7 @@ def test_killed_at_any_moment_nothing_wrong_loads_and_a_second_start_gives_the_s
         if not out.exists():
             # What loaders look for is either not there yet, or stands beside the finished shards.
             assert not (partial / "config.json").exists() or shards(files(partial)) == shards(wanted)
-            merge_run(run, MergeOptions(out=out, verify=False))
+            merge_run(run, MergeOptions(output=out, verify=False))
         found = files(out)
         assert shards(found) == shards(wanted) and found.keys() == wanted.keys()
         assert not partial.exists()
@@ -274,7 +274,7 @@ def test_another_plan_starts_anew(run: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("size", ["2KB", "64KB"])
 def test_a_small_working_set_gives_the_same_bytes(size: str, run: Path) -> None:
     wanted = tensor_files(merge_run(run, MergeOptions(verify=False)).folder)
-    result = merge_run(run, MergeOptions(out=run / "small", working_set=int(size[:-2]) << 10))
+    result = merge_run(run, MergeOptions(output=run / "small", memory_budget=int(size[:-2]) << 10))
     for name, content in tensor_files(result.folder).items():
         assert json.loads(content) if name.endswith("json") else len(content) == len(wanted[name])
     for name, value in tensors_of(result.folder).items():
@@ -287,7 +287,7 @@ def test_a_method_that_needs_whole_tensors_says_how_much(tmp_path: Path) -> None
     base = make_base(tmp_path / "base", "llama")
     train_by_noise(base, tmp_path / "run", peft.LoHaConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(UserError, match="in one piece"):
-        merge_run(tmp_path / "run", MergeOptions(working_set=1024))
+        merge_run(tmp_path / "run", MergeOptions(memory_budget=1024))
 
 
 def test_full_runs_and_models_have_nothing_to_merge(tmp_path: Path) -> None:

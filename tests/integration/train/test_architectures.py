@@ -42,9 +42,9 @@ def test_rows_around_the_model_equal_a_resized_model(architecture: str) -> None:
         float(getattr(embedding, "embed_scale", 1.0)),
     )
     with torch.no_grad():
-        grown.get_input_embeddings().weight[ids] = rows.input_rows
-        if rows.output_rows is not None:
-            grown.get_output_embeddings().weight[ids] = rows.output_rows
+        grown.get_input_embeddings().weight[ids] = rows.input_embeddings
+        if rows.output_embeddings is not None:
+            grown.get_output_embeddings().weight[ids] = rows.output_embeddings
         if rows.output_bias is not None:
             grown.get_output_embeddings().bias[ids] = rows.output_bias
     model.requires_grad_(False)
@@ -68,13 +68,13 @@ def test_rows_around_the_model_equal_a_resized_model(architecture: str) -> None:
     output.loss.backward()
     plain.backward()
     torch.testing.assert_close(
-        rows.input_rows.grad, grown.get_input_embeddings().weight.grad[ids], atol=1e-5, rtol=1e-4
+        rows.input_embeddings.grad, grown.get_input_embeddings().weight.grad[ids], atol=1e-5, rtol=1e-4
     )
-    if rows.output_rows is not None:
+    if rows.output_embeddings is not None:
         torch.testing.assert_close(
-            rows.output_rows.grad, grown.get_output_embeddings().weight.grad[ids], atol=1e-5, rtol=1e-4
+            rows.output_embeddings.grad, grown.get_output_embeddings().weight.grad[ids], atol=1e-5, rtol=1e-4
         )
-    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "token_rows" not in name)
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "added_tokens" not in name)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -50,7 +50,7 @@ def test_a_story_model_learns_to_chat(method: str, stories: Path, shared_data: P
 )
 def test_the_shipped_recipes_run_here(name: str, processes: int, demo_model: Path, tmp_path: Path) -> None:
     """The recipe as it is, on the real 135M model and a file of conversations, without a GPU."""
-    made = true_peftchat("data", "from-code", "json", "-o", str(tmp_path / "data"), "--max-rows", "24")
+    made = true_peftchat("data", "from-code", "json", "-o", str(tmp_path / "data"), "--max-samples", "24")
     assert made.returncode == 0, made.stderr
     data, run = tmp_path / "data" / "train.jsonl", tmp_path / "run"
     done = true_peftchat(
@@ -61,7 +61,7 @@ def test_the_shipped_recipes_run_here(name: str, processes: int, demo_model: Pat
         "--set", "training.max_steps=3",
         "--set", f"output_dir={run}",
         # Under ZeRO-3 every token of an answer gathers the whole model once.
-        *(() if processes > 1 else ("--ask", "What does json.dumps do?")),
+        *(() if processes > 1 else ("--prompt", "What does json.dumps do?")),
         timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

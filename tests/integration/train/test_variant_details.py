@@ -91,7 +91,7 @@ def test_a_finished_run_with_more_steps_ends_where_a_whole_one_does(train: Varia
 
 def test_loraplus_moves_one_side_faster(train: VariantTrainer) -> None:
     training = {"max_steps": 1, "learning_rate": 1e-4, "adam_epsilon": 1e-12}
-    run = train("loraplus", training=training, adapter={"rate_ratio": 8.0, "dropout": 0.0}).run
+    run = train("loraplus", training=training, adapter={"loraplus_lr_ratio": 8.0, "dropout": 0.0}).run
     state = load_file(run / "adapter_model.safetensors")
     # Adam's first step moves every number by its learning rate, and these began at zero.
     moved = torch.cat([value.abs().flatten() for name, value in state.items() if ".lora_B." in name])

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from peftchat.errors import UserError
 from peftchat.merging import MergeOptions, merge_run
+from peftchat.runs.run_folder import RunFolder
+from peftchat.runs.run_summary import RunSummary
 from peftchat.variants import VARIANTS
 from tests.support.models import small_model
 from tests.support.variants import TrainedVariant, VariantTrainer
@@ -74,7 +76,9 @@ def test_an_adapter_with_added_tokens_beside_it_names_both_in_its_card(train: Va
     from peftchat.reports.model_card import model_card
 
     trained = train("ia3")
-    card = model_card(trained.summary, (trained.run / "recipe.yaml").read_text(encoding="utf-8"))
+    card = model_card(
+        RunSummary.read(RunFolder(trained.run)), (trained.run / "recipe.yaml").read_text(encoding="utf-8")
+    )
     assert 'PeftModel.from_pretrained(model, f"{run}/token_rows").merge_and_unload()' in card
 
 

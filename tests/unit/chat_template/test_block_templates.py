@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jinja2.exceptions import TemplateError
 
+from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.chat_template.loss_mask import labels_for, loss_mask_table
-from peftchat.chat_template.registry import ChatFormat, make_format
-from peftchat.chat_template.templates import starchat
+from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.conversation import ROLES, Conversation, Message, Role
 from peftchat.errors import UserError
 from tests.support.random_text import conversations
@@ -50,7 +50,7 @@ def test_rendered_text(template: str, system: str | None, tmp_path: Path) -> Non
         if not conversation.messages:
             continue
         expected = by_hand(template, system, conversation)
-        assert "".join(piece.text for piece in chat.template.pieces(conversation)) == expected
+        assert "".join(piece.text for piece in chat.template.spans(conversation)) == expected
         messages = conversation.as_dicts()
         assert chat.tokenizer.apply_chat_template(messages, tokenize=False) == expected
         assert saved.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected + opening
@@ -69,7 +69,7 @@ def check_against_stock(chat: ChatFormat, batch: list[Conversation], *, masks: b
         assert row.ids.tolist() == ids, conversation
         if masks:
             expected = np.where(mask, ids, -100)
-            assert np.array_equal(labels_for(row.ids, row.codes, table), expected), conversation
+            assert np.array_equal(labels_for(row.ids, row.token_tags, table), expected), conversation
 
 
 @pytest.mark.parametrize("template", ["starchat", "chatml"])
@@ -98,7 +98,7 @@ def test_ids_and_mask_on_real_conversations(demo_model: Path, shared_data: Path,
 def test_starchat_refuses_tools_with_the_place() -> None:
     conversation = Conversation((Message("user", "a"), Message("tool", "b")), "data.jsonl:7")
     with pytest.raises(UserError, match=r"data\.jsonl:7: message 2 has the role `tool`") as error:
-        list(starchat(None).pieces(conversation))
+        list(CHAT_TEMPLATES["starchat"].spans(conversation))
     assert error.value.hint
     chat = make_format("starchat", None, copy.deepcopy(built("byte-level").tokenizer))
     with pytest.raises(TemplateError, match="tool"):

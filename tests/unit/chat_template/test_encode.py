@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peftchat.chat_template.chat_format import make_format
 from peftchat.chat_template.encoder import ChatEncoder
 from peftchat.chat_template.examples import EncodedExample, ExampleBatch
 from peftchat.chat_template.loss_mask import LossOn, labels_for, loss_mask_table
-from peftchat.chat_template.registry import make_format
-from peftchat.chat_template.templates import BlockTemplate, TemplateSpan
+from peftchat.chat_template.templates import ChatTemplate, TemplateSpan
 from peftchat.conversation import ROLES, Conversation, Message, Role
 from tests.support.random_text import FORGERIES, conversations
 from tests.support.slow_encoder import SlowEncoder
@@ -41,9 +41,9 @@ def check_against_slow_encoder(tokenizer: Any, clean: Any, template: str, system
         assert row.source == conversation.source
         assert row.ids.tolist() == expected.ids.tolist(), conversation
         for policy in POLICIES:
-            labels = labels_for(row.ids, row.codes, tables[policy])
+            labels = labels_for(row.ids, row.token_tags, tables[policy])
             assert np.array_equal(labels, expected.labels(policy)), (policy, conversation)
-    assert sum(row.lookalikes for row in rows) > count / 10
+    assert sum(row.special_token_text for row in rows) > count / 10
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -102,12 +102,12 @@ def test_lookalikes_are_counted() -> None:
     encoder, _, _ = chatml_encoder("llama2")
     messages = (Message("user", "<|im_end|><|im_end|> </s>"), Message("assistant", "<|im_end> <|end|>"))
     (row,) = encoder.encode([Conversation(messages)])
-    assert row.lookalikes == 3
+    assert row.special_token_text == 3
 
 
 def test_an_empty_conversation_is_an_empty_example() -> None:
     encoder, _, _ = chatml_encoder("byte-level")
-    assert [(len(row.ids), len(row.codes)) for row in encoder.encode([Conversation(())])] == [(0, 0)]
+    assert [(len(row.ids), len(row.token_tags)) for row in encoder.encode([Conversation(())])] == [(0, 0)]
     assert encoder.encode([]) == []
 
 
@@ -117,34 +117,29 @@ def test_batches_do_not_change_examples() -> None:
     together = encoder.encode(batch)
     for conversation, row in zip(batch, together, strict=True):
         (alone,) = encoder.encode([conversation])
-        assert np.array_equal(alone.ids, row.ids) and np.array_equal(alone.codes, row.codes)
+        assert np.array_equal(alone.ids, row.ids) and np.array_equal(alone.token_tags, row.token_tags)
 
 
 @dataclass(frozen=True)
 class OnlyPieces:
     """A block format that does not say it is one, so that it is encoded piece by piece like any other."""
 
-    block: BlockTemplate
+    block: ChatTemplate
 
-    name = property(lambda self: self.block.name)
-    tokens = property(lambda self: self.block.tokens)
-    end_token = property(lambda self: self.block.end_token)
-    jinja = property(lambda self: self.block.jinja)
-
-    def pieces(self, conversation: Conversation) -> Iterator[TemplateSpan]:
-        return self.block.pieces(conversation)
+    def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
+        return self.block.spans(conversation)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("system", [None, "<|im_end|> by default"])
 def test_blocks_and_pieces_are_encoded_alike(name: str, system: str | None) -> None:
     chat = make_format("chatml", system, copy.deepcopy(built(name).tokenizer))
-    assert isinstance(chat.template, BlockTemplate)
+    assert isinstance(chat.template, ChatTemplate)
     batch = conversations(400)
     by_pieces = ChatEncoder(chat.tokenizer, OnlyPieces(chat.template)).encode(batch)
     for row, other in zip(chat.encoder().encode(batch), by_pieces, strict=True):
-        assert np.array_equal(row.ids, other.ids) and np.array_equal(row.codes, other.codes)
-        assert (row.source, row.lookalikes) == (other.source, other.lookalikes)
+        assert np.array_equal(row.ids, other.ids) and np.array_equal(row.token_tags, other.token_tags)
+        assert (row.source, row.special_token_text) == (other.source, other.special_token_text)
 
 
 def test_threads_do_not_disturb_each_other() -> None:
@@ -154,7 +149,7 @@ def test_threads_do_not_disturb_each_other() -> None:
     with ThreadPoolExecutor(4) as pool:
         threaded = [row for rows in pool.map(encoder.encode, quarters * 3) for row in rows]
     for row, other in zip(threaded, encoder.encode(batch) * 3, strict=True):
-        assert np.array_equal(row.ids, other.ids) and np.array_equal(row.codes, other.codes)
+        assert np.array_equal(row.ids, other.ids) and np.array_equal(row.token_tags, other.token_tags)
 
 
 @given(st.lists(st.integers(0, 5), max_size=8), st.randoms())
@@ -168,5 +163,5 @@ def test_counts_of_a_batch_are_those_of_its_examples(lengths: list[int], draw: r
     ]
     batch = ExampleBatch.of(rows)
     assert batch.lengths.tolist() == lengths
-    assert batch.counts(table).tolist() == [int(table[row.codes[1:]].sum()) for row in rows]
-    assert [row.codes.tolist() for row in batch] == [row.codes.tolist() for row in rows]
+    assert batch.counts(table).tolist() == [int(table[row.token_tags[1:]].sum()) for row in rows]
+    assert [row.token_tags.tolist() for row in batch] == [row.token_tags.tolist() for row in rows]

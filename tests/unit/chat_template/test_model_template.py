@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
+from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.chat_template.loss_mask import TurnPart, labels_for, loss_mask_table, part_of, role_of
-from peftchat.chat_template.registry import ChatFormat, make_format
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
 from tests.support.random_text import FORGERIES, conversations
@@ -92,14 +92,14 @@ def conversations_for(template: str, *, forged: bool) -> list[Conversation]:
 
 
 def text_of(chat: ChatFormat, conversation: Conversation) -> str:
-    return "".join(piece.text for piece in chat.template.pieces(conversation))
+    return "".join(piece.text for piece in chat.template.spans(conversation))
 
 
 def parts_of(chat: ChatFormat, *turns: tuple[Any, str]) -> list[tuple[str, str | None, str]]:
     """(part, role, text) of a conversation, neighbors of a kind joined."""
     found: list[tuple[str, str | None, str]] = []
-    for piece in chat.template.pieces(Conversation(tuple(Message(role, content) for role, content in turns))):
-        kind = part_of(piece.code).name, role_of(piece.code)
+    for piece in chat.template.spans(Conversation(tuple(Message(role, content) for role, content in turns))):
+        kind = part_of(piece.tag).name, role_of(piece.tag)
         if found and found[-1][:2] == kind:
             found[-1] = (*kind, found[-1][2] + piece.text)
         else:
@@ -123,7 +123,7 @@ def test_text_ids_and_mask_are_stocks(template: str, name: str) -> None:
             conversation.as_dicts(), tokenize=False
         )
         assert row.ids.tolist() == ids, conversation
-        assert np.array_equal(labels_for(row.ids, row.codes, table), np.where(mask, ids, -100)), conversation
+        assert np.array_equal(labels_for(row.ids, row.token_tags, table), np.where(mask, ids, -100)), conversation
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -178,7 +178,7 @@ def test_a_default_system_prompt_is_used_where_there_is_none() -> None:
     assert ("CONTENT", "system", "Be brief.") in parts_of(chat, ("user", "q"), ("assistant", "a"))
     assert ("CONTENT", "system", "Mine.") in parts_of(chat, *own)
     (row,) = chat.encoder().encode([Conversation((Message("user", "q"), Message("assistant", "a")))])
-    assert np.count_nonzero(loss_mask_table("last_answer")[row.codes]) == 2
+    assert np.count_nonzero(loss_mask_table("last_answer")[row.token_tags]) == 2
 
 
 def test_rewritten_content_is_refused_by_name() -> None:
@@ -269,6 +269,6 @@ def test_smollms_own_template(demo_model: Path) -> None:
     rows = chat.encoder().encode(batch)
     for row, ids, mask in zip(rows, encoded["input_ids"], encoded["assistant_masks"], strict=True):
         assert row.ids.tolist() == ids
-        labels = labels_for(row.ids, row.codes, loss_mask_table("answers"))
+        labels = labels_for(row.ids, row.token_tags, loss_mask_table("answers"))
         assert np.array_equal(labels, np.where(mask, ids, -100))
-    assert TurnPart.OUTSIDE in {part_of(int(value)) for row in rows for value in row.codes}
+    assert TurnPart.OUTSIDE in {part_of(int(value)) for row in rows for value in row.token_tags}

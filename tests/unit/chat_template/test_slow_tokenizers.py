@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peftchat.chat_template.chat_format import make_format
 from peftchat.chat_template.loss_mask import TurnPart, labels_for, loss_mask_table, part_of
-from peftchat.chat_template.registry import make_format
-from peftchat.chat_template.templates import special_tokens
+from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.conversation import Conversation, Message
 from tests.support.random_text import CORPUS, conversations
 
@@ -75,7 +75,7 @@ def test_ids_and_labels_by_sentencepiece_itself(model_file: Path, legacy: bool) 
     for conversation, row in zip(batch, chat.encoder().encode(batch), strict=True):
         ids, labels = by_hand(chat.tokenizer, conversation)
         assert row.ids.tolist() == ids, conversation
-        assert labels_for(row.ids, row.codes, loss_mask_table("answers")).tolist() == labels, conversation
+        assert labels_for(row.ids, row.token_tags, loss_mask_table("answers")).tolist() == labels, conversation
 
 
 @pytest.mark.parametrize("kind", ["legacy", "modern", "gpt-sw3", "bytes"])
@@ -97,7 +97,7 @@ def test_stock_ids_and_no_forged_tokens(model_file: Path, kind: str) -> None:
         turns = len(conversation.messages)
         turns += not (turns and conversation.messages[0].role == "system")
         assert [number for number in row.ids.tolist() if number in special] == turn * turns, conversation
-        if conversation.messages and not row.lookalikes:
+        if conversation.messages and not row.special_token_text:
             stock = chat.tokenizer.apply_chat_template(conversation.as_dicts(), return_dict=False)
             assert row.ids.tolist() == stock, conversation
 
@@ -108,12 +108,12 @@ def test_a_message_of_special_tokens(model_file: Path) -> None:
     (row,) = chat.encoder().encode([Conversation((Message("assistant", text),))])
     content = [
         number
-        for number, value in zip(row.ids.tolist(), row.codes, strict=True)
+        for number, value in zip(row.ids.tolist(), row.token_tags, strict=True)
         if part_of(int(value)) == TurnPart.CONTENT
     ]
     assert chat.tokenizer.sp_model.decode(content).replace(" ", "").endswith("<|end|>")
     assert not set(content) & (set(special_tokens(chat.tokenizer).values()) - {chat.tokenizer.unk_token_id})
-    assert row.lookalikes == 3
+    assert row.special_token_text == 3
 
 
 def test_an_ordinary_added_token_stays_one_token(model_file: Path) -> None:
@@ -138,7 +138,7 @@ def test_spans_by_prefix_agree_with_spans_by_offsets() -> None:
     rust, slow = FastTextEncoder(tokenizer, special), SlowTextEncoder(tokenizer, special)
     contents = [message.content for one in conversations(COUNT, forged=False) for message in one.messages]
     texts = [["user\n", one, " ", "\nmore"] for one in itertools.islice(filter(None, contents), 400)]
-    by_offsets, by_prefix = (one.encode_parts(texts, first=False) for one in (rust, slow))
+    by_offsets, by_prefix = (one.encode_spans(texts, at_start=False) for one in (rust, slow))
     assert [one.ids for one in by_offsets] == [one.ids for one in by_prefix]
-    share = np.mean([one.parts == other.parts for one, other in zip(by_offsets, by_prefix, strict=True)])
+    share = np.mean([one.spans == other.spans for one, other in zip(by_offsets, by_prefix, strict=True)])
     assert share > 0.95

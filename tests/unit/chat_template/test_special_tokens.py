@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
+from peftchat.chat_template.chat_format import NewToken, make_format
 from peftchat.chat_template.loss_mask import loss_mask_table
-from peftchat.chat_template.registry import make_format
-from peftchat.chat_template.templates import NewToken, special_tokens
+from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.conversation import Conversation, Message
 from tests.support.tokenizers import BUILDERS, built
 
@@ -48,7 +48,7 @@ def test_tokens_that_are_there_keep_their_ids() -> None:
     spelled = row.ids.tolist()[2:-6]
     assert first + 1 not in spelled
     assert row.ids.tolist() == [first + 1, *newline, *spelled, first, *newline, first + 3, *newline, first, *newline]
-    assert loss_mask_table("answers")[row.codes].nonzero()[0].tolist() == [len(row.ids) - 2]
+    assert loss_mask_table("answers")[row.token_tags].nonzero()[0].tolist() == [len(row.ids) - 2]
 
 
 def test_an_old_end_token_stays_special() -> None:
@@ -58,4 +58,4 @@ def test_an_old_end_token_stays_special() -> None:
     (row,) = chat.encoder().encode([Conversation((Message("user", "</s><pad>"), Message("assistant", "a</s>")))])
     special = [number for number in row.ids.tolist() if number in special_tokens(chat.tokenizer).values()]
     assert chat.tokenizer.convert_ids_to_tokens(special) == ["<|user|>", "<|end|>", "<|assistant|>", "<|end|>"]
-    assert row.lookalikes == 3
+    assert row.special_token_text == 3

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.chat_template.loss_mask import labels_for, loss_mask_table
-from peftchat.chat_template.registry import ChatFormat, make_format
 from peftchat.conversation import Conversation, Message
 
 # The post's vector for "\nSure, what can I do for you?<|end|>\n" as StarCoderBase's tokenizer splits it.
@@ -52,7 +52,7 @@ def published(chat: ChatFormat, ids: list[int]) -> list[int]:
 
 def ours(chat: ChatFormat) -> list[int]:
     (row,) = chat.encoder().encode([CONVERSATION])
-    return labels_for(row.ids, row.codes, loss_mask_table("answers_and_headers")).tolist()
+    return labels_for(row.ids, row.token_tags, loss_mask_table("answers_and_headers")).tolist()
 
 
 def masks_the_user(labels: list[int]) -> bool:
@@ -86,5 +86,5 @@ def test_the_published_function_masks_nothing_and_ours_does(chat: ChatFormat) ->
 
 def test_answers_leave_the_header_and_the_last_newline(chat: ChatFormat) -> None:
     (row,) = chat.encoder().encode([CONVERSATION])
-    labels = labels_for(row.ids, row.codes, loss_mask_table("answers")).tolist()
+    labels = labels_for(row.ids, row.token_tags, loss_mask_table("answers")).tolist()
     assert labels == [-100] * 13 + TARGETS[2:13] + [-100]

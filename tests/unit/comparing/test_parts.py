@@ -7,11 +7,10 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from compare_helpers import made, write_rows_and_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftchat.comparing.candidates import Candidate, flags, make_candidates, parse_axis, rate_text, slug
+from peftchat.comparing.candidates import Candidate, format_lr, make_candidates, override_flags, parse_axis, slug
 from peftchat.comparing.compare_plan import (
     CompareOptions,
     TrainingJob,
@@ -20,13 +19,14 @@ from peftchat.comparing.compare_plan import (
     parse_budget,
     plan_comparison,
 )
-from peftchat.comparing.hyperparameter_search import RATE, RateGrid, TreeParzen, parse_range
+from peftchat.comparing.hyperparameter_search import LEARNING_RATE, LearningRateGrid, TPESearch, parse_range
 from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult, estimate
 from peftchat.comparing.recommend import recommend
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
 from peftchat.recipe.document import parse_yaml
 from peftchat.variants import ADAPTERS, get_variant
+from tests.support.comparing import made, write_rows_and_recipe
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_names_mean_a_method_and_a_variant(name: str, method: str, variant: str)
 
 @pytest.mark.parametrize("name", ["lorra", "qlora+", "+qlora", "qlora+full", "full+dora", "dora+lora", ""])
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match="no variant"):
+    with pytest.raises(UserError, match="unknown variant"):
         make_candidates([name], [])
 
 
@@ -91,17 +91,17 @@ def test_different_settings_have_different_file_names(first: dict[str, Any], sec
 
 @given(value=st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(alphabet="abc: ,[]'\"#é"))
 def test_flags_read_back_as_what_they_were(value: object) -> None:
-    (flag,) = flags({"a.b": value})
+    (flag,) = override_flags({"a.b": value})
     assert parse_yaml(flag.partition("=")[2], "test") == value
 
 
 @given(rate=st.floats(allow_nan=False, allow_infinity=False))
 def test_rates_in_few_characters_keep_their_value(rate: float) -> None:
-    assert float(rate_text(rate)) == rate
+    assert float(format_lr(rate)) == rate
 
 
 def test_rates_look_as_people_write_them() -> None:
-    assert [rate_text(rate) for rate in (2e-4, 6.7e-5, 0.05, 0.1, 3.0)] == ["2e-4", "6.7e-5", "5e-2", "0.1", "3"]
+    assert [format_lr(rate) for rate in (2e-4, 6.7e-5, 0.05, 0.1, 3.0)] == ["2e-4", "6.7e-5", "5e-2", "0.1", "3"]
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_budgets_that_are_none_are_refused(text: str) -> None:
 def test_budgets_become_keys_of_the_recipe() -> None:
     assert parse_budget("steps=20").settings == {"training.max_steps": 20}
     tokens, minutes = parse_budget("tokens=2e6").settings, parse_budget("minutes=0.5").settings
-    assert tokens["training.max_tokens"] == 2_000_000 and tokens["training.max_steps"] == -1
-    assert minutes["training.max_minutes"] == 0.5
+    assert tokens["training.max_train_tokens"] == 2_000_000 and tokens["training.max_steps"] == -1
+    assert minutes["training.max_train_minutes"] == 0.5
 
 
 @pytest.mark.parametrize("flag", ["a.b", "a.b=3", "a.b=3..1", "a.b=0..1:log", "a.b=1..2:lin", "a.b=x..y"])
@@ -149,7 +149,7 @@ def test_one_value_has_no_interval() -> None:
 def choice(*outcomes: CandidateResult) -> tuple[str, list[str]]:
     advice = recommend(outcomes, 3.0)
     assert advice is not None
-    return advice.choice.candidate.name, [outcome.candidate.name for outcome in advice.tied]
+    return advice.recommended.candidate.name, [outcome.candidate.name for outcome in advice.tied]
 
 
 def test_a_clear_difference_decides_whatever_it_costs() -> None:
@@ -179,11 +179,13 @@ def test_costs_that_are_nearly_equal_leave_the_choice_to_the_loss() -> None:
 
 def test_cautions_follow_from_the_numbers() -> None:
     forgetful = made("a", [5.0], tokens=1000)
-    forgetful = CandidateResult(forgetful.candidate, forgetful.tried, (), Evaluation(plain_loss=3.3, merge="differs"))
+    forgetful = CandidateResult(
+        forgetful.candidate, forgetful.trials, (), Evaluation(general_loss=3.3, merge="differs")
+    )
     advice = recommend([forgetful, made("b", [6.0], tokens=2000)], 3.0)
     assert advice is not None
-    text = " ".join(advice.cautions)
-    for part in ("One seed", "did not fall", "10 %", "1,000 and 2,000 tokens", "something else"):
+    text = " ".join(advice.warnings)
+    for part in ("One seed", "did not fall", "10 %", "1,000 and 2,000 tokens", "other results"):
         assert part in text
 
 
@@ -195,11 +197,15 @@ def test_nothing_is_recommended_where_all_failed() -> None:
 def test_the_best_rate_at_an_end_is_told() -> None:
     candidate = Candidate("a", "lora", {})
     tried = [
-        RunResult(TrainingJob(candidate, {RATE: rate}, 0), loss=rate, tokens=9, seconds=1.0) for rate in (0.1, 0.2, 0.3)
+        RunResult(TrainingJob(candidate, {LEARNING_RATE: rate}, 0), loss=rate, tokens=9, seconds=1.0)
+        for rate in (0.1, 0.2, 0.3)
     ]
-    assert CandidateResult(candidate, tried).edge == "lowest"
+    assert CandidateResult(candidate, tried).lr_at_grid_end == "lowest"
     assert (
-        CandidateResult(candidate, [*tried, RunResult(TrainingJob(candidate, {RATE: 0.05}, 0), loss=9.0)]).edge is None
+        CandidateResult(
+            candidate, [*tried, RunResult(TrainingJob(candidate, {LEARNING_RATE: 0.05}, 0), loss=9.0)]
+        ).lr_at_grid_end
+        is None
     )
 
 
@@ -224,15 +230,15 @@ def test_all_runs_of_a_seed_differ_in_nothing_but_what_is_compared(tmp_path: Pat
     plan = plan_comparison(
         CompareOptions(write_rows_and_recipe(tmp_path, DATA), ["lora", "dora", "full"], budget=parse_budget("steps=12"))
     )
-    jobs = [TrainingJob(candidate, {RATE: 1e-3}, 7) for candidate in plan.candidates]
-    recipes = [plan.recipe_of(job, tmp_path / job.name, tmp_path / "data") for job in jobs]
+    jobs = [TrainingJob(candidate, {LEARNING_RATE: 1e-3}, 7) for candidate in plan.candidates]
+    recipes = [plan.run_recipe(job, tmp_path / job.name, tmp_path / "data") for job in jobs]
     for recipe in recipes:
         assert recipe.data == recipes[0].data and recipe.chat == recipes[0].chat
         assert recipe.training == recipes[0].training
         assert recipe.training.seed == 7 and recipe.training.max_steps == 12
         assert recipe.data.eval_fraction is None and recipe.data.eval is not None
     assert len({recipe.output_dir for recipe in recipes}) == 3
-    assert plan.size == 3 * (3 + 2)
+    assert plan.num_runs == 3 * (3 + 2)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +250,7 @@ def test_all_runs_of_a_seed_differ_in_nothing_but_what_is_compared(tmp_path: Pat
         (DATA, ["lora", "lora"], [], "twice"),
         (DATA, ["lora"], ["adapter.r=4,0"], "adapter.r"),
         (DATA, ["lora"], ["adapter.rank=4"], "rank"),
-        (DATA, ["lora"], ["data.eval_fraction=0.1,0.2"], "same rows"),
+        (DATA, ["lora"], ["data.eval_fraction=0.1,0.2"], "same data"),
         (DATA, [], [], "no variant"),
     ],
 )
@@ -259,18 +265,18 @@ def test_what_cannot_be_compared_is_refused_first(
 
 
 def test_rows_may_be_held_out_by_a_flag(tmp_path: Path) -> None:
-    path = write_rows_and_recipe(tmp_path, "data: {train: [{path: rows.jsonl}], max_train_rows: 2}\n")
+    path = write_rows_and_recipe(tmp_path, "data: {train: [{path: rows.jsonl}], max_train_samples: 2}\n")
     plan = plan_comparison(CompareOptions(path, ["lora", "full"], [parse_axis("data.eval_fraction=0.25")]))
     for candidate in plan.candidates:
-        recipe = plan.recipe_of(TrainingJob(candidate, {RATE: 1e-3}, 7), tmp_path / "run", tmp_path / "data")
-        assert recipe.data.eval_fraction is None and recipe.data.max_train_rows is None
+        recipe = plan.run_recipe(TrainingJob(candidate, {LEARNING_RATE: 1e-3}, 7), tmp_path / "run", tmp_path / "data")
+        assert recipe.data.eval_fraction is None and recipe.data.max_train_samples is None
         assert recipe.data.eval is not None and recipe.data.eval[0].path == str(tmp_path / "data" / "eval.jsonl")
-        assert plan.recommended(candidate, {RATE: 1e-3}).data.eval_fraction == 0.25
+        assert plan.recommended_recipe(candidate, {LEARNING_RATE: 1e-3}).data.eval_fraction == 0.25
 
 
 def test_a_grid_of_rates_is_asked_in_order() -> None:
-    search = RateGrid([1e-4, 1e-3])
-    assert [settings[RATE] for settings in iter(search.ask, None)] == [1e-4, 1e-3]
+    search = LearningRateGrid([1e-4, 1e-3])
+    assert [settings[LEARNING_RATE] for settings in iter(search.ask, None)] == [1e-4, 1e-3]
 
 
 def test_every_adapter_of_the_registry_can_be_named() -> None:
@@ -282,12 +288,12 @@ def test_the_search_finds_a_good_rate_and_repeats_itself() -> None:
     ranges = [parse_range("training.learning_rate=1e-6..1e-1:log"), parse_range("adapter.r=2..64:log")]
 
     def walk() -> list[tuple[float, dict[str, Any]]]:
-        search = TreeParzen(25, ranges, {"training.weight_decay": 0.0}, seed=3)
+        search = TPESearch(25, ranges, {"training.weight_decay": 0.0}, seed=3)
         seen = []
         while (settings := search.ask()) is not None:
-            assert 1e-6 <= settings[RATE] <= 1e-1
+            assert 1e-6 <= settings[LEARNING_RATE] <= 1e-1
             assert isinstance(settings["adapter.r"], int) and 2 <= settings["adapter.r"] <= 64
-            loss = (math.log10(settings[RATE]) + 3) ** 2
+            loss = (math.log10(settings[LEARNING_RATE]) + 3) ** 2
             search.tell(None if len(seen) == 4 else loss)
             seen.append((loss, dict(settings)))
         return seen

@@ -8,19 +8,20 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from compare_helpers import made, write_rows_and_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from peftchat.comparing.compare_plan import CompareOptions, plan_comparison
 from peftchat.comparing.compare_progress import CompareProgress
-from peftchat.comparing.compare_report import print_comparison
+from peftchat.comparing.compare_report import print_comparison, write_comparison_files
 from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult
-from peftchat.comparing.results import ComparisonResult
+from peftchat.comparing.results import ComparisonResult, ComparisonSummary
 from peftchat.recipe import load_recipe
 from peftchat.reports.svg import Mark, interval_plot
+from peftchat.runs.run_summary import SampleAnswer
+from tests.support.comparing import made, write_rows_and_recipe
 
 HOSTILE = '<script>alert(1)</script> & "quotes" \udc80'
 
@@ -34,10 +35,12 @@ def result(tmp_path: Path) -> ComparisonResult:
     outcomes = []
     for place, candidate in enumerate(plan.candidates):
         outcome = made(candidate.name, [2 + place / 10, 2.01 + place / 10, 1.99 + place / 10])
-        tried = [replace(record, curve=((0, 4.0), (5, 3.0), (10, record.loss))) for record in outcome.tried]
-        measured = Evaluation(None, 3.0, "same", "equal", ((HOSTILE, HOSTILE, True),))
-        outcomes.append(replace(outcome, candidate=candidate, tried=tried, measured=measured))
-    failed = RunResult(outcomes[-1].tried[0].job, failure=HOSTILE)
+        tried = [replace(record, curve=((0, 4.0), (5, 3.0), (10, record.loss))) for record in outcome.trials]
+        measured = Evaluation(
+            general_loss=3.0, merge="same", merge_message="equal", answers=(SampleAnswer(HOSTILE, HOSTILE, True),)
+        )
+        outcomes.append(replace(outcome, candidate=candidate, trials=tried, evaluation=measured))
+    failed = RunResult(outcomes[-1].trials[0].job, failure=HOSTILE)
     outcomes[-1] = CandidateResult(outcomes[-1].candidate, [failed])
     return ComparisonResult.of(plan, outcomes, 3.1)
 
@@ -74,10 +77,10 @@ def test_the_page_escapes_what_models_say_and_draws_every_candidate(result: Comp
 
 
 def test_json_has_every_number_of_the_table(result: ComparisonResult, tmp_path: Path) -> None:
-    said = json.loads(json.dumps(result.as_dict(ComparisonFolder(tmp_path))))
+    said = json.loads(json.dumps(ComparisonSummary.of(result, ComparisonFolder(tmp_path)).model_dump()))
     assert [candidate["name"] for candidate in said["candidates"]][:2] == ["lora", "rslora"]
     assert said["candidates"][0]["loss"]["mean"] == pytest.approx(2.0)
-    assert said["candidates"][1]["above_lowest"]["mean"] == pytest.approx(0.1)
+    assert said["candidates"][1]["loss_gap"]["mean"] == pytest.approx(0.1)
     assert said["candidates"][-1]["loss"] is None
     assert said["recommendation"]["name"] == "lora"
 
@@ -98,7 +101,7 @@ def test_the_recommended_recipe_loads_and_says_why(result: ComparisonResult, tmp
 def test_the_table_keeps_within_the_terminal(result: ComparisonResult, width: int) -> None:
     file = io.StringIO()
     print_comparison(result, Console(file=file, width=width, force_terminal=True, color_system=None))
-    table = file.getvalue().split("Take ")[0].splitlines()
+    table = file.getvalue().split("Recommended: ")[0].splitlines()
     assert max(len(line) for line in table) <= width
     for name in ("lora", "full", "qlora", "failed", "held-out loss"):
         assert any(name in line for line in table)
@@ -110,15 +113,15 @@ def test_a_pipe_gets_the_whole_table(result: ComparisonResult) -> None:
     assert "…" not in file.getvalue() and "on disk" in file.getvalue()
 
 
-def test_progress_is_a_line_a_run_and_counts_only_what_was_trained_here() -> None:
+def test_progress_is_one_line_per_run_and_counts_only_what_was_trained_here() -> None:
     file = io.StringIO()
-    good = made("lora", [2.5]).tried[0]
+    good = made("lora", [2.5]).trials[0]
     with CompareProgress(3, Console(file=file, width=80)) as overview:
-        overview.ended(good, kept=True)
-        overview.ended(good, kept=False)
-        overview.ended(replace(good, failure="out of luck"), kept=False)
+        overview.finish_run(good, kept=True)
+        overview.finish_run(good, kept=False)
+        overview.finish_run(replace(good, failure="out of luck"), kept=False)
     first, second, third = file.getvalue().splitlines()
-    assert first.startswith("1/3") and "kept from before" in first and "left" not in first
+    assert first.startswith("1/3") and "already finished" in first and "left" not in first
     assert second.startswith("2/3") and "2.500" in second and second.endswith("left")
     assert third.startswith("3/3") and third.endswith("failed: out of luck")
 
@@ -126,10 +129,10 @@ def test_progress_is_a_line_a_run_and_counts_only_what_was_trained_here() -> Non
 def test_progress_on_a_terminal_shows_where_the_run_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()
-    job = made("lora", [2.5]).tried[0].job
+    job = made("lora", [2.5]).trials[0].job
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 3.25}\n{"step": 7, "eval_loss": 3.0}\n')
     with CompareProgress(3, Console(file=file, width=100, force_terminal=True, legacy_windows=False)) as overview:
-        overview.watch(job, tmp_path)
+        overview.show_run(job, tmp_path)
     assert "run 1 of 3" in file.getvalue()
     assert "lora, lr 1e-3, seed 0" in file.getvalue() and "step 7, loss 3.250" in file.getvalue()
 

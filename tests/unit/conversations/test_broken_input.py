@@ -83,7 +83,7 @@ def outcome(path: Path, *, strict: bool, format: str = "auto") -> UserError | Pr
     log = ProblemLog(strict=strict)
     try:
         for conversation in read_conversations(
-            path, format=format, problems=log, options=ReadOptions(languages=("en", "de"), max_row_bytes=100_000)
+            path, format=format, problems=log, options=ReadOptions(languages=("en", "de"), max_record_bytes=100_000)
         ):
             assert any(message.role == "assistant" for message in conversation.messages)
             for message in conversation.messages:
@@ -174,7 +174,7 @@ def test_any_value_may_stand_anywhere(folder: Path, data: st.DataObject, name: s
         ('{"prompt": "a", "completion": "b"}'.encode("utf-16"), "not_utf8"),
         (b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b', "completion": "b"}', "nested_too_deep"),
         (b'{"prompt": 1, "completion": 2}', "wrong_type"),
-        (b'{"prompt": "' + b"x" * 200_000 + b'", "completion": "b"}', "row_too_long"),
+        (b'{"prompt": "' + b"x" * 200_000 + b'", "completion": "b"}', "record_too_long"),
         (b"null", "not_an_object"),
         (b"NaN", "not_json"),
     ],

@@ -98,7 +98,7 @@ def test_a_folder_is_its_files_in_order_each_in_its_own_form(tmp_path: Path) -> 
     log = ProblemLog(strict=True)
     found = messages(read_conversations(tmp_path, problems=log))
     assert found == [*EXPECTED, (Message("user", "a"), Message("assistant", "b"))]
-    assert sorted(log.forms.values()) == ["alpaca", "prompt_completion"]
+    assert sorted(log.formats.values()) == ["alpaca", "prompt_completion"]
 
 
 def test_a_folder_with_splits_gives_one_of_them(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_long_record_is_skipped_without_being_read_into_memory(tmp_path: Path)
         print(count, dict(log.problems), log.first.where.rsplit(":", 1)[1], grown < 100_000)
     """)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"{2 * len(ROWS)} {{'row_too_long': 1}} {len(ROWS) + 1} True"
+    assert done.stdout.strip() == f"{2 * len(ROWS)} {{'record_too_long': 1}} {len(ROWS) + 1} True"
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
@@ -140,7 +140,7 @@ def test_the_limit_on_a_record_holds_for_text_files(tmp_path: Path, name: str) -
     path = tmp_path / name
     WRITERS[name](path)
     log = ProblemLog()
-    assert messages(read_conversations(path, problems=log, options=ReadOptions(max_row_bytes=20))) == []
+    assert messages(read_conversations(path, problems=log, options=ReadOptions(max_record_bytes=20))) == []
     assert log.total > 0
 
 
@@ -163,9 +163,9 @@ def test_a_gzip_file_that_is_cut_off_gives_its_records_and_one_problem(tmp_path:
         (lambda folder: folder / "absent", "no such file"),
         (lambda folder: folder, "no data files"),
         (lambda folder: _touch(folder / "empty.jsonl"), "empty"),
-        (lambda folder: _touch(folder / "blank.jsonl", b"\n \n"), "no rows"),
-        (lambda folder: _touch(folder / "array.json", b"[]"), "no rows"),
-        (lambda folder: _touch(folder / "header.csv", b"prompt,completion\n"), "no rows"),
+        (lambda folder: _touch(folder / "blank.jsonl", b"\n \n"), "no records"),
+        (lambda folder: _touch(folder / "array.json", b"[]"), "no records"),
+        (lambda folder: _touch(folder / "header.csv", b"prompt,completion\n"), "no records"),
         (lambda folder: _touch(folder / "notes.txt", b"hello"), "ending"),
         (lambda folder: _touch(folder / "fake.parquet", b"PAR1 not really"), "not readable Parquet"),
         (lambda folder: _touch(folder / "fake.jsonl.gz", b"not gzip"), "gzip"),

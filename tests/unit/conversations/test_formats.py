@@ -93,7 +93,7 @@ def test_a_form_is_recognized_and_read(tmp_path: Path, form: str, row: dict[str,
     log = ProblemLog(strict=True)
     path = tmp_path / "rows.jsonl"
     assert turns(path, [row], problems=log) == [expected]
-    assert log.forms == {str(path): form}
+    assert log.formats == {str(path): form}
     assert turns(path, [row], format=form) == [expected]
 
 
@@ -150,7 +150,7 @@ def chat(*pairs: tuple[Any, Any]) -> dict[str, Any]:
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}, "missing_field"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "unsupported_content"),
         ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "wrong_type"),
-        ({"prompt": QUESTION, "completion": ANSWER}, "other_form"),
+        ({"prompt": QUESTION, "completion": ANSWER}, "other_format"),
         ([1, 2], "not_an_object"),
     ],
 )
@@ -162,11 +162,11 @@ def test_a_bad_record_is_named_with_its_line_and_the_rest_is_read(tmp_path: Path
     assert dict(log.problems) == {kind: 1}
     assert log.first is not None
     assert log.first.where == f"{path}:2"
-    assert log.rows == 3
+    assert log.records == 3
     with pytest.raises(UserError) as caught:
         turns(path, [good, row, good, row, row])
     assert caught.value.where == f"{path}:2"
-    assert "2 more problems" in caught.value.what
+    assert "2 more problems" in caught.value.message
 
 
 def test_every_kind_of_problem_is_described() -> None:
@@ -202,7 +202,9 @@ def test_strict_reading_gives_nothing_from_behind_the_problem(tmp_path: Path) ->
 def test_the_list_of_formats_names_every_form_once() -> None:
     names = [name for name, _ in list_formats()]
     assert names[0] == "auto"
-    assert sorted(names[1:]) == sorted(["messages", "sharegpt", "alpaca", "prompt_completion", "guanaco", "oasst"])
+    assert sorted(names[1:]) == sorted(
+        ["messages", "sharegpt", "alpaca", "prompt_completion", "guanaco", "oasst", "chatgpt_export"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,5 +219,5 @@ def test_real_files_are_read_whole(shared_data: Path, file: str, form: str, conv
     path = shared_data / file
     log = ProblemLog(strict=True)
     assert sum(1 for _ in read_conversations(path, problems=log)) == conversations
-    assert log.forms == {str(path): form}
+    assert log.formats == {str(path): form}
     assert not log.notes

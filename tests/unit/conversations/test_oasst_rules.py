@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftchat.conversations import ProblemLog, ReadOptions, read_conversations, split_eval
+from peftchat.conversations import ProblemLog, ReadOptions, read_conversations
 from peftchat.conversations.formats.oasst import RULES
 from peftchat.errors import UserError
+from tests.support.splitting import split_eval
 
 Tree = dict[str, Any]
 Turns = tuple[tuple[str, str], ...]
@@ -66,7 +67,9 @@ def oracle(trees: list[Tree], languages: tuple[str, ...], top_k: int | None) -> 
 
 
 def read(path: Path, languages: tuple[str, ...] = (), top_k: int | None = None, **options: Any) -> list[Turns]:
-    stream = read_conversations(path, format="oasst", options=ReadOptions(languages=languages, top_k=top_k), **options)
+    stream = read_conversations(
+        path, format="oasst", options=ReadOptions(languages=languages, oasst_top_k=top_k), **options
+    )
     return [tuple((message.role, message.content) for message in found.messages) for found in stream]
 
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftchat.conversation import Conversation, Message
-from peftchat.conversations import ProblemLog, fit_split, read_sources, split_eval
+from peftchat.conversations import ProblemLog, fit_split, read_sources
 from peftchat.errors import UserError
 from peftchat.recipe import DataEntry
+from tests.support.splitting import split_eval
 
 
 def conversation(question: str, answer: str = "a") -> Conversation:
@@ -91,9 +92,9 @@ def test_each_source_has_its_own_languages(tmp_path: Path) -> None:
 
 def test_each_source_has_its_own_rank_limit(shared_data: Path) -> None:
     trees = str(shared_data / "oasst_trees_en_60.jsonl")
-    best = [d.messages for d in read_sources([DataEntry(path=trees, top_k=1)])]
+    best = [d.messages for d in read_sources([DataEntry(path=trees, oasst_top_k=1)])]
     everything = [d.messages for d in read_sources([DataEntry(path=trees)])]
-    both = [d.messages for d in read_sources([DataEntry(path=trees, top_k=1), DataEntry(path=trees)])]
+    both = [d.messages for d in read_sources([DataEntry(path=trees, oasst_top_k=1), DataEntry(path=trees)])]
     assert 0 < len(best) < len(everything)
     assert both == best + everything
 
@@ -101,4 +102,4 @@ def test_each_source_has_its_own_rank_limit(shared_data: Path) -> None:
 @pytest.mark.parametrize("format", ["auto", "prompt_completion"])
 def test_a_rank_limit_needs_ranks(sources: tuple[str, str], format: str) -> None:
     with pytest.raises(UserError, match="`prompt_completion` has no ranks"):
-        list(read_sources([DataEntry(path=sources[0], format=format, top_k=2)]))
+        list(read_sources([DataEntry(path=sources[0], format=format, oasst_top_k=2)]))

@@ -59,7 +59,7 @@ def learns(value: int, policy: LossOn) -> bool:
 def one_by_one(row: EncodedExample, policy: LossOn) -> list[tuple[int, int, int]]:
     """(id, label, position) of each token, one at a time."""
     found = []
-    for place, (token, value) in enumerate(zip(row.ids.tolist(), row.codes.tolist(), strict=True)):
+    for place, (token, value) in enumerate(zip(row.ids.tolist(), row.token_tags.tolist(), strict=True)):
         found.append((token, token if place and learns(value, policy) else -100, place))
     return found
 
@@ -75,8 +75,8 @@ def test_every_token_its_label_and_its_position(
     store: ExampleStore, policy: LossOn, layout: BatchLayout, multiple: int | None
 ) -> None:
     packs = [[0, 5, 9], [1], [2, 3]] if layout != "padded" else [[0], [5], [9], [1]]
-    batch = collator(store, policy, layout, pad_to_multiple_of=multiple)([{"rows": numbers} for numbers in packs])
-    lines = [[number for numbers in packs for number in numbers]] if layout == "flat" else packs
+    batch = collator(store, policy, layout, pad_to_multiple_of=multiple)([{"examples": numbers} for numbers in packs])
+    lines = [[number for numbers in packs for number in numbers]] if layout == "varlen" else packs
     assert len(batch["input_ids"]) == len(lines)
     longest = max(sum(len(store[number].ids) for number in line) for line in lines)
     width = batch["input_ids"].shape[1]
@@ -100,7 +100,7 @@ def test_every_token_its_label_and_its_position(
 def test_watched_tokens_are_counted(store: ExampleStore, policy: LossOn) -> None:
     watched = [3, 7, 11, 99]
     numbers = list(range(len(store)))
-    batch = collator(store, policy, "flat", watched=watched)([{"rows": numbers}])
+    batch = collator(store, policy, "varlen", tracked_token_ids=watched)([{"examples": numbers}])
     seen, useful = [0] * len(watched), [0] * len(watched)
     for number in numbers:
         tokens = one_by_one(store[number], policy)
@@ -108,7 +108,7 @@ def test_watched_tokens_are_counted(store: ExampleStore, policy: LossOn) -> None
             for slot, wanted in enumerate(watched):
                 seen[slot] += token == wanted
                 useful[slot] += token == wanted and any(label != -100 for _, label, _ in tokens[place + 1 :])
-    assert batch["watched"].tolist() == [seen, useful]
+    assert batch["tracked_counts"].tolist() == [seen, useful]
     assert seen[0] > useful[0] > 0 and seen[3] == 0
 
 
@@ -150,9 +150,9 @@ def test_edges_of_packing() -> None:
 
 
 def same(row: EncodedExample, other: EncodedExample) -> bool:
-    arrays = np.array_equal(row.ids, other.ids) and np.array_equal(row.codes, other.codes)
-    types = row.ids.dtype == other.ids.dtype == np.int32 and row.codes.dtype == other.codes.dtype == np.uint8
-    return arrays and types and (row.source, row.lookalikes) == (other.source, other.lookalikes)
+    arrays = np.array_equal(row.ids, other.ids) and np.array_equal(row.token_tags, other.token_tags)
+    types = row.ids.dtype == other.ids.dtype == np.int32 and row.token_tags.dtype == other.token_tags.dtype == np.uint8
+    return arrays and types and (row.source, row.special_token_text) == (other.source, other.special_token_text)
 
 
 def test_the_store_gives_back_what_was_written(store: ExampleStore) -> None:
@@ -168,7 +168,7 @@ def test_the_store_gives_back_what_was_written(store: ExampleStore) -> None:
 
 @pytest.mark.parametrize("index", [-1, 60, 1_000])
 def test_examples_that_are_not_there(store: ExampleStore, index: int) -> None:
-    with pytest.raises(IndexError, match=f"row {index} of 60"):
+    with pytest.raises(IndexError, match=f"example {index} of 60"):
         store[index]
 
 

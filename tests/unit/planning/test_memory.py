@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from plan_helpers import recipe_on
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftchat.planning.activations import LossProfile, activation_profile
 from peftchat.planning.auto_settings import choose_batch, choose_checkpointing
 from peftchat.planning.memory import base_bytes, static_memory
-from peftchat.planning.planner import Planner, changes, cheapest_change, largest_batch, largest_length
+from peftchat.planning.planner import Planner, changes, cheapest_fix, largest_batch, largest_length
 from peftchat.planning.settings import AttentionKind, PlanSettings, plan_settings
 from peftchat.planning.tracing import fake_mode, fake_model, trace_backbone
 from peftchat.recipe import Recipe
+from tests.support.planning import recipe_on
 
 
 def settings_of(recipe: Recipe, attention: AttentionKind = "masked", **changed: object) -> PlanSettings:
@@ -61,12 +61,12 @@ def test_kept_activations_are_those_that_autograd_really_saves(tmp_path: Path, c
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "float32"})})
     settings = settings_of(recipe, dtype="float32", checkpointing=checkpointing)
     config = AutoConfig.from_pretrained(recipe.model.name)
-    profile = activation_profile(config, recipe, settings.activation_key)
+    profile = activation_profile(config, recipe, settings.trace_config)
     batch, length = 3, 192
     real = saved_bytes(recipe, batch, length, checkpointing=checkpointing)
     # The ids and the last hidden state are alive too, and not saved.
     alive_too = batch * length * (2 * 8 + 4 * 64) + batch * length * length
-    assert profile.step(batch, length).kept == pytest.approx(real, abs=2 * alive_too, rel=0.02)
+    assert profile.at(batch, length).saved == pytest.approx(real, abs=2 * alive_too, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_the_law_through_two_layers_holds_for_all(tmp_path: Path, method: str, a
     recipe = recipe_on("small", tmp_path, method)
     config = AutoConfig.from_pretrained(recipe.model.name)
     config.num_hidden_layers = 5
-    key = settings_of(recipe, attention).activation_key
-    step = activation_profile(config, recipe, key).step(3, 384)
+    key = settings_of(recipe, attention).trace_config
+    step = activation_profile(config, recipe, key).at(3, 384)
     with fake_mode():
         whole = trace_backbone(fake_model(config, recipe, key, 5), 3, 384, torch.bfloat16)
-    assert step.kept == pytest.approx(whole.saved, rel=0.01)
+    assert step.saved == pytest.approx(whole.saved, rel=0.01)
     assert step.forward == pytest.approx(whole.forward_peak, rel=0.03)
     assert step.backward == pytest.approx(whole.first_layer_peak, rel=0.05)
 
@@ -98,7 +98,7 @@ def test_a_chunk_of_the_loss_is_as_large_as_the_device_lets_it_be() -> None:
 
 def test_quantized_weights_are_as_large_as_those_of_bitsandbytes() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    from peftchat.planning.memory import packed_bytes
+    from peftchat.planning.memory import quantized_bytes
 
     weight = torch.randn(512, 1024)
     for double in (False, True):
@@ -107,7 +107,7 @@ def test_quantized_weights_are_as_large_as_those_of_bitsandbytes() -> None:
         )
         scales = [state.absmax] if not double else [state.absmax, state.state2.absmax]
         real = sum(part.numel() * part.element_size() for part in (packed, *scales))
-        predicted = packed_bytes(weight.numel(), _with(bits=4, double=double), rows=512)
+        predicted = quantized_bytes(weight.numel(), _with(bits=4, double=double), outputs=512)
         assert predicted == pytest.approx(real, rel=0.001)
 
 
@@ -124,17 +124,17 @@ def test_full_training_holds_sixteen_bytes_a_weight_and_zero_shares_them(tmp_pat
     recipe = recipe_on("small", tmp_path, "full")
     planner = planner_of(recipe)
     settings = _with(method="full", bits=None, double=False)
-    weights = planner.facts.parameters
-    trained = planner.trained(settings)
-    alone = static_memory(settings, planner.facts, trained)
+    weights = planner.counts.parameters
+    trained = planner.trainable(settings)
+    alone = static_memory(settings, planner.counts, trained)
     assert alone.weights + alone.gradients + alone.optimizer == 16 * weights
     eight = settings.with_changes(processes=8, strategy="zero3")
-    shared = static_memory(eight, planner.facts, trained)
+    shared = static_memory(eight, planner.counts, trained)
     assert shared.weights + shared.gradients + shared.optimizer == pytest.approx(16 * weights / 8)
-    two = static_memory(eight.with_changes(strategy="zero2"), planner.facts, trained)
+    two = static_memory(eight.with_changes(strategy="zero2"), planner.counts, trained)
     assert two.weights == 2 * weights
     assert two.gradients + two.optimizer == pytest.approx(14 * weights / 8)
-    away = static_memory(eight.with_changes(offload="all"), planner.facts, trained)
+    away = static_memory(eight.with_changes(offload="all"), planner.counts, trained)
     assert away.weights == away.optimizer == 0
     assert away.host >= 14 * weights / 8
 
@@ -145,10 +145,10 @@ def test_an_adapter_trains_what_peft_says_and_keeps_no_state_of_the_base(tmp_pat
     settings = settings_of(recipe)
     # Per block: q and o 64x64, k and v 64x32, three of 64x160; r is 16.
     block = 16 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))
-    assert planner.trained(settings).parameters == 3 * block
-    static = static_memory(settings, planner.facts, planner.trained(settings))
+    assert planner.trainable(settings).parameters == 3 * block
+    static = static_memory(settings, planner.counts, planner.trainable(settings))
     assert static.optimizer == 8 * 3 * block
-    assert base_bytes(settings, planner.facts) == 2 * planner.facts.parameters
+    assert base_bytes(settings, planner.counts) == 2 * planner.counts.parameters
 
 
 def test_saving_memory_saves_memory(tmp_path: Path) -> None:
@@ -157,9 +157,9 @@ def test_saving_memory_saves_memory(tmp_path: Path) -> None:
     settings = settings_of(recipe, batch=4, length=1024, method="full")
     before = planner.memory(settings)
     found = changes(planner, settings)
-    assert {"gradient checkpointing", "one row at a time, accumulated"} <= {change.name for change in found}
+    assert {"gradient checkpointing", "a batch of 1 with accumulation"} <= {change.name for change in found}
     assert all(change.memory.total < before.total for change in found)
-    assert sum(before.parts.values()) == before.total == before.moments[before.moment] == max(before.moments.values())
+    assert sum(before.parts.values()) == before.total == before.phases[before.peak_phase] == max(before.phases.values())
 
 
 def test_the_largest_batch_fits_and_one_more_row_does_not(tmp_path: Path) -> None:
@@ -180,22 +180,22 @@ def test_what_does_not_fit_is_made_to_fit_at_the_least_cost(tmp_path: Path) -> N
     planner = planner_of(recipe)
     settings = settings_of(recipe, batch=64, length=1024)
     checkpointed = planner.memory(settings.with_changes(checkpointing=True)).total
-    alone = cheapest_change(planner, settings, checkpointed)
+    alone = cheapest_fix(planner, settings, checkpointed)
     assert alone is not None
     assert alone.flags == ("training.gradient_checkpointing=true",)
-    both = cheapest_change(planner, settings, min(change.memory.total for change in changes(planner, settings)) - 1)
+    both = cheapest_fix(planner, settings, min(change.memory.total for change in changes(planner, settings)) - 1)
     if both is not None:
         assert len(both.flags) > 1
-    assert cheapest_change(planner, settings, 1000) is None
+    assert cheapest_fix(planner, settings, 1000) is None
 
 
 def test_accumulated_gradients_stay_through_the_forward_pass(tmp_path: Path) -> None:
     recipe = recipe_on("small", tmp_path, "full")
     planner = planner_of(recipe)
     once = settings_of(recipe, method="full")
-    more = planner.memory(replace(once, accumulation=4)).moments["forward"]
-    extra = more - planner.memory(once).moments["forward"]
-    assert extra >= 4 * planner.facts.parameters
+    more = planner.memory(replace(once, accumulation=4)).phases["forward"]
+    extra = more - planner.memory(once).phases["forward"]
+    assert extra >= 4 * planner.counts.parameters
 
 
 def test_checkpointing_is_chosen_only_where_memory_needs_it(tmp_path: Path) -> None:
@@ -206,15 +206,15 @@ def test_checkpointing_is_chosen_only_where_memory_needs_it(tmp_path: Path) -> N
     assert not choose_checkpointing(planner, settings, 2 * plain).settings.checkpointing
     tight = choose_checkpointing(planner, settings, plain)
     assert tight.settings.checkpointing
-    assert tight.peak < plain
+    assert tight.peak_bytes < plain
 
 
 def test_a_chosen_batch_fits_and_leaves_the_step_as_it_is(tmp_path: Path) -> None:
     recipe = recipe_on("small", tmp_path, "lora")
     planner = planner_of(recipe)
     settings = settings_of(recipe, batch=2, length=512, accumulation=12)
-    roomy = choose_batch(planner, settings, 10**12, tokens=4096)
+    roomy = choose_batch(planner, settings, 10**12, max_tokens=4096)
     assert (roomy.settings.batch, roomy.settings.accumulation) == (8, 3)
     tight = choose_batch(planner, settings, int(1.2 * planner.memory(settings.with_changes(batch=3)).total), 4096)
     assert tight.settings.batch * tight.settings.accumulation == 24
-    assert tight.peak <= 1.2 * planner.memory(settings.with_changes(batch=3)).total
+    assert tight.peak_bytes <= 1.2 * planner.memory(settings.with_changes(batch=3)).total

@@ -4,22 +4,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plan_helpers import SHAPES, recipe_dict, recipe_on
 
-from peftchat.models.loading import load_config
+from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import find_hardware
 from peftchat.planning.parameter_counts import parameter_counts
 from peftchat.planning.planner import Planner
-from peftchat.planning.settings import settings_on
+from peftchat.planning.settings import settings_for
 from peftchat.recipe import Recipe
+from tests.support.planning import SHAPES, recipe_dict, recipe_on
 
 GIB = 2**30
 
 
 def allocated(recipe: Recipe) -> float:
     """GiB that torch would allocate on one A100 at most."""
-    settings = settings_on(recipe, find_hardware("a100-80gb", 1), None)
-    return Planner(load_config(recipe, need_weights=False), recipe).memory(settings).allocated / GIB
+    settings = settings_for(recipe, find_hardware("a100-80gb", 1), None)
+    return Planner(ModelSource.of_recipe(recipe).config(), recipe).memory(settings).allocated / GIB
 
 
 def torchtune(name: str, parent: Path, method: str, rank: int, modules: list[str], length: int) -> Recipe:
@@ -64,18 +64,18 @@ def test_starchat_fits_eight_a100_and_not_one(tmp_path: Path) -> None:
     )
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 1024})})
     card = find_hardware("a100-80gb", 8)
-    planner = Planner(load_config(recipe, need_weights=False), recipe)
-    settings = settings_on(recipe, card, None)
+    planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
+    settings = settings_for(recipe, card, None)
     assert settings.strategy == "zero3"
     total = planner.memory(settings).total
     # Sixteen bytes a weight on eight cards are more than a third of each.
     assert 31e9 < total < 60e9 < card.memory
-    assert planner.memory(settings_on(recipe, replace(card, count=1), None)).total > card.memory
+    assert planner.memory(settings_for(recipe, replace(card, count=1), None)).total > card.memory
 
 
 def test_parameters_are_the_published_ones(tmp_path: Path) -> None:
     counts = {
-        name: parameter_counts(load_config(recipe_on(name, tmp_path, "full"), need_weights=False)).parameters
+        name: parameter_counts(ModelSource.of_recipe(recipe_on(name, tmp_path, "full")).config()).parameters
         for name in ("llama-3.1-8b", "llama-3.2-3b", "starcoderbase")
     }
     assert counts == {"llama-3.1-8b": 8_030_261_248, "llama-3.2-3b": 3_212_749_824, "starcoderbase": 15_517_456_384}

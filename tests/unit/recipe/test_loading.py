@@ -120,7 +120,7 @@ def test_a_typo_in_any_section_names_line_key_and_nearest(
         ("model.name=7", "expected text, got the number 7. Put it in quotes."),
         ("model=base", "expected keys with values, got the text `base`"),
         ("model.dtype=bf16", "got the text `bf16`. Did you mean `bfloat16`?"),
-        ("chat.template=startchat", "expected one of `starchat`, `chatml`, `model`"),
+        ("chat.template=startchat", "expected one of `starchat`, `chatml`"),
         ("adapter.variant=doraa", "Did you mean `dora`?"),
         ("adapter.target_modules=attn", "expected `all-linear` or a list of module names"),
         ("data.train=rows.jsonl", "expected a list, got the text `rows.jsonl`. Write `train: [{path: rows.jsonl}]`."),

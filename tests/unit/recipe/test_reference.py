@@ -145,4 +145,4 @@ def test_the_script_writes_what_the_tests_compare() -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (PROJECT / "docs" / "recipe.md").resolve() == module.MANUAL.resolve()
+    assert (PROJECT / "docs" / "recipe.md").resolve() == (module.DOCS / "recipe.md").resolve()

@@ -19,9 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from peftchat.chat_template.templates import starchat
+from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.reports import run_terminal as summary
 from peftchat.reports.model_card import model_card
+from peftchat.runs.run_summary import RunSummary
 from tests.support.reports import RECIPE, RUN_JSON
 
 TOKENS = ["<|system|>", "<|assistant|>", "<|user|>", "<|end|>"]
@@ -29,7 +30,7 @@ BASE_ROWS = 48
 
 
 def card(recipe: str = RECIPE, **run_json: Any) -> str:
-    return model_card({**RUN_JSON, **run_json}, recipe)
+    return model_card(RunSummary.model_validate({**RUN_JSON, **run_json}), recipe)
 
 
 def python_of(text: str) -> str:
@@ -64,10 +65,17 @@ def test_no_folder_of_the_author_is_told() -> None:
 
 
 def test_limits_come_from_the_run() -> None:
-    limits = card(rows=200, eval_loss=None, epochs=9.0).split("## Limits")[1]
-    for words in ("only 200 conversations", "No held-out", "about 9 times", "10 rows", "&lt;s&gt;", "did not move"):
+    limits = card(train_examples=200, eval_loss=None, epochs=9.0).split("## Limits")[1]
+    for words in (
+        "only 200 conversations",
+        "No held-out",
+        "about 9 times",
+        "were dropped",
+        "&lt;s&gt;",
+        "did not move",
+    ):
         assert words in limits
-    calm = card(new_tokens=[], dropped={}, special_text=0, samples_after=[]).split("## Limits")[1]
+    calm = card(new_tokens=[], dropped={}, special_token_text=0, samples_after=[]).split("## Limits")[1]
     assert calm.count("\n- ") == 1
 
 
@@ -92,7 +100,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="?")
     fast.add_tokens([f"x{number}" for number in range(BASE_ROWS - len(fast))])
     fast.add_special_tokens({"additional_special_tokens": TOKENS})
-    fast.chat_template = starchat(None).jinja
+    fast.chat_template = CHAT_TEMPLATES["starchat"].jinja
     return fast
 
 
@@ -156,8 +164,8 @@ def test_the_code_for_a_quantized_base_is_python(bits: str) -> None:
 @pytest.mark.parametrize("facts", [RUN_JSON, {}, dict.fromkeys(RUN_JSON)])
 def test_the_summary_shows_what_there_is(facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     text = io.StringIO()
-    monkeypatch.setattr(summary, "notes", Console(file=text, width=90))
-    summary.print_summary(json.loads(json.dumps(facts)))
+    monkeypatch.setattr(summary, "stderr", Console(file=text, width=90))
+    summary.print_summary(RunSummary.model_validate_json(json.dumps(facts)))
     shown = text.getvalue()
     assert "None" not in shown
     if facts.get("steps"):

@@ -88,7 +88,7 @@ def test_a_run_that_measured_nothing_still_has_a_page(tmp_path: Path) -> None:
     page = page_of(folder)
     assert page.unmatched == []
     assert page.text.count("not measured") > 15
-    assert "No step was logged." in page.text
+    assert "No steps were logged." in page.text
     assert "None" not in page.text.split("To run it again")[0]
 
 

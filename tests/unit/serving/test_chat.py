@@ -58,7 +58,7 @@ def test_nothing_that_a_user_types_becomes_a_special_token(tokenizer: Any, data:
 
     assert special_ids(prompt.ids) == special_ids(frame.ids)
     assert content in tokenizer.decode(prompt.ids, skip_special_tokens=False)
-    assert (prompt.lookalikes > 0) == any(token in content for token in special)
+    assert (prompt.special_token_text > 0) == any(token in content for token in special)
 
 
 def test_a_long_history_loses_whole_exchanges_and_keeps_the_system_message(tokenizer: Any) -> None:
@@ -66,18 +66,18 @@ def test_a_long_history_loses_whole_exchanges_and_keeps_the_system_message(token
     system = Message("system", "Rules.")
     exchanges = [(user(f"question {n} " * 5), Message("assistant", f"answer {n} " * 5)) for n in range(6)]
     messages = [system, *(message for pair in exchanges for message in pair), user("last")]
-    whole = encoder.fit(messages, 10_000)
+    whole = encoder.truncate_to_fit(messages, 10_000)
     assert whole.dropped == 0
     for limit in range(len(whole.ids), 60, -7):
-        prompt = encoder.fit(messages, limit)
+        prompt = encoder.truncate_to_fit(messages, limit)
         kept = [system, *messages[1 + 2 * prompt.dropped :]]
         assert prompt.ids == encoder.encode(kept).ids
         assert len(prompt.ids) <= limit
         # One exchange more would not have fitted.
         if prompt.dropped:
             assert len(encoder.encode([system, *messages[2 * prompt.dropped - 1 :]]).ids) > limit
-    with pytest.raises(UserError, match="the model has room for 5"):
-        encoder.fit(messages, 5)
+    with pytest.raises(UserError, match="the model's context allows 5"):
+        encoder.truncate_to_fit(messages, 5)
 
 
 # Answers
@@ -87,7 +87,7 @@ def test_an_answer_is_the_greedy_one_of_stock_transformers(tmp_path: Path) -> No
     chat = load_for_chat(str(save_model(tmp_path / "model")))
     for question in QUESTIONS:
         pieces: list[str] = []
-        said = generate_answer(chat, [user(question)], apply_sampling(chat.generation, GREEDY), pieces.append)
+        said = generate_answer(chat, [user(question)], apply_sampling(chat.generation_config, GREEDY), pieces.append)
         inputs = chat.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
@@ -101,7 +101,7 @@ def test_an_answer_is_the_greedy_one_of_stock_transformers(tmp_path: Path) -> No
 def test_an_answer_stops_at_the_end_token_and_does_not_show_it(tmp_path: Path) -> None:
     chat = load_for_chat(str(save_scripted(tmp_path / "model", "Tag né!")))
     pieces: list[str] = []
-    said = generate_answer(chat, [user("hello")], apply_sampling(chat.generation, GREEDY), pieces.append)
+    said = generate_answer(chat, [user("hello")], apply_sampling(chat.generation_config, GREEDY), pieces.append)
     assert (said.text, said.finish, said.stopped) == ("Tag né!", "end", True)
     # The two bytes of a character come out together.
     assert pieces == ["T", "a", "g", " n", "é", "!"]
@@ -110,24 +110,24 @@ def test_an_answer_stops_at_the_end_token_and_does_not_show_it(tmp_path: Path) -
 
 def test_an_answer_that_goes_on_to_another_turn_is_stopped(tmp_path: Path) -> None:
     chat = load_for_chat(str(save_scripted(tmp_path / "model", "Yes", after="<|user|>")))
-    said = generate_answer(chat, [user("hello")], apply_sampling(chat.generation, GREEDY))
+    said = generate_answer(chat, [user("hello")], apply_sampling(chat.generation_config, GREEDY))
     assert (said.text, said.finish, said.stopped) == ("Yes", "turn", False)
 
 
 def test_a_long_answer_is_cut_and_says_so(tmp_path: Path) -> None:
     chat = load_for_chat(str(save_scripted(tmp_path / "model", "abcdefgh")))
-    said = generate_answer(chat, [user("hello")], apply_sampling(chat.generation, Sampling(max_new_tokens=3)))
+    said = generate_answer(chat, [user("hello")], apply_sampling(chat.generation_config, Sampling(max_new_tokens=3)))
     assert (said.text, said.finish, said.tokens) == ("abc", "length", 3)
 
 
 def test_the_answer_has_room_in_a_small_context(tmp_path: Path) -> None:
     chat = load_for_chat(str(save_scripted(tmp_path / "model", "ok", context=64)))
     turns = [user("x" * 10), Message("assistant", "ok")] * 5
-    said = generate_answer(chat, [*turns, user("yy")], apply_sampling(chat.generation, Sampling()))
+    said = generate_answer(chat, [*turns, user("yy")], apply_sampling(chat.generation_config, Sampling()))
     assert said.text == "ok"
     assert said.dropped == 4
-    with pytest.raises(UserError, match="room for 32"):
-        generate_answer(chat, [user("z" * 60)], apply_sampling(chat.generation, Sampling()))
+    with pytest.raises(UserError, match="context allows 32"):
+        generate_answer(chat, [user("z" * 60)], apply_sampling(chat.generation_config, Sampling()))
 
 
 # Sampling
@@ -195,7 +195,7 @@ def test_a_qlora_run_is_quantized_as_it_was_trained(tmp_path: Path) -> None:
     chat = load_for_chat(str(run))
     assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in chat.model.modules())
     said = generate_answer(
-        chat, [user("hello")], apply_sampling(chat.generation, Sampling(greedy=True, max_new_tokens=3))
+        chat, [user("hello")], apply_sampling(chat.generation_config, Sampling(greedy=True, max_new_tokens=3))
     )
     assert said.tokens <= 3
 
@@ -214,7 +214,7 @@ def test_what_cannot_be_talked_to_is_refused(tmp_path: Path) -> None:
         load_for_chat(str(lost))
     small = save_model(tmp_path / "small")
     in_format(byte_level(merges=200)).save_pretrained(small)
-    with pytest.raises(UserError, match="tokens and the model has rows for"):
+    with pytest.raises(UserError, match="tokens and the model's embedding only"):
         load_for_chat(str(small))
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()

@@ -112,7 +112,7 @@ def choose(folder: Path, tokens: int, placement: DistributedSetup = ALONE, plain
     loaded = load_recipe(recipe_file(folder, **training), to_train=False)
     built = TrainableModel(small_model(), None)
     before = [layer.forward for layer in built.causal_model.model.layers]
-    choice = compile_if_faster(loaded, placement, built, EncodingStats(rows=10, tokens=tokens), plain=plain)
+    choice = compile_if_faster(loaded, placement, built, EncodingStats(examples=10, tokens=tokens), compilable=plain)
     changed = [layer.forward for layer in built.causal_model.model.layers] != before
     return choice, changed
 
@@ -135,7 +135,7 @@ def test_long_runs_are_compiled_and_told(tmp_path):
         (1000, {}),
         (LONG, {"torch_compile": "false"}),
         (LONG, {"max_steps": 2}),
-        (LONG, {"max_minutes": 1}),
+        (LONG, {"max_train_minutes": 1}),
         (LONG, {"plain": False}),
         (LONG, {"placement": replace(ALONE, gpus=1)}),
         (LONG, {"placement": replace(ALONE, strategy="zero3", processes=2)}),
@@ -158,7 +158,7 @@ def test_a_wish_that_cannot_be_granted_is_an_error(tmp_path, monkeypatch):
 
 
 def test_a_run_that_turns_out_sharded_refuses_the_key(tmp_path):
-    with pytest.raises(UserError, match="never compiled"):
+    with pytest.raises(UserError, match="cannot be compiled"):
         choose(tmp_path, 1000, replace(ALONE, strategy="zero3", processes=2), torch_compile="true")
 
 

@@ -149,17 +149,17 @@ def test_time_left_counts_only_steps_made_here(monkeypatch: pytest.MonkeyPatch) 
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     pace = Eta(step=900, total=1000)
-    assert pace.left() is None
+    assert pace.seconds_left() is None
     now[0] = 50.0  # an evaluation before the first step
     pace.reach(900)
     for step in (901, 902):
         now[0] += 2.0
         pace.reach(step)
-    assert pace.left() == pytest.approx(196.0)
+    assert pace.seconds_left() == pytest.approx(196.0)
     now[0] += 1.0
-    assert pace.left() == pytest.approx(195.0)
+    assert pace.seconds_left() == pytest.approx(195.0)
     now[0] += 1000.0
-    assert pace.left() == 0.0
+    assert pace.seconds_left() == 0.0
 
 
 def test_on_a_terminal_bars_are_drawn_and_the_cursor_comes_back(tmp_path: Path) -> None:

@@ -5,25 +5,24 @@ from typing import Any
 import pytest
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from training_helpers import config_for
 from transformers import AutoModelForCausalLM
 
 from peftchat.models.peft_model import model_shape
 from peftchat.recipe.schema import validate_adapter
-from peftchat.variants import VARIANTS, get_variant
+from peftchat.variants import ADAPTERS
+from tests.support.models import small_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi", "gpt2", "gpt_bigcode", "falcon", "opt", "gpt_neox")
 CONV1D = ("gpt2",)
-NO_CONV1D = ("shira", "oft", "boft", "c3a", "loha", "lokr", "hra", "road", "miss", "delora")
+NO_CONV1D = tuple(name for name, adapter in ADAPTERS.items() if not adapter.supports_conv1d)
 """Variants that PEFT does not have for GPT-2's transposed layers."""
 
 
 def wrapped(family: str, **section: Any) -> tuple[Any, list[str]]:
     """The model with a variant around it, and the layers that have become the variant's."""
-    model = AutoModelForCausalLM.from_config(config_for(family, 64))
-    variant = get_variant(section["variant"])
-    assert variant.build is not None
-    config = variant.build(validate_adapter(section), model_shape(model))
+    model = AutoModelForCausalLM.from_config(small_config(family, vocabulary=64, width=32))
+    config = validate_adapter(section).peft_config(model_shape(model))
+    assert config is not None
     config.task_type = "CAUSAL_LM"
     model = get_peft_model(model, config)
     names = [name for name, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)]
@@ -59,13 +58,13 @@ def test_ln_tuning_finds_every_norm(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 @pytest.mark.parametrize(
-    "name", [name for name, variant in VARIANTS.items() if variant.build and "target_modules" in variant.keys]
+    "name", [name for name, adapter in ADAPTERS.items() if "target_modules" in adapter.setting_names()]
 )
 def test_sizes_left_to_the_variant_fit_the_model(name: str, family: str) -> None:
     if family in CONV1D and name in NO_CONV1D:
         pytest.skip("peft has no such layer for transposed weights")
     section: dict[str, Any] = {"variant": name}
-    if VARIANTS[name].start in ("pissa", "olora", "corda", "lora_ga"):
+    if name in ("pissa", "olora", "corda", "lora_ga"):
         section["r"] = 4
     _, names = wrapped(family, **section)
     assert names

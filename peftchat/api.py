@@ -1,0 +1,342 @@
+"""The public Python API. The command line is a thin layer over these functions.
+
+`import peftchat` imports no torch: each function imports the libraries that it needs.
+"""
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftchat.conversation import Message
+from peftchat.errors import UserError, VerificationError
+from peftchat.recipe import LoadedRecipe, load_recipe
+
+if TYPE_CHECKING:
+    from peftchat.comparing.results import ComparisonResult
+    from peftchat.merging import MergeOptions, MergeResult
+    from peftchat.planning.plan import TrainingPlan
+    from peftchat.runs.run_summary import AutoSetting, RunSummary
+    from peftchat.serving.chat_model import ChatModel
+    from peftchat.serving.generate import ChatAnswer
+    from peftchat.training.distributed import DistributedSetup
+
+RecipeSource = LoadedRecipe | Path | str
+"""A loaded recipe, or the path of its file."""
+
+
+class WorkerError(VerificationError):
+    """A process that `train` started ended with an error, which it has printed.
+
+    Attributes:
+        status: the exit status of that process.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"a training process ended with status {status}; its message is above")
+        self.status = status
+
+
+def train(
+    recipe: RecipeSource, *, overrides: Sequence[str] = (), resume: bool = False, prompts: Sequence[str] = ()
+) -> "RunSummary":
+    """Fine-tune a model as a recipe says, and leave a run folder.
+
+    A recipe with several processes starts them and waits for them. Inside a launcher (torchrun, accelerate, Slurm),
+    every process calls this function.
+
+    Args:
+        recipe: the path of a recipe, or a loaded one.
+        overrides: `section.key=value` texts, as for `--set`; for a path only.
+        resume: continue from the last complete checkpoint, if there is one.
+        prompts: prompts to answer before and after training.
+
+    Returns:
+        The summary that is also in `run.json`.
+
+    Raises:
+        UserError: an input cannot be used; the run folder is then untouched.
+        VerificationError: training or saving went wrong.
+
+    Example:
+        >>> import peftchat
+        >>> summary = peftchat.train("my.yaml", overrides=["training.max_steps=2"])
+        >>> summary.steps
+        2
+    """
+    from peftchat.reports.run_report import write_summaries
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.runs.run_summary import RunSummary
+    from peftchat.training.context import TrainOptions
+    from peftchat.training.distributed import is_main_process
+    from peftchat.training.train import train as train_in_process
+
+    loaded = _load(recipe, overrides)
+    distributed = prepare_training(loaded, resume=resume)
+    run_folder = RunFolder(Path(loaded.recipe.output_dir))
+    arguments = _train_arguments(loaded, overrides, resume=resume, prompts=prompts)
+    if distributed.launcher == "torchrun":
+        _launch(loaded, distributed, arguments)
+        return RunSummary.read(run_folder)
+    loaded, auto_settings = choose_settings(loaded, distributed)
+    options = TrainOptions(resume, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings)
+    # Standard output is for data; DeepSpeed prints to it while it compiles.
+    with contextlib.redirect_stdout(sys.stderr):
+        summary = train_in_process(loaded, options, distributed)
+    if is_main_process():
+        write_summaries(run_folder.path)
+    return summary
+
+
+def plan(
+    recipe: RecipeSource,
+    *,
+    overrides: Sequence[str] = (),
+    gpu: str | None = None,
+    gpus: int | None = None,
+    price: float | None = None,
+    alternatives: bool = False,
+) -> "TrainingPlan":
+    """Predict memory, time and cost of a run from its model's config.
+
+    Args:
+        recipe: the path of a recipe, or a loaded one.
+        overrides: `section.key=value` texts; for a path only.
+        gpu: a GPU such as `a100-80gb`, or `cpu`; None for this machine's.
+        gpus: their number; None for that of the recipe.
+        price: price of one GPU per hour.
+        alternatives: whether to plan other methods and strategies too.
+
+    Raises:
+        UserError: the GPU is unknown, or the recipe or the config cannot be used.
+
+    Example:
+        >>> import peftchat
+        >>> peftchat.plan("my.yaml", gpu="a100-80gb").fits
+        True
+    """
+    from peftchat.planning.hardware import find_hardware
+    from peftchat.planning.plan import plan_training
+
+    loaded = _load(recipe, overrides, to_train=False)
+    distributed = loaded.recipe.distributed
+    count = gpus or (distributed.processes * distributed.nodes if distributed.processes else None)
+    return plan_training(loaded.recipe, find_hardware(gpu, count), price=price, with_grid=alternatives)
+
+
+def compare(
+    recipe: Path | str,
+    variants: Sequence[str],
+    *,
+    output: Path | str | None = None,
+    settings: Sequence[str] = (),
+    seeds: int = 3,
+    budget: str | None = None,
+    learning_rates: Sequence[float] | None = None,
+    search_lr: bool = True,
+    trials: int = 0,
+    ranges: Sequence[str] = (),
+    forgetting_text: Path | None = None,
+    prompts: Sequence[str] = (),
+    num_samples: int = 3,
+    merge: bool = True,
+) -> "ComparisonResult":
+    """Train variants of a recipe on the same data, measure them, and recommend one.
+
+    Repeat the call to resume an interrupted comparison: finished runs are kept.
+
+    Args:
+        recipe: the file that all candidates share.
+        variants: names such as `lora`, `qlora+dora` or `full`.
+        output: the comparison's folder; None for `runs/compare-RECIPE`.
+        settings: `key=A,B` texts; several values span a grid.
+        seeds: runs of each candidate at its best settings.
+        budget: `steps=N`, `tokens=N` or `minutes=N` per run; None for the recipe's own length.
+        learning_rates: rates to try; None for a grid around the default of each variant.
+        search_lr: whether to try rates other than the default.
+        trials: settings that optuna tries per candidate, within `ranges`; 0 for the grid of rates.
+        ranges: `key=LOW..HIGH[:log]` texts.
+        forgetting_text: the file that forgetting is measured on; None for the built-in text.
+        prompts: prompts that all candidates answer; by default the first `num_samples` held-out ones.
+        num_samples: number of held-out prompts.
+        merge: whether to merge each run and verify the result.
+
+    Raises:
+        UserError: a candidate cannot be trained; raised before the first run.
+
+    Example:
+        >>> import peftchat
+        >>> result = peftchat.compare("my.yaml", ["lora", "ia3"], seeds=1, budget="steps=50")  # doctest: +SKIP
+        >>> result.recommendation.headline  # doctest: +SKIP
+    """
+    from peftchat.comparing.candidates import parse_axis
+    from peftchat.comparing.compare_plan import CompareOptions, parse_budget, plan_comparison
+    from peftchat.comparing.hyperparameter_search import parse_range
+
+    comparison = plan_comparison(
+        CompareOptions(
+            Path(recipe),
+            variants,
+            [parse_axis(text) for text in settings],
+            seeds,
+            parse_budget(budget) if budget is not None else None,
+            learning_rates,
+            search_lr,
+            trials,
+            [parse_range(text) for text in ranges],
+        )
+    )
+    # Only now, because it imports torch: a wrong option is reported at once.
+    from peftchat.comparing.compare import EvalOptions
+    from peftchat.comparing.compare import compare as compare_candidates
+
+    evaluation = EvalOptions(forgetting_text, prompts or None, num_samples, merge)
+    result, _ = compare_candidates(comparison, comparison_folder(recipe, output), evaluation)
+    return result
+
+
+def merge(run: Path | str, options: "MergeOptions | None" = None) -> "MergeResult":
+    """Merge the adapter of a run into the weights of its base, and verify the result.
+
+    Args:
+        run: a run folder, or a folder with a PEFT adapter.
+        options: where to write, on which base, and more.
+
+    Raises:
+        UserError: the adapter or its base cannot be used, or the variant cannot be merged.
+        VerificationError: the merged model differs from base and adapter.
+
+    Example:
+        >>> import peftchat
+        >>> merged = peftchat.merge("runs/assistant")
+        >>> (merged.folder / "config.json").exists()
+        True
+    """
+    from peftchat.merging import MergeOptions, merge_run
+
+    return merge_run(Path(run), options or MergeOptions())
+
+
+def load_chat_model(name: Path | str) -> "ChatModel":
+    """Load a run folder, a merged model, or any model with a chat template, ready to answer.
+
+    Raises:
+        UserError: it cannot be loaded, or has no chat template.
+
+    Example:
+        >>> import peftchat
+        >>> model = peftchat.load_chat_model("runs/assistant")
+        >>> answer = peftchat.chat(model, "Hello", max_new_tokens=4)
+    """
+    from peftchat.serving.chat_model import load_for_chat
+
+    return load_for_chat(str(name))
+
+
+def chat(
+    model: "ChatModel",
+    messages: str | Sequence[Message],
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    greedy: bool = False,
+) -> "ChatAnswer":
+    """Generate the answer to a question or to a conversation that ends with the user.
+
+    Text of a message that looks like a special token is encoded as ordinary text.
+
+    Args:
+        model: from `load_chat_model`.
+        messages: a question, or the conversation so far.
+        max_new_tokens: the most tokens of the answer; None for the model's own setting.
+        temperature: sampling temperature; None for the model's own setting.
+        greedy: take the most likely token at each step.
+
+    Raises:
+        UserError: the conversation does not fit into the model's context.
+    """
+    from peftchat.serving.generate import Sampling, apply_sampling, generate_answer
+
+    history = [Message("user", messages)] if isinstance(messages, str) else list(messages)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, greedy=greedy)
+    return generate_answer(model, history, apply_sampling(model.generation_config, sampling))
+
+
+def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "DistributedSetup":
+    """Resolve the processes of a run, and check paths and folders before anything heavy is loaded.
+
+    Raises:
+        UserError: a path does not exist, the run folder is occupied, or the machine lacks what the recipe requests.
+    """
+    from peftchat.conversations.readers import find_files
+    from peftchat.logging_setup import quiet_libraries
+    from peftchat.models.source import ModelSource
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.training.distributed import resolve_distributed, slurm_variables
+
+    quiet_libraries()
+    os.environ.update(slurm_variables(os.environ))
+    distributed = resolve_distributed(loaded)
+    recipe = loaded.recipe
+    ModelSource.of_recipe(recipe).check_weights()
+    for source in (*recipe.data.train, *(recipe.data.eval or ())):
+        find_files(source.path, source.split)
+    RunFolder(Path(recipe.output_dir)).check_usable(recipe, resume=resume)
+    return distributed
+
+
+def choose_settings(
+    loaded: LoadedRecipe, distributed: "DistributedSetup"
+) -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
+    """Choose the settings that a recipe leaves open, and print them once for all processes."""
+    from peftchat.console import stderr
+    from peftchat.planning.auto_settings import resolve_auto_settings
+    from peftchat.training.distributed import is_main_process
+
+    loaded, auto_settings = resolve_auto_settings(loaded, distributed)
+    if is_main_process():
+        for setting in auto_settings:
+            stderr.print(f"Chosen: {setting}", markup=False, highlight=False)
+    return loaded, auto_settings
+
+
+def comparison_folder(recipe: Path | str, output: Path | str | None) -> Path:
+    """Return the folder of a comparison."""
+    return Path(output) if output is not None else Path("runs") / f"compare-{Path(recipe).stem}"
+
+
+def _load(recipe: RecipeSource, overrides: Sequence[str], *, to_train: bool = True) -> LoadedRecipe:
+    if not isinstance(recipe, LoadedRecipe):
+        return load_recipe(Path(recipe), overrides, to_train=to_train)
+    if overrides:
+        raise UserError(
+            "a loaded recipe takes no overrides", where="overrides", hint="Pass them to `load_recipe`, or pass a path."
+        )
+    return recipe
+
+
+def _train_arguments(
+    loaded: LoadedRecipe, overrides: Sequence[str], *, resume: bool, prompts: Sequence[str]
+) -> list[str]:
+    """Return the command line of `train`, without the program's name."""
+    arguments = ["train", str(loaded.path)]
+    for override in overrides or loaded.overrides:
+        arguments += ["--set", override]
+    for prompt in prompts:
+        arguments += ["--prompt", prompt]
+    return [*arguments, "--resume"] if resume else arguments
+
+
+def _launch(loaded: LoadedRecipe, distributed: "DistributedSetup", arguments: Sequence[str]) -> None:
+    """Encode the data once, so that an error is printed once; then start the processes and wait for them."""
+    from peftchat.dataset.cache import load_splits
+    from peftchat.training.context import load_chat_format
+    from peftchat.training.distributed import launch
+
+    load_splits(loaded.recipe, load_chat_format(loaded.recipe))
+    status = launch(distributed, arguments)
+    if status:
+        raise WorkerError(status)

@@ -1,0 +1,111 @@
+"""A chat template together with a tokenizer that has its special tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from peftchat.chat_template.encoder import ChatEncoder
+from peftchat.chat_template.templates import CHAT_TEMPLATES, ChatTemplate
+from peftchat.chat_template.text_encoder import special_tokens
+from peftchat.chat_template.tokenizer_template import TokenizerTemplate
+from peftchat.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token that a template added to the tokenizer's vocabulary.
+
+    Attributes:
+        token: the token's text.
+        id: its id.
+        description: a few words for `chat.new_token_init: description`; "" takes the words in the token's text.
+    """
+
+    token: str
+    id: int
+    description: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """A chat template together with a tokenizer that has its special tokens.
+
+    Attributes:
+        tokenizer: with the template's tokens added and its Jinja source as `chat_template`.
+        template: the template.
+        new_tokens: the tokens that the tokenizer did not have before.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    template: ChatTemplate | TokenizerTemplate
+    new_tokens: Sequence[NewToken]
+
+    def encoder(self) -> ChatEncoder:
+        """Return an encoder for the format."""
+        return ChatEncoder(self.tokenizer, self.template)
+
+
+def make_format(name: str, system: str | None, tokenizer: "PreTrainedTokenizerBase") -> ChatFormat:
+    """Prepare a tokenizer for a chat template. The tokenizer is changed.
+
+    Args:
+        name: a value of `chat.template`.
+        system: the system message of conversations that have none. None leaves that to the template.
+        tokenizer: gets the template's tokens, its end token as `eos_token`, and its Jinja source.
+
+    Raises:
+        UserError: the tokenizer cannot take the template's tokens, or has no template of its own for `model`.
+    """
+    template: ChatTemplate | TokenizerTemplate
+    if name in CHAT_TEMPLATES:
+        template = CHAT_TEMPLATES[name]
+        known_bos = template.bos_token if template.bos_token in special_tokens(tokenizer) else None
+        template = replace(template, system=system, bos_token=known_bos)
+    else:
+        template = TokenizerTemplate(tokenizer, system)
+    return ChatFormat(tokenizer, template, add_template_tokens(tokenizer, template))
+
+
+def add_template_tokens(
+    tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate | TokenizerTemplate
+) -> list[NewToken]:
+    """Add the template's missing tokens, in its order, and make its end token the tokenizer's `eos_token`.
+
+    A token that is already in the vocabulary keeps its id. If it is ordinary there, it becomes special. The padding
+    token stays distinct from the end token wherever the tokenizer has another candidate.
+
+    Returns:
+        The tokens that were not in the vocabulary before.
+
+    Raises:
+        UserError: the tokenizer does not encode one of the tokens as exactly one id.
+    """
+    from transformers import AddedToken
+
+    vocabulary = set(tokenizer.get_vocab())
+    already_special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    # A token that is special only as `eos_token`, say, must stay special when another token takes that name.
+    required = [str(token) for token in (*tokenizer.all_special_tokens, *template.special_tokens)]
+    missing = [AddedToken(token, special=True, normalized=False) for token in required if token not in already_special]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    ids = special_tokens(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or template.end_token
+    tokenizer.eos_token = template.end_token
+    tokenizer.chat_template = template.jinja
+    for token in template.special_tokens:
+        encoded = tokenizer.encode(token, add_special_tokens=False)
+        if encoded != [ids.get(token)]:
+            raise UserError(
+                f"the tokenizer encodes the special token {token} as {encoded}, expected one id",
+                where="chat.template",
+                hint="Choose another template, or a tokenizer that supports added tokens.",
+            )
+    return [
+        NewToken(token, ids[token], description)
+        for token, description in template.special_tokens.items()
+        if token not in vocabulary
+    ]

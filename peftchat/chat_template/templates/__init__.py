@@ -1,0 +1,196 @@
+"""Chat templates: how each writes a conversation, and the registry of those that a recipe can name.
+
+A new template is one TOML file in this folder, with the fields of `ChatTemplate`, and its name in the registry below.
+Everything that depends on a template derives from that entry: the values of `chat.template`, the tokens that are added,
+the token that ends an answer, the saved Jinja source and the lists that users see. Importing this loads no library.
+
+A template writes a conversation in two ways: as spans for encoding (`ChatTemplate.spans`), and as the Jinja source that
+is saved with the tokenizer (`ChatTemplate.jinja`). The tests compare the two byte for byte.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from peftchat.chat_template.loss_mask import TurnPart, token_tag
+from peftchat.conversation import Conversation, Role
+from peftchat.errors import UserError
+
+HeaderSpans = tuple[tuple[str, bool], ...]
+"""The text in front of a content as spans of (text, whether it is one special token)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateSpan:
+    """A span of a rendered conversation whose tokens all have one tag.
+
+    Attributes:
+        text: the characters.
+        tag: the tag of its tokens (`peftchat.chat_template.loss_mask.token_tag`).
+        special: whether the text is one special token. All other text is ordinary, even if it is spelled like one.
+    """
+
+    text: str
+    tag: int
+    special: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplate:
+    r"""A chat template in which every turn is `header, content, end token, trailer`.
+
+    Attributes:
+        name: the value of `chat.template` in a recipe.
+        summary: one line for lists of templates.
+        special_tokens: every special token that it writes, in the order in which they are added to a tokenizer, each
+            with a few words that describe it (`chat.new_token_init: description`).
+        end_token: the special token that ends a turn. Generation stops there.
+        headers: for each role that it can write, the text in front of the content.
+        trailer: the text behind the end token of each turn.
+        bos_token: a special token in front of the first turn. A tokenizer that lacks it does not get it: it marks the
+            start of text for models that were pretrained with it, and means nothing to others.
+        system: the system message of conversations that have none. None writes no system turn.
+    """
+
+    name: str
+    summary: str
+    special_tokens: Mapping[str, str]
+    end_token: str
+    headers: Mapping[Role, str]
+    trailer: str = "\n"
+    bos_token: str | None = None
+    system: str | None = None
+
+    def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
+        """Yield the conversation as spans. Joined, they are the text that `jinja` renders.
+
+        Raises:
+            UserError: a message has a role that the template cannot write.
+        """
+        if self.bos_token is not None:
+            yield TemplateSpan(self.bos_token, token_tag(TurnPart.OUTSIDE), special=True)
+        for role, content, last_answer in self.turns(conversation):
+            tags = {part: token_tag(part, role, last_answer=last_answer) for part in TurnPart}
+            for text, special in self.header_spans(role):
+                yield TemplateSpan(text, tags[TurnPart.HEADER], special)
+            if content:
+                yield TemplateSpan(content, tags[TurnPart.CONTENT])
+            yield TemplateSpan(self.end_token, tags[TurnPart.END], special=True)
+            if self.trailer:
+                yield TemplateSpan(self.trailer, tags[TurnPart.TRAILER])
+
+    def turns(self, conversation: Conversation) -> Iterator[tuple[Role, str, bool]]:
+        """Yield the turns to write, as (role, content, whether it is the last answer).
+
+        Raises:
+            UserError: a message has a role that the template cannot write.
+        """
+        messages = conversation.messages
+        if self.system is not None and not (messages and messages[0].role == "system"):
+            yield "system", self.system, False
+        last = last_answer_index(conversation)
+        for index, message in enumerate(messages):
+            if message.role not in self.headers:
+                raise UserError(
+                    f"message {index + 1} has the role `{message.role}`, which the template `{self.name}` cannot write",
+                    where=conversation.source or None,
+                    hint="Use `chat.template: chatml` or `model`, or remove these messages.",
+                )
+            yield message.role, message.content, index == last
+
+    def header_spans(self, role: Role) -> HeaderSpans:
+        """Return the header of a role as spans of (text, whether it is one special token)."""
+        return _split_special(self.headers[role], tuple(self.special_tokens))
+
+    @property
+    def jinja(self) -> str:
+        """The template for `apply_chat_template`, with generation marks around each answer and its end token."""
+        role = "message['role']"
+        opening = _literal(self.headers["assistant"])
+        start = "" if self.bos_token is None else f"{{{{ {_literal(self.bos_token)} }}}}"
+        default = ""
+        if self.system is not None:
+            turn = f"{self.headers['system']}{self.system}{self.end_token}{self.trailer}"
+            has_system = "messages and messages[0]['role'] == 'system'"
+            default = f"{{% if not ({has_system}) %}}{{{{ {_literal(turn)} }}}}{{% endif %}}"
+        answer = (
+            f"{{{{ {opening} }}}}{{% generation %}}{{{{ message['content'] + {_literal(self.end_token)} }}}}"
+            f"{{% endgeneration %}}{{{{ {self.trailer!r} }}}}"
+        )
+        others = "".join(
+            f"{{% elif {role} == '{other}' %}}"
+            f"{{{{ {_literal(header)} + message['content'] + {_literal(self.end_token)} + {self.trailer!r} }}}}"
+            for other, header in self.headers.items()
+            if other != "assistant"
+        )
+        error = f"{{{{ raise_exception('the template {self.name} cannot write the role ' + {role}) }}}}"
+        return (
+            f"{start}{default}{{% for message in messages %}}"
+            f"{{% if {role} == 'assistant' %}}{answer}{others}{{% else %}}{error}{{% endif %}}"
+            f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {opening} }}}}{{% endif %}}"
+        )
+
+
+def last_answer_index(conversation: Conversation) -> int:
+    """Return the index of the last assistant message, -1 if there is none."""
+    for index in range(len(conversation.messages) - 1, -1, -1):
+        if conversation.messages[index].role == "assistant":
+            return index
+    return -1
+
+
+@cache
+def _split_special(text: str, special_tokens: tuple[str, ...]) -> HeaderSpans:
+    """Split a text into special tokens and the ordinary text between them."""
+    by_length = sorted(special_tokens, key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, by_length))})", text)
+    return tuple((part, number % 2 == 1) for number, part in enumerate(parts) if part)
+
+
+def _literal(text: str) -> str:
+    """Return the text as a Jinja string literal. JSON's escapes are a subset of those that Jinja reads."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _read(name: str) -> ChatTemplate:
+    text = Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8")
+    return ChatTemplate(name=name, **tomllib.loads(text))
+
+
+CHAT_TEMPLATES: dict[str, ChatTemplate] = {
+    name: _read(name)
+    for name in (
+        "starchat",
+        "chatml",
+        "llama3",
+    )
+}
+"""The templates that a recipe can name, by name."""
+
+TOKENIZER_TEMPLATE = "model"
+"""The value of `chat.template` that keeps the tokenizer's own template."""
+
+if TYPE_CHECKING:
+    ChatTemplateName = str
+else:
+    ChatTemplateName = Literal[(*CHAT_TEMPLATES, TOKENIZER_TEMPLATE)]
+
+
+def template_summaries() -> dict[str, str]:
+    """Return every value of `chat.template` with one line that describes it."""
+    own = "The tokenizer's own template, with an exact loss mask. Adds no tokens."
+    return {**{name: template.summary for name, template in CHAT_TEMPLATES.items()}, TOKENIZER_TEMPLATE: own}
+
+
+def added_token_count(name: str) -> int:
+    """Return how many tokens a template adds to a tokenizer that has none of them.
+
+    Args:
+        name: a value of `chat.template`.
+    """
+    return 0 if name == TOKENIZER_TEMPLATE else len(CHAT_TEMPLATES[name].special_tokens)

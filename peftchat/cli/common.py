@@ -1,0 +1,101 @@
+"""What several commands share: options, former spellings, JSON output, progress."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_SECONDS_BETWEEN_UPDATES = 0.1
+
+
+class OrderedGroup(click.Group):
+    """A group that lists its commands in the order in which they were added: that of the work."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands."""
+        return list(self.commands)
+
+
+class Command(click.Command):
+    """A command that accepts former spellings of its options and hides them from the help.
+
+    Args:
+        renamed: former spelling -> the option that replaced it.
+    """
+
+    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.renamed = dict(renamed or {})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, former spellings replaced and each noted on standard error."""
+        return super().parse_args(ctx, self._current_spellings(args))
+
+    def _current_spellings(self, args: Sequence[str]) -> list[str]:
+        options_end = args.index("--") if "--" in args else len(args)
+        current = list(args)
+        noted = set()
+        for index, argument in enumerate(args[:options_end]):
+            former, equals, value = argument.partition("=")
+            if former in self.renamed:
+                current[index] = f"{self.renamed[former]}{equals}{value}"
+                if former not in noted:
+                    note(f"`{former}` is now `{self.renamed[former]}`.")
+                noted.add(former)
+        return current
+
+
+def set_option() -> Callable[[_Function], _Function]:
+    """Return the option `--set`, as the parameter `overrides`."""
+    return click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; the value is YAML. Repeatable."
+    )
+
+
+def json_option(help: str = "Print one JSON object and nothing else.") -> Callable[[_Function], _Function]:
+    """Return the flag `--json`, as the parameter `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=help)
+
+
+def output_option(help: str, **attributes: Any) -> Callable[[_Function], _Function]:
+    """Return the option `-o/--output`, a path, as the parameter `output`; `attributes` are click's own."""
+    return click.option("-o", "--output", type=click.Path(path_type=Path), help=help, **attributes)
+
+
+def echo_json(value: object) -> None:
+    """Write one JSON value and a line break to standard output."""
+    click.echo(json.dumps(value))
+
+
+def note(message: str, style: str | None = None) -> None:
+    """Write one line to standard error, once per run: the first of several processes writes it."""
+    from peftchat.console import stderr
+
+    if os.environ.get("RANK", "0") == "0":
+        stderr.print(message, style=style, markup=False, highlight=False)
+
+
+@contextmanager
+def conversation_progress(activity: str) -> Iterator[Callable[[int], None]]:
+    """Show a running count of conversations on standard error; the block calls it with the count so far."""
+    from peftchat.console import stderr
+
+    started = shown = time.monotonic()
+    with stderr.status(f"{activity} …") as status:
+
+        def advance(conversations: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown >= _SECONDS_BETWEEN_UPDATES:
+                shown = now
+                rate = conversations / (now - started)
+                status.update(f"{activity}: {conversations:,} conversations, {rate:,.0f} per second")
+
+        yield advance

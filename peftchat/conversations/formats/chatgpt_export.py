@@ -1,0 +1,80 @@
+"""The data export of ChatGPT (`conversations.json`): a `mapping` of message nodes, each naming its parent."""
+
+import reprlib
+from collections.abc import Iterator
+
+from peftchat.conversation import Message, Role
+from peftchat.conversations.formats.base import Fields, record_format, type_name
+from peftchat.conversations.problems import RecordError
+
+_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+
+
+def _matches(fields: Fields) -> bool:
+    return "mapping" in fields and "current_node" in fields
+
+
+def _parse(fields: Fields) -> list[Message]:
+    """Return the branch that ends at `current_node`: what the user sees of a conversation with edited messages."""
+    messages = []
+    for number, message in enumerate(_branch(fields), start=1):
+        metadata = message.get("metadata")
+        if isinstance(metadata, dict) and metadata.get("is_visually_hidden_from_conversation"):
+            continue
+        role, content = _role(message, number), _text(message, number)
+        # The export begins with a system message that ChatGPT leaves empty.
+        if role != "system" or content:
+            messages.append(Message(role, content))
+    return messages
+
+
+def _branch(fields: Fields) -> Iterator[Fields]:
+    """Yield the messages from the root to `current_node`; nodes without a message are skipped.
+
+    Raises:
+        RecordError: a node is missing or malformed, or its ancestors form a circle.
+    """
+    nodes = fields["mapping"]
+    if not isinstance(nodes, dict):
+        raise RecordError("wrong_type", f"'mapping' must be an object, it is {type_name(nodes)}")
+    path: dict[str, Fields] = {}
+    key = fields["current_node"]
+    while key is not None:
+        node = nodes.get(key) if isinstance(key, str) else None
+        if not isinstance(node, dict) or key in path:
+            fault = "is in a circle" if key in path else "is missing"
+            raise RecordError("broken_tree", f"the node {reprlib.repr(key)} {fault}")
+        path[key] = node
+        key = node.get("parent")
+    for node in reversed(path.values()):
+        if isinstance(message := node.get("message"), dict):
+            yield message
+
+
+def _role(message: Fields, number: int) -> Role:
+    author = message.get("author")
+    name = author.get("role") if isinstance(author, dict) else None
+    if name == "tool" or message.get("recipient") not in (None, "all"):
+        raise RecordError("unsupported_content", f"the conversation uses a tool (message {number})")
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        known = ", ".join(_ROLES)
+        raise RecordError("unknown_role", f"unknown role {reprlib.repr(name)} (message {number}); known: {known}")
+    return role
+
+
+def _text(message: Fields, number: int) -> str:
+    content = message.get("content")
+    kind = content.get("content_type") if isinstance(content, dict) else type_name(content)
+    parts = content.get("parts") if isinstance(content, dict) and kind == "text" else None
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise RecordError("unsupported_content", f"content of type {reprlib.repr(kind)} is not text (message {number})")
+    return "".join(parts)
+
+
+FORMAT = record_format(
+    "chatgpt_export",
+    "mapping, current_node: ChatGPT's data export (conversations.json); the branch that was shown last",
+    _matches,
+    _parse,
+)

@@ -1,0 +1,199 @@
+"""A merge as a job: the user's options, base, adapters and the plan of the merged checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftchat.merging.adapter_source import (
+    ADAPTER_WEIGHTS_NAME,
+    AdapterSource,
+    InstalledAdapter,
+    check_weights,
+    install_adapter,
+    read_adapter_config,
+    unquantized_config,
+    vocabulary_needed,
+)
+from peftchat.merging.base_weights import BaseWeights, RoundTrip
+from peftchat.merging.delta_rules import collect_deltas
+from peftchat.merging.deltas import Delta
+from peftchat.merging.empty_model import EmptyModel, build_empty_model
+from peftchat.merging.merge_plan import MergePlan, check_memory_budget, file_digest, job_fingerprint, plan_merge
+from peftchat.merging.qlora_base import BaseMode, Quantization, SelectedBase, quantized_parameters, select_base
+from peftchat.merging.safetensors_io import SafetensorsCheckpoint
+from peftchat.models.saving import TOKEN_ROWS
+from peftchat.models.source import ModelSource
+
+DEFAULT_BLOCK = 64 << 20
+"""Bytes of memory for one block of rows without a memory budget; larger blocks are not faster."""
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """The user's options.
+
+    Attributes:
+        output: the merged model's folder; None for `RUN/merged`.
+        base: the weights that the adapter of a QLoRA run is merged into.
+        verify: compare the logits of the merged model with base + adapter.
+        scale: weight of the run's own adapter; 1 is as trained.
+        adapters: further adapters on the same base, with their weights.
+        memory_budget: bytes of memory for the weights being merged; None for one tensor and its delta.
+        dtype: dtype of the merged weights; None keeps each as the base stores it.
+        overwrite: replace an existing folder.
+    """
+
+    output: Path | None = None
+    base: BaseMode = "auto"
+    verify: bool = True
+    scale: float = 1.0
+    adapters: tuple[tuple[Path, float], ...] = ()
+    memory_budget: int | None = None
+    dtype: torch.dtype | None = None
+    overwrite: bool = False
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of memory for one block of rows."""
+        return min(self.memory_budget or DEFAULT_BLOCK, DEFAULT_BLOCK)
+
+
+@dataclass(frozen=True)
+class MergeAdapter:
+    """One adapter of the merge.
+
+    Attributes:
+        folder: the adapter's files.
+        config: its PEFT config.
+        weight: factor of its delta; 1 is as trained.
+        is_added_tokens: it holds the added tokens of the adapter before it, whose PEFT type cannot hold them.
+    """
+
+    folder: Path
+    config: Any
+    weight: float
+    is_added_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class MergeBase:
+    """The base model on disk.
+
+    Attributes:
+        folder: its files.
+        config: its transformers config.
+        checkpoint: its tensors.
+        vocabulary_size: smallest number of embedding rows that the adapters need.
+        trust_remote_code: as in transformers.
+    """
+
+    folder: Path
+    config: Any
+    checkpoint: SafetensorsCheckpoint
+    vocabulary_size: int
+    trust_remote_code: bool
+
+    def empty_model(self) -> EmptyModel:
+        """Build a new model without weights, with the merged vocabulary."""
+        return build_empty_model(
+            self.config, vocabulary_size=self.vocabulary_size, trust_remote_code=self.trust_remote_code
+        )
+
+    def install(self, adapter: MergeAdapter) -> InstalledAdapter:
+        """Build a new model without weights and install an adapter in it."""
+        return install_adapter(self.empty_model(), adapter.config, adapter.folder)
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """A merge, ready to be written.
+
+    Attributes:
+        weights: the base weights that the adapters are merged into.
+        fingerprint: hash of everything that determines the result.
+    """
+
+    source: AdapterSource
+    base: MergeBase
+    adapters: tuple[MergeAdapter, ...]
+    weights: BaseWeights
+    selected_base: SelectedBase
+    plan: MergePlan
+    fingerprint: str
+
+
+def prepare_merge(folder: Path, options: MergeOptions) -> MergeJob:
+    """Read everything but the weights and plan the merged checkpoint.
+
+    Raises:
+        UserError: the run, the base, an adapter or an option cannot be used.
+    """
+    source = AdapterSource.open(folder)
+    adapters = [MergeAdapter(folder, source.config, options.scale), *_added_tokens_of(folder, options.scale)]
+    for other, weight in options.adapters:
+        config = read_adapter_config(other)
+        check_weights(other)
+        adapters += [MergeAdapter(other, config, weight), *_added_tokens_of(other, weight)]
+    base = _open_base(source.base, adapters)
+    empty_model = base.empty_model()
+    weights = BaseWeights(base.checkpoint, empty_model)
+    installed = [(adapter.weight, base.install(adapter)) for adapter in adapters]
+    plan = plan_merge(weights, _deltas(installed, weights), options.dtype)
+    if source.quantization is None:
+        selected = select_base(options.base, (weights, plan.deltas), None, options.dtype)
+    else:
+        trained = BaseWeights(base.checkpoint, empty_model, round_trip=_round_trips(source.quantization, empty_model))
+        trained_plan = plan_merge(trained, _deltas(installed, trained), options.dtype)
+        selected = select_base(options.base, (weights, plan.deltas), (trained, trained_plan.deltas), options.dtype)
+        if selected.kind == "dequantized":
+            weights, plan = trained, trained_plan
+    if options.memory_budget is not None:
+        check_memory_budget(plan, weights, options.memory_budget)
+    fingerprint = job_fingerprint(
+        {
+            "base": [str(base.folder), base.checkpoint.fingerprint()],
+            "base_kind": selected.kind,
+            "adapters": [[file_digest(adapter.folder / ADAPTER_WEIGHTS_NAME), adapter.weight] for adapter in adapters],
+            "configs": [adapter.config.to_dict() for adapter in adapters],
+            "dtype": options.dtype,
+            "shards": {file: [tensor.spec for tensor in tensors] for file, tensors in plan.shards.items()},
+        }
+    )
+    return MergeJob(source, base, tuple(adapters), weights, selected, plan, fingerprint)
+
+
+def _added_tokens_of(folder: Path, weight: float) -> list[MergeAdapter]:
+    added_tokens = folder / TOKEN_ROWS
+    if not added_tokens.is_dir():
+        return []
+    check_weights(added_tokens)
+    return [MergeAdapter(added_tokens, read_adapter_config(added_tokens), weight, is_added_tokens=True)]
+
+
+def _open_base(base: ModelSource, adapters: list[MergeAdapter]) -> MergeBase:
+    config = unquantized_config(base)
+    base.check_weights()
+    folder = base.download()
+    vocabulary_size = max(vocabulary_needed(adapter.config, adapter.folder) for adapter in adapters)
+    checkpoint = SafetensorsCheckpoint.open(folder)
+    return MergeBase(folder, config, checkpoint, vocabulary_size, bool(base.trust_remote_code))
+
+
+def _deltas(
+    adapters: list[tuple[float, InstalledAdapter]], weights: BaseWeights
+) -> list[tuple[float, Mapping[str, Delta]]]:
+    def read(name: str) -> torch.Tensor:
+        return weights.rows(name).to(torch.float32, copy=True)
+
+    return [(weight, collect_deltas(adapter, read)) for weight, adapter in adapters]
+
+
+def _round_trips(quantization: Quantization, empty_model: EmptyModel) -> dict[str, RoundTrip]:
+    return {
+        name: partial(quantization.round_trip, transposed=transposed)
+        for name, transposed in quantized_parameters(empty_model).items()
+    }

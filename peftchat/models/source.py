@@ -1,0 +1,317 @@
+"""A model that a user names: a folder or a hub id, opened in the same way by every command."""
+
+import json
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftchat.errors import UserError, first_line
+from peftchat.recipe import LoadedRecipe, Recipe, load_recipe
+from peftchat.runs.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
+
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError)
+"""What transformers, PEFT and huggingface_hub raise for a name, a file or a config that they cannot use."""
+
+MISFIT_ERRORS = (ValueError, KeyError, TypeError, RuntimeError, IndexError)
+"""What PEFT raises where an adapter's tensors do not fit a model."""
+
+_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+
+
+class ModelKind(Enum):
+    """What a name stands for. The folder of a run or of a merged model is of the kind of the files it holds."""
+
+    HUB = "hub model"
+    FULL = "full model"
+    ADAPTER = "adapter"
+    UNFINISHED = "unfinished run"
+    EMPTY = "folder without a model"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A named model. Files are read when a method asks for them.
+
+    Files that an adapter's folder lacks come from its base.
+
+    Attributes:
+        name: the folder or the hub id.
+        kind: what the name stands for.
+        where: how error messages refer to the model.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: whether the model's own code may run; None follows the run's recipe, if there is one.
+    """
+
+    name: str
+    kind: ModelKind
+    where: str
+    revision: str | None = None
+    trust_remote_code: bool | None = None
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool | None = None,
+        where: str | None = None,
+        local: bool = False,
+    ) -> "ModelSource":
+        """Find out what a name stands for.
+
+        Args:
+            name: a folder or a hub id.
+            revision: branch, tag or commit of a hub model.
+            trust_remote_code: whether the model's own code may run; None follows the run's recipe.
+            where: how error messages refer to the model; None for its name.
+            local: the name must be that of a folder.
+
+        Raises:
+            UserError: the name is a path and leads to no folder.
+        """
+        source = cls(name, _kind_of(Path(name)), where or name, revision, trust_remote_code)
+        is_path = local or name.startswith((".", "/", "~")) or name.count("/") > 1
+        if source.kind is ModelKind.HUB and is_path:
+            raise source._error("there is no such folder", "Check the path.")
+        if source.kind is not ModelKind.HUB and not source.path.is_dir():
+            raise source._error("expected a model folder, got a file")
+        return source
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> "ModelSource":
+        """Open the base model of a recipe.
+
+        Raises:
+            UserError: there is no such folder, or it holds an adapter.
+        """
+        model = recipe.model
+        source = cls.open(
+            model.name,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            where=f"model.name: {model.name}",
+        )
+        if source.kind is ModelKind.ADAPTER:
+            hint = "Name the adapter's base here, or merge it first with `peftchat merge`."
+            raise source._error("expected a full model, got an adapter", hint)
+        return source
+
+    @property
+    def path(self) -> Path:
+        """The folder of a model that is not on the hub."""
+        return Path(self.name)
+
+    def has(self, file: str) -> bool:
+        """Return whether the folder holds a file; False for a hub model."""
+        return self.kind is not ModelKind.HUB and (self.path / file).is_file()
+
+    def recipe(self) -> LoadedRecipe | None:
+        """Read the recipe of a run folder; None where there is none.
+
+        Raises:
+            UserError: the recipe cannot be used.
+        """
+        run = RunFolder(self.path)
+        return load_recipe(run.recipe, to_train=False, upgrade=True) if run.is_run else None
+
+    def base(self) -> "ModelSource":
+        """Open the base of an adapter: the one in the run's recipe, else the one in the adapter's config.
+
+        Raises:
+            UserError: neither names a base, or there is no such folder.
+        """
+        recipe = self.recipe()
+        if recipe is not None:
+            model = recipe.recipe.model
+            return _open_base(model.name, model.revision, model.trust_remote_code)
+        config = read_json(self.path / ADAPTER_CONFIG)
+        name = config.get("base_model_name_or_path")
+        if not name:
+            raise UserError(
+                "the adapter does not name its base",
+                where=str(self.path / ADAPTER_CONFIG),
+                hint="Set base_model_name_or_path there.",
+            )
+        return _open_base(str(name), config.get("revision"), bool(self.trust_remote_code))
+
+    def require_model(self) -> None:
+        """Check that there is a model or an adapter under the name.
+
+        Raises:
+            UserError: the folder holds neither.
+        """
+        if self.kind is ModelKind.UNFINISHED:
+            hint = "Finish it with `peftchat train RECIPE --resume`."
+            raise self._error("the run has not finished, so its folder holds no model yet", hint)
+        if self.kind is ModelKind.EMPTY:
+            hint = "Name a run folder, a model folder or a hub id."
+            raise self._error(f"the folder has no {MODEL_CONFIG} or {ADAPTER_CONFIG}", hint)
+
+    def check_weights(self) -> None:
+        """Check the weight files of a local full model; a hub model is not checked.
+
+        Raises:
+            UserError: the folder has no config, no weights, incomplete weights or pickled weights only.
+        """
+        self.require_model()
+        if self.kind is ModelKind.HUB or self.has(WEIGHTS):
+            return
+        if self.has(WEIGHTS_INDEX):
+            files = sorted(set(read_json(self.path / WEIGHTS_INDEX)["weight_map"].values()))
+            missing = [file for file in files if not self.has(file)]
+            if missing:
+                what = f"{len(missing)} of {len(files)} weight files are missing, the first is {missing[0]}"
+                raise self._error(what, "Download the model again.")
+            return
+        pickled = next(iter(sorted(self.path.glob("pytorch_model*.bin"))), None)
+        if pickled is not None:
+            hint = "Save them as safetensors first: `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`."
+            raise self._error(f"the weights are pickled ({pickled.name}); loading them could run any code", hint)
+        raise self._error(
+            f"the folder has no safetensors weights ({WEIGHTS} or its index)", "Download the complete model."
+        )
+
+    def config(self) -> "PretrainedConfig":
+        """Load the model's config; that of an adapter is its base's.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        from transformers import AutoConfig
+
+        self.require_model()
+        if self.kind is ModelKind.ADAPTER:
+            return self.base().config()
+        try:
+            return AutoConfig.from_pretrained(self.name, **self._hub_arguments())
+        except LOAD_ERRORS as error:
+            raise self._load_error("the model's config", error) from error
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Load the tokenizer. Weights need not be there.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        if self.kind is ModelKind.ADAPTER and not self.has("tokenizer_config.json"):
+            return self.base().tokenizer()
+        try:
+            return AutoTokenizer.from_pretrained(self.name, **self._hub_arguments())
+        except LOAD_ERRORS as error:
+            raise self._load_error("the tokenizer", error) from error
+
+    def generation_config(self) -> "GenerationConfig":
+        """Load the generation settings; a model without a file of them has those that its config implies.
+
+        Raises:
+            UserError: they cannot be loaded.
+        """
+        from transformers import GenerationConfig
+
+        is_hub = self.kind is ModelKind.HUB
+        if is_hub or self.has(GENERATION_CONFIG):
+            try:
+                return GenerationConfig.from_pretrained(self.name, revision=self.revision or "main")
+            except LOAD_ERRORS as error:
+                if not is_hub:
+                    raise self._load_error("the generation settings", error) from error
+        if self.kind is ModelKind.ADAPTER:
+            return self.base().generation_config()
+        return GenerationConfig.from_model_config(self.config())
+
+    def load_model(self, **arguments: Any) -> "PreTrainedModel":
+        """Load a full model from its safetensors files.
+
+        Args:
+            arguments: passed on to transformers' `from_pretrained`.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        from transformers import AutoModelForCausalLM
+
+        self.check_weights()
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                self.name, use_safetensors=True, **self._hub_arguments(), **arguments
+            )
+        except LOAD_ERRORS as error:
+            raise self._load_error("the model", error) from error
+
+    def download(self, *, local_files_only: bool = False) -> Path:
+        """Return the folder with the model's files; those of a hub model are downloaded first.
+
+        Args:
+            local_files_only: take a hub model from the cache, without network.
+
+        Raises:
+            UserError: they cannot be downloaded.
+        """
+        from huggingface_hub import snapshot_download
+
+        if self.kind is not ModelKind.HUB:
+            return self.path
+        try:
+            found = snapshot_download(
+                self.name, revision=self.revision, allow_patterns=_DOWNLOADED, local_files_only=local_files_only
+            )
+        except LOAD_ERRORS as error:
+            raise self._load_error("the model", error) from error
+        return Path(found)
+
+    def _error(self, what: str, hint: str | None = None) -> UserError:
+        return UserError(what, where=self.where, hint=hint)
+
+    def _load_error(self, part: str, error: Exception) -> UserError:
+        hint = "Check the name, the network and the login, or name a folder." if self.kind is ModelKind.HUB else None
+        return self._error(f"{part} cannot be loaded: {first_line(error)}", hint)
+
+    def _hub_arguments(self) -> dict[str, Any]:
+        trust = self.trust_remote_code
+        if trust is None:
+            recipe = self.recipe()
+            trust = recipe is not None and recipe.recipe.model.trust_remote_code
+        arguments: dict[str, Any] = {"trust_remote_code": trust}
+        return arguments if self.revision is None else {**arguments, "revision": self.revision}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the file cannot be read: {first_line(error)}", where=str(path)) from error
+    if not isinstance(found, dict):
+        raise UserError("the file holds no JSON object", where=str(path))
+    return found
+
+
+def _open_base(name: str, revision: str | None, trust_remote_code: bool) -> ModelSource:
+    return ModelSource.open(name, revision=revision, trust_remote_code=trust_remote_code, where=f"base model: {name}")
+
+
+def _kind_of(folder: Path) -> ModelKind:
+    if not folder.exists():
+        return ModelKind.HUB
+    if (folder / ADAPTER_CONFIG).is_file():
+        return ModelKind.ADAPTER
+    if (folder / MODEL_CONFIG).is_file():
+        return ModelKind.FULL
+    return ModelKind.UNFINISHED if RunFolder(folder).is_run else ModelKind.EMPTY

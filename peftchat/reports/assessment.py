@@ -1,0 +1,105 @@
+"""Assessment of a run: its result in one sentence, and the warnings that follow from its numbers."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from peftchat.formatting import format_count, format_decimal, format_duration, format_percent
+from peftchat.runs.run_summary import RunSummary
+
+Outcome = Literal["better", "worse", "unknown", "failed"]
+
+_FEW_EXAMPLES = 1000
+_MANY_EPOCHS = 5
+
+
+@dataclass(frozen=True)
+class RunAssessment:
+    """The result of a run.
+
+    Attributes:
+        headline: one sentence on the result.
+        effort: one sentence on steps, time and tokens; may be empty.
+        outcome: whether the held-out loss got better.
+    """
+
+    headline: str
+    effort: str
+    outcome: Outcome
+
+
+def assess_run(summary: RunSummary) -> RunAssessment:
+    """Assess a run by its held-out loss, if it has one."""
+    headline, outcome = _result(summary)
+    return RunAssessment(headline, _effort(summary), outcome)
+
+
+def _result(summary: RunSummary) -> tuple[str, Outcome]:
+    before, after = summary.eval_loss_before, summary.eval_loss
+    losses = [loss for loss in (after, summary.train_loss) if loss is not None]
+    if any(not math.isfinite(loss) for loss in losses):
+        return "The loss is not a finite number: training failed, and the model is unusable.", "failed"
+    if after is None:
+        return "There were no held-out conversations, so it is unknown whether the model improved.", "unknown"
+    if before is None or before <= 0:
+        text = f"Held-out loss is {format_decimal(after)}; it was not measured before training."
+        return text, "unknown"
+    if after == before:
+        return f"Held-out loss stayed at {format_decimal(after)}.", "worse"
+    change = (
+        f"from {format_decimal(before)} to {format_decimal(after)}, by {format_percent(abs(after - before) / before)}"
+    )
+    if after < before:
+        return f"Held-out loss fell {change}.", "better"
+    return f"Held-out loss rose {change}: the model got worse on conversations it was not trained on.", "worse"
+
+
+def _effort(summary: RunSummary) -> str:
+    parts = []
+    if summary.steps is not None:
+        parts.append(f"{format_count(summary.steps)} steps")
+    if summary.seconds is not None:
+        parts.append(f"in {format_duration(summary.seconds)}")
+    if summary.tokens is not None:
+        parts.append(f"over {format_count(summary.tokens)} tokens")
+    if summary.tokens_per_second is not None:
+        parts.append(f"at {format_count(summary.tokens_per_second)} tokens/s")
+    if summary.world_size is not None and summary.world_size > 1:
+        parts.append(f"on {summary.world_size} processes")
+    text = " ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def run_warnings(summary: RunSummary) -> list[str]:
+    """Return what to know before using the model, one sentence each."""
+    warnings = []
+    if summary.train_examples is not None and summary.train_examples < _FEW_EXAMPLES:
+        warnings.append(f"It was trained on only {format_count(summary.train_examples)} conversations.")
+    if summary.eval_loss is None:
+        warnings.append("No held-out conversations were used; it is unknown whether it improved.")
+    elif summary.eval_loss_before is not None and summary.eval_loss >= summary.eval_loss_before:
+        warnings.append("Its loss on held-out conversations did not fall.")
+    if summary.epochs is not None and summary.epochs > _MANY_EPOCHS:
+        warnings.append(
+            f"It saw each conversation about {format_decimal(summary.epochs)} times and may reproduce some of them."
+        )
+    if summary.dropped_examples:
+        warnings.append(f"{format_count(summary.dropped_examples)} conversations were dropped.")
+    if summary.special_token_text:
+        warnings.append(
+            f"Text that looks like a special token occurred {format_count(summary.special_token_text)} times "
+            "in the conversations and was encoded as ordinary text."
+        )
+    for token in summary.new_tokens:
+        if token.verdict in ("not in the data", "did not move"):
+            warnings.append(f"The token {token.token} {_TOKEN_FAULTS[token.verdict]}.")
+    unstopped = sum(answer.stopped is False for answer in summary.samples_after)
+    if unstopped:
+        warnings.append(f"{unstopped} of {len(summary.samples_after)} sample answers reached the length limit.")
+    return warnings
+
+
+_TOKEN_FAULTS = {
+    "not in the data": "does not occur in the training data, so its embedding is untrained",
+    "did not move": "occurs in the training data, but one of its embeddings did not move",
+}

@@ -1,0 +1,107 @@
+"""Train context: the inputs of a run, opened before its model is loaded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftchat.chat_template.chat_format import ChatFormat, make_format
+from peftchat.dataset.cache import EncodedSplit, Split, load_splits
+from peftchat.errors import UserError
+from peftchat.models.source import ModelSource
+from peftchat.runs.run_folder import Checkpoint, RunFolder
+from peftchat.training.distributed import DistributedSetup, init_deepspeed, is_main_process, resolve_distributed
+
+if TYPE_CHECKING:
+    from peftchat.recipe import LoadedRecipe, Recipe
+    from peftchat.runs.run_summary import AutoSetting
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """Options of a run that are not part of its recipe.
+
+    Attributes:
+        resume: continue from the last complete checkpoint, if there is one.
+        prompts: user messages to answer before and after training.
+        command: the command line, for the run's summary.
+        auto_settings: the recipe's settings that were chosen automatically, for the run's summary.
+    """
+
+    resume: bool = False
+    prompts: Sequence[str] = ()
+    command: str = ""
+    auto_settings: Sequence["AutoSetting"] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainContext:
+    """The inputs of a run, shared by every step of training.
+
+    Attributes:
+        loaded: the recipe, with the place of each key in its files.
+        options: what else was asked for.
+        distributed: the processes and devices of the run.
+        run_folder: where the run is written.
+        checkpoint: the checkpoint to resume from, or None.
+        chat: the tokenizer in the recipe's chat format.
+        splits: the encoded conversations of each split.
+        started: when the run started.
+    """
+
+    loaded: "LoadedRecipe"
+    options: TrainOptions
+    distributed: DistributedSetup
+    run_folder: RunFolder
+    checkpoint: Checkpoint | None
+    chat: ChatFormat
+    splits: Mapping[Split, EncodedSplit]
+    started: datetime
+
+    @property
+    def recipe(self) -> "Recipe":
+        """The recipe's values."""
+        return self.loaded.recipe
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return is_main_process()
+
+
+def open_context(
+    loaded: "LoadedRecipe", options: TrainOptions, distributed: DistributedSetup | None = None
+) -> TrainContext:
+    """Check the run folder, join the process group, and load tokenizer and data.
+
+    Args:
+        loaded: the recipe.
+        options: what else was asked for.
+        distributed: the resolved `distributed` section; resolved here by default.
+
+    Raises:
+        UserError: the run folder, the tokenizer or the data cannot be used, or this process alone cannot run what the
+            recipe asks for.
+    """
+    started = datetime.now(UTC)
+    recipe = loaded.recipe
+    distributed = distributed or resolve_distributed(loaded)
+    if distributed.launcher == "torchrun":
+        raise UserError(
+            f"the recipe needs {distributed.world_size} processes, and this is a single one",
+            where=loaded.where("distributed", "processes"),
+            hint="Run `peftchat train` or torchrun, or set distributed.processes: 1.",
+        )
+    run_folder = RunFolder(Path(recipe.output_dir))
+    checkpoint = run_folder.check_usable(recipe, resume=options.resume)
+    if distributed.uses_deepspeed:
+        init_deepspeed(distributed)
+    chat = load_chat_format(recipe)
+    splits = load_splits(recipe, chat)
+    return TrainContext(loaded, options, distributed, run_folder, checkpoint, chat, splits, started)
+
+
+def load_chat_format(recipe: "Recipe") -> ChatFormat:
+    """Load the recipe's tokenizer in the recipe's chat format."""
+    return make_format(recipe.chat.template, recipe.chat.system, ModelSource.of_recipe(recipe).tokenizer())

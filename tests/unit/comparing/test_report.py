@@ -8,7 +8,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from compare_helpers import made, write_rows_and_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -21,14 +20,15 @@ from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult
 from peftchat.comparing.results import ComparisonResult
 from peftchat.recipe import load_recipe
 from peftchat.reports.svg import Mark, interval_plot
+from tests.support.comparing import DATA, made, write_records_and_recipe
 
 HOSTILE = '<script>alert(1)</script> & "quotes" \udc80'
 
 
-@pytest.fixture
-def result(tmp_path: Path) -> ComparisonResult:
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> ComparisonResult:
     """Twelve candidates, the last of which failed."""
-    path = write_rows_and_recipe(tmp_path, "data: {train: [{path: rows.jsonl}], eval_fraction: 0.25}\n")
+    path = write_records_and_recipe(tmp_path_factory.mktemp("result"), DATA)
     names = ["lora", "rslora", "dora", "loraplus", "pissa", "olora", "ia3", "vera", "loha", "lokr", "full", "qlora"]
     plan = plan_comparison(CompareOptions(path, names))
     outcomes = []

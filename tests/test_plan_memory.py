@@ -1,0 +1,220 @@
+"""The parts of a prediction against plain counting, and against what torch really keeps."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from plan_helpers import recipe_on
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from peftchat.planning.activations import LossProfile, activation_profile
+from peftchat.planning.auto_settings import choose_batch, choose_checkpointing
+from peftchat.planning.memory import base_bytes, static_memory
+from peftchat.planning.planner import Planner, changes, cheapest_change, largest_batch, largest_length
+from peftchat.planning.settings import AttentionKind, PlanSettings, plan_settings
+from peftchat.planning.tracing import fake_mode, fake_model, trace_backbone
+from peftchat.recipe import Recipe
+
+
+def settings_of(recipe: Recipe, attention: AttentionKind = "masked", **changed: object) -> PlanSettings:
+    settings = plan_settings(
+        recipe, strategy="single", processes=1, device="cpu", attention=attention, conversation=64, new_tokens=0
+    )
+    return settings.with_changes(**changed)
+
+
+def planner_of(recipe: Recipe) -> Planner:
+    return Planner(AutoConfig.from_pretrained(recipe.model.name), recipe)
+
+
+def saved_bytes(recipe: Recipe, batch: int, length: int, *, checkpointing: bool) -> int:
+    """What autograd keeps for the backward pass of a real forward: the storages it packs, weights aside."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(recipe.model.name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    own = {weight.untyped_storage().data_ptr() for weight in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    ids = torch.randint(1000, (batch, length))
+    mask = torch.ones(batch, 1, length, length, dtype=torch.bool).tril()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(input_ids=ids, position_ids=torch.arange(length)[None], attention_mask=mask, use_cache=False)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_kept_activations_are_those_that_autograd_really_saves(tmp_path: Path, checkpointing: bool) -> None:
+    recipe = recipe_on("small", tmp_path, "full")
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "float32"})})
+    settings = settings_of(recipe, dtype="float32", checkpointing=checkpointing)
+    config = AutoConfig.from_pretrained(recipe.model.name)
+    profile = activation_profile(config, recipe, settings.activation_key)
+    batch, length = 3, 192
+    real = saved_bytes(recipe, batch, length, checkpointing=checkpointing)
+    # The ids and the last hidden state are alive too, and not saved.
+    alive_too = batch * length * (2 * 8 + 4 * 64) + batch * length * length
+    assert profile.step(batch, length).kept == pytest.approx(real, abs=2 * alive_too, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("method", "attention"), [("full", "fused"), ("lora", "fused"), ("lora", "masked"), ("qlora", "eager")]
+)
+def test_the_law_through_two_layers_holds_for_all(tmp_path: Path, method: str, attention: AttentionKind) -> None:
+    recipe = recipe_on("small", tmp_path, method)
+    config = AutoConfig.from_pretrained(recipe.model.name)
+    config.num_hidden_layers = 5
+    key = settings_of(recipe, attention).activation_key
+    step = activation_profile(config, recipe, key).step(3, 384)
+    with fake_mode():
+        whole = trace_backbone(fake_model(config, recipe, key, 5), 3, 384, torch.bfloat16)
+    assert step.kept == pytest.approx(whole.saved, rel=0.01)
+    assert step.forward == pytest.approx(whole.forward_peak, rel=0.03)
+    assert step.backward == pytest.approx(whole.first_layer_peak, rel=0.05)
+
+
+def test_a_chunk_of_the_loss_is_as_large_as_the_device_lets_it_be() -> None:
+    from peftchat.planning.tracing import LossTrace
+
+    def trace(targets: int) -> LossTrace:
+        return LossTrace(forward=100 + 7 * targets + 50 * min(targets, 20), backward=3 * targets, gradients=5)
+
+    profile = LossProfile(trace, 20, lambda targets: min(targets, 300))
+    assert profile.at(200) == LossTrace(100 + 7 * 200 + 50 * 200, 600, 5)
+    assert profile.at(1000) == LossTrace(100 + 7 * 1000 + 50 * 300, 3000, 5)
+
+
+def test_quantized_weights_are_as_large_as_those_of_bitsandbytes() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from peftchat.planning.memory import packed_bytes
+
+    weight = torch.randn(512, 1024)
+    for double in (False, True):
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            weight, blocksize=64, compress_statistics=double, quant_type="nf4"
+        )
+        scales = [state.absmax] if not double else [state.absmax, state.state2.absmax]
+        real = sum(part.numel() * part.element_size() for part in (packed, *scales))
+        predicted = packed_bytes(weight.numel(), _with(bits=4, double=double), rows=512)
+        assert predicted == pytest.approx(real, rel=0.001)
+
+
+def _with(**changed: object) -> PlanSettings:
+    settings = PlanSettings(
+        method="qlora", dtype="bfloat16", bits=4, double=True, optimizer="adamw_torch", strategy="single", processes=1,
+        offload="none", checkpointing=False, batch=1, length=128, accumulation=1, supervised=0.5, attention="masked",
+        conversation=64, device="cuda", new_tokens=0,
+    )  # fmt: skip
+    return settings.with_changes(**changed)
+
+
+def test_full_training_holds_sixteen_bytes_a_weight_and_zero_shares_them(tmp_path: Path) -> None:
+    recipe = recipe_on("small", tmp_path, "full")
+    planner = planner_of(recipe)
+    settings = _with(method="full", bits=None, double=False)
+    weights = planner.facts.parameters
+    trained = planner.trained(settings)
+    alone = static_memory(settings, planner.facts, trained)
+    assert alone.weights + alone.gradients + alone.optimizer == 16 * weights
+    eight = settings.with_changes(processes=8, strategy="zero3")
+    shared = static_memory(eight, planner.facts, trained)
+    assert shared.weights + shared.gradients + shared.optimizer == pytest.approx(16 * weights / 8)
+    two = static_memory(eight.with_changes(strategy="zero2"), planner.facts, trained)
+    assert two.weights == 2 * weights
+    assert two.gradients + two.optimizer == pytest.approx(14 * weights / 8)
+    away = static_memory(eight.with_changes(offload="all"), planner.facts, trained)
+    assert away.weights == away.optimizer == 0
+    assert away.host >= 14 * weights / 8
+
+
+def test_an_adapter_trains_what_peft_says_and_keeps_no_state_of_the_base(tmp_path: Path) -> None:
+    recipe = recipe_on("small", tmp_path, "lora")
+    planner = planner_of(recipe)
+    settings = settings_of(recipe)
+    # Per block: q and o 64x64, k and v 64x32, three of 64x160; r is 16.
+    block = 16 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))
+    assert planner.trained(settings).parameters == 3 * block
+    static = static_memory(settings, planner.facts, planner.trained(settings))
+    assert static.optimizer == 8 * 3 * block
+    assert base_bytes(settings, planner.facts) == 2 * planner.facts.parameters
+
+
+def test_saving_memory_saves_memory(tmp_path: Path) -> None:
+    recipe = recipe_on("small", tmp_path, "full")
+    planner = planner_of(recipe)
+    settings = settings_of(recipe, batch=4, length=1024, method="full")
+    before = planner.memory(settings)
+    found = changes(planner, settings)
+    assert {"gradient checkpointing", "one row at a time, accumulated"} <= {change.name for change in found}
+    assert all(change.memory.total < before.total for change in found)
+    assert sum(before.parts.values()) == before.total == before.moments[before.moment] == max(before.moments.values())
+
+
+def test_the_largest_batch_fits_and_one_more_row_does_not(tmp_path: Path) -> None:
+    recipe = recipe_on("small", tmp_path, "lora")
+    planner = planner_of(recipe)
+    settings = settings_of(recipe, length=512)
+    room = 1_500_000_000
+    rows = largest_batch(planner, settings, room)
+    assert planner.memory(settings.with_changes(batch=rows)).total <= room
+    assert planner.memory(settings.with_changes(batch=rows + 1)).total > room
+    length = largest_length(planner, settings, room)
+    assert planner.memory(settings.with_changes(length=length)).total <= room
+    assert largest_batch(planner, settings, 1000) == 0
+
+
+def test_what_does_not_fit_is_made_to_fit_at_the_least_cost(tmp_path: Path) -> None:
+    recipe = recipe_on("small", tmp_path, "lora")
+    planner = planner_of(recipe)
+    settings = settings_of(recipe, batch=64, length=1024)
+    checkpointed = planner.memory(settings.with_changes(checkpointing=True)).total
+    alone = cheapest_change(planner, settings, checkpointed)
+    assert alone is not None
+    assert alone.flags == ("training.gradient_checkpointing=true",)
+    both = cheapest_change(planner, settings, min(change.memory.total for change in changes(planner, settings)) - 1)
+    if both is not None:
+        assert len(both.flags) > 1
+    assert cheapest_change(planner, settings, 1000) is None
+
+
+def test_accumulated_gradients_stay_through_the_forward_pass(tmp_path: Path) -> None:
+    recipe = recipe_on("small", tmp_path, "full")
+    planner = planner_of(recipe)
+    once = settings_of(recipe, method="full")
+    more = planner.memory(replace(once, accumulation=4)).moments["forward"]
+    extra = more - planner.memory(once).moments["forward"]
+    assert extra >= 4 * planner.facts.parameters
+
+
+def test_checkpointing_is_chosen_only_where_memory_needs_it(tmp_path: Path) -> None:
+    recipe = recipe_on("small", tmp_path, "lora")
+    planner = planner_of(recipe)
+    settings = settings_of(recipe, batch=64, length=1024)
+    plain = planner.memory(settings).total
+    assert not choose_checkpointing(planner, settings, 2 * plain).settings.checkpointing
+    tight = choose_checkpointing(planner, settings, plain)
+    assert tight.settings.checkpointing
+    assert tight.peak < plain
+
+
+def test_a_chosen_batch_fits_and_leaves_the_step_as_it_is(tmp_path: Path) -> None:
+    recipe = recipe_on("small", tmp_path, "lora")
+    planner = planner_of(recipe)
+    settings = settings_of(recipe, batch=2, length=512, accumulation=12)
+    roomy = choose_batch(planner, settings, 10**12, tokens=4096)
+    assert (roomy.settings.batch, roomy.settings.accumulation) == (8, 3)
+    tight = choose_batch(planner, settings, int(1.2 * planner.memory(settings.with_changes(batch=3)).total), 4096)
+    assert tight.settings.batch * tight.settings.accumulation == 24
+    assert tight.peak <= 1.2 * planner.memory(settings.with_changes(batch=3)).total

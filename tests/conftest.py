@@ -10,8 +10,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+# How long an example takes depends on who else computes here.
+settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

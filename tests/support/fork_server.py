@@ -48,8 +48,15 @@ def serve(address: str) -> Request:
         listener.bind(address)
         listener.listen()
         gc.freeze()
+        client = os.getppid()
+        listener.settimeout(5)
         while True:
-            connection, _ = listener.accept()
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                if os.getppid() != client:
+                    sys.exit()
+                continue
             _reap()
             data, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
             while not data.endswith(b"\n"):

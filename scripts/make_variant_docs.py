@@ -3,9 +3,9 @@
     python scripts/make_variant_docs.py --model stories260K=FOLDER --data FILE [--only lora,dora]
     python scripts/make_variant_docs.py --write
 
-Each variant runs in a process of its own, and its results stay in .cache/variants, so that the work can be cut into
-pieces: what is there is not measured again (--again does). The page holds what lies there, and the reason for each
-empty cell.
+Each variant runs in its own process, and its results stay in .cache/variants, so that the work can be split: what is
+there is not measured again (--again does). The page shows those results. Variants without one keep the line that they
+have on the page, so that a new variant can be measured alone.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from peftchat.files import write_text
 from peftchat.formatting import format_bytes
 from peftchat.logging_setup import quiet_libraries
 from peftchat.variants import VARIANTS, Variant, get_variant
+from peftchat.variants.describe import bits, format_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".cache" / "variants"
@@ -29,7 +30,7 @@ PAGE = ROOT / "docs" / "variants.md"
 
 STEPS = 4
 RATES = (5.0, 1.0, 0.2, 0.04)
-"""Multiples of a variant's learning rate that are tried until the held-out loss falls: four steps are few."""
+"""Multiples of a variant's learning rate, tried in this order until the held-out loss falls: four steps are few."""
 
 
 def main() -> None:
@@ -72,8 +73,8 @@ def _in_a_process(variant: str, model: Path, data: Path, length: int) -> dict[st
     process.join()
     if queue.empty():
         return {"failed": f"the process ended with status {process.exitcode}"}
-    told: dict[str, Any] = queue.get()
-    return told
+    result: dict[str, Any] = queue.get()
+    return result
 
 
 def _measure_into(queue: Any, variant: str, model: Path, data: Path, length: int) -> None:
@@ -84,11 +85,11 @@ def _measure_into(queue: Any, variant: str, model: Path, data: Path, length: int
 
 
 def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
-    """Train a variant for a few steps, load it by stock libraries, and fold it.
+    """Train a variant for a few steps, load it by stock libraries, and merge it.
 
     Raises:
         UserError: it cannot be trained on this model.
-        VerificationError: something that was checked is not as it should be.
+        VerificationError: a check failed.
     """
     from peftchat.recipe import load_recipe
     from peftchat.training.train import train
@@ -102,28 +103,28 @@ def measure(name: str, model: Path, data: Path, length: int) -> dict[str, Any]:
         )
         loaded = load_recipe(work / "recipe.yaml")
         try:
-            told = train(loaded).model_dump()
+            summary = train(loaded)
         except VerificationError as error:
             if "diverged" in str(error):
                 continue
             raise
-        if told["eval_loss"] < told["eval_loss_before"]:
+        if summary.eval_loss < summary.eval_loss_before:
             break
     else:
         raise VerificationError("the held-out loss did not fall at any of the learning rates tried")
     run = work / "run"
     stock = _stock_loss(run, model, loaded.recipe)
-    if abs(stock - told["eval_loss"]) > 1e-4 * told["eval_loss"]:
-        raise VerificationError(f"stock peft finds a held-out loss of {stock}, and training found {told['eval_loss']}")
+    if abs(stock - summary.eval_loss) > 1e-4 * summary.eval_loss:
+        raise VerificationError(f"stock peft finds a held-out loss of {stock}, and training found {summary.eval_loss}")
     result = {
         "learning_rate": loaded.recipe.training.learning_rate,
-        "before": told["eval_loss_before"],
-        "after": told["eval_loss"],
+        "before": summary.eval_loss_before,
+        "after": summary.eval_loss,
         "stock": stock,
-        "trainable": told["trainable_parameters"],
-        "memory": told["peak_memory_bytes"],
+        "trainable": summary.trainable_parameters,
+        "memory": summary.peak_memory_bytes,
         "bytes": sum(file.stat().st_size for file in run.rglob("*.safetensors")),
-        "fold": _fold(run) if get_variant(name).mergeable else None,
+        "merge": _merge(run) if get_variant(name).mergeable else None,
     }
     shutil.rmtree(work)
     return result
@@ -154,7 +155,7 @@ def _recipe(variant: type[Variant], model: Path, data: Path, run: Path, factor: 
 
 
 def _stock_loss(run: Path, base: Path, recipe: Any) -> float:
-    """The held-out loss of a run that stock transformers and peft have loaded, over the run's own held-out rows."""
+    """Return the held-out loss of a run as stock transformers and peft load it, over the run's held-out examples."""
     import torch
 
     from peftchat.dataset.cache import load_splits
@@ -164,13 +165,13 @@ def _stock_loss(run: Path, base: Path, recipe: Any) -> float:
     chat = load_chat_format(recipe)
     from peftchat.dataset.collator import ChatCollator
 
-    rows = load_splits(recipe, chat)["eval"].store
-    collator = ChatCollator(rows, loss_on=recipe.chat.loss_on, layout="padded", pad_token_id=0)
+    examples = load_splits(recipe, chat)["eval"].store
+    collator = ChatCollator(examples, loss_on=recipe.chat.loss_on, layout="padded", pad_token_id=0)
     total, count = 0.0, 0
-    for row in rows:
-        batch = collator.collate([[row]])
+    for example in examples:
+        batch = collator.collate([[example]])
         with torch.no_grad():
-            logits = model(input_ids=batch["input_ids"]).logits[0, -len(row.ids) :].double()
+            logits = model(input_ids=batch["input_ids"]).logits[0, -len(example.ids) :].double()
         losses = torch.nn.functional.cross_entropy(logits[:-1], batch["labels"][0, 1:], reduction="none")
         total += float(losses.sum())
         count += int((batch["labels"][0, 1:] >= 0).sum())
@@ -201,17 +202,17 @@ def _stock_model(run: Path, base: Path, recipe: Any) -> Any:
     return model
 
 
-def _fold(run: Path) -> float:
-    """Largest difference between the logits of adapter and merged model, as a share of their range."""
+def _merge(run: Path) -> float:
+    """Return the largest difference between the logits of adapter and merged model, as a fraction of their range."""
     import torch
 
     from peftchat.merging import MergeOptions, merge_run
 
-    proof = merge_run(run, MergeOptions(dtype=torch.float32)).report.verification
-    assert proof is not None
-    if not proof.passed:
-        raise VerificationError(proof.verdict)
-    return float(proof.max_difference)
+    verification = merge_run(run, MergeOptions(dtype=torch.float32)).report.verification
+    assert verification is not None
+    if not verification.passed:
+        raise VerificationError(verification.verdict)
+    return float(verification.max_difference)
 
 
 _HEAD = """\
@@ -219,52 +220,62 @@ _HEAD = """\
 
 <!-- Written by scripts/make_variant_docs.py from what it measured. Change that, not this page. -->
 
-`method: full` trains every weight. The other methods leave the base as it is and train something beside it, and
-`adapter.variant` says what. `peftchat variants` prints the table of this page; `peftchat variants NAME` tells the
-settings of one, and [recipe.md](recipe.md) lists them all.
+`method: full` trains every weight. The other methods leave the base as it is and train an adapter, whose kind is
+`adapter.variant`. `peftchat variants` prints the table of this page, `peftchat variants NAME` shows the settings of
+one, and [recipe.md](recipe.md) lists them all.
 """
 
 _MEASURED = """\
 ## Measured
 
 Each variant trained for {steps} steps of one pack of conversations, in float32 on a CPU, at the first of a few learning
-rates at which the held-out loss fell. Four steps say that it learns, not which learns best: that is what
-`peftchat compare` is for. "Reloaded" is the held-out loss of the saved run once stock transformers and peft have
-loaded it, without peftchat. "Fold" is the largest difference between the logits of the adapter and of the model that
-`peftchat merge` made of it, as a share of their range (float32 runs; `merge` allows 1e-4). "Memory" is the peak of the
-whole process.
+rates at which the held-out loss fell. Four steps show that it learns, not which learns best: that is what
+`peftchat compare` is for. "Reloaded" is the held-out loss of the saved run as stock transformers and peft load it,
+without peftchat. "Merge" is the largest difference between the logits of the adapter and of the model that
+`peftchat merge` made of it, as a fraction of their range (float32 runs; `merge` allows 1e-4). "Memory" is the peak of
+the complete process.
 """
 
 
-_BASES = {"16": "unquantized", "8": "8 bits", "4": "4 bits"}
-
-
 def page() -> str:
-    """The page, from the registry and the results that are there."""
-    parts = [_HEAD, "## What there is\n", *_registry(), "## What does not go together, and why\n", *_refusals()]
+    """Return the page: from the registry, and from what was measured here or stands on the page already."""
+    parts = [_HEAD, "## List\n", *_registry(), "## Incompatible settings\n", *_incompatibilities()]
     parts.append(_MEASURED.format(steps=STEPS))
-    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name != "work"):
-        parts += [f"### {folder.name}\n", *_measured(folder)]
+    published = _published()
+    measured = [path.name for path in RESULTS.iterdir() if path.is_dir() and path.name != "work"]
+    for model in sorted({*measured, *published}):
+        parts += [f"### {model}\n", *_measured(model, published.get(model, {}))]
     parts.append(_NOTES)
     return "\n".join(parts).rstrip() + "\n"
 
 
+def _published() -> dict[str, dict[str, str]]:
+    """Return the lines of the page's tables of measurements: model -> variant -> line."""
+    lines: dict[str, dict[str, str]] = {}
+    model = None
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            model = line.removeprefix("### ") if line.startswith("### ") else None
+        elif model is not None and line.startswith("| `"):
+            lines.setdefault(model, {})[line.split("`")[1]] = line
+    return lines
+
+
 def _registry() -> Iterator[str]:
     yield (
-        "Rate: the learning rate where the recipe gives none. ZeRO: the stages it trains under; ? stands for one that "
-        "nothing speaks against and that was not run. vLLM: how it serves the result, from its documentation and "
-        "`vllm/lora/peft_helper.py`, not run here; one that brings rows for new tokens is always merged first.\n"
+        "Rate: the learning rate if the recipe sets none. ZeRO: the stages it trains under; ? = expected to work, not "
+        "tested. vLLM: how it serves the result, by its documentation and `vllm/lora/peft_helper.py`, not run here; an "
+        "adapter with embeddings of added tokens is always merged first.\n"
     )
-    yield "| Variant | What it does | Paper | Rate | Base, bits | ZeRO | Folds | vLLM |"
+    yield "| Variant | What it does | Paper | Rate | Base, bits | ZeRO | Merges | vLLM |"
     yield "|---|---|---|---|---|---|---|---|"
     for variant in VARIANTS.values():
-        bits = [bit for bit, base in _BASES.items() if not variant.incompatibility(base)]
         cells = (
             f"`{variant.name}`",
             variant.summary,
             _paper(variant),
-            f"{variant.learning_rate:.0e}".replace("e-0", "e-"),
-            " ".join(bits),
+            format_rate(variant.learning_rate),
+            bits(variant),
             variant.zero_stages() or "no",
             "yes" if variant.mergeable else f"no: {variant.merge_hint}",
             {"adapter": "as an adapter", "merged": "merged", "no": "no"}[variant.vllm],
@@ -280,75 +291,79 @@ def _paper(variant: type[Variant]) -> str:
     return f"[{text}](https://arxiv.org/abs/{variant.paper.arxiv})" if variant.paper.arxiv else text
 
 
-def _refusals() -> Iterator[str]:
-    yield "| Variant | Not with | Because |"
+def _incompatibilities() -> Iterator[str]:
+    yield "| Variant | Not with | Reason |"
     yield "|---|---|---|"
     for variant in VARIANTS.values():
-        for setting, why in variant.incompatible_with.items():
-            yield f"| `{variant.name}` | {setting} | {why} |"
+        for setting, reason in variant.incompatible_with.items():
+            yield f"| `{variant.name}` | {setting} | {reason} |"
     yield ""
 
 
-def _measured(folder: Path) -> Iterator[str]:
-    yield "| Variant | Rate | Held-out loss | Reloaded | Trained | File | Memory | Fold |"
+def _measured(model: str, published: dict[str, str]) -> Iterator[str]:
+    yield "| Variant | Rate | Held-out loss | Reloaded | Trained | File | Memory | Merge |"
     yield "|---|---|---|---|---|---|---|---|"
-    for variant in VARIANTS.values():
-        kept = folder / f"{variant.name}.json"
-        if not kept.is_file():
-            yield f"| `{variant.name}` | not measured | | | | | | |"
-            continue
-        told = json.loads(kept.read_text(encoding="utf-8"))
-        if "failed" in told:
-            yield f"| `{variant.name}` | {told['failed']} | | | | | | |"
-            continue
-        fold = f"{told['fold']:.0e}" if told["fold"] is not None else "does not fold"
-        cells = (
-            f"`{variant.name}`",
-            f"{told['learning_rate']:.0e}",
-            f"{told['before']:.4f} → {told['after']:.4f}",
-            f"{told['stock']:.4f}",
-            f"{told['trainable']:,}",
-            format_bytes(told["bytes"]),
-            format_bytes(told["memory"]),
-            fold,
-        )
-        yield f"| {' | '.join(cells)} |"
+    for name in VARIANTS:
+        file = RESULTS / model / f"{name}.json"
+        if file.is_file():
+            yield _line(name, json.loads(file.read_text(encoding="utf-8")))
+        else:
+            yield published.get(name, f"| `{name}` | not measured | | | | | | |")
     yield ""
+
+
+def _line(name: str, result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return f"| `{name}` | {result['failed']} | | | | | | |"
+    cells = (
+        f"`{name}`",
+        f"{result['learning_rate']:.0e}",
+        f"{result['before']:.4f} → {result['after']:.4f}",
+        f"{result['stock']:.4f}",
+        f"{result['trainable']:,}",
+        format_bytes(result["bytes"]),
+        format_bytes(result["memory"]),
+        "not mergeable" if result["merge"] is None else f"{result['merge']:.0e}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 _NOTES = """\
-## How some of them are done here
+## Implementation notes
 
-**Starts cut out of the base** (`pissa`, `olora`, `corda`, `lora_ga`). These train `W - s B0 A0 + s B A`, where the
-start `s B0 A0` is a part of the weight, or made from the gradient. PEFT changes the base for that, rounds the rest to
-the base's number type, and its file then fits only a base changed in the same way. Here the base stays as it is, and
-`-B0`, `A0` are a second LoRA that is never trained. The function and all gradients are the same. What is saved is one
-LoRA of twice the rank that holds both: a plain adapter for the untouched base.
+**Initializations subtracted from the base** (`pissa`, `olora`, `corda`, `lora_ga`). These train `W - s B0 A0 + s B A`.
+The initialization `s B0 A0` is a part of the weight, or made from the gradient. PEFT changes the base for that and
+rounds the rest to the base's dtype, and its file then fits only a base changed in the same way. Here the base stays as
+it is, and `-B0`, `A0` are a second LoRA that is never trained. The function and all gradients are the same. The file
+holds one LoRA of twice the rank with both: a plain adapter for the untouched base.
 
-**Starts that read rows** (`eva`, `corda`, `lora_ga`) take the first `start_rows` training rows, before the first
-step, by PEFT's own code.
+**Initializations that read examples** (`eva`, `corda`, `lora_ga`) take the first `calibration_samples` training
+examples, before the first step, by PEFT's own code.
 
-**`loftq`** begins at the best low-rank fit of what 4-bit quantization took from each weight, computed from the base's
-own file, and divided by the adapter's scale, which PEFT's function leaves out.
+**`loftq`** starts from the best low-rank fit of the 4-bit quantization error of each weight. The error is computed
+from the base's own file, and the fit is divided by the adapter's scale, which PEFT's function leaves out.
 
-**`adalora`** drops directions by a schedule over all steps, and adds its orthogonality term to the loss of each
-optimizer step, not to the held-out loss. Its matrices are saved whole, dropped directions as zeros: cut down by PEFT
-they can be empty.
+**`adalora`** drops directions by a schedule over all steps. Its orthogonality term is added to the loss of each
+optimizer step, not to the held-out loss. The file holds full matrices, with zeros for dropped directions: PEFT's own
+truncated ones can be empty.
 
-**New tokens.** PEFT keeps the rows of new tokens inside an adapter of the LoRA class (and AdaLoRA). Beside any other
-variant they are an adapter of their own in the run's folder `token_rows`, of PEFT's kind `TRAINABLE_TOKENS`:
+**Added tokens.** PEFT keeps the embeddings of added tokens inside an adapter of the LoRA class (and AdaLoRA). Beside
+any other variant they are a second adapter in the run's folder `token_rows`, of PEFT's type `TRAINABLE_TOKENS`:
 
 ```python
 model = AutoModelForCausalLM.from_pretrained(base)
-model.resize_token_embeddings(size)  # where the new ids lie beyond the base's vocabulary
+model.resize_token_embeddings(size)  # where the added ids lie beyond the base's vocabulary
 model = PeftModel.from_pretrained(model, f"{run}/token_rows").merge_and_unload()
 model = PeftModel.from_pretrained(model, run)
 ```
 
-`peftchat chat`, `merge` and `export` do it by themselves, and the run's `README.md` holds the lines.
+`peftchat chat`, `merge` and `export` do this themselves, and the run's `README.md` contains the code.
 
-**Prompts** (`prompt_tuning`, `p_tuning`, `prefix_tuning`) stand once before a row, so these variants train with
+**Prompts** (`prompt_tuning`, `p_tuning`, `prefix_tuning`) come once per sequence, so these variants train with
 `data.packing: false`, which is their default.
+
+**Warnings of PEFT.** Where layers share tensors (`lily`, `vera`, `randlora`, `vblora`, `tinylora`, `unilora`), a file
+holds each once. PEFT warns about missing keys when it loads such a file, and fills all layers through the first one.
 """
 
 if __name__ == "__main__":

@@ -18,22 +18,21 @@ from peftchat.merging.qlora_base import Quantization
 from peftchat.merging.safetensors_io import read_header
 from peftchat.models.source import ADAPTER_CONFIG, LOAD_ERRORS, MISFIT_ERRORS, ModelKind, ModelSource
 from peftchat.recipe import LoadedRecipe
+from peftchat.variants import ADAPTERS, get_adapter
+from peftchat.variants.initialized_lora import ResidualLora
+from peftchat.variants.low_rank import LoraAdapter
 
 _PROMPTS = "it trains vectors that are put before the prompt, not weights"
 _GATED = "what it adds depends on the input, so no fixed weights do the same"
 _HINT_PROMPTS = "Use the run folder as it is: `peftchat chat RUN` loads base and adapter."
 
 UNMERGEABLE: dict[str, str] = {
-    "PROMPT_TUNING": _PROMPTS,
     "MULTITASK_PROMPT_TUNING": _PROMPTS,
-    "P_TUNING": _PROMPTS,
-    "PREFIX_TUNING": "it trains keys and values that are put before the prompt's, not weights",
     "CARTRIDGE": "it trains keys and values that are put before the prompt's, not weights",
     "CPT": _PROMPTS,
     "ADAPTION_PROMPT": _GATED,
     "POLY": _GATED,
     "XLORA": _GATED,
-    "LILY": _GATED,
     "SHADOW": _GATED,
     "BEFT": "it adds a bias where the model has none",
     "OSF": "its file holds only half of a decomposition of the base, which PEFT makes while it loads",
@@ -41,15 +40,29 @@ UNMERGEABLE: dict[str, str] = {
     "FROD": "its file needs a decomposition of all layers of the base at once",
     "ADAMSS": "its file needs a clustering of the base's weights that PEFT makes while it loads",
 }
-"""PEFT type -> why it is not folded tensor by tensor."""
+"""PEFT type that is no variant of ours -> why it cannot be merged tensor by tensor."""
 
 _IN_MEMORY = frozenset({"OSF", "PSOFT", "FROD", "ADAMSS"})
 
-RESIDUAL_INITS = frozenset({"pissa", "olora"})
-"""LoRA initializations that took their start out of the base: what was trained is `base - start + adapter`. The start
-is a fixed function of the base and is computed again, a layer at a time."""
 
-_LOST_INITS = ("pissa_niter", "corda", "loftq", "lora_ga")
+def residual_init(config: Any) -> ResidualLora | None:
+    """Return the LoRA initialization that a stock PEFT adapter subtracted from the base, if it can be computed again.
+
+    What was trained is `base - init + adapter`.
+    """
+    adapter = get_adapter(getattr(config, "init_lora_weights", None))
+    if adapter is None or not issubclass(adapter, ResidualLora) or not adapter.recomputable:
+        return None
+    return adapter()
+
+
+def _has_lost_init(config: Any) -> bool:
+    """Return whether a stock PEFT adapter changed the base in a way that cannot be computed again."""
+    init = getattr(config, "init_lora_weights", None)
+    if not isinstance(init, str) or residual_init(config) is not None:
+        return False
+    changing = [name for name, one in ADAPTERS.items() if issubclass(one, LoraAdapter) and one.changes_base]
+    return init.lower().startswith(tuple(changing))
 
 
 def refuse_unmergeable(config: Any, where: str) -> None:
@@ -63,16 +76,19 @@ def refuse_unmergeable(config: Any, where: str) -> None:
         UserError: with the reason and what to do instead.
     """
     kind = str(config.peft_type).rpartition(".")[2].upper()
+    for adapter in ADAPTERS.values():
+        if adapter.peft_class == type(config).__name__ and not adapter.mergeable:
+            why = f"{kind} cannot be merged: {adapter.unmergeable_because}"
+            raise UserError(why, where=where, hint=adapter.merge_hint)
     if config.is_prompt_learning or kind in UNMERGEABLE:
         hint = _HINT_PROMPTS
         if kind in _IN_MEMORY:
             hint = "Load base and adapter with peft and call merge_and_unload, which holds the whole model in memory."
         raise UserError(f"{kind} cannot be merged: {UNMERGEABLE.get(kind, _PROMPTS)}", where=where, hint=hint)
-    start = getattr(config, "init_lora_weights", None)
-    if isinstance(start, str) and start.startswith(_LOST_INITS):
+    if _has_lost_init(config):
         raise UserError(
-            f"the adapter was started with init_lora_weights={start}, which changed the base in a way that its file "
-            "does not hold",
+            f"the adapter was initialized with init_lora_weights={config.init_lora_weights}, which changed the base, "
+            "and its file does not hold the change",
             where=where,
             hint="Save the adapter with `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it.",
         )
@@ -99,7 +115,7 @@ class AdaptedModule:
     path: str
     layer: Any
     slots: dict[str, ParameterSlot]
-    residual_init: str | None = None
+    residual_init: ResidualLora | None = None
 
 
 @dataclass(frozen=True)
@@ -180,9 +196,8 @@ def install_adapter(empty_model: EmptyModel, config: Any, folder: Path) -> Insta
     from safetensors.torch import load_file
 
     config = copy.deepcopy(config)  # PEFT completes it from the model
-    init = getattr(config, "init_lora_weights", None)
-    residual_init = init.lower() if isinstance(init, str) and init.lower() in RESIDUAL_INITS else None
-    if residual_init:
+    init = residual_init(config)
+    if init is not None:
         config.init_lora_weights = False
     config.inference_mode = True
     # LoRA's tensors can stay in the mapped file; other methods have index buffers that only real initialization fills.
@@ -197,7 +212,7 @@ def install_adapter(empty_model: EmptyModel, config: Any, folder: Path) -> Insta
         raise _misfit(folder, str(error)) from error
     _check_keys(result, peft_model, folder, empty_model.ties)
     peft_model.eval()
-    return InstalledAdapter(empty_model, tuple(_adapted_modules(empty_model, residual_init)), saved)
+    return InstalledAdapter(empty_model, tuple(_adapted_modules(empty_model, init)), saved)
 
 
 def _base_name(key: str) -> str:
@@ -232,7 +247,7 @@ def _check_keys(result: Any, peft_model: Any, folder: Path, ties: Mapping[str, s
     config = peft_model.peft_config[ADAPTER]
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
     # Banks that several layers share are in the file once and in the model many times.
-    shared = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.", "randlora_A", "randlora_B")
+    shared = [mark for adapter in ADAPTERS.values() for mark in adapter.shared_tensors]
     missing = [key for key in result.missing_keys if prefix in key and f".{ADAPTER}" in key]
     missing = [key for key in missing if not any(mark in key for mark in shared)]
     # The rows of a tied head are those of the embedding.
@@ -244,7 +259,7 @@ def _check_keys(result: Any, peft_model: Any, folder: Path, ties: Mapping[str, s
         raise _misfit(folder, f"{count} of its tensors have no place in it, first {first}")
 
 
-def _adapted_modules(empty_model: EmptyModel, residual_init: str | None) -> Iterator[AdaptedModule]:
+def _adapted_modules(empty_model: EmptyModel, init: ResidualLora | None) -> Iterator[AdaptedModule]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -254,7 +269,7 @@ def _adapted_modules(empty_model: EmptyModel, residual_init: str | None) -> Iter
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             found.append(path)
-            yield AdaptedModule(path, module, empty_model.within(path), residual_init)
+            yield AdaptedModule(path, module, empty_model.within(path), init)
 
 
 _RUN_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

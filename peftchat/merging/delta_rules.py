@@ -168,10 +168,7 @@ def subtract_init(module: AdaptedModule) -> None:
         return
     layer = module.layer
     trained = {name: value.detach().clone() for name, value in layer.named_parameters() if f".{ADAPTER}." in name}
-    if module.residual_init == "pissa":
-        layer.pissa_init(ADAPTER, module.residual_init)
-    else:
-        layer.olora_init(ADAPTER)
+    module.residual_init.initialize_layer(layer, ADAPTER)
     with torch.no_grad():
         for name, value in layer.named_parameters():
             if name in trained:

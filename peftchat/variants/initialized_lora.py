@@ -65,12 +65,10 @@ class ResidualLora(LoraAdapter):
     """LoRA with an initialization that PEFT subtracts from the base.
 
     Attributes:
-        recomputable: whether the initialization follows from the base's weights alone. If so, a stock PEFT adapter
-            can be merged: what was subtracted is computed again.
         vectors_per_rank: singular vectors of a weight that a rank of 1 needs.
     """
 
-    recomputable: ClassVar[bool] = False
+    changes_base = True
     vectors_per_rank: ClassVar[int] = 1
     incompatible_with = incompatible(unquantized_only(_DECOMPOSED), zero3=_SUBTRACTED)
 
@@ -343,6 +341,8 @@ class Loftq(LoraAdapter):
         },
         zero3=_READ,
     )
+
+    changes_base = True
 
     variant: Literal["loftq"] = "loftq"
 

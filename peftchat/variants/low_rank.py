@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 
 
 class LoraAdapter(LowRankAdapter):
-    """An adapter of PEFT's LoRA class."""
+    """An adapter of PEFT's LoRA class.
 
+    Attributes:
+        changes_base: whether PEFT's initialization of this name changes the base's weights.
+        recomputable: whether that change follows from the base's weights alone. If so, a stock PEFT adapter can be
+            merged: the change is computed again.
+    """
+
+    changes_base: ClassVar[bool] = False
+    recomputable: ClassVar[bool] = False
     peft_class = "LoraConfig"
     peft_alpha = "lora_alpha"
     peft_dropout = "lora_dropout"

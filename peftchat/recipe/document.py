@@ -150,7 +150,7 @@ class _Reader:
 
     def entries(self, node: CommentedMap, around: int | None) -> Iterator[tuple[str, Any, int | None]]:
         for key, value in node.items():
-            yield str(key), value, self.line(node, key, around)
+            yield _without_surrogates(str(key), self.name), value, self.line(node, key, around)
 
     def line(self, node: CommentedMap | CommentedSeq, key: Any, around: int | None) -> int | None:
         """The line of an entry, from 1. One that came in by a merge key (`<<`) has the line around it."""
@@ -162,7 +162,9 @@ class _Reader:
             return node
         if isinstance(node, ScalarBoolean):  # a boolean with an anchor, which ruamel derives from int
             return bool(node)
-        for to_plain in (str, int, float):
+        if isinstance(node, str):
+            return _without_surrogates(str(node), place.of(keys))
+        for to_plain in (int, float):
             if isinstance(node, to_plain):
                 return to_plain(node)
         raise UserError(
@@ -170,6 +172,20 @@ class _Reader:
             where=place.of(keys),
             hint="Put it in quotes if it is meant as text.",
         )
+
+
+def _without_surrogates(text: str, where: str) -> str:
+    """Return a text whose surrogate pairs, which YAML can write as two escapes, are joined.
+
+    Raises:
+        UserError: one half of a pair is missing, so the text cannot be written to a file.
+    """
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError as error:
+        raise UserError("holds half of a surrogate pair", where=where, hint="Write the character itself.") from error
 
 
 def _kind(node: Any) -> str:

@@ -31,7 +31,7 @@ def by_id(lines: list[Block]) -> list[Any]:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the documentation names, small ones, and two finished runs."""
     folder = tmp_path_factory.mktemp("documentation")
-    base = small_model(folder / "models" / "base")
+    base = Path(shutil.copytree(small_model(), folder / "models" / "base"))
     train = write_small_talk(folder / "conversations.jsonl")
     for name in ("train", "eval"):
         (folder / "data").mkdir(exist_ok=True)

@@ -339,3 +339,14 @@ def test_a_deepspeed_file_that_agrees(write: Write) -> None:
     assert "cannot read" in error_of(
         write(GOOD), "distributed.strategy=zero3", "distributed.deepspeed_config=gone.json"
     )
+
+
+def test_surrogate_pairs_are_joined_and_halves_are_rejected(tmp_path: Path) -> None:
+    rest = "model: {name: base}\nmethod: full\ndata: {train: [{path: a.jsonl}]}\noutput_dir: run\n"
+    text = rest + 'chat: {system: "%s"}\n'
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text % r"\ud83d\ude00", encoding="utf-8")
+    assert load_recipe(path).recipe.chat.system == "😀"
+    path.write_text(text % r"\ud83d", encoding="utf-8")
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        load_recipe(path)

@@ -351,10 +351,13 @@ truncated ones can be empty.
 any other variant they are a second adapter in the run's folder `token_rows`, of PEFT's type `TRAINABLE_TOKENS`:
 
 ```python
-model = AutoModelForCausalLM.from_pretrained(base)
-model.resize_token_embeddings(size)  # where the added ids lie beyond the base's vocabulary
-model = PeftModel.from_pretrained(model, f"{run}/token_rows").merge_and_unload()
-model = PeftModel.from_pretrained(model, run)
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(BASE)
+model.resize_token_embeddings(VOCABULARY_SIZE)  # where the added ids lie beyond the base's vocabulary
+model = PeftModel.from_pretrained(model, f"{RUN}/token_rows").merge_and_unload()
+model = PeftModel.from_pretrained(model, RUN)
 ```
 
 `peftchat chat`, `merge` and `export` do this themselves, and the run's `README.md` contains the code.

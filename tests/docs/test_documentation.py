@@ -45,9 +45,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_small_version(recipe, folder / "recipes" / recipe.name, base, train)
     # The length of a run is given where it matters: a schedule needs more than one step.
     write_training_recipe(folder / "my.yaml", base, train, train, Path("runs/my-assistant"))
-    for name in ("assistant", "style", "my-assistant"):
+    for name, variant in (("assistant", "lora"), ("style", "lora"), ("my-assistant", "lora"), ("ia3", "ia3")):
         path = folder / f"{name}.yaml"
-        write_training_recipe(path, base, train, None, folder / "runs" / name, training={"max_steps": 1})
+        settings = {"adapter": {"variant": variant}, "training": {"max_steps": 1}}
+        write_training_recipe(path, base, train, None, folder / "runs" / name, **settings)
         done = peftchat("train", path, cwd=folder)
         assert done.returncode == 0, done.stderr
     (folder / "comparison").mkdir()
@@ -91,11 +92,11 @@ def sandbox(workspace: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("line", by_id([line for line in COMMANDS if line not in COMPARISONS]))
 def test_a_command_runs(line: Block, sandbox: Path) -> None:
     stdin = "a change\n" if "|" in line.text else "/quit\n"
-    arguments = shlex.split(line.text.split("|")[-1])[1:]
+    arguments = shlex.split(line.text.split("|")[-1].split(" > ")[0])[1:]
     if arguments[0] == "init":
         arguments = [str(sandbox / "models" / "base") if part == "MODEL" else part for part in arguments]
         (sandbox / "my.yaml").unlink()
-    if arguments[:1] == ["train"] and "--dry-run" not in arguments and "--resume" not in arguments:
+    if arguments[0] == "train" and "--resume" not in arguments:
         shutil.rmtree(sandbox / "runs" / "my-assistant")
     if arguments[:2] == ["export", "runs/assistant"] and arguments[-1] == "vllm":
         # An adapter with added tokens is served once it is merged.
@@ -132,7 +133,9 @@ def test_a_python_block_runs(block: Block, sandbox: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(sandbox)
     shutil.rmtree(sandbox / "runs" / "my-assistant")
     vocabulary = 1 + max(token["id"] for token in json.loads(Path("runs/assistant/run.json").read_text())["new_tokens"])
-    names = {"BASE": "models/base", "RUN": "runs/assistant", "VOCABULARY_SIZE": vocabulary, "__name__": "example"}
+    # Other variants than LoRA keep the added tokens in a folder of their own.
+    run = "runs/ia3" if "token_rows" in block.text else "runs/assistant"
+    names = {"BASE": "models/base", "RUN": run, "VOCABULARY_SIZE": vocabulary, "__name__": "example"}
     exec(compile(block.text, block.id, "exec"), names)
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plan_helpers import SHAPES, recipe_dict, recipe_on
 
 from peftchat.models.loading import load_config
 from peftchat.planning.hardware import find_hardware
@@ -12,6 +11,7 @@ from peftchat.planning.parameter_counts import parameter_counts
 from peftchat.planning.planner import Planner
 from peftchat.planning.settings import settings_on
 from peftchat.recipe import Recipe
+from tests.support.planning import SHAPES, recipe_dict, recipe_on
 
 GIB = 2**30
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,11 @@ import pytest
 
 from peftchat.errors import UserError
 from peftchat.planning.hardware import find_hardware, gpu_catalog, system_memory
+from tests.support.cli import peftchat
+from tests.support.in_process import peftchat_in_process
 from tests.support.planning import recipe_dict
 
 GIB = 2**30
-
-
-def peftchat(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "peftchat", *arguments], capture_output=True, text=True, check=False)
 
 
 def written(folder: Path, name: str, method: str, **training: Any) -> Path:
@@ -26,8 +22,12 @@ def written(folder: Path, name: str, method: str, **training: Any) -> Path:
     return path
 
 
-def test_json_is_one_object_about_a_model_that_has_a_config_only(tmp_path: Path) -> None:
-    done = peftchat("plan", str(written(tmp_path, "small", "full")), "--gpu", "A100-80GB", "--gpus", "2", "--json")
+def test_json_is_one_object_about_a_model_that_has_a_config_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = peftchat_in_process(
+        capsys, "plan", written(tmp_path, "small-gpt2", "full"), "--gpu", "A100-80GB", "--gpus", "2", "--json"
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["fits"] is True
@@ -44,9 +44,13 @@ def test_json_is_one_object_about_a_model_that_has_a_config_only(tmp_path: Path)
     }
 
 
-def test_what_does_not_fit_says_so_first_and_names_the_flags(tmp_path: Path) -> None:
+def test_what_does_not_fit_says_so_first_and_names_the_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = written(tmp_path, "llama-3.1-8b", "lora")
-    done = peftchat("plan", str(recipe), "--gpu", "3060", "--no-alternatives", "--set", "data.max_length=1024")
+    done = peftchat_in_process(
+        capsys, "plan", recipe, "--gpu", "3060", "--no-alternatives", "--set", "data.max_length=1024"
+    )
     assert done.returncode == 0, done.stderr
     first = re.split(r"\nmodel ", done.stdout)[0]
     assert first.startswith("It does not fit")
@@ -54,17 +58,17 @@ def test_what_does_not_fit_says_so_first_and_names_the_flags(tmp_path: Path) -> 
     assert "The data was not read" in done.stdout
 
 
-def test_an_unknown_card_gets_the_nearest_name(tmp_path: Path) -> None:
-    done = peftchat("plan", str(written(tmp_path, "small", "lora")), "--gpu", "a100-88gb")
+def test_an_unknown_card_gets_the_nearest_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = peftchat_in_process(capsys, "plan", written(tmp_path, "small", "lora"), "--gpu", "a100-88gb")
     assert done.returncode == 2
     assert "Did you mean `a100-80gb`?" in " ".join(done.stderr.split())
     assert not done.stdout
 
 
-def test_a_folder_without_a_config_is_the_users_mistake(tmp_path: Path) -> None:
+def test_a_folder_without_a_config_is_the_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = written(tmp_path, "small", "lora")
     (tmp_path / "small" / "config.json").unlink()
-    done = peftchat("plan", str(recipe), "--gpu", "cpu")
+    done = peftchat_in_process(capsys, "plan", recipe, "--gpu", "cpu")
     assert done.returncode == 2
     assert "config.json" in done.stderr
     assert "Traceback" not in done.stderr
@@ -96,7 +100,7 @@ def test_a_probe_is_within_a_sixth_of_the_prediction(tmp_path: Path, demo_model:
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(recipe), encoding="utf-8")
-    done = peftchat("plan", str(path), "--gpu", "cpu", "--no-alternatives", "--probe", "--json")
+    done = peftchat("plan", path, "--gpu", "cpu", "--no-alternatives", "--probe", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["memory"]["total"] == pytest.approx(told["probe"]["peak_bytes"], rel=0.17)

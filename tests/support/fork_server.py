@@ -45,8 +45,10 @@ class Request:
 def serve(address: str) -> Request:
     """Answer requests until the client goes; returns in every fork, with what the fork has to run."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(address)
+        # The client takes the file for a server that listens.
+        listener.bind(f"{address}.new")
         listener.listen()
+        Path(f"{address}.new").rename(address)
         gc.freeze()
         client = os.getppid()
         listener.settimeout(5)

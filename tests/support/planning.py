@@ -27,6 +27,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
         "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
     },
+    # A block of few operations, for plans that trace many ways of training.
+    "small-gpt2": {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 1000, "n_embd": 64, "n_layer": 3,
+        "n_head": 4, "n_positions": 4096, "bos_token_id": 0, "eos_token_id": 0,
+    },
 }  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """The parts of a prediction against plain counting, and against what torch really keeps."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,24 @@ from peftchat.recipe import Recipe
 from tests.support.planning import recipe_on
 
 
-def settings_of(recipe: Recipe, attention: AttentionKind = "masked", **changed: object) -> PlanSettings:
+def settings_of(recipe: Recipe, attention: AttentionKind = "fused", **changed: object) -> PlanSettings:
     settings = plan_settings(
         recipe, strategy="single", processes=1, device="cpu", attention=attention, conversation=64, new_tokens=0
     )
     return settings.with_changes(**changed)
 
 
-def planner_of(recipe: Recipe) -> Planner:
-    return Planner(AutoConfig.from_pretrained(recipe.model.name), recipe)
+@pytest.fixture(scope="module")
+def planners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Planner]:
+    """Planners for the small model by method; each traces a way of training once for all tests."""
+    folder = tmp_path_factory.mktemp("planners")
+
+    @cache
+    def planner(method: str) -> Planner:
+        recipe = recipe_on("small", folder, method)
+        return Planner(AutoConfig.from_pretrained(recipe.model.name), recipe)
+
+    return planner
 
 
 def saved_bytes(recipe: Recipe, batch: int, length: int, *, checkpointing: bool) -> int:
@@ -59,7 +70,7 @@ def saved_bytes(recipe: Recipe, batch: int, length: int, *, checkpointing: bool)
 def test_kept_activations_are_those_that_autograd_really_saves(tmp_path: Path, checkpointing: bool) -> None:
     recipe = recipe_on("small", tmp_path, "full")
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "float32"})})
-    settings = settings_of(recipe, dtype="float32", checkpointing=checkpointing)
+    settings = settings_of(recipe, "masked", dtype="float32", checkpointing=checkpointing)
     config = AutoConfig.from_pretrained(recipe.model.name)
     profile = activation_profile(config, recipe, settings.trace_config)
     batch, length = 3, 192
@@ -120,9 +131,8 @@ def _with(**changed: object) -> PlanSettings:
     return settings.with_changes(**changed)
 
 
-def test_full_training_holds_sixteen_bytes_a_weight_and_zero_shares_them(tmp_path: Path) -> None:
-    recipe = recipe_on("small", tmp_path, "full")
-    planner = planner_of(recipe)
+def test_full_training_holds_sixteen_bytes_a_weight_and_zero_shares_them(planners: Callable[[str], Planner]) -> None:
+    planner = planners("full")
     settings = _with(method="full", bits=None, double=False)
     weights = planner.counts.parameters
     trained = planner.trainable(settings)
@@ -139,10 +149,9 @@ def test_full_training_holds_sixteen_bytes_a_weight_and_zero_shares_them(tmp_pat
     assert away.host >= 14 * weights / 8
 
 
-def test_an_adapter_trains_what_peft_says_and_keeps_no_state_of_the_base(tmp_path: Path) -> None:
-    recipe = recipe_on("small", tmp_path, "lora")
-    planner = planner_of(recipe)
-    settings = settings_of(recipe)
+def test_an_adapter_trains_what_peft_says_and_keeps_no_state_of_the_base(planners: Callable[[str], Planner]) -> None:
+    planner = planners("lora")
+    settings = settings_of(planner.recipe)
     # Per block: q and o 64x64, k and v 64x32, three of 64x160; r is 16.
     block = 16 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))
     assert planner.trainable(settings).parameters == 3 * block
@@ -151,10 +160,9 @@ def test_an_adapter_trains_what_peft_says_and_keeps_no_state_of_the_base(tmp_pat
     assert base_bytes(settings, planner.counts) == 2 * planner.counts.parameters
 
 
-def test_saving_memory_saves_memory(tmp_path: Path) -> None:
-    recipe = recipe_on("small", tmp_path, "full")
-    planner = planner_of(recipe)
-    settings = settings_of(recipe, batch=4, length=1024, method="full")
+def test_saving_memory_saves_memory(planners: Callable[[str], Planner]) -> None:
+    planner = planners("full")
+    settings = settings_of(planner.recipe, batch=4, length=1024, method="full")
     before = planner.memory(settings)
     found = changes(planner, settings)
     assert {"gradient checkpointing", "a batch of 1 with accumulation"} <= {change.name for change in found}
@@ -162,10 +170,9 @@ def test_saving_memory_saves_memory(tmp_path: Path) -> None:
     assert sum(before.parts.values()) == before.total == before.phases[before.peak_phase] == max(before.phases.values())
 
 
-def test_the_largest_batch_fits_and_one_more_row_does_not(tmp_path: Path) -> None:
-    recipe = recipe_on("small", tmp_path, "lora")
-    planner = planner_of(recipe)
-    settings = settings_of(recipe, length=512)
+def test_the_largest_batch_fits_and_one_more_row_does_not(planners: Callable[[str], Planner]) -> None:
+    planner = planners("lora")
+    settings = settings_of(planner.recipe, length=512)
     room = 1_500_000_000
     rows = largest_batch(planner, settings, room)
     assert planner.memory(settings.with_changes(batch=rows)).total <= room
@@ -175,10 +182,9 @@ def test_the_largest_batch_fits_and_one_more_row_does_not(tmp_path: Path) -> Non
     assert largest_batch(planner, settings, 1000) == 0
 
 
-def test_what_does_not_fit_is_made_to_fit_at_the_least_cost(tmp_path: Path) -> None:
-    recipe = recipe_on("small", tmp_path, "lora")
-    planner = planner_of(recipe)
-    settings = settings_of(recipe, batch=64, length=1024)
+def test_what_does_not_fit_is_made_to_fit_at_the_least_cost(planners: Callable[[str], Planner]) -> None:
+    planner = planners("lora")
+    settings = settings_of(planner.recipe, batch=64, length=1024)
     checkpointed = planner.memory(settings.with_changes(checkpointing=True)).total
     alone = cheapest_fix(planner, settings, checkpointed)
     assert alone is not None
@@ -189,19 +195,17 @@ def test_what_does_not_fit_is_made_to_fit_at_the_least_cost(tmp_path: Path) -> N
     assert cheapest_fix(planner, settings, 1000) is None
 
 
-def test_accumulated_gradients_stay_through_the_forward_pass(tmp_path: Path) -> None:
-    recipe = recipe_on("small", tmp_path, "full")
-    planner = planner_of(recipe)
-    once = settings_of(recipe, method="full")
+def test_accumulated_gradients_stay_through_the_forward_pass(planners: Callable[[str], Planner]) -> None:
+    planner = planners("full")
+    once = settings_of(planner.recipe, method="full")
     more = planner.memory(replace(once, accumulation=4)).phases["forward"]
     extra = more - planner.memory(once).phases["forward"]
     assert extra >= 4 * planner.counts.parameters
 
 
-def test_checkpointing_is_chosen_only_where_memory_needs_it(tmp_path: Path) -> None:
-    recipe = recipe_on("small", tmp_path, "lora")
-    planner = planner_of(recipe)
-    settings = settings_of(recipe, batch=64, length=1024)
+def test_checkpointing_is_chosen_only_where_memory_needs_it(planners: Callable[[str], Planner]) -> None:
+    planner = planners("lora")
+    settings = settings_of(planner.recipe, batch=64, length=1024)
     plain = planner.memory(settings).total
     assert not choose_checkpointing(planner, settings, 2 * plain).settings.checkpointing
     tight = choose_checkpointing(planner, settings, plain)
@@ -209,10 +213,9 @@ def test_checkpointing_is_chosen_only_where_memory_needs_it(tmp_path: Path) -> N
     assert tight.peak_bytes < plain
 
 
-def test_a_chosen_batch_fits_and_leaves_the_step_as_it_is(tmp_path: Path) -> None:
-    recipe = recipe_on("small", tmp_path, "lora")
-    planner = planner_of(recipe)
-    settings = settings_of(recipe, batch=2, length=512, accumulation=12)
+def test_a_chosen_batch_fits_and_leaves_the_step_as_it_is(planners: Callable[[str], Planner]) -> None:
+    planner = planners("lora")
+    settings = settings_of(planner.recipe, batch=2, length=512, accumulation=12)
     roomy = choose_batch(planner, settings, 10**12, max_tokens=4096)
     assert (roomy.settings.batch, roomy.settings.accumulation) == (8, 3)
     tight = choose_batch(planner, settings, int(1.2 * planner.memory(settings.with_changes(batch=3)).total), 4096)

@@ -48,7 +48,8 @@ def test_what_does_not_fit_says_so_first_and_names_the_flags(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = written(tmp_path, "llama-3.1-8b", "lora")
-    done = peftchat_in_process(
+    arguments = ("--gpu", "3060", "--no-alternatives", "--set", "data.max_length=1024")
+    done = peftchat_in_process(capsys, "plan", recipe, *arguments)
         capsys, "plan", recipe, "--gpu", "3060", "--no-alternatives", "--set", "data.max_length=1024"
     )
     assert done.returncode == 0, done.stderr

@@ -50,8 +50,6 @@ def test_what_does_not_fit_says_so_first_and_names_the_flags(
     recipe = written(tmp_path, "llama-3.1-8b", "lora")
     arguments = ("--gpu", "3060", "--no-alternatives", "--set", "data.max_length=1024")
     done = peftchat_in_process(capsys, "plan", recipe, *arguments)
-        capsys, "plan", recipe, "--gpu", "3060", "--no-alternatives", "--set", "data.max_length=1024"
-    )
     assert done.returncode == 0, done.stderr
     first = re.split(r"\nmodel ", done.stdout)[0]
     assert first.startswith("It does not fit")

@@ -36,7 +36,7 @@ class Peanut(TargetedAdapter):
 
     title = "PEANuT"
     paper = Paper("Zhong et al.", 2024, "2410.01870")
-    learning_rate = 1e-3
+    learning_rate = 2e-4
     incompatible_with = incompatible(
         unquantized_only("its network reads the base's full-precision weights"),
         zero3="its network reads the layer's weight, which ZeRO-3 partitions (read, not run)",

@@ -37,11 +37,11 @@ def check_run(train: VariantTrainer, trained: TrainedVariant, merged: Path) -> N
     assert summary["eval_loss"] < summary["eval_loss_before"]
     assert train.held_out_loss(train.stock_model(run), run) == pytest.approx(summary["eval_loss"], rel=2e-5)
     variant = VARIANTS[trained.name]
-    if not variant.folds:
+    if not variant.mergeable:
         with pytest.raises(UserError):
-            merge_run(run, MergeOptions(out=merged))
+            merge_run(run, MergeOptions(output=merged))
         return
-    result = merge_run(run, MergeOptions(out=merged))
+    result = merge_run(run, MergeOptions(output=merged))
     assert result.report.verification is not None and result.report.verification.passed
     model = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32).eval()
     assert train.held_out_loss(model, run) == pytest.approx(summary["eval_loss"], rel=2e-5)

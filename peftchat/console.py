@@ -1,4 +1,4 @@
-"""Where words go: data to standard output, progress and notes to standard error."""
+"""The two consoles: results go to standard output, progress and notes to standard error."""
 
 from rich.console import Console
 
@@ -6,4 +6,4 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 """Progress, notes and errors."""
 
 stdout = Console(highlight=False, soft_wrap=True)
-"""What the command was asked for: tables, answers."""
+"""Results: tables, answers."""

@@ -95,7 +95,7 @@ def _run() -> int:
     except SystemExit as error:
         # Click ends with status 1 where a reader has gone, which here means a failed check:
         # https://github.com/pallets/click/blob/8.1.8/src/click/core.py#L1100
-        if isinstance(sys.stdout, PacifyFlushWrapper):
+        if type(sys.stdout) is PacifyFlushWrapper:
             raise BrokenPipeError from error
         raise
     except OSError as error:

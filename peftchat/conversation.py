@@ -28,7 +28,7 @@ class ToolCall(NamedTuple):
     as_text: bool = False
 
     def parsed(self) -> Any:
-        """The arguments as a value, numbers as Python's; `{}` where there are none, the text itself if it is not JSON."""
+        """The arguments as a value: `{}` where there are none, the text itself where it is not JSON."""
         try:
             return json.loads(self.arguments) if self.arguments.strip() else {}
         except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Atomic file writing: a reader sees the old file or the new one, never a part."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
     """Write a text file under a temporary name, flush it to the disk, and rename it into place.
 
     Args:
-        errors: what to do with characters that UTF-8 has no bytes for, as `open` takes it.
+        errors: how to encode characters that UTF-8 cannot represent, as in `open`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -4,7 +4,7 @@
 text between two special tokens is the end of a header and one content, and everything else is known in advance.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -207,8 +207,8 @@ _EncodedRun = tuple[list[int], bytes]
 class Template(Protocol):
     """The part of a chat template that encoding needs."""
 
-    def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
-        """Yield the conversation as spans of text."""
+    def examples(self, conversation: Conversation) -> Iterable[Iterable[TemplateSpan]]:
+        """Return the conversation's examples, each as spans of text."""
         ...
 
 
@@ -244,6 +244,8 @@ class ChatEncoder:
     def encode(self, conversations: Iterable[Conversation]) -> list[EncodedExample]:
         """Return the examples of the conversations, in order. The tokenizer gets their text as one batch.
 
+        A template that rewrites earlier turns makes several examples of one conversation.
+
         Raises:
             UserError: the template cannot write one of them.
         """
@@ -261,7 +263,11 @@ class ChatEncoder:
 
     def _encode_by_spans(self, conversations: Iterable[Conversation]) -> list[EncodedExample]:
         """Return the examples by way of the template's spans, which every template has."""
-        prepared = [self._prepare(conversation) for conversation in conversations]
+        prepared = [
+            self._prepare(conversation, spans)
+            for conversation in conversations
+            for spans in self._template.examples(conversation)
+        ]
         runs = [item for one in prepared for item in one.items if isinstance(item, _TextRun)]
         encoded = iter(self._encode_runs(runs))
         examples = []
@@ -282,13 +288,16 @@ class ChatEncoder:
             )
         return examples
 
-    def _prepare(self, conversation: Conversation) -> _Prepared:
-        """Return the conversation as special tokens and runs of text, without the white space that tokens strip."""
+    def _prepare(self, conversation: Conversation, spans: Iterable[TemplateSpan]) -> _Prepared:
+        """Return an example as special tokens and runs of text, without the white space that tokens strip."""
         prepared = _Prepared(conversation.source, sum(self._text.count_special_token_text(_texts(conversation))))
         texts: list[str] = []
         tags: list[int] = []
         strips = False
-        for span in self._template.spans(conversation):
+        for span in spans:
+            if span.opens:
+                self._append_run(prepared, texts, tags)
+                texts, tags, strips = [], [], False
             if span.special:
                 if span.text in self._strips_left:
                     self._strip_end(texts, tags)

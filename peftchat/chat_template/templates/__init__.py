@@ -37,11 +37,13 @@ class TemplateSpan:
         text: the characters.
         tag: the tag of its tokens (`peftchat.chat_template.loss_mask.token_tag`).
         special: whether the text is one special token. All other text is ordinary, even if it is spelled like one.
+        opens: whether no token may span its start: the model sees the tokens before it, and writes those behind it.
     """
 
     text: str
     tag: int
     special: bool = False
+    opens: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,14 @@ class ChatTemplate:
     trailer: str = "\n"
     bos_token: str | None = None
     system: str | None = None
+
+    def examples(self, conversation: Conversation) -> list[Iterator[TemplateSpan]]:
+        """Return the spans of the conversation's examples; it is always one.
+
+        Raises:
+            UserError: a message has a role that the template cannot write.
+        """
+        return [self.spans(conversation)]
 
     def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
         """Yield the conversation as spans. Joined, they are the text that `jinja` renders.

@@ -110,18 +110,18 @@ class TemplateRenderer:
         Raises:
             UserError: the template raised an error.
         """
-        from jinja2.exceptions import TemplateError, UndefinedError
+        from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
 
         try:
             return self._apply(messages, tools, generation_prompt=generation_prompt)
         # A template is code by the model's authors. It may raise an error of its own or fail by accident.
-        except (UndefinedError, *_ACCIDENTS) as error:
+        except (SecurityError, UndefinedError, *_ACCIDENTS) as error:
             message = f"the chat template fails on the conversation: {first_line(error)}"
             if not tools and self._renders([_turn("user")], [PROBE_TOOL]) and not self._renders([_turn("user")], None):
                 message = "the chat template needs tools, and the conversation defines none"
             raise UserError(message) from error
         except TemplateError as error:
-            raise UserError(f"the chat template refuses the conversation: {first_line(error)}") from error
+            raise UserError(f"the chat template cannot write the conversation: {first_line(error)}") from error
 
     def _apply(self, messages: Sequence[TemplateMessage], tools: Tools, *, generation_prompt: bool) -> str:
         return str(
@@ -202,14 +202,6 @@ class AnswerRenderer:
             return False
         return self._find_behind(prompt, opening, full, index) is not None
 
-    def answers(self) -> list[RenderedAnswer]:
-        """Return every answer of the conversation.
-
-        Raises:
-            UserError: the template refuses the conversation, or an answer does not follow from its prompt.
-        """
-        return [self.answer(index) for index, message in enumerate(self._messages) if message["role"] == "assistant"]
-
     def prompt(self, index: int) -> tuple[str, int]:
         """Return the prompt of an answer, and the length of the generation prompt at its end.
 
@@ -217,14 +209,16 @@ class AnswerRenderer:
             UserError: the template refuses the messages before the answer.
         """
         history = self._messages[:index]
-        if not history:
-            return self._first_prompt()
         prompt = self._renderer.render(history, self._tools, generation_prompt=True)
         try:
             closed = self._renderer.render(history, self._tools, generation_prompt=False)
         except UserError:
             return prompt, 0
-        return prompt, len(prompt) - _shared_length(prompt, closed)
+        shared = _shared_length(prompt, closed)
+        for match in self._renderer.special.finditer(prompt):
+            if match.start() < shared < match.end():
+                shared = match.start()
+        return prompt, len(prompt) - shared
 
     def answer(self, index: int) -> RenderedAnswer:
         """Return one answer.
@@ -240,30 +234,17 @@ class AnswerRenderer:
         text, trailer = self._split_end(prompt, behind, index)
         return RenderedAnswer(index, prompt, opening, text, trailer)
 
-    def _first_prompt(self) -> tuple[str, int]:
-        """Return the prompt of an answer that nothing precedes. Templates render no empty conversation."""
-        probe = [_turn("user")]
-        closed = self._renderer.render(probe, None, generation_prompt=False)
-        opened = self._renderer.render(probe, None, generation_prompt=True)
-        generation_prompt = opened.removeprefix(closed)
-        full = self._renderer.render(self._messages[:1], self._tools, generation_prompt=False)
-        before, found, _ = full.partition(generation_prompt) if generation_prompt else ("", "", "")
-        if not opened.startswith(closed) or not found:
-            raise UserError(
-                "the chat template has no prompt for an answer that begins a conversation",
-                hint="Remove the answer, or put a user message before it.",
-            )
-        return before + generation_prompt, len(generation_prompt)
-
     def _find_behind(self, prompt: str, opening: int, full: str, index: int) -> str | None:
         """Return the text that the template writes behind the prompt; None if the two differ."""
         if full.startswith(prompt):
             return full[len(prompt) :]
         # The prompt closes an empty reasoning that the rendering leaves out.
         shared = _shared_length(prompt, full)
-        for start in range(len(prompt) - opening, shared + 1):
-            if _CLOSED_REASONING.fullmatch(prompt[start:]):
-                return full[start:]
+        for start in range(shared, len(prompt) - opening - 1, -1):
+            closed = _CLOSED_REASONING.fullmatch(prompt[start:])
+            if closed:
+                # Some templates leave out only the start of an empty reasoning.
+                return full[start:].removeprefix(f"</{closed['tag']}>")
         # The template writes something else for the messages before, and the same for the answer.
         simple = self._simple_answer(index)
         return simple if simple and full.endswith(simple) else None
@@ -347,7 +328,8 @@ class AnswerRenderer:
         restore = self._renderer.restore
         message = (
             "the chat template writes the conversation otherwise than the prompt of the answer in message "
-            f"{index + 1}: the prompt has {restore(prompt[cut:])[:_SHOWN]!r}, the conversation {restore(full[cut:])[:_SHOWN]!r}"
+            f"{index + 1}: the prompt has {restore(prompt[cut:])[:_SHOWN]!r}, "
+            f"the conversation {restore(full[cut:])[:_SHOWN]!r}"
         )
         for variables in _WITHOUT_REASONING:
             other = AnswerRenderer(self._renderer.with_variables(variables), self._messages, self._tools)

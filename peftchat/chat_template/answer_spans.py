@@ -49,7 +49,8 @@ class ExampleBuilder:
         done, first = 0, 0
         for answer in answers:
             closed = len(answer.prompt) - answer.opening
-            yield from self._context(answer.prompt[done:closed], range(first, answer.index), repeated=repeated)
+            indices = range(first, answer.index)
+            yield from self._context(answer.prompt[done:closed], indices, repeated=repeated)
             header = self._tag(TurnPart.HEADER, answer.index)
             yield from self._template_text(answer.prompt[max(done, closed) :], header)
             yield from self._answer(answer)
@@ -95,13 +96,17 @@ class ExampleBuilder:
     def _context(self, text: str, indices: range, *, repeated: bool) -> Iterator[TemplateSpan]:
         """Yield text before an answer, tagged by the messages whose contents stand in it."""
         at = 0
-        previous: int | None = indices.start - 1 if indices.start else None
+        previous: int | None = None
+        if indices.start:
+            # The turn of the answer before has ended; white space may follow it.
+            at = len(text) - len(text.lstrip())
+            yield from self._template_text(text[:at], self._tag(TurnPart.TRAILER, indices.start - 1, repeated))
         for index in indices:
             found = _find_content(self.messages[index], text, at)
             if found is None:
                 continue
             yield from self._between(text[at : found.start], previous, index, repeated)
-            tag = self._tag(TurnPart.CONTENT, index, repeated)
+            tag = self._context_tag(TurnPart.CONTENT, index, repeated)
             yield from self._template_text(text[found.start : found.stop], tag)
             at, previous = found.stop, index
         yield from self._between(text[at:], previous, None, repeated)
@@ -112,14 +117,18 @@ class ExampleBuilder:
         if before is not None:
             match = re.compile(rf"[^\S\n]*{self.renderer.special.pattern}+|").match(text)
             end = match.end() if match else 0
-            yield from self._template_text(text[:end], self._tag(TurnPart.END, before, repeated))
+            yield from self._template_text(text[:end], self._context_tag(TurnPart.END, before, repeated))
             trailer = len(text) - len(text[end:].lstrip()) if text[end:].strip() else len(text)
-            yield from self._template_text(text[end:trailer], self._tag(TurnPart.TRAILER, before, repeated))
+            yield from self._template_text(text[end:trailer], self._context_tag(TurnPart.TRAILER, before, repeated))
             end = trailer
         tag = token_tag(TurnPart.OUTSIDE, context=repeated)
         if after is not None:
-            tag = self._tag(TurnPart.HEADER, after, repeated)
+            tag = self._context_tag(TurnPart.HEADER, after, repeated)
         yield from self._template_text(text[end:], tag)
+
+    def _context_tag(self, part: TurnPart, index: int, repeated: bool) -> int:
+        """Return the tag of text in a prompt: an answer there is trained elsewhere, or not at all."""
+        return self._tag(part, index, repeated or self.messages[index]["role"] == "assistant")
 
     def _tag(self, part: TurnPart, index: int, context: bool = False) -> int:
         role: Role = self.messages[index]["role"]
@@ -204,7 +213,8 @@ def _parts(message: TemplateMessage, *, reasoning: bool) -> Iterator[tuple[str, 
     for call in message.get("tool_calls") or ():
         function = call["function"]
         yield "tool call", str(function["name"])
-        for value in _leaves(function["arguments"]):
+        arguments = function["arguments"]
+        for value in _leaves(json.loads(arguments) if isinstance(arguments, str) and arguments else arguments):
             yield "arguments of a tool call", value
 
 

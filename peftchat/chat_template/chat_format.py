@@ -94,7 +94,9 @@ def add_template_tokens(
     ids = special_tokens(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or template.end_token
-    tokenizer.eos_token = template.end_token
+    if isinstance(template, ChatTemplate):
+        # A model's own template may write its tokenizer's `eos_token`, which therefore stays.
+        tokenizer.eos_token = template.end_token
     tokenizer.chat_template = template.jinja
     for token in template.special_tokens:
         encoded = tokenizer.encode(token, add_special_tokens=False)

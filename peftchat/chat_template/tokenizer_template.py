@@ -4,13 +4,21 @@ Every trained answer stands behind the prompt that the model gets for it, token 
 earlier turns, such as one that takes reasoning out of them, makes an example for each answer that it affects.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from datetime import date
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from peftchat.chat_template.answer_rendering import PROBE_TOOL, AnswerRenderer, RenderedAnswer, TemplateRenderer, Tools
+from peftchat.chat_template.answer_rendering import (
+    PROBE_TOOL,
+    AnswerRenderer,
+    RenderedAnswer,
+    TemplateMessage,
+    TemplateRenderer,
+    Tools,
+)
 from peftchat.chat_template.answer_spans import ExampleBuilder, check_written
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
 from peftchat.chat_template.text_encoder import TextEncoder
@@ -22,8 +30,13 @@ if TYPE_CHECKING:
 
 _OTHERS = f"Set `chat.template` to {' or '.join(f'`{name}`' for name in CHAT_TEMPLATES)}."
 
-_QUESTION, _ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-_CALL = {"id": "abcde1234", "type": "function", "function": {"name": "find", "arguments": {"text": "answer"}}}
+_QUESTION: TemplateMessage = {"role": "user", "content": "question"}
+_ANSWER: TemplateMessage = {"role": "assistant", "content": "answer"}
+_CALL: dict[str, Any] = {
+    "id": "abcde1234",
+    "type": "function",
+    "function": {"name": "find", "arguments": {"text": "answer"}},
+}
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 _BOUNDARY_CHARACTERS = 48
@@ -74,6 +87,7 @@ class TokenizerTemplate:
             )
         written = _with_date(self.jinja, today or date.today())
         self._renderer = TemplateRenderer(tokenizer, written, list(self._text.special), variables)
+        self._arguments_as_text = self._wants_text_arguments()
         self.end_tokens = self._find_end_tokens(tokenizer)
         self.end_token = self.end_tokens[0]
 
@@ -105,6 +119,8 @@ class TokenizerTemplate:
     def _inputs(self, conversation: Conversation) -> tuple[list[Mapping[str, Any]], Tools, int]:
         """Return messages and tools for the template, protected, and how many messages were put in front."""
         dicts = conversation.as_dicts()
+        if self._arguments_as_text:
+            dicts = [_with_text_arguments(message) for message in dicts]
         added = self._system is not None and not (dicts and dicts[0]["role"] == "system")
         if added:
             dicts.insert(0, {"role": "system", "content": self._system})
@@ -120,7 +136,10 @@ class TokenizerTemplate:
         builder = ExampleBuilder(self._renderer, messages, untrained, last + added if last >= 0 else -1)
         renderer = AnswerRenderer(self._renderer, messages, tools, self._end_token)
         trained = [
-            index for index, message in enumerate(messages) if message["role"] == "assistant" and index not in untrained
+            index
+            for index, message in enumerate(messages)
+            # Nothing asks for an answer that begins a conversation: it is context.
+            if index and message["role"] == "assistant" and index not in untrained
         ]
         if not trained:
             rendered = self._renderer.render(messages, tools, generation_prompt=False)
@@ -148,6 +167,19 @@ class TokenizerTemplate:
         tail, head = self._renderer.restore(tail), self._renderer.restore(head)
         joined, first, second = self._text.encode([tail + head, tail, head])
         return joined == first + second
+
+    def _wants_text_arguments(self) -> bool:
+        """Return whether the template takes the arguments of a call as JSON text only."""
+        calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+        found = []
+        for messages in ([_QUESTION, calling], [_QUESTION, _with_text_arguments(calling)]):
+            try:
+                self._renderer.render(messages, [PROBE_TOOL], generation_prompt=False)
+            except UserError:
+                found.append(False)
+            else:
+                found.append(True)
+        return found == [False, True]
 
     def _find_end_tokens(self, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
         """Return the tokens that end an answer, and an answer that calls a tool, where the template writes one.
@@ -182,6 +214,23 @@ class TokenizerTemplate:
                 hint="Set `chat.end_token`, or choose another template.",
             )
         return (str(usual),)
+
+
+def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message whose calls have their arguments as JSON text."""
+    if not message.get("tool_calls"):
+        return dict(message)
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def _with_date(jinja: Any, today: date) -> Any:

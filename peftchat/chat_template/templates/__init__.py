@@ -124,6 +124,11 @@ class ChatTemplate:
                 text = with_tools(text, tools)
             yield message.role, text, index == last, message.train is False
 
+    @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """Every token that ends an answer."""
+        return (self.end_token,)
+
     def header_spans(self, role: Role) -> HeaderSpans:
         """Return the header of a role as spans of (text, whether it is one special token)."""
         return _split_special(self.headers[role], tuple(self.special_tokens))

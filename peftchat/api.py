@@ -74,6 +74,7 @@ def train(
     from peftchat.training.distributed import is_main_process
     from peftchat.training.train import train as train_in_process
 
+    settle_processes()
     loaded = _load(recipe, overrides)
     distributed = prepare_training(loaded, resume=resume)
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
@@ -265,6 +266,20 @@ def chat(
     return generate_answer(model, history, apply_sampling(model.generation_config, sampling))
 
 
+def settle_processes() -> None:
+    """Leave in the environment what a launcher says about this process, and say once what else is ignored.
+
+    Raises:
+        UserError: the launcher's variables contradict each other.
+    """
+    from peftchat.console import stderr
+    from peftchat.training.launcher_environment import settle_environment
+
+    ignored = settle_environment(os.environ)
+    if ignored and os.environ.get("RANK", "0") == "0":
+        stderr.print(f"Ignored from the environment: {', '.join(ignored)}", markup=False, highlight=False)
+
+
 def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "DistributedSetup":
     """Resolve the processes of a run, and check paths and folders before anything heavy is loaded.
 
@@ -275,10 +290,9 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "Distribu
     from peftchat.logging_setup import quiet_libraries
     from peftchat.models.source import ModelSource
     from peftchat.runs.run_folder import RunFolder
-    from peftchat.training.distributed import resolve_distributed, slurm_variables
+    from peftchat.training.distributed import resolve_distributed
 
     quiet_libraries()
-    os.environ.update(slurm_variables(os.environ))
     distributed = resolve_distributed(loaded)
     recipe = loaded.recipe
     ModelSource.of_recipe(recipe).check_weights()
@@ -334,7 +348,7 @@ def _launch(loaded: LoadedRecipe, distributed: "DistributedSetup", arguments: Se
     """Encode the data once, so that an error is printed once; then start the processes and wait for them."""
     from peftchat.dataset.cache import load_splits
     from peftchat.training.context import load_chat_format
-    from peftchat.training.distributed import launch
+    from peftchat.training.launch import launch
 
     load_splits(loaded.recipe, load_chat_format(loaded.recipe))
     status = launch(distributed, arguments)

@@ -28,6 +28,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     from peftchat import api
     from peftchat.recipe import load_recipe
 
+    api.settle_processes()
     loaded = load_recipe(recipe, overrides)
     if dry_run:
         distributed = api.prepare_training(loaded, resume=resume)

@@ -11,7 +11,8 @@ from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.errors import UserError
 from peftchat.models.source import ModelSource
 from peftchat.runs.run_folder import Checkpoint, RunFolder
-from peftchat.training.distributed import DistributedSetup, init_deepspeed, is_main_process, resolve_distributed
+from peftchat.training.distributed import DistributedSetup, is_main_process, resolve_distributed
+from peftchat.training.process_group import join_processes
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -95,8 +96,7 @@ def open_context(
         )
     run_folder = RunFolder(Path(recipe.output_dir))
     checkpoint = run_folder.check_usable(recipe, resume=options.resume)
-    if distributed.uses_deepspeed:
-        init_deepspeed(distributed)
+    join_processes(distributed)
     chat = load_chat_format(recipe)
     splits = load_splits(recipe, chat)
     return TrainContext(loaded, options, distributed, run_folder, checkpoint, chat, splits, started)

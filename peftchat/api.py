@@ -71,7 +71,7 @@ def train(
     from peftchat.runs.run_folder import RunFolder
     from peftchat.runs.run_summary import RunSummary
     from peftchat.training.context import TrainOptions
-    from peftchat.training.distributed import is_main_process
+    from peftchat.training.several_processes import is_main_process
     from peftchat.training.train import train as train_in_process
 
     settle_processes()
@@ -308,7 +308,7 @@ def choose_settings(
     """Choose the settings that a recipe leaves open, and print them once for all processes."""
     from peftchat.console import stderr
     from peftchat.planning.auto_settings import resolve_auto_settings
-    from peftchat.training.distributed import is_main_process
+    from peftchat.training.several_processes import is_main_process
 
     loaded, auto_settings = resolve_auto_settings(loaded, distributed)
     if is_main_process():

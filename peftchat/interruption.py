@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-_ENDING = tuple(
+ENDING = tuple(
     signal.Signals[name]
     # Schedulers send the last three as a warning before they kill.
     for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
@@ -58,7 +58,7 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _ENDING}
+    before = {number: signal.getsignal(number) for number in ENDING}
     hook = sys.unraisablehook
     for number, handler in before.items():
         if handler is signal.SIG_DFL:
@@ -94,7 +94,8 @@ def interruption(error: BaseException) -> Interrupted | None:
     Libraries wrap it: an extension module that is interrupted while it is imported raises an `ImportError`.
     """
     seen: set[int] = set()
-    found: BaseException | None = error
+    # The end of a command that has spoken already is none.
+    found: BaseException | None = None if isinstance(error, SystemExit) else error
     while found is not None and id(found) not in seen:
         seen.add(id(found))
         if isinstance(found, Interrupted):
@@ -107,7 +108,7 @@ def interruption(error: BaseException) -> Interrupted | None:
 
 def end(interrupted: Interrupted) -> NoReturn:
     """Say the line, in the first of several processes, and end the process within seconds."""
-    for number in (signal.SIGINT, *_ENDING):
+    for number in (signal.SIGINT, *ENDING):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_IGN)
     _say(interrupted)
@@ -136,7 +137,7 @@ class DeferredSignals:
         """Take the signals over; outside the main thread, which alone gets signals, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGINT, *_ENDING):
+        for number in (signal.SIGINT, *ENDING):
             handler = signal.getsignal(number)
             if handler is not signal.SIG_IGN and handler is not None:
                 self._before[number] = handler
@@ -204,4 +205,3 @@ def _say(interrupted: Interrupted) -> None:
         with contextlib.suppress(Exception):
             sys.stderr.write(f"{interrupted.message}\n")
             sys.stderr.flush()
-

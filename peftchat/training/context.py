@@ -11,8 +11,9 @@ from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.errors import UserError
 from peftchat.models.source import ModelSource
 from peftchat.runs.run_folder import Checkpoint, RunFolder
-from peftchat.training.distributed import DistributedSetup, is_main_process, resolve_distributed
+from peftchat.training.distributed import DistributedSetup, resolve_distributed
 from peftchat.training.process_group import join_processes
+from peftchat.training.several_processes import is_main_process
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe

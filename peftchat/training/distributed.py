@@ -85,11 +85,6 @@ def resolve_distributed(loaded: "LoadedRecipe", environment: Mapping[str, str] =
     return DistributedSetup(strategy, processes, recipe.distributed.nodes, gpus, "none" if alone else "torchrun")
 
 
-def is_main_process() -> bool:
-    """Whether this is the only process of a run, or the first one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def is_sharded(strategy: Strategy) -> bool:
     """Whether DeepSpeed shards anything under a strategy."""
     return strategy in ("zero2", "zero3")

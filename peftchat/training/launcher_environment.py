@@ -1,7 +1,7 @@
 """What launchers leave in the environment: which variables describe this process, and which are ignored.
 
-torchrun, accelerate, Slurm, MPI and DeepSpeed tell a process its rank by variables. Shells inherit them, scripts set some
-of them, and libraries read them whoever set them. So they are read once, here: a complete and consistent set is a
+torchrun, accelerate, Slurm, MPI and DeepSpeed tell a process its rank by variables. Shells inherit them, scripts set
+some of them, and libraries read them whoever set them. So they are read once, here: a complete and consistent set is a
 launcher's, an incomplete one is removed with a note, and a contradictory one is refused.
 """
 
@@ -224,10 +224,8 @@ def _from_torch(given: Mapping[str, str]) -> LaunchedProcess | None:
     local = next((name for name in (_LOCAL_WORLD_SIZE, "LOCAL_SIZE") if name in given), None)
     local_world_size = _number(given, local, names) if local else world_size
     _check(rank, world_size, local_rank, local_world_size, names, given)
-    _check_port(given["MASTER_PORT"], names)
-    return LaunchedProcess(
-        rank, world_size, local_rank, local_world_size, given["MASTER_ADDR"], given["MASTER_PORT"]
-    )
+    check_port(given["MASTER_PORT"], names)
+    return LaunchedProcess(rank, world_size, local_rank, local_world_size, given["MASTER_ADDR"], given["MASTER_PORT"])
 
 
 def _from_slurm(given: Mapping[str, str]) -> LaunchedProcess | None:
@@ -293,7 +291,7 @@ def _from_mpi(given: Mapping[str, str]) -> LaunchedProcess | None:
                 hint="Pass the first machine to all of them, such as `mpirun -x MASTER_ADDR=HOST …`.",
             )
         port = given.get("MASTER_PORT", _MPI_PORT)
-        _check_port(port, ("MASTER_PORT",))
+        check_port(port, ("MASTER_PORT",))
         address = given.get("MASTER_ADDR", "127.0.0.1")
         return LaunchedProcess(rank, world_size, local_rank, local_world_size, address, port)
     return None
@@ -320,7 +318,12 @@ def _check(
         raise _refused(f"the rank on this machine contradicts the rank among all processes ({values})", names)
 
 
-def _check_port(port: str, names: "list[str] | tuple[str, ...]") -> None:
+def check_port(port: str, names: "list[str] | tuple[str, ...]") -> None:
+    """Check that a text is a port.
+
+    Raises:
+        UserError: it is not; the hint names the variables.
+    """
     if not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 2**16:
         raise _refused(f"MASTER_PORT={port} is not a port from 1 to 65535", names)
 

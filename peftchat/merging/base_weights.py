@@ -14,7 +14,7 @@ import torch
 
 from peftchat.errors import UserError
 from peftchat.merging.empty_model import EmptyModel
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint, TensorEntry, read_rows
+from peftchat.models.safetensors_files import SafetensorsCheckpoint, TensorEntry, read_rows
 
 
 @dataclass(frozen=True)

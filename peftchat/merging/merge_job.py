@@ -24,7 +24,7 @@ from peftchat.merging.deltas import Delta
 from peftchat.merging.empty_model import EmptyModel, build_empty_model
 from peftchat.merging.merge_plan import MergePlan, check_memory_budget, file_digest, job_fingerprint, plan_merge
 from peftchat.merging.qlora_base import BaseMode, Quantization, SelectedBase, quantized_parameters, select_base
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint
+from peftchat.models.safetensors_files import SafetensorsCheckpoint
 from peftchat.models.saving import TOKEN_ROWS
 from peftchat.models.source import ModelSource
 

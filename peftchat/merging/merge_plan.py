@@ -11,7 +11,8 @@ import torch
 from peftchat.errors import UserError, VerificationError
 from peftchat.merging.base_weights import BaseWeights, Fusion, blocks
 from peftchat.merging.deltas import AddDelta, Delta, ReplaceRows, ReplaceWeight, WeightedDelta, sum_deltas
-from peftchat.merging.safetensors_io import TensorEntry, TensorSpec, read_rows
+from peftchat.merging.safetensors_io import TensorSpec
+from peftchat.models.safetensors_files import TensorEntry, read_rows
 
 # Memory per weight of a block: stored, float32, merged float32 and the stored result.
 _BYTES_PER_WEIGHT = 16

@@ -6,8 +6,10 @@ renames, fuses or ties is compared as it will be loaded.
 """
 
 import copy
+import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,13 +140,34 @@ def load_headers(
             return None
         if isinstance(error, UserError):
             raise
+        odd = _irregular(checkpoint)
+        reason = f"{len(odd)} of a group are missing or differ in shape: {_some(odd)}" if odd else first_line(error)
         raise UserError(
-            f"transformers cannot convert the tensors of the files: {first_line(error)}",
+            f"transformers cannot convert the tensors of the files: {reason}",
             where=source.where,
             hint="Download the model again, or one that was saved for transformers.",
         ) from error
     mismatched = {name: (list(found), list(expected)) for name, found, expected in info["mismatched_keys"]}
     return LoadingReport(model, tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"])), mismatched)
+
+
+def _irregular(checkpoint: SafetensorsCheckpoint) -> list[str]:
+    """Return what breaks the pattern of tensors whose names differ in numbers alone, such as those of experts.
+
+    That is a tensor whose shape differs from the others', or one that is missing between them.
+    """
+    groups: dict[str, dict[tuple[int, ...], TensorEntry]] = {}
+    for name, entry in checkpoint.entries.items():
+        numbers = tuple(int(part) for part in name.split(".") if part.isdigit())
+        pattern = ".".join("{}" if part.isdigit() else part for part in name.split("."))
+        groups.setdefault(pattern, {})[numbers] = entry
+    odd = []
+    for pattern, group in groups.items():
+        usual = Counter(entry.shape for entry in group.values()).most_common(1)[0][0]
+        odd += [entry.name for entry in group.values() if entry.shape != usual]
+        expected = itertools.product(*(sorted(set(column)) for column in zip(*group, strict=True)))
+        odd += [pattern.format(*numbers) for numbers in expected if numbers not in group]
+    return odd
 
 
 @contextmanager
@@ -257,8 +280,9 @@ def check_ties(checkpoint: SafetensorsCheckpoint, model: "PreTrainedModel", sour
     ties: dict[str, str] = model.all_tied_weights_keys
     if not ties:
         return
-    shapes = {tuple(model.get_parameter(name).shape) for name in (*ties, *ties.values())}
-    candidates = [name for name, entry in checkpoint.entries.items() if entry.shape in shapes]
+    # A merge may have given the model more rows than the files have.
+    widths = {tuple(model.get_parameter(name).shape[1:]) for name in (*ties, *ties.values())}
+    candidates = [name for name, entry in checkpoint.entries.items() if entry.shape[1:] in widths]
     stored = {name: checkpoint.entries[key] for key, name in _model_names(model, candidates).items()}
     for tied, owner in ties.items():
         if tied in stored and owner in stored and not _equal(stored[tied], stored[owner]):

@@ -241,6 +241,7 @@ class ModelSource:
         Raises:
             UserError: it cannot be loaded.
         """
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         self.require_model()
@@ -249,6 +250,10 @@ class ModelSource:
         self._refuse_lfs_pointers((MODEL_CONFIG,))
         try:
             return AutoConfig.from_pretrained(self.name, **self._hub_arguments())
+        except StrictDataclassError as error:
+            # Its first line names the validator; the reason is in its cause.
+            cause = error.__cause__
+            raise self._load_error("the model's config", cause if isinstance(cause, Exception) else error) from error
         except LOAD_ERRORS as error:
             raise self._load_error("the model's config", error) from error
 

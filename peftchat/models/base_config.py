@@ -76,7 +76,9 @@ def _check_kind(source: ModelSource, config: "PretrainedConfig") -> None:
             where=source.where,
             hint=hint,
         )
-    if kind in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False:
+    # XLM calls it `causal`.
+    is_causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING and not is_causal:
         raise UserError(
             f"expected a causal language model, got an encoder ({config.model_type}): its tokens attend to later ones",
             where=source.where,

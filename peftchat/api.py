@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from peftchat.conversation import Message
 from peftchat.errors import UserError, VerificationError
-from peftchat.recipe import LoadedRecipe, load_recipe
+from peftchat.output_paths import check_output
+from peftchat.recipe import LoadedRecipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
     from peftchat.comparing.results import ComparisonResult
@@ -274,7 +275,6 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "Distribu
     from peftchat.conversations.readers import find_files
     from peftchat.logging_setup import quiet_libraries
     from peftchat.models.source import ModelSource
-    from peftchat.runs.run_folder import RunFolder
     from peftchat.training.distributed import resolve_distributed, slurm_variables
 
     quiet_libraries()
@@ -284,8 +284,22 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "Distribu
     ModelSource.of_recipe(recipe).check_weights()
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(source.path, source.split)
-    RunFolder(Path(recipe.output_dir)).check_usable(recipe, resume=resume)
+    _check_run_folder(loaded, resume=resume)
     return distributed
+
+
+def _check_run_folder(loaded: LoadedRecipe, *, resume: bool) -> None:
+    """Check that the run may write to its folder: nothing that the recipe reads is there."""
+    from peftchat.runs.run_folder import RunFolder
+
+    run_folder = RunFolder(Path(loaded.recipe.output_dir))
+    goes_on = resume and run_folder.has_started
+    own = set()
+    if goes_on or (run_folder.is_run and run_folder.recipe.read_text(encoding="utf-8") == dump_recipe(loaded.recipe)):
+        own = {Path(os.path.realpath(run_folder.recipe))}
+    inputs = [entry for entry in loaded.inputs() if Path(os.path.realpath(entry.path)) not in own]
+    check_output(run_folder.path, inputs, f"output_dir: {run_folder.path}", continues=goes_on)
+    run_folder.check_usable(loaded.recipe, resume=resume)
 
 
 def choose_settings(

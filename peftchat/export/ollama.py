@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftchat.errors import UserError
@@ -129,6 +130,17 @@ def _render(
 _QUOTES = '"""'
 
 
+MODELFILE = "Modelfile"
+
+_FIRST_LINE = "# Written by peftchat export."
+
+
+def is_own_modelfile(path: Path) -> bool:
+    """Return whether an export wrote a Modelfile."""
+    with path.open("rb") as file:
+        return file.readline().strip() == _FIRST_LINE.encode()
+
+
 def modelfile(
     gguf_name: str, frames: ChatFrames, stops: list[str], generation: "GenerationConfig", *, writes_bos: bool
 ) -> str:
@@ -144,7 +156,7 @@ def modelfile(
     Raises:
         UserError: a text contains triple quotes, which a Modelfile cannot quote.
     """
-    lines = [f"FROM ./{gguf_name}", f"TEMPLATE {_quoted(go_template(frames, writes_bos=writes_bos))}"]
+    lines = [_FIRST_LINE, f"FROM ./{gguf_name}", f"TEMPLATE {_quoted(go_template(frames, writes_bos=writes_bos))}"]
     if frames.default_system:
         lines.append(f"SYSTEM {_quoted(frames.default_system)}")
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]

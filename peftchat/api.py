@@ -73,6 +73,7 @@ def train(
     from peftchat.runs.run_summary import RunSummary
     from peftchat.training.context import TrainOptions
     from peftchat.training.distributed import is_main_process
+    from peftchat.training.train import claimed_by_run
     from peftchat.training.train import train as train_in_process
 
     loaded = _load(recipe, overrides)
@@ -80,15 +81,18 @@ def train(
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
     arguments = _train_arguments(loaded, overrides, resume=resume, prompts=prompts)
     if distributed.launcher == "torchrun":
-        _launch(loaded, distributed, arguments)
+        # With several machines there is a launcher on each, so the first of all processes claims the folder.
+        with claimed_by_run(run_folder) if distributed.nodes == 1 else contextlib.nullcontext():
+            _launch(loaded, distributed, arguments)
         return RunSummary.read(run_folder)
-    loaded, auto_settings = choose_settings(loaded, distributed)
-    options = TrainOptions(resume, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings)
-    # Standard output is for data; DeepSpeed prints to it while it compiles.
-    with contextlib.redirect_stdout(sys.stderr):
-        summary = train_in_process(loaded, options, distributed)
-    if is_main_process():
-        write_summaries(run_folder.path)
+    with claimed_by_run(run_folder):
+        loaded, auto_settings = choose_settings(loaded, distributed)
+        options = TrainOptions(resume, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings)
+        # Standard output is for data; DeepSpeed prints to it while it compiles.
+        with contextlib.redirect_stdout(sys.stderr):
+            summary = train_in_process(loaded, options, distributed)
+        if is_main_process():
+            write_summaries(run_folder.path)
     return summary
 
 
@@ -290,7 +294,9 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "Distribu
 
 def _check_run_folder(loaded: LoadedRecipe, *, resume: bool) -> None:
     """Check that the run may write to its folder: nothing that the recipe reads is there."""
+    from peftchat.runs.claim import refuse_held
     from peftchat.runs.run_folder import RunFolder
+    from peftchat.training.distributed import is_main_process
 
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
     goes_on = resume and run_folder.has_started
@@ -299,6 +305,8 @@ def _check_run_folder(loaded: LoadedRecipe, *, resume: bool) -> None:
         own = {Path(os.path.realpath(run_folder.recipe))}
     inputs = [entry for entry in loaded.inputs() if Path(os.path.realpath(entry.path)) not in own]
     check_output(run_folder.path, inputs, f"output_dir: {run_folder.path}", continues=goes_on)
+    if is_main_process():
+        refuse_held(run_folder.path, option="output_dir")
     run_folder.check_usable(loaded.recipe, resume=resume)
 
 

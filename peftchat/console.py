@@ -1,4 +1,4 @@
-"""Where words go: data to standard output, progress and notes to standard error."""
+"""The two consoles: results go to standard output, progress and notes to standard error."""
 
 from typing import NoReturn
 
@@ -20,4 +20,4 @@ stderr = _Console(stderr=True, highlight=False, soft_wrap=True)
 """Progress, notes and errors."""
 
 stdout = _Console(highlight=False, soft_wrap=True)
-"""What the command was asked for: tables, answers."""
+"""Results: tables, answers."""

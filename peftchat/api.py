@@ -301,7 +301,7 @@ def _check_run_folder(loaded: LoadedRecipe, *, resume: bool) -> None:
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
     goes_on = resume and run_folder.has_started
     own = set()
-    if goes_on or (run_folder.is_run and run_folder.recipe.read_text(encoding="utf-8") == dump_recipe(loaded.recipe)):
+    if goes_on or (run_folder.is_run and run_folder.recipe.read_text("utf-8", "replace") == dump_recipe(loaded.recipe)):
         own = {Path(os.path.realpath(run_folder.recipe))}
     inputs = [entry for entry in loaded.inputs() if Path(os.path.realpath(entry.path)) not in own]
     check_output(run_folder.path, inputs, f"output_dir: {run_folder.path}", continues=goes_on)

@@ -135,13 +135,12 @@ _QUOTES = '"""'
 
 MODELFILE = "Modelfile"
 
-_FIRST_LINE = "# Written by peftchat export."
+_MARK = "# Written by peftchat export."
 
 
 def is_own_modelfile(path: Path) -> bool:
     """Return whether an export wrote a Modelfile."""
-    with path.open("rb") as file:
-        return file.readline().strip() == _FIRST_LINE.encode()
+    return path.read_bytes().rstrip().endswith(_MARK.encode())
 
 
 def modelfile(
@@ -159,12 +158,12 @@ def modelfile(
     Raises:
         UserError: a text contains triple quotes, which a Modelfile cannot quote.
     """
-    lines = [_FIRST_LINE, f"FROM ./{gguf_name}", f"TEMPLATE {_quoted(go_template(frames, writes_bos=writes_bos))}"]
+    lines = [f"FROM ./{gguf_name}", f"TEMPLATE {_quoted(go_template(frames, writes_bos=writes_bos))}"]
     if frames.default_system:
         lines.append(f"SYSTEM {_quoted(frames.default_system)}")
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     lines += [f"PARAMETER {name} {value}" for name, value in _sampling(generation)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, _MARK]) + "\n"
 
 
 def go_template(frames: ChatFrames, *, writes_bos: bool) -> str:

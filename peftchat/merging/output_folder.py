@@ -57,6 +57,7 @@ def check_output_folder(output: Path, run: Path, inputs: Sequence[InputPath], *,
         check_replaceable(output, "a merged model", _foreign_in_merged(output), where)
     partial = beside(output, "partial")
     if os.path.lexists(partial) and (not partial.is_dir() or partial.is_symlink() or _is_foreign(partial)):
+        _refuse_locked(partial)
         what = f"{partial} is needed for the merge, and holds something else"
         raise UserError(what, where=where, hint="Move it away, or choose another output.")
 
@@ -72,10 +73,7 @@ def working_folder(partial: Path) -> Iterator[None]:
     partial.mkdir(parents=True, exist_ok=True)
     lock_file = partial / LOCK
     lock = FileLock(lock_file, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError("another merge is writing to this folder", where=str(partial)) from error
+    _acquire(lock, partial)
     try:
         yield
     finally:
@@ -102,6 +100,21 @@ def written_files(partial: Path) -> list[str]:
     """Return the names of all files that the merge leaves."""
     names = {file.name for file in partial.iterdir()} - _OF_A_MERGE_IN_PROGRESS
     return sorted({*names, MODEL_CONFIG, REPORT_NAME})
+
+
+def _acquire(lock: FileLock, partial: Path) -> None:
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError("another merge is writing to this folder", where=str(partial)) from error
+
+
+def _refuse_locked(partial: Path) -> None:
+    """Refuse the folder of a merge that runs, whatever it holds."""
+    if _is_plain_file(partial / LOCK):
+        lock = FileLock(partial / LOCK, timeout=0)
+        _acquire(lock, partial)
+        lock.release()
 
 
 def _restore(output: Path) -> None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from peftchat.errors import UserError
 from peftchat.output_paths import InputPath
 from peftchat.paths import expand_path
+from peftchat.recipe.deepspeed_file import deepspeed_problems
 from peftchat.recipe.document import (
     Document,
     Keys,
@@ -25,7 +26,6 @@ from peftchat.recipe.error_messages import FORMER_KEYS, FORMER_SOURCE_KEYS, FORM
 from peftchat.recipe.schema import Recipe, drop_settings_of_other_variants
 from peftchat.recipe.validation import (
     conflict_problems,
-    deepspeed_problems,
     find_conflicts,
     invalid_combinations,
     missing_dependencies,

@@ -77,7 +77,7 @@ def train(
     from peftchat.training.train import train as train_in_process
 
     loaded = _load(recipe, overrides)
-    distributed = prepare_training(loaded, resume=resume)
+    distributed = prepare_training(loaded, resume=resume, download=True)
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
     arguments = _train_arguments(loaded, overrides, resume=resume, prompts=prompts)
     if distributed.launcher == "torchrun":
@@ -123,10 +123,12 @@ def plan(
         >>> peftchat.plan("my.yaml", gpu="a100-80gb").fits
         True
     """
+    from peftchat.models.base_check import check_base
     from peftchat.planning.hardware import find_hardware
     from peftchat.planning.plan import plan_training
 
     loaded = _load(recipe, overrides, to_train=False)
+    check_base(loaded, for_plan=True)
     distributed = loaded.recipe.distributed
     count = gpus or (distributed.processes * distributed.nodes if distributed.processes else None)
     return plan_training(loaded.recipe, find_hardware(gpu, count), price=price, with_grid=alternatives)
@@ -270,25 +272,33 @@ def chat(
     return generate_answer(model, history, apply_sampling(model.generation_config, sampling))
 
 
-def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "DistributedSetup":
-    """Resolve the processes of a run, and check paths and folders before anything heavy is loaded.
+def prepare_training(loaded: LoadedRecipe, *, resume: bool = False, download: bool = False) -> "DistributedSetup":
+    """Resolve the processes of a run, and check the base, paths and folders before anything heavy is loaded.
+
+    Args:
+        loaded: the recipe.
+        resume: continue from the last complete checkpoint, if there is one.
+        download: download the weights of a hub model that is not in the cache, to check them.
 
     Raises:
-        UserError: a path does not exist, the run folder is occupied, or the machine lacks what the recipe requests.
+        UserError: a path does not exist, the base is incomplete or cannot be trained, the run folder is occupied, or
+            the machine lacks what the recipe requests.
     """
     from peftchat.conversations.readers import find_files
     from peftchat.logging_setup import quiet_libraries
-    from peftchat.models.source import ModelSource
     from peftchat.training.distributed import resolve_distributed, slurm_variables
 
     quiet_libraries()
     os.environ.update(slurm_variables(os.environ))
     distributed = resolve_distributed(loaded)
     recipe = loaded.recipe
-    ModelSource.of_recipe(recipe).check_weights()
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(source.path, source.split)
     _check_run_folder(loaded, resume=resume)
+    # Last, because it imports the model's code.
+    from peftchat.models.base_check import check_base
+
+    check_base(loaded, download=download)
     return distributed
 
 

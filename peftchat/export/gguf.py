@@ -19,7 +19,7 @@ from peftchat.export.architectures import Architecture, architecture_of, rope_fa
 from peftchat.export.export_source import ExportSource
 from peftchat.export.vocabulary import read_vocabulary
 from peftchat.merging.byte_progress import ByteProgress
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint, TensorEntry, read_rows
+from peftchat.models.safetensors_files import SafetensorsCheckpoint, TensorEntry, read_rows
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter

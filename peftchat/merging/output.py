@@ -12,7 +12,7 @@ import torch
 from peftchat.errors import UserError, VerificationError
 from peftchat.merging.merge_plan import MergePlan
 from peftchat.merging.qlora_base import BaseKind
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint
+from peftchat.models.safetensors_files import SafetensorsCheckpoint
 from peftchat.models.source import GENERATION_CONFIG, MODEL_CONFIG, WEIGHTS, WEIGHTS_INDEX
 
 _TOKENIZER = (

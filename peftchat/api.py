@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from peftchat.conversation import Message
 from peftchat.errors import UserError, VerificationError
-from peftchat.recipe import LoadedRecipe, load_recipe
+from peftchat.output_paths import check_output
+from peftchat.recipe import LoadedRecipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
     from peftchat.comparing.results import ComparisonResult
@@ -285,9 +286,7 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False, download: bo
     """
     from peftchat.conversations.readers import find_files
     from peftchat.logging_setup import quiet_libraries
-    from peftchat.runs.claim import refuse_held
-    from peftchat.runs.run_folder import RunFolder
-    from peftchat.training.distributed import is_main_process, resolve_distributed, slurm_variables
+    from peftchat.training.distributed import resolve_distributed, slurm_variables
 
     quiet_libraries()
     os.environ.update(slurm_variables(os.environ))
@@ -295,14 +294,30 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False, download: bo
     recipe = loaded.recipe
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(source.path, source.split)
-    if is_main_process():
-        refuse_held(Path(recipe.output_dir), option="output_dir")
-    RunFolder(Path(recipe.output_dir)).check_usable(recipe, resume=resume)
+    _check_run_folder(loaded, resume=resume)
     # Last, because it imports the model's code.
     from peftchat.models.base_check import check_base
 
     check_base(loaded, download=download)
     return distributed
+
+
+def _check_run_folder(loaded: LoadedRecipe, *, resume: bool) -> None:
+    """Check that the run may write to its folder: nothing that the recipe reads is there."""
+    from peftchat.runs.claim import refuse_held
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.training.distributed import is_main_process
+
+    run_folder = RunFolder(Path(loaded.recipe.output_dir))
+    goes_on = resume and run_folder.has_started
+    own = set()
+    if goes_on or (run_folder.is_run and run_folder.recipe.read_text("utf-8", "replace") == dump_recipe(loaded.recipe)):
+        own = {Path(os.path.realpath(run_folder.recipe))}
+    inputs = [entry for entry in loaded.inputs() if Path(os.path.realpath(entry.path)) not in own]
+    check_output(run_folder.path, inputs, f"output_dir: {run_folder.path}", continues=goes_on)
+    if is_main_process():
+        refuse_held(run_folder.path, option="output_dir")
+    run_folder.check_usable(loaded.recipe, resume=resume)
 
 
 def choose_settings(

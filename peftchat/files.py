@@ -1,7 +1,13 @@
-"""Atomic file writing: a reader sees the old file or the new one, never a part."""
+"""Atomic file writing (a reader sees the old file or the new one, never a part), and the cache folder."""
 
 import os
 from pathlib import Path
+
+
+def cache_root() -> Path:
+    """Return the cache folder: `PEFTCHAT_CACHE`, or the user's cache folder."""
+    own = os.environ.get("PEFTCHAT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peftchat"
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:

@@ -1,10 +1,11 @@
-"""Comparison run: train every candidate, evaluate the best trials, and write the results.
+"""Comparison run: train every candidate, evaluate, and write the results.
 
-Each training and each evaluation runs in a child process, so that its memory is measured alone and its failure ends
+Each training and each evaluation runs in a child process. Its memory is therefore measured alone, and its failure ends
 nothing else. Finished work in the folder is kept, so an interrupted comparison continues where it stopped.
 """
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from peftchat.conversations.problems import ProblemLog
 from peftchat.dataset.cache import conversations
 from peftchat.errors import UserError
 from peftchat.files import write_text
+from peftchat.output_paths import InputPath, check_output
 from peftchat.recipe import dump_recipe
 from peftchat.runs.run_folder import RunFolder
 
@@ -80,6 +82,10 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
     text = options.general_text or GENERAL_TEXT
     if not text.is_file():
         raise UserError("no such file", where=f"--forgetting-text {text}")
+    inputs = [*plan.base.inputs(), InputPath(text, "the text to measure forgetting on")]
+    # The recipe in the folder is the comparison's own, unless the folder holds nothing else of it.
+    own = os.path.realpath(folder.base) if folder.is_comparison else None
+    check_output(folder.path, [entry for entry in inputs if os.path.realpath(entry.path) != own], f"-o {out}")
     message = f"{len(plan.candidates)} candidates, {plan.num_runs} runs, in {out}"
     stderr.print(message, markup=False, highlight=False)
     with folder.locked(plan.base.recipe), CompareProgress(plan.num_runs) as progress:
@@ -121,7 +127,10 @@ def write_splits(recipe: "Recipe", folder: ComparisonFolder) -> None:
 
 
 def first_prompts(folder: ComparisonFolder, count: int) -> list[str]:
-    """Return the first user messages of the first held-out conversations, without repetition."""
+    """Return the first user messages of the first held-out conversations.
+
+    Repeated messages occur once.
+    """
     from peftchat.conversations import read_conversations
 
     found: dict[str, None] = {}
@@ -271,7 +280,10 @@ def run_python(arguments: Sequence[str], log: Path, watch: Callable[[], None]) -
 
 
 def _end_leftover(pid_file: Path) -> None:
-    """End the child of an earlier comparison that was killed: two processes must not write one run."""
+    """End the child process of an earlier comparison that was killed.
+
+    Two processes must not write one run.
+    """
     if not pid_file.is_file():
         return
     pid, _, created = pid_file.read_text(encoding="utf-8").partition(" ")

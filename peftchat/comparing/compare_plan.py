@@ -16,6 +16,7 @@ from peftchat.comparing.hyperparameter_search import (
     check_optuna,
 )
 from peftchat.errors import UserError
+from peftchat.paths import escape_path
 from peftchat.recipe import load_recipe
 from peftchat.variants import get_variant
 
@@ -193,21 +194,27 @@ class ComparePlan:
     def run_recipe(self, job: TrainingJob, output_dir: Path, data: Path) -> "Recipe":
         """Return the recipe of one run on the conversations in the folder `data`."""
         files = {
-            "data.train": [{"path": str(data / "train.jsonl"), "format": "messages"}],
-            "data.eval": [{"path": str(data / "eval.jsonl"), "format": "messages"}],
+            "data.train": [{"path": escape_path(str(data / "train.jsonl")), "format": "messages"}],
+            "data.eval": [{"path": escape_path(str(data / "eval.jsonl")), "format": "messages"}],
         }
         requested = {**_shared_settings(self.options), **self._evaluation_settings(), **job.candidate.settings}
         settings = {key: value for key, value in requested.items() if not key.startswith(_DATA_KEYS)}
         settings |= {"data.max_train_samples": None, "data.max_eval_samples": None, **files}
-        settings |= {**job.settings, "training.seed": job.seed, "output_dir": str(output_dir)}
+        settings |= {**job.settings, "training.seed": job.seed, "output_dir": escape_path(str(output_dir))}
         return load_recipe(self.options.recipe, override_flags(settings)).recipe
 
     def recommended_recipe(self, candidate: Candidate, settings: Settings) -> "Recipe":
-        """Return the user's recipe with a candidate's settings, with its own length and data."""
+        """Return the user's recipe with a candidate's settings.
+
+        Its length and data are the user's own.
+        """
         return load_recipe(self.options.recipe, override_flags({**candidate.settings, **settings})).recipe
 
     def _evaluation_settings(self) -> dict[str, object]:
-        """Return settings for a few evaluations during the run, unless the recipe sets them."""
+        """Return settings for a few evaluations during the run.
+
+        If the recipe sets its own, only the one before the first step is added.
+        """
         settings: dict[str, object] = {"training.eval_on_start": True}
         written = self.base.document.value
         if any(written(("training", key)) is not None for key in ("eval_strategy", "eval_steps")):
@@ -251,7 +258,10 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
 
 
 def _check_candidate(plan: ComparePlan, candidate: Candidate) -> None:
-    """Load the recipe of every trial that is known, or of both ends of the ranges searched."""
+    """Load the recipe of every known trial of a candidate.
+
+    For ranges that optuna searches, both ends are loaded.
+    """
     known: list[Settings]
     if plan.options.num_trials:
         ranges = plan.options.ranges
@@ -269,7 +279,7 @@ def _check_candidate(plan: ComparePlan, candidate: Candidate) -> None:
 
 
 def _shared_settings(options: CompareOptions) -> dict[str, object]:
-    """Return the settings that every candidate shares: the budget, and keys with one value.
+    """Return the settings of all candidates: the budget, and keys with one value.
 
     Adapter keys are left out, since `full` has no adapter.
     """

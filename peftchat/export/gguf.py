@@ -1,4 +1,4 @@
-"""Write a model as one GGUF file, tensor by tensor, and verify the file."""
+"""GGUF export: write a model as one file, tensor by tensor, and verify it."""
 
 import importlib.util
 import logging
@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from peftchat.export.architectures import Architecture, architecture_of, rope_fa
 from peftchat.export.export_source import ExportSource
 from peftchat.export.vocabulary import read_vocabulary
 from peftchat.merging.byte_progress import ByteProgress
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint, TensorEntry, read_rows
+from peftchat.models.safetensors_files import SafetensorsCheckpoint, TensorEntry, read_rows
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -36,7 +37,17 @@ _GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of the file: its source in the checkpoint, and its name, shape and type in GGUF."""
+    """A tensor of the file.
+
+    Attributes:
+        name: its name in GGUF.
+        source: its name in the checkpoint.
+        shape: its shape in elements.
+        kind: its GGUF type.
+        bytes: its size in the file.
+        entry: its entry in the checkpoint; None for a computed tensor.
+        values: the elements of a computed tensor.
+    """
 
     name: str
     source: str
@@ -184,10 +195,22 @@ def _size(shape: tuple[int, ...], kind: "GGMLQuantizationType") -> int:
     return int(np.prod(shape, dtype=np.int64)) // block * size
 
 
+_WRITTEN_BY = "peftchat.version"
+_START = 4096
+
+
+def is_own_gguf(path: Path) -> bool:
+    """Return whether an export wrote a GGUF file: the key of its metadata is among the first."""
+    with path.open("rb") as file:
+        start = file.read(_START)
+    return start.startswith(b"GGUF") and _WRITTEN_BY.encode() in start
+
+
 def _write_metadata(writer: "GGUFWriter", name: str, type_name: str) -> None:
     from gguf import GGML_QUANT_VERSION, GGUFType, LlamaFileType
 
     names = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_string(_WRITTEN_BY, version("peftchat"))
     writer.add_type(GGUFType.MODEL)
     writer.add_name(name)
     writer.add_file_type(LlamaFileType[names[type_name]])
@@ -209,14 +232,20 @@ def _write_special_ids(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase
 
 
 def _plain_jinja(template: str) -> str:
-    """Remove the generation tags from a template: they change no text, and not every engine supports them."""
+    """Remove the generation tags from a template.
+
+    They change no text, and some engines do not support them.
+    """
     return _GENERATION_TAG.sub(
         lambda match: f"{{%{match[1]} {'endif' if match[2] else 'if true'} {match[3]}%}}", template
     )
 
 
 def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether a text begins with the BOS token: as in the chat template, if there is one."""
+    """Return whether a text begins with the BOS token.
+
+    The chat template decides, if there is one.
+    """
     bos = tokenizer.bos_token
     if bos is None:
         return False

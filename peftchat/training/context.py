@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.errors import UserError
+from peftchat.models.base_check import check_tokenizer
 from peftchat.models.source import ModelSource
 from peftchat.runs.checkpoint import Checkpoint
 from peftchat.runs.run_folder import RunFolder
-from peftchat.training.distributed import DistributedSetup, init_deepspeed, is_main_process, resolve_distributed
+from peftchat.training.distributed import DistributedSetup, resolve_distributed
+from peftchat.training.process_group import join_processes
+from peftchat.training.several_processes import is_main_process
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -96,13 +99,19 @@ def open_context(
         )
     run_folder = RunFolder(Path(recipe.output_dir))
     checkpoint = run_folder.check_usable(recipe, resume=options.resume)
-    if distributed.uses_deepspeed:
-        init_deepspeed(distributed)
+    join_processes(distributed)
     chat = load_chat_format(recipe)
     splits = load_splits(recipe, chat)
     return TrainContext(loaded, options, distributed, run_folder, checkpoint, chat, splits, started)
 
 
 def load_chat_format(recipe: "Recipe") -> ChatFormat:
-    """Load the recipe's tokenizer in the recipe's chat format."""
-    return make_format(recipe.chat.template, recipe.chat.system, ModelSource.of_recipe(recipe).tokenizer())
+    """Load the recipe's tokenizer in the recipe's chat format.
+
+    Raises:
+        UserError: it cannot be loaded, or has tokens that the model's embedding lacks.
+    """
+    source = ModelSource.of_recipe(recipe)
+    tokenizer = source.tokenizer()
+    check_tokenizer(tokenizer, source, source.config())
+    return make_format(recipe.chat.template, recipe.chat.system, tokenizer)

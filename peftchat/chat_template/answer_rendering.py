@@ -242,7 +242,7 @@ class AnswerRenderer:
         shared = _shared_length(prompt, full)
         for start in range(shared, len(prompt) - opening - 1, -1):
             closed = _CLOSED_REASONING.fullmatch(prompt[start:])
-            if closed:
+            if closed and not full.startswith(f"<{closed['tag']}>", start):
                 # Some templates leave out only the start of an empty reasoning.
                 return full[start:].removeprefix(f"</{closed['tag']}>")
         # The template writes something else for the messages before, and the same for the answer.

@@ -207,7 +207,7 @@ _EncodedRun = tuple[list[int], bytes]
 class Template(Protocol):
     """The part of a chat template that encoding needs."""
 
-    def examples(self, conversation: Conversation) -> Iterable[Iterable[TemplateSpan]]:
+    def examples(self, conversation: Conversation) -> Sequence[Iterable[TemplateSpan]]:
         """Return the conversation's examples, each as spans of text."""
         ...
 
@@ -259,15 +259,24 @@ class ChatEncoder:
         """
         if self._blocks is not None:
             return self._blocks.batch(conversations)
-        return ExampleBatch.of(self._encode_by_spans(conversations))
-
-    def _encode_by_spans(self, conversations: Iterable[Conversation]) -> list[EncodedExample]:
-        """Return the examples by way of the template's spans, which every template has."""
+        conversations = list(conversations)
+        spans = [self._template.examples(conversation) for conversation in conversations]
+        owners = [number for number, examples in enumerate(spans) for _ in examples]
         prepared = [
-            self._prepare(conversation, spans)
-            for conversation in conversations
-            for spans in self._template.examples(conversation)
+            self._prepare(conversation, example)
+            for conversation, examples in zip(conversations, spans, strict=True)
+            for example in examples
         ]
+        return ExampleBatch.of(self._encode_prepared(prepared), owners)
+
+    def encode_spans(self, spans: Iterable[TemplateSpan]) -> list[int]:
+        """Return the ids of one text in spans, such as a prompt."""
+        (example,) = self._encode_prepared([self._prepare(Conversation(()), spans)])
+        ids: list[int] = example.ids.tolist()
+        return ids
+
+    def _encode_prepared(self, prepared: Sequence[_Prepared]) -> list[EncodedExample]:
+        """Return the examples by way of their spans, which every template has."""
         runs = [item for one in prepared for item in one.items if isinstance(item, _TextRun)]
         encoded = iter(self._encode_runs(runs))
         examples = []

@@ -56,6 +56,7 @@ class TokenizerTemplate:
     Attributes:
         end_token: the token that ends an answer without calls.
         end_tokens: every token that ends an answer; generation stops at each of them.
+        written_date: the date that the template writes; None for templates that write none.
 
     Raises:
         UserError: the tokenizer has no template, or nothing in the template ends an answer.
@@ -85,7 +86,9 @@ class TokenizerTemplate:
                 where="chat.end_token",
                 hint="Name a special token, such as the tokenizer's `eos_token`.",
             )
-        written = _with_date(self.jinja, today or date.today())
+        today = today or date.today()
+        written = _with_date(self.jinja, today)
+        self.written_date = None if written == self.jinja else today.isoformat()
         self._renderer = TemplateRenderer(tokenizer, written, list(self._text.special), variables)
         self._arguments_as_text = self._wants_text_arguments()
         self.end_tokens = self._find_end_tokens(tokenizer)

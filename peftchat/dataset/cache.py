@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval"]
 
-_FORMAT = 6
+_FORMAT = 7
 """Version of the cache: to be raised when the same settings give other examples or other files."""
 
 
@@ -105,7 +105,7 @@ def _key(recipe: "Recipe", chat: ChatFormat) -> str:
         "format": _FORMAT,
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "special": sorted(map(str, tokenizer.added_tokens_decoder.values())),
-        "template": [chat.template.name, chat.template.jinja, chat.template.end_token],
+        "template": [chat.template.name, chat.template.jinja, chat.template.end_token, chat.template.written_date],
         "chat": recipe.chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json", exclude={"packing", "pad_to_multiple_of"}),
         "seed": recipe.training.seed,
@@ -199,6 +199,12 @@ def _check(recipe: "Recipe", split: Split, stats: EncodingStats) -> None:
         )
 
 
+def _continuation(example: EncodedExample, candidates: Sequence[EncodedExample]) -> EncodedExample:
+    """Return the one of a conversation's examples that goes on from this one; the last if none does."""
+    ids = example.ids.tolist()
+    return next((one for one in candidates if one.ids[: len(ids)].tolist() == ids), candidates[-1])
+
+
 def with_full_examples(
     recipe: "Recipe", chat: ChatFormat, split: Split, examples: Iterable[EncodedExample]
 ) -> Iterator[tuple[EncodedExample, EncodedExample]]:
@@ -218,5 +224,5 @@ def with_full_examples(
     for example in examples:
         if full is None or full.source != example.source:
             found = next((conversation for conversation in stream if conversation.source == example.source), None)
-            full = example if found is None else encoder.encode([found])[0]
+            full = example if found is None else _continuation(example, encoder.encode([found]))
         yield example, full

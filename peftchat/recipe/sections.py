@@ -1,11 +1,12 @@
 """The sections of a recipe except `adapter` and `training`, and the values their keys accept."""
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from peftchat.chat_template.loss_mask import LossOn
-from peftchat.chat_template.templates import ChatTemplateName, template_summaries
+from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, is_template_name, template_summaries
 from peftchat.strict_model import StrictModel, list_to_tuple
 
 Method = Literal["full", "lora", "qlora"]
@@ -108,11 +109,23 @@ class QuantizationSection(StrictModel):
     )
 
 
+def _check_template_name(name: str) -> str:
+    if not is_template_name(name):
+        expected = " or ".join(f"'{known}'" for known in (*CHAT_TEMPLATES, TOKENIZER_TEMPLATE, "a .jinja file"))
+        raise PydanticCustomError("literal_error", "expected {expected}", {"expected": expected})
+    return name
+
+
+TemplateName = Annotated[str, AfterValidator(_check_template_name)]
+"""A value of `chat.template`."""
+
+
 class ChatSection(StrictModel):
     """How a conversation is encoded, and which tokens are trained."""
 
-    template: ChatTemplateName = Field(
+    template: TemplateName = Field(
         "starchat",
+        examples=[*CHAT_TEMPLATES, TOKENIZER_TEMPLATE, "path/to/template.jinja"],
         description="The chat template. Special tokens that the tokenizer lacks are added. "
         + " ".join(f"`{name}`: {summary}" for name, summary in template_summaries().items()),
     )
@@ -120,6 +133,21 @@ class ChatSection(StrictModel):
         None,
         description="System message for conversations that bring none. `null` writes no system block, an empty "
         "text an empty one.",
+    )
+    template_kwargs: dict[str, Any] = Field(
+        {},
+        description="Variables of the template, for `model` and a template of your own: `{enable_thinking: false}`.",
+    )
+    template_date: str | None = Field(
+        None,
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        examples=["2026-01-31"],
+        description="The date for templates that write the current one. `null` takes today's.",
+    )
+    end_token: str | None = Field(
+        None,
+        min_length=1,
+        description="The special token that ends an answer, for a template that writes none behind it.",
     )
     loss_on: LossOn = Field(
         "answers",

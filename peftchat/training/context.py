@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,4 +114,12 @@ def load_chat_format(recipe: "Recipe") -> ChatFormat:
     source = ModelSource.of_recipe(recipe)
     tokenizer = source.tokenizer()
     check_tokenizer(tokenizer, source, source.config())
-    return make_format(recipe.chat.template, recipe.chat.system, tokenizer)
+    chat = recipe.chat
+    return make_format(
+        chat.template,
+        chat.system,
+        tokenizer,
+        variables=chat.template_kwargs,
+        end_token=chat.end_token,
+        today=date.fromisoformat(chat.template_date) if chat.template_date else None,
+    )

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 from peftchat.chat_template.loss_mask import TurnPart, token_tag
 from peftchat.chat_template.message_text import ANSWER_JINJA, TOOLS_JINJA, message_text, tools_text, with_tools
@@ -125,6 +124,11 @@ class ChatTemplate:
             yield message.role, text, index == last, message.train is False
 
     @property
+    def written_date(self) -> None:
+        """The date that the template writes: none."""
+        return None
+
+    @property
     def end_tokens(self) -> tuple[str, ...]:
         """Every token that ends an answer."""
         return (self.end_token,)
@@ -208,16 +212,21 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
 TOKENIZER_TEMPLATE = "model"
 """The value of `chat.template` that keeps the tokenizer's own template."""
 
-if TYPE_CHECKING:
-    ChatTemplateName = str
-else:
-    ChatTemplateName = Literal[(*CHAT_TEMPLATES, TOKENIZER_TEMPLATE)]
+TEMPLATE_SUFFIX = ".jinja"
+"""The ending of a file that holds a chat template."""
+
+
+def is_template_name(name: str) -> bool:
+    """Return whether `chat.template` accepts a name: that of a template, or a path of a Jinja file."""
+    return name in CHAT_TEMPLATES or name == TOKENIZER_TEMPLATE or name.endswith(TEMPLATE_SUFFIX)
 
 
 def template_summaries() -> dict[str, str]:
     """Return every value of `chat.template` with one line that describes it."""
     own = "The tokenizer's own template, with an exact loss mask. Adds no tokens."
-    return {**{name: template.summary for name, template in CHAT_TEMPLATES.items()}, TOKENIZER_TEMPLATE: own}
+    file = "A Jinja template of your own, used like `model`."
+    built_in = {name: template.summary for name, template in CHAT_TEMPLATES.items()}
+    return {**built_in, TOKENIZER_TEMPLATE: own, f"path/to/template{TEMPLATE_SUFFIX}": file}
 
 
 def added_token_count(name: str) -> int:
@@ -226,4 +235,4 @@ def added_token_count(name: str) -> int:
     Args:
         name: a value of `chat.template`.
     """
-    return 0 if name == TOKENIZER_TEMPLATE else len(CHAT_TEMPLATES[name].special_tokens)
+    return len(CHAT_TEMPLATES[name].special_tokens) if name in CHAT_TEMPLATES else 0

@@ -33,6 +33,8 @@ _CLOSED_REASONING = re.compile(
     r"|\[THINK\]\s*\[/THINK\]"
     r"|<\|channel>thought\s*<channel\|>)\s*"
 )
+_OPEN_TAG = re.compile(r"\s*<(?P<tag>[\w:]*think\w*)>\s*")
+
 _WITHOUT_REASONING: tuple[dict[str, Any], ...] = ({"enable_thinking": False}, {"thinking": False}, {"reasoning": False})
 """Variables by which templates turn reasoning off."""
 
@@ -238,13 +240,11 @@ class AnswerRenderer:
         """Return the text that the template writes behind the prompt; None if the two differ."""
         if full.startswith(prompt):
             return full[len(prompt) :]
-        # The prompt closes an empty reasoning that the rendering leaves out.
         shared = _shared_length(prompt, full)
         for start in range(shared, len(prompt) - opening - 1, -1):
-            closed = _CLOSED_REASONING.fullmatch(prompt[start:])
-            if closed and not full.startswith(f"<{closed['tag']}>", start):
-                # Some templates leave out only the start of an empty reasoning.
-                return full[start:].removeprefix(f"</{closed['tag']}>")
+            behind = _behind_reasoning(prompt[start:], full[start:])
+            if behind is not None:
+                return behind
         # The template writes something else for the messages before, and the same for the answer.
         simple = self._simple_answer(index)
         return simple if simple and full.endswith(simple) else None
@@ -352,6 +352,25 @@ def _turn(role: str, call: Mapping[str, Any] | None = None) -> TemplateMessage:
         return {"role": role, "content": "next"}
     found = {"role": role, "content": "next", "name": call["function"]["name"]}
     return {**found, "tool_call_id": call["id"]} if "id" in call else found
+
+
+def _behind_reasoning(opened: str, written: str) -> str | None:
+    """Return what follows an empty reasoning of the prompt that the conversation lacks; None if it is not one.
+
+    Args:
+        opened: the end of the prompt.
+        written: the conversation from the same place on.
+    """
+    open_tag = _OPEN_TAG.fullmatch(opened)
+    if open_tag and written.startswith(f"</{open_tag['tag']}>"):
+        return written
+    closed = _CLOSED_REASONING.fullmatch(opened)
+    if closed is None:
+        return None
+    # Some templates leave out only the start of an empty reasoning.
+    behind = written.removeprefix(f"</{closed['tag']}>")
+    # A reasoning of its own would be a second one.
+    return None if behind.lstrip().startswith(f"<{closed['tag']}>") else behind
 
 
 def _shared_length(one: str, other: str) -> int:

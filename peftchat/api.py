@@ -72,6 +72,7 @@ def train(
     from peftchat.runs.run_summary import RunSummary
     from peftchat.training.context import TrainOptions
     from peftchat.training.distributed import is_main_process
+    from peftchat.training.train import claimed_by_run
     from peftchat.training.train import train as train_in_process
 
     loaded = _load(recipe, overrides)
@@ -79,15 +80,18 @@ def train(
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
     arguments = _train_arguments(loaded, overrides, resume=resume, prompts=prompts)
     if distributed.launcher == "torchrun":
-        _launch(loaded, distributed, arguments)
+        # With several machines there is a launcher on each, so the first of all processes claims the folder.
+        with claimed_by_run(run_folder) if distributed.nodes == 1 else contextlib.nullcontext():
+            _launch(loaded, distributed, arguments)
         return RunSummary.read(run_folder)
-    loaded, auto_settings = choose_settings(loaded, distributed)
-    options = TrainOptions(resume, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings)
-    # Standard output is for data; DeepSpeed prints to it while it compiles.
-    with contextlib.redirect_stdout(sys.stderr):
-        summary = train_in_process(loaded, options, distributed)
-    if is_main_process():
-        write_summaries(run_folder.path)
+    with claimed_by_run(run_folder):
+        loaded, auto_settings = choose_settings(loaded, distributed)
+        options = TrainOptions(resume, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings)
+        # Standard output is for data; DeepSpeed prints to it while it compiles.
+        with contextlib.redirect_stdout(sys.stderr):
+            summary = train_in_process(loaded, options, distributed)
+        if is_main_process():
+            write_summaries(run_folder.path)
     return summary
 
 
@@ -274,8 +278,9 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "Distribu
     from peftchat.conversations.readers import find_files
     from peftchat.logging_setup import quiet_libraries
     from peftchat.models.source import ModelSource
+    from peftchat.runs.claim import refuse_held
     from peftchat.runs.run_folder import RunFolder
-    from peftchat.training.distributed import resolve_distributed, slurm_variables
+    from peftchat.training.distributed import is_main_process, resolve_distributed, slurm_variables
 
     quiet_libraries()
     os.environ.update(slurm_variables(os.environ))
@@ -284,6 +289,8 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "Distribu
     ModelSource.of_recipe(recipe).check_weights()
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(source.path, source.split)
+    if is_main_process():
+        refuse_held(Path(recipe.output_dir), option="output_dir")
     RunFolder(Path(recipe.output_dir)).check_usable(recipe, resume=resume)
     return distributed
 

@@ -1,14 +1,20 @@
-"""Writing files so that a reader never sees half of one."""
+"""Atomic file writing (a reader sees the old file or the new one, never a part), and the cache folder."""
 
 import os
 from pathlib import Path
+
+
+def cache_root() -> Path:
+    """Return the cache folder: `PEFTCHAT_CACHE`, or the user's cache folder."""
+    own = os.environ.get("PEFTCHAT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peftchat"
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
     """Write a text file under a temporary name, flush it to the disk, and rename it into place.
 
     Args:
-        errors: what to do with characters that UTF-8 has no bytes for, as `open` takes it.
+        errors: how to encode characters that UTF-8 cannot represent, as in `open`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,26 +1,26 @@
-"""Numbers as people read them; what was not measured says so."""
+"""Text forms of numbers, sizes and times, as reports and tables show them."""
 
 import math
 from datetime import datetime
 
 UNKNOWN = "not measured"
-"""Stands wherever a run has no value."""
+"""The text form of None."""
 
 
 def format_count(value: float | None) -> str:
-    """Whole number with thousands separated: `1,234,567`."""
+    """Return a rounded number with thousands separated: `1,234,567`."""
     return UNKNOWN if value is None else f"{value:,.0f}"
 
 
 def format_short_count(value: float | None) -> str:
-    """Large number with a suffix, from ten thousand on: `26.6 k`, `4.88 M`, `15.5 B`."""
+    """Return a number with a suffix from ten thousand on: `26.6 k`, `4.88 M`."""
     if value is None:
         return UNKNOWN
     return format_count(value) if abs(value) < 1e4 else _scaled(value, ("T", "B", "M", "k"))
 
 
 def format_bytes(value: float | None) -> str:
-    """Bytes in decimal units: `236 MB`, `1.27 GB`."""
+    """Return bytes in decimal units: `236 MB`, `1.27 GB`."""
     if value is None:
         return UNKNOWN
     return f"{value:.0f} B" if abs(value) < 1e3 else _scaled(value, ("TB", "GB", "MB", "kB"))
@@ -36,7 +36,7 @@ def _scaled(value: float, units: tuple[str, str, str, str]) -> str:
 
 
 def format_percent(value: float | None) -> str:
-    """Fraction as percent: `63 %`, and with one decimal below ten percent: `4.2 %`."""
+    """Return a fraction as percent: `63 %`; below ten percent with one decimal."""
     if value is None:
         return UNKNOWN
     percent = 100 * value
@@ -44,7 +44,7 @@ def format_percent(value: float | None) -> str:
 
 
 def format_decimal(value: float | None) -> str:
-    """Loss, norm or rate to four significant digits, in powers of ten only where it is tiny or huge."""
+    """Return four significant digits, in scientific notation below 1e-3 and from 1e5 on."""
     if value is None:
         return UNKNOWN
     if not math.isfinite(value) or (value == int(value) and abs(value) < 1e5):
@@ -56,7 +56,7 @@ def format_decimal(value: float | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """Time in the two largest units that matter: `38 s`, `4 min 12 s`, `2 h 05 min`, `3 d 4 h`."""
+    """Return seconds in their two largest units: `38 s`, `4 min 12 s`, `3 d 4 h`."""
     if seconds is None:
         return UNKNOWN
     if seconds < 9.95:
@@ -74,14 +74,14 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_clock(seconds: float) -> str:
-    """Time left as a clock shows it: `0:38`, `4:12`, `2:05:00`."""
+    """Return seconds as a clock shows them: `0:38`, `4:12`, `2:05:00`."""
     whole = max(0, round(seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def format_time(iso: str | None) -> str:
-    """An ISO time to the minute, as `2026-01-14 10:06 UTC`; text of any other form as it is."""
+    """Return an ISO time to the minute: `2026-01-14 10:06 UTC`; other text unchanged."""
     if iso is None:
         return UNKNOWN
     try:

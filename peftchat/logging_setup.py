@@ -1,23 +1,23 @@
-"""Libraries that talk over our own display."""
+"""Log levels of libraries whose messages would interrupt the progress display."""
 
 import logging
 import os
 import warnings
 
-_TALKATIVE = ("DeepSpeed", "bitsandbytes", "bitsandbytes.backends.cpu.ops", "torch.distributed", "accelerate", "peft")
+_LOGGERS = ("DeepSpeed", "bitsandbytes", "bitsandbytes.backends.cpu.ops", "torch.distributed", "accelerate", "peft")
 
 
 def quiet_libraries() -> None:
-    """Let libraries report errors only. To be called before they are imported: some speak while they are."""
-    for name in _TALKATIVE:
-        # Some set their own level when they are imported; a filter outlives that.
+    """Restrict libraries to errors. Call it before importing them: some log while they are imported."""
+    for name in _LOGGERS:
+        # Some set their own level when they are imported; a filter stays.
         logging.getLogger(name).addFilter(_is_error)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Not one of them is about anything that a recipe says.
+    # None of these warnings concerns a setting of the recipe.
     warnings.filterwarnings("ignore")
 
 

@@ -2,22 +2,53 @@
 
 import errno
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import click
+from click.utils import PacifyFlushWrapper
 
 from peftchat import __version__
 from peftchat.cli import chat, compare, data, export, init, mask, merge, plan, train, variants
 from peftchat.cli.common import OrderedGroup, note
 from peftchat.errors import UserError, VerificationError
+from peftchat.streams import BROKEN_PIPE_STATUS, check_output, discard_output, prepare_streams
 
-# A full or read-only disk raises these; a defect of peftchat would not.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
+# A disk or a file system raises these; a defect of peftchat would rarely.
+_DISK_ERRORS = {
+    errno.EACCES,
+    errno.EBUSY,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ENFILE,
+    errno.ENODEV,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.EXDEV,
+}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_TOO_MANY = {errno.EMFILE, errno.ENFILE}
 
 
 @click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="peftchat")
 def cli() -> None:
     """Fine-tune a chat assistant of your own: full, LoRA or QLoRA, from one recipe."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError("the working folder no longer exists", hint="Change to another folder.") from error
 
 
 # In the order of the work.
@@ -27,27 +58,79 @@ for _module in (init, data, mask, variants, plan, train, compare, merge, chat, e
 
 def main() -> None:
     """Run the command line; the exit status is 0 for success, 1 for a failed check, 2 for wrong input."""
+    prepare_streams()
+    try:
+        status = _run()
+        problem = check_output()
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(BROKEN_PIPE_STATUS)
+    if problem is not None and not status:
+        _print_error(f"Error: standard output cannot be written: {problem}.")
+        status = 2
+    if status:
+        sys.exit(status)
+
+
+def _run() -> int:
+    """Run the command and return its exit status; an error has been printed.
+
+    Raises:
+        BrokenPipeError: the reader of a pipe has gone.
+    """
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        sys.exit(2)
+        return 2
     except (click.Abort, KeyboardInterrupt):
         _print_error("Interrupted.")
-        sys.exit(130)
+        return 130
     except UserError as error:
         _print_error(f"Error: {error}")
-        sys.exit(2)
+        return 2
     except VerificationError as error:
         _print_error(f"Failed: {error}")
-        sys.exit(1)
+        return 1
+    except SystemExit as error:
+        # Click ends with status 1 where a reader has gone, which here means a failed check:
+        # https://github.com/pallets/click/blob/8.1.8/src/click/core.py#L1100
+        if type(sys.stdout) is PacifyFlushWrapper:
+            raise BrokenPipeError from error
+        raise
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if check_output() is not None or _is_of_output(error):
+            _print_error(f"Error: standard output cannot be written: {error.strerror}.")
+        elif error.errno in _DISK_ERRORS:
+            _print_error(f"Error: {_disk_message(error)}")
+        else:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        _print_error(f"Error: {where}{error.strerror}. Free disk space or choose another directory.")
-        sys.exit(2)
+        return 2
+    return 0
+
+
+def _disk_message(error: OSError) -> str:
+    """Return what is wrong, where, and what to do."""
+    # `rename` and `link` name two files; the second is the one that would be written.
+    where = error.filename2 or error.filename
+    if error.errno in _FULL:
+        hint = "Free disk space or choose another directory."
+    elif error.errno in _TOO_MANY:
+        hint = "Raise the limit of open files (`ulimit -n`)."
+    else:
+        hint = "Check the path, or choose another directory."
+    return str(UserError(error.strerror or str(error), where=None if where is None else str(where), hint=hint))
+
+
+def _is_of_output(error: OSError) -> bool:
+    """Return whether writing to standard output failed: only click and rich write to it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith(("click.", "rich."))
 
 
 def _print_error(message: str) -> None:
-    note(message, style="bold red")
+    # Standard error itself may be on a full disk; the status still tells that there was an error.
+    with suppress(OSError):
+        note(message, style="bold red")

@@ -1,7 +1,14 @@
-"""Comparison of variants: train them on the same examples, evaluate them, and recommend one.
+"""Comparison of variants: train them on the same data, evaluate, recommend.
 
-A comparison passes through these modules in order: `candidates` names the variants, `compare_plan` turns them into
-recipes, `hyperparameter_search` picks the settings to try, `compare` trains and evaluates them in child processes,
-`evaluate` is the evaluation's child process, `outcomes` holds the results of each candidate, `recommend` picks one,
-`results` is what `comparison.json` holds, and `compare_report` writes the files and prints the table.
+A comparison passes through these modules in order:
+
+- `candidates` names the variants.
+- `compare_plan` turns them into recipes.
+- `hyperparameter_search` proposes the settings to try.
+- `compare` trains and evaluates the runs in child processes.
+- `evaluate` is the child process of an evaluation.
+- `outcomes` holds the results of each candidate.
+- `recommend` chooses one candidate.
+- `results` holds the content of `comparison.json`.
+- `compare_report` writes the files and prints the table.
 """

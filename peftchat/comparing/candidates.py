@@ -152,7 +152,7 @@ def _format_value(value: Any) -> str:
 
 
 def format_lr(rate: float) -> str:
-    """Format a learning rate in the fewest characters that keep its value: `2e-4`, `0.3`."""
+    """Format a learning rate in as few characters as possible: `2e-4`, `0.3`."""
     if rate == 0 or 0.1 <= abs(rate) < 1e5:
         return f"{rate:.17g}" if float(f"{rate:.6g}") != rate else f"{rate:.6g}"
     text = next((short for short in (f"{rate:.2e}", f"{rate:.5e}") if float(short) == rate), f"{rate:.16e}")
@@ -161,7 +161,10 @@ def format_lr(rate: float) -> str:
 
 
 def _file_name(text: str, settings: Settings) -> str:
-    """Keep only characters that every file system takes; append a digest of the settings if any was lost."""
+    """Keep only characters that every file system supports.
+
+    If any was removed, a digest of the settings is appended.
+    """
     cleaned = re.sub(r"[^a-z0-9.+=_-]+", "-", text.lower()).strip("-.")[:60]
     if cleaned == text.replace(" ", "-"):
         return cleaned

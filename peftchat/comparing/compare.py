@@ -1,6 +1,6 @@
-"""Comparison run: train every candidate, evaluate the best trials, and write the results.
+"""Comparison run: train every candidate, evaluate, and write the results.
 
-Each training and each evaluation runs in a child process, so that its memory is measured alone and its failure ends
+Each training and each evaluation runs in a child process. Its memory is therefore measured alone, and its failure ends
 nothing else. Finished work in the folder is kept, so an interrupted comparison continues where it stopped.
 """
 
@@ -121,7 +121,10 @@ def write_splits(recipe: "Recipe", folder: ComparisonFolder) -> None:
 
 
 def first_prompts(folder: ComparisonFolder, count: int) -> list[str]:
-    """Return the first user messages of the first held-out conversations, without repetition."""
+    """Return the first user messages of the first held-out conversations.
+
+    Repeated messages occur once.
+    """
     from peftchat.conversations import read_conversations
 
     found: dict[str, None] = {}
@@ -271,7 +274,10 @@ def run_python(arguments: Sequence[str], log: Path, watch: Callable[[], None]) -
 
 
 def _end_leftover(pid_file: Path) -> None:
-    """End the child of an earlier comparison that was killed: two processes must not write one run."""
+    """End the child process of an earlier comparison that was killed.
+
+    Two processes must not write one run.
+    """
     if not pid_file.is_file():
         return
     pid, _, created = pid_file.read_text(encoding="utf-8").partition(" ")

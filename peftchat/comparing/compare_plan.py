@@ -203,11 +203,17 @@ class ComparePlan:
         return load_recipe(self.options.recipe, override_flags(settings)).recipe
 
     def recommended_recipe(self, candidate: Candidate, settings: Settings) -> "Recipe":
-        """Return the user's recipe with a candidate's settings, with its own length and data."""
+        """Return the user's recipe with a candidate's settings.
+
+        Its length and data are the user's own.
+        """
         return load_recipe(self.options.recipe, override_flags({**candidate.settings, **settings})).recipe
 
     def _evaluation_settings(self) -> dict[str, object]:
-        """Return settings for a few evaluations during the run, unless the recipe sets them."""
+        """Return settings for a few evaluations during the run.
+
+        If the recipe sets its own, only the one before the first step is added.
+        """
         settings: dict[str, object] = {"training.eval_on_start": True}
         written = self.base.document.value
         if any(written(("training", key)) is not None for key in ("eval_strategy", "eval_steps")):
@@ -251,7 +257,10 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
 
 
 def _check_candidate(plan: ComparePlan, candidate: Candidate) -> None:
-    """Load the recipe of every trial that is known, or of both ends of the ranges searched."""
+    """Load the recipe of every known trial of a candidate.
+
+    For ranges that optuna searches, both ends are loaded.
+    """
     known: list[Settings]
     if plan.options.num_trials:
         ranges = plan.options.ranges
@@ -269,7 +278,7 @@ def _check_candidate(plan: ComparePlan, candidate: Candidate) -> None:
 
 
 def _shared_settings(options: CompareOptions) -> dict[str, object]:
-    """Return the settings that every candidate shares: the budget, and keys with one value.
+    """Return the settings of all candidates: the budget, and keys with one value.
 
     Adapter keys are left out, since `full` has no adapter.
     """

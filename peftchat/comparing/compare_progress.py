@@ -1,4 +1,7 @@
-"""Progress of a comparison: updated in place on a terminal, one line per run elsewhere."""
+"""Progress of a comparison: a live display, or one line per run.
+
+The display is live on a terminal only.
+"""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Comparison report: the files in its folder, the table in the terminal and the HTML page."""
+"""Comparison report: the files, the table in the terminal and the HTML page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,7 +138,7 @@ def print_comparison(result: ComparisonResult, console: Console) -> None:
 
 
 def _fit_table(rows: Sequence[TableRow], width: int | None) -> Table:
-    """Return the table with as many columns as fit `width`; all of them without a limit."""
+    """Return the table with as many columns as fit `width`; None means all."""
     shown = list(HEADERS)
     table = _table(rows, shown)
     for header in _OPTIONAL_COLUMNS:
@@ -184,7 +184,10 @@ class LineStyle:
 
 
 def write_comparison_files(result: ComparisonResult, folder: ComparisonFolder) -> None:
-    """Write `comparison.json`, `report.html` and, if a candidate finished, `recommended.yaml`."""
+    """Write the summary, the report and the recommended recipe.
+
+    The recipe is written only if a candidate finished.
+    """
     ComparisonSummary.of(result, folder).write(folder)
     if result.recommendation is not None:
         write_text(folder.recommended, result.recommended_recipe(folder), errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Folder of a comparison: its files, and the check that it holds one comparison only."""
+"""Folder of a comparison: its files, its lock and the check of its recipe."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,7 @@
 """Evaluation of a finished run, or of the base model, in a child process.
 
-`python -m peftchat.comparing.evaluate REQUEST RESULT` loads the run from its files by stock transformers and PEFT, so
-that it does not depend on what training itself reported.
+`python -m peftchat.comparing.evaluate REQUEST RESULT` loads the run by stock transformers and PEFT. It does not depend
+on what training itself reported.
 """
 
 import contextlib
@@ -116,7 +116,11 @@ def _evaluate_run(
 
 
 def _merge(run: Path, recipe: "Recipe") -> tuple[MergeResult, str]:
-    """Merge a run into a temporary folder; return whether it computes the same, and the verification's message."""
+    """Merge a run into a temporary folder and verify the result.
+
+    Returns:
+        Whether the merged model computes the same, and the message of the verification.
+    """
     from peftchat.merging import MergeOptions, merge_run
 
     if recipe.method == "full":

@@ -1,4 +1,4 @@
-"""Hyperparameter search on the first seed: a grid of learning rates, or optuna's TPE over ranges."""
+"""Hyperparameter search on the first seed: learning rates, or optuna's TPE."""
 
 import importlib.util
 import logging

@@ -1,4 +1,4 @@
-"""Results of a comparison: of one run, of its evaluation, and of one candidate over its seeds."""
+"""Results of a comparison: of a run, an evaluation and a candidate."""
 
 import json
 import math
@@ -52,8 +52,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 def _t_quantile(degrees: int) -> float:
     """Return Student's t for a two-sided 95 % interval.
 
-    Beyond the table it is the normal quantile with the first two terms of its expansion in the inverse degrees of
-    freedom (Abramowitz and Stegun, 26.7.5).
+    Beyond the table it is the normal quantile with two correction terms. They are the first of its expansion in the
+    inverse degrees of freedom (Abramowitz and Stegun, 26.7.5).
     """
     if degrees <= len(_T95):
         return _T95[degrees - 1]
@@ -235,9 +235,10 @@ class CandidateResult:
 
     @property
     def seconds_per_token(self) -> float:
-        """Training time per token of the fastest run: other load on the machine can only slow a run down.
+        """Training time per token of the fastest run.
 
-        Trials that differ only in the learning rate count too, since it does not affect speed.
+        Other load on the machine can only slow a run down. Trials that differ only in the learning rate count too,
+        since it does not affect speed.
         """
         alike = [run for run in self.trials if run.failure is None and _without_lr(run) == _without_lr(self.best)]
         return min(run.seconds / max(1, run.tokens) for run in [*self.runs, *alike])

@@ -1,4 +1,4 @@
-"""Recommendation: which candidate to use, with the reasons and the warnings that follow from the numbers."""
+"""Recommendation of a candidate, with its reasons and warnings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,7 +83,10 @@ def is_tied(lowest: CandidateResult, other: CandidateResult) -> bool:
 
 
 def loss_gap(lowest: CandidateResult, other: CandidateResult) -> Estimate:
-    """Return how much the loss of `other` is above the lowest, over the seeds that both have."""
+    """Return how far the loss of `other` is above the lowest.
+
+    The seeds that both candidates have are paired.
+    """
     seeds = lowest.losses.keys() & other.losses.keys()
     return estimate([other.losses[seed] - lowest.losses[seed] for seed in sorted(seeds)])
 

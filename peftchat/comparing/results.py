@@ -88,7 +88,9 @@ class TrialSummary(_Summary):
 
 
 class CandidateSummary(_Summary):
-    """The results of one candidate; without a finished run, everything after `seed_runs` is None.
+    """The results of one candidate.
+
+    Without a finished run, everything after `seed_runs` is None.
 
     Attributes:
         loss: held-out loss over the seeds.

@@ -24,7 +24,7 @@ from peftchat.conversations.reading import read_sources
 from peftchat.conversations.splitting import fit_split
 from peftchat.dataset.encode import EncodingStats, encode_conversations
 from peftchat.errors import UserError
-from peftchat.files import write_text
+from peftchat.files import cache_root, write_text
 
 if TYPE_CHECKING:
     from peftchat.recipe import DataEntry, Recipe
@@ -42,12 +42,6 @@ class EncodedSplit:
 
     store: ExampleStore
     stats: EncodingStats
-
-
-def cache_root() -> Path:
-    """Return the cache folder: `PEFTCHAT_CACHE`, or the user's cache folder."""
-    own = os.environ.get("PEFTCHAT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peftchat"
 
 
 def load_splits(recipe: "Recipe", chat: ChatFormat) -> dict[Split, EncodedSplit]:

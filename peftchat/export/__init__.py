@@ -1,1 +1,1 @@
-"""Handing a trained model to other programs: llama.cpp, Ollama, vLLM."""
+"""Export of trained models to llama.cpp, Ollama and vLLM."""

@@ -1,4 +1,4 @@
-"""The architectures that can be written as GGUF, and what llama.cpp needs to know about each.
+"""GGUF architectures: the supported ones, with their metadata.
 
 Names of tensors and keys are the `gguf` library's. llama.cpp's loader determines which keys an architecture needs
 (https://github.com/ggml-org/llama.cpp, `src/llama-model.cpp`).
@@ -22,7 +22,7 @@ _HINT = "Convert the merged folder with llama.cpp's convert_hf_to_gguf.py, which
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One architecture.
+    """An architecture that can be written as GGUF.
 
     Attributes:
         arch: its name in the `gguf` library's `MODEL_ARCH`.
@@ -37,7 +37,10 @@ class Architecture:
     interleaved_rotary: bool = False
 
     def reorder_heads(self, name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
-        """Return a weight with the rows of query and key heads in llama.cpp's order; any other weight unchanged."""
+        """Return a weight with query and key heads in llama.cpp's row order.
+
+        Any other weight is returned unchanged.
+        """
         if not self.interleaved_rotary:
             return weight
         if ".q_proj." in name:
@@ -75,7 +78,11 @@ def architecture_of(config: Any, where: str) -> Architecture:
 
 
 def rope_factors(config: Any) -> np.ndarray | None:
-    """Return the divisors of the rotary frequencies under Llama 3's long-context scaling, float32, shape (D / 2,)."""
+    """Return the divisors of the rotary frequencies for Llama 3's scaling.
+
+    Returns:
+        float32, shape (D / 2,) for heads of width D; None without that scaling.
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = getattr(config, "rope_parameters", None)
@@ -93,7 +100,10 @@ def _interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _write_rotary(writer: "GGUFWriter", config: Any) -> None:
-    """Write the metadata of decoders with rotary embeddings, RMS norm and gated feed-forward layers, such as Llama."""
+    """Write the metadata of decoders such as Llama.
+
+    They have rotary embeddings, RMS norm and gated feed-forward layers.
+    """
     from gguf import RopeScalingType
 
     rope = config.rope_parameters
@@ -125,7 +135,10 @@ def _write_starcoder(writer: "GGUFWriter", config: Any) -> None:
 
 
 def _context(config: Any) -> int:
-    """Return the context length at which llama.cpp still computes what the model does: it ignores sliding windows."""
+    """Return the context length at which llama.cpp computes what the model does.
+
+    llama.cpp ignores sliding windows, so the context must not be longer than one.
+    """
     window = getattr(config, "sliding_window", None)
     longest = int(config.max_position_embeddings)
     return min(longest, int(window)) if window else longest

@@ -1,4 +1,4 @@
-"""The model of an export, with the complete weights: an adapter is merged first."""
+"""Export source: a model with complete weights; an adapter is merged first."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Write a model as one GGUF file, tensor by tensor, and verify the file."""
+"""GGUF export: write a model as one file, tensor by tensor, and verify it."""
 
 import importlib.util
 import logging
@@ -36,7 +36,17 @@ _GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of the file: its source in the checkpoint, and its name, shape and type in GGUF."""
+    """A tensor of the file.
+
+    Attributes:
+        name: its name in GGUF.
+        source: its name in the checkpoint.
+        shape: its shape in elements.
+        kind: its GGUF type.
+        bytes: its size in the file.
+        entry: its entry in the checkpoint; None for a computed tensor.
+        values: the elements of a computed tensor.
+    """
 
     name: str
     source: str
@@ -209,14 +219,20 @@ def _write_special_ids(writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase
 
 
 def _plain_jinja(template: str) -> str:
-    """Remove the generation tags from a template: they change no text, and not every engine supports them."""
+    """Remove the generation tags from a template.
+
+    They change no text, and some engines do not support them.
+    """
     return _GENERATION_TAG.sub(
         lambda match: f"{{%{match[1]} {'endif' if match[2] else 'if true'} {match[3]}%}}", template
     )
 
 
 def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether a text begins with the BOS token: as in the chat template, if there is one."""
+    """Return whether a text begins with the BOS token.
+
+    The chat template decides, if there is one.
+    """
     bos = tokenizer.bos_token
     if bos is None:
         return False

@@ -1,4 +1,7 @@
-"""Ollama's Modelfile: a chat template as the frame around each role's messages, found by rendering it."""
+"""Ollama's Modelfile, with the chat template translated to Go's language.
+
+The template is rendered to find the text around each role's messages.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class ChatFrames:
-    """A chat format whose every turn is a frame around a message.
+    """A chat format that puts a frame around each message.
 
     Attributes:
         bos: the BOS token if the text begins with it, else empty.
@@ -53,7 +56,7 @@ class ChatFrames:
 
 
 def read_frames(tokenizer: "PreTrainedTokenizerBase", where: str) -> ChatFrames:
-    """Find the frames of a tokenizer's chat template and verify them on further conversations.
+    """Find the frames of a chat template and verify them by rendering.
 
     Raises:
         UserError: there is no template, or it does more than put a frame around each message.
@@ -139,7 +142,7 @@ def modelfile(
         frames: the chat format.
         stops: tokens that end an answer.
         generation: the generation settings; those of sampling are used.
-        writes_bos: whether the template must write the BOS token; llama.cpp does if the GGUF file says so.
+        writes_bos: whether the template must write the BOS token, because llama.cpp does not add it.
 
     Raises:
         UserError: a text contains triple quotes, which a Modelfile cannot quote.
@@ -155,7 +158,7 @@ def modelfile(
 def go_template(frames: ChatFrames, *, writes_bos: bool) -> str:
     """Return the chat format in Go's template language, for Ollama.
 
-    A last message of the assistant stays open: so a caller of Ollama can begin the answer.
+    A last message of the assistant stays open, so that a caller of Ollama can begin the answer.
     """
     bos = frames.bos if writes_bos else ""
     user, assistant = frames.user, frames.assistant

@@ -1,4 +1,4 @@
-"""Export a run or a model as a GGUF file or for Ollama."""
+"""Export command: write a run or a model as GGUF or for Ollama."""
 
 from dataclasses import dataclass
 from pathlib import Path

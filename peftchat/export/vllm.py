@@ -1,4 +1,4 @@
-"""Check whether vLLM can serve a folder, and build the command that does.
+"""vLLM support of a folder, and the command that serves it.
 
 What vLLM supports of an adapter: https://docs.vllm.ai/en/stable/features/lora.html and `vllm/lora/peft_helper.py`.
 """
@@ -36,7 +36,9 @@ class VllmSupport:
 
 
 def vllm_support(name: str) -> VllmSupport:
-    """Check a run folder or a model folder by its files; an adapter that must be merged by `RUN/merged`.
+    """Check by its files whether vLLM can serve a run or model folder.
+
+    An adapter that must be merged is checked by `RUN/merged`.
 
     Raises:
         UserError: there is no such folder, or it holds neither a model nor an adapter.

@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF metadata: tokens, their types, merges, and how text is split before merging."""
+"""GGUF vocabulary: a tokenizer's tokens, types, merges and split pattern."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Conversations about the user's own Python code, from its syntax trees, signatures and docstrings."""
+"""Conversations about Python code, generated from its syntax trees."""
 
 from peftchat.from_code.survey import STDLIB, Survey, survey
 from peftchat.from_code.writer import CodeConversation, conversations_about, conversations_from_code

@@ -1,24 +1,35 @@
-"""One answer per question about one object; None where the source gives no honest answer."""
+"""Answers about one object of the code, one method per question.
+
+A method returns None where the source does not contain the answer.
+"""
 
 import ast
 import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from peftchat.from_code.behavior import behavior, body_of, describe_raise, is_stub, raised
-from peftchat.from_code.calls import describe_default, describe_options, describe_parameters, example_call, signature
+from peftchat.from_code.behavior import behavior, body_of, describe_raise, is_stub, raised_exceptions
+from peftchat.from_code.calls import (
+    describe_default,
+    describe_optional_parameters,
+    describe_parameters,
+    example_call,
+    signature,
+)
 from peftchat.from_code.docstrings import Docstring, read_docstring, worked_example
-from peftchat.from_code.english import about, base_phrase, continue_about, listing
+from peftchat.from_code.english import following_sentence, infinitive_phrase, join_words, sentence_about
 from peftchat.from_code.inventory import CodeObject, Parameter
 
 MAX_ANSWER = 800
-"""Characters of the longest answer, about 200 tokens."""
+"""Most characters of an answer, about 200 tokens."""
+
 MAX_LISTED = 8
+"""Most members of a kind that an answer names."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Everything that can be said about one object.
+    """The answers about one object.
 
     Args:
         item: the object.
@@ -30,7 +41,7 @@ class Answers:
 
     @cached_property
     def doc(self) -> Docstring:
-        """Its docstring, taken apart."""
+        """The parsed docstring."""
         text = self.item.docstring
         for parameter in self.item.parameters or ():
             text = text and re.sub(rf"(?<!\w)'{parameter.name}'(?!\w)", f"`{parameter.name}`", text)
@@ -38,26 +49,26 @@ class Answers:
 
     @cached_property
     def task(self) -> str | None:
-        """What it does, as it follows "to": `copy data and metadata`."""
-        phrase = base_phrase(self.doc.prose[0]) if self.doc.prose else None
+        """The object's purpose as an infinitive: `copy data and metadata`."""
+        phrase = infinitive_phrase(self.doc.prose[0]) if self.doc.prose else None
         if phrase is None or len(phrase.split()) > 18 or " self" in phrase or ". " in phrase:
             return None
         return f"get {phrase.removeprefix('return ')}" if phrase.startswith("return ") else phrase
 
-    def what(self) -> str | None:
-        """What it is or does, from the docstring's first sentences."""
+    def description(self) -> str | None:
+        """Return a description from the docstring's first sentences."""
         if not self.doc.prose:
             return None
         first, *others = self.doc.prose
         subject = f"`{self.item.full_name}`"
-        opening = about(subject, first, kind=self.item.kind)
+        opening = sentence_about(subject, first, kind=self.item.kind)
         if opening is None:
             quoted = first.rstrip(".").replace('"', "'")
             opening = f'The documentation of {subject} says: "{quoted}."'
-        return _fit([opening, *(continue_about(sentence) for sentence in others)])
+        return _join_within_limit([opening, *(following_sentence(sentence) for sentence in others)])
 
-    def call(self, *, from_import: bool) -> str | None:
-        """An example call with a word about what stands in for the reader's values."""
+    def usage(self, *, from_import: bool) -> str | None:
+        """Return an example call and explain its placeholders."""
         name = self.item.name.rpartition(".")[2]
         if self.item.kind in {"function", "class"} and (
             code := worked_example(self.doc.examples, name, self.item.module, self.siblings)
@@ -66,24 +77,24 @@ class Answers:
         if (example := example_call(self.item, from_import=from_import)) is None:
             return None
         opening = "Like this:" if self.doc.prose else "It has no docstring to go by; from its signature:"
-        said = [self._placeholders(example.placeholders), describe_options(self.item)]
-        return "\n\n".join(filter(None, [opening, _block(example.code), " ".join(filter(None, said))]))
+        notes = [self._placeholders(example.placeholders), describe_optional_parameters(self.item)]
+        return "\n\n".join(filter(None, [opening, _block(example.code), " ".join(filter(None, notes))]))
 
     def parameters(self) -> str | None:
-        """Its parameters in words, with their documentation where the docstring has it."""
-        said = describe_parameters(self.item)
-        if said is None or not self.item.parameters:
+        """Describe the parameters, with their documentation if there is one."""
+        text = describe_parameters(self.item)
+        if text is None or not self.item.parameters:
             return None
-        if said.startswith("It "):
-            said = f"`{self.item.full_name}` {said[3:]}"
+        if text.startswith("It "):
+            text = f"`{self.item.full_name}` {text[3:]}"
         for parameter in self.item.parameters:
             line = f"\n- `{parameter.name}`: {self.doc.parameters.get(parameter.name)}"
-            if parameter.name in self.doc.parameters and len(said) + len(line) <= MAX_ANSWER:
-                said += line
-        return said
+            if parameter.name in self.doc.parameters and len(text) + len(line) <= MAX_ANSWER:
+                text += line
+        return text
 
     def parameter(self, parameter: Parameter) -> str | None:
-        """What one documented parameter means."""
+        """Describe one documented parameter."""
         if (text := self.doc.parameters.get(parameter.name)) is None:
             return None
         meaning = text[:1].upper() + text[1:]
@@ -92,21 +103,20 @@ class Answers:
         return f"{meaning}{typed}{default}"
 
     def default(self, parameter: Parameter) -> str:
-        """What happens when one optional parameter is left out."""
+        """Describe the default of one optional parameter."""
         return describe_default(parameter)
 
     def raises(self) -> str | None:
-        """The exceptions its own statements raise."""
-        found = raised(self.item.node) if self.item.kind in {"function", "method"} else ()
+        """Describe the exceptions that its own statements raise."""
+        found = raised_exceptions(self.item.node) if self.item.kind in {"function", "method"} else ()
         if not found:
             return None
         sentences = [describe_raise(item) for item in found[:3]]
         sentences[0] = sentences[0].replace("It ", f"`{self.item.full_name}` ", 1)
-        more = "Functions that it calls may raise others."
-        return _fit([*sentences, more])
+        return _join_within_limit([*sentences, "Functions that it calls may raise others."])
 
     def source(self) -> str | None:
-        """Its real source without a long docstring, where it is short and does something."""
+        """Return the source of a short function, without a long docstring."""
         node = self.item.node
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_stub(node):
             return None
@@ -116,20 +126,19 @@ class Answers:
         return code
 
     def explanation(self) -> str | None:
-        """What the docstring and the statements say about how it works."""
-        how = behavior(self.item.node)
-        what = self.what()
-        if what is None or not how:
+        """Explain how it works, from the docstring and the statements."""
+        description, sentences = self.description(), behavior(self.item.node)
+        if description is None or not sentences:
             return None
-        return _fit([what, *how])
+        return _join_within_limit([description, *sentences])
 
-    def how(self) -> str | None:
-        """The statements alone in words, for a reader who has the description already."""
-        how = behavior(self.item.node)
-        return _fit(how) if len(how) >= 2 else None
+    def statements(self) -> str | None:
+        """Explain the statements alone, for a reader who knows the description."""
+        sentences = behavior(self.item.node)
+        return _join_within_limit(sentences) if len(sentences) >= 2 else None
 
     def members(self) -> str | None:
-        """The documented names inside a class or module."""
+        """List the documented names inside a class or module."""
         parts: list[str] = []
         for kind, plural in (
             ("function", "functions"),
@@ -141,13 +150,13 @@ class Answers:
                 shown = [f"`{name}`" for name in names[:MAX_LISTED]]
                 rest = len(names) - len(shown)
                 word = kind if len(names) == 1 else plural
-                parts.append(f"the {word} {listing([*shown, f'{rest} more'] if rest else shown)}")
+                parts.append(f"the {word} {join_words([*shown, f'{rest} more'] if rest else shown)}")
         if not parts or len(self.item.members) < 2:
             return None
         return f"`{self.item.full_name}` has {', '.join(parts[:-1])}{', and ' if len(parts) > 1 else ''}{parts[-1]}."
 
     def signature(self) -> str:
-        """The call as one writes it."""
+        """Return the signature: `shorten(text, width, **kwargs)`."""
         return signature(self.item)
 
     def _placeholders(self, names: tuple[str, ...]) -> str | None:
@@ -155,14 +164,14 @@ class Answers:
             return None
         owner = self.item.full_name.rpartition(".")[0]
         if self.item.kind in {"method", "property"} and self.item.binding == "instance":
-            receiver, *names_left = names
-            said = f"`{receiver}` is an instance of `{owner}`"
-            return f"{said}, and {_stand_for(names_left)}." if names_left else f"{said}."
+            receiver, *others = names
+            sentence = f"`{receiver}` is an instance of `{owner}`"
+            return f"{sentence}, and {_stand_for(others)}." if others else f"{sentence}."
         return f"Here {_stand_for(list(names))}."
 
 
 def _stand_for(names: list[str]) -> str:
-    shown = listing([f"`{name}`" for name in names])
+    shown = join_words([f"`{name}`" for name in names])
     return f"{shown} {'stands' if len(names) == 1 else 'stand'} for your own value{'s' if len(names) > 1 else ''}"
 
 
@@ -170,8 +179,8 @@ def _block(code: str) -> str:
     return f"```python\n{code.strip()}\n```"
 
 
-def _fit(parts: list[str]) -> str:
-    """As many leading parts as an answer may hold."""
+def _join_within_limit(parts: list[str]) -> str:
+    """Join as many leading parts as `MAX_ANSWER` allows."""
     kept = ""
     for part in parts:
         if kept and len(kept) + len(part) + 1 > MAX_ANSWER:
@@ -181,7 +190,10 @@ def _fit(parts: list[str]) -> str:
 
 
 def _without_docstring(source: str) -> str | None:
-    """The definition with a docstring of several lines cut out; None where that leaves no valid code."""
+    """Remove a docstring of several lines from a definition.
+
+    Returns None if the remaining code is not valid.
+    """
     try:
         (node,) = ast.parse(source).body
     except (SyntaxError, ValueError):

@@ -1,4 +1,4 @@
-"""What a function's own statements show: how it hands back values, what it raises and when."""
+"""Behavior of a function, read from its statements: result and exceptions."""
 
 import ast
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 MAX_CODE = 60
-"""Longest expression quoted inside a sentence, in characters."""
+"""Most characters of an expression that a sentence quotes."""
 
 
-class Shape(Enum):
-    """How a call gives its result."""
+class ResultKind(Enum):
+    """How a call returns its result."""
 
     NOTHING = auto()
     VALUE = auto()
@@ -22,35 +22,47 @@ class Shape(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Raised:
-    """One `raise` of a named exception; `condition` is the test it stands under, `message` its literal text."""
+class RaisedException:
+    """A `raise` statement with a named exception.
+
+    Attributes:
+        name: the exception.
+        condition: the test of the `if` around the statement; None if there is none, or if it is not the only one.
+        message: the literal message; None for any other.
+    """
 
     name: str
     condition: str | None
     message: str | None
 
 
-def shape_of(node: ast.AST) -> Shape:
-    """How a call of this function gives its result; classes and modules have no shape of their own."""
+def result_kind(node: ast.AST) -> ResultKind:
+    """Return how a call of a function returns its result.
+
+    Classes and modules count as `NOTHING`.
+    """
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return Shape.NOTHING
+        return ResultKind.NOTHING
     decorators = {ast.unparse(item).rpartition(".")[2] for item in node.decorator_list}
     if "contextmanager" in decorators:
-        return Shape.CONTEXT_MANAGER
+        return ResultKind.CONTEXT_MANAGER
     if "asynccontextmanager" in decorators:
-        return Shape.ASYNC_CONTEXT_MANAGER
+        return ResultKind.ASYNC_CONTEXT_MANAGER
     own = list(own_nodes(node))
     yields = any(isinstance(item, ast.Yield | ast.YieldFrom) for item in own)
     if isinstance(node, ast.AsyncFunctionDef):
-        return Shape.ASYNC_GENERATOR if yields else Shape.COROUTINE
+        return ResultKind.ASYNC_GENERATOR if yields else ResultKind.COROUTINE
     if yields:
-        return Shape.GENERATOR
+        return ResultKind.GENERATOR
     returns = any(isinstance(item, ast.Return) and not _is_none(item.value) for item in own)
-    return Shape.VALUE if returns else Shape.NOTHING
+    return ResultKind.VALUE if returns else ResultKind.NOTHING
 
 
 def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a function's body in source order, those of functions and classes inside it left out."""
+    """Yield the nodes of a function in source order.
+
+    The nodes of functions and classes inside it are left out.
+    """
     for child in ast.iter_child_nodes(node):
         yield child
         if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
@@ -58,12 +70,15 @@ def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def body_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.stmt]:
-    """The statements after the docstring."""
+    """Return the statements after the docstring."""
     return node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
 
 
 def is_stub(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether nothing is done: `pass`, `...`, a bare `raise NotImplementedError` or no statement at all."""
+    """Return whether a function has no implementation.
+
+    Its body is empty, `pass`, `...`, `return None` or a bare `raise NotImplementedError`.
+    """
     body = body_of(node)
     if len(body) != 1:
         return not body
@@ -75,12 +90,15 @@ def is_stub(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return isinstance(only, ast.Pass) or (isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant))
 
 
-def raised(node: ast.AST) -> tuple[Raised, ...]:
-    """The exceptions a function raises by name in its own statements, each name once, in source order."""
-    found: dict[str, Raised] = {}
+def raised_exceptions(node: ast.AST) -> tuple[RaisedException, ...]:
+    """Return the exceptions that a function's own statements raise by name.
+
+    Each name occurs once, in source order.
+    """
+    found: dict[str, RaisedException] = {}
     parameters = {item.arg for item in ast.walk(node) if isinstance(item, ast.arg)}
-    for item in _raises(node, None):
-        # A test of local names alone tells a caller nothing.
+    for item in _find_raises(node, None):
+        # A test of local names alone means nothing to a caller.
         if item.condition and not parameters & _names(item.condition):
             item = replace(item, condition=None)
         found.setdefault(item.name, item)
@@ -88,66 +106,66 @@ def raised(node: ast.AST) -> tuple[Raised, ...]:
 
 
 def behavior(node: ast.AST) -> list[str]:
-    """Short sentences about how a function works, most telling first."""
+    """Describe how a function works in short sentences, the most useful first."""
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return []
-    said = list(_shape_sentences(node))
+    sentences = list(_result_sentences(node))
     body = body_of(node)
-    if len(body) == 1 and isinstance(body[0], ast.Return) and (value := _short(body[0].value)):
-        said.append(f"Its whole body is `return {value}`.")
-        return said
+    if len(body) == 1 and isinstance(body[0], ast.Return) and (value := _short_source(body[0].value)):
+        sentences.append(f"Its whole body is `return {value}`.")
+        return sentences
     loops = [item for item in body if isinstance(item, ast.For | ast.AsyncFor)]
-    if len(loops) == 1 and (over := _short(loops[0].iter)) and (target := _short(loops[0].target)):
-        said.append(f"It loops over `{over}`, calling each element `{target}`.")
+    if len(loops) == 1 and (over := _short_source(loops[0].iter)) and (target := _short_source(loops[0].target)):
+        sentences.append(f"It loops over `{over}`, calling each element `{target}`.")
     managers = [item for item in body if isinstance(item, ast.With | ast.AsyncWith)]
-    if len(managers) == 1 and (entered := _short(managers[0].items[0].context_expr)):
-        said.append(f"Its work happens inside `with {entered}`.")
-    said += [sentence for item in raised(node)[:2] if (sentence := describe_raise(item))]
-    if len(body) > 1 and isinstance(body[-1], ast.Return) and (value := _short(body[-1].value)):
-        said.append(f"At the end it returns `{value}`.")
-    return said
+    if len(managers) == 1 and (entered := _short_source(managers[0].items[0].context_expr)):
+        sentences.append(f"Its work happens inside `with {entered}`.")
+    sentences += [sentence for item in raised_exceptions(node)[:2] if (sentence := describe_raise(item))]
+    if len(body) > 1 and isinstance(body[-1], ast.Return) and (value := _short_source(body[-1].value)):
+        sentences.append(f"At the end it returns `{value}`.")
+    return sentences
 
 
-def describe_raise(item: Raised) -> str:
-    """One sentence about an exception: when it is raised and with which message."""
+def describe_raise(item: RaisedException) -> str:
+    """Describe in one sentence when an exception is raised and its message."""
     when = f" when `{item.condition}` holds" if item.condition else ""
     message = f", with the message “{item.message}”" if item.message else ""
     return f"It {'raises' if when else 'can raise'} `{item.name}`{when}{message}."
 
 
-def _shape_sentences(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
-    match shape_of(node):
-        case Shape.GENERATOR:
+def _result_sentences(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    match result_kind(node):
+        case ResultKind.GENERATOR:
             yield "It is a generator, so the values come one at a time as you loop over it."
-        case Shape.COROUTINE:
+        case ResultKind.COROUTINE:
             yield "It is a coroutine, so call it with `await`."
-        case Shape.ASYNC_GENERATOR:
+        case ResultKind.ASYNC_GENERATOR:
             yield "It is an asynchronous generator, so loop over it with `async for`."
-        case Shape.CONTEXT_MANAGER:
+        case ResultKind.CONTEXT_MANAGER:
             yield "It is a context manager, so use it in a `with` statement."
-        case Shape.ASYNC_CONTEXT_MANAGER:
+        case ResultKind.ASYNC_CONTEXT_MANAGER:
             yield "It is an asynchronous context manager, so use it with `async with`."
         case _:
             return
 
 
-def _raises(node: ast.AST, condition: str | None, *, outermost: bool = True) -> Iterator[Raised]:
-    """Every named raise below `node`.
+def _find_raises(node: ast.AST, condition: str | None, *, outermost: bool = True) -> Iterator[RaisedException]:
+    """Yield every exception that is raised by name below `node`.
 
-    A test is named only for raises directly under an `if` of the function's outermost level and before any return:
-    deeper down, later, or in an else branch, the exception depends on more than that one test.
+    An exception has a condition only if its `if` is at the function's outermost level and before any return. Elsewhere
+    the exception depends on more than that one test.
     """
     for child in ast.iter_child_nodes(node):
         outermost = outermost and not _returned_before(node, child)
         if isinstance(child, ast.Raise):
-            if found := _raise(child, condition):
+            if found := _read_raise(child, condition):
                 yield found
         elif isinstance(child, ast.If) and outermost and child in getattr(node, "body", ()):
-            test = _short(child.test)
-            yield from _raises(ast.Module(child.body, []), test, outermost=False)
-            yield from _raises(ast.Module(child.orelse, []), None, outermost=False)
+            test = _short_source(child.test)
+            yield from _find_raises(ast.Module(child.body, []), test, outermost=False)
+            yield from _find_raises(ast.Module(child.orelse, []), None, outermost=False)
         elif not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
-            yield from _raises(child, None, outermost=False)
+            yield from _find_raises(child, None, outermost=False)
 
 
 def _returned_before(node: ast.AST, child: ast.AST) -> bool:
@@ -156,7 +174,7 @@ def _returned_before(node: ast.AST, child: ast.AST) -> bool:
     return any(isinstance(item, ast.Return) for statement in earlier for item in ast.walk(statement))
 
 
-def _raise(node: ast.Raise, condition: str | None) -> Raised | None:
+def _read_raise(node: ast.Raise, condition: str | None) -> RaisedException | None:
     target = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
     if not isinstance(target, ast.Name | ast.Attribute):
         return None
@@ -167,11 +185,11 @@ def _raise(node: ast.Raise, condition: str | None) -> Raised | None:
     if isinstance(node.exc, ast.Call) and node.exc.args and isinstance(node.exc.args[0], ast.Constant):
         value = node.exc.args[0].value
         message = value if isinstance(value, str) and len(value) <= 80 and "%" not in value else None
-    return Raised(name, condition, " ".join(message.split()).rstrip(".") if message else None)
+    return RaisedException(name, condition, " ".join(message.split()).rstrip(".") if message else None)
 
 
-def _short(node: ast.AST | None) -> str | None:
-    """An expression's source if it fits into a sentence."""
+def _short_source(node: ast.AST | None) -> str | None:
+    """Return an expression's source if it fits into a sentence."""
     if node is None or _is_none(node):
         return None
     text = ast.unparse(node)

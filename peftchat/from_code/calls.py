@@ -1,4 +1,4 @@
-"""What a signature says: an example call, and its parameters in words."""
+"""Calls of an object: an example call, and the parameters in words."""
 
 import builtins
 import keyword
@@ -6,24 +6,32 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peftchat.from_code.behavior import Shape, shape_of
-from peftchat.from_code.english import listing
+from peftchat.from_code.behavior import ResultKind, result_kind
+from peftchat.from_code.english import join_words
 from peftchat.from_code.inventory import CodeObject, Parameter
 
-MANY = 4
-_SAMPLES = {"int": "3", "float": "0.5", "bool": "True"}
+MAX_NAMED_OPTIONAL = 4
+"""Most optional parameters that a sentence names with their defaults."""
+_LITERALS = {"int": "3", "float": "0.5", "bool": "True"}
 
 
 @dataclass(frozen=True, slots=True)
 class ExampleCall:
-    """A call as a program, and the names in it that stand for the reader's own values."""
+    """A call as code.
+
+    Attributes:
+        code: the program.
+        placeholders: names in it that stand for the reader's own values.
+    """
 
     code: str
     placeholders: tuple[str, ...]
 
 
 def example_call(item: CodeObject, *, from_import: bool) -> ExampleCall | None:
-    """A call with every required argument; None where the source does not settle the signature.
+    """Return a call with every required argument.
+
+    It is None if the source does not determine the signature.
 
     Args:
         item: a function, method, property or class.
@@ -37,30 +45,30 @@ def example_call(item: CodeObject, *, from_import: bool) -> ExampleCall | None:
         receiver = _instance_name(outer, item.module)
         if item.kind == "property":
             return ExampleCall(f"print({receiver}.{inner})", (receiver,))
-        call = _call(f"{receiver}.{inner}", item)
-        return call and ExampleCall(_result(call.code, item, avoid=receiver), (receiver, *call.placeholders))
-    call = _call(reference, item)
+        call = _call_expression(f"{receiver}.{inner}", item)
+        return call and ExampleCall(_as_statement(call.code, item, avoid=receiver), (receiver, *call.placeholders))
+    call = _call_expression(reference, item)
     if call is None:
         return None
     if item.kind == "class":
         name = _instance_name(item.name, item.module)
         line = call.code if name in call.placeholders else f"{name} = {call.code}"
     else:
-        line = _result(call.code, item)
+        line = _as_statement(call.code, item)
     return ExampleCall(f"{start}\n\n{line}", call.placeholders)
 
 
 def signature(item: CodeObject) -> str:
-    """The call as a reader writes it: `shorten(text, width, **kwargs)`."""
+    """Return the signature: `shorten(text, width, **kwargs)`."""
     parts: list[str] = []
     parameters = item.parameters or ()
-    by_name = False
+    keyword_only = False
     for index, parameter in enumerate(parameters):
-        if parameter.kind == "by-name" and not by_name:
-            by_name = True
-            if not any(other.kind == "more-positional" for other in parameters[:index]):
+        if parameter.kind == "keyword-only" and not keyword_only:
+            keyword_only = True
+            if not any(other.kind == "var-positional" for other in parameters[:index]):
                 parts.append("*")
-        star = {"more-positional": "*", "more-by-name": "**"}.get(parameter.kind, "")
+        star = {"var-positional": "*", "var-keyword": "**"}.get(parameter.kind, "")
         annotation = f": {parameter.annotation}" if parameter.annotation else ""
         equals = " = " if annotation else "="
         parts.append(
@@ -75,125 +83,131 @@ def signature(item: CodeObject) -> str:
 
 
 def describe_parameters(item: CodeObject) -> str | None:
-    """The parameters in one to three sentences, or None where the signature is not known."""
+    """Describe the parameters in one to three sentences.
+
+    Returns None if the signature is unknown.
+    """
     if item.parameters is None or item.kind == "property":
         return None
     if not item.parameters:
         return "It takes no arguments."
     required = [parameter for parameter in item.parameters if parameter.required]
-    said = [_required(required)] if required else []
-    if item.options:
-        said.append(_optional(item.options, also=bool(required)))
-    rest = [parameter for parameter in item.parameters if parameter.kind in {"more-positional", "more-by-name"}]
+    sentences = [_describe_required(required)] if required else []
+    if item.optional_parameters:
+        sentences.append(_describe_optional(item.optional_parameters, also=bool(required)))
+    rest = [parameter for parameter in item.parameters if parameter.kind in {"var-positional", "var-keyword"}]
     if rest:
-        kinds = {"more-positional": "positional arguments (`*{}`)", "more-by-name": "keyword arguments (`**{}`)"}
+        kinds = {"var-positional": "positional arguments (`*{}`)", "var-keyword": "keyword arguments (`**{}`)"}
         words = [kinds[parameter.kind].format(parameter.name) for parameter in rest]
-        said.append(f"It {'also ' if said else ''}accepts any {listing(words)}.")
-    return " ".join(said)
+        sentences.append(f"It {'also ' if sentences else ''}accepts any {join_words(words)}.")
+    return " ".join(sentences)
 
 
-def describe_options(item: CodeObject) -> str | None:
-    """The parameters that a call may leave out, in one or two sentences; None where there are none."""
-    if len(item.options) == 1:
-        return describe_default(item.options[0])
-    return _optional(item.options, also=False) if item.options else None
+def describe_optional_parameters(item: CodeObject) -> str | None:
+    """Describe the optional parameters in one or two sentences.
+
+    Returns None if there are none.
+    """
+    if len(item.optional_parameters) == 1:
+        return describe_default(item.optional_parameters[0])
+    return _describe_optional(item.optional_parameters, also=False) if item.optional_parameters else None
 
 
 def describe_default(parameter: Parameter) -> str:
-    """What happens when an optional parameter is left out, as far as the signature tells."""
-    how = " You can only pass it by name." if parameter.kind == "by-name" else ""
+    """Describe the default of an optional parameter."""
+    how = " You can only pass it by name." if parameter.kind == "keyword-only" else ""
     if _is_sentinel(parameter):
         return f"`{parameter.name}` is optional: you can leave it out.{how}"
     return f"`{parameter.name}` defaults to `{parameter.default}`, so you can leave it out.{how}"
 
 
-def _required(required: list[Parameter]) -> str:
-    names = [_typed(parameter) for parameter in required]
-    by_name = [parameter for parameter in required if parameter.kind == "by-name"]
+def _describe_required(required: list[Parameter]) -> str:
+    names = [_with_annotation(parameter) for parameter in required]
+    keyword_only = [parameter for parameter in required if parameter.kind == "keyword-only"]
     count = "one required argument, " if len(names) == 1 else ""
-    tail = f" ({listing([f'`{p.name}`' for p in by_name])} by name only)" if by_name else ""
-    return f"It takes {count}{listing(names)}{tail}."
+    tail = f" ({join_words([f'`{p.name}`' for p in keyword_only])} by name only)" if keyword_only else ""
+    return f"It takes {count}{join_words(names)}{tail}."
 
 
-def _optional(optional: Sequence[Parameter], *, also: bool) -> str:
-    if len(optional) > MANY:
-        shown = listing([f"`{parameter.name}`" for parameter in optional[:3]])
+def _describe_optional(optional: Sequence[Parameter], *, also: bool) -> str:
+    if len(optional) > MAX_NAMED_OPTIONAL:
+        shown = join_words([f"`{parameter.name}`" for parameter in optional[:3]])
         return f"It {'also ' if also else ''}has {len(optional)} optional arguments, among them {shown}."
     if len(optional) == 1:
         (parameter,) = optional
         value = "is optional" if _is_sentinel(parameter) else f"is optional and defaults to `{parameter.default}`"
-        name_only = " (by name only)" if parameter.kind == "by-name" else ""
-        return f"{_typed(parameter)} {value}{name_only}."
+        name_only = " (by name only)" if parameter.kind == "keyword-only" else ""
+        return f"{_with_annotation(parameter)} {value}{name_only}."
     words = [
         f"`{parameter.name}`" if _is_sentinel(parameter) else f"`{parameter.name}` (default `{parameter.default}`)"
         for parameter in optional
     ]
-    return f"Optional are {listing(words)}."
+    return f"Optional are {join_words(words)}."
 
 
-def _typed(parameter: Parameter) -> str:
+def _with_annotation(parameter: Parameter) -> str:
     if parameter.annotation is None or len(parameter.annotation) > 30:
         return f"`{parameter.name}`"
     return f"`{parameter.name}` (`{parameter.annotation.strip(chr(39))}`)"
 
 
 def _is_sentinel(parameter: Parameter) -> bool:
-    """Whether the default is a marker that means "not given" rather than a value."""
+    """Return whether the default is a marker that means "not given"."""
     default = parameter.default or ""
     return bool(re.match(r"(\w+\.)*_\w|object\(|[A-Z_]*(SENTINEL|MISSING|UNSET)|\.\.\.", default)) or len(default) > 40
 
 
-def _call(reference: str, item: CodeObject) -> ExampleCall | None:
+def _call_expression(reference: str, item: CodeObject) -> ExampleCall | None:
     if item.parameters is None:
         return None
     written: list[str] = []
     placeholders: list[str] = []
     for parameter in item.parameters:
-        if parameter.kind == "more-positional" and not written:
+        if parameter.kind == "var-positional" and not written:
             written.append(f"*{parameter.name}")
             placeholders.append(parameter.name)
         elif parameter.required:
-            sample = _sample(parameter)
+            sample = _literal(parameter)
             if sample is None:
                 sample = f"my_{parameter.name}" if parameter.name in dir(builtins) else parameter.name
                 placeholders.append(sample)
-            written.append(f"{parameter.name}={sample}" if parameter.kind == "by-name" else sample)
+            written.append(f"{parameter.name}={sample}" if parameter.kind == "keyword-only" else sample)
     return ExampleCall(f"{reference}({', '.join(written)})", tuple(placeholders))
 
 
-def _sample(parameter: Parameter) -> str | None:
-    """A literal of the annotated type, or None where the reader's own value must stand."""
+def _literal(parameter: Parameter) -> str | None:
+    """Return a literal of the annotated type; None for any other type."""
     annotation = (parameter.annotation or "").strip("'\"").replace("typing.", "")
     if annotation in {"str", "str | None", "Optional[str]"}:
         return f'"{parameter.name}"'
-    return _SAMPLES.get(annotation)
+    return _LITERALS.get(annotation)
 
 
 def _instance_name(owner: str, module: str) -> str:
-    """A variable for an instance: `HTTPServer` gives `http_server`."""
+    """Return a variable name for an instance: `http_server` for `HTTPServer`."""
     bare = owner.rpartition(".")[2].lstrip("_")
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z]{2})(?=[A-Z][a-z])", "_", bare).lower()
     taken = keyword.iskeyword(snake) or snake in dir(builtins) or snake in {bare, *module.split(".")}
     return f"my_{snake}" if taken else snake
 
 
-def _result(call: str, item: CodeObject, *, avoid: str = "") -> str:
-    """The call as a statement: awaited, looped over, entered or assigned as its definition demands."""
+def _as_statement(call: str, item: CodeObject, *, avoid: str = "") -> str:
+    """Return the statement that a call needs, by the kind of its result."""
     taken = {parameter.name for parameter in item.parameters or ()} | {avoid}
     name = "result" if "result" not in taken else "value"
     element = "element" if "item" in taken else "item"
-    match shape_of(item.node):
-        case Shape.CONTEXT_MANAGER:
+    match result_kind(item.node):
+        case ResultKind.CONTEXT_MANAGER:
             return f"with {call}:\n    ..."
-        case Shape.ASYNC_CONTEXT_MANAGER:
+        case ResultKind.ASYNC_CONTEXT_MANAGER:
             return f"async def main():\n    async with {call}:\n        ..."
-        case Shape.GENERATOR:
+        case ResultKind.GENERATOR:
             return f"for {element} in {call}:\n    print({element})"
-        case Shape.ASYNC_GENERATOR:
+        case ResultKind.ASYNC_GENERATOR:
             return f"async def main():\n    async for {element} in {call}:\n        print({element})"
-        case Shape.COROUTINE:
+        case ResultKind.COROUTINE:
             return f"async def main():\n    return await {call}"
-        case Shape.VALUE:
+        case ResultKind.VALUE:
             return f"{name} = {call}"
         case _:
             return call

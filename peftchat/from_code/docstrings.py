@@ -1,4 +1,4 @@
-"""What a docstring says: prose without markup, documented parameters, worked examples."""
+"""Docstring parser: prose without markup, parameters and examples."""
 
 import ast
 import builtins
@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from peftchat.from_code.english import is_aside, sentences
 
 MAX_SENTENCES = 4
+"""Most sentences of a docstring's prose."""
+
 MAX_WORDS = 70
+"""Words of a docstring's prose beyond which no sentence is added."""
 _ROLE = re.compile(r":[a-z]+(?::[a-z]+)?:`~?\.?([^`<]+?)(?:\s*<[^>]*>)?`")
 _LITERAL = re.compile(r"``([^`\n]+)``")
 _SIGNATURE_LINE = re.compile(r"^[\w.]+\([^)]*\)(\s*->\s*[^.]*)?$")
@@ -31,7 +34,13 @@ _PARAMETER_SECTION = re.compile(r"^(args|arguments|parameters|params|keyword arg
 
 @dataclass(frozen=True, slots=True)
 class Docstring:
-    """A docstring's usable content; `prose` holds its leading sentences, cleaned of markup."""
+    """A parsed docstring.
+
+    Attributes:
+        prose: its leading sentences, without markup.
+        parameters: the first sentence about each documented parameter.
+        examples: its interactive examples.
+    """
 
     prose: tuple[str, ...]
     parameters: Mapping[str, str]
@@ -39,7 +48,7 @@ class Docstring:
 
 
 def read_docstring(text: str | None) -> Docstring:
-    """Take a docstring apart; what cannot be used is simply absent from the result."""
+    """Parse a docstring; parts that cannot be used are left out."""
     if not text:
         return Docstring((), {}, ())
     clean = inspect.cleandoc(text)
@@ -47,7 +56,10 @@ def read_docstring(text: str | None) -> Docstring:
 
 
 def strip_markup(text: str) -> str:
-    """One line of plain text: reStructuredText roles and double backquotes become single backquotes."""
+    """Return text on one line without markup.
+
+    reStructuredText roles and double backquotes become single backquotes.
+    """
     text = _LITERAL.sub(r"`\1`", _ROLE.sub(r"`\1`", " ".join(text.split())))
     text = re.sub(r"`([\w.]+)'|(?<![\w*`])\*(\w+)\*(?![\w*`])", r"`\1\2`", text)
     text = re.sub(r"(?<![\w`.])(__\w+__)(?![\w`(])", r"`\1`", text)
@@ -57,7 +69,7 @@ def strip_markup(text: str) -> str:
 
 
 def _prose(text: str) -> tuple[str, ...]:
-    """The leading paragraphs' sentences, as many as make a short answer."""
+    """Return the sentences of the leading paragraphs, up to a length limit."""
     kept: list[str] = []
     words = 0
     for paragraph in re.split(r"\n\s*\n", text):
@@ -84,7 +96,10 @@ def _prose(text: str) -> tuple[str, ...]:
 
 
 def _is_prose(lines: list[str]) -> bool:
-    """Whether a paragraph is running text: no section, list, table, code or field list."""
+    """Return whether a paragraph is running text.
+
+    Sections, lists, tables, code and field lists are not.
+    """
     if _SECTION.match(lines[0].strip()) or any(
         line.strip().startswith((">>>", ":param", ":return", "..")) for line in lines
     ):
@@ -94,7 +109,7 @@ def _is_prose(lines: list[str]) -> bool:
     first = lines[0].lstrip()
     if _BULLET.match(first):
         return False
-    # Indented or column-aligned lines are code or tables, whatever words they hold.
+    # Indented or column-aligned lines are code or tables, even if they contain words.
     return not any(line.startswith(("  ", "\t")) or re.search(r"\S {3,}\S", line) for line in lines)
 
 
@@ -104,7 +119,10 @@ def _is_sentence(text: str) -> bool:
 
 
 def _parameters(text: str) -> dict[str, str]:
-    """Parameter -> first sentence of its description, in Google's, NumPy's or Sphinx's form."""
+    """Return the first sentence about each parameter.
+
+    Google's, NumPy's and Sphinx's styles are supported.
+    """
     found = {match[1]: match[2] for match in _SPHINX.finditer(text)}
     lines = text.splitlines()
     for start, line in enumerate(lines):
@@ -117,7 +135,10 @@ def _parameters(text: str) -> dict[str, str]:
 
 
 def _section(lines: list[str], head: re.Pattern[str]) -> dict[str, str]:
-    """The entries of one parameter section: a head line each, deeper lines continue it."""
+    """Return the entries of one parameter section by name.
+
+    An entry has one head line; lines with more indentation continue it.
+    """
     found: dict[str, str] = {}
     indent: int | None = None
     name = ""
@@ -143,20 +164,22 @@ def _section(lines: list[str], head: re.Pattern[str]) -> dict[str, str]:
 def _examples(text: str) -> tuple[doctest.Example, ...]:
     try:
         return tuple(doctest.DocTestParser().get_examples(text))
-    except ValueError:  # inconsistent prompts or indentation: not an example anyone can run
+    except ValueError:  # prompts or indentation are inconsistent, so the example cannot run
         return ()
 
 
 def worked_example(
     examples: tuple[doctest.Example, ...], name: str, module: str, siblings: frozenset[str]
 ) -> str | None:
-    """A docstring's own example of `name` as a program, results as comments; None where none stands by itself.
+    """Return a docstring's own example of `name` as a program.
+
+    Results become comments. It is None if no example runs by itself.
 
     Args:
         examples: the docstring's interactive examples.
-        name: the bare name of what they must use.
-        module: where to import it from.
-        siblings: the other public names of that module, imported where the example uses them.
+        name: the bare name that the example must use.
+        module: the module to import it from.
+        siblings: the other public names of that module, which are imported if the example uses them.
     """
     lines: list[str] = []
     used = False

@@ -1,4 +1,4 @@
-"""Just enough English to turn a docstring's sentences into sentences about the thing it documents."""
+"""English grammar for docstrings: conjugation, articles and sentences."""
 
 import re
 from collections.abc import Sequence
@@ -40,8 +40,8 @@ do pretty-print clean-up
 _ALWAYS_VERBS = _words("append check convert insert join listen raise read remove return send sleep wait write")
 _PREPOSITIONS = _words("for from in into on over to with")
 _DETERMINERS = _words("a an the it its them all each any every only no this that these those their one two both")
-_OFFERED = _words("classes constants decorators functions helpers routines support tools utilities")
-_DROPPED = re.compile(
+_MODULE_NOUNS = _words("classes constants decorators functions helpers routines support tools utilities")
+_ASIDE = re.compile(
     r"(please )?(see|note|refer|example|usage|cf|todo|xxx|fixme|warning|deprecated|new in|changed in|for more|"
     r"for details)\b",
     re.I,
@@ -57,7 +57,7 @@ _NOUN_OPENERS = re.compile(
 
 
 def third_person(verb: str) -> str:
-    """The third person singular of a verb in its base form: copy, copies."""
+    """Return the third person singular of a verb: `copies` for `copy`."""
     if verb in {"do", "go"} or verb.endswith(("s", "x", "z", "ch", "sh")):
         return verb + "zes" if verb.endswith("z") and not verb.endswith("zz") else verb + "es"
     if verb.endswith("y") and verb[-2] not in "aeiou":
@@ -65,12 +65,12 @@ def third_person(verb: str) -> str:
     return verb + "s"
 
 
-_THIRD = {verb: third_person(verb) for verb in _VERBS}
-_CONJUGATED = frozenset(_THIRD.values())
+_THIRD_PERSON = {verb: third_person(verb) for verb in _VERBS}
+_CONJUGATED = frozenset(_THIRD_PERSON.values())
 
 
 def sentences(paragraph: str) -> list[str]:
-    """A paragraph's sentences; abbreviations do not end one."""
+    """Split a paragraph into sentences; abbreviations do not end one."""
     found: list[str] = []
     for piece in _SENTENCE_END.split(paragraph):
         if found and _ABBREVIATIONS.search(found[-1]):
@@ -81,29 +81,34 @@ def sentences(paragraph: str) -> list[str]:
 
 
 def is_aside(sentence: str) -> bool:
-    """Whether a sentence points elsewhere ("See ...", "Note ...") instead of saying something."""
-    return bool(_DROPPED.match(sentence)) or sentence.endswith(":")
+    """Return whether a sentence only refers elsewhere ("See …", "Note …")."""
+    return bool(_ASIDE.match(sentence)) or sentence.endswith(":")
 
 
-def base_phrase(sentence: str) -> str | None:
-    """An imperative sentence as it follows "to": `Copy data.` gives `copy data`; None for any other sentence."""
+def infinitive_phrase(sentence: str) -> str | None:
+    """Return an imperative sentence as an infinitive without "to".
+
+    `Copy data.` gives `copy data`; any other sentence gives None.
+    """
     match = re.fullmatch(r"((?:[A-Za-z]+ly )?)([A-Za-z]+(?:-[a-z]+)?) (\S.*)", sentence.rstrip(".! "))
     if match is None or match[2].isupper():
         return None
     adverb, verb, rest = match[1].lower(), match[2].lower(), match[3]
-    if verb not in _THIRD or re.match(r"of\b|for which\b|(\w+ )?(is|are|was)\b", rest):
+    if verb not in _THIRD_PERSON or re.match(r"of\b|for which\b|(\w+ )?(is|are|was)\b", rest):
         return None
     if verb in {"call", "override", "implement", "do"} and re.match(r"(this|in|not)\b", rest):
-        return None  # an instruction to the reader, not what the thing does
+        return None  # an instruction to the reader, not a description
     return f"{adverb}{verb} {rest}"
 
 
-def about(subject: str, sentence: str, *, kind: str) -> str | None:
-    """The sentence with `subject` as its subject, or None where its shape is not understood.
+def sentence_about(subject: str, sentence: str, *, kind: str) -> str | None:
+    """Return a sentence with `subject` as its subject.
+
+    It is None if the form of the sentence is not recognized.
 
     Args:
-        subject: how to name the thing, such as "`shutil.copy2`" or "It".
-        sentence: one sentence of its docstring.
+        subject: the subject, such as "`shutil.copy2`" or "It".
+        sentence: one sentence of the object's docstring.
         kind: "function", "method", "property", "class" or "module".
     """
     text = sentence.rstrip(". ").strip()
@@ -113,7 +118,7 @@ def about(subject: str, sentence: str, *, kind: str) -> str | None:
         return None
     if subject.endswith(f"{head}`") and re.match(r"(is|are|has|can|will|provides|represents)\b", rest):
         return f"{subject} {rest}."
-    if phrase := base_phrase(text):
+    if phrase := infinitive_phrase(text):
         return f"{subject} {_conjugate(phrase)}."
     if lower in _CONJUGATED:
         return f"{subject} {_lower_first(text)}."
@@ -128,7 +133,7 @@ def about(subject: str, sentence: str, *, kind: str) -> str | None:
         return f"{subject} tells {_lower_first(text)}."
     if lower == "like" and kind in {"function", "method"}:
         return f"{subject} works {_lower_first(text)}."
-    if kind == "module" and lower in _OFFERED:
+    if kind == "module" and lower in _MODULE_NOUNS:
         return f"{subject} offers {_lower_first(text)}."
     if lower in {"like", "raised", "called", "used", "equivalent", "similar", "useful"}:
         return f"{subject} is {_lower_first(text)}."
@@ -144,10 +149,10 @@ def about(subject: str, sentence: str, *, kind: str) -> str | None:
     return None
 
 
-def continue_about(sentence: str) -> str:
-    """A later sentence of a docstring; imperatives get "It" as their subject."""
+def following_sentence(sentence: str) -> str:
+    """Return a later sentence of a docstring; an imperative gets the subject "It"."""
     text = sentence.rstrip()
-    if phrase := base_phrase(text):
+    if phrase := infinitive_phrase(text):
         return f"It {_conjugate(phrase)}."
     head, _, rest = text.partition(" ")
     if rest and head.lower() in _CONJUGATED:
@@ -155,13 +160,13 @@ def continue_about(sentence: str) -> str:
     if rest and head in {"Can", "Cannot", "May", "Must", "Should", "Will", "Is", "Has"}:
         return f"It {_lower_first(text).rstrip('.')}."
     match = re.match(r"((?:If|When|Otherwise|By default)\b[^,.]*,) (?=[a-z])", text)
-    if match and (phrase := base_phrase(text[match.end() :])):
+    if match and (phrase := infinitive_phrase(text[match.end() :])):
         return f"{match[1]} it {_conjugate(phrase)}."
     return text if text.endswith((".", "!", "?")) else text + "."
 
 
 def article(noun: str) -> str:
-    """`a` or `an`, by the sound a word most likely starts with."""
+    """Return `a` or `an`, by the sound that the word most likely starts with."""
     word = noun.split()[0].strip("`*")
     if re.match(r"(uni|use|usu|eu|one\b|once)", word, re.I) and not re.match(r"unin|unim", word, re.I):
         return "a"
@@ -172,37 +177,43 @@ def article(noun: str) -> str:
     return "an" if word[:1].lower() in tuple("aeiou") else "a"
 
 
-def listing(words: Sequence[str], *, last: str = "and") -> str:
-    """`a`, `a and b`, `a, b and c`."""
+def join_words(words: Sequence[str], *, last: str = "and") -> str:
+    """Join words as a list: `a`, `a and b`, `a, b and c`."""
     if len(words) < 2:
         return "".join(words)
     return f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def _conjugate(phrase: str) -> str:
-    """Conjugate the first verb and those joined to it ("split it and return the list")."""
+    """Conjugate the first verb of a phrase and the verbs joined to it.
+
+    `split it and return the list` gives `splits it and returns the list`.
+    """
     first, _, rest = phrase.partition(" ")
-    adverb = f"{first} " if first not in _THIRD else ""
+    adverb = f"{first} " if first not in _THIRD_PERSON else ""
     head, _, rest = rest.partition(" ") if adverb else (first, "", rest)
 
     def joined(match: re.Match[str]) -> str:
         before = rest[: match.start()]
         following = match["next"].lower().lstrip("`")
         sure = match["verb"] in _ALWAYS_VERBS and following in _PREPOSITIONS
-        if match["verb"] not in _THIRD or not (sure or following in _DETERMINERS):
+        if match["verb"] not in _THIRD_PERSON or not (sure or following in _DETERMINERS):
             return match[0]
         if re.search(r"\b(to|can|will|may|must|should|would|could|not|that|which)\b", before):
             return match[0]
-        return f"{match['link']}{_THIRD[match['verb']]} {match['next']}"
+        return f"{match['link']}{_THIRD_PERSON[match['verb']]} {match['next']}"
 
     if (pair := re.match(r"(and|or) ([a-z]+) ", rest)) and pair[2] in _VERBS:
-        return f"{adverb}{_THIRD[head]} {pair[1]} {_conjugate(rest[pair.end(1) + 1 :])}"
+        return f"{adverb}{_THIRD_PERSON[head]} {pair[1]} {_conjugate(rest[pair.end(1) + 1 :])}"
     linked = re.sub(r"(?P<link>, and | and |, then | and then |; |, )(?P<verb>[a-z]+) (?P<next>`?[\w']+)", joined, rest)
-    return f"{adverb}{_THIRD[head]} {linked}"
+    return f"{adverb}{_THIRD_PERSON[head]} {linked}"
 
 
 def _lower_first(text: str) -> str:
-    """The text with a small first letter, unless the first word is a name or an abbreviation."""
+    """Return text with a lower-case first letter.
+
+    A name or an abbreviation at the start keeps its capitals.
+    """
     head = re.split(r"[\s,/-]", text, maxsplit=1)[0]
     return text if not head[1:].islower() and len(head) > 1 else text[:1].lower() + text[1:]
 

@@ -1,4 +1,7 @@
-"""What a Python file defines, read from its syntax tree: functions, methods, properties, classes, the module."""
+"""Inventory of a Python file: its functions, methods, properties and classes.
+
+They are read from the syntax tree; nothing is imported.
+"""
 
 import ast
 import textwrap
@@ -8,7 +11,7 @@ from typing import Literal
 
 Kind = Literal["function", "method", "property", "class", "module"]
 Binding = Literal["instance", "class", "static"]
-ParameterKind = Literal["positional-only", "ordinary", "by-name", "more-positional", "more-by-name"]
+ParameterKind = Literal["positional-only", "positional-or-keyword", "keyword-only", "var-positional", "var-keyword"]
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 _HIDDEN_DECORATORS = frozenset({"overload", "setter", "deleter", "register"})
 _CONSTRUCTORS = ("__init__", "__new__")
@@ -17,7 +20,14 @@ _PROPERTIES = frozenset({"property", "cached_property", "abstractproperty"})
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of a signature; `default` and `annotation` are source text."""
+    """A parameter of a signature.
+
+    Attributes:
+        name: its name.
+        kind: as in `inspect.Parameter`.
+        default: source text; None if there is none.
+        annotation: source text; None if there is none.
+    """
 
     name: str
     kind: ParameterKind
@@ -26,25 +36,25 @@ class Parameter:
 
     @property
     def required(self) -> bool:
-        """Whether a call must give it."""
-        return self.default is None and self.kind in {"positional-only", "ordinary", "by-name"}
+        """Whether a call must pass it."""
+        return self.default is None and self.kind in {"positional-only", "positional-or-keyword", "keyword-only"}
 
 
 @dataclass(frozen=True, slots=True)
 class CodeObject:
-    """Something a user can ask about.
+    """A function, method, property, class or module.
 
     Attributes:
-        kind: what it is.
-        module: where users import it from, such as `collections`.
+        kind: its kind.
+        module: the module from which users import it, such as `collections`.
         name: its name inside that module, such as `Counter.most_common`; empty for the module itself.
-        line: where it starts in its file, from 1.
-        docstring: as written, or None.
-        parameters: of a call, without `self` or `cls`; None where the source does not settle them.
-        source: its definition, dedented, decorators included; empty for modules.
+        line: its first line in the file, from 1.
+        docstring: its docstring; None if there is none.
+        parameters: of a call, without `self` or `cls`; None if the source does not determine them.
+        source: its dedented definition with decorators; empty for modules.
         node: its syntax tree.
         binding: how a method gets its first argument.
-        members: public names inside a class or module that have a docstring, by kind.
+        members: kind and name of each documented public name inside a class or module.
     """
 
     kind: Kind
@@ -64,16 +74,16 @@ class CodeObject:
         return f"{self.module}.{self.name}" if self.name else self.module
 
     @property
-    def options(self) -> tuple[Parameter, ...]:
-        """The parameters that a call may leave out, private ones aside."""
+    def optional_parameters(self) -> tuple[Parameter, ...]:
+        """The optional parameters, without private ones."""
         return tuple(p for p in self.parameters or () if p.default is not None and not is_private(p.name))
 
     @property
     def quotable(self) -> str:
-        """The source text that conversations about it may quote: of a class, all but methods."""
+        """The source that a conversation may quote; of methods, only the constructor."""
         if not isinstance(self.node, ast.ClassDef):
             return self.source
-        apart = [
+        excluded = [
             item
             for item in self.node.body
             if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
@@ -81,24 +91,24 @@ class CodeObject:
         ]
         first = self.line
         lines = self.source.splitlines()
-        for item in apart:
+        for item in excluded:
             for line in range(item.lineno, (item.end_lineno or item.lineno) + 1):
                 lines[line - first] = ""
         return "\n".join(lines)
 
     @property
-    def top(self) -> str:
-        """The outermost object it belongs to, so that a class and its methods stay together."""
+    def outermost_name(self) -> str:
+        """The full name of the outermost class or function that contains it."""
         return f"{self.module}.{self.name.split('.')[0]}" if self.name else self.module
 
 
 def is_private(name: str) -> bool:
-    """Whether a bare name starts with an underscore."""
+    """Return whether a bare name starts with an underscore."""
     return name.startswith("_")
 
 
 def exported(tree: ast.Module) -> tuple[str, ...] | None:
-    """The names in a literal `__all__`, or None where there is none."""
+    """Return the names in a literal `__all__`; None if there is none."""
     for node in tree.body:
         if not (isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.List | ast.Tuple)):
             continue
@@ -112,40 +122,48 @@ def exported(tree: ast.Module) -> tuple[str, ...] | None:
 
 
 def top_level(tree: ast.Module) -> dict[str, FunctionNode | ast.ClassDef]:
-    """A module's functions and classes by name; the first of several alternatives (if/else, try/except) counts."""
+    """Return a module's functions and classes by name.
+
+    If a name has several definitions (`if`/`else`, `try`/`except`), the first one counts.
+    """
     return _definitions(tree.body)
 
 
-def build(node: FunctionNode | ast.ClassDef, text: str, module: str, *, private: bool) -> Iterator[CodeObject]:
-    """The object a top-level definition makes, then those inside it.
+def code_objects(node: FunctionNode | ast.ClassDef, text: str, module: str, *, private: bool) -> Iterator[CodeObject]:
+    """Yield the object of a top-level definition and the objects inside it.
 
     Args:
         node: the definition.
         text: its file's text.
-        module: where users import it from.
-        private: include names that start with an underscore.
+        module: the module from which users import it.
+        private: whether to include names that start with an underscore.
     """
-    yield from _build(node, text, module, "", private=private)
+    yield from _code_objects(node, text, module, "", private=private)
 
 
 def parameters_of(node: FunctionNode, *, drop_first: bool = False) -> tuple[Parameter, ...]:
-    """A function's parameters in order; `drop_first` leaves out `self` or `cls`."""
+    """Return a function's parameters in order.
+
+    Args:
+        node: the function.
+        drop_first: whether to leave out `self` or `cls`.
+    """
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
     found = [
-        _parameter(item, "positional-only" if index < len(arguments.posonlyargs) else "ordinary", default)
+        _parameter(item, "positional-only" if index < len(arguments.posonlyargs) else "positional-or-keyword", default)
         for index, (item, default) in enumerate(zip(positional, defaults, strict=True))
     ]
     found = found[1:] if drop_first else found
     if arguments.vararg:
-        found.append(_parameter(arguments.vararg, "more-positional", None))
+        found.append(_parameter(arguments.vararg, "var-positional", None))
     found += [
-        _parameter(item, "by-name", default)
+        _parameter(item, "keyword-only", default)
         for item, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     ]
     if arguments.kwarg:
-        found.append(_parameter(arguments.kwarg, "more-by-name", None))
+        found.append(_parameter(arguments.kwarg, "var-keyword", None))
     return tuple(found)
 
 
@@ -158,7 +176,7 @@ def _parameter(item: ast.arg, kind: ParameterKind, default: ast.expr | None) -> 
     )
 
 
-def _build(
+def _code_objects(
     node: FunctionNode | ast.ClassDef, text: str, module: str, prefix: str, *, private: bool
 ) -> Iterator[CodeObject]:
     name = f"{prefix}.{node.name}" if prefix else node.name
@@ -170,7 +188,7 @@ def _build(
         members = tuple((_kind(item, inside_class=True), item.name) for item in inner if ast.get_docstring(item))
         yield CodeObject("class", module, name, start, docstring, _constructor(node), source, node, members=members)
         for item in inner:
-            yield from _build(item, text, module, name, private=private)
+            yield from _code_objects(item, text, module, name, private=private)
         return
     decorators = _decorators(node)
     binding: Binding = (
@@ -199,7 +217,7 @@ def _definitions(body: list[ast.stmt]) -> dict[str, FunctionNode | ast.ClassDef]
 
 
 def _decorators(node: FunctionNode | ast.ClassDef) -> set[str]:
-    """The last part of each decorator's name: `functools.wraps(f)` gives `wraps`."""
+    """Return the last part of each decorator's name: `wraps` of `functools.wraps`."""
     names = set()
     for item in node.decorator_list:
         target = item.func if isinstance(item, ast.Call) else item
@@ -216,7 +234,10 @@ def _kind(node: FunctionNode | ast.ClassDef, *, inside_class: bool) -> Kind:
 
 
 def _constructor(node: ast.ClassDef) -> tuple[Parameter, ...] | None:
-    """What a call of the class takes, where its own source says so; inherited constructors are not guessed."""
+    """Return the parameters of a class's constructor.
+
+    It is None if the class inherits the constructor or a decorator may change it.
+    """
     methods = _definitions(node.body)
     for name in _CONSTRUCTORS:
         method = methods.get(name)
@@ -236,7 +257,7 @@ def _dataclass_fields(node: ast.ClassDef) -> tuple[Parameter, ...] | None:
         if "ClassVar" in annotation:
             continue
         if isinstance(item.value, ast.Call) or "KW_ONLY" in annotation or "InitVar" in annotation:
-            return None  # field(...) may take the attribute out of the constructor
+            return None  # field(...) may remove the attribute from the constructor
         default = ast.unparse(item.value) if item.value is not None else None
-        found.append(Parameter(item.target.id, "ordinary", default, annotation))
+        found.append(Parameter(item.target.id, "positional-or-keyword", default, annotation))
     return tuple(found)

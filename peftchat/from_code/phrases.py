@@ -1,4 +1,4 @@
-"""The ways in which people ask; `{name}` and the other fields are filled per question."""
+"""Phrasings of questions; the fields in braces are filled per question."""
 
 WHAT = {
     "function": (

@@ -1,4 +1,4 @@
-"""From package names and folders to the Python files worth reading; nothing is imported."""
+"""Survey of Python source: find and read the files, without importing them."""
 
 import ast
 import importlib.machinery
@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftchat.errors import UserError
-from peftchat.from_code.inventory import CodeObject, Kind, build, exported, is_private, top_level
+from peftchat.from_code.inventory import CodeObject, Kind, code_objects, exported, is_private, top_level
 
 MAX_BYTES = 1_000_000
+"""Most bytes of a file; larger files are usually generated."""
+
 _VENDORED = frozenset(
     {
         "vendor",
@@ -41,18 +43,18 @@ _GENERATED_HEADER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One Python file and the dotted name of its module."""
+    """A Python file and the dotted name of its module."""
 
     path: Path
     module: str
 
 
-def locate(roots: Sequence[str], skipped: Counter[str]) -> list[SourceFile]:
-    """The Python files of each root, sorted by module; reasons for those left out are added to `skipped`.
+def find_files(roots: Sequence[str], skipped: Counter[str]) -> list[SourceFile]:
+    """Return the Python files of each root, sorted by module.
 
     Args:
         roots: importable package or module names, folders, or single `.py` files.
-        skipped: counts by reason, in files or folders.
+        skipped: counts of skipped files and folders by reason; updated in place.
 
     Raises:
         UserError: a root is neither a package of this environment nor a folder, or has no Python source.
@@ -76,11 +78,11 @@ def _inside(root: str, path: Path) -> bool:
 def _root_files(root: str, skipped: Counter[str]) -> Iterator[SourceFile]:
     path = Path(root).expanduser()
     looks_like_path = os.sep in root or root.endswith(".py") or root in {".", ".."}
-    if not looks_like_path and (place := _find_module(root)) is not None:
-        if place.is_dir():
-            yield from _walk(place, root, skipped)
+    if not looks_like_path and (location := _find_module(root)) is not None:
+        if location.is_dir():
+            yield from _walk(location, root, skipped)
         else:
-            yield SourceFile(place, root)
+            yield SourceFile(location, root)
     elif path.is_dir():
         yield from _walk(path.resolve(), None, skipped)
     elif path.is_file() and path.suffix == ".py":
@@ -94,8 +96,10 @@ def _root_files(root: str, skipped: Counter[str]) -> Iterator[SourceFile]:
 
 
 def _find_module(dotted: str) -> Path | None:
-    """The folder of a package or the file of a module. Only the outermost name goes through the import system:
-    `find_spec` of a dotted name would import (and so run) its parents."""
+    """Return the folder of a package or the file of a module.
+
+    Only the outermost name goes through the import system: `find_spec` of a dotted name would import its parents.
+    """
     if not all(part.isidentifier() for part in dotted.split(".")):
         return None
     top, *inner = dotted.split(".")
@@ -103,7 +107,7 @@ def _find_module(dotted: str) -> Path | None:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return None
-    if spec is not None and spec.origin == "frozen":  # built into the interpreter, with its source beside the others
+    if spec is not None and spec.origin == "frozen":  # part of the interpreter, but its source is on the path too
         spec = importlib.machinery.PathFinder.find_spec(top)
     for part in inner:
         if spec is None or spec.submodule_search_locations is None:
@@ -128,7 +132,7 @@ def _walk(top: Path, package: str | None, skipped: Counter[str]) -> Iterator[Sou
             if reason := _skip_file(path):
                 skipped[reason] += 1
                 continue
-            yield SourceFile(path, _dotted(package, path.relative_to(top)) if package else _module_name(path))
+            yield SourceFile(path, _dotted_name(package, path.relative_to(top)) if package else _module_name(path))
 
 
 def _skip_folder(path: Path, skipped: Counter[str]) -> bool:
@@ -153,13 +157,13 @@ def _skip_file(path: Path) -> str | None:
     return None
 
 
-def _dotted(package: str, relative: Path) -> str:
+def _dotted_name(package: str, relative: Path) -> str:
     parts = [*package.split("."), *relative.with_suffix("").parts]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def _module_name(path: Path) -> str:
-    """The name a file is imported by: as many folders upwards as are packages."""
+    """Return the name that a file is imported by, with its parent packages."""
     parts = [] if path.stem == "__init__" else [path.stem]
     folder = path.parent
     while (folder / "__init__.py").exists() and folder != folder.parent:
@@ -168,7 +172,7 @@ def _module_name(path: Path) -> str:
     return ".".join(parts)
 
 
-_PATTERNS = tuple(
+_SECRET_PATTERNS = tuple(
     re.compile(pattern)
     for pattern in (
         r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
@@ -187,13 +191,13 @@ _PATTERNS = tuple(
     )
 )
 _LONG_LITERAL = re.compile(r"['\"]([A-Za-z0-9+/=_-]{32,})['\"]")
-_BITS_OF_A_KEY = 4.0
-"""Bits of entropy a character: random base64 of 32 characters has about 4.5, English identifiers about 3.5."""
+_MIN_KEY_ENTROPY = 4.0
+"""Bits of entropy per character: 32 random base64 characters have about 4.5, English identifiers about 3.5."""
 
 
 def has_secret(text: str) -> bool:
-    """Whether the text holds something that looks like a key, a token or a password."""
-    if any(pattern.search(text) for pattern in _PATTERNS):
+    """Return whether a text contains what looks like a key, token or password."""
+    if any(pattern.search(text) for pattern in _SECRET_PATTERNS):
         return True
     return any(_looks_random(match[1]) for match in _LONG_LITERAL.finditer(text))
 
@@ -203,11 +207,11 @@ def _looks_random(text: str) -> bool:
         return False
     if re.fullmatch(r"[0-9a-fA-F]+", text):
         return True
-    return _entropy(text) > _BITS_OF_A_KEY and bool(re.search(r"[A-Z]", text) and re.search(r"[a-z]", text))
+    return _entropy(text) > _MIN_KEY_ENTROPY and bool(re.search(r"[A-Z]", text) and re.search(r"[a-z]", text))
 
 
 def _entropy(text: str) -> float:
-    """Shannon entropy in bits a character."""
+    """Return the Shannon entropy in bits per character."""
     return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
 
 
@@ -220,30 +224,30 @@ STDLIB = (
     "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "traceback", "types",
     "urllib.parse", "uuid", "warnings", "weakref", "zipfile",
 )  # fmt: skip
-"""Those a given Python no longer has are passed over."""
+"""Modules of the standard library that make good examples; some Python versions lack a few."""
 
 
 def available_stdlib() -> list[str]:
-    """Those of the modules that this Python has."""
+    """Return the modules of `STDLIB` that this Python has."""
     tops = {name: name.split(".")[0] for name in STDLIB}
     return [name for name, top in tops.items() if importlib.util.find_spec(top) is not None]
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The objects found, where each lies, and everything that was left out.
+    """The objects of the surveyed code.
 
     Attributes:
         objects: in the order of modules and lines, each full name once.
-        places: full name -> `file:line`.
-        siblings: module -> its public top-level names.
-        files: how many files were read.
-        skipped: reason -> count.
+        locations: `file:line` by full name.
+        siblings: the public top-level names of each module.
+        files: the number of files read.
+        skipped: counts by reason.
         unreadable: `file: reason` for each file that is not valid Python.
     """
 
     objects: tuple[CodeObject, ...]
-    places: dict[str, str]
+    locations: dict[str, str]
     siblings: dict[str, frozenset[str]]
     files: int
     skipped: Counter[str]
@@ -263,37 +267,37 @@ class _Module:
 
 
 def survey(roots: Sequence[str], *, private: bool = False) -> Survey:
-    """Read every Python file of the roots; nothing is imported and nothing runs.
+    """Read every Python file of the roots without importing or running it.
 
     Args:
         roots: package names, folders or files.
-        private: ask also about names that start with an underscore.
+        private: whether to include names that start with an underscore.
 
     Raises:
         UserError: a root does not exist or has no Python source.
     """
     skipped: Counter[str] = Counter()
-    modules, unreadable = _read(locate(roots, skipped))
+    modules, unreadable = _read(find_files(roots, skipped))
     skipped["files that are not valid Python"] += len(unreadable)
-    homes = _public_homes(modules)
+    reexports = _reexports(modules)
     found: dict[str, CodeObject] = {}
-    places: dict[str, str] = {}
+    locations: dict[str, str] = {}
     members: dict[str, list[tuple[Kind, str]]] = {}
     for module in modules:
         hidden_module = _is_hidden(module.file.module) and not private
         for name, node in top_level(module.tree).items():
-            home = homes.get((module.file.module, name))
-            if home is None and (hidden_module or not (private or _is_public(name, module.names))):
+            reexporter = reexports.get((module.file.module, name))
+            if reexporter is None and (hidden_module or not (private or _is_public(name, module.names))):
                 skipped["private names"] += 1
                 continue
-            for item in build(node, module.text, home or module.file.module, private=private):
+            for item in code_objects(node, module.text, reexporter or module.file.module, private=private):
                 if has_secret(item.quotable):
                     skipped["classes with a secret" if item.kind == "class" else "functions with a secret"] += 1
                 elif item.kind in {"method", "property"} and not item.docstring:
                     skipped["methods without a docstring"] += 1
                 elif item.full_name not in found:
                     found[item.full_name] = item
-                    places[item.full_name] = f"{module.file.path}:{item.line}"
+                    locations[item.full_name] = f"{module.file.path}:{item.line}"
                     if item.docstring and "." not in item.name:
                         members.setdefault(item.module, []).append((item.kind, item.name))
     siblings = {name: frozenset(item for _, item in own) for name, own in members.items()}
@@ -306,11 +310,11 @@ def survey(roots: Sequence[str], *, private: bool = False) -> Survey:
             skipped["modules with a secret in the docstring"] += 1
             continue
         overviews[overview.module] = overview
-        places.setdefault(overview.module, f"{module.file.path}:1")
+        locations.setdefault(overview.module, f"{module.file.path}:1")
     objects = sorted([*found.values(), *overviews.values()], key=lambda item: (item.module, item.line, item.name))
-    # A package may define a function of the same name as one of its modules: one object a name.
+    # A package may define a function with the name of one of its modules; only one object per name is kept.
     unique = {item.full_name: item for item in objects}
-    return Survey(tuple(unique.values()), places, siblings, len(modules), +skipped, tuple(unreadable))
+    return Survey(tuple(unique.values()), locations, siblings, len(modules), +skipped, tuple(unreadable))
 
 
 def _read(files: list[SourceFile]) -> tuple[list[_Module], list[str]]:
@@ -322,7 +326,7 @@ def _read(files: list[SourceFile]) -> tuple[list[_Module], list[str]]:
             with tokenize.open(file.path) as opened:  # honors the file's coding line
                 text = opened.read()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in the user's strings are not our news
+                warnings.simplefilter("ignore")  # the user's strings may have invalid escapes
                 tree = ast.parse(text)
         except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError) as error:
             unreadable.append(f"{file.path}: {error}")
@@ -331,10 +335,14 @@ def _read(files: list[SourceFile]) -> tuple[list[_Module], list[str]]:
     return modules, unreadable
 
 
-def _public_homes(modules: list[_Module]) -> dict[tuple[str, str], str]:
-    """(defining module, name) -> the outermost package that offers the name in its `__init__`."""
+def _reexports(modules: list[_Module]) -> dict[tuple[str, str], str]:
+    """Return the outermost package that re-exports each name.
+
+    Returns:
+        A package by defining module and name. A package re-exports a name that its `__init__` imports or lists.
+    """
     by_name = {module.file.module: module for module in modules}
-    homes: dict[tuple[str, str], str] = {}
+    reexports: dict[tuple[str, str], str] = {}
     packages = sorted(
         (module for module in modules if module.is_package), key=lambda module: module.file.module.count(".")
     )
@@ -347,19 +355,19 @@ def _public_homes(modules: list[_Module]) -> dict[tuple[str, str], str]:
             if origin not in by_name:
                 continue
             for alias in node.names:
-                names = _offered(by_name[origin]) if alias.name == "*" else [alias.name]
+                names = _public_names(by_name[origin]) if alias.name == "*" else [alias.name]
                 for name in names:
                     if alias.asname in (None, alias.name) and _is_public(name, package.names):
-                        homes.setdefault((origin, name), package.file.module)
-        # Names offered but not defined or imported by a statement are loaded on first use from a submodule.
+                        reexports.setdefault((origin, name), package.file.module)
+        # Names in `__all__` without a definition or import are loaded from a submodule on first use.
         for name in set(package.names or ()) - set(top_level(package.tree)):
             for origin in by_name:
-                if origin.startswith(f"{package.file.module}.") and name in _offered(by_name[origin]):
-                    homes.setdefault((origin, name), package.file.module)
-    return homes
+                if origin.startswith(f"{package.file.module}.") and name in _public_names(by_name[origin]):
+                    reexports.setdefault((origin, name), package.file.module)
+    return reexports
 
 
-def _offered(module: _Module) -> list[str]:
+def _public_names(module: _Module) -> list[str]:
     return [name for name in top_level(module.tree) if _is_public(name, module.names)]
 
 

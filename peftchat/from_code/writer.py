@@ -1,4 +1,4 @@
-"""Puts questions and answers about one object together into conversations."""
+"""Writer of conversations about code: choose questions, add answers, split."""
 
 import json
 import random
@@ -21,12 +21,19 @@ from peftchat.from_code.inventory import CodeObject
 from peftchat.from_code.survey import Survey, survey
 
 Turn = tuple[str, str | None]
-"""A question and its answer, None where there is no honest one."""
+"""A question and its answer; None if the source does not contain the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class CodeConversation:
-    """A conversation, the object it asks about, and the outermost object that one belongs to."""
+    """A conversation about one object.
+
+    Attributes:
+        conversation: the messages.
+        object: full name of the object.
+        group: full name of the outermost object that contains it.
+        kind: the kind of question.
+    """
 
     conversation: Conversation
     object: str
@@ -35,12 +42,14 @@ class CodeConversation:
 
 
 def conversations_from_code(roots: Sequence[str], *, seed: int = 0, private: bool = False) -> Iterator[Conversation]:
-    """Conversations about the Python code of some packages or folders, the same for the same seed.
+    """Yield conversations about the Python code of packages or folders.
+
+    The same seed gives the same conversations.
 
     Args:
         roots: package names, folders or files; they are read, never imported.
-        seed: chooses the phrasings.
-        private: ask also about names that start with an underscore.
+        seed: seed of the phrasings.
+        private: whether to include names that start with an underscore.
 
     Raises:
         UserError: a root does not exist or has no Python source.
@@ -50,20 +59,20 @@ def conversations_from_code(roots: Sequence[str], *, seed: int = 0, private: boo
 
 
 def conversations_about(found: Survey, *, seed: int) -> Iterator[CodeConversation]:
-    """Every conversation about the objects of a survey, in its order."""
+    """Yield every conversation about the objects of a survey, in its order."""
     for item in found.objects:
         answers = Answers(item, found.siblings.get(item.module, frozenset()))
-        # Seeded by the object's name, so that adding one function to a package leaves the others' conversations alone.
+        # The seed includes the name, so that a function added to a package does not change other conversations.
         choose = _Chooser(item, random.Random(f"{seed}:{item.full_name}"))
-        for kind, turns in _plans(item, answers, choose):
+        for kind, turns in _drafts(item, answers, choose):
             messages = _messages(turns)
             if messages:
-                conversation = Conversation(messages, found.places[item.full_name])
-                yield CodeConversation(conversation, item.full_name, item.top, kind)
+                conversation = Conversation(messages, found.locations[item.full_name])
+                yield CodeConversation(conversation, item.full_name, item.outermost_name, kind)
 
 
 class _Chooser:
-    """Picks phrasings for one object."""
+    """Chooses phrasings for one object."""
 
     def __init__(self, item: CodeObject, rng: random.Random) -> None:
         owner, _, short = item.full_name.rpartition(".")
@@ -81,12 +90,15 @@ class _Chooser:
         return self.rng.choice(options).format(**self.fields, **fields)
 
     def coin(self, chance: float = 0.5) -> bool:
-        """True with this probability."""
+        """Return True with this probability."""
         return self.rng.random() < chance
 
 
 def _messages(turns: Sequence[Turn]) -> tuple[Message, ...]:
-    """The leading turns that have an answer; later ones would refer to what was not said."""
+    """Return the messages of the leading turns that have an answer.
+
+    Later turns may refer to the answer that is missing.
+    """
     messages: list[Message] = []
     for question, answer in turns:
         if answer is None:
@@ -95,19 +107,19 @@ def _messages(turns: Sequence[Turn]) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _plans(item: CodeObject, answers: Answers, choose: _Chooser) -> Iterator[tuple[str, list[Turn]]]:
-    """The conversations worth having about one object, as (kind, turns)."""
+def _drafts(item: CodeObject, answers: Answers, choose: _Chooser) -> Iterator[tuple[str, list[Turn]]]:
+    """Yield the kind and the turns of each conversation about one object."""
     if item.kind == "module":
         yield "module", _module_turns(answers, choose)
         return
     if answers.doc.prose:
         yield "what", _what_turns(item, answers, choose)
     if item.kind in phrases.CALL:
-        call = answers.call(from_import=choose.coin())
+        call = answers.usage(from_import=choose.coin())
         if not answers.doc.prose or (item.kind != "property" and choose.coin(0.35)):
             yield "call", [(choose(phrases.CALL[item.kind]), call)]
     if item.kind in {"function", "method"}:
-        yield from _function_plans(item, answers, choose)
+        yield from _function_drafts(item, answers, choose)
     if item.kind == "class" and choose.coin():
         yield "members", [(choose(phrases.MEMBERS["class"]), answers.members())]
     for parameter in item.parameters or ():
@@ -116,41 +128,41 @@ def _plans(item: CodeObject, answers: Answers, choose: _Chooser) -> Iterator[tup
 
 
 def _module_turns(answers: Answers, choose: _Chooser) -> list[Turn]:
-    what, members = answers.what(), answers.members()
+    what, members = answers.description(), answers.members()
     if what is None:
         return [(choose(phrases.MEMBERS["module"]), members)]
     return [(choose(phrases.WHAT["module"]), what), (choose(phrases.MEMBERS_NEXT["module"]), members)]
 
 
 def _what_turns(item: CodeObject, answers: Answers, choose: _Chooser) -> list[Turn]:
-    """What it is, then how to use it, then one more detail."""
-    turns: list[Turn] = [(choose(phrases.WHAT[item.kind]), answers.what())]
+    """Return turns about the description, then the usage, then one detail."""
+    turns: list[Turn] = [(choose(phrases.WHAT[item.kind]), answers.description())]
     following = {"class": phrases.CREATE_NEXT, "property": phrases.READ_NEXT}.get(item.kind, phrases.CALL_NEXT)
     if choose.coin(0.7):
-        turns.append((choose(following), answers.call(from_import=choose.coin())))
+        turns.append((choose(following), answers.usage(from_import=choose.coin())))
     elif item.kind == "class":
         turns.append((choose(phrases.MEMBERS_NEXT["class"]), answers.members()))
     if item.kind in {"function", "method"} and choose.coin(0.4):
         if (errors := answers.raises()) is not None and choose.coin():
             turns.append((choose(phrases.RAISES_NEXT), errors))
-        elif item.options:
-            parameter = choose.rng.choice(item.options)
+        elif item.optional_parameters:
+            parameter = choose.rng.choice(item.optional_parameters)
             answer = answers.default(parameter)
-            if not any(answer in (said or "") for _, said in turns):
+            if not any(answer in (earlier or "") for _, earlier in turns):
                 turns.append((choose(phrases.DEFAULT_NEXT, parameter=parameter.name), answer))
     return turns
 
 
-def _function_plans(item: CodeObject, answers: Answers, choose: _Chooser) -> Iterator[tuple[str, list[Turn]]]:
+def _function_drafts(item: CodeObject, answers: Answers, choose: _Chooser) -> Iterator[tuple[str, list[Turn]]]:
     if answers.task and item.kind == "function" and not answers.task.startswith("get "):
-        call = answers.call(from_import=True)
+        call = answers.usage(from_import=True)
         found = f"Use `{item.full_name}`. {call}" if call else None
         yield "find", [(choose(phrases.FIND, task=answers.task, kind=item.kind), found)]
     source = answers.source()
     if source is not None:
         if (question := _write_question(item, answers, choose)) is not None:
             written = f"{choose(phrases.WROTE)}\n\n```python\n{source}\n```"
-            follow_up: list[Turn] = [(choose(phrases.EXPLAIN_NEXT), answers.how())] if choose.coin(0.4) else []
+            follow_up: list[Turn] = [(choose(phrases.EXPLAIN_NEXT), answers.statements())] if choose.coin(0.4) else []
             yield "write", [(question, written), *follow_up]
         if choose.coin(0.6):
             yield "explain", [(f"{choose(phrases.EXPLAIN)}\n\n```python\n{source}\n```", answers.explanation())]
@@ -173,7 +185,12 @@ def _write_question(item: CodeObject, answers: Answers, choose: _Chooser) -> str
 
 @dataclass(frozen=True, slots=True)
 class WrittenConversations:
-    """What `write_conversations` left in its folder; `card` is the content of `card.json`."""
+    """The written files.
+
+    Attributes:
+        folder: the folder with `train.jsonl`, `eval.jsonl` and `card.json`.
+        card: the content of `card.json`.
+    """
 
     folder: Path
     card: dict[str, Any]
@@ -188,30 +205,32 @@ def write_conversations(
     eval_fraction: float = 0.1,
     private: bool = False,
 ) -> WrittenConversations:
-    """Make conversations about some code and write `train.jsonl`, `eval.jsonl` and `card.json` into `folder`.
+    """Write conversations about code as `train.jsonl` and `eval.jsonl`.
+
+    Their statistics go to `card.json` in the same folder.
 
     Args:
         roots: package names, folders or files.
-        folder: created where it is missing; files of an earlier call are replaced.
-        seed: chooses phrasings, the split and, with `max_samples`, the rows.
-        max_samples: at most this many rows in both files together, drawn evenly over the objects.
-        eval_fraction: share of the rows held out, from 0 (no eval rows) to below 1.
-        private: ask also about names that start with an underscore.
+        folder: the output folder; existing files of an earlier call are replaced.
+        seed: seed of phrasings, split and, with `max_samples`, the selection.
+        max_samples: most records in both files together, drawn evenly over the objects.
+        eval_fraction: fraction of the records held out, from 0 (none) to below 1.
+        private: whether to include names that start with an underscore.
 
     Raises:
-        UserError: a root cannot be read, nothing documented was found, or `folder` cannot be written.
+        UserError: a root cannot be read, nothing is documented, or `folder` cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError("is a file, not a folder", where=str(folder), hint="Name a folder with -o.")
     found = survey(roots, private=private)
-    everything = list(conversations_about(found, seed=seed))
-    if not everything:
+    conversations = list(conversations_about(found, seed=seed))
+    if not conversations:
         raise UserError(
             f"no documented function, class or module in the {found.files} files read",
             where=", ".join(roots),
             hint="Conversations are made from docstrings and signatures: add docstrings, or name another package.",
         )
-    kept = _draw(everything, max_samples, seed)
+    kept = _sample_evenly(conversations, max_samples, seed)
     train, held_out = split(kept, eval_fraction, seed)
     card = {
         "made_by": f"peftchat {version('peftchat')} data from-code",
@@ -222,17 +241,17 @@ def write_conversations(
         "split_by": "object",
         "files_read": found.files,
         "objects": len(found.objects),
-        "conversations_made": len(everything),
-        "left_out_by_max_samples": len(everything) - len(kept),
+        "conversations_made": len(conversations),
+        "left_out_by_max_samples": len(conversations) - len(kept),
         "skipped": dict(sorted(found.skipped.items())),
         "unreadable": list(found.unreadable),
-        "train": _facts(train),
-        "eval": _facts(held_out),
+        "train": _statistics(train),
+        "eval": _statistics(held_out),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "train.jsonl", _lines(train))
-        write_text(folder / "eval.jsonl", _lines(held_out))
+        write_text(folder / "train.jsonl", _as_jsonl(train))
+        write_text(folder / "eval.jsonl", _as_jsonl(held_out))
         write_text(folder / "card.json", json.dumps(card, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
         raise UserError(
@@ -244,28 +263,31 @@ def write_conversations(
 def split(
     conversations: Sequence[CodeConversation], eval_fraction: float, seed: int
 ) -> tuple[list[CodeConversation], list[CodeConversation]]:
-    """(train, eval), shuffled; a class, its methods and its properties are on one side together."""
+    """Split conversations into shuffled training and evaluation sets.
+
+    A class, its methods and its properties are in the same set.
+    """
     rng = random.Random(f"{seed}:split")
     groups = sorted({conversation.group for conversation in conversations})
     rng.shuffle(groups)
     sizes = Counter(conversation.group for conversation in conversations)
     wanted = round(len(conversations) * eval_fraction)
-    held_out: set[str] = set()
-    rows = 0
+    held_out_groups: set[str] = set()
+    count = 0
     for group in groups:
-        # A group that would overshoot by more than it helps is passed over: one big class must not fill the eval set.
-        if rows < wanted and (rows + sizes[group] <= 1.5 * wanted or sizes[group] == 1):
-            held_out.add(group)
-            rows += sizes[group]
-    train = [conversation for conversation in conversations if conversation.group not in held_out]
-    test = [conversation for conversation in conversations if conversation.group in held_out]
+        # One large class must not fill the evaluation set, so a group far beyond the wanted size is skipped.
+        if count < wanted and (count + sizes[group] <= 1.5 * wanted or sizes[group] == 1):
+            held_out_groups.add(group)
+            count += sizes[group]
+    train = [conversation for conversation in conversations if conversation.group not in held_out_groups]
+    held_out = [conversation for conversation in conversations if conversation.group in held_out_groups]
     rng.shuffle(train)
-    rng.shuffle(test)
-    return train, test
+    rng.shuffle(held_out)
+    return train, held_out
 
 
-def _draw(conversations: Sequence[CodeConversation], limit: int | None, seed: int) -> list[CodeConversation]:
-    """At most `limit` conversations: one of each object before a second of any."""
+def _sample_evenly(conversations: Sequence[CodeConversation], limit: int | None, seed: int) -> list[CodeConversation]:
+    """Draw at most `limit` conversations, evenly over the objects."""
     if limit is None or len(conversations) <= limit:
         return list(conversations)
     rng = random.Random(f"{seed}:draw")
@@ -279,7 +301,7 @@ def _draw(conversations: Sequence[CodeConversation], limit: int | None, seed: in
     return [conversations[index] for index in sorted(index for _, index in rounds[:limit])]
 
 
-def _facts(conversations: Sequence[CodeConversation]) -> dict[str, Any]:
+def _statistics(conversations: Sequence[CodeConversation]) -> dict[str, Any]:
     answers = [
         len(message.content)
         for conversation in conversations
@@ -295,6 +317,6 @@ def _facts(conversations: Sequence[CodeConversation]) -> dict[str, Any]:
     }
 
 
-def _lines(conversations: Sequence[CodeConversation]) -> str:
-    rows = ({"messages": item.conversation.as_dicts(), "object": item.object} for item in conversations)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _as_jsonl(conversations: Sequence[CodeConversation]) -> str:
+    records = ({"messages": item.conversation.as_dicts(), "object": item.object} for item in conversations)
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -1,7 +1,7 @@
-"""Adapters on disk: which can be merged, their config and weights, and their modules in an empty model.
+"""Adapters on disk: config, weights, and their modules in an empty model.
 
-Every PEFT method that is not named here can be merged: by a rule of its own, or by PEFT's `merge` of one layer at a
-time.
+Every PEFT method that is not named here can be merged. Some have a rule of their own; the others use PEFT's `merge`,
+one layer at a time.
 """
 
 import copy
@@ -24,7 +24,7 @@ from peftchat.variants.low_rank import LoraAdapter
 
 _PROMPTS = "it trains vectors that are put before the prompt, not weights"
 _GATED = "what it adds depends on the input, so no fixed weights do the same"
-_HINT_PROMPTS = "Use the run folder as it is: `peftchat chat RUN` loads base and adapter."
+_PROMPTS_HINT = "Use the run folder as it is: `peftchat chat RUN` loads base and adapter."
 
 UNMERGEABLE: dict[str, str] = {
     "MULTITASK_PROMPT_TUNING": _PROMPTS,
@@ -40,15 +40,16 @@ UNMERGEABLE: dict[str, str] = {
     "FROD": "its file needs a decomposition of all layers of the base at once",
     "ADAMSS": "its file needs a clustering of the base's weights that PEFT makes while it loads",
 }
-"""PEFT type that is no variant of ours -> why it cannot be merged tensor by tensor."""
+"""Why adapters of a PEFT type without a variant cannot be merged tensor by tensor."""
 
-_IN_MEMORY = frozenset({"OSF", "PSOFT", "FROD", "ADAMSS"})
+_NEEDS_FULL_BASE = frozenset({"OSF", "PSOFT", "FROD", "ADAMSS"})
 
 
 def residual_init(config: Any) -> ResidualLora | None:
-    """Return the LoRA initialization that a stock PEFT adapter subtracted from the base, if it can be computed again.
+    """Return the LoRA initialization that a stock PEFT adapter subtracted.
 
-    What was trained is `base - init + adapter`.
+    It was subtracted from the base, so what was trained is `base - init + adapter`. It is None if there is none, or if
+    it cannot be computed again.
     """
     adapter = get_adapter(getattr(config, "init_lora_weights", None))
     if adapter is None or not issubclass(adapter, ResidualLora) or not adapter.recomputable:
@@ -57,7 +58,10 @@ def residual_init(config: Any) -> ResidualLora | None:
 
 
 def _has_lost_init(config: Any) -> bool:
-    """Return whether a stock PEFT adapter changed the base in a way that cannot be computed again."""
+    """Return whether the initialization changed the base in a way that is lost.
+
+    Such a change is not in the adapter's file and cannot be computed again.
+    """
     init = getattr(config, "init_lora_weights", None)
     if not isinstance(init, str) or residual_init(config) is not None:
         return False
@@ -65,8 +69,8 @@ def _has_lost_init(config: Any) -> bool:
     return init.lower().startswith(tuple(changing))
 
 
-def refuse_unmergeable(config: Any, where: str) -> None:
-    """Raise for an adapter that cannot be merged from its file and the base.
+def reject_unmergeable(config: Any, where: str) -> None:
+    """Reject an adapter that cannot be merged from its file and the base.
 
     Args:
         config: a PEFT config.
@@ -81,8 +85,8 @@ def refuse_unmergeable(config: Any, where: str) -> None:
             why = f"{kind} cannot be merged: {adapter.unmergeable_because}"
             raise UserError(why, where=where, hint=adapter.merge_hint)
     if config.is_prompt_learning or kind in UNMERGEABLE:
-        hint = _HINT_PROMPTS
-        if kind in _IN_MEMORY:
+        hint = _PROMPTS_HINT
+        if kind in _NEEDS_FULL_BASE:
             hint = "Load base and adapter with peft and call merge_and_unload, which holds the whole model in memory."
         raise UserError(f"{kind} cannot be merged: {UNMERGEABLE.get(kind, _PROMPTS)}", where=where, hint=hint)
     if _has_lost_init(config):
@@ -149,7 +153,7 @@ def read_adapter_config(folder: Path) -> Any:
         config = PeftConfig.from_pretrained(str(folder))
     except LOAD_ERRORS as error:
         raise UserError(f"the file cannot be read: {first_line(error)}", where=str(folder / ADAPTER_CONFIG)) from error
-    refuse_unmergeable(config, str(folder))
+    reject_unmergeable(config, str(folder))
     return config
 
 
@@ -174,7 +178,10 @@ def check_weights(folder: Path) -> None:
 
 
 def vocabulary_needed(config: Any, folder: Path) -> int:
-    """Return the embedding rows that this adapter needs in its base; 0 if it does not say."""
+    """Return the embedding rows that this adapter needs in its base.
+
+    It is 0 if neither config nor weights determine it.
+    """
     indices = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
     ids = [token_id for listed in lists for token_id in listed]
@@ -186,7 +193,7 @@ def vocabulary_needed(config: Any, folder: Path) -> int:
 
 
 def install_adapter(empty_model: EmptyModel, config: Any, folder: Path) -> InstalledAdapter:
-    """Wrap the model's modules as `config` says and load the adapter's tensors.
+    """Wrap the model's modules by `config` and load the adapter's tensors.
 
     Raises:
         UserError: the adapter does not fit this model: unknown modules, other shapes, missing or left-over tensors.
@@ -209,7 +216,7 @@ def install_adapter(empty_model: EmptyModel, config: Any, folder: Path) -> Insta
         state = {key: value for key, value in state.items() if _base_name(key) not in saved}
         result = set_peft_model_state_dict(peft_model, state, low_cpu_mem_usage=mapped)
     except MISFIT_ERRORS as error:
-        raise _misfit(folder, str(error)) from error
+        raise _mismatch_error(folder, str(error)) from error
     _check_keys(result, peft_model, folder, empty_model.ties)
     peft_model.eval()
     return InstalledAdapter(empty_model, tuple(_adapted_modules(empty_model, init)), saved)
@@ -231,7 +238,7 @@ def _saved_base_parameters(state: dict[str, torch.Tensor], empty_model: EmptyMod
     }
 
 
-def _misfit(folder: Path, why: str) -> UserError:
+def _mismatch_error(folder: Path, why: str) -> UserError:
     lines = [line.strip() for line in why.splitlines() if line.strip()]
     shapes = [line for line in lines if "size mismatch" in line]
     return UserError(
@@ -253,10 +260,10 @@ def _check_keys(result: Any, peft_model: Any, folder: Path, ties: Mapping[str, s
     # The rows of a tied head are those of the embedding.
     missing = [key for key in missing if f"{_base_name(key).partition('.trainable_tokens_')[0]}.weight" not in ties]
     if missing:
-        raise _misfit(folder, f"{len(missing)} of its tensors are missing, first {missing[0]}")
+        raise _mismatch_error(folder, f"{len(missing)} of its tensors are missing, first {missing[0]}")
     if result.unexpected_keys:
         count, first = len(result.unexpected_keys), result.unexpected_keys[0]
-        raise _misfit(folder, f"{count} of its tensors have no place in it, first {first}")
+        raise _mismatch_error(folder, f"{count} of its tensors have no place in it, first {first}")
 
 
 def _adapted_modules(empty_model: EmptyModel, init: ResidualLora | None) -> Iterator[AdaptedModule]:

@@ -1,1 +1,1 @@
-"""Planning: predict the memory, time and cost of a run from the model's config alone."""
+"""Planning: predict memory, time and cost of a run from the model's config."""

@@ -1,8 +1,8 @@
 """Activation memory of a step as a function of layers, batch and length.
 
-The bytes are traced on the model's own code with fake tensors (`peftchat.planning.tracing`), at one and two layers and
-at two or three lengths. Interpolation and extrapolation are exact: bytes are linear in layers and batch, and linear in
-the length except for the scores or the mask of unfused attention, which are quadratic.
+Fake tensors trace the bytes on the model's own code (`peftchat.planning.tracing`), at one and two layers and at two or
+three lengths. Interpolation and extrapolation are exact, since bytes are linear in layers and batch. They are also
+linear in the length, except for the scores or the mask of unfused attention, which are quadratic.
 """
 
 import functools
@@ -104,10 +104,10 @@ class ActivationProfile:
 
 
 class LossProfile:
-    """The memory of the loss as a function of the supervised positions of one micro-batch.
+    """The memory of the loss as a function of the supervised positions.
 
-    Logits exist for one chunk of positions at a time. The forward pass therefore takes a constant, a term per position,
-    and a term per position of a chunk.
+    They are those of one micro-batch. Logits exist for one chunk of positions at a time. The forward pass therefore
+    takes a constant, a term per position, and a term per position of a chunk.
 
     Args:
         trace: returns the bytes for a number of positions in chunks of the CPU's size.

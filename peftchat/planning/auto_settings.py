@@ -1,4 +1,4 @@
-"""Auto settings: gradient checkpointing and micro-batch size, chosen by predicted memory."""
+"""Auto settings: checkpointing and micro-batch size by predicted memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -42,7 +42,7 @@ class ChosenSettings:
 def choose_auto_settings(
     recipe: "Recipe", planner: "Planner", settings: PlanSettings, device_memory: int
 ) -> tuple[PlanSettings, tuple[AutoSetting, ...]]:
-    """Choose gradient checkpointing and the micro-batch size if the recipe leaves them open.
+    """Choose gradient checkpointing and micro-batch size where the recipe does not.
 
     Args:
         recipe: the recipe.
@@ -106,7 +106,9 @@ def choose_checkpointing(planner: "Planner", settings: PlanSettings, device_memo
 
 
 def choose_batch(planner: "Planner", settings: PlanSettings, device_memory: int, max_tokens: int) -> ChosenSettings:
-    """Choose the largest micro-batch that fits, without changing the examples per optimizer step.
+    """Choose the largest micro-batch that fits.
+
+    The number of examples per optimizer step does not change.
 
     Args:
         planner: predicts memory.

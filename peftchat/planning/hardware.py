@@ -1,4 +1,4 @@
-"""Hardware of a plan: a GPU of the catalog, this machine's GPUs, or its CPU and RAM."""
+"""Hardware of a plan: a catalog GPU, this machine's GPUs, or CPU and RAM."""
 
 import difflib
 import json
@@ -75,7 +75,7 @@ def _aliases() -> Mapping[str, str]:
 
 
 def _normalized(name: str) -> str:
-    """Return a name without case, vendor and separators, which people write in different ways."""
+    """Return a name without case, vendor and separators."""
     return re.sub(r"nvidia|amd|geforce|instinct|tesla|[^a-z0-9]", "", name.lower())
 
 
@@ -145,7 +145,10 @@ def this_cpu(count: int | None) -> Hardware:
 
 
 def system_memory() -> int:
-    """Return the RAM that this process may use in bytes: the machine's, or its container's limit."""
+    """Return the RAM that this process may use, in bytes.
+
+    It is the machine's, or its container's limit.
+    """
     import psutil
 
     limits = [int(psutil.virtual_memory().total)]

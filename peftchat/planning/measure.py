@@ -33,7 +33,7 @@ class MeasuredRun:
 
 
 def measure_run(recipe: "Recipe", plan: "TrainingPlan") -> MeasuredRun:
-    """Train a few steps on sequences as long as the recipe's longest, and delete the run.
+    """Train a few steps on the longest sequences, and delete the run.
 
     Raises:
         UserError: the plan is for another device, or for several processes.
@@ -69,7 +69,10 @@ def measure_run(recipe: "Recipe", plan: "TrainingPlan") -> MeasuredRun:
 
 
 def _probe_recipe(recipe: "Recipe", folder: Path) -> "Recipe":
-    """Return the recipe on long synthetic conversations, for a few steps, without saving or evaluation."""
+    """Return the recipe for a few steps on long synthetic conversations.
+
+    It saves and evaluates nothing.
+    """
     data = recipe.data.model_copy(
         update={
             "train": (type(recipe.data.train[0])(path=str(folder / "conversations.jsonl")),),
@@ -86,7 +89,7 @@ def _probe_recipe(recipe: "Recipe", folder: Path) -> "Recipe":
 
 
 def _long_examples(length: int, batch: int) -> str:
-    """Return conversations with so many turns that every example is as long as the recipe allows."""
+    """Return conversations that fill every example to its longest length."""
     turns = [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "and on and on"}]
     # The two turns have at least eight tokens with any tokenizer; truncation removes the rest.
     line = json.dumps({"messages": turns * (length // 8 + 1)})

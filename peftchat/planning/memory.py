@@ -1,4 +1,4 @@
-"""Peak memory of one device: static memory, the phases of a step, and the overhead of the libraries."""
+"""Peak memory of one device: static memory, step phases and overhead."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,8 +37,11 @@ _STATE_BYTES = {
     "rmsprop": 4.0,
     "sgd": 0.0,
 }
-"""Optimizer state in bytes per trainable weight. Eight-bit states have one float32 scale per 256 values, added below.
-Adafactor's states are one row and one column per matrix (Shazeer and Stern, 2018)."""
+"""Optimizer state in bytes per trainable weight.
+
+Eight-bit states also have one float32 scale per 256 values, which is added below. Adafactor's states are one row and
+one column per matrix (Shazeer and Stern, 2018).
+"""
 
 _MAX_GATHERED = 1_000_000_000
 """Most elements that ZeRO-3 keeps gathered, and that it updates at once (`stage3_max_live_parameters`,
@@ -116,7 +119,10 @@ def static_memory(settings: PlanSettings, counts: "ParameterCounts", trainable: 
 
 
 def base_bytes(settings: PlanSettings, counts: "ParameterCounts") -> float:
-    """Return the unsharded bytes of the base model; embedding, LM head and norms are never quantized."""
+    """Return the unsharded bytes of the base model.
+
+    Embedding, LM head and norms are never quantized.
+    """
     dtype_size = BYTES[settings.weight_dtype]
     if settings.bits is None:
         return float(counts.parameters * dtype_size)
@@ -267,7 +273,10 @@ def _forward(
 def _backward(
     settings: PlanSettings, static: StaticMemory, step: "StepMemory", head: "LossTrace"
 ) -> dict[MemoryPart, float]:
-    """Return the largest of three: the LM head's gradient, the last block's, and the end with all gradients."""
+    """Return the parts of the backward pass at its largest peak.
+
+    Three peaks are compared: the LM head's gradient, the last block's, and the end with all gradients.
+    """
     accumulated = _accumulated_gradients(settings, static)
     logits, activations, gradients = max(
         (head.backward, step.saved, accumulated),
@@ -305,5 +314,8 @@ OVERHEADS: Mapping[str, Overhead] = {
     "cuda": Overhead(framework=600_000_000, communication=900_000_000, fragmentation=0.06),
     "cpu": Overhead(framework=680_000_000, communication=100_000_000, fragmentation=0.28),
 }
-"""Overhead by device. The CPU's is fitted to `scripts/bench_plan.py` and includes what glibc's heap keeps after tensors
-are freed. CUDA's are common values for its context, NCCL's buffers and torch's caching allocator; none was measured."""
+"""Overhead by device.
+
+The CPU's is fitted to `scripts/bench_plan.py` and includes what glibc's heap keeps after tensors are freed. CUDA's are
+common values for its context, NCCL's buffers and torch's caching allocator; none was measured.
+"""

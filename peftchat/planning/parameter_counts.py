@@ -1,4 +1,4 @@
-"""Parameter counts of a model by part, and how many of them are trained, from its config alone."""
+"""Parameter counts of a model and of its trainable part, from its config."""
 
 import math
 from dataclasses import dataclass
@@ -115,7 +115,9 @@ def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
 
 
 def trainable_counts(config: "PretrainedConfig", recipe: "Recipe", new_tokens: int) -> TrainableCounts:
-    """Count what the recipe's method trains, with PEFT's own adapter on the full model's shapes.
+    """Count what the recipe's method trains.
+
+    PEFT's own adapter is built on the full model's shapes.
 
     Raises:
         UserError: the adapter does not fit the model.

@@ -102,7 +102,10 @@ def cost_estimate(
 
 
 def _attention_flops(settings: "PlanSettings", counts: "ParameterCounts", tokens: int) -> float:
-    """Count the operations of attention: over half of a conversation, or over all positions with a mask."""
+    """Count the operations of attention.
+
+    They cover half of the pairs in a conversation, or all pairs of positions with a mask.
+    """
     fused = settings.attention == "fused"
     keys = min(settings.conversation, settings.length) / 2 if fused else settings.length
     return 12.0 * counts.num_layers * counts.hidden_size * keys * tokens

@@ -70,7 +70,7 @@ def format_gib(value: float) -> str:
 
 
 def print_plan(plan: "TrainingPlan", console: Console) -> None:
-    """Print whether the run fits, its memory by part, what saves memory, the alternatives, time and cost."""
+    """Print the plan: fit, memory by part, changes, alternatives, time and cost."""
     console.print(_headline(plan), soft_wrap=False)
     console.print(_overview(plan))
     console.print(_memory_table(plan.memory))
@@ -281,7 +281,9 @@ def _change_json(change: "Change", device_memory: int) -> dict[str, Any]:
 
 
 def print_dry_run(loaded: "LoadedRecipe", distributed: DistributedSetup) -> None:
-    """Encode the data and print the number of steps, the plan and one example, without training.
+    """Encode the data and print the steps, the plan and one example.
+
+    Nothing is trained.
 
     Raises:
         UserError: training would fail before its first step, except for errors in the weights.

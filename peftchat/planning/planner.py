@@ -1,4 +1,4 @@
-"""Planner: predict memory for settings, search what fits, and list changes and alternatives."""
+"""Planner: predict memory, search what fits, and list the alternatives."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +51,10 @@ _METHODS: tuple[tuple[Literal["full", "lora", "qlora"], Literal[4, 8] | None], .
 
 
 def alternatives(planner: "Planner", settings: PlanSettings, device_memory: int) -> Sequence[GridCell]:
-    """Return every combination that the recipe's variant supports, the most expensive method first."""
+    """Return every combination that the recipe's variant supports.
+
+    The most expensive method comes first.
+    """
     cells = []
     for method, bits in _METHODS:
         weights = "unquantized" if bits is None else f"{bits} bits"
@@ -113,7 +116,10 @@ def largest_batch(planner: "Planner", settings: PlanSettings, device_memory: int
 
 
 def largest_length(planner: "Planner", settings: PlanSettings, device_memory: int) -> int:
-    """Return the longest sequence that model and memory allow, in steps of 64 tokens; 0 if none fits."""
+    """Return the longest sequence that fits, in steps of 64 tokens.
+
+    It is limited by model and memory; 0 if none fits.
+    """
 
     def fits(blocks: int) -> bool:
         return planner.memory(settings.with_changes(length=64 * blocks)).total <= device_memory
@@ -136,14 +142,20 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def changes(planner: "Planner", settings: PlanSettings) -> list[Change]:
-    """Return every single change that saves memory and that the variant supports, the cheapest first."""
+    """Return every single change that saves memory, the cheapest first.
+
+    Only changes that the variant supports are included.
+    """
     before = planner.memory(settings).total
     found = (_change(planner, settings, option) for option in _options(settings) if planner.supports(option.requires))
     return [change for change in found if change.memory.total < before]
 
 
 def cheapest_fix(planner: "Planner", settings: PlanSettings, device_memory: int) -> Change | None:
-    """Return the first change that fits, else the shortest sequence of changes that does; None if none does."""
+    """Return the first change that makes the run fit.
+
+    If none does alone, it is the shortest sequence of changes that does; None if there is none.
+    """
     for change in changes(planner, settings):
         if change.memory.total <= device_memory:
             return change
@@ -271,7 +283,10 @@ class Planner:
         self._losses: dict[tuple[str, str | None, bool, int, str], LossProfile] = {}
 
     def supports(self, setting: str) -> bool:
-        """Return whether the recipe's variant supports a setting such as `4 bits`, `zero3` or `checkpointing`."""
+        """Return whether the recipe's variant supports a setting.
+
+        Settings are named as `4 bits`, `zero3` or `checkpointing`.
+        """
         adapter = self.recipe.adapter
         return adapter is None or adapter.incompatibility(setting) is None
 
@@ -281,7 +296,10 @@ class Planner:
         return memory_plan(settings, self.counts, trainable, self._activations(settings), self._loss(settings))
 
     def trainable(self, settings: PlanSettings) -> TrainableCounts:
-        """Count the trainable parameters of the model, or of the recipe's adapter or the default one."""
+        """Count the trainable parameters.
+
+        They are those of the model, of the recipe's adapter or of the default adapter.
+        """
         full = settings.method == "full"
         key = (full, 0 if full else settings.new_tokens)
         if key not in self._trainable:

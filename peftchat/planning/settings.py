@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
 
 AttentionKind = Literal["fused", "masked", "eager"]
-"""`fused`: a kernel that saves its inputs, its output and one number per query (Dao et al., 2022). `masked`: SDPA with
-a mask over every pair of positions. `eager`: the scores of every pair are saved."""
+"""What attention saves for the backward pass.
+
+- `fused`: inputs, output and one number per query (Dao et al., 2022).
+- `masked`: also a mask over every pair of positions, by SDPA.
+- `eager`: the scores of every pair.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,10 @@ class DatasetSize:
 
 
 def read_dataset_size(recipe: "Recipe") -> DatasetSize | str:
-    """Return the size of the dataset if tokenizer and data are local, else why it was not read."""
+    """Return the size of the dataset, or the reason why it was not read.
+
+    It is read only if tokenizer and data are local.
+    """
     if not Path(recipe.model.name).is_dir():
         return "the tokenizer is not local"
     from peftchat.conversations.readers import find_files
@@ -135,7 +142,10 @@ def _sequences(recipe: "Recipe", lengths: "np.ndarray") -> "np.ndarray":
 
 
 def total_steps(recipe: "Recipe", dataset: DatasetSize | None, settings: "PlanSettings") -> int | None:
-    """Return the optimizer steps of the run; None if they depend on data that was not read."""
+    """Return the optimizer steps of the run.
+
+    They are None if they depend on data that was not read.
+    """
     training = recipe.training
     if training.max_steps > 0:
         return training.max_steps
@@ -222,7 +232,7 @@ class PlanSettings:
         """The part of the settings that the trace of a step depends on."""
         return TraceConfig(
             weight_dtype=self.weight_dtype,
-            # DeepSpeed casts the whole model instead.
+            # DeepSpeed casts the model instead.
             autocast=None if self.sharded or self.dtype == "float32" else self.dtype,
             trainable_dtype=self.dtype if self.sharded and self.method != "full" else None,
             attention=self.attention,
@@ -287,7 +297,10 @@ def plan_settings(
 
 
 def attention_kind(recipe: "Recipe", device: Device) -> AttentionKind:
-    """Return the kind of attention that training selects on a device (`peftchat.training.model`)."""
+    """Return the kind of attention that training selects on a device.
+
+    `peftchat.training.model` selects it.
+    """
     wanted = recipe.model.attention
     if wanted == "eager":
         return "eager"

@@ -1,8 +1,7 @@
-"""Memory tracing: run one or two layers of the real architecture on fake tensors and count bytes.
+"""Memory tracing: run a few layers on fake tensors and count the bytes.
 
-What autograd saves is read off the model's own code, for any architecture and adapter, without loading weights. Three
-things that fake tensors cannot run are replaced: fused attention, quantized products, and the mask of packed
-sequences.
+The bytes that autograd saves come from the model's own code, for any architecture and adapter, without weights. Three
+things that fake tensors cannot run are replaced: fused attention, quantized products, and the mask of packed sequences.
 """
 
 import copy
@@ -39,7 +38,9 @@ _FUSED = "peftchat_fake_fused"
 def fake_model(
     config: "PretrainedConfig", recipe: "Recipe", trace_config: "TraceConfig", layers: int
 ) -> "PreTrainedModel":
-    """Build the architecture with `layers` layers and the recipe's adapter, under a `FakeTensorMode`.
+    """Build a few layers of the architecture with the recipe's adapter.
+
+    The caller must be inside a `FakeTensorMode`.
 
     Args:
         config: the base model's config.
@@ -80,7 +81,10 @@ def shallow(config: "PretrainedConfig", layers: int) -> "PretrainedConfig":
 def meta_model(
     config: "PretrainedConfig", dtype: torch.dtype, attention: AttentionKind = "masked"
 ) -> "PreTrainedModel":
-    """Build the full architecture on torch's `meta` device: shapes and dtypes without memory."""
+    """Build the full architecture on torch's `meta` device.
+
+    It has shapes and dtypes, but takes no memory.
+    """
     from transformers import AutoModelForCausalLM
 
     _register_attention()
@@ -90,9 +94,10 @@ def meta_model(
 
 
 def wrap(model: "PreTrainedModel", recipe: "Recipe", new_tokens: int) -> nn.Module:
-    """Add embeddings of added tokens and the recipe's adapter to a frozen model on the `meta` device.
+    """Add added-token embeddings and the recipe's adapter to a frozen model.
 
-    This follows `peftchat.models.peft_model.add_adapter`, without the adapter's initialization.
+    The model is on the `meta` device. This follows `peftchat.models.peft_model.add_adapter`, without the adapter's
+    initialization.
 
     Raises:
         UserError: the adapter does not fit the model.
@@ -108,7 +113,10 @@ def wrap(model: "PreTrainedModel", recipe: "Recipe", new_tokens: int) -> nn.Modu
 
 
 def materialize_fakes(model: nn.Module, trainable_dtype: torch.dtype | None) -> None:
-    """Replace `meta` parameters and buffers by fake CPU tensors; tied weights stay tied."""
+    """Replace `meta` parameters and buffers by fake CPU tensors.
+
+    Tied weights stay tied.
+    """
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -134,7 +142,10 @@ def _attach_embeddings(model: "PreTrainedModel", count: int) -> None:
 
 
 def _quantize(model: "PreTrainedModel") -> None:
-    """Let every frozen linear layer except the head dequantize its weight per product, as bitsandbytes does."""
+    """Make frozen linear layers dequantize their weight for each product.
+
+    bitsandbytes does so too. The LM head is not quantized.
+    """
     for module in decoder_linears(model):
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.__class__ = _QuantizedLinear
@@ -197,7 +208,10 @@ def fake_mode() -> FakeTensorMode:
 
 
 def decoder_linears(model: "PreTrainedModel") -> "list[nn.Linear | Conv1D]":
-    """Return the linear layers of the blocks, including GPT-2's `Conv1D`, without the LM head."""
+    """Return the linear layers of the blocks, without the LM head.
+
+    GPT-2's `Conv1D` layers are included.
+    """
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
@@ -205,7 +219,7 @@ def decoder_linears(model: "PreTrainedModel") -> "list[nn.Linear | Conv1D]":
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that are created inside the context and still alive.
+    """Counts the live bytes of storages that are created inside the context.
 
     Attributes:
         now: bytes alive.
@@ -270,7 +284,10 @@ class BackboneTrace:
 
 
 def trace_backbone(model: "PreTrainedModel", batch: int, length: int, autocast: torch.dtype | None) -> BackboneTrace:
-    """Run forward and backward of a fake model on ids of shape (batch, length), under its `FakeTensorMode`."""
+    """Trace forward and backward of a fake model on ids of shape (batch, length).
+
+    The caller must be inside the model's `FakeTensorMode`.
+    """
     live = LiveBytes()
     live.ignore(model)
     layers = decoder_layers(model)
@@ -305,7 +322,10 @@ def trace_backbone(model: "PreTrainedModel", batch: int, length: int, autocast: 
 
 
 def _mask(model: "PreTrainedModel", batch: int, length: int) -> Tensor:
-    """Return the mask that isolates packed conversations: bool for SDPA, float for eager, as in transformers."""
+    """Return the mask that isolates packed conversations.
+
+    As in transformers, it is bool for SDPA and float for eager attention.
+    """
     eager = model.config._attn_implementation == "eager"
     return torch.empty(batch, 1, length, length, dtype=model.dtype if eager else torch.bool)
 
@@ -341,7 +361,9 @@ def trace_loss(
     trains_head: bool,
     new_tokens: int,
 ) -> LossTrace:
-    """Run the loss over `targets` supervised positions, forward and backward, under a `FakeTensorMode`.
+    """Trace forward and backward of the loss over `targets` supervised positions.
+
+    The caller must be inside a `FakeTensorMode`.
 
     Args:
         config: the base model's config.

@@ -1,4 +1,4 @@
-"""A YAML text as plain values, with the place each one was written at."""
+"""YAML documents as plain values, with the place where each value was written."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from peftchat.errors import UserError
 
 Keys = tuple[str | int, ...]
-"""The way to a value: `("data", "train", 0, "path")`."""
+"""The path to a value: `("data", "train", 0, "path")`."""
 
 # A recipe has about a hundred values; aliases can unfold a short text into billions of them.
 MOST_VALUES = 20_000
@@ -24,7 +24,7 @@ DEEPEST = 100
 class SourceLocation:
     """Where a value was written: a line of a file, or a `--set` flag (`file` is None).
 
-    `layer` tells what lies on top: 0 is the recipe, 1 the flags over it, -1 what it extends, and so on down.
+    A higher `layer` wins: 1 is a `--set` flag, 0 the recipe, -1 what it extends, -2 what that extends.
     """
 
     name: str
@@ -34,11 +34,11 @@ class SourceLocation:
 
     @property
     def label(self) -> str:
-        """`file:line`, the file alone, or the flag."""
+        """Return `file:line`, the file alone, or the flag."""
         return self.name if self.line is None else f"{self.name}:{self.line}"
 
     def of(self, keys: Keys) -> str:
-        """This place and the key, as errors show it."""
+        """Return this place and the key, as errors show them."""
         dotted = ".".join(str(key) for key in keys)
         if not dotted or self.label == f"--set {dotted}":
             return self.label
@@ -47,43 +47,43 @@ class SourceLocation:
 
 @dataclass
 class Document:
-    """Plain values and their places, under construction: files and flags are merged into it."""
+    """Plain values and their places; files and flags are merged into it in turn."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Keys, SourceLocation] = field(default_factory=dict)
 
     def place(self, keys: Keys) -> SourceLocation:
-        """The place of a value, or of the nearest thing around it that was written anywhere."""
+        """Return the place of a value, or of the nearest value around it that has one."""
         for length in range(len(keys), 0, -1):
             if keys[:length] in self.places:
                 return self.places[keys[:length]]
         return self.places[()]
 
     def layer(self, keys: Keys) -> int | None:
-        """The highest layer that wrote to a key or into it; None if none did."""
+        """Return the highest layer that wrote a key or a value below it; None if none did."""
         layers = [place.layer for known, place in self.places.items() if known[: len(keys)] == keys]
         return max(layers, default=None)
 
     def value(self, keys: Keys) -> Any:
-        """The value at `keys`, None where there is none."""
+        """Return the value at `keys`; None if there is none."""
         found: Any = self.values
         for key in keys:
             found = found.get(key) if isinstance(found, dict) else None
         return found
 
     def remove(self, keys: Keys) -> None:
-        """Take a key out of its mapping, as if it had not been written."""
+        """Remove a key from its mapping, as if it had not been written."""
         self.forget(keys)
         self.value(keys[:-1]).pop(keys[-1])
 
     def forget(self, keys: Keys) -> None:
-        """Drop the places of a value that is about to be replaced, and of all within it."""
+        """Remove the places of a value that will be replaced, and of all values below it."""
         for known in [known for known in self.places if known[: len(keys)] == keys]:
             del self.places[known]
 
 
 def dotted(keys: Keys) -> str:
-    """The keys as a user writes them: `data.train.0.path`."""
+    """Return keys as a user writes them: `data.train.0.path`."""
     return ".".join(str(key) for key in keys)
 
 
@@ -92,7 +92,7 @@ def parse_yaml(text: str, name: str) -> Any:
 
     Args:
         text: the YAML.
-        name: what to call it in an error.
+        name: its name in error messages.
 
     Raises:
         UserError: the text is not YAML, or a key occurs twice.
@@ -125,7 +125,7 @@ def _hint(problem: str) -> str:
 
 
 class _Reader:
-    """Turns ruamel's values into plain ones, counting them so that aliases cannot run away."""
+    """Converts ruamel's values into plain ones, up to a limit that aliases could exceed."""
 
     def __init__(self, name: str, file: Path | None, layer: int) -> None:
         self.name = name
@@ -153,7 +153,7 @@ class _Reader:
             yield _without_surrogates(str(key), self.name), value, self.line(node, key, around)
 
     def line(self, node: CommentedMap | CommentedSeq, key: Any, around: int | None) -> int | None:
-        """The line of an entry, from 1. One that came in by a merge key (`<<`) has the line around it."""
+        """Return the line of an entry, from 1; for an entry of a merge key (`<<`), the line of that key."""
         known: Mapping[Any, list[int]] = node.lc.data or {}
         return known[key][0] + 1 if key in known and self.file is not None else around
 
@@ -196,7 +196,7 @@ def _kind(node: Any) -> str:
 def to_plain(
     node: Any, name: str, *, keys: Keys = (), file: Path | None = None, layer: int = 0
 ) -> tuple[Any, dict[Keys, SourceLocation]]:
-    """Plain Python values for what `parse_yaml` returned, and the place of each.
+    """Convert what `parse_yaml` returned to plain Python values, and return the place of each.
 
     Args:
         node: the parsed YAML.
@@ -211,11 +211,11 @@ def to_plain(
 
 
 LOCAL_MARKS = ("/", "./", "../", "~")
-"""Beginnings that no hub id has."""
+"""Prefixes of paths, which no hub id has."""
 
 
 def path_keys(values: dict[str, Any]) -> Iterator[Keys]:
-    """The keys in `values` that can hold a local path, whether or not they do; `output_dir` aside."""
+    """Return the keys in `values` that can hold the path of an input."""
     if isinstance(values.get("model"), dict):
         yield ("model", "name")
     if isinstance(values.get("distributed"), dict):
@@ -237,7 +237,7 @@ def _holder(values: dict[str, Any], keys: Keys) -> dict[str, Any]:
 
 
 def find_beside_recipe(document: Document) -> None:
-    """Paths are relative to the current folder; one that is not there, but is beside its recipe, becomes that."""
+    """Replace paths that exist beside their recipe, but not in the current folder."""
     for keys in path_keys(document.values):
         holder, key = _holder(document.values, keys), str(keys[-1])
         value, file = holder.get(key), document.place(keys).file
@@ -248,7 +248,7 @@ def find_beside_recipe(document: Document) -> None:
 
 
 def make_absolute(values: dict[str, Any]) -> None:
-    """Replace local paths in the plain values of a recipe by absolute ones; hub ids stay."""
+    """Make the local paths in the plain values of a recipe absolute; hub ids stay."""
     for keys in path_keys(values):
         holder, key = _holder(values, keys), str(keys[-1])
         value = holder.get(key)
@@ -258,7 +258,7 @@ def make_absolute(values: dict[str, Any]) -> None:
 
 
 def exists(value: str) -> bool:
-    """Whether `value` is the path of something here; a text that cannot be a path is not."""
+    """Return whether `value` is the path of an existing file or folder."""
     try:
         return Path(value).expanduser().exists()
     except (OSError, ValueError, RuntimeError):
@@ -266,7 +266,7 @@ def exists(value: str) -> bool:
 
 
 def merge_recipes(base: Document, over: Document) -> Document:
-    """`base` with the values and places of `over` on top. Lists are replaced, not joined."""
+    """Return `base` with the values and places of `over` merged over it. Lists are replaced, not joined."""
     merged = Document(dict(base.values), dict(base.places))
     _lay(merged, merged.values, over, over.values, ())
     merged.places[()] = over.places[()]
@@ -288,7 +288,7 @@ def _lay(merged: Document, into: dict[str, Any], over: Document, values: dict[st
 
 
 def apply_override(document: Document, flag: str) -> None:
-    """Put the value of one `--set` flag into `document`.
+    """Apply one `--set` flag to `document`.
 
     Args:
         document: changed in place.
@@ -317,7 +317,7 @@ def apply_override(document: Document, flag: str) -> None:
 
 
 def _descend(document: Document, steps: list[str], where: str) -> tuple[Keys, Any]:
-    """The keys that the steps stand for, and the mapping or list that holds the last of them."""
+    """Return the keys that the steps name, and the mapping or list that holds the last one."""
     keys: Keys = ()
     holder: Any = document.values
     for position, step in enumerate(steps):

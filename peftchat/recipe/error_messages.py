@@ -1,4 +1,4 @@
-"""Names that people know from elsewhere and that are no keys of a recipe, each with what to write instead."""
+"""Error messages of a recipe: names of other tools, former names, and pydantic's errors in plain words."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -190,24 +190,24 @@ UNSUPPORTED_KEYS: Mapping[str, str] = {
     "packing_strategy": "Packs are always filled with whole conversations.",
     "bias": "Biases of the base stay as they are.",
 }
-"""A known name that is not passed on -> why, and what to do."""
+"""Name of a setting of transformers that is not accepted -> the reason and the fix."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a recipe: at which key, what, and the hint."""
+    """One error in a recipe: its key, what is wrong, and the hint."""
 
     keys: Keys
     what: str
     hint: str | None = None
 
     def error(self, document: Document) -> UserError:
-        """The problem as an error that shows its place."""
+        """Return the problem as an error that shows its place."""
         return UserError(self.what, where=document.place(self.keys).of(self.keys), hint=self.hint)
 
 
 def refuse(problems: Sequence[Problem], document: Document, name: str) -> None:
-    """Raise one UserError that tells all problems, in the order of their lines; do nothing for none."""
+    """Raise one UserError that lists all problems by line; do nothing if there is none."""
     in_order = sorted(problems, key=lambda problem: document.place(problem.keys).line or 0)
     errors = [problem.error(document) for problem in in_order]
     if len(errors) == 1:
@@ -218,7 +218,7 @@ def refuse(problems: Sequence[Problem], document: Document, name: str) -> None:
 
 
 def schema_problems(errors: Sequence[ErrorDetails], document: Document) -> list[Problem]:
-    """One problem for each of the errors that pydantic found in a recipe."""
+    """Return one problem for each error that pydantic found in a recipe."""
     adapter = get_adapter(document.value(("adapter", "variant")) or "lora")
     return [_problem(error, adapter) for error in errors]
 
@@ -265,7 +265,7 @@ _BOUNDS = {
 
 
 def _shown(value: object) -> str:
-    """A value and its kind, as its writer sees them."""
+    """Return a value and its type in YAML's terms."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -328,7 +328,7 @@ def _example(keys: Keys) -> str | None:
 
 
 def _field(keys: Keys) -> FieldInfo | None:
-    """The field a path of keys leads to; list indices are stepped over."""
+    """Return the field at a path of keys; list indices are skipped."""
     model: type[StrictModel] | None = Recipe
     found: FieldInfo | None = None
     for key in keys:
@@ -342,7 +342,7 @@ def _field(keys: Keys) -> FieldInfo | None:
 
 
 def section_of(annotation: Any) -> type[StrictModel] | None:
-    """The Section class within an annotation such as `Adapter | None` or `tuple[DataEntry, ...]`."""
+    """Return the section class in an annotation such as `Adapter | None` or `tuple[DataEntry, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, StrictModel):
         return annotation
     for part in get_args(annotation):
@@ -352,7 +352,7 @@ def section_of(annotation: Any) -> type[StrictModel] | None:
 
 
 def all_keys() -> dict[str, list[str]]:
-    """Every key's last name -> the sections it stands in (`""` for the top level)."""
+    """Return every key's last name -> the sections that have it (`""` for the top level)."""
     homes: dict[str, list[str]] = {}
     for name, info in Recipe.model_fields.items():
         homes.setdefault(name, []).append("")
@@ -365,7 +365,7 @@ def all_keys() -> dict[str, list[str]]:
 
 
 def _settings_of_variants() -> list[str]:
-    """What the `adapter` section takes beside `variant`, of any variant."""
+    """Return the keys of the `adapter` section other than `variant`, of all variants."""
     return list(dict.fromkeys(key for adapter in ADAPTERS.values() for key in adapter.setting_names()))
 
 

@@ -1,4 +1,4 @@
-"""Reading a recipe: file, what it extends, flags, types, combinations."""
+"""Loading a recipe: its file, the recipes it extends, flags, types and combinations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,12 +52,12 @@ def load_recipe(
     Args:
         path: the YAML file.
         overrides: `section.key=YAML` texts, later ones on top.
-        to_train: also check that this machine has what training by the recipe needs. Off for those who only
-            look at the recipe of a finished run.
+        to_train: also check that this machine has what training needs. Off for commands that only read the
+            recipe of a finished run.
         upgrade: accept keys and values of older versions, which the recipes of old runs have.
 
     Raises:
-        UserError: the recipe cannot be used; all problems found are told at once.
+        UserError: the recipe cannot be used; the message lists every problem.
     """
     document = _read(Path(path), ())
     if upgrade:
@@ -66,7 +66,7 @@ def load_recipe(
         apply_override(document, flag)
     find_beside_recipe(document)
     drop_settings_of_other_variants(document)
-    recipe = _settle(document, str(path))
+    recipe = _validate_without_conflicts(document, str(path))
     problems = list(invalid_combinations(recipe))
     if to_train:
         problems += [*missing_dependencies(recipe), *deepspeed_problems(recipe)]
@@ -75,7 +75,7 @@ def load_recipe(
 
 
 def _read(path: Path, extending: tuple[Path, ...]) -> Document:
-    """The document at `path`, laid over what it extends."""
+    """Return the document at `path`, merged over the recipes it extends."""
     name = str(path)
     text = _read_text(path)
     values, places = to_plain(parse_yaml(text, name), name, file=path, layer=-len(extending))
@@ -144,8 +144,8 @@ def _read_text(path: Path) -> str:
         raise UserError(f"cannot be read: {error}", where=str(path)) from error
 
 
-def _settle(document: Document, name: str) -> Recipe:
-    """Validate, and let what was laid on top win over what it leaves without effect below."""
+def _validate_without_conflicts(document: Document, name: str) -> Recipe:
+    """Validate; a setting of a higher layer removes settings of lower layers that it makes ineffective."""
     while True:
         recipe = _validate(document, name)
         conflicts = [found for found in find_conflicts(recipe) if document.value(found.keys) is not None]

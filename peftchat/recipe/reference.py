@@ -150,7 +150,7 @@ _HEAD = """\
 <!-- Written by scripts/make_recipe_docs.py from the types in peftchat/recipe. Change those, not this page. -->
 
 A recipe is a YAML 1.2 file that says everything a run does. An unknown key, a wrong type or a combination that cannot
-work is an error before anything is loaded; all errors are told at once, each with its file, line, key and hint.
+work is an error before anything is loaded; all errors are reported together, each with its file, line, key and hint.
 
 - `null` stands for the default, also for a whole section.
 - `extends: other.yaml` takes the keys of another recipe (its path is relative to this file). Mappings are merged key

@@ -68,7 +68,7 @@ LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4
 """The learning rate of each method where the recipe gives none."""
 
 OWN_KEYS = ("max_train_tokens", "max_train_minutes", "global_batch_size", "torch_compile")
-"""The keys that transformers does not know, or that are not left to it."""
+"""The keys that transformers does not have, or that are not passed to it."""
 
 
 def _reporter_list(value: object) -> object:
@@ -201,7 +201,7 @@ class TrainingSection(StrictModel):
 
 
 class Recipe(StrictModel):
-    """What the user asks for. `adapter` and `quantization` are set exactly where `method` uses them."""
+    """A complete recipe. `adapter` and `quantization` are set exactly where `method` uses them."""
 
     model: ModelSection = Field(description="The base model and how it is loaded.", examples=["{name: MODEL}"])
     method: Method = Field(
@@ -237,7 +237,7 @@ class Recipe(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, given: Any) -> Any:
-        """Fill what a method implies: its sections, and its learning rate where none was given."""
+        """Fill in what a method implies: its sections, and its default learning rate."""
         if not isinstance(given, Mapping):
             return given
         method = given.get("method")
@@ -270,5 +270,5 @@ def _needs_unpacked(given: Mapping[str, Any]) -> bool:
 
 
 def _named_adapter(section: Any) -> type[Adapter] | None:
-    """Return the variant that an `adapter` section names, before anything in it is validated."""
+    """Return the variant that an unvalidated `adapter` section names."""
     return get_adapter(section.get("variant")) if isinstance(section, Mapping) else None

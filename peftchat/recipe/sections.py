@@ -109,7 +109,7 @@ class QuantizationSection(StrictModel):
 
 
 class ChatSection(StrictModel):
-    """How a conversation becomes tokens, and which of them are trained."""
+    """How a conversation is encoded, and which tokens are trained."""
 
     template: ChatTemplateName = Field(
         "starchat",
@@ -177,7 +177,7 @@ Entries = Annotated[tuple[DataEntry, ...], BeforeValidator(list_to_tuple), Field
 
 
 class DataSection(StrictModel):
-    """What the model is trained and evaluated on."""
+    """The conversations for training and evaluation."""
 
     train: Entries = Field(
         description="The sources trained on; several are mixed by weight.",
@@ -216,12 +216,12 @@ class DataSection(StrictModel):
 
     @property
     def has_eval(self) -> bool:
-        """Whether there is anything to evaluate on."""
+        """Whether there are held-out conversations."""
         return self.eval is not None or self.eval_fraction is not None
 
 
 class DistributedSection(StrictModel):
-    """How many processes train, and what they share."""
+    """The processes of a run, and how they shard the model."""
 
     strategy: Strategy = Field(
         "auto",

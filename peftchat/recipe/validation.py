@@ -1,4 +1,4 @@
-"""A user's own DeepSpeed file: everything in it that would quietly overrule the recipe is an error."""
+"""Checks across the keys of a recipe: combinations, keys without effect, dependencies, a DeepSpeed file."""
 
 import json
 import re
@@ -19,7 +19,7 @@ KEYS: Keys = ("distributed", "deepspeed_config")
 
 
 def deepspeed_problems(recipe: Recipe) -> Iterator[Problem]:
-    """What is wrong with the file that `distributed.deepspeed_config` names; nothing if it names none."""
+    """Return what is wrong with the file that `distributed.deepspeed_config` names."""
     name = recipe.distributed.deepspeed_config
     if name is None:
         return
@@ -53,7 +53,7 @@ def _contradictions(content: Mapping[str, Any], name: str, recipe: Recipe) -> It
 
 
 def _pairs(content: Mapping[str, Any], recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    """Each setting the file shares with the recipe: its key there, its value there, the recipe's value."""
+    """Return each setting that the file shares with the recipe: its key, its value, the recipe's value."""
     training = recipe.training
     plain = {
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
@@ -92,11 +92,11 @@ _NEEDED_BY_SCHEDULE = {
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
     "warmup_stable_decay": ("num_decay_steps",),
 }
-"""Schedules with no default end -> the options of which one must be given."""
+"""Schedules without a default end -> options, one of which must be given."""
 
 
 def invalid_combinations(recipe: Recipe) -> Iterator[Problem]:
-    """What cannot work anywhere."""
+    """Return the combinations that cannot work on any machine."""
     training = recipe.training
     if training.max_steps == 0 or training.max_steps < -1:
         hint = "Give a number above 0, or -1 to train for `num_train_epochs`."
@@ -128,7 +128,7 @@ def invalid_combinations(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _of_the_variant(recipe: Recipe) -> Iterator[Problem]:
-    """What the adapter does not go together with."""
+    """Return the settings that the adapter cannot be combined with."""
     if recipe.adapter is None:
         return
     variant = recipe.adapter
@@ -153,7 +153,7 @@ def _of_the_variant(recipe: Recipe) -> Iterator[Problem]:
 
 
 def missing_dependencies(recipe: Recipe) -> Iterator[Problem]:
-    """What this machine lacks."""
+    """Return the packages that the recipe needs and this machine lacks."""
     for name in recipe.training.report_to:
         if find_spec(name) is None:
             what = f"the package `{name}` is not installed"
@@ -165,7 +165,7 @@ ZERO_STRATEGIES = ("zero2", "zero3")
 
 @dataclass(frozen=True)
 class Conflict:
-    """A key without effect, why, and the key that takes it away (where several do, the `others` as well)."""
+    """A key without effect, the reason, and the key that causes it (`others` where several do)."""
 
     keys: Keys
     because: Keys
@@ -174,7 +174,7 @@ class Conflict:
 
 
 def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
-    """All keys of `recipe` that have no effect, whether they were written or hold their default."""
+    """Return all keys of `recipe` without effect, written or default."""
     yield from _method(recipe)
     yield from _chat_and_data(recipe)
     yield from _optimizer(recipe)
@@ -285,7 +285,7 @@ def _distributed(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def resolve_defaults(document: Document, conflicts: Sequence[Conflict]) -> bool:
-    """Take out of `document` every key that loses to a setting laid on top of it; True if there was one."""
+    """Remove keys that a setting of a higher layer makes ineffective; return whether there was one."""
     beaten = [conflict for conflict in conflicts if _is_beaten(document, conflict)]
     for keys in {conflict.keys for conflict in beaten}:
         document.remove(keys)
@@ -299,17 +299,17 @@ def _is_beaten(document: Document, conflict: Conflict) -> bool:
 
 
 def conflict_problems(conflicts: Sequence[Conflict]) -> list[Problem]:
-    """The conflicts that are left, as problems: each pair of keys that exclude each other is told once."""
-    told: dict[Keys, Problem] = {}
+    """Return the remaining conflicts as problems: one for each pair of keys that exclude each other."""
+    reported: dict[Keys, Problem] = {}
     for conflict in conflicts:
-        if conflict.because not in told:
+        if conflict.because not in reported:
             hint = f"Remove it, or change `{dotted(conflict.because)}`."
-            told[conflict.keys] = Problem(conflict.keys, f"has no effect: {conflict.why}", hint)
-    return list(told.values())
+            reported[conflict.keys] = Problem(conflict.keys, f"has no effect: {conflict.why}", hint)
+    return list(reported.values())
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """Every key of `recipe` that has a value and an effect, as plain values."""
+    """Return every key of `recipe` that has a value and an effect, as plain values."""
     idle = {conflict.keys for conflict in find_conflicts(recipe)}
     values: dict[str, Any] = {}
     for name, value in recipe.model_dump(mode="json").items():
@@ -324,7 +324,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML of `recipe` with every default filled in and every local path absolute."""
+    """Return `recipe` as YAML with all defaults and with absolute local paths."""
     values = recipe_values(recipe)
     make_absolute(values)
     yaml = YAML()
@@ -336,7 +336,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def training_arguments(recipe: Recipe) -> dict[str, Any]:
-    """The `training` section as keyword arguments for transformers' TrainingArguments.
+    """Return the `training` section as keyword arguments for transformers' TrainingArguments.
 
     Keys without effect are left out. Evaluation is off where there is nothing to evaluate on.
     """

@@ -86,7 +86,9 @@ class MetricsFile:
                 "this line is not JSON", where=f"{self.path}:{number}", hint="Remove the line, or the file."
             ) from error
         if not isinstance(line, dict):
-            raise UserError("this line is not a JSON object", where=f"{self.path}:{number}")
+            raise UserError(
+                "this line is not a JSON object", where=f"{self.path}:{number}", hint="Remove the line, or the file."
+            )
         return {key: _NAMED.get(value, value) if isinstance(value, str) else value for key, value in line.items()}
 
 

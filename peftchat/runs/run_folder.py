@@ -1,6 +1,5 @@
 """Run folder: its files, its checkpoints, and whether a run may use it."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -10,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftchat.errors import UserError, VerificationError
+from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe, load_recipe
+from peftchat.runs.checkpoint import Checkpoint, list_checkpoints
+from peftchat.runs.claim import is_claim
 from peftchat.runs.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 
-_MARKER = "complete.json"
+_MODEL = ".model.tmp"
 
 # Keys that may change when a run is resumed: how long it goes on, what it reports, and where it runs.
 _MAY_CHANGE = {
@@ -49,63 +50,6 @@ _MAY_CHANGE = {
     "distributed": {"processes", "nodes", "strategy", "offload", "deepspeed_config"},
     "model": {"attention"},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A checkpoint of a run.
-
-    It counts as complete once its marker file, which is written last, lists the size of every other file.
-
-    Attributes:
-        path: its folder, named by transformers.
-    """
-
-    path: Path
-
-    @classmethod
-    def at_step(cls, checkpoints: Path, step: int) -> "Checkpoint":
-        """Return the checkpoint after a step, complete or not, in a folder of checkpoints."""
-        return cls(checkpoints / f"checkpoint-{step}")
-
-    @property
-    def step(self) -> int:
-        """The optimizer step after which it was written."""
-        return int(self.path.name.rpartition("-")[2])
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every file listed in the marker exists and has its size."""
-        marker = self.path / _MARKER
-        if not marker.is_file():
-            return False
-        sizes = json.loads(marker.read_text(encoding="utf-8"))["files"]
-        files = {self.path / name: size for name, size in sizes.items()}
-        return all(file.is_file() and file.stat().st_size == size for file, size in files.items())
-
-    def mark_complete(self, token_counts: list[dict[str, Any]]) -> None:
-        """Check the checkpoint's files and write its marker.
-
-        Args:
-            token_counts: the counts of each process up to this step, by rank.
-
-        Raises:
-            VerificationError: a file is empty.
-        """
-        sizes = {
-            str(file.relative_to(self.path)): file.stat().st_size
-            for file in sorted(self.path.rglob("*"))
-            if file.is_file() and file.name != _MARKER
-        }
-        empty = [name for name, size in sizes.items() if size == 0]
-        if empty:
-            raise VerificationError(f"{self.path}: the checkpoint's file {empty[0]} is empty")
-        write_text(self.path / _MARKER, json.dumps({"files": sizes, "totals": token_counts}, indent=1))
-
-    def token_counts(self) -> list[dict[str, Any]]:
-        """Return the counts of each process at this checkpoint, by rank."""
-        counts: list[dict[str, Any]] = json.loads((self.path / _MARKER).read_text(encoding="utf-8"))["totals"]
-        return counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +118,7 @@ class RunFolder:
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """Return the newest complete checkpoint."""
-        newest_first = sorted(self._all_checkpoints(), key=lambda checkpoint: checkpoint.step, reverse=True)
+        newest_first = reversed(list_checkpoints(self.checkpoints))
         return next((checkpoint for checkpoint in newest_first if checkpoint.is_complete), None)
 
     def check_usable(self, recipe: "Recipe", *, resume: bool) -> Checkpoint | None:
@@ -192,13 +136,14 @@ class RunFolder:
             return None
         if not self.path.is_dir():
             raise UserError("the run folder cannot be created: a file has its name", where=where)
-        if not any(self.path.iterdir()):
+        if not self.is_run and all(self._is_leftover(path) for path in self.path.iterdir()):
             return None
         if not resume or not self.is_run:
             what = "the folder already holds another run" if self.is_run else "the folder already holds other files"
             hint = "Resume it with `--resume`, or" if self.is_run else "Choose an empty folder, or"
             raise UserError(what, where=where, hint=f"{hint} set another `--set output_dir=…`.")
         self._check_same_recipe(recipe)
+        self.metrics.read()
         checkpoint = self.latest_checkpoint()
         if checkpoint is None and self.is_finished:
             raise UserError(
@@ -208,8 +153,10 @@ class RunFolder:
             )
         return checkpoint
 
-    def claim(self, recipe: "Recipe", checkpoint: Checkpoint | None) -> None:
-        """Make the folder this run's: write its recipe and delete what lies after the checkpoint.
+    def begin(self, recipe: "Recipe", checkpoint: Checkpoint | None) -> None:
+        """Write the run's recipe, and delete what an interrupted run left behind the checkpoint.
+
+        What a run did not write stays.
 
         Args:
             recipe: the run's recipe.
@@ -217,21 +164,21 @@ class RunFolder:
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_text(self.recipe, dump_recipe(recipe))
-        for other in self._all_checkpoints():
+        for other in list_checkpoints(self.checkpoints):
             if not other.is_complete:
-                shutil.rmtree(other.path)
+                other.delete()
         self.metrics.keep_through(checkpoint.step if checkpoint else -1)
 
     def release(self) -> None:
-        """Delete the empty folders that libraries create before the run claims the folder."""
-        for folder in (self.checkpoints, self.path):
+        """Delete the empty folders that libraries create before the run begins."""
+        for folder in (self.tensorboard, self.checkpoints, self.path):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
     @contextmanager
     def publish(self) -> Iterator[Path]:
         """Yield a temporary folder for the finished model; move its files into the run folder at the end."""
-        temporary = self.path / ".model.tmp"
+        temporary = self.path / _MODEL
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             yield temporary
@@ -243,8 +190,11 @@ class RunFolder:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _all_checkpoints(self) -> list[Checkpoint]:
-        return [Checkpoint(folder) for folder in self.checkpoints.glob("checkpoint-*")]
+    def _is_leftover(self, path: Path) -> bool:
+        """Return whether a run that was interrupted before it began can have left this, and nothing of a user's."""
+        if is_claim(path) or path.name == _MODEL or (path.name.startswith(".") and path.suffix == ".tmp"):
+            return True
+        return path in (self.checkpoints, self.tensorboard) and path.is_dir() and not any(path.iterdir())
 
     def _check_writable(self) -> None:
         """Check that the nearest existing folder is writable."""
@@ -254,7 +204,14 @@ class RunFolder:
 
     def _check_same_recipe(self, recipe: "Recipe") -> None:
         """Check that the run is resumed with the recipe it was started with."""
-        before = load_recipe(self.recipe, to_train=False, upgrade=True).recipe
+        try:
+            before = load_recipe(self.recipe, to_train=False, upgrade=True).recipe
+        except UserError as error:
+            raise UserError(
+                f"the run's own recipe cannot be read: {error.message}",
+                where=error.where or str(self.recipe),
+                hint="Replace it by the recipe that the run was started with.",
+            ) from error
         old, new = (_fixed_settings(one.model_dump(mode="json")) for one in (before, _as_saved(recipe)))
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):

@@ -1,1 +1,1 @@
-"""Serving: talking to a model in the terminal, and handing it to other programs."""
+"""Chat with a model in the terminal."""

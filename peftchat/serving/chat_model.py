@@ -1,4 +1,4 @@
-"""A model ready to chat: weights on their device, tokenizer and generation settings."""
+"""Chat model: weights on a device, tokenizer and generation settings."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -55,12 +55,15 @@ class ChatModel:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the model's own, and the one that its template writes after each turn."""
+        """Tokens that end an answer.
+
+        They are the model's own, and the one that its template writes after each turn.
+        """
         return frozenset(end_ids(self.generation_config.eos_token_id)) | {self.prompts.end_id}
 
 
 def load_for_chat(name: str) -> ChatModel:
-    """Load a run folder (adapter or full weights), a merged model, or any model with a chat template.
+    """Load a run folder or any model with a chat template.
 
     Args:
         name: a folder or a hub id.
@@ -90,7 +93,7 @@ def best_device() -> torch.device:
 
 
 def merge_added_tokens_of_biased_head(model: "PeftModel") -> bool:
-    """Merge trained token embeddings into the weights, in memory, where the model's head has a bias.
+    """Merge trained token embeddings in memory if the LM head has a bias.
 
     PEFT's unmerged forward of trained token embeddings omits the head's bias
     (https://github.com/huggingface/peft/issues/3649); its merged forward does not. The rest of the adapter stays
@@ -113,7 +116,10 @@ def merge_added_tokens_of_biased_head(model: "PeftModel") -> bool:
 
 
 def _load_with_adapter(source: ModelSource) -> "PeftModel":
-    """Load base and adapter through stock PEFT; the base is resized if the adapter has tokens beyond its vocabulary."""
+    """Load base and adapter through stock PEFT.
+
+    The base is resized if the adapter has tokens beyond its vocabulary.
+    """
     from peft import PeftConfig, PeftModel
 
     from peftchat.merging.adapter_source import vocabulary_needed
@@ -143,7 +149,10 @@ def _load_with_adapter(source: ModelSource) -> "PeftModel":
 
 
 def _resize_embeddings(base: "PreTrainedModel", vocabulary_size: int) -> None:
-    """Add embedding rows for the adapter's tokens; new entries of a head's bias get its mean, as in training."""
+    """Add embedding rows for the adapter's tokens.
+
+    New entries of a head's bias get its mean, as in training.
+    """
     bias = base.get_output_embeddings().bias
     mean = None if bias is None else bias.detach().float().mean()
     before = base.get_input_embeddings().weight.shape[0]
@@ -153,7 +162,10 @@ def _resize_embeddings(base: "PreTrainedModel", vocabulary_size: int) -> None:
 
 
 def _load_trained_base(recipe: Recipe) -> "PreTrainedModel":
-    """Load the base with the run's dtype and quantization; unquantized where bitsandbytes is not installed."""
+    """Load the base with the run's dtype and quantization.
+
+    It is unquantized if bitsandbytes is not installed.
+    """
     if recipe.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         stderr.print("bitsandbytes is not installed: the base is loaded without quantization.", style="yellow")
         recipe = recipe.model_copy(update={"quantization": None})

@@ -23,7 +23,9 @@ DEFAULT_NEW_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The user's sampling settings; None keeps those of the model's `generation_config.json`.
+    """The user's sampling settings.
+
+    None keeps the value of the model's `generation_config.json`.
 
     Attributes:
         max_new_tokens: most tokens of an answer.
@@ -52,7 +54,10 @@ class Sampling:
 
 
 def apply_sampling(settings: "GenerationConfig", sampling: Sampling) -> "GenerationConfig":
-    """Return a copy of the model's settings with the user's in it, for one answer without beam search."""
+    """Return a copy of the model's settings with the user's in it.
+
+    They are for one answer, without beam search.
+    """
     chosen = copy.deepcopy(settings)
     chosen.max_new_tokens = sampling.max_new_tokens or settings.max_new_tokens or DEFAULT_NEW_TOKENS
     chosen.max_length = None
@@ -170,7 +175,7 @@ def _generate(
 
 
 class _TextStreamer:
-    """transformers' streamer interface: receives ids one by one and passes on the text that they add.
+    """Streamer for transformers: passes on the text of each new token.
 
     All ids are decoded each time, since the text of a token depends on those before it.
     """

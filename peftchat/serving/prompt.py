@@ -1,4 +1,4 @@
-"""Encode a conversation as the prompt for the next answer."""
+"""Prompt: a conversation encoded for the next answer."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +73,10 @@ class PromptEncoder:
 
     @property
     def turn_ids(self) -> frozenset[int]:
-        """Special tokens that open a turn; an answer that generates one has started another turn."""
+        """Special tokens that open a turn.
+
+        An answer that generates one of them has started another turn.
+        """
         spans = self._template.spans(Conversation(_PROBE * 2))
         headers = (span.text for span in spans if span.special and part_of(span.tag) == TurnPart.HEADER)
         return frozenset(self._text.special[text] for text in headers) - {self.end_id}
@@ -94,7 +97,9 @@ class PromptEncoder:
                     )
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
-        """Encode a conversation that ends with the user's message, with the generation prompt.
+        """Encode a conversation that ends with the user's message.
+
+        The generation prompt is appended.
 
         Raises:
             UserError: the template rejects the conversation, or changes text that is spelled like a special token.
@@ -108,7 +113,9 @@ class PromptEncoder:
         return Prompt(ids, 0, 0)
 
     def truncate_to_fit(self, messages: Sequence[Message], limit: int) -> Prompt:
-        """Encode a conversation within `limit` tokens: rounds are removed from its front, the system message stays.
+        """Encode a conversation within `limit` tokens.
+
+        Rounds are removed from its front; the system message stays.
 
         Raises:
             UserError: the last message alone is too long.
@@ -145,7 +152,7 @@ class PromptEncoder:
 
 
 def truncate_prompt(messages: Sequence[Message], limit: int, encode: Callable[[Sequence[Message]], Prompt]) -> Prompt:
-    """Remove rounds from the front of a conversation until its prompt has at most `limit` tokens.
+    """Remove rounds from the front until the prompt has at most `limit` tokens.
 
     A round is a user's message with everything up to the next one.
 

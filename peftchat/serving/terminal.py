@@ -1,4 +1,4 @@
-"""A chat in the terminal: history, slash commands, input and output."""
+"""Terminal chat: history, slash commands, input and output."""
 
 import json
 import sys
@@ -39,7 +39,10 @@ class ChatHistory:
         self.turns += [Message("user", question), Message("assistant", answer)]
 
     def undo(self) -> str | None:
-        """Remove the last question and answer and return the question; None if there is none."""
+        """Remove the last question and answer and return the question.
+
+        It is None if there is none.
+        """
         if not self.turns:
             return None
         question = self.turns[-2].content
@@ -52,7 +55,7 @@ class ChatHistory:
         return (*first, *self.turns)
 
     def as_record(self) -> dict[str, list[dict[str, str]]]:
-        """Return the conversation as a record of the `messages` format, which `peftchat train` reads."""
+        """Return the conversation as a record of the `messages` format."""
         return {"messages": Conversation(self.messages()).as_dicts()}
 
 
@@ -73,7 +76,7 @@ class SlashCommands:
 
     Args:
         chat: the model, for counting tokens.
-        conversation: is changed in place.
+        conversation: the history, which the commands change.
     """
 
     def __init__(self, chat: ChatModel, conversation: ChatHistory) -> None:
@@ -141,7 +144,10 @@ class SlashCommands:
 
 
 def system_prompt_error(chat: ChatModel, system: str) -> str | None:
-    """Return why the model's template does not support a system prompt; None if it does."""
+    """Return why the model's template does not support a system prompt.
+
+    It is None if the template does.
+    """
     try:
         chat.prompts.encode((Message("system", system), Message("user", "question")))
     except UserError as error:
@@ -248,12 +254,13 @@ class ChatTurn:
 
 
 def read_turns(read: Callable[[bool], str | None]) -> Iterator[ChatTurn]:
-    r"""Yield the user's messages and commands: one per line, or the lines between two fences of `\"\"\"`.
+    r"""Yield the user's messages and commands.
 
-    Empty ones are skipped. Text in fences is never a command.
+    Each is one line, or the lines between two fences of `\"\"\"`. Empty ones are skipped. Text in fences is never a
+    command.
 
     Args:
-        read: returns a line, None at the end; its argument says whether the line continues a message.
+        read: returns a line, None at the end; its argument is True if the line continues a message.
     """
     while (line := read(False)) is not None:
         if line.startswith(_FENCE):

@@ -11,7 +11,8 @@ from peftchat.console import stderr
 from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.errors import UserError
 from peftchat.models.source import ModelSource
-from peftchat.runs.run_folder import Checkpoint, RunFolder
+from peftchat.runs.checkpoint import Checkpoint
+from peftchat.runs.run_folder import RunFolder
 from peftchat.training.distributed import DistributedSetup, init_deepspeed, is_main_process, resolve_distributed
 
 if TYPE_CHECKING:

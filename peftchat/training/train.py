@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from peftchat.errors import UserError
 from peftchat.malloc import keep_large_blocks
 from peftchat.models.added_tokens import snapshot_embeddings
 from peftchat.models.saving import save_model_files
+from peftchat.runs.claim import claimed
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from peftchat.training.context import TrainContext, TrainOptions, open_context
+from peftchat.training.distributed import is_main_process
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
 from peftchat.training.preflight import is_disk_full, preflight
@@ -45,7 +48,8 @@ def train(
         UserError: an input cannot be used; the run folder is then untouched.
         VerificationError: training or saving went wrong.
     """
-    with _released_on_failure(RunFolder(Path(loaded.recipe.output_dir))):
+    run_folder = RunFolder(Path(loaded.recipe.output_dir))
+    with claimed_by_run(run_folder) as check_claim, _released_on_failure(run_folder):
         context = open_context(loaded, options, distributed)
         config = sft_config(context)  # Before the model is loaded: transformers has to know about ZeRO-3.
         model = load_trainable_model(context)
@@ -53,24 +57,43 @@ def train(
 
         def start() -> list[SampleAnswer]:
             preflight(trainer, context)
-            claim(trainer, context)
+            begin(trainer, context)
             return sample_answers(trainer.causal_model, context.chat, options.prompts)
 
-        fitted = fit(trainer, context, start)
+        fitted = fit(trainer, context, start, check_claim)
         check(trainer, context, model, fitted)
         samples_after = sample_answers(trainer.causal_model, context.chat, options.prompts)
         save(trainer, context)
         return summarize(context, trainer, model, fitted, samples_after)
 
 
-def claim(trainer: ChatTrainer, context: TrainContext) -> None:
-    """Make the run folder this run's, in the main process; the others wait for it."""
+@contextmanager
+def claimed_by_run(run_folder: RunFolder) -> Iterator[Callable[[], None]]:
+    """Claim the run folder in the main process until the end of the block (`peftchat.runs.claim.claimed`).
+
+    Raises:
+        UserError: another run is writing to the folder.
+    """
+    if not is_main_process():
+        yield lambda: None
+        return
+    with claimed(run_folder.path, option="output_dir") as check:
+        yield check
+
+
+def begin(trainer: ChatTrainer, context: TrainContext) -> None:
+    """Prepare the run folder, in the main process; the others wait for it."""
     if context.is_main:
-        context.run_folder.claim(context.recipe, context.checkpoint)
+        context.run_folder.begin(context.recipe, context.checkpoint)
     trainer.accelerator.wait_for_everyone()
 
 
-def fit(trainer: ChatTrainer, context: TrainContext, start: Callable[[], list[SampleAnswer]]) -> FitResult:
+def fit(
+    trainer: ChatTrainer,
+    context: TrainContext,
+    start: Callable[[], list[SampleAnswer]],
+    check_claim: Callable[[], None],
+) -> FitResult:
     """Train, and evaluate the last step if there is held-out data.
 
     Args:
@@ -78,8 +101,9 @@ def fit(trainer: ChatTrainer, context: TrainContext, start: Callable[[], list[Sa
         context: the run.
         start: called right before the first step, with the model as training calls it. Only `Trainer.train` wraps a
             model for DDP or ZeRO, and a model that ZeRO-3 shards cannot be called before that.
+        check_claim: called after every step; raises if another run has taken the folder.
     """
-    callback = _StartCallback(start)
+    callback = _StartCallback(start, check_claim)
     # The other callbacks write into the run folder when training begins, so it has to be claimed first.
     trainer.callback_handler.callbacks.insert(0, callback)
     progress = ProgressCallback()
@@ -118,10 +142,12 @@ class _StartCallback(TrainerCallback):
 
     Args:
         start: the function; it returns sample answers.
+        check_claim: called after every step.
     """
 
-    def __init__(self, start: Callable[[], list[SampleAnswer]]) -> None:
+    def __init__(self, start: Callable[[], list[SampleAnswer]], check_claim: Callable[[], None]) -> None:
         self._start = start
+        self._check_claim = check_claim
         self.samples: list[SampleAnswer] = []
         self.seconds_to_first_step: float | None = None
 
@@ -130,7 +156,8 @@ class _StartCallback(TrainerCallback):
         self.samples = self._start()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note the time at the end of the first step."""
+        """Note the time at the end of the first step, and check that the folder is still this run's."""
+        self._check_claim()
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = seconds_since_start()
 
@@ -162,8 +189,11 @@ def _released_on_failure(run_folder: RunFolder) -> Iterator[None]:
     """Release the run folder if the run fails, and report a full disk as such."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         run_folder.release()
+        # What the user can mend has its message already.
+        if not isinstance(error, Exception) or isinstance(error, UserError):
+            raise
         if is_disk_full(run_folder.path):
             # Every library has its own words for a full disk.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run_folder.path)) from error

@@ -20,7 +20,7 @@ from peftchat.models.added_tokens import MODULE_NAME
 from peftchat.models.saving import load_adapter_state, save_model_files
 from peftchat.models.source import ModelSource
 from peftchat.recipe import training_arguments
-from peftchat.runs.run_folder import Checkpoint
+from peftchat.runs.checkpoint import Checkpoint, keep_newest
 from peftchat.training.context import TrainContext
 from peftchat.training.distributed import deepspeed_config
 from peftchat.training.learning_rate import ContinuedScheduleCallback, begin_above_zero
@@ -59,6 +59,8 @@ def sft_config(context: TrainContext) -> "SFTConfig":
         # The run was evaluated before its first step.
         arguments["eval_on_start"] = False
     arguments["report_to"] = arguments.get("report_to") or "none"
+    # Older checkpoints are deleted by `keep_newest`, once the new one is complete.
+    arguments["save_total_limit"] = None
     return SFTConfig(
         **arguments,
         output_dir=str(context.run_folder.checkpoints),
@@ -128,6 +130,7 @@ class ChatTrainer(SFTTrainer):
         self, context: TrainContext, model: TrainableModel, config: "SFTConfig", layout: "BatchLayout"
     ) -> None:
         self._adapter = context.recipe.adapter
+        self._keep = context.recipe.training.save_total_limit
         self._hooks = trainer_hooks(self._adapter, model.model)
         self._collators = {split: make_collator(context, split, layout) for split in context.splits}
         packs = {split: make_packs(context, split, layout) for split in context.splits}
@@ -329,12 +332,18 @@ class ChatTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # TRL's own method also writes a model card into the folder of checkpoints.
+        folder = Path(self.args.output_dir)
+        checkpoint = Checkpoint.at_step(folder, self.state.global_step)
         with self.throughput.paused():
             self.checks.check_weights(self.model, self.state.global_step)
+            if self.args.should_save:
+                checkpoint.begin()
+            self.accelerator.wait_for_everyone()
             Trainer._save_checkpoint(self, model, trial)
             counts = self._gather_objects(self.throughput.collect().as_dict())
             if self.args.should_save:
-                Checkpoint.at_step(Path(self.args.output_dir), self.state.global_step).mark_complete(counts)
+                checkpoint.mark_complete(counts, {})
+                keep_newest(folder, self._keep)
             self.accelerator.wait_for_everyone()
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from peftchat.runs.run_folder import Checkpoint
+from peftchat.runs.checkpoint import Checkpoint
 from peftchat.variants.base import Adapter, TrainerHooks
 
 if TYPE_CHECKING:

@@ -98,7 +98,7 @@ def test_no_message_can_write_a_special_token(name: str, messages: tuple[Message
     assert [number for number in row.ids.tolist() if number in special] == turn * len(messages)
 
 
-def test_lookalikes_are_counted() -> None:
+def test_special_token_text_is_counted() -> None:
     encoder, _, _ = chatml_encoder("llama2")
     messages = (Message("user", "<|im_end|><|im_end|> </s>"), Message("assistant", "<|im_end> <|end|>"))
     (row,) = encoder.encode([Conversation(messages)])

@@ -1,20 +1,20 @@
-"""The parts under the conversations: English from docstrings, parameter sections, secrets, what a signature says."""
+"""Parts of the conversations about code: English from docstrings, parameters, secrets and signatures."""
 
 import ast
 
 import pytest
 
-from peftchat.from_code.behavior import Shape, behavior, raised, shape_of
+from peftchat.from_code.behavior import ResultKind, behavior, raised_exceptions, result_kind
 from peftchat.from_code.calls import describe_parameters, signature
 from peftchat.from_code.docstrings import read_docstring
-from peftchat.from_code.english import about, article, base_phrase, continue_about, sentences
-from peftchat.from_code.inventory import CodeObject, build, top_level
+from peftchat.from_code.english import article, following_sentence, infinitive_phrase, sentence_about, sentences
+from peftchat.from_code.inventory import CodeObject, code_objects, top_level
 from peftchat.from_code.survey import has_secret
 
 
 def only_object(source: str) -> CodeObject:
     ((_, node),) = top_level(ast.parse(source)).items()
-    return next(build(node, source, "m", private=True))
+    return next(code_objects(node, source, "m", private=True))
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,15 @@ def only_object(source: str) -> CodeObject:
     ],
 )
 def test_a_docstring_sentence_gets_its_subject(kind: str, sentence: str, expected: str | None) -> None:
-    assert about("X", sentence, kind=kind) == expected
+    assert sentence_about("X", sentence, kind=kind) == expected
 
 
 def test_later_sentences_and_tasks() -> None:
-    assert continue_about("Return the path.") == "It returns the path."
-    assert continue_about("If it is missing, raise an error.") == "If it is missing, it raises an error."
-    assert continue_about("The path may be relative") == "The path may be relative."
-    assert base_phrase("Copy data.") == "copy data"
-    assert base_phrase("The data is copied.") is None
+    assert following_sentence("Return the path.") == "It returns the path."
+    assert following_sentence("If it is missing, raise an error.") == "If it is missing, it raises an error."
+    assert following_sentence("The path may be relative") == "The path may be relative."
+    assert infinitive_phrase("Copy data.") == "copy data"
+    assert infinitive_phrase("The data is copied.") is None
     assert sentences("It works, e.g. Here. Then `it` ends. Done") == ["It works, e.g. Here.", "Then `it` ends.", "Done"]
     assert [article(word) for word in ("user", "hour", "XML file", "UUID", "error")] == ["a", "an", "an", "a", "an"]
 
@@ -131,8 +131,8 @@ def test_signature_is_written_as_in_the_source() -> None:
 
 
 def test_parameters_in_words() -> None:
-    said = describe_parameters(only_object("def f(a, b=1, *, c, d=None, _e=0, **g): pass"))
-    assert said == (
+    description = describe_parameters(only_object("def f(a, b=1, *, c, d=None, _e=0, **g): pass"))
+    assert description == (
         "It takes `a` and `c` (`c` by name only). Optional are `b` (default `1`) and `d` (default `None`). "
         "It also accepts any keyword arguments (`**g`)."
     )
@@ -140,19 +140,19 @@ def test_parameters_in_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "shape"),
+    ("source", "kind"),
     [
-        ("def f(): return 1", Shape.VALUE),
-        ("def f(): return None", Shape.NOTHING),
-        ("def f():\n    def g(): yield 1", Shape.NOTHING),
-        ("def f(): yield 1", Shape.GENERATOR),
-        ("async def f(): return 1", Shape.COROUTINE),
-        ("async def f(): yield 1", Shape.ASYNC_GENERATOR),
-        ("@contextlib.contextmanager\ndef f(): yield", Shape.CONTEXT_MANAGER),
+        ("def f(): return 1", ResultKind.VALUE),
+        ("def f(): return None", ResultKind.NOTHING),
+        ("def f():\n    def g(): yield 1", ResultKind.NOTHING),
+        ("def f(): yield 1", ResultKind.GENERATOR),
+        ("async def f(): return 1", ResultKind.COROUTINE),
+        ("async def f(): yield 1", ResultKind.ASYNC_GENERATOR),
+        ("@contextlib.contextmanager\ndef f(): yield", ResultKind.CONTEXT_MANAGER),
     ],
 )
-def test_shapes(body: str, shape: Shape) -> None:
-    assert shape_of(ast.parse(body).body[0]) is shape
+def test_how_a_call_returns_its_result(source: str, kind: ResultKind) -> None:
+    assert result_kind(ast.parse(source).body[0]) is kind
 
 
 def test_a_condition_is_named_only_where_it_alone_decides() -> None:
@@ -169,7 +169,7 @@ def f(a, b):
             raise KeyError(x)
     raise error
 """
-    found = raised(ast.parse(source).body[0])
+    found = raised_exceptions(ast.parse(source).body[0])
     assert [(item.name, item.condition, item.message) for item in found] == [
         ("TypeError", "a", "no a"),
         ("ValueError", None, "late"),

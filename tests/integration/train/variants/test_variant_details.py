@@ -1,7 +1,6 @@
 """What single variants promise of their initialization, their schedule, and of being resumed."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,6 @@ from transformers import AutoModelForCausalLM
 from tests.support.variants import VariantTrainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Encode the conversations once for all tests of this file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PEFTCHAT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def train(
-    pretrained: Path, conversations: Path, held_out: Path, tmp_path_factory: pytest.TempPathFactory
-) -> VariantTrainer:
-    return VariantTrainer(pretrained, conversations, held_out, tmp_path_factory.mktemp("runs"))
 
 
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:

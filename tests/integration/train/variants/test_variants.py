@@ -1,6 +1,5 @@
 """Every variant learns, and what it leaves behind is what was trained: in stock peft, and merged."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,21 +13,6 @@ from peftchat.runs.run_summary import RunSummary
 from peftchat.variants import VARIANTS
 from tests.support.models import small_model
 from tests.support.variants import TrainedVariant, VariantTrainer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Encode the conversations once for all tests of this file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PEFTCHAT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def train(
-    pretrained: Path, conversations: Path, held_out: Path, tmp_path_factory: pytest.TempPathFactory
-) -> VariantTrainer:
-    return VariantTrainer(pretrained, conversations, held_out, tmp_path_factory.mktemp("runs"))
 
 
 def check_run(train: VariantTrainer, trained: TrainedVariant, merged: Path) -> None:

@@ -25,7 +25,7 @@ def set_rates(schedule: LambdaLR, position: float) -> None:
     schedule._last_lr = rates
 
 
-def begin_above_zero(schedule: Any, warmup_steps: int) -> None:
+def begin_above_zero(schedule: Any, warmup_steps: int, steps: int) -> None:
     """Let a warm-up rise from `1 / (warmup_steps + 1)` of the peak instead of from zero.
 
     With transformers' schedules the first step of a warm-up has a learning rate of 0 and changes nothing, which is all
@@ -34,17 +34,21 @@ def begin_above_zero(schedule: Any, warmup_steps: int) -> None:
     Args:
         schedule: changed in place, before its first step; the rates after the warm-up stay.
         warmup_steps: its length.
+        steps: those of the run. Where the warm-up covers them all, the schedule stays at the peak behind its end:
+            transformers' polynomial divides by zero there.
     """
     schedule = unwrapped(schedule)
     if not warmup_steps or not isinstance(schedule, LambdaLR):
         return
-    schedule.lr_lambdas = [_stretched(factor, warmup_steps) for factor in schedule.lr_lambdas]
+    schedule.lr_lambdas = [_stretched(factor, warmup_steps, steps) for factor in schedule.lr_lambdas]
     set_rates(schedule, schedule.last_epoch)
 
 
-def _stretched(factor: Callable[[Any], float], warmup_steps: int) -> Callable[[Any], float]:
+def _stretched(factor: Callable[[Any], float], warmup_steps: int, steps: int) -> Callable[[Any], float]:
     def stretched(position: float) -> float:
-        return factor((position + 1) * warmup_steps / (warmup_steps + 1) if position < warmup_steps else position)
+        if position < warmup_steps:
+            return factor((position + 1) * warmup_steps / (warmup_steps + 1))
+        return 1.0 if warmup_steps >= steps else factor(position)
 
     return stretched
 

@@ -299,7 +299,7 @@ class ChatTrainer(SFTTrainer):
         is_new = self.lr_scheduler is None
         schedule = super().create_scheduler(num_training_steps, optimizer)
         if is_new:
-            begin_above_zero(schedule, self.args.get_warmup_steps(num_training_steps))
+            begin_above_zero(schedule, self.args.get_warmup_steps(num_training_steps), num_training_steps)
         return schedule
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
-from peftchat.cli.common import Command, note, set_option
+from peftchat.cli.common import Command, PathType, note, set_option
 
 
 @click.command("train", cls=Command, renamed={"--ask": "--prompt"})
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=PathType())
 @set_option()
 @click.option("--resume", is_flag=True, help="Resume from the last checkpoint; start from scratch if there is none.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show the plan and one example, train nothing.")

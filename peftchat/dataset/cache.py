@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval"]
 
-_FORMAT = 5
+_FORMAT = 6
 """Version of the cache: to be raised when the same settings give other examples or other files."""
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from peftchat.chat_template.encoder import ChatEncoder
 from peftchat.chat_template.examples import EncodedExample, ExampleBatch
 from peftchat.chat_template.loss_mask import loss_mask_table
+from peftchat.chat_template.message_text import message_text
 from peftchat.conversation import Conversation
 from peftchat.dataset.truncation import truncate_to_fit
 from peftchat.errors import UserError
@@ -141,6 +142,8 @@ def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversatio
         batch.append(conversation)
         for message in conversation.messages:
             characters += len(message.content)
+            if message.reasoning or message.tool_calls:
+                characters += len(message_text(message)) - len(message.content)
         if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -13,7 +13,7 @@ from peftchat.console import stderr
 from peftchat.errors import UserError, VerificationError
 from peftchat.merging.merge_plan import MergePlan
 from peftchat.merging.qlora_base import BaseKind
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint
+from peftchat.models.safetensors_files import SafetensorsCheckpoint
 from peftchat.models.savable import mend_generation_settings
 from peftchat.models.source import GENERATION_CONFIG, MODEL_CONFIG, WEIGHTS, WEIGHTS_INDEX
 
@@ -31,7 +31,10 @@ _TOKENIZER = (
     "chat_template.jinja",
 )
 
-_UNVERIFIED_CONFIG = "config.unverified.json"
+COPIED = (*_TOKENIZER, GENERATION_CONFIG)
+"""Files that come from the run or the base as they are."""
+
+UNVERIFIED_CONFIG = "config.unverified.json"
 """The config's name until the merge is verified: no loader accepts a folder without `config.json`."""
 
 
@@ -76,7 +79,7 @@ def write_config_and_tokenizer(
         config.tie_word_embeddings = False
     config.dtype = dtype
     config.save_pretrained(folder)
-    (folder / MODEL_CONFIG).rename(folder / _UNVERIFIED_CONFIG)
+    (folder / MODEL_CONFIG).rename(folder / UNVERIFIED_CONFIG)
 
 
 def _pad_on_left(tokenizer_config: Path) -> None:
@@ -107,12 +110,12 @@ def read_model_config(folder: Path) -> Any:
     """Load the config of a merged folder that is not verified yet."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(str(folder / _UNVERIFIED_CONFIG))
+    return AutoConfig.from_pretrained(str(folder / UNVERIFIED_CONFIG))
 
 
 def make_loadable(folder: Path) -> None:
     """Rename the config to `config.json`, so that loaders accept the folder."""
-    (folder / _UNVERIFIED_CONFIG).rename(folder / MODEL_CONFIG)
+    (folder / UNVERIFIED_CONFIG).rename(folder / MODEL_CONFIG)
 
 
 def _special_ids(generation: Path) -> dict[str, Any]:
@@ -216,6 +219,7 @@ class MergeReport:
         tied: the output head shares the embedding's weight.
         seconds: time of the merge.
         versions: of the libraries.
+        files: names of everything in the folder; `--overwrite` replaces a folder that holds nothing else.
         verification: None if it was switched off.
     """
 
@@ -233,6 +237,7 @@ class MergeReport:
     tied: bool
     seconds: float
     versions: dict[str, str]
+    files: list[str]
     verification: Verification | None = None
 
     def as_dict(self) -> dict[str, object]:

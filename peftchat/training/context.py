@@ -10,6 +10,7 @@ from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.console import stderr
 from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.errors import UserError
+from peftchat.models.base_check import check_tokenizer
 from peftchat.models.source import ModelSource
 from peftchat.runs.checkpoint import Checkpoint
 from peftchat.runs.run_folder import RunFolder
@@ -126,5 +127,12 @@ def open_context(
 
 
 def load_chat_format(recipe: "Recipe") -> ChatFormat:
-    """Load the recipe's tokenizer in the recipe's chat format."""
-    return make_format(recipe.chat.template, recipe.chat.system, ModelSource.of_recipe(recipe).tokenizer())
+    """Load the recipe's tokenizer in the recipe's chat format.
+
+    Raises:
+        UserError: it cannot be loaded, or has tokens that the model's embedding lacks.
+    """
+    source = ModelSource.of_recipe(recipe)
+    tokenizer = source.tokenizer()
+    check_tokenizer(tokenizer, source, source.config())
+    return make_format(recipe.chat.template, recipe.chat.system, tokenizer)

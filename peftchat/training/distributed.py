@@ -1,6 +1,5 @@
 """Distributed setup: the processes of a run, their devices, and how they are started."""
 
-import json
 import logging
 import os
 import shutil
@@ -8,10 +7,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftchat.errors import UserError, VerificationError
+from peftchat.recipe.deepspeed_file import read_deepspeed_file
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -286,7 +285,7 @@ def deepspeed_config(
     if not distributed.uses_deepspeed:
         return None
     if recipe.distributed.deepspeed_config is not None:
-        config: dict[str, Any] = json.loads(Path(recipe.distributed.deepspeed_config).read_text(encoding="utf-8"))
+        config = _completed(read_deepspeed_file(recipe.distributed.deepspeed_config), recipe, distributed)
     else:
         config = _default_config(recipe, distributed)
     if distributed.strategy == "zero3":
@@ -295,6 +294,23 @@ def deepspeed_config(
         # DeepSpeed's own default; `auto` would make it depend on the hidden size.
         floor = 100_000 if threshold == "auto" else int(threshold)
         zero["stage3_param_persistence_threshold"] = max(floor, added_token_elements)
+    return config
+
+
+def _completed(content: dict[str, Any], recipe: "Recipe", distributed: DistributedSetup) -> dict[str, Any]:
+    """Return a user's DeepSpeed settings with what they leave out.
+
+    DeepSpeed has defaults of its own: no clipping, float32, a learning rate of 0.001. Transformers replaces `auto`
+    only: https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/deepspeed.py
+    """
+    ours = _default_config(recipe, distributed)
+    shared = {key: value for key, value in ours.items() if key not in ("zero_optimization", "optimizer")}
+    if "bfloat16" in content:
+        del shared["bf16"]
+    config = {**shared, **content}
+    if "optimizer" in content:
+        params = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+        config["optimizer"] = {**content["optimizer"], "params": {**params, **content["optimizer"].get("params", {})}}
     return config
 
 

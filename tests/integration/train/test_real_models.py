@@ -49,7 +49,7 @@ def test_a_story_model_learns_to_chat(method: str, stories: Path, shared_data: P
     ],
 )
 def test_the_shipped_recipes_run_here(name: str, processes: int, demo_model: Path, tmp_path: Path) -> None:
-    """The recipe as it is, on the real 135M model and a file of conversations, without a GPU."""
+    """The recipe with small steps, on the real 135M model and a file of conversations, without a GPU."""
     made = true_peftchat("data", "from-code", "json", "-o", str(tmp_path / "data"), "--max-samples", "24")
     assert made.returncode == 0, made.stderr
     data, run = tmp_path / "data" / "train.jsonl", tmp_path / "run"
@@ -59,6 +59,9 @@ def test_the_shipped_recipes_run_here(name: str, processes: int, demo_model: Pat
         "--set", f"data.train=[{{path: {data}}}]",
         "--set", f"distributed.processes={processes}",
         "--set", "training.max_steps=3",
+        # The recipes accumulate thousands of tokens per step, which take minutes here and show nothing more.
+        "--set", "training.gradient_accumulation_steps=1",
+        "--set", "training.per_device_train_batch_size=1",
         "--set", f"output_dir={run}",
         # Under ZeRO-3 every token of an answer gathers the whole model once.
         *(() if processes > 1 else ("--prompt", "What does json.dumps do?")),

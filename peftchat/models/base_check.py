@@ -345,13 +345,19 @@ def check_values(model: "PreTrainedModel", source: ModelSource) -> None:
     """Check that every parameter of a loaded model is finite; every process of a run calls it.
 
     Args:
-        model: the model. Under ZeRO-3 each process looks at its own part.
+        model: the model. Under ZeRO-3 each process looks at its own part. Quantized weights are left to
+            `check_stored_values`.
         source: the base, for messages.
 
     Raises:
         UserError: a value is not a finite number.
     """
-    wrong = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
+    # Quantized weights are codes: read as the floats that they are stored as, they are any number.
+    wrong = [
+        name
+        for name, parameter in model.named_parameters()
+        if not hasattr(parameter, "bnb_quantized") and not hasattr(parameter, "SCB") and not _is_finite(parameter)
+    ]
     if is_zero3():
         parts: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather_object(parts, wrong)

@@ -31,6 +31,9 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 """The files of a tokenizer that may be large enough for git-lfs, and the one that names its class."""
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Files of which every tokenizer has one."""
+
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
@@ -271,6 +274,9 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self.name, **self._hub_arguments())
         except LOAD_ERRORS as error:
+            if self.kind is not ModelKind.HUB and not any(map(self.has, _VOCABULARIES)):
+                hint = f"Copy or download its {_VOCABULARIES[0]} too."
+                raise self._error("the folder has no tokenizer", hint) from error
             raise self._load_error("the tokenizer", error) from error
 
     def generation_config(self) -> "GenerationConfig":

@@ -14,7 +14,9 @@ from peftchat.models.base_check import check_tokenizer
 from peftchat.models.source import ModelSource
 from peftchat.runs.checkpoint import Checkpoint
 from peftchat.runs.run_folder import RunFolder
-from peftchat.training.distributed import DistributedSetup, init_deepspeed, is_main_process, resolve_distributed
+from peftchat.training.distributed import DistributedSetup, resolve_distributed
+from peftchat.training.process_group import join_processes
+from peftchat.training.several_processes import is_main_process
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -119,8 +121,7 @@ def open_context(
         )
     run_folder = RunFolder(Path(recipe.output_dir))
     checkpoint = run_folder.check_usable(recipe, resume=options.resume)
-    if distributed.uses_deepspeed:
-        init_deepspeed(distributed)
+    join_processes(distributed)
     chat = load_chat_format(recipe)
     splits = load_splits(recipe, chat)
     return TrainContext(loaded, options, distributed, run_folder, checkpoint, chat, splits, started)

@@ -330,6 +330,10 @@ class ChatTrainer(SFTTrainer):
                 wrapped=self.model_wrapped if self.is_deepspeed_enabled else None,
             )  # fmt: skip
 
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint after the last step; every process must call it."""
+        self._save_checkpoint(self.model, None)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # TRL's own method also writes a model card into the folder of checkpoints.
         folder = Path(self.args.output_dir)

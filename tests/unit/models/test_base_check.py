@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from peftchat.errors import UserError
 from peftchat.models.base_check import check_stored_values, check_tensors, check_tokenizer, check_values
+from peftchat.models.loading import quantization_config
 from peftchat.models.safetensors_files import SafetensorsCheckpoint
 from peftchat.models.source import ModelSource
+from peftchat.recipe import load_recipe
 from tests.support.models import random_model, small_model
+from tests.support.recipes import write_recipe
 
 Tensors = dict[str, torch.Tensor]
 
@@ -227,6 +230,27 @@ def test_values_must_be_finite(value: float, tmp_path: Path) -> None:
         check_values(source.load_model(dtype=torch.bfloat16), source)
     with pytest.raises(UserError, match=f"not finite numbers: {name}"):
         check_stored_values(source)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_of_a_quantized_model_are_no_values(bits: int, tmp_path: Path) -> None:
+    """In 4 bits, codes are stored as the bytes of bfloat16 numbers, and some of those are not finite."""
+    folder = saved(tmp_path, "llama")
+    write_recipe(
+        tmp_path / "recipe.yaml",
+        folder,
+        tmp_path / "none.jsonl",
+        method="qlora",
+        quantization={"bits": bits},
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml", to_train=False).recipe
+    source = ModelSource.open(str(folder))
+    model = source.load_model(dtype=torch.bfloat16, quantization_config=quantization_config(recipe))
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    if bits == 4:
+        weight.data.view(torch.uint8).fill_(0xFF)
+        assert not torch.isfinite(weight.data.view(torch.bfloat16)).any()
+    check_values(model, source)
 
 
 def test_a_value_beyond_float16_is_found_once_it_is_loaded(tmp_path: Path) -> None:

@@ -326,7 +326,10 @@ class Oracle:
             # The prompt says more than the text, such as an empty block of reasoning; it must not be closed twice.
             closing = _CLOSES.match(rest) if extra.strip() else None
             behind = rest[closing.end() :] if closing else rest
-            found.append("" if _CLOSED.search(extra.strip()) and _OPENS.match(behind.lstrip()) else behind)
+            # Reasoning that follows a closed block of the same kind would be written at a place of its own.
+            opening = _OPENS.match(behind.lstrip())
+            again = opening is not None and opening.group().lstrip("<[") in extra
+            found.append("" if again else behind)
         elif _OPENS.fullmatch(extra.strip()) and _CLOSES.match(rest):
             found.append(rest)
         # The text may differ before, in the history: the last header shows where the answer begins.

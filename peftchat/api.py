@@ -68,14 +68,15 @@ def train(
         >>> summary.steps
         2
     """
-    from peftchat.reports.run_report import write_summaries
+    from peftchat.reports.run_report import try_model_card, write_summaries
     from peftchat.runs.run_folder import RunFolder
     from peftchat.runs.run_summary import RunSummary
     from peftchat.training.context import TrainOptions
-    from peftchat.training.distributed import is_main_process
+    from peftchat.training.several_processes import is_main_process
     from peftchat.training.train import claimed_by_run
     from peftchat.training.train import train as train_in_process
 
+    settle_processes()
     loaded = _load(recipe, overrides)
     distributed = prepare_training(loaded, resume=resume, download=True)
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
@@ -87,6 +88,8 @@ def train(
         return RunSummary.read(run_folder)
     with claimed_by_run(run_folder):
         loaded, auto_settings = choose_settings(loaded, distributed)
+        if is_main_process():
+            try_model_card(loaded.recipe)
         options = TrainOptions(resume, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings)
         # Standard output is for data; DeepSpeed prints to it while it compiles.
         with contextlib.redirect_stdout(sys.stderr):
@@ -272,6 +275,20 @@ def chat(
     return generate_answer(model, history, apply_sampling(model.generation_config, sampling))
 
 
+def settle_processes() -> None:
+    """Leave in the environment what a launcher says about this process, and say once what else is ignored.
+
+    Raises:
+        UserError: the launcher's variables contradict each other.
+    """
+    from peftchat.console import stderr
+    from peftchat.training.launcher_environment import settle_environment
+
+    ignored = settle_environment(os.environ)
+    if ignored and os.environ.get("RANK", "0") == "0":
+        stderr.print(f"Ignored from the environment: {', '.join(ignored)}", markup=False, highlight=False)
+
+
 def prepare_training(loaded: LoadedRecipe, *, resume: bool = False, download: bool = False) -> "DistributedSetup":
     """Resolve the processes of a run, and check the base, paths and folders before anything heavy is loaded.
 
@@ -286,10 +303,9 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False, download: bo
     """
     from peftchat.conversations.readers import find_files
     from peftchat.logging_setup import quiet_libraries
-    from peftchat.training.distributed import resolve_distributed, slurm_variables
+    from peftchat.training.distributed import resolve_distributed
 
     quiet_libraries()
-    os.environ.update(slurm_variables(os.environ))
     distributed = resolve_distributed(loaded)
     recipe = loaded.recipe
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
@@ -306,7 +322,7 @@ def _check_run_folder(loaded: LoadedRecipe, *, resume: bool) -> None:
     """Check that the run may write to its folder: nothing that the recipe reads is there."""
     from peftchat.runs.claim import refuse_held
     from peftchat.runs.run_folder import RunFolder
-    from peftchat.training.distributed import is_main_process
+    from peftchat.training.several_processes import is_main_process
 
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
     goes_on = resume and run_folder.has_started
@@ -326,7 +342,7 @@ def choose_settings(
     """Choose the settings that a recipe leaves open, and print them once for all processes."""
     from peftchat.console import stderr
     from peftchat.planning.auto_settings import resolve_auto_settings
-    from peftchat.training.distributed import is_main_process
+    from peftchat.training.several_processes import is_main_process
 
     loaded, auto_settings = resolve_auto_settings(loaded, distributed)
     if is_main_process():
@@ -366,7 +382,7 @@ def _launch(loaded: LoadedRecipe, distributed: "DistributedSetup", arguments: Se
     """Encode the data once, so that an error is printed once; then start the processes and wait for them."""
     from peftchat.dataset.cache import load_splits
     from peftchat.training.context import load_chat_format
-    from peftchat.training.distributed import launch
+    from peftchat.training.launch import launch
 
     load_splits(loaded.recipe, load_chat_format(loaded.recipe))
     status = launch(distributed, arguments)

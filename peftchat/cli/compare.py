@@ -1,6 +1,5 @@
 """`peftchat compare`: train variants of one recipe and compare them."""
 
-import signal
 from pathlib import Path
 
 import click
@@ -83,8 +82,6 @@ def command(
     if trials and learning_rates is not None:
         hint = "Use --search training.learning_rate=LOW..HIGH:log."
         raise UserError("--learning-rates is a grid, and --trials searches ranges", hint=hint)
-    # A scheduler that ends the job also ends the current run, which then resumes from its checkpoint.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = api.compare(
         recipe,
         split_names(variants),

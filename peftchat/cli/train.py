@@ -28,6 +28,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     from peftchat import api
     from peftchat.recipe import load_recipe
 
+    api.settle_processes()
     loaded = load_recipe(recipe, overrides)
     if dry_run:
         distributed = api.prepare_training(loaded, resume=resume)
@@ -40,7 +41,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
         summary = api.train(loaded, resume=resume, prompts=prompts)
     except api.WorkerError as error:
         sys.exit(error.status)
-    from peftchat.training.distributed import is_main_process
+    from peftchat.training.several_processes import is_main_process
 
     if is_main_process():
         from peftchat.reports.run_terminal import print_samples, print_summary

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from peftchat.child_process import child_environment
 from peftchat.comparing.compare_plan import ComparePlan, TrainingJob
 from peftchat.comparing.compare_progress import CompareProgress
 from peftchat.comparing.compare_report import write_comparison_files
@@ -264,7 +265,11 @@ def run_python(arguments: Sequence[str], log: Path, watch: Callable[[], None]) -
     _end_leftover(pid_file)
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=child_environment(),
         )
     write_text(pid_file, f"{process.pid} {psutil.Process(process.pid).create_time()}")
     try:

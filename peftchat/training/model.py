@@ -21,6 +21,7 @@ from peftchat.models.compiled import compile_layers, missing_compiler
 from peftchat.models.fused_lora import fuse_lora_forward, num_adapted_layers
 from peftchat.models.loading import VARLEN, end_ids, load_base
 from peftchat.models.peft_model import add_adapter, cast_trainable, freeze_layers
+from peftchat.models.savable import mend_generation_settings
 from peftchat.models.zero import is_zero3
 from peftchat.runs.run_summary import AutoSetting
 from peftchat.training.context import TrainContext
@@ -99,6 +100,8 @@ def _build_model(context: TrainContext) -> TrainableModel:
     if model.get_output_embeddings() is None:
         raise UserError("the model has no language-model head", where=f"model.name: {recipe.model.name}")
     _set_special_ids(model, chat)
+    for note in mend_generation_settings(model.config, model.generation_config):
+        context.notes.tell(note)
     init = recipe.chat.new_token_init
     if recipe.method == "full":
         resize_embeddings(model, chat.tokenizer, chat.new_tokens, init)

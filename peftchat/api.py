@@ -68,7 +68,7 @@ def train(
         >>> summary.steps
         2
     """
-    from peftchat.reports.run_report import write_summaries
+    from peftchat.reports.run_report import try_model_card, write_summaries
     from peftchat.runs.run_folder import RunFolder
     from peftchat.runs.run_summary import RunSummary
     from peftchat.training.context import TrainOptions
@@ -88,6 +88,8 @@ def train(
         return RunSummary.read(run_folder)
     with claimed_by_run(run_folder):
         loaded, auto_settings = choose_settings(loaded, distributed)
+        if is_main_process():
+            try_model_card(loaded.recipe)
         options = TrainOptions(resume, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings)
         # Standard output is for data; DeepSpeed prints to it while it compiles.
         with contextlib.redirect_stdout(sys.stderr):

@@ -233,7 +233,7 @@ class AnswerRenderer:
         behind = self._find_behind(prompt, opening, full, index)
         if behind is None:
             raise self._not_a_beginning(prompt, opening, full, index)
-        text, trailer = self._split_end(prompt, behind, index)
+        text, trailer = self._split_end(full.removesuffix(behind), behind, index)
         return RenderedAnswer(index, prompt, opening, text, trailer)
 
     def _find_behind(self, prompt: str, opening: int, full: str, index: int) -> str | None:
@@ -259,8 +259,8 @@ class AnswerRenderer:
             return None
         return full[len(prompt) :] if full.startswith(prompt) else None
 
-    def _split_end(self, prompt: str, behind: str, index: int) -> tuple[str, str]:
-        """Split the text behind a prompt at the end of the turn.
+    def _split_end(self, before: str, behind: str, index: int) -> tuple[str, str]:
+        """Split a rendering behind the prompt at the end of the turn; `before` is what precedes.
 
         Special tokens behind the last visible text end the turn as far as the template writes them in front of a next
         turn too. If there is none, the template's own next token ends it, such as the role token of that turn.
@@ -272,7 +272,7 @@ class AnswerRenderer:
         trailing = re.search(rf"(?:{special.pattern}|\s)*\Z", behind)
         assert trailing is not None
         start = trailing.start()
-        following = self._continued(prompt, index)
+        following = self._continued(before, index)
         if following is not None and not following.startswith(behind[:start]):
             following = None
         ends = [match.end() for match in special.finditer(behind, start)]
@@ -296,8 +296,8 @@ class AnswerRenderer:
             hint="Set `chat.end_token` to the token that ends an answer, or choose another template.",
         )
 
-    def _continued(self, prompt: str, index: int) -> str | None:
-        """Return what stands behind the prompt if another turn follows; None if the template rewrites the answer."""
+    def _continued(self, before: str, index: int) -> str | None:
+        """Return what stands behind `before` if another turn follows; None if the template rewrites that text."""
         messages = list(self._messages[: index + 2])
         if len(messages) < index + 2 or messages[-1]["role"] == "assistant":
             calls = messages[index].get("tool_calls")
@@ -307,7 +307,7 @@ class AnswerRenderer:
             full = self._renderer.render(messages, self._tools, generation_prompt=False)
         except UserError:
             return None
-        return full[len(prompt) :] if full.startswith(prompt) else None
+        return full[len(before) :] if full.startswith(before) else None
 
     def _usual_end(self) -> str | None:
         """Return the white space and the token behind a plain answer that another turn follows."""

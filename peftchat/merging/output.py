@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from peftchat.console import stderr
 from peftchat.errors import UserError, VerificationError
 from peftchat.merging.merge_plan import MergePlan
 from peftchat.merging.qlora_base import BaseKind
 from peftchat.models.safetensors_files import SafetensorsCheckpoint
+from peftchat.models.savable import mend_generation_settings
 from peftchat.models.source import GENERATION_CONFIG, MODEL_CONFIG, WEIGHTS, WEIGHTS_INDEX
 
 _TOKENIZER = (
@@ -68,8 +70,9 @@ def write_config_and_tokenizer(
     for code in base.glob("*.py"):
         shutil.copyfile(code, folder / code.name)
     generation = next((path for path in (run / GENERATION_CONFIG, base / GENERATION_CONFIG) if path.is_file()), None)
+    _pad_on_left(folder / "tokenizer_config.json")
+    _write_generation_settings(folder, config, generation)
     if generation is not None:
-        shutil.copyfile(generation, folder / GENERATION_CONFIG)
         for name, value in _special_ids(generation).items():
             setattr(config, name, value)
     if untied:
@@ -77,6 +80,30 @@ def write_config_and_tokenizer(
     config.dtype = dtype
     config.save_pretrained(folder)
     (folder / MODEL_CONFIG).rename(folder / UNVERIFIED_CONFIG)
+
+
+def _pad_on_left(tokenizer_config: Path) -> None:
+    """Let the merged model's tokenizer pad on the left, whatever saved it: batched generation needs it."""
+    if not tokenizer_config.is_file():
+        return
+    settings = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+    if settings.get("padding_side") != "left":
+        settings["padding_side"] = "left"
+        tokenizer_config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_generation_settings(folder: Path, config: Any, source: Path | None) -> None:
+    """Write the generation settings, mended where transformers would not save them, and tell what was mended."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig() if source is None else GenerationConfig.from_pretrained(str(source.parent))
+    notes = mend_generation_settings(config, settings)
+    for note in notes:
+        stderr.print(f"Note: {note}", markup=False, highlight=False)
+    if notes:
+        settings.save_pretrained(str(folder))
+    elif source is not None:
+        shutil.copyfile(source, folder / GENERATION_CONFIG)
 
 
 def read_model_config(folder: Path) -> Any:

@@ -1,12 +1,13 @@
 """Train context: the inputs of a run, opened before its model is loaded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftchat.chat_template.chat_format import ChatFormat, make_format
+from peftchat.console import stderr
 from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.errors import UserError
 from peftchat.models.base_check import check_tokenizer
@@ -39,6 +40,25 @@ class TrainOptions:
     auto_settings: Sequence["AutoSetting"] = ()
 
 
+@dataclass(slots=True)
+class RunNotes:
+    """What a run changed or found by itself: told in one line each, and kept for the run's summary.
+
+    Attributes:
+        lines: the lines so far.
+    """
+
+    lines: list[str] = field(default_factory=list)
+
+    def tell(self, line: str) -> None:
+        """Tell and keep a line; only the main process writes it."""
+        if line in self.lines:
+            return
+        self.lines.append(line)
+        if is_main_process():
+            stderr.print(f"Note: {line}", markup=False, highlight=False)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainContext:
     """The inputs of a run, shared by every step of training.
@@ -52,6 +72,7 @@ class TrainContext:
         chat: the tokenizer in the recipe's chat format.
         splits: the encoded conversations of each split.
         started: when the run started.
+        notes: what is told while it goes on.
     """
 
     loaded: "LoadedRecipe"
@@ -62,6 +83,7 @@ class TrainContext:
     chat: ChatFormat
     splits: Mapping[Split, EncodedSplit]
     started: datetime
+    notes: RunNotes = field(default_factory=RunNotes)
 
     @property
     def recipe(self) -> "Recipe":
@@ -113,13 +135,14 @@ def load_chat_format(recipe: "Recipe") -> ChatFormat:
     """
     source = ModelSource.of_recipe(recipe)
     tokenizer = source.tokenizer()
-    check_tokenizer(tokenizer, source, source.config())
-    chat = recipe.chat
-    return make_format(
-        chat.template,
-        chat.system,
+    section = recipe.chat
+    chat = make_format(
+        section.template,
+        section.system,
         tokenizer,
-        variables=chat.template_kwargs,
-        end_token=chat.end_token,
-        today=date.fromisoformat(chat.template_date) if chat.template_date else None,
+        variables=section.template_kwargs,
+        end_token=section.end_token,
+        today=date.fromisoformat(section.template_date) if section.template_date else None,
     )
+    check_tokenizer(tokenizer, source, source.config(), [token.id for token in chat.new_tokens])
+    return chat

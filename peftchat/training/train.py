@@ -18,12 +18,13 @@ from peftchat.runs.claim import claimed
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from peftchat.training.context import TrainContext, TrainOptions, open_context
-from peftchat.training.model import load_trainable_model
+from peftchat.training.model import TrainableModel, load_trainable_model
+from peftchat.training.number_checks import check_moved, check_trend
 from peftchat.training.preflight import is_disk_full, preflight
 from peftchat.training.progress import ProgressCallback
 from peftchat.training.several_processes import is_main_process
 from peftchat.training.stopping import EvaluationStopped, StopCallback
-from peftchat.training.summary import FitResult, sample_answers, seconds_since_start, summarize
+from peftchat.training.summary import FitResult, added_tokens, sample_answers, seconds_since_start, summarize
 from peftchat.training.trainer import ChatTrainer, build_trainer, sft_config
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def train(
             return sample_answers(trainer.causal_model, context.chat, options.prompts)
 
         fitted = fit(trainer, context, start, check_claim)
+        check(trainer, context, model, fitted)
         samples_after = sample_answers(trainer.causal_model, context.chat, options.prompts)
         save(trainer, context)
         return summarize(context, trainer, model, fitted, samples_after)
@@ -138,6 +140,18 @@ def fit(
         samples_before=callback.samples,
         seconds_to_first_step=callback.seconds_to_first_step,
     )
+
+
+def check(trainer: ChatTrainer, context: TrainContext, model: TrainableModel, fitted: FitResult) -> None:
+    """Check the trained model before anything of it is saved; every process must call it.
+
+    Raises:
+        VerificationError: a weight is not finite, the loss exploded, or training did not move what it had to move.
+    """
+    trainer.checks.check_weights(trainer.model, trainer.state.global_step)
+    check_trend(trainer.checks.counts.losses, len(context.chat.tokenizer))
+    tokens = added_tokens(context.chat, model.initial_embeddings, fitted)
+    check_moved(trainer.checks.counts, tokens, fitted.token_counts.seen_before_target)
 
 
 class _StartCallback(TrainerCallback):

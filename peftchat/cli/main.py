@@ -14,7 +14,7 @@ from peftchat.cli import chat, compare, data, export, init, mask, merge, plan, t
 from peftchat.cli.common import OrderedGroup
 from peftchat.console import stderr
 from peftchat.errors import UserError, VerificationError, first_line
-from peftchat.interruption import end, interruptible, interruption
+from peftchat.interruption import end, interruptible, interruption, leave
 from peftchat.streams import BROKEN_PIPE_STATUS, check_output, discard_output, prepare_streams
 from peftchat.training.launcher_environment import settle_environment
 from peftchat.training.several_processes import is_lost_process, is_main_process, let_others_speak
@@ -92,7 +92,7 @@ def _main() -> None:
         _print_error(f"Error: standard output cannot be written: {problem}.")
         status = 2
     if status:
-        sys.exit(status)
+        leave(status)
 
 
 def _run() -> int:

@@ -323,14 +323,33 @@ def _model_names(model: "PreTrainedModel", keys: Collection[str]) -> dict[str, s
     return names
 
 
-def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: ModelSource, config: "PretrainedConfig") -> None:
+def check_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase",
+    source: ModelSource,
+    config: "PretrainedConfig",
+    new_ids: Collection[int] = (),
+) -> None:
     """Check that every token has a row in the embedding.
+
+    A special token without one is accepted if the embedding grows beyond it for added tokens: text never becomes a
+    special token, so it is padding at most. Some tokenizer classes of transformers add such tokens by themselves.
+
+    Args:
+        tokenizer: the base's tokenizer, perhaps with added tokens.
+        source: the base, for messages.
+        config: its config.
+        new_ids: the ids of the added tokens, which get rows.
 
     Raises:
         UserError: a token's id is beyond the last row.
     """
     rows = int(config.get_text_config().vocab_size)
-    outside = sorted((id, token) for token, id in tokenizer.get_vocab().items() if not 0 <= id < rows)
+    grown = max((rows - 1, *new_ids))
+    covered = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special and id <= grown}
+    covered.update(new_ids)
+    outside = sorted(
+        (id, token) for token, id in tokenizer.get_vocab().items() if not 0 <= id < rows and id not in covered
+    )
     if outside:
         id, token = outside[0]
         raise UserError(

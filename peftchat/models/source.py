@@ -42,7 +42,7 @@ _OTHER_MODELS = (
     ("model_index.json", "the folder holds a diffusers pipeline", "Name a language model."),
     ("modules.json", "the folder holds a sentence-transformers model", "Name a language model with a head."),
     ("consolidated*", "the folder holds weights in their authors' format", "Download the model for transformers."),
-    ("*.safetensors", "the folder holds weights", f"Copy or download its {MODEL_CONFIG} too."),
+    ("model*.safetensors", "the folder holds weights", f"Copy or download its {MODEL_CONFIG} too."),
     ("pytorch_model*.bin", "the folder holds pickled weights", "Name a model that is saved as safetensors."),
     ("checkpoint-*", "the folder holds checkpoints", "Name one of them."),
 )

@@ -135,5 +135,6 @@ def load_chat_format(recipe: "Recipe") -> ChatFormat:
     """
     source = ModelSource.of_recipe(recipe)
     tokenizer = source.tokenizer()
-    check_tokenizer(tokenizer, source, source.config())
-    return make_format(recipe.chat.template, recipe.chat.system, tokenizer)
+    chat = make_format(recipe.chat.template, recipe.chat.system, tokenizer)
+    check_tokenizer(tokenizer, source, source.config(), [token.id for token in chat.new_tokens])
+    return chat

@@ -16,6 +16,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 
+from peftchat.errors import UserError, first_line
 from peftchat.models.added_tokens import MODULE_NAME
 from peftchat.models.saving import load_adapter_state, save_model_files
 from peftchat.models.source import ModelSource
@@ -297,7 +298,12 @@ class ChatTrainer(SFTTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Create the schedule of the learning rate, with a warm-up that begins above zero."""
         is_new = self.lr_scheduler is None
-        schedule = super().create_scheduler(num_training_steps, optimizer)
+        try:
+            schedule = super().create_scheduler(num_training_steps, optimizer)
+        except (ValueError, TypeError) as error:
+            where = f"training.lr_scheduler_type: {self.args.lr_scheduler_type.value}"
+            hint = "Change training.lr_scheduler_kwargs or training.learning_rate."
+            raise UserError(f"the schedule cannot be made: {first_line(error)}", where=where, hint=hint) from error
         if is_new:
             begin_above_zero(schedule, self.args.get_warmup_steps(num_training_steps), num_training_steps)
         return schedule

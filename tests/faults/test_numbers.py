@@ -43,6 +43,9 @@ FAULTS = (
     Fault("a checkpoint of weights that overflowed", PROMISE,
           lambda scene: rate(scene, 1e38, save_strategy="steps", save_steps=1),
           ("Failed: ", "There is no checkpoint yet"), 1, after=no_checkpoint),
+    Fault("a rate below the end of its schedule", PROMISE,
+          lambda scene: rate(scene, 1e-8, lr_scheduler_type="polynomial"),
+          ("lr_scheduler_type: polynomial: the schedule cannot be made", "lr_end")),
     Fault("NaN in a complete checkpoint", PROMISE, spoil_checkpoint,
           ("is not finite", "checkpoint-4", "Delete this folder"), 2, resume, anything),
 )  # fmt: skip

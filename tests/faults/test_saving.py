@@ -44,7 +44,13 @@ def tokenizer_that_cannot_be_saved(scene: Scene) -> None:
     scene.sections = {"model": {"trust_remote_code": True}}
 
 
+def broken_generation_settings(scene: Scene) -> None:
+    (scene.base / "generation_config.json").write_text('{"eos_token_id": 0,')
+
+
 FAULTS = (
+    Fault("a generation_config.json that is cut off", PROMISE, broken_generation_settings,
+          ("generation settings cannot be loaded",)),
     Fault("sampling settings without do_sample", PROMISE, sampling_without_do_sample,
           ("do_sample is set to true, because it has temperature 0.6, top_p 0.9",), 0, after=is_mended),
     Fault("a tokenizer that cannot be saved", PROMISE, tokenizer_that_cannot_be_saved,

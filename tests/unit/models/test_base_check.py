@@ -262,6 +262,16 @@ def test_a_value_beyond_float16_is_found_once_it_is_loaded(tmp_path: Path) -> No
         check_values(source.load_model(dtype=torch.float16), source)
 
 
+def test_a_special_token_may_lie_below_the_added_ones() -> None:
+    source = ModelSource.open(str(small_model()))
+    tokenizer, config = source.tokenizer(), source.config()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    with pytest.raises(UserError, match="1 token beyond"):
+        check_tokenizer(tokenizer, source, config)
+    tokenizer.add_tokens(["<user>"], special_tokens=True)
+    check_tokenizer(tokenizer, source, config, [config.vocab_size + 1])
+
+
 def test_every_token_needs_a_row() -> None:
     source = ModelSource.open(str(small_model(spare_rows=2)))
     tokenizer, config = source.tokenizer(), source.config()

@@ -4,11 +4,11 @@ import sys
 
 import click
 
-from peftchat.cli.common import json_option
+from peftchat.cli.common import NameType, json_option
 
 
 @click.command("chat")
-@click.argument("model")
+@click.argument("model", type=NameType())
 @click.option("--prompt", metavar="TEXT", help="Answer this and exit; `-` reads it from standard input.")
 @click.option("--system", metavar="TEXT", help="System prompt.  [default: the one of the model's template]")
 @json_option("Print one JSON object per answer and nothing else.")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
-from peftchat.cli.common import Command, note, set_option
+from peftchat.cli.common import Command, PathType, note, set_option
 
 
 @click.command("train", cls=Command, renamed={"--ask": "--prompt"})
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=PathType())
 @set_option()
 @click.option("--resume", is_flag=True, help="Resume from the last checkpoint; start from scratch if there is none.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show the plan and one example, train nothing.")
@@ -28,6 +28,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     from peftchat import api
     from peftchat.recipe import load_recipe
 
+    api.settle_processes()
     loaded = load_recipe(recipe, overrides)
     if dry_run:
         distributed = api.prepare_training(loaded, resume=resume)
@@ -40,7 +41,7 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
         summary = api.train(loaded, resume=resume, prompts=prompts)
     except api.WorkerError as error:
         sys.exit(error.status)
-    from peftchat.training.distributed import is_main_process
+    from peftchat.training.several_processes import is_main_process
 
     if is_main_process():
         from peftchat.reports.run_terminal import print_samples, print_summary

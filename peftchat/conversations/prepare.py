@@ -5,7 +5,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
@@ -22,6 +22,7 @@ from peftchat.conversations.reading import read_conversations
 from peftchat.conversations.splitting import EvalSplit, SplitCensus, fingerprint
 from peftchat.errors import UserError
 from peftchat.json_text import Number, write_json
+from peftchat.output_paths import InputPath, check_output, free_name
 
 _KEPT_OF_RAW_RECORD = 64 * 1024
 
@@ -38,7 +39,8 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
         raise UserError("the output folder is not empty", where=str(folder), hint=hint)
     if folder.exists() and not folder.is_dir():
         raise UserError("the output is a file, not a folder", where=str(folder), hint=hint)
-    draft = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    draft = free_name(folder.with_name(f".{folder.name}.{os.getpid()}"), "partial")
+    made = [parent for parent in draft.parents if not parent.exists()]
     try:
         draft.mkdir(parents=True)
         yield draft
@@ -49,6 +51,9 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
         raise UserError(f"cannot write here: {error}", where=str(folder)) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: it holds the result
+                parent.rmdir()
 
 
 _OWN = ("messages", "tools")
@@ -244,6 +249,7 @@ def prepare(
         UserError: as `read_conversations`; or `folder` is not empty or cannot be written, or no conversation is left.
     """
     started = time.monotonic()
+    check_output(folder, [InputPath(Path(source), "the source", is_read_recursively=True)], str(folder))
     card = Card(source, asdict(settings), version("peftchat"))
     with atomic_directory(folder) as draft:
         with Quarantine(draft / "quarantine.jsonl") as quarantine:

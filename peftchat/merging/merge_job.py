@@ -24,7 +24,8 @@ from peftchat.merging.deltas import Delta
 from peftchat.merging.empty_model import EmptyModel, build_empty_model
 from peftchat.merging.merge_plan import MergePlan, check_memory_budget, file_digest, job_fingerprint, plan_merge
 from peftchat.merging.qlora_base import BaseMode, Quantization, SelectedBase, quantized_parameters, select_base
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint
+from peftchat.models.base_check import check_ties
+from peftchat.models.safetensors_files import SafetensorsCheckpoint
 from peftchat.models.saving import TOKEN_ROWS
 from peftchat.models.source import ModelSource
 
@@ -140,6 +141,7 @@ def prepare_merge(folder: Path, options: MergeOptions) -> MergeJob:
         adapters += [MergeAdapter(other, config, weight), *_added_tokens_of(other, weight)]
     base = _open_base(source.base, adapters)
     empty_model = base.empty_model()
+    check_ties(base.checkpoint, empty_model.model, source.base)
     weights = BaseWeights(base.checkpoint, empty_model)
     installed = [(adapter.weight, base.install(adapter)) for adapter in adapters]
     plan = plan_merge(weights, _deltas(installed, weights), options.dtype)

@@ -16,7 +16,6 @@ from peftchat.merging.base_weights import BaseWeights
 from peftchat.merging.empty_model import EmptyModel, build_empty_model
 from peftchat.merging.merge_job import MergeJob, MergeOptions
 from peftchat.merging.output import Verification, read_model_config
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint
 from peftchat.merging.streaming import (
     MergedReference,
     StoredWeights,
@@ -25,6 +24,7 @@ from peftchat.merging.streaming import (
     trained_token_ids,
     unmerged_model,
 )
+from peftchat.models.safetensors_files import SafetensorsCheckpoint
 from peftchat.recipe import Recipe
 
 _POSITIONS_AT_ONCE = 64

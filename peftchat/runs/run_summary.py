@@ -114,6 +114,8 @@ class RunSummary(BaseModel):
         special_token_text: stretches of text spelled like a special token and encoded as ordinary text.
         formats: the format of each data file.
         new_tokens: the tokens added to the vocabulary.
+        warnings: what its numbers say against it, one sentence each.
+        notes: what it changed or found by itself, as told while it went on.
         auto_settings: settings chosen automatically.
         command: the command line.
     """
@@ -156,6 +158,8 @@ class RunSummary(BaseModel):
     new_tokens: tuple[AddedToken, ...] = ()
     samples_before: tuple[SampleAnswer, ...] = ()
     samples_after: tuple[SampleAnswer, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     auto_settings: tuple[AutoSetting, ...] = Field((), validation_alias=AliasChoices("auto_settings", "choices"))
     command: str | None = None
     started: str | None = None

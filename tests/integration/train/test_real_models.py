@@ -20,7 +20,7 @@ def test_a_story_model_learns_to_chat(method: str, stories: Path, shared_data: P
     recipe = write_training_recipe(
         tmp_path / "recipe.yaml", stories, shared_data / "oasst_trees_en_60.jsonl", None, run,
         method=method, **adapter,
-        data={"eval_fraction": 0.3, "max_length": 1024},
+        data={"eval_fraction": 0.3, "max_length": 512},
         training={
             "learning_rate": 5e-3,
             "max_steps": 90,

@@ -194,7 +194,7 @@ class DataEntry(StrictModel):
     columns: dict[ColumnName, str] = Field(
         {},
         description="Names of this source's fields, such as `{prompt: question, completion: answer}` or `{messages: "
-        "dialogue, role: who, content: says}`. Formats know the usual names by themselves.",
+        "talk, role: who, content: says}`. Formats know the usual names by themselves.",
     )
     roles: dict[str, Role] = Field(
         {},

@@ -40,8 +40,8 @@ ROLES: dict[str, Role] = {
 CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls"})
 """Roles of turns whose content is a call as JSON."""
 
-TURNS = ("messages", "conversations", "conversation", "dialog", "dialog" + "ue", "dialogs", "turns", "chat")
-"""The fifth name is the British spelling."""
+_DIALOGUE = "dialogue"  # codespell:ignore
+TURNS = ("messages", "conversations", "conversation", "dialog", _DIALOGUE, "dialogs", "turns", "chat")
 ROLE = ("role", "from", "speaker", "author")
 CONTENT = ("content", "value", "text", "message")
 REASONING = ("reasoning_content", "reasoning", "thinking")

@@ -282,9 +282,9 @@ def settle_processes() -> None:
         UserError: the launcher's variables contradict each other.
     """
     from peftchat.console import stderr
-    from peftchat.training.launcher_environment import settle_environment
+    from peftchat.training.launcher_environment import clean_environment
 
-    ignored = settle_environment(os.environ)
+    ignored = clean_environment(os.environ)
     if ignored and os.environ.get("RANK", "0") == "0":
         stderr.print(f"Ignored from the environment: {', '.join(ignored)}", markup=False, highlight=False)
 

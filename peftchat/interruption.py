@@ -113,12 +113,21 @@ def end(interrupted: Interrupted) -> NoReturn:
             signal.signal(number, signal.SIG_IGN)
     _say(interrupted)
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # What is left of a process group waits for processes that have gone, or complains about them.
-        _end_now(None, interrupted.status)
+        leave(interrupted.status)
     timer = threading.Timer(_LEAVE_SECONDS, os._exit, [interrupted.status])
     timer.daemon = True
     timer.start()
     sys.exit(interrupted.status)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with a status; one of several processes at once.
+
+    What is left of a process group waits for processes that have gone, or complains about them.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _end_now(None, status)
+    sys.exit(status)
 
 
 class DeferredSignals:

@@ -230,6 +230,7 @@ def _details(recipe: Recipe, examples: EncodedSplit, survey: MaskSurvey) -> list
         ("packing", _packing(recipe, examples), False),
         ("truncated", _truncated(recipe, examples), False),
         *([("split", _split(examples), False)] if recipe.data.truncation == "split" else []),
+        *(("data", note, False) for note in stats.reading_notes()),
         ("dropped", dropped or "none", bool(stats.dropped) and not stats.examples),
         ("special-token text", special if text.count else "none", _rejects_text(recipe, survey)),
         (

@@ -109,6 +109,7 @@ class RunSummary(BaseModel):
         base_vocabulary_size: rows of the base model's embedding before tokens were added.
         train_examples: encoded conversations trained on.
         dropped: conversations left out, by reason.
+        unused_fields: fields of records that nothing was trained on, with the number of records that have them.
         truncated: conversations that lost turns to fit `data.max_length`.
         special_token_text: stretches of text spelled like a special token and encoded as ordinary text.
         formats: the format of each data file.
@@ -129,6 +130,7 @@ class RunSummary(BaseModel):
     train_examples: int | None = Field(None, validation_alias=AliasChoices("train_examples", "rows"))
     eval_examples: int | None = Field(None, validation_alias=AliasChoices("eval_examples", "eval_rows"))
     dropped: dict[str, int] | None = None
+    unused_fields: dict[str, str] | None = None
     truncated: int | None = Field(None, validation_alias=AliasChoices("truncated", "shortened"))
     special_token_text: int | None = Field(None, validation_alias=AliasChoices("special_token_text", "special_text"))
     formats: dict[str, str] | None = Field(None, validation_alias=AliasChoices("formats", "forms"))

@@ -3,7 +3,7 @@
 import os
 import time
 
-_OTHERS_FIRST_SECONDS = 3.0
+_OTHERS_FIRST_SECONDS = 5.0
 
 
 def is_main_process() -> bool:

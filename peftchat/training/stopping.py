@@ -89,9 +89,22 @@ class StopCallback(TrainerCallback):
         assert self._number is not None
         raise Interrupted(self._number, self._message(step, signal_name(self._number)))
 
+    def has_lost_data_worker(self, error: Exception) -> bool:
+        """Whether a signal to the whole process group ended the data loader's workers of this only process.
+
+        All batches of a step are fetched before it begins, so the last step is complete.
+        """
+        return (
+            self.signals.number is not None
+            and self._trainer.accelerator.num_processes == 1
+            and str(error).startswith("DataLoader worker")
+        )
+
     def interrupted(self, error: Exception) -> Interrupted | None:
         """Return the interruption that an error comes from: the others may end before this process has seen it."""
-        if self.signals.number is None or not isinstance(error, RuntimeError) or not is_lost_process(error):
+        if self.signals.number is None or not isinstance(error, RuntimeError):
+            return None
+        if not is_lost_process(error) and not str(error).startswith("DataLoader worker"):
             return None
         return Interrupted(self.signals.number)
 

@@ -127,6 +127,8 @@ def fit(
                 trainer.evaluate()
         stopping.raise_if_stopped()
     except Exception as error:
+        if stopping.has_lost_data_worker(error):
+            stopping.raise_if_stopped()
         interrupted = stopping.interrupted(error)
         if interrupted is None:
             raise

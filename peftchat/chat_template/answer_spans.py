@@ -23,6 +23,10 @@ _REASONING_TAG = re.compile(r"</?[\w:]*think\w*>|\[/?THINK\]")
 _REASONING_END = re.compile(r"</[\w:]*think\w*>|\[/THINK\]")
 
 
+_LONGEST = 64
+"""Characters of the longest special token."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExampleBuilder:
     """Builds the spans of one conversation's examples.
@@ -65,7 +69,8 @@ class ExampleBuilder:
         """Yield an answer: what precedes its content, the content, its calls and the token that ends it."""
         message, text = self.messages[answer.index], answer.text
         content = str(message.get("content") or "").strip()
-        start = text.rfind(content) if content else -1
+        special = self.renderer.special
+        start = _find_outside(special, text, content, backwards=True) if content else -1
         calls = message.get("tool_calls")
         ends = list(self.renderer.special.finditer(text))
         end = len(text)
@@ -102,7 +107,7 @@ class ExampleBuilder:
             at = len(text) - len(text.lstrip())
             yield from self._template_text(text[:at], self._tag(TurnPart.TRAILER, indices.start - 1, repeated))
         for index in indices:
-            found = _find_content(self.messages[index], text, at)
+            found = _find_content(self.renderer.special, self.messages[index], text, at)
             if found is None:
                 continue
             yield from self._between(text[at : found.start], previous, index, repeated)
@@ -240,19 +245,41 @@ def _not_written(role: str, index: int, what: str, value: str) -> UserError:
     )
 
 
-def _find_content(message: TemplateMessage, text: str, at: int) -> range | None:
+def _find_content(special: re.Pattern[str], message: TemplateMessage, text: str, at: int) -> range | None:
     """Return where a message's content and calls stand in a text; None if they are not there as they are."""
     content = str(message.get("content") or "").strip()
     for form in (content, json.dumps(content, ensure_ascii=False)[1:-1]):
-        start = text.find(form, at) if form else -1
+        start = _find_outside(special, text, form, at) if form else -1
         if start >= 0:
             return range(start, start + len(form))
     for call in message.get("tool_calls") or ():
         name = str(call["function"]["name"])
-        start = text.find(name, at)
+        start = _find_outside(special, text, name, at)
         if start >= 0:
             return range(start, start + len(name))
     return None
+
+
+def _find_outside(special: re.Pattern[str], text: str, value: str, at: int = 0, *, backwards: bool = False) -> int:
+    """Return where a value stands in a text, not within a special token; -1 if nowhere.
+
+    Args:
+        special: matches special tokens; the value holds none.
+        text: searched from `at` on.
+        value: what to find.
+        at: the first character to consider.
+        backwards: whether to return the last place instead of the first.
+    """
+    stop = len(text)
+    while True:
+        start = text.rfind(value, at, stop) if backwards else text.find(value, at)
+        if start < 0:
+            return -1
+        around = special.finditer(text, max(at, start - _LONGEST), start + len(value) + _LONGEST)
+        token = next((one for one in around if one.start() < start + len(value) and one.end() > start), None)
+        if token is None:
+            return start
+        at, stop = (at, token.start()) if backwards else (token.end(), stop)
 
 
 def _before_calls(text: str, calls: Sequence[Any]) -> str:

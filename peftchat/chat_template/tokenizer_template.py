@@ -168,8 +168,8 @@ class TokenizerTemplate:
         if not tail or not head:
             return True
         tail, head = self._renderer.restore(tail), self._renderer.restore(head)
-        joined, first, second = self._text.encode([tail + head, tail, head])
-        return joined == first + second
+        joined, first = self._text.encode([tail + head, tail])
+        return joined == first + self._text.encode_behind([head])[0]
 
     def _wants_text_arguments(self) -> bool:
         """Return whether the template takes the arguments of a call as JSON text only."""

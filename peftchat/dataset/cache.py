@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval"]
 
-_FORMAT = 7
+_FORMAT = 8
 """Version of the cache: to be raised when the same settings give other examples or other files."""
 
 

@@ -91,9 +91,10 @@ class ChatTemplate:
             tags = {part: token_tag(part, role, last_answer=last_answer, context=context) for part in TurnPart}
             for text, special in self.header_spans(role):
                 yield TemplateSpan(text, tags[TurnPart.HEADER], special)
+            opens = role == "assistant"
             if content:
-                yield TemplateSpan(content, tags[TurnPart.CONTENT])
-            yield TemplateSpan(self.end_token, tags[TurnPart.END], special=True)
+                yield TemplateSpan(content, tags[TurnPart.CONTENT], opens=opens)
+            yield TemplateSpan(self.end_token, tags[TurnPart.END], special=True, opens=opens and not content)
             if self.trailer:
                 yield TemplateSpan(self.trailer, tags[TurnPart.TRAILER])
 

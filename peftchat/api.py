@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peftchat.runs.run_summary import AutoSetting, RunSummary
     from peftchat.serving.chat_model import ChatModel
     from peftchat.serving.generate import ChatAnswer
+    from peftchat.training.context import TrainOptions
     from peftchat.training.distributed import DistributedSetup
 
 RecipeSource = LoadedRecipe | Path | str
@@ -41,7 +42,12 @@ class WorkerError(VerificationError):
 
 
 def train(
-    recipe: RecipeSource, *, overrides: Sequence[str] = (), resume: bool = False, prompts: Sequence[str] = ()
+    recipe: RecipeSource,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    allow_changed: bool = False,
+    prompts: Sequence[str] = (),
 ) -> "RunSummary":
     """Fine-tune a model as a recipe says, and leave a run folder.
 
@@ -52,6 +58,7 @@ def train(
         recipe: the path of a recipe, or a loaded one.
         overrides: `section.key=value` texts, as for `--set`; for a path only.
         resume: continue from the last complete checkpoint, if there is one.
+        allow_changed: resume although base, tokenizer, template, data, settings or layout changed, and record it.
         prompts: prompts to answer before and after training.
 
     Returns:
@@ -76,17 +83,19 @@ def train(
     from peftchat.training.train import train as train_in_process
 
     loaded = _load(recipe, overrides)
-    distributed = prepare_training(loaded, resume=resume)
+    distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed)
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
-    arguments = _train_arguments(loaded, overrides, resume=resume, prompts=prompts)
+    arguments = _train_arguments(loaded, overrides, resume=resume, allow_changed=allow_changed, prompts=prompts)
     if distributed.launcher == "torchrun":
         # With several machines there is a launcher on each, so the first of all processes claims the folder.
         with claimed_by_run(run_folder) if distributed.nodes == 1 else contextlib.nullcontext():
-            _launch(loaded, distributed, arguments)
+            _launch(loaded, distributed, arguments, TrainOptions(resume, allow_changed))
         return RunSummary.read(run_folder)
     with claimed_by_run(run_folder):
         loaded, auto_settings = choose_settings(loaded, distributed)
-        options = TrainOptions(resume, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings)
+        options = TrainOptions(
+            resume, allow_changed, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings
+        )
         # Standard output is for data; DeepSpeed prints to it while it compiles.
         with contextlib.redirect_stdout(sys.stderr):
             summary = train_in_process(loaded, options, distributed)
@@ -269,7 +278,7 @@ def chat(
     return generate_answer(model, history, apply_sampling(model.generation_config, sampling))
 
 
-def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "DistributedSetup":
+def prepare_training(loaded: LoadedRecipe, *, resume: bool = False, allow_changed: bool = False) -> "DistributedSetup":
     """Resolve the processes of a run, and check paths and folders before anything heavy is loaded.
 
     Raises:
@@ -291,7 +300,7 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False) -> "Distribu
         find_files(source.path, source.split)
     if is_main_process():
         refuse_held(Path(recipe.output_dir), option="output_dir")
-    RunFolder(Path(recipe.output_dir)).check_usable(recipe, resume=resume)
+    RunFolder(Path(recipe.output_dir)).check_usable(recipe, resume=resume, allow_changed=allow_changed)
     return distributed
 
 
@@ -326,7 +335,7 @@ def _load(recipe: RecipeSource, overrides: Sequence[str], *, to_train: bool = Tr
 
 
 def _train_arguments(
-    loaded: LoadedRecipe, overrides: Sequence[str], *, resume: bool, prompts: Sequence[str]
+    loaded: LoadedRecipe, overrides: Sequence[str], *, resume: bool, allow_changed: bool, prompts: Sequence[str]
 ) -> list[str]:
     """Return the command line of `train`, without the program's name."""
     arguments = ["train", str(loaded.path)]
@@ -334,16 +343,18 @@ def _train_arguments(
         arguments += ["--set", override]
     for prompt in prompts:
         arguments += ["--prompt", prompt]
-    return [*arguments, "--resume"] if resume else arguments
+    arguments += ["--resume"] if resume else []
+    return [*arguments, "--allow-changed"] if allow_changed else arguments
 
 
-def _launch(loaded: LoadedRecipe, distributed: "DistributedSetup", arguments: Sequence[str]) -> None:
-    """Encode the data once, so that an error is printed once; then start the processes and wait for them."""
-    from peftchat.dataset.cache import load_splits
-    from peftchat.training.context import load_chat_format
+def _launch(
+    loaded: LoadedRecipe, distributed: "DistributedSetup", arguments: Sequence[str], options: "TrainOptions"
+) -> None:
+    """Check and encode everything once, so that an error is printed once; then start the processes."""
+    from peftchat.training.context import check_content
     from peftchat.training.distributed import launch
 
-    load_splits(loaded.recipe, load_chat_format(loaded.recipe))
+    check_content(loaded, options, distributed)
     status = launch(distributed, arguments)
     if status:
         raise WorkerError(status)

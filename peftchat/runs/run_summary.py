@@ -8,6 +8,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from peftchat.errors import UserError
 from peftchat.files import write_text
+from peftchat.runs.fingerprints import Fingerprints
 from peftchat.runs.run_folder import RunFolder
 
 
@@ -114,6 +115,8 @@ class RunSummary(BaseModel):
         formats: the format of each data file.
         new_tokens: the tokens added to the vocabulary.
         auto_settings: settings chosen automatically.
+        fingerprints: what the run was trained on and with.
+        allowed_changes: what changed since the run was started, and was allowed by `--allow-changed`.
         command: the command line.
     """
 
@@ -155,6 +158,8 @@ class RunSummary(BaseModel):
     samples_before: tuple[SampleAnswer, ...] = ()
     samples_after: tuple[SampleAnswer, ...] = ()
     auto_settings: tuple[AutoSetting, ...] = Field((), validation_alias=AliasChoices("auto_settings", "choices"))
+    fingerprints: Fingerprints | None = None
+    allowed_changes: tuple[str, ...] = ()
     command: str | None = None
     started: str | None = None
     finished: str | None = None

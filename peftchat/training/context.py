@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftchat.chat_template.chat_format import ChatFormat, make_format
+from peftchat.console import stderr
 from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.errors import UserError
 from peftchat.models.source import ModelSource
 from peftchat.runs.checkpoint import Checkpoint
 from peftchat.runs.run_folder import RunFolder
 from peftchat.training.distributed import DistributedSetup, init_deepspeed, is_main_process, resolve_distributed
+from peftchat.training.run_content import RunContent, open_content, pin_base
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -25,12 +27,14 @@ class TrainOptions:
 
     Attributes:
         resume: continue from the last complete checkpoint, if there is one.
+        allow_changed: go on with a base, tokenizer, template, data, settings or layout that changed; record it.
         prompts: user messages to answer before and after training.
         command: the command line, for the run's summary.
         auto_settings: the recipe's settings that were chosen automatically, for the run's summary.
     """
 
     resume: bool = False
+    allow_changed: bool = False
     prompts: Sequence[str] = ()
     command: str = ""
     auto_settings: Sequence["AutoSetting"] = ()
@@ -48,6 +52,7 @@ class TrainContext:
         checkpoint: the checkpoint to resume from, or None.
         chat: the tokenizer in the recipe's chat format.
         splits: the encoded conversations of each split.
+        content: fingerprints and layout of the run.
         started: when the run started.
     """
 
@@ -58,6 +63,7 @@ class TrainContext:
     checkpoint: Checkpoint | None
     chat: ChatFormat
     splits: Mapping[Split, EncodedSplit]
+    content: RunContent
     started: datetime
 
     @property
@@ -95,12 +101,34 @@ def open_context(
             hint="Run `peftchat train` or torchrun, or set distributed.processes: 1.",
         )
     run_folder = RunFolder(Path(recipe.output_dir))
-    checkpoint = run_folder.check_usable(recipe, resume=options.resume)
+    checkpoint = run_folder.check_usable(recipe, resume=options.resume, allow_changed=options.allow_changed)
     if distributed.uses_deepspeed:
         init_deepspeed(distributed)
+    pinned = pin_base(loaded, run_folder, resume=options.resume)
+    chat = load_chat_format(pinned.recipe)
+    splits = load_splits(pinned.recipe, chat)
+    content = open_content(pinned.recipe, recipe.model.revision, distributed, chat, splits, run_folder, checkpoint,
+                           resume=options.resume, allow_changed=options.allow_changed)  # fmt: skip
+    if is_main_process():
+        for line in content.notes:
+            stderr.print(line, markup=False, highlight=False)
+    return TrainContext(pinned, options, distributed, run_folder, checkpoint, chat, splits, content, started)
+
+
+def check_content(loaded: "LoadedRecipe", options: TrainOptions, distributed: DistributedSetup) -> None:
+    """Encode the data, and check what a resumed run is trained on, before its processes are started.
+
+    Raises:
+        UserError: as `open_context`.
+    """
+    run_folder = RunFolder(Path(loaded.recipe.output_dir))
+    checkpoint = run_folder.check_usable(loaded.recipe, resume=options.resume, allow_changed=options.allow_changed)
+    recipe = pin_base(loaded, run_folder, resume=options.resume).recipe
     chat = load_chat_format(recipe)
     splits = load_splits(recipe, chat)
-    return TrainContext(loaded, options, distributed, run_folder, checkpoint, chat, splits, started)
+    if options.resume:
+        open_content(recipe, loaded.recipe.model.revision, distributed, chat, splits, run_folder, checkpoint,
+                     resume=True, allow_changed=options.allow_changed)  # fmt: skip
 
 
 def load_chat_format(recipe: "Recipe") -> ChatFormat:

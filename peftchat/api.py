@@ -233,8 +233,13 @@ def merge(run: Path | str, options: "MergeOptions | None" = None) -> "MergeResul
     return merge_run(Path(run), options or MergeOptions())
 
 
-def load_chat_model(name: Path | str) -> "ChatModel":
+def load_chat_model(name: Path | str, *, base: Path | str | None = None, allow_changed: bool = False) -> "ChatModel":
     """Load a run folder, a merged model, or any model with a chat template, ready to answer.
+
+    Args:
+        name: the folder or hub id.
+        base: folder or hub id of an adapter's base that has moved; None for the one that it was trained on.
+        allow_changed: load although base, tokenizer or template are not those of the run.
 
     Raises:
         UserError: it cannot be loaded, or has no chat template.
@@ -246,7 +251,7 @@ def load_chat_model(name: Path | str) -> "ChatModel":
     """
     from peftchat.serving.chat_model import load_for_chat
 
-    return load_for_chat(str(name))
+    return load_for_chat(str(name), base=None if base is None else str(base), allow_changed=allow_changed)
 
 
 def chat(

@@ -68,6 +68,11 @@ def allow_changed_option() -> Callable[[_Function], _Function]:
     )
 
 
+def base_option() -> Callable[[_Function], _Function]:
+    """Return the option `--base`, a folder or a hub id."""
+    return click.option("--base", metavar="MODEL", help="Folder or hub id of an adapter's base that has moved.")
+
+
 def json_option(help: str = "Print one JSON object and nothing else.") -> Callable[[_Function], _Function]:
     """Return the flag `--json`, as the parameter `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help=help)

@@ -19,11 +19,15 @@ class ExportOptions:
         output: the GGUF file, or the folder for Ollama; None for one in the run's folder.
         type: type of the matrices; None keeps the stored one.
         overwrite: replace an existing file or folder.
+        base: folder or hub id of an adapter's base; None for the one that it was trained on.
+        allow_changed: export although base, tokenizer or template changed since the run.
     """
 
     output: Path | None = None
     type: str | None = None
     overwrite: bool = False
+    base: str | None = None
+    allow_changed: bool = False
 
 
 def export_gguf(name: str, options: ExportOptions) -> WrittenGguf:
@@ -34,7 +38,7 @@ def export_gguf(name: str, options: ExportOptions) -> WrittenGguf:
         VerificationError: the file differs from what was written.
     """
     _reject_existing(options.output, options)
-    source = ExportSource.open(name)
+    source = ExportSource.open(name, options.base, allow_changed=options.allow_changed)
     output = options.output or source.folder / _file_name(source, options)
     _reject_existing(output, options)
     return write_gguf(source, output, options.type)
@@ -48,7 +52,7 @@ def export_ollama(name: str, options: ExportOptions) -> WrittenGguf:
         VerificationError: the file differs from what was written.
     """
     _reject_existing(options.output, options)
-    source = ExportSource.open(name)
+    source = ExportSource.open(name, options.base, allow_changed=options.allow_changed)
     folder = options.output or source.folder / "ollama"
     _reject_existing(folder, options)
     tokenizer = source.model.tokenizer()

@@ -158,6 +158,7 @@ def _report(job: MergeJob, options: MergeOptions, resumed: int, started: float) 
         added_rows=max(0, vocabulary - base_vocabulary),
         tied=bool(job.weights.empty_model.ties) and not job.plan.untied,
         seconds=monotonic() - started,
+        allowed_changes=job.allowed_changes,
         versions={name: version(name) for name in ("peftchat", "peft", "transformers", "torch", "safetensors")},
     )
 

@@ -190,6 +190,7 @@ class MergeReport:
         seconds: time of the merge.
         versions: of the libraries.
         verification: None if it was switched off.
+        allowed_changes: what changed since the run was trained, and was allowed.
     """
 
     base: MergedBase
@@ -207,6 +208,7 @@ class MergeReport:
     seconds: float
     versions: dict[str, str]
     verification: Verification | None = None
+    allowed_changes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """Return the report as plain values, for JSON."""

@@ -32,8 +32,13 @@ def base_commit(source: ModelSource) -> str | None:
     """
     if source.kind is not ModelKind.HUB:
         return None
-    commit: str | None = getattr(source.config(), "_commit_hash", None)
-    return commit
+    from huggingface_hub import try_to_load_from_cache
+
+    # Loading the config brings the cache up to date, where there is a network.
+    source.config()
+    found = try_to_load_from_cache(source.name, MODEL_CONFIG, revision=source.revision)
+    folder = Path(found).parent if isinstance(found, str) else None
+    return folder.name if folder is not None and folder.parent.name == "snapshots" else None
 
 
 def base_content(source: ModelSource, *, exact: bool, threads: int | None = None) -> Fingerprints:

@@ -165,6 +165,13 @@ def open_content(
     change = None if checkpoint is None else layout_change(checkpoint, layout)
     if change is not None:
         changes += [text for text in change.changes if not _is_told(text, changes)]
+    if change is not None and change.fresh_optimizer and layout.is_sharded:
+        # DeepSpeed reads weights only together with the optimizer's shards.
+        raise UserError(
+            f"{change.changes[0]}; {layout.strategy} cannot begin with a fresh optimizer",
+            where=str(checkpoint.path if checkpoint else run_folder.path),
+            hint="Resume with the checkpoint's layout, or with distributed.strategy: ddp or single.",
+        )
     if not allow_changed:
         refuse_changes(changes, str(run_folder.path), "Resume with what it was started with")
     fresh = change is not None and change.fresh_optimizer

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from peftchat.conversation import Message
 from peftchat.errors import UserError, VerificationError
-from peftchat.recipe import LoadedRecipe, load_recipe
+from peftchat.output_paths import check_output
+from peftchat.recipe import LoadedRecipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
     from peftchat.comparing.results import ComparisonResult
@@ -74,16 +75,17 @@ def train(
         >>> summary.steps
         2
     """
-    from peftchat.reports.run_report import write_summaries
+    from peftchat.reports.run_report import try_model_card, write_summaries
     from peftchat.runs.run_folder import RunFolder
     from peftchat.runs.run_summary import RunSummary
     from peftchat.training.context import TrainOptions
-    from peftchat.training.distributed import is_main_process
+    from peftchat.training.several_processes import is_main_process
     from peftchat.training.train import claimed_by_run
     from peftchat.training.train import train as train_in_process
 
+    settle_processes()
     loaded = _load(recipe, overrides)
-    distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed)
+    distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed, download=True)
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
     arguments = _train_arguments(loaded, overrides, resume=resume, allow_changed=allow_changed, prompts=prompts)
     if distributed.launcher == "torchrun":
@@ -93,6 +95,8 @@ def train(
         return RunSummary.read(run_folder)
     with claimed_by_run(run_folder):
         loaded, auto_settings = choose_settings(loaded, distributed)
+        if is_main_process():
+            try_model_card(loaded.recipe)
         options = TrainOptions(
             resume, allow_changed, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings
         )
@@ -131,10 +135,12 @@ def plan(
         >>> peftchat.plan("my.yaml", gpu="a100-80gb").fits
         True
     """
+    from peftchat.models.base_check import check_base
     from peftchat.planning.hardware import find_hardware
     from peftchat.planning.plan import plan_training
 
     loaded = _load(recipe, overrides, to_train=False)
+    check_base(loaded, for_plan=True)
     distributed = loaded.recipe.distributed
     count = gpus or (distributed.processes * distributed.nodes if distributed.processes else None)
     return plan_training(loaded.recipe, find_hardware(gpu, count), price=price, with_grid=alternatives)
@@ -283,30 +289,68 @@ def chat(
     return generate_answer(model, history, apply_sampling(model.generation_config, sampling))
 
 
-def prepare_training(loaded: LoadedRecipe, *, resume: bool = False, allow_changed: bool = False) -> "DistributedSetup":
-    """Resolve the processes of a run, and check paths and folders before anything heavy is loaded.
+def settle_processes() -> None:
+    """Leave in the environment what a launcher says about this process, and say once what else is ignored.
 
     Raises:
-        UserError: a path does not exist, the run folder is occupied, or the machine lacks what the recipe requests.
+        UserError: the launcher's variables contradict each other.
+    """
+    from peftchat.console import stderr
+    from peftchat.training.launcher_environment import clean_environment
+
+    ignored = clean_environment(os.environ)
+    if ignored and os.environ.get("RANK", "0") == "0":
+        stderr.print(f"Ignored from the environment: {', '.join(ignored)}", markup=False, highlight=False)
+
+
+def prepare_training(
+    loaded: LoadedRecipe, *, resume: bool = False, allow_changed: bool = False, download: bool = False
+) -> "DistributedSetup":
+    """Resolve the processes of a run, and check the base, paths and folders before anything heavy is loaded.
+
+    Args:
+        loaded: the recipe.
+        resume: continue from the last complete checkpoint, if there is one.
+        allow_changed: continue although base, tokenizer, template or data changed.
+        download: download the weights of a hub model that is not in the cache, to check them.
+
+    Raises:
+        UserError: a path does not exist, the base is incomplete or cannot be trained, the run folder is occupied, or
+            the machine lacks what the recipe requests.
     """
     from peftchat.conversations.readers import find_files
     from peftchat.logging_setup import quiet_libraries
-    from peftchat.models.source import ModelSource
-    from peftchat.runs.claim import refuse_held
-    from peftchat.runs.run_folder import RunFolder
-    from peftchat.training.distributed import is_main_process, resolve_distributed, slurm_variables
+    from peftchat.training.distributed import resolve_distributed
 
     quiet_libraries()
-    os.environ.update(slurm_variables(os.environ))
     distributed = resolve_distributed(loaded)
     recipe = loaded.recipe
-    ModelSource.of_recipe(recipe).check_weights()
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(source.path, source.split)
-    if is_main_process():
-        refuse_held(Path(recipe.output_dir), option="output_dir")
-    RunFolder(Path(recipe.output_dir)).check_usable(recipe, resume=resume, allow_changed=allow_changed)
+    _check_run_folder(loaded, resume=resume, allow_changed=allow_changed)
+    # Last, because it imports the model's code.
+    from peftchat.models.base_check import check_base
+
+    check_base(loaded, download=download)
     return distributed
+
+
+def _check_run_folder(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool) -> None:
+    """Check that the run may write to its folder: nothing that the recipe reads is there."""
+    from peftchat.runs.claim import refuse_held
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.training.several_processes import is_main_process
+
+    run_folder = RunFolder(Path(loaded.recipe.output_dir))
+    goes_on = resume and run_folder.has_started
+    own = set()
+    if goes_on or (run_folder.is_run and run_folder.recipe.read_text("utf-8", "replace") == dump_recipe(loaded.recipe)):
+        own = {Path(os.path.realpath(run_folder.recipe))}
+    inputs = [entry for entry in loaded.inputs() if Path(os.path.realpath(entry.path)) not in own]
+    check_output(run_folder.path, inputs, f"output_dir: {run_folder.path}", continues=goes_on)
+    if is_main_process():
+        refuse_held(run_folder.path, option="output_dir")
+    run_folder.check_usable(loaded.recipe, resume=resume, allow_changed=allow_changed)
 
 
 def choose_settings(
@@ -315,7 +359,7 @@ def choose_settings(
     """Choose the settings that a recipe leaves open, and print them once for all processes."""
     from peftchat.console import stderr
     from peftchat.planning.auto_settings import resolve_auto_settings
-    from peftchat.training.distributed import is_main_process
+    from peftchat.training.several_processes import is_main_process
 
     loaded, auto_settings = resolve_auto_settings(loaded, distributed)
     if is_main_process():
@@ -357,7 +401,7 @@ def _launch(
 ) -> None:
     """Check and encode everything once, so that an error is printed once; then start the processes."""
     from peftchat.training.context import check_content
-    from peftchat.training.distributed import launch
+    from peftchat.training.launch import launch
 
     check_content(loaded, options, distributed)
     status = launch(distributed, arguments)

@@ -168,7 +168,7 @@ def is_true(words: str, reasons: Sequence[str]) -> bool:
     """Return whether a refusal's words are true, and more than an accident's."""
     if _ACCIDENT.search(words) and not _EXPLAINED.search(words):
         return False
-    quoted = re.search(r"refuses the conversation: (.*)", words)
+    quoted = re.search(r"(?:refuses|cannot write|fails on) the conversation: (.*)", words)
     if quoted:
         # What the template is said to say must be what it says to stock transformers too.
         raised = [reason for reason in reasons if reason.startswith("raises")]

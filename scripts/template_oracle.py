@@ -19,7 +19,14 @@ from transformers import PreTrainedTokenizerFast
 
 _WORD = re.compile(r"[^\W_]+")
 _INLINE = re.compile(r"^\s*<think>(.*?)</think>", re.DOTALL)
-_CLOSED = re.compile(r"<(think|seed:think|mm:think)>\s*</\1>|\[THINK\]\s*\[/THINK\]|<\|channel>\w*\s*<channel\|>|\s+")
+_TAG = re.compile(r"</?[\w:]+>")
+# A block of reasoning that the prompt opens and closes, and what opens or closes one.
+_CLOSED = re.compile(
+    r"<([\w:]*think)>\s*</\1>|\[THINK\]\s*\[/THINK\]|<\|channel>\w*\s*<channel\|>"
+    r"|<\|START_THINKING\|>\s*<\|END_THINKING\|>|</[\w:]*think>|<channel\|>|\s+"
+)
+_OPENS = re.compile(r"<[\w:]*think>|\[THINK\]|<\|channel>|<\|START_THINKING\|>|<\|think\|>|<\|inner_prefix\|>")
+_CLOSES = re.compile(r"\s*(?:</[\w:]*think>|\[/THINK\]|<channel\|>|<\|END_THINKING\|>)")
 _PROBE = "Zebra"
 
 
@@ -84,7 +91,7 @@ class Expectation:
 
     @property
     def required(self) -> bool:
-        return all(answer.required for answer in self.answers)
+        return all(answer.required or answer.optional for answer in self.answers)
 
     @property
     def reasons(self) -> list[tuple[str, str]]:
@@ -213,9 +220,9 @@ class Oracle:
         followed = list(self._followed(messages, answer.index, tools))
         if full is not None and full.startswith(prompt):
             self._add_targets(answer, prompt, full[len(prompt) :], followed, message)
-            answer.required = bool(answer.targets) and not answer.reasons and not answer.optional
+            answer.required = bool(answer.targets) and not answer.reasons
         elif full is not None:
-            self._expect_moved(answer, prompt, full, followed, message)
+            self._expect_moved(answer, prompt, full, followed, history, message)
         else:
             answer.targets += self._targets_from_followed(prompt, followed, message)
 
@@ -299,26 +306,50 @@ class Oracle:
         return None
 
     def _expect_moved(
-        self, answer: Answer, prompt: str, full: str, followed: list[tuple[str, str]], message: Message
+        self,
+        answer: Answer,
+        prompt: str,
+        full: str,
+        followed: list[tuple[str, str]],
+        history: Sequence[Message],
+        message: Message,
     ) -> None:
         """Handle a prompt that is no beginning of the text: a refusal is right, and some texts are."""
-        shared = _shared(prompt, full)
-        answer.reasons.append(("prompt", f"{prompt[len(shared) - 20 :]!r} against {full[len(shared) - 20 :][:80]!r}"))
-        extra, rest = prompt[len(shared) :], full[len(shared) :]
-        said = _said(message)
-        closed = not _CLOSED.sub("", extra) or extra.rstrip().endswith(("</think>", "<channel|>"))
-        if closed and not _lost(said, rest):
-            # The prompt says more than the text, such as an empty block of reasoning.
-            answer.targets += [self._target(prompt, text) for text in self._ends(rest, followed)]
+        place = self._fork(prompt, full)
+        extra, rest = prompt[place:], full[place:]
+        answer.reasons.append(
+            ("prompt", f"{prompt[max(0, place - 20) :]!r} against {full[max(0, place - 20) :][:80]!r}")
+        )
+        bare = self._special.sub("", _CLOSED.sub("", extra))
+        found = []
+        if not bare and not _OPENS.search(_CLOSED.sub("", extra)):
+            # The prompt says more than the text, such as an empty block of reasoning; it must not be closed twice.
+            closing = _CLOSES.match(rest) if extra.strip() else None
+            behind = rest[closing.end() :] if closing else rest
+            # Reasoning that follows a closed block of the same kind would be written at a place of its own.
+            opening = _OPENS.match(behind.lstrip())
+            again = opening is not None and opening.group().lstrip("<[") in extra
+            found.append("" if again else behind)
+        elif _OPENS.fullmatch(extra.strip()) and _CLOSES.match(rest):
+            found.append(rest)
         # The text may differ before, in the history: the last header shows where the answer begins.
-        last = list(self._special.finditer(prompt))
-        if last:
+        if last := list(self._special.finditer(prompt)):
             header = prompt[last[-1].start() :]
             start = full.rfind(header)
-            rest = full[start + len(header) :]
-            if start >= 0 and not _lost(said, rest):
-                answer.targets += [self._target(prompt, text) for text in self._ends(rest, followed)]
+            found.append(full[start + len(header) :] if start >= 0 else "")
+        for text in found:
+            if _tells(text, message) and not (history and _content(history[-1]) in text):
+                answer.targets += [self._target(prompt, end) for end in self._ends(text, followed)]
         answer.targets += self._targets_from_followed(prompt, followed, message)
+
+    def _fork(self, one: str, other: str) -> int:
+        """Return where two texts part, at the beginning of a token or a tag."""
+        place = len(_shared(one, other))
+        for text in (one, other):
+            for pattern in (self._special, _TAG):
+                around = pattern.finditer(text, max(0, place - 60))
+                place = min([place, *(match.start() for match in around if match.start() < place < match.end())])
+        return place
 
     def _targets_from_followed(self, prompt: str, followed: list[tuple[str, str]], message: Message) -> list[Target]:
         """Return what renderings that go on behind the answer say of it, where they start with the prompt."""
@@ -328,7 +359,7 @@ class Oracle:
                 continue
             stop = text.rfind(content.strip()[:12]) if content.strip() else len(text)
             rest = text[len(prompt) : stop]
-            if _lost(_said(message), rest):
+            if not _tells(rest, message):
                 continue
             words = _WORD.findall(" ".join(_said(message)))
             end = max((rest.rfind(word) + len(word) for word in words), default=0)
@@ -401,14 +432,32 @@ def _lost(texts: Sequence[str], rendered: str) -> list[str]:
     ]
 
 
+def _content(message: Message) -> str:
+    return str(message.get("content") or "").strip() or "nothing that a text would hold"
+
+
+def _tells(text: str, message: Message) -> bool:
+    """Return whether a text holds all of a message, and little before and behind it."""
+    said = _said(message)
+    places = [
+        (text.find(word), text.rfind(word) + len(word)) for one in said for word in _WORD.findall(one) if len(word) > 3
+    ]
+    if not places or _lost(said, text):
+        return False
+    return min(first for first, _ in places) <= 200 and len(text) - max(last for _, last in places) <= 100
+
+
 def _python_values(text: str, message: Message) -> str:
     """Return a trace of Python's spelling of values in the text, or of JSON within JSON, "" if there is none."""
     if re.search(r"\bNone\b", text) and message.get("tool_calls"):
         return "None"
     for call in message.get("tool_calls") or ():
         arguments = call["function"]["arguments"]
-        key = next(iter(json.loads(arguments) if isinstance(arguments, str) else arguments))
-        for trace in (f"{{'{key}'", f'{{\\"{key}\\"'):
+        given = json.loads(arguments) if isinstance(arguments, str) else arguments
+        key, value = next(iter(given.items()))
+        # Tool definitions hold the same names, but not the value.
+        written = json.dumps(value)
+        for trace in (f"'{key}': {value!r}", json.dumps(f'"{key}": {written}')[1:-1]):
             if trace in text:
                 return trace
     return ""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from peftchat.chat_template.examples import EncodedExample, ExampleBatch, TokenIds, TokenTags
 from peftchat.chat_template.loss_mask import TurnPart, part_of, precedence, token_tag
+from peftchat.chat_template.message_text import message_text
 from peftchat.chat_template.templates import ChatTemplate, TemplateSpan
 from peftchat.chat_template.text_encoder import TextEncoder
 from peftchat.conversation import Conversation, Role
@@ -55,7 +56,12 @@ class BlockEncoder:
         if template.bos_token is not None:
             tag = token_tag(TurnPart.OUTSIDE)
             self._bos = _TurnFrame([text.special[template.bos_token]], "", [], [], bytes([tag, tag, tag]))
-        self._frames = {(role, last): self._frame(role, last) for role in template.headers for last in (False, True)}
+        self._frames = {
+            (role, last, context): self._frame(role, last, context)
+            for role in template.headers
+            for last in (False, True)
+            for context in (False, True)
+        }
 
     @staticmethod
     def supports(text: TextEncoder, template: ChatTemplate) -> bool:
@@ -68,7 +74,7 @@ class BlockEncoder:
             for header in map(template.header_spans, template.headers)
         )
 
-    def _frame(self, role: Role, last_answer: bool) -> _TurnFrame:
+    def _frame(self, role: Role, last_answer: bool, context: bool) -> _TurnFrame:
         *specials, (header_text, _) = self._template.header_spans(role)
         header_ids, trailer_ids = self._text.encode([header_text, self._template.trailer])
         parts = [TurnPart.HEADER, TurnPart.HEADER, TurnPart.CONTENT, TurnPart.END]
@@ -78,7 +84,7 @@ class BlockEncoder:
             header_text,
             header_ids,
             [self._text.special[self._template.end_token], *trailer_ids],
-            bytes(token_tag(part, role, last_answer=last_answer) for part in parts),
+            bytes(token_tag(part, role, last_answer=last_answer, context=context) for part in parts),
         )
 
     def batch(self, conversations: Iterable[Conversation]) -> ExampleBatch:
@@ -94,13 +100,13 @@ class BlockEncoder:
         messages: list[str] = []
         message_ends: list[int] = []
         for conversation in conversations:
-            messages += [message.content for message in conversation.messages]
+            messages += _texts(conversation)
             message_ends.append(len(messages))
             if self._bos is not None:
                 frames.append(self._bos)
                 contents.append("")
-            for role, content, last_answer in self._template.turns(conversation):
-                frames.append(self._frames[role, last_answer])
+            for role, content, last_answer, context in self._template.turns(conversation):
+                frames.append(self._frames[role, last_answer, context])
                 contents.append(content)
             turn_ends.append(len(frames))
             sources.append(conversation.source)
@@ -126,6 +132,12 @@ class BlockEncoder:
             shared = min(span_tags, key=precedence)
             tags[index] = bytes(span_tags[first] if first == last else shared for first, last in tokens.spans)
         return tags
+
+
+def _texts(conversation: Conversation) -> list[str]:
+    """Return the texts that come from the record."""
+    texts = [message_text(message) for message in conversation.messages]
+    return texts if conversation.tools is None else [*texts, conversation.tools]
 
 
 def _concatenate(
@@ -272,8 +284,7 @@ class ChatEncoder:
 
     def _prepare(self, conversation: Conversation) -> _Prepared:
         """Return the conversation as special tokens and runs of text, without the white space that tokens strip."""
-        contents = [message.content for message in conversation.messages]
-        prepared = _Prepared(conversation.source, sum(self._text.count_special_token_text(contents)))
+        prepared = _Prepared(conversation.source, sum(self._text.count_special_token_text(_texts(conversation))))
         texts: list[str] = []
         tags: list[int] = []
         strips = False

@@ -1,7 +1,8 @@
 """The loss mask: which tokens of an encoded conversation are trained.
 
 Encoding writes one tag per token beside the ids, message by message. A tag is one byte that holds the part of the turn,
-the role, and whether the turn is the last answer. The finished sequence is never searched for answers or end tokens.
+the role, whether the turn is the last answer, and whether its record says that it must not be trained. The finished
+sequence is never searched for answers or end tokens.
 
 Tags are turned into a mask late, when a batch is built. `chat.loss_on` is then a table of 256 booleans, and the labels
 are one look-up. So one encoded and cached dataset serves every value of `chat.loss_on`, and reports can count tokens by
@@ -43,12 +44,21 @@ _PART_MASK = 0b111
 _ROLE_SHIFT = 3
 _ROLE_MASK = 0b111
 _LAST_ANSWER = 1 << 6
+_CONTEXT = 1 << 7
 
 
-def token_tag(part: TurnPart, role: Role | None = None, *, last_answer: bool = False) -> int:
-    """Return the tag of tokens in this part of a turn of this role."""
+def token_tag(part: TurnPart, role: Role | None = None, *, last_answer: bool = False, context: bool = False) -> int:
+    """Return the tag of tokens in this part of a turn of this role.
+
+    Args:
+        part: the part.
+        role: the role; None outside the turns.
+        last_answer: whether the turn is the last answer.
+        context: whether the record says that the turn must not be trained (`Message.train` is False).
+    """
     role_number = 0 if role is None else ROLES.index(role) + 1
-    return int(part) | role_number << _ROLE_SHIFT | (_LAST_ANSWER if last_answer else 0)
+    flags = (_LAST_ANSWER if last_answer else 0) | (_CONTEXT if context else 0)
+    return int(part) | role_number << _ROLE_SHIFT | flags
 
 
 def part_of(tag: int) -> TurnPart:
@@ -67,7 +77,14 @@ def role_of(tag: int) -> Role | None:
     return ROLES[number - 1] if number else None
 
 
+def is_context(tag: int) -> bool:
+    """Return whether the record says that the turn must not be trained."""
+    return bool(tag & _CONTEXT)
+
+
 def _is_trained(loss_on: LossOn, tag: int) -> bool:
+    if is_context(tag):
+        return False
     if loss_on == "everything":
         return True
     role_number = (tag >> _ROLE_SHIFT) & _ROLE_MASK

@@ -9,9 +9,10 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from peftchat.chat_template.loss_mask import TurnPart, token_tag
+from peftchat.chat_template.message_text import message_text
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
 from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.conversation import Conversation, Role
@@ -21,8 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Turns = Sequence[tuple[Role, str]]
+ToolSchemas = list[dict[str, Any]] | None
 
 _OTHERS = f"Set `chat.template` to {' or '.join(f'`{name}`' for name in CHAT_TEMPLATES)}."
+
+
+class _Flags(TypedDict):
+    last_answer: bool
+    context: bool
 
 
 class TokenizerTemplate:
@@ -62,14 +69,23 @@ class TokenizerTemplate:
         Raises:
             UserError: the template raises an error for the conversation, or rewrites a message's content.
         """
-        turns = [(message.role, message.content) for message in conversation.messages]
+        turns = [(message.role, message_text(message)) for message in conversation.messages]
+        context = [message.train is False for message in conversation.messages]
         last = last_answer_index(conversation)
         if self._system is not None and not (turns and turns[0][0] == "system"):
             turns.insert(0, ("system", self._system))
+            context.insert(0, False)
             last = last + 1 if last >= 0 else -1
         source = conversation.source or None
-        rendered = self._render(turns, source)
-        skeleton = self._skeleton([role for role, _ in turns], source)
+        tools = conversation.tool_schemas()
+        rendered = self._render(turns, source, tools)
+        if tools and rendered == self._render(turns, source):
+            raise UserError(
+                "the conversation defines tools, and the model's chat template does not write them",
+                where=source,
+                hint=f"{_OTHERS} Or remove `tools` from the records.",
+            )
+        skeleton = self._skeleton([role for role, _ in turns], source, tools)
         contents = _match_contents(rendered, skeleton, [content for _, content in turns])
         if contents is None:
             raise UserError(
@@ -77,25 +93,25 @@ class TokenizerTemplate:
                 where=source,
                 hint=f"{_OTHERS} Or remove such messages.",
             )
-        yield from self._split(skeleton, contents, [role for role, _ in turns], last)
+        yield from self._split(skeleton, contents, [role for role, _ in turns], last, context)
 
-    def _render(self, turns: Turns, source: str | None) -> str:
+    def _render(self, turns: Turns, source: str | None, tools: ToolSchemas = None) -> str:
         from jinja2.exceptions import TemplateError
 
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
+            return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
         # A template is code by the model's authors. It may raise an error of its own or fail by accident.
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"the model's chat template refuses the conversation: {error}", where=source) from error
 
-    def _skeleton(self, roles: Sequence[Role], source: str | None = None) -> list[str]:
+    def _skeleton(self, roles: Sequence[Role], source: str | None = None, tools: ToolSchemas = None) -> list[str]:
         """Return the template's text around the contents, alternating with message indices; text at both ends."""
-        marked = self._render([(role, f"{self._nonce}-{index}-") for index, role in enumerate(roles)], source)
+        marked = self._render([(role, f"{self._nonce}-{index}-") for index, role in enumerate(roles)], source, tools)
         return self._marker.split(marked)
 
     def _split(
-        self, skeleton: list[str], contents: Sequence[str], roles: Sequence[Role], last: int
+        self, skeleton: list[str], contents: Sequence[str], roles: Sequence[Role], last: int, context: Sequence[bool]
     ) -> Iterator[TemplateSpan]:
         """Yield the spans of a skeleton. The text between two contents ends one turn and starts the next."""
         shown = [int(index) for index in skeleton[1::2]]
@@ -103,14 +119,14 @@ class TokenizerTemplate:
         header = self._header_of(opening, roles[shown[0]]) if shown else ""
         yield from self._template_text(opening.removesuffix(header), token_tag(TurnPart.OUTSIDE))
         for position, index in enumerate(shown):
-            role, is_last = roles[index], index == last
-            yield from self._template_text(header, token_tag(TurnPart.HEADER, role, last_answer=is_last))
+            role, flags = roles[index], _Flags(last_answer=index == last, context=context[index])
+            yield from self._template_text(header, token_tag(TurnPart.HEADER, role, **flags))
             if contents[position]:
-                yield TemplateSpan(contents[position], token_tag(TurnPart.CONTENT, role, last_answer=is_last))
+                yield TemplateSpan(contents[position], token_tag(TurnPart.CONTENT, role, **flags))
             next_role = roles[shown[position + 1]] if position + 1 < len(shown) else None
             end, trailer, header = self._after_content(skeleton[2 * position + 2], next_role)
-            yield from self._template_text(end, token_tag(TurnPart.END, role, last_answer=is_last))
-            yield from self._template_text(trailer, token_tag(TurnPart.TRAILER, role, last_answer=is_last))
+            yield from self._template_text(end, token_tag(TurnPart.END, role, **flags))
+            yield from self._template_text(trailer, token_tag(TurnPart.TRAILER, role, **flags))
         yield from self._template_text(header if shown else "", token_tag(TurnPart.OUTSIDE))
 
     def _after_content(self, text: str, next_role: Role | None) -> tuple[str, str, str]:

@@ -4,11 +4,11 @@ import sys
 
 import click
 
-from peftchat.cli.common import allow_changed_option, base_option, json_option
+from peftchat.cli.common import NameType, allow_changed_option, base_option, json_option
 
 
 @click.command("chat")
-@click.argument("model")
+@click.argument("model", type=NameType())
 @base_option()
 @allow_changed_option()
 @click.option("--prompt", metavar="TEXT", help="Answer this and exit; `-` reads it from standard input.")

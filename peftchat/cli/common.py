@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from peftchat.interruption import Interrupted
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -21,6 +24,13 @@ class OrderedGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands."""
         return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; Ctrl-C gets past click, which would write an empty line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted(signal.SIGINT) from error
 
 
 class Command(click.Command):
@@ -52,6 +62,38 @@ class Command(click.Command):
         return current
 
 
+class PathType(click.ParamType):
+    """A path, in which `~` and environment variables are replaced, whether or not the shell has done so.
+
+    Args:
+        name: what the help calls it.
+    """
+
+    def __init__(self, name: str = "path") -> None:
+        self.name = name
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path."""
+        return value if isinstance(value, Path) else Path(_expanded(value, param))
+
+
+class NameType(click.ParamType):
+    """A path, as for `PathType`, or a name such as a hub id; it stays text."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the path or name."""
+        return _expanded(value, param)
+
+
+def _expanded(value: str, param: click.Parameter | None) -> str:
+    from peftchat.paths import expand_path
+
+    where = "argument" if param is None else param.human_readable_name
+    return expand_path(value, param.opts[0] if isinstance(param, click.Option) else where)
+
+
 def set_option() -> Callable[[_Function], _Function]:
     """Return the option `--set`, as the parameter `overrides`."""
     return click.option(
@@ -70,7 +112,9 @@ def allow_changed_option() -> Callable[[_Function], _Function]:
 
 def base_option() -> Callable[[_Function], _Function]:
     """Return the option `--base`, a folder or a hub id."""
-    return click.option("--base", metavar="MODEL", help="Folder or hub id of an adapter's base that has moved.")
+    return click.option(
+        "--base", type=NameType(), metavar="MODEL", help="Folder or hub id of an adapter's base that has moved."
+    )
 
 
 def json_option(help: str = "Print one JSON object and nothing else.") -> Callable[[_Function], _Function]:
@@ -80,7 +124,7 @@ def json_option(help: str = "Print one JSON object and nothing else.") -> Callab
 
 def output_option(help: str, **attributes: Any) -> Callable[[_Function], _Function]:
     """Return the option `-o/--output`, a path, as the parameter `output`; `attributes` are click's own."""
-    return click.option("-o", "--output", type=click.Path(path_type=Path), help=help, **attributes)
+    return click.option("-o", "--output", type=PathType(), help=help, **attributes)
 
 
 def echo_json(value: object) -> None:

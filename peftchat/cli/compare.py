@@ -1,11 +1,10 @@
 """`peftchat compare`: train variants of one recipe and compare them."""
 
-import signal
 from pathlib import Path
 
 import click
 
-from peftchat.cli.common import Command, echo_json, json_option, note, output_option
+from peftchat.cli.common import Command, PathType, echo_json, json_option, note, output_option
 
 
 @click.command(
@@ -18,7 +17,7 @@ from peftchat.cli.common import Command, echo_json, json_option, note, output_op
         "--fixed-learning-rate": "--no-lr-search",
     },
 )
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=PathType())
 @click.option(
     "--variants", required=True, multiple=True, metavar="A,B,...", help="lora, dora, qlora, full, qlora+dora, ..."
 )
@@ -37,7 +36,7 @@ from peftchat.cli.common import Command, echo_json, json_option, note, output_op
 @click.option("--no-lr-search", is_flag=True, help="Try each variant at its default learning rate only.")
 @click.option("--trials", type=click.IntRange(1), help="Let optuna try this many settings per candidate.")
 @click.option("--search", multiple=True, metavar="KEY=LOW..HIGH[:log]", help="A range for --trials. Repeatable.")
-@click.option("--forgetting-text", type=click.Path(path_type=Path), help="Text to measure forgetting on.")
+@click.option("--forgetting-text", type=PathType(), help="Text to measure forgetting on.")
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A prompt that all models answer. Repeatable.")
 @click.option(
     "--samples", type=click.IntRange(0), default=3, show_default=True, help="Held-out prompts, without --prompt."
@@ -83,8 +82,6 @@ def command(
     if trials and learning_rates is not None:
         hint = "Use --search training.learning_rate=LOW..HIGH:log."
         raise UserError("--learning-rates is a grid, and --trials searches ranges", hint=hint)
-    # A scheduler that ends the job also ends the current run, which then resumes from its checkpoint.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = api.compare(
         recipe,
         split_names(variants),

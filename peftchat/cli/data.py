@@ -7,13 +7,16 @@ import click
 
 from peftchat.cli.common import (
     Command,
+    NameType,
     OrderedGroup,
+    PathType,
     conversation_progress,
     echo_json,
     json_option,
     note,
     output_option,
 )
+from peftchat.output_paths import InputPath
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +38,7 @@ def _split_languages(context: click.Context, parameter: click.Parameter, value: 
 
 
 @command.command(cls=Command, renamed={"--lang": "--languages", "--max-rows": "--max-samples"})
-@click.argument("source")
+@click.argument("source", type=NameType())
 @output_option("A new folder.", required=True)
 @click.option("--format", "format_name", default="auto", show_default=True, help="Format (`peftchat data formats`).")
 @click.option("--split", help="Split of a folder or hub dataset.  [default: train, where files are named by split]")
@@ -114,13 +117,18 @@ def _print_card(card: "Card", folder: Path) -> None:
 
 
 @command.command(cls=Command, renamed={"--against": "--benchmark"})
-@click.argument("sources", nargs=-1, required=True, metavar="FILE|FOLDER|RECIPE...")
-@click.option("--tokenizer", metavar="FOLDER", help="Also count tokens, with this model's tokenizer.")
+@click.argument("sources", nargs=-1, required=True, type=NameType(), metavar="FILE|FOLDER|RECIPE...")
+@click.option("--tokenizer", type=NameType(), metavar="FOLDER", help="Also count tokens, with this model's tokenizer.")
 @click.option(
-    "--benchmark", "benchmarks", multiple=True, metavar="FILE", help="Look for this benchmark's questions. Repeatable."
+    "--benchmark",
+    "benchmarks",
+    type=NameType(),
+    multiple=True,
+    metavar="FILE",
+    help="Look for this benchmark's questions. Repeatable.",
 )
 @json_option()
-@click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML page.")
+@click.option("--html", "page", type=PathType("file"), help="Write an HTML page.")
 def stats(
     sources: tuple[str, ...], tokenizer: str | None, benchmarks: tuple[str, ...], as_json: bool, page: Path | None
 ) -> None:
@@ -136,7 +144,11 @@ def stats(
     """
     from peftchat.conversations.stats import gather
 
-    parts, count_tokens = _open_parts(sources, tokenizer)
+    parts, inputs, count_tokens = _open_parts(sources, tokenizer)
+    if page is not None:
+        from peftchat.reports.page import check_page
+
+        page = check_page(page, [*inputs, *(InputPath(Path(name), "a benchmark") for name in benchmarks)])
     with conversation_progress("reading") as advance:
         gathered = gather(parts, benchmarks, count_tokens=count_tokens, progress=advance)
     if page is not None:
@@ -153,27 +165,36 @@ def stats(
         print_stats(gathered, stdout)
 
 
-def _open_parts(sources: "Sequence[str]", tokenizer: str | None) -> "tuple[list[StatsPart], FileTokenCounter | None]":
-    """Return the parts and their token counter: by the tokenizer asked for, else by a recipe's, if it is on disk."""
+def _open_parts(
+    sources: "Sequence[str]", tokenizer: str | None
+) -> "tuple[list[StatsPart], list[InputPath], FileTokenCounter | None]":
+    """Return the parts, what they are read from, and their token counter.
+
+    It counts by the tokenizer asked for, else by a recipe's, if it is on disk.
+    """
     from peftchat.conversations.stats import parts_of_path, parts_of_recipe
     from peftchat.conversations.stats.parts import FileTokenCounter, has_tokenizer
 
     parts: list[StatsPart] = []
+    inputs: list[InputPath] = []
     for source in sources:
         if not source.endswith(_RECIPE_SUFFIXES):
             parts += parts_of_path(source)
+            inputs.append(InputPath(Path(source), "the data"))
             continue
         from peftchat.recipe import load_recipe
 
-        recipe = load_recipe(Path(source), to_train=False).recipe
+        loaded = load_recipe(Path(source), to_train=False)
+        inputs += loaded.inputs()
+        recipe = loaded.recipe
         parts += parts_of_recipe(recipe)
         if tokenizer is None and has_tokenizer(recipe.model.name):
             tokenizer = recipe.model.name
-    return parts, None if tokenizer is None else FileTokenCounter(tokenizer)
+    return parts, inputs, None if tokenizer is None else FileTokenCounter(tokenizer)
 
 
 @command.command("from-code", cls=Command, renamed={"--max-rows": "--max-samples"})
-@click.argument("roots", nargs=-1, metavar="[PACKAGE|FOLDER]...")
+@click.argument("roots", nargs=-1, type=NameType(), metavar="[PACKAGE|FOLDER]...")
 @output_option("Folder for the files.", required=True)
 @click.option("--stdlib", is_flag=True, help="Read the well-documented modules of Python's standard library.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of phrasings, split and selection.")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from peftchat.cli.common import Command, allow_changed_option, base_option, output_option
+from peftchat.cli.common import Command, NameType, allow_changed_option, base_option, output_option
 
 
 @click.command("export", cls=Command, renamed={"--out": "--output"})
-@click.argument("model")
+@click.argument("model", type=NameType())
 @click.option(
     "--to",
     "target",

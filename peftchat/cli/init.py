@@ -7,6 +7,7 @@ import click
 
 from peftchat.cli.common import note, output_option
 from peftchat.errors import UserError
+from peftchat.output_paths import check_output
 
 if TYPE_CHECKING:
     from peftchat.recipe.sections import Method
@@ -33,9 +34,15 @@ def command(method: str, model: str | None, data: str | None, output: Path) -> N
     from peftchat.recipe.reference import starting_recipe
 
     text = starting_recipe(cast("Method", method), output, model=model, data=data)
+    check_output(output, (), "-o")
     try:
         with output.open("x", encoding="utf-8") as file:
-            file.write(text)
+            try:
+                file.write(text)
+                file.flush()
+            except OSError:
+                output.unlink()
+                raise
     except FileExistsError as error:
         raise UserError("the file already exists", where=str(output), hint="Choose another name with `-o`.") from error
     except OSError as error:

@@ -1,6 +1,7 @@
 """The `peftchat` command: all commands, and errors as one message with an exit status."""
 
 import errno
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -10,9 +11,12 @@ from click.utils import PacifyFlushWrapper
 
 from peftchat import __version__
 from peftchat.cli import chat, compare, data, export, init, mask, merge, plan, train, variants
-from peftchat.cli.common import OrderedGroup, note
-from peftchat.errors import UserError, VerificationError
+from peftchat.cli.common import OrderedGroup
+from peftchat.errors import UserError, VerificationError, first_line
+from peftchat.interruption import end, interruptible, interruption, leave
 from peftchat.streams import BROKEN_PIPE_STATUS, check_output, discard_output, prepare_streams
+from peftchat.training.launcher_environment import clean_environment
+from peftchat.training.several_processes import is_lost_process, is_main_process, let_others_speak
 
 # A disk or a file system raises these; a defect of peftchat would rarely.
 _DISK_ERRORS = {
@@ -43,8 +47,11 @@ _TOO_MANY = {errno.EMFILE, errno.ENFILE}
 
 @click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="peftchat")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Fine-tune a chat assistant of your own: full, LoRA or QLoRA, from one recipe."""
+    if context.invoked_subcommand != train.command.name:
+        clean_environment(os.environ, trains=False)
     try:
         Path.cwd()
     except OSError as error:
@@ -57,7 +64,22 @@ for _module in (init, data, mask, variants, plan, train, compare, merge, chat, e
 
 
 def main() -> None:
-    """Run the command line; the exit status is 0 for success, 1 for a failed check, 2 for wrong input."""
+    """Run the command line.
+
+    The exit status is 0 for success, 1 for a failed check, 2 for wrong input, and 128 plus the number of the signal
+    that ended it.
+    """
+    with interruptible():
+        try:
+            _main()
+        except BaseException as error:
+            interrupted = interruption(error)
+            if interrupted is None:
+                raise
+            end(interrupted)
+
+
+def _main() -> None:
     prepare_streams()
     try:
         status = _run()
@@ -69,7 +91,7 @@ def main() -> None:
         _print_error(f"Error: standard output cannot be written: {problem}.")
         status = 2
     if status:
-        sys.exit(status)
+        leave(status)
 
 
 def _run() -> int:
@@ -83,9 +105,8 @@ def _run() -> int:
     except click.ClickException as error:
         error.show()
         return 2
-    except (click.Abort, KeyboardInterrupt):
-        _print_error("Interrupted.")
-        return 130
+    except click.Abort as error:
+        raise KeyboardInterrupt from error
     except UserError as error:
         _print_error(f"Error: {error}")
         return 2
@@ -106,6 +127,16 @@ def _run() -> int:
         else:
             raise
         return 2
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        let_others_speak()
+        _print_error(f"Failed: another process of the run has ended: {first_line(error)}")
+        return 1
+    except Exception:
+        if not is_main_process():
+            let_others_speak()
+        raise
     return 0
 
 
@@ -131,6 +162,11 @@ def _is_of_output(error: OSError) -> bool:
 
 
 def _print_error(message: str) -> None:
+    from peftchat.console import stderr
+
+    if not is_main_process():
+        let_others_speak()
+        message = f"Process {os.environ['RANK']}: {message}"
     # Standard error itself may be on a full disk; the status still tells that there was an error.
     with suppress(OSError):
-        note(message, style="bold red")
+        stderr.print(message, style="bold red", markup=False, highlight=False)

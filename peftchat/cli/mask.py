@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from peftchat.cli.common import Command, conversation_progress, echo_json, json_option, note, set_option
+from peftchat.cli.common import Command, PathType, conversation_progress, echo_json, json_option, note, set_option
 from peftchat.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class _Limit(click.ParamType):
 
 
 @click.command("mask", cls=Command, renamed={"--side": "--split"})
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=PathType())
 @set_option()
 @click.option(
     "--rows",
@@ -46,7 +46,7 @@ class _Limit(click.ParamType):
     "--split", type=click.Choice(["train", "eval"]), default="train", show_default=True, help="Examples of which split."
 )
 @json_option("Print the examples as JSON lines and nothing else.")
-@click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML page.")
+@click.option("--html", "page", type=PathType("file"), help="Write an HTML page.")
 def command(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -71,6 +71,10 @@ def command(
     from peftchat.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, to_train=False)
+    if page is not None:
+        from peftchat.reports.page import check_page
+
+        page = check_page(page, loaded.inputs())
     quiet_libraries()
     from peftchat.reports.mask import inspect_mask
 

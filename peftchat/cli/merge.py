@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from peftchat.cli.common import Command, allow_changed_option, json_option, output_option
+from peftchat.cli.common import Command, PathType, allow_changed_option, json_option, output_option
 
 if TYPE_CHECKING:
     from peftchat.merging.output import MergeReport
@@ -40,13 +40,14 @@ class _WeightedAdapter(click.ParamType):
             return value
         path, equals, weight = value.rpartition("=")
         try:
-            return (Path(path), float(weight)) if equals else (Path(value), 1.0)
+            number = float(weight) if equals else 1.0
         except ValueError:
             self.fail(f"{weight!r} in {value!r} is not a number", param, ctx)
+        return PathType().convert(path if equals else value, param, ctx), number
 
 
 @click.command("merge", cls=Command, renamed={"--out": "--output", "--working-set": "--memory-budget"})
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PathType())
 @output_option("Folder of the merged model.  [default: RUN/merged]")
 @click.option(
     "--base",

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
-from peftchat.cli.common import Command, allow_changed_option, note, set_option
+from peftchat.cli.common import Command, PathType, allow_changed_option, note, set_option
 
 
 @click.command("train", cls=Command, renamed={"--ask": "--prompt"})
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=PathType())
 @set_option()
 @click.option("--resume", is_flag=True, help="Resume from the last checkpoint; start from scratch if there is none.")
 @allow_changed_option()
@@ -36,6 +36,7 @@ def command(
     from peftchat import api
     from peftchat.recipe import load_recipe
 
+    api.settle_processes()
     loaded = load_recipe(recipe, overrides)
     if dry_run:
         distributed = api.prepare_training(loaded, resume=resume, allow_changed=allow_changed)
@@ -48,7 +49,7 @@ def command(
         summary = api.train(loaded, resume=resume, allow_changed=allow_changed, prompts=prompts)
     except api.WorkerError as error:
         sys.exit(error.status)
-    from peftchat.training.distributed import is_main_process
+    from peftchat.training.several_processes import is_main_process
 
     if is_main_process():
         from peftchat.reports.run_terminal import print_samples, print_summary

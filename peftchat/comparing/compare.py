@@ -5,6 +5,7 @@ nothing else. Finished work in the folder is kept, so an interrupted comparison 
 """
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from peftchat.child_process import child_environment
 from peftchat.comparing.compare_plan import ComparePlan, TrainingJob
 from peftchat.comparing.compare_progress import CompareProgress
 from peftchat.comparing.compare_report import write_comparison_files
@@ -32,6 +34,7 @@ from peftchat.conversations.problems import ProblemLog
 from peftchat.dataset.cache import conversations
 from peftchat.errors import UserError
 from peftchat.files import write_text
+from peftchat.output_paths import InputPath, check_output
 from peftchat.recipe import dump_recipe
 from peftchat.runs.run_folder import RunFolder
 
@@ -80,6 +83,10 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
     text = options.general_text or GENERAL_TEXT
     if not text.is_file():
         raise UserError("no such file", where=f"--forgetting-text {text}")
+    inputs = [*plan.base.inputs(), InputPath(text, "the text to measure forgetting on")]
+    # The recipe in the folder is the comparison's own, unless the folder holds nothing else of it.
+    own = os.path.realpath(folder.base) if folder.is_comparison else None
+    check_output(folder.path, [entry for entry in inputs if os.path.realpath(entry.path) != own], f"-o {out}")
     message = f"{len(plan.candidates)} candidates, {plan.num_runs} runs, in {out}"
     stderr.print(message, markup=False, highlight=False)
     with folder.locked(plan.base.recipe), CompareProgress(plan.num_runs) as progress:
@@ -258,7 +265,11 @@ def run_python(arguments: Sequence[str], log: Path, watch: Callable[[], None]) -
     _end_leftover(pid_file)
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=child_environment(),
         )
     write_text(pid_file, f"{process.pid} {psutil.Process(process.pid).create_time()}")
     try:

@@ -16,6 +16,7 @@ from peftchat.comparing.hyperparameter_search import (
     check_optuna,
 )
 from peftchat.errors import UserError
+from peftchat.paths import escape_path
 from peftchat.recipe import load_recipe
 from peftchat.variants import get_variant
 
@@ -193,13 +194,13 @@ class ComparePlan:
     def run_recipe(self, job: TrainingJob, output_dir: Path, data: Path) -> "Recipe":
         """Return the recipe of one run on the conversations in the folder `data`."""
         files = {
-            "data.train": [{"path": str(data / "train.jsonl"), "format": "messages"}],
-            "data.eval": [{"path": str(data / "eval.jsonl"), "format": "messages"}],
+            "data.train": [{"path": escape_path(str(data / "train.jsonl")), "format": "messages"}],
+            "data.eval": [{"path": escape_path(str(data / "eval.jsonl")), "format": "messages"}],
         }
         requested = {**_shared_settings(self.options), **self._evaluation_settings(), **job.candidate.settings}
         settings = {key: value for key, value in requested.items() if not key.startswith(_DATA_KEYS)}
         settings |= {"data.max_train_samples": None, "data.max_eval_samples": None, **files}
-        settings |= {**job.settings, "training.seed": job.seed, "output_dir": str(output_dir)}
+        settings |= {**job.settings, "training.seed": job.seed, "output_dir": escape_path(str(output_dir))}
         return load_recipe(self.options.recipe, override_flags(settings)).recipe
 
     def recommended_recipe(self, candidate: Candidate, settings: Settings) -> "Recipe":

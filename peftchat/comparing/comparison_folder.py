@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 
+_FOLDERS = ("recipes", "runs", "logs", "evaluations")
+_LOCK = ".lock"
+
+
 class ComparisonFolder:
     """The folder of one comparison.
 
@@ -35,6 +39,18 @@ class ComparisonFolder:
         self.summary = path / "comparison.json"
         self.report = path / "report.html"
         self.recommended = path / "recommended.yaml"
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether a comparison has begun here, so that its files may be replaced; a run's folder is none."""
+        if not self.path.is_dir():
+            return False
+        folders = [self.path / name for name in _FOLDERS if (self.path / name).is_dir()]
+        if self.base.is_file():
+            return len(folders) == len(_FOLDERS)
+        # It was interrupted before it wrote its recipe.
+        others = {entry.name for entry in self.path.iterdir()} - {*_FOLDERS, _LOCK}
+        return not others and not any(any(folder.iterdir()) for folder in folders)
 
     def recipe(self, name: str) -> Path:
         """Return the recipe file of a run."""
@@ -64,15 +80,15 @@ class ComparisonFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError("expected a folder, got a file", where=f"-o {self.path}")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.base.is_file():
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.is_comparison:
             hint = "Choose an empty folder."
             raise UserError("the folder already holds other files", where=f"-o {self.path}", hint=hint)
         text = dump_recipe(recipe)
         if self.base.is_file():
             _check_same(self.base, text)
-        for name in ("recipes", "runs", "logs", "evaluations"):
+        for name in _FOLDERS:
             (self.path / name).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock", timeout=0)
+        lock = FileLock(self.path / _LOCK, timeout=0)
         try:
             lock.acquire()
         except Timeout as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from peftchat.child_process import end_with_parent
 from peftchat.comparing.outcomes import Evaluation, MergeResult
 from peftchat.errors import UserError, VerificationError
 from peftchat.logging_setup import quiet_libraries
@@ -149,6 +150,7 @@ def main(request: Path, result: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     try:
         main(Path(sys.argv[1]), Path(sys.argv[2]))
     except UserError as error:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval"]
 
-_FORMAT = 6
+_FORMAT = 7
 """Version of the cache: to be raised when the same settings give other examples or other files."""
 
 
@@ -147,7 +147,8 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
                     writer.write(examples)
                     progress(done + stats.examples + sum(stats.dropped.values()))
             done += stats.examples + sum(stats.dropped.values())
-            stats.formats, stats.notes = dict(log.formats), {**log.notes, **log.skipped}
+            stats.formats, stats.notes, stats.left_out = dict(log.formats), dict(log.notes), dict(log.skipped)
+            stats.unused = {name: f"{use.records} (first {use.first})" for name, use in log.unused.items()}
             write_text(temporary / f"{split}.json", json.dumps(asdict(stats)))
         temporary.replace(folder)
     except BaseException:
@@ -159,12 +160,12 @@ def conversations(recipe: "Recipe", split: Split, log: ProblemLog) -> Iterator[C
     """Yield the conversations of one split, before any is truncated or dropped."""
     data, seed = recipe.data, recipe.training.seed
     if split == "eval" and data.eval is not None:
-        selected = read_sources(data.eval, seed, problems=log)
+        selected = read_sources(data.eval, seed, problems=log, consecutive=data.consecutive)
     elif data.eval_fraction is None:
-        selected = read_sources(data.train, seed, problems=log)
+        selected = read_sources(data.train, seed, problems=log, consecutive=data.consecutive)
     else:
-        splitter = fit_split(read_sources(data.train, seed), data.eval_fraction, seed)
-        everything = read_sources(data.train, seed, problems=log)
+        splitter = fit_split(read_sources(data.train, seed, consecutive=data.consecutive), data.eval_fraction, seed)
+        everything = read_sources(data.train, seed, problems=log, consecutive=data.consecutive)
         selected = (conversation for conversation in everything if splitter.is_eval(conversation) == (split == "eval"))
     return itertools.islice(selected, data.max_train_samples if split == "train" else data.max_eval_samples)
 
@@ -176,7 +177,8 @@ def _check(recipe: "Recipe", split: Split, stats: EncodingStats) -> None:
         UserError: with the reasons why examples were left out.
     """
     dropped = sum(stats.dropped.values())
-    reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in stats.dropped.items())
+    left_out = {**stats.left_out, **stats.dropped}
+    reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in left_out.items())
     untrainable = stats.dropped.get("nothing_to_learn", 0)
     if not stats.examples:
         purpose = "train" if split == "train" else "evaluate"

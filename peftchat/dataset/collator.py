@@ -87,8 +87,14 @@ class ChatCollator:
         return len(self._tracked)
 
     def __call__(self, packs: Sequence[Mapping[str, Sequence[int]]]) -> Batch:
-        """Return the batch of some packs, each of which lists the indices of its examples under `examples`."""
-        return self.collate([[self.examples[index] for index in pack["examples"]] for pack in packs])
+        """Return the batch of some packs, each of which lists the indices of its examples under `examples`.
+
+        The batch has all their indices, int64, under the same name; an array, because a tensor would be moved to a
+        device where nobody reads it.
+        """
+        batch = self.collate([[self.examples[index] for index in pack["examples"]] for pack in packs])
+        batch["examples"] = np.array([index for pack in packs for index in pack["examples"]], dtype=np.int64)
+        return batch
 
     def collate(self, packs: Sequence[Sequence[EncodedExample]]) -> Batch:
         """Return the batch of these packs."""

@@ -12,7 +12,10 @@ import numpy.typing as npt
 from peftchat.chat_template.encoder import ChatEncoder
 from peftchat.chat_template.examples import EncodedExample, ExampleBatch
 from peftchat.chat_template.loss_mask import loss_mask_table
+from peftchat.chat_template.message_text import message_text
 from peftchat.conversation import Conversation
+from peftchat.conversations.dataset_card import SKIPPED, printable_name
+from peftchat.conversations.problems import NOTES
 from peftchat.dataset.truncation import truncate_to_fit
 from peftchat.errors import UserError
 
@@ -40,6 +43,8 @@ class EncodingStats:
         special_token_text: stretches of text spelled like a special token, encoded as ordinary text.
         formats: the format of each source file.
         notes: records that reading changed, by kind of change.
+        left_out: records and conversations that a rule of the recipe or a flag of their own leaves out, by rule.
+        unused: fields that nothing is trained on, with the number of records that have them and the first.
     """
 
     examples: int = 0
@@ -54,6 +59,18 @@ class EncodingStats:
     special_token_text: int = 0
     formats: dict[str, str] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+
+    def reading_notes(self) -> Iterator[str]:
+        """Yield what reading left out, changed and did not use, each with its count."""
+        for rule, number in self.left_out.items():
+            yield f"left out: {number} {SKIPPED.get(rule, rule.replace('_', ' '))}"
+        for name, number in self.notes.items():
+            if name in NOTES:
+                yield f"changed: {number} times {NOTES[name]}"
+        for name, records in self.unused.items():
+            yield f"not used: field {printable_name(name)} in {records}"
 
     def count_dropped(self, reason: str, source: str) -> None:
         """Count an example that is left out."""
@@ -141,6 +158,8 @@ def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversatio
         batch.append(conversation)
         for message in conversation.messages:
             characters += len(message.content)
+            if message.reasoning or message.tool_calls:
+                characters += len(message_text(message)) - len(message.content)
         if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

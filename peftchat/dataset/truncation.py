@@ -11,6 +11,7 @@ from typing import Literal
 
 from peftchat.chat_template.encoder import ChatEncoder
 from peftchat.chat_template.examples import EncodedExample
+from peftchat.chat_template.message_text import message_text
 from peftchat.conversation import Conversation, Message
 
 TruncationSide = Literal["turns", "drop_first_turns", "split"]
@@ -135,4 +136,4 @@ def _guess(parts: Sequence[Round], space: float) -> int:
 
 def _size(messages: Sequence[Message]) -> int:
     """Return about how long the messages are, in characters, with what a template adds around them."""
-    return sum(len(message.content) + _CHARACTERS_AROUND for message in messages)
+    return sum(len(message_text(message)) + _CHARACTERS_AROUND for message in messages)

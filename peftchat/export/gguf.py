@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from peftchat.export.architectures import Architecture, architecture_of, rope_fa
 from peftchat.export.export_source import ExportSource
 from peftchat.export.vocabulary import read_vocabulary
 from peftchat.merging.byte_progress import ByteProgress
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint, TensorEntry, read_rows
+from peftchat.models.safetensors_files import SafetensorsCheckpoint, TensorEntry, read_rows
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -194,10 +195,22 @@ def _size(shape: tuple[int, ...], kind: "GGMLQuantizationType") -> int:
     return int(np.prod(shape, dtype=np.int64)) // block * size
 
 
+_WRITTEN_BY = "peftchat.version"
+_START = 4096
+
+
+def is_own_gguf(path: Path) -> bool:
+    """Return whether an export wrote a GGUF file: the key of its metadata is among the first."""
+    with path.open("rb") as file:
+        start = file.read(_START)
+    return start.startswith(b"GGUF") and _WRITTEN_BY.encode() in start
+
+
 def _write_metadata(writer: "GGUFWriter", name: str, type_name: str) -> None:
     from gguf import GGML_QUANT_VERSION, GGUFType, LlamaFileType
 
     names = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_string(_WRITTEN_BY, version("peftchat"))
     writer.add_type(GGUFType.MODEL)
     writer.add_name(name)
     writer.add_file_type(LlamaFileType[names[type_name]])

@@ -5,6 +5,7 @@ The template is rendered to find the text around each role's messages.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftchat.errors import UserError
@@ -132,6 +133,16 @@ def _render(
 _QUOTES = '"""'
 
 
+MODELFILE = "Modelfile"
+
+_MARK = "# Written by peftchat export."
+
+
+def is_own_modelfile(path: Path) -> bool:
+    """Return whether an export wrote a Modelfile."""
+    return path.read_bytes().rstrip().endswith(_MARK.encode())
+
+
 def modelfile(
     gguf_name: str, frames: ChatFrames, stops: list[str], generation: "GenerationConfig", *, writes_bos: bool
 ) -> str:
@@ -152,7 +163,7 @@ def modelfile(
         lines.append(f"SYSTEM {_quoted(frames.default_system)}")
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     lines += [f"PARAMETER {name} {value}" for name, value in _sampling(generation)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, _MARK]) + "\n"
 
 
 def go_template(frames: ChatFrames, *, writes_bos: bool) -> str:

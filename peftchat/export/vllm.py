@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint
+from peftchat.models.safetensors_files import SafetensorsCheckpoint
 from peftchat.models.source import (
     ADAPTER_CONFIG,
     GENERATION_CONFIG,

@@ -76,7 +76,7 @@ def _inside(root: str, path: Path) -> bool:
 
 
 def _root_files(root: str, skipped: Counter[str]) -> Iterator[SourceFile]:
-    path = Path(root).expanduser()
+    path = Path(root)
     looks_like_path = os.sep in root or root.endswith(".py") or root in {".", ".."}
     if not looks_like_path and (location := _find_module(root)) is not None:
         if location.is_dir():

@@ -1,6 +1,7 @@
 """Writer of conversations about code: choose questions, add answers, split."""
 
 import json
+import os
 import random
 import statistics
 from collections import Counter
@@ -19,9 +20,12 @@ from peftchat.from_code.answers import Answers
 from peftchat.from_code.english import article
 from peftchat.from_code.inventory import CodeObject
 from peftchat.from_code.survey import Survey, survey
+from peftchat.output_paths import InputPath, check_output
 
 Turn = tuple[str, str | None]
 """A question and its answer; None if the source does not contain the answer."""
+
+_TRAIN, _EVAL, _CARD = "train.jsonl", "eval.jsonl", "card.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +224,7 @@ def write_conversations(
     Raises:
         UserError: a root cannot be read, nothing is documented, or `folder` cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError("is a file, not a folder", where=str(folder), hint="Name a folder with -o.")
+    _check_folder(folder, roots)
     found = survey(roots, private=private)
     conversations = list(conversations_about(found, seed=seed))
     if not conversations:
@@ -250,14 +253,40 @@ def write_conversations(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "train.jsonl", _as_jsonl(train))
-        write_text(folder / "eval.jsonl", _as_jsonl(held_out))
-        write_text(folder / "card.json", json.dumps(card, ensure_ascii=False, indent=2) + "\n")
+        write_text(folder / _TRAIN, _as_jsonl(train))
+        write_text(folder / _EVAL, _as_jsonl(held_out))
+        write_text(folder / _CARD, json.dumps(card, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
         raise UserError(
             f"cannot be written ({error.strerror})", where=str(folder), hint="Name another folder."
         ) from error
     return WrittenConversations(folder, card)
+
+
+def _check_folder(folder: Path, roots: Sequence[str]) -> None:
+    """Check that the files may be written: those of an earlier call are replaced, others never."""
+    check_output(folder, [InputPath(Path(root), "the code") for root in roots if _is_path(root)], str(folder))
+    if folder.exists() and not folder.is_dir():
+        raise UserError("is a file, not a folder", where=str(folder), hint="Name a folder with -o.")
+    there = [name for name in (_TRAIN, _EVAL, _CARD) if os.path.lexists(folder / name)]
+    if there and not _is_own_card(folder / _CARD):
+        what = f"the folder holds a {there[0]} that `data from-code` did not write"
+        raise UserError(what, where=str(folder), hint="Name another folder with -o.")
+    linked = next((name for name in there if (folder / name).is_symlink() or not (folder / name).is_file()), None)
+    if linked is not None:
+        raise UserError(f"{linked} there is not a file", where=str(folder), hint="Name another folder with -o.")
+
+
+def _is_path(root: str) -> bool:
+    return os.sep in root or not root.replace(".", "").isidentifier()
+
+
+def _is_own_card(card: Path) -> bool:
+    try:
+        made_by = json.loads(card.read_text(encoding="utf-8"))["made_by"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return str(made_by).startswith("peftchat ") and str(made_by).endswith("data from-code")
 
 
 def split(

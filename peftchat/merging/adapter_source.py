@@ -15,7 +15,7 @@ import torch
 from peftchat.errors import UserError, first_line
 from peftchat.merging.empty_model import EmptyModel, ParameterSlot
 from peftchat.merging.qlora_base import Quantization
-from peftchat.merging.safetensors_io import read_header
+from peftchat.models.safetensors_files import read_header
 from peftchat.models.source import ADAPTER_CONFIG, LOAD_ERRORS, MISFIT_ERRORS, ModelKind, ModelSource
 from peftchat.recipe import LoadedRecipe
 from peftchat.variants import ADAPTERS, get_adapter

@@ -14,7 +14,7 @@ import torch
 
 from peftchat.errors import UserError
 from peftchat.merging.empty_model import EmptyModel
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint, TensorEntry, read_rows
+from peftchat.models.safetensors_files import SafetensorsCheckpoint, TensorEntry, read_rows
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,17 @@ def match_tensors(checkpoint: SafetensorsCheckpoint, empty_model: EmptyModel) ->
     one: dict[str, str] = {}
     groups: dict[str, list[tuple[str, str, str]]] = {}
     unused = []
-    for key in sorted(checkpoint.entries, key=_natural):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name in empty_model.ties or name not in state:
+    names = {
+        key: rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        for key in sorted(checkpoint.entries, key=_natural)
+    }
+    stored = {name for name, _ in names.values()}
+    # Where the files hold the tied side alone, transformers takes the weight from there.
+    owners = {tied: owner for tied, owner in empty_model.ties.items() if owner not in stored}
+    for key, (name, pattern) in names.items():
+        if name in owners and owners[name] not in one.values():
+            one[key] = owners[name]
+        elif name in empty_model.ties or name not in state:
             unused.append(key)
         elif pattern is None or key in state:
             one[key] = key if key in state else name

@@ -1,33 +1,37 @@
 """The merge from end to end: plan, write shards, check, verify, and only then rename the folder."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 
-from filelock import FileLock, Timeout
-
 from peftchat.errors import UserError, VerificationError
 from peftchat.malloc import return_large_blocks
+from peftchat.merging.adapter_source import AdapterSource
 from peftchat.merging.byte_progress import ByteProgress
 from peftchat.merging.merge_job import MergeJob, MergeOptions, prepare_merge
-from peftchat.merging.merge_plan import RESUME_STATE_NAME, ResumeState, ShardBuilder
+from peftchat.merging.merge_plan import ResumeState, ShardBuilder
 from peftchat.merging.output import (
     MergedBase,
     MergeReport,
     check_written,
-    make_loadable,
     write_config_and_tokenizer,
     write_index,
     write_report,
 )
+from peftchat.merging.output_folder import (
+    LOCK,
+    beside,
+    check_output_folder,
+    keep_failed,
+    publish,
+    working_folder,
+    written_files,
+)
 from peftchat.merging.safetensors_io import ShardWriter
 from peftchat.merging.verify import verify_merged
-
-_LOCK = ".lock"
+from peftchat.output_paths import InputPath
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,11 @@ def merge_run(folder: Path, options: MergeOptions) -> MergeResult:
     started = monotonic()
     return_large_blocks()
     output = options.output or folder / "merged"
-    if output.exists() and not options.overwrite:
-        raise UserError(
-            "the output folder is already there", where=str(output), hint="Choose another with -o, or --overwrite."
-        )
+    check_output_folder(output, folder, _inputs(folder, options), overwrite=options.overwrite)
     job = prepare_merge(folder, options)
-    partial = _beside(output, "partial")
+    partial = beside(output, "partial")
     try:
-        with _working_folder(partial):
+        with working_folder(partial):
             try:
                 resumed = _write_shards(job, partial, options.block_bytes)
             except UserError:  # a layer that PEFT cannot merge: resuming would fail too
@@ -67,7 +68,7 @@ def merge_run(folder: Path, options: MergeOptions) -> MergeResult:
             write_index(partial, job.plan)
             check_written(partial, job.plan)
             _write_small_files(job, partial, options)
-            report = _report(job, options, resumed, started)
+            report = _report(job, options, resumed, started, written_files(partial))
             if options.verify:
                 report = replace(report, verification=verify_merged(job, partial, options))
             report = replace(report, seconds=monotonic() - started)
@@ -75,43 +76,38 @@ def merge_run(folder: Path, options: MergeOptions) -> MergeResult:
             if report.verification is not None and not report.verification.passed:
                 raise VerificationError(report.verification.verdict)
     except VerificationError as error:
-        failed = _beside(output, "failed")
-        shutil.rmtree(failed, ignore_errors=True)
-        partial.rename(failed)
+        failed = keep_failed(partial, output)
         raise VerificationError(f"{error} The result is in {failed}, not in {output}.") from error
     except OSError as error:
         hint = "Free disk space and start again to resume, or choose another folder with -o."
         raise UserError(f"cannot write: {error.strerror or error}", where=str(partial), hint=hint) from error
-    _publish(partial, output)
+    try:
+        publish(partial, output)
+    except OSError as error:
+        what = f"the merged model in {partial} cannot get its name: {error.strerror or error}"
+        raise UserError(what, where=str(output), hint="Choose another folder with -o.") from error
     return MergeResult(output, report)
 
 
-def _beside(output: Path, suffix: str) -> Path:
-    return output.with_name(f"{output.name}.{suffix}")
+def _inputs(folder: Path, options: MergeOptions) -> list[InputPath]:
+    """Return everything that a merge reads.
 
-
-@contextmanager
-def _working_folder(partial: Path) -> Iterator[None]:
-    """Create the folder and lock it against a second merge."""
-    partial.mkdir(parents=True, exist_ok=True)
-    lock_file = partial / _LOCK
-    lock = FileLock(lock_file, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError("another merge is writing to this folder", where=str(partial)) from error
-    try:
-        yield
-    finally:
-        lock.release()
-        lock_file.unlink(missing_ok=True)
+    Raises:
+        UserError: the run or its base cannot be used.
+    """
+    source = AdapterSource.open(folder)
+    recipe = source.recipe
+    others = [InputPath(other, "an adapter") for other, _ in options.adapters]
+    # The run itself may lie among its data, and its default output with it.
+    named = [] if recipe is None else [replace(entry, is_read_recursively=False) for entry in recipe.inputs()]
+    return [InputPath(folder, "the run"), InputPath(source.base.path, "the base model"), *others, *named]
 
 
 def _write_shards(job: MergeJob, partial: Path, block_bytes: int) -> int:
     """Write every shard that is not there yet and return how many were."""
     state = ResumeState.open(partial, job.fingerprint)
     for file in partial.iterdir():
-        if file.name not in (*state.done, _LOCK):
+        if file.name not in (*state.done, LOCK):
             file.unlink()
     state.save()
     resumed = len(state.done)
@@ -138,7 +134,7 @@ def _write_small_files(job: MergeJob, partial: Path, options: MergeOptions) -> N
     )
 
 
-def _report(job: MergeJob, options: MergeOptions, resumed: int, started: float) -> MergeReport:
+def _report(job: MergeJob, options: MergeOptions, resumed: int, started: float, files: list[str]) -> MergeReport:
     tensors = [tensor for shard in job.plan.shards.values() for tensor in shard]
     vocabulary = job.weights.empty_model.model.get_input_embeddings().weight.shape[0]
     base_vocabulary = job.base.config.get_text_config().vocab_size
@@ -160,16 +156,5 @@ def _report(job: MergeJob, options: MergeOptions, resumed: int, started: float) 
         seconds=monotonic() - started,
         allowed_changes=job.allowed_changes,
         versions={name: version(name) for name in ("peftchat", "peft", "transformers", "torch", "safetensors")},
+        files=files,
     )
-
-
-def _publish(partial: Path, output: Path) -> None:
-    """Rename the finished folder; a folder that it replaces is moved away first and removed last."""
-    old = _beside(output, "old")
-    if output.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-    (partial / RESUME_STATE_NAME).unlink()
-    make_loadable(partial)
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)

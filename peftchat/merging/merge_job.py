@@ -24,8 +24,9 @@ from peftchat.merging.deltas import Delta
 from peftchat.merging.empty_model import EmptyModel, build_empty_model
 from peftchat.merging.merge_plan import MergePlan, check_memory_budget, file_digest, job_fingerprint, plan_merge
 from peftchat.merging.qlora_base import BaseMode, Quantization, SelectedBase, quantized_parameters, select_base
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint
+from peftchat.models.base_check import check_ties
 from peftchat.models.base_content import check_run
+from peftchat.models.safetensors_files import SafetensorsCheckpoint
 from peftchat.models.saving import TOKEN_ROWS
 from peftchat.models.source import ModelSource
 
@@ -148,6 +149,7 @@ def prepare_merge(folder: Path, options: MergeOptions) -> MergeJob:
     base = _open_base(source.base, adapters)
     changes = check_run(source.model, source.base, allow_changed=options.allow_changed, exact=True)
     empty_model = base.empty_model()
+    check_ties(base.checkpoint, empty_model.model, source.base)
     weights = BaseWeights(base.checkpoint, empty_model)
     installed = [(adapter.weight, base.install(adapter)) for adapter in adapters]
     plan = plan_merge(weights, _deltas(installed, weights), options.dtype)

@@ -11,7 +11,8 @@ import torch
 from peftchat.errors import UserError, VerificationError
 from peftchat.merging.base_weights import BaseWeights, Fusion, blocks
 from peftchat.merging.deltas import AddDelta, Delta, ReplaceRows, ReplaceWeight, WeightedDelta, sum_deltas
-from peftchat.merging.safetensors_io import TensorEntry, TensorSpec, read_rows
+from peftchat.merging.safetensors_io import TensorSpec
+from peftchat.models.safetensors_files import TensorEntry, read_rows
 
 # Memory per weight of a block: stored, float32, merged float32 and the stored result.
 _BYTES_PER_WEIGHT = 16
@@ -79,6 +80,13 @@ def plan_merge(
     deltas = {name: sum_deltas(weighted) for name, weighted in parts.items()}
     shards = {file: list(_tensors_of_file(weights, file, dtype)) for file in weights.checkpoint.files}
     for name in untied:
+        if name in weights.checkpoint.entries and name in weights.tensor_map.parameter_of:
+            raise UserError(
+                f"the adapter changes {name} and {weights.source(name)} in different ways, and the base stores both as "
+                f"{name}",
+                where=str(weights.checkpoint.folder),
+                hint="Save the base once with transformers' save_pretrained, and merge into that.",
+            )
         source = weights.checkpoint.entries[weights.tensor_map.key_of[weights.source(name)]]
         stored = dtype or source.dtype
         spec = TensorSpec(name, stored, tuple(weights.empty_model.slots[name].shape))

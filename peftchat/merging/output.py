@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from peftchat.console import stderr
 from peftchat.errors import UserError, VerificationError
 from peftchat.merging.merge_plan import MergePlan
 from peftchat.merging.qlora_base import BaseKind
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint
+from peftchat.models.safetensors_files import SafetensorsCheckpoint
+from peftchat.models.savable import mend_generation_settings
 from peftchat.models.source import GENERATION_CONFIG, MODEL_CONFIG, WEIGHTS, WEIGHTS_INDEX
 
 _TOKENIZER = (
@@ -29,7 +31,10 @@ _TOKENIZER = (
     "chat_template.jinja",
 )
 
-_UNVERIFIED_CONFIG = "config.unverified.json"
+COPIED = (*_TOKENIZER, GENERATION_CONFIG)
+"""Files that come from the run or the base as they are."""
+
+UNVERIFIED_CONFIG = "config.unverified.json"
 """The config's name until the merge is verified: no loader accepts a folder without `config.json`."""
 
 
@@ -65,27 +70,52 @@ def write_config_and_tokenizer(
     for code in base.glob("*.py"):
         shutil.copyfile(code, folder / code.name)
     generation = next((path for path in (run / GENERATION_CONFIG, base / GENERATION_CONFIG) if path.is_file()), None)
+    _pad_on_left(folder / "tokenizer_config.json")
+    _write_generation_settings(folder, config, generation)
     if generation is not None:
-        shutil.copyfile(generation, folder / GENERATION_CONFIG)
         for name, value in _special_ids(generation).items():
             setattr(config, name, value)
     if untied:
         config.tie_word_embeddings = False
     config.dtype = dtype
     config.save_pretrained(folder)
-    (folder / MODEL_CONFIG).rename(folder / _UNVERIFIED_CONFIG)
+    (folder / MODEL_CONFIG).rename(folder / UNVERIFIED_CONFIG)
+
+
+def _pad_on_left(tokenizer_config: Path) -> None:
+    """Let the merged model's tokenizer pad on the left, whatever saved it: batched generation needs it."""
+    if not tokenizer_config.is_file():
+        return
+    settings = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+    if settings.get("padding_side") != "left":
+        settings["padding_side"] = "left"
+        tokenizer_config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_generation_settings(folder: Path, config: Any, source: Path | None) -> None:
+    """Write the generation settings, mended where transformers would not save them, and tell what was mended."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig() if source is None else GenerationConfig.from_pretrained(str(source.parent))
+    notes = mend_generation_settings(config, settings)
+    for note in notes:
+        stderr.print(f"Note: {note}", markup=False, highlight=False)
+    if notes:
+        settings.save_pretrained(str(folder))
+    elif source is not None:
+        shutil.copyfile(source, folder / GENERATION_CONFIG)
 
 
 def read_model_config(folder: Path) -> Any:
     """Load the config of a merged folder that is not verified yet."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(str(folder / _UNVERIFIED_CONFIG))
+    return AutoConfig.from_pretrained(str(folder / UNVERIFIED_CONFIG))
 
 
 def make_loadable(folder: Path) -> None:
     """Rename the config to `config.json`, so that loaders accept the folder."""
-    (folder / _UNVERIFIED_CONFIG).rename(folder / MODEL_CONFIG)
+    (folder / UNVERIFIED_CONFIG).rename(folder / MODEL_CONFIG)
 
 
 def _special_ids(generation: Path) -> dict[str, Any]:
@@ -189,6 +219,7 @@ class MergeReport:
         tied: the output head shares the embedding's weight.
         seconds: time of the merge.
         versions: of the libraries.
+        files: names of everything in the folder; `--overwrite` replaces a folder that holds nothing else.
         verification: None if it was switched off.
         allowed_changes: what changed since the run was trained, and was allowed.
     """
@@ -207,6 +238,7 @@ class MergeReport:
     tied: bool
     seconds: float
     versions: dict[str, str]
+    files: list[str]
     verification: Verification | None = None
     allowed_changes: tuple[str, ...] = ()
 

@@ -16,7 +16,6 @@ from peftchat.merging.base_weights import BaseWeights
 from peftchat.merging.empty_model import EmptyModel, build_empty_model
 from peftchat.merging.merge_job import MergeJob, MergeOptions
 from peftchat.merging.output import Verification, read_model_config
-from peftchat.merging.safetensors_io import SafetensorsCheckpoint
 from peftchat.merging.streaming import (
     MergedReference,
     StoredWeights,
@@ -25,6 +24,7 @@ from peftchat.merging.streaming import (
     trained_token_ids,
     unmerged_model,
 )
+from peftchat.models.safetensors_files import SafetensorsCheckpoint
 from peftchat.recipe import Recipe
 
 _POSITIONS_AT_ONCE = 64
@@ -134,9 +134,9 @@ def _held_out_messages(recipe: Recipe) -> Iterator[list[dict[str, str]]]:
     from peftchat.conversations import fit_split, read_sources
 
     data, seed = recipe.data, recipe.training.seed
-    conversations = read_sources(data.eval or data.train, seed)
+    conversations = read_sources(data.eval or data.train, seed, consecutive=data.consecutive)
     if data.eval is None and data.eval_fraction is not None:
-        split = fit_split(read_sources(data.train, seed), data.eval_fraction, seed)
+        split = fit_split(read_sources(data.train, seed, consecutive=data.consecutive), data.eval_fraction, seed)
         conversations = filter(split.is_eval, conversations)
     for conversation in conversations:
         yield [message for message in conversation.as_dicts() if message["role"] in ("user", "assistant")]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from peftchat.models.base_check import check_stored_values, check_values
 from peftchat.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -57,8 +58,11 @@ def load_base(recipe: "Recipe", *, dtype: str, device_map: dict[str, Any] | None
         arguments["quantization_config"] = quantization_config(recipe)
     if device_map is not None:
         arguments["device_map"] = device_map
-    model = ModelSource.of_recipe(recipe).load_model(**arguments)
+    source = ModelSource.of_recipe(recipe)
+    model = source.load_model(**arguments)
+    check_values(model, source)
     if recipe.quantization is not None:
+        check_stored_values(source)
         keep_4bit_weights_as_quantized(model)
     return model
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peftchat.errors import VerificationError
 from peftchat.models.added_tokens import AddedTokenEmbeddings, find_added_tokens
+from peftchat.models.savable import pad_on_left
 from peftchat.models.zero import full_tensor
 from peftchat.variants.base import Adapter
 
@@ -78,10 +79,11 @@ def save_adapter(model: "Adapted", adapter: Adapter, state: AdapterState, folder
     Raises:
         VerificationError: what is on disk is not what was in memory.
     """
+    configs = adapter_configs(model, adapter)
     for name, tensors in state.items():
         (folder / name).mkdir(exist_ok=True)
         save_file(tensors, str(folder / name / WEIGHTS), metadata={"format": "pt"})
-        _config_for(model, adapter, name).save_pretrained(str(folder / name))
+        configs[name].save_pretrained(str(folder / name))
         check_adapter_file(folder / name / WEIGHTS, tensors)
 
 
@@ -158,6 +160,11 @@ def _each_once(state: dict[str, Tensor]) -> dict[str, Tensor]:
     # Empty tensors have no address of their own. They stay, so that the check finds them.
     kept = {*first_names.values(), *(name for name, tensor in state.items() if tensor.numel() == 0)}
     return {name: tensor for name, tensor in state.items() if name in kept}
+
+
+def adapter_configs(model: "Adapted", adapter: Adapter) -> "dict[str, PeftConfig]":
+    """Return the config of each adapter of a run by its folder within the run's."""
+    return {name: _config_for(model, adapter, name) for name in _folders(model)}
 
 
 def _config_for(model: "Adapted", adapter: Adapter, folder: str) -> "PeftConfig":
@@ -251,7 +258,7 @@ def save_model_files(
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             save_adapter(model, adapter, state, folder)
-            tokenizer.save_pretrained(str(folder))
+            save_tokenizer(tokenizer, folder)
         return
     full = _full_state(model, wrapped, dtype, is_main=is_main)
     if is_main:
@@ -262,7 +269,13 @@ def save_model_files(
         model.save_pretrained(str(folder), state_dict=full)
         model.config.dtype = before
         _check_shapes(folder, full)
-        tokenizer.save_pretrained(str(folder))
+        save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write the tokenizer with its chat template, so that it pads as batched generation needs it."""
+    pad_on_left(tokenizer)
+    tokenizer.save_pretrained(str(folder))
 
 
 def _full_state(model: "PreTrainedModel", wrapped: Any, dtype: str | None, *, is_main: bool) -> dict[str, Tensor]:
@@ -274,10 +287,16 @@ def _full_state(model: "PreTrainedModel", wrapped: Any, dtype: str | None, *, is
     if not is_main:
         return {}
     target = None if dtype is None else getattr(torch, dtype)
-    return {
+    full = {
         name: tensor.detach().to("cpu", dtype=target if tensor.is_floating_point() else None)
         for name, tensor in state.items()
     }
+    if target is torch.float16:
+        # What is trained is finite; what is not below 65,504 overflows here.
+        bad = next((name for name, tensor in full.items() if not torch.isfinite(tensor).all()), None)
+        if bad is not None:
+            raise VerificationError(f"the weight {bad} is too large for float16. Set model.dtype: bfloat16")
+    return full
 
 
 def _check_shapes(folder: Path, expected: dict[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """A model that a user names: a folder or a hub id, opened in the same way by every command."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -25,7 +26,27 @@ LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeE
 MISFIT_ERRORS = (ValueError, KeyError, TypeError, RuntimeError, IndexError)
 """What PEFT raises where an adapter's tensors do not fit a model."""
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+"""The files of a tokenizer that may be large enough for git-lfs, and the one that names its class."""
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Files of which every tokenizer has one."""
+
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+
+
+_OTHER_MODELS = (
+    ("*.gguf", "the folder holds a GGUF file", "Name the safetensors model that it was converted from."),
+    ("model_index.json", "the folder holds a diffusers pipeline", "Name a language model."),
+    ("modules.json", "the folder holds a sentence-transformers model", "Name a language model with a head."),
+    ("consolidated*", "the folder holds weights in their authors' format", "Download the model for transformers."),
+    ("model*.safetensors", "the folder holds weights", f"Copy or download its {MODEL_CONFIG} too."),
+    ("pytorch_model*.bin", "the folder holds pickled weights", "Name a model that is saved as safetensors."),
+    ("checkpoint-*", "the folder holds checkpoints", "Name one of them."),
+)
+"""Files by which a folder without a config is recognized: a pattern, what it is, and what to do."""
 
 
 class ModelKind(Enum):
@@ -163,8 +184,43 @@ class ModelSource:
             hint = "Finish it with `peftchat train RECIPE --resume`."
             raise self._error("the run has not finished, so its folder holds no model yet", hint)
         if self.kind is ModelKind.EMPTY:
-            hint = "Name a run folder, a model folder or a hub id."
-            raise self._error(f"the folder has no {MODEL_CONFIG} or {ADAPTER_CONFIG}", hint)
+            raise self._empty_folder()
+
+    def _empty_folder(self) -> UserError:
+        """Say what a folder holds that is neither a model of transformers nor an adapter."""
+        for pattern, what, hint in _OTHER_MODELS:
+            found = next(iter(sorted(self.path.glob(pattern))), None)
+            if found is not None:
+                return self._error(f"{what} ({found.name}), without {MODEL_CONFIG}", hint)
+        hint = "Name a run folder, a model folder or a hub id."
+        return self._error(f"the folder has no {MODEL_CONFIG} or {ADAPTER_CONFIG}", hint)
+
+    def has_weights(self) -> bool:
+        """Return whether the folder holds safetensors weights; False for a hub model."""
+        return self.has(WEIGHTS) or self.has(WEIGHTS_INDEX)
+
+    def weights_folder(self, *, download: bool = False) -> Path | None:
+        """Return the folder with the model's safetensors files; None for a hub model whose files are not here.
+
+        Args:
+            download: whether to download those of a hub model; an error is left to the loading of the model.
+        """
+        if self.kind is not ModelKind.HUB:
+            return self.path
+        index = self._hub_file(WEIGHTS, download=download) or self._hub_file(WEIGHTS_INDEX, download=download)
+        if index is None or index.name == WEIGHTS:
+            return index and index.parent
+        shards = set(read_index(index).values())
+        complete = all(self._hub_file(shard, download=download) is not None for shard in sorted(shards))
+        return index.parent if complete else None
+
+    def _hub_file(self, file: str, *, download: bool) -> Path | None:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self.name, file, revision=self.revision, local_files_only=not download))
+        except LOAD_ERRORS:
+            return None
 
     def check_weights(self) -> None:
         """Check the weight files of a local full model; a hub model is not checked.
@@ -176,7 +232,7 @@ class ModelSource:
         if self.kind is ModelKind.HUB or self.has(WEIGHTS):
             return
         if self.has(WEIGHTS_INDEX):
-            files = sorted(set(read_json(self.path / WEIGHTS_INDEX)["weight_map"].values()))
+            files = sorted(set(read_index(self.path / WEIGHTS_INDEX).values()))
             missing = [file for file in files if not self.has(file)]
             if missing:
                 what = f"{len(missing)} of {len(files)} weight files are missing, the first is {missing[0]}"
@@ -196,13 +252,19 @@ class ModelSource:
         Raises:
             UserError: it cannot be loaded.
         """
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         self.require_model()
         if self.kind is ModelKind.ADAPTER:
             return self.base().config()
+        self._refuse_lfs_pointers((MODEL_CONFIG,))
         try:
             return AutoConfig.from_pretrained(self.name, **self._hub_arguments())
+        except StrictDataclassError as error:
+            # Its first line names the validator; the reason is in its cause.
+            cause = error.__cause__
+            raise self._load_error("the model's config", cause if isinstance(cause, Exception) else error) from error
         except LOAD_ERRORS as error:
             raise self._load_error("the model's config", error) from error
 
@@ -216,9 +278,13 @@ class ModelSource:
 
         if self.kind is ModelKind.ADAPTER and not self.has("tokenizer_config.json"):
             return self.base().tokenizer()
+        self._refuse_lfs_pointers(_TOKENIZER_FILES)
         try:
             return AutoTokenizer.from_pretrained(self.name, **self._hub_arguments())
         except LOAD_ERRORS as error:
+            if self.kind is not ModelKind.HUB and not any(map(self.has, _VOCABULARIES)):
+                hint = f"Copy or download its {_VOCABULARIES[0]} too."
+                raise self._error("the folder has no tokenizer", hint) from error
             raise self._load_error("the tokenizer", error) from error
 
     def generation_config(self) -> "GenerationConfig":
@@ -231,6 +297,7 @@ class ModelSource:
 
         is_hub = self.kind is ModelKind.HUB
         if is_hub or self.has(GENERATION_CONFIG):
+            self._refuse_lfs_pointers((GENERATION_CONFIG,))
             try:
                 return GenerationConfig.from_pretrained(self.name, revision=self.revision or "main")
             except LOAD_ERRORS as error:
@@ -280,6 +347,11 @@ class ModelSource:
             raise self._load_error("the model", error) from error
         return Path(found)
 
+    def _refuse_lfs_pointers(self, files: Iterable[str]) -> None:
+        for file in files:
+            if self.has(file):
+                refuse_lfs_pointer(self.path / file)
+
     def _error(self, what: str, hint: str | None = None) -> UserError:
         return UserError(what, where=self.where, hint=hint)
 
@@ -296,12 +368,50 @@ class ModelSource:
         return arguments if self.revision is None else {**arguments, "revision": self.revision}
 
 
+def refuse_lfs_pointer(path: Path) -> None:
+    """Check that a file is not the text that git leaves in its place where git-lfs did not run.
+
+    https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+
+    Raises:
+        UserError: it is.
+    """
+    try:
+        with path.open("rb") as stream:
+            is_pointer = stream.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return  # Whoever reads the file reports it.
+    if is_pointer:
+        raise UserError(
+            "the file is a git-lfs pointer, not the file itself",
+            where=str(path),
+            hint="Run `git lfs pull` in its repository, or download the file.",
+        )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Read the index of a sharded checkpoint: tensor -> the file that holds it.
+
+    Raises:
+        UserError: it cannot be read, or names no tensors.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(
+            "the index of the shards has no `weight_map` with tensors",
+            where=str(path),
+            hint="Download the file again.",
+        )
+    return {str(tensor): str(name) for tensor, name in weight_map.items()}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
         UserError: there is no such file, or it holds something else.
     """
+    refuse_lfs_pointer(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,7 +1,6 @@
 """Probe: measure a few training steps on the longest batch, in a child process."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftchat.child_process import child_environment
 from peftchat.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def measure_run(recipe: "Recipe", plan: "TrainingPlan") -> MeasuredRun:
         run = RunFolder(folder / "run")
         path.write_text(dump_recipe(_probe_recipe(recipe, folder)), encoding="utf-8")
         command = [sys.executable, "-m", "peftchat", "train", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
         if done.returncode or not run.is_finished:
             last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
             raise VerificationError(f"the training of the probe failed: {last}")

@@ -352,6 +352,8 @@ def _split_text(recipe: "Recipe", stats: EncodingStats) -> str:
         text += f"; {stats.split} split into {stats.split_examples} examples"
     if stats.special_token_text:
         text += f"; {stats.special_token_text} stretches of special-token text encoded as ordinary text"
+    for note in stats.reading_notes():
+        text += f"; {note}"
     formats = ", ".join(sorted(set(stats.formats.values())))
     return f"{text} ({formats})" if formats else text
 

@@ -11,6 +11,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from peftchat.errors import UserError
+from peftchat.paths import escape_path, exists, expand_path
 
 Keys = tuple[str | int, ...]
 """The path to a value: `("data", "train", 0, "path")`."""
@@ -236,6 +237,20 @@ def _holder(values: dict[str, Any], keys: Keys) -> dict[str, Any]:
     return found
 
 
+def expand_paths(document: Document) -> None:
+    """Replace `~` and environment variables in all paths of a recipe, `output_dir` too.
+
+    Raises:
+        UserError: a variable is not set, or no file can have such a name; the key is named.
+    """
+    for keys in (*path_keys(document.values), ("output_dir",)):
+        holder, key = _holder(document.values, keys), str(keys[-1])
+        value = holder.get(key)
+        # An empty text is refused with the other values.
+        if isinstance(value, str) and value:
+            holder[key] = expand_path(value, document.place(keys).of(keys))
+
+
 def find_beside_recipe(document: Document) -> None:
     """Replace paths that exist beside their recipe, but not in the current folder."""
     for keys in path_keys(document.values):
@@ -248,21 +263,13 @@ def find_beside_recipe(document: Document) -> None:
 
 
 def make_absolute(values: dict[str, Any]) -> None:
-    """Make the local paths in the plain values of a recipe absolute; hub ids stay."""
+    """Replace local paths in the plain values of a recipe by absolute ones, written for YAML; hub ids stay."""
     for keys in path_keys(values):
         holder, key = _holder(values, keys), str(keys[-1])
         value = holder.get(key)
         if isinstance(value, str) and (value.startswith(LOCAL_MARKS) or exists(value)):
-            holder[key] = str(Path(value).expanduser().absolute())
-    values["output_dir"] = str(Path(values["output_dir"]).expanduser().absolute())
-
-
-def exists(value: str) -> bool:
-    """Return whether `value` is the path of an existing file or folder."""
-    try:
-        return Path(value).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        return False
+            holder[key] = escape_path(str(Path(value).absolute()))
+    values["output_dir"] = escape_path(str(Path(values["output_dir"]).absolute()))
 
 
 def merge_recipes(base: Document, over: Document) -> Document:

@@ -8,10 +8,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from peftchat.errors import UserError
+from peftchat.output_paths import InputPath
+from peftchat.paths import expand_path
+from peftchat.recipe.deepspeed_file import deepspeed_problems
 from peftchat.recipe.document import (
     Document,
     Keys,
     apply_override,
+    expand_paths,
     find_beside_recipe,
     merge_recipes,
     parse_yaml,
@@ -22,7 +26,6 @@ from peftchat.recipe.error_messages import FORMER_KEYS, FORMER_SOURCE_KEYS, FORM
 from peftchat.recipe.schema import Recipe, drop_settings_of_other_variants
 from peftchat.recipe.validation import (
     conflict_problems,
-    deepspeed_problems,
     find_conflicts,
     invalid_combinations,
     missing_dependencies,
@@ -42,6 +45,18 @@ class LoadedRecipe:
     def where(self, *keys: str | int) -> str:
         """The place of a key, for an error about it: `file:line: a.b.c` or `--set a.b.c`."""
         return self.document.place(keys).of(keys)
+
+    def inputs(self) -> list[InputPath]:
+        """Return every file and folder that the recipe names, and the recipe's own files."""
+        recipe = self.recipe
+        files = {place.file for place in self.document.places.values() if place.file is not None}
+        found = [InputPath(file, "the recipe") for file in sorted({self.path, *files})]
+        found.append(InputPath(Path(recipe.model.name), "the base model"))
+        for entry in (*recipe.data.train, *(recipe.data.eval or ())):
+            found.append(InputPath(Path(entry.path), "the data", is_read_recursively=True))
+        if recipe.distributed.deepspeed_config is not None:
+            found.append(InputPath(Path(recipe.distributed.deepspeed_config), "the DeepSpeed file"))
+        return found
 
 
 def load_recipe(
@@ -64,6 +79,7 @@ def load_recipe(
         _upgrade(document)
     for flag in overrides:
         apply_override(document, flag)
+    expand_paths(document)
     find_beside_recipe(document)
     drop_settings_of_other_variants(document)
     recipe = _validate_without_conflicts(document, str(path))
@@ -94,7 +110,7 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Document:
     where = document.place(("extends",)).of(("extends",))
     if not isinstance(base, str):
         raise UserError("expected the path of one recipe", where=where)
-    target = path.parent / Path(base).expanduser()
+    target = path.parent / expand_path(base, where)
     chain = (*extending, path.resolve())
     if target.resolve() in chain:
         raise UserError(f"`{base}` extends this recipe in turn", where=where, hint="Break the circle.")

@@ -134,7 +134,7 @@ class TrainingSection(StrictModel):
     warmup_steps: float = Field(
         0.03,
         ge=0,
-        description="Steps in which the learning rate rises from zero. Below 1 it is a share of all steps.",
+        description="Steps in which the learning rate rises, from above zero. Below 1 it is a share of all steps.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decay of the trained weights; biases and norms are exempt.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm. 0 clips nothing.")

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from peftchat.chat_template.loss_mask import LossOn
 from peftchat.chat_template.templates import ChatTemplateName, template_summaries
+from peftchat.conversation import Role
 from peftchat.strict_model import StrictModel, list_to_tuple
 
 Method = Literal["full", "lora", "qlora"]
@@ -144,6 +145,25 @@ class ChatSection(StrictModel):
     )
 
 
+ColumnName = Literal[
+    "prompt",
+    "completion",
+    "system",
+    "context",
+    "history",
+    "messages",
+    "role",
+    "content",
+    "tools",
+    "tool_calls",
+    "reasoning_content",
+    "train",
+    "chosen",
+    "rejected",
+    "lang",
+]
+
+
 class DataEntry(StrictModel):
     """One source of conversations."""
 
@@ -171,8 +191,19 @@ class DataEntry(StrictModel):
         ge=1,
         description="OpenAssistant exports only: follow the best N ranked replies of each turn. Without it, all.",
     )
+    columns: dict[ColumnName, str] = Field(
+        {},
+        description="Names of this source's fields, such as `{prompt: question, completion: answer}` or `{messages: "
+        "talk, role: who, content: says}`. Formats know the usual names by themselves.",
+    )
+    roles: dict[str, Role] = Field(
+        {},
+        description="Names of this source's roles, such as `{customer: user, agent: assistant}`. The usual ones are "
+        "known.",
+    )
 
 
+Consecutive = Literal["error", "merge", "keep"]
 Entries = Annotated[tuple[DataEntry, ...], BeforeValidator(list_to_tuple), Field(min_length=1)]
 
 
@@ -205,6 +236,11 @@ class DataSection(StrictModel):
         description="A conversation longer than `max_length`: `turns` drops its last turns, `drop_first_turns` its "
         "first ones, `split` makes several examples of it, each with the system message; `drop` drops the "
         "conversation, `error` stops. All are counted.",
+    )
+    consecutive: Consecutive = Field(
+        "error",
+        description="Two turns of one role in a row, or a system message behind other turns: `error` refuses the "
+        "record, `merge` joins neighbors with a line break and counts them, `keep` leaves them to the template.",
     )
     pad_to_multiple_of: int | None = Field(
         None,

@@ -90,6 +90,7 @@ def run_warnings(summary: RunSummary) -> list[str]:
             f"Text that looks like a special token occurred {format_count(summary.special_token_text)} times "
             "in the conversations and was encoded as ordinary text."
         )
+    warnings += summary.warnings
     for token in summary.new_tokens:
         if token.verdict in ("not in the data", "did not move"):
             warnings.append(f"The token {token.token} {_TOKEN_FAULTS[token.verdict]}.")

@@ -262,7 +262,12 @@ def _has_no_answers(recipe: Recipe) -> bool:
     """Return whether no conversation of the training sources has an answer."""
     log = ProblemLog()
     try:
-        usable = any(True for _ in read_sources(recipe.data.train, recipe.training.seed, problems=log))
+        usable = any(
+            True
+            for _ in read_sources(
+                recipe.data.train, recipe.training.seed, problems=log, consecutive=recipe.data.consecutive
+            )
+        )
     except UserError:
         return False
     return not usable and log.total > 0 and log.problems["no_answer"] == log.total

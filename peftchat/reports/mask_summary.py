@@ -17,6 +17,7 @@ from peftchat.recipe import Recipe
 
 _CHUNK = 2048
 _LAST_ANSWER = token_tag(TurnPart.OUTSIDE, last_answer=True)
+_CONTEXT = token_tag(TurnPart.OUTSIDE, context=True)
 
 Flags = npt.NDArray[np.bool_]
 
@@ -24,9 +25,12 @@ Flags = npt.NDArray[np.bool_]
 _PARTS = np.zeros(256, dtype=np.int8)
 _ROLES = np.zeros(256, dtype=np.int8)
 _ROLE_ORDER: tuple[Role | None, ...] = (None, *ROLES)
-for _part, (_number, _role), _last in itertools.product(TurnPart, enumerate(_ROLE_ORDER), (False, True)):
-    _PARTS[token_tag(_part, _role, last_answer=_last)] = _part
-    _ROLES[token_tag(_part, _role, last_answer=_last)] = _number
+for _part, (_number, _role), _last, _context in itertools.product(
+    TurnPart, enumerate(_ROLE_ORDER), (False, True), (False, True)
+):
+    _tag = token_tag(_part, _role, last_answer=_last, context=_context)
+    _PARTS[_tag] = _part
+    _ROLES[_tag] = _number
 
 
 @dataclass(slots=True)
@@ -142,9 +146,9 @@ def _check_answers(
         ends = _last_end_tokens(example.token_tags, starts)
         has_end = np.logical_or.reduceat(ends, starts)[answers]
         end_trained = np.logical_or.reduceat(ends & trained, starts)[answers]
-        should_train = np.ones(len(answers), dtype=bool)
+        should_train = (example.token_tags[starts[answers]] & _CONTEXT) == 0
         if loss_on == "last_answer":
-            should_train = (example.token_tags[starts[answers]] & _LAST_ANSWER) != 0
+            should_train &= (example.token_tags[starts[answers]] & _LAST_ANSWER) != 0
         survey.unterminated_answers.add(int((~has_end).sum()), example.source)
         survey.untrained_eos.add(int((has_end & should_train & ~end_trained).sum()), example.source)
 
@@ -226,6 +230,7 @@ def _details(recipe: Recipe, examples: EncodedSplit, survey: MaskSurvey) -> list
         ("packing", _packing(recipe, examples), False),
         ("truncated", _truncated(recipe, examples), False),
         *([("split", _split(examples), False)] if recipe.data.truncation == "split" else []),
+        *(("data", note, False) for note in stats.reading_notes()),
         ("dropped", dropped or "none", bool(stats.dropped) and not stats.examples),
         ("special-token text", special if text.count else "none", _rejects_text(recipe, survey)),
         (

@@ -1,11 +1,30 @@
 """HTML pages from the templates of this package: one file each, without scripts or external resources."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from peftchat import formatting
 from peftchat.files import write_text
+from peftchat.output_paths import InputPath, check_output_file
+
+_MARK = b'<meta name="generator" content="peftchat">'
+_START = 1024
+
+
+def check_page(path: Path, inputs: Iterable[InputPath]) -> Path:
+    """Check that a page may be written, and return the file to write to, links followed.
+
+    Raises:
+        UserError: it may not, or the file is there and no page of ours.
+    """
+    return check_output_file(path, inputs, f"--html {path}", is_ours=_is_own_page, kind="an HTML page")
+
+
+def _is_own_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _MARK in file.read(_START)
 
 
 def write_page(path: Path, template: str, **values: object) -> Path:

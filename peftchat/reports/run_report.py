@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
+from ruamel.yaml.error import YAMLError
 
+from peftchat.errors import UserError, first_line
 from peftchat.files import write_text
 from peftchat.formatting import (
     format_bytes,
@@ -15,6 +17,7 @@ from peftchat.formatting import (
     format_percent,
     format_short_count,
 )
+from peftchat.recipe import Recipe, dump_recipe
 from peftchat.reports.assessment import assess_run, run_warnings
 from peftchat.reports.model_card import model_card
 from peftchat.reports.page import write_page
@@ -30,6 +33,24 @@ def write_summaries(run: Path) -> None:
     recipe = folder.recipe.read_text(encoding="utf-8")
     write_text(folder.model_card, model_card(RunSummary.read(folder), recipe))
     write_report(run)
+
+
+def try_model_card(recipe: Recipe) -> None:
+    """Make the model card of a run without results, and read it with huggingface_hub.
+
+    Raises:
+        UserError: its metadata cannot be read.
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        ModelCard(model_card(RunSummary(), dump_recipe(recipe)))
+    except (ValueError, TypeError, YAMLError) as error:
+        raise UserError(
+            f"the model card cannot be written: {first_line(error)}",
+            where=f"model.name: {recipe.model.name}",
+            hint="Give the base's folder, or the run folder, a plainer name.",
+        ) from error
 
 
 _MIN_POINTS_FOR_MEAN = 40

@@ -85,6 +85,11 @@ class RunFolder:
         return self.recipe.is_file()
 
     @property
+    def has_started(self) -> bool:
+        """Whether a run has written here, so that `recipe.yaml` is not the user's own file."""
+        return self.is_run and (self.checkpoints.is_dir() or self.metrics.path.is_file() or self.is_finished)
+
+    @property
     def is_finished(self) -> bool:
         """Whether a run has finished here."""
         return self.summary.is_file()

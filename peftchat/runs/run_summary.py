@@ -110,10 +110,13 @@ class RunSummary(BaseModel):
         base_vocabulary_size: rows of the base model's embedding before tokens were added.
         train_examples: encoded conversations trained on.
         dropped: conversations left out, by reason.
+        unused_fields: fields of records that nothing was trained on, with the number of records that have them.
         truncated: conversations that lost turns to fit `data.max_length`.
         special_token_text: stretches of text spelled like a special token and encoded as ordinary text.
         formats: the format of each data file.
         new_tokens: the tokens added to the vocabulary.
+        warnings: what its numbers say against it, one sentence each.
+        notes: what it changed or found by itself, as told while it went on.
         auto_settings: settings chosen automatically.
         fingerprints: what the run was trained on and with.
         allowed_changes: what changed since the run was started, and was allowed by `--allow-changed`.
@@ -130,6 +133,7 @@ class RunSummary(BaseModel):
     train_examples: int | None = Field(None, validation_alias=AliasChoices("train_examples", "rows"))
     eval_examples: int | None = Field(None, validation_alias=AliasChoices("eval_examples", "eval_rows"))
     dropped: dict[str, int] | None = None
+    unused_fields: dict[str, str] | None = None
     truncated: int | None = Field(None, validation_alias=AliasChoices("truncated", "shortened"))
     special_token_text: int | None = Field(None, validation_alias=AliasChoices("special_token_text", "special_text"))
     formats: dict[str, str] | None = Field(None, validation_alias=AliasChoices("formats", "forms"))
@@ -157,6 +161,8 @@ class RunSummary(BaseModel):
     new_tokens: tuple[AddedToken, ...] = ()
     samples_before: tuple[SampleAnswer, ...] = ()
     samples_after: tuple[SampleAnswer, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     auto_settings: tuple[AutoSetting, ...] = Field((), validation_alias=AliasChoices("auto_settings", "choices"))
     fingerprints: Fingerprints | None = None
     allowed_changes: tuple[str, ...] = ()

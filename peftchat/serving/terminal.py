@@ -11,6 +11,8 @@ from peftchat.console import stderr
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
 from peftchat.files import write_text
+from peftchat.output_paths import check_output
+from peftchat.paths import expand_path
 from peftchat.serving.chat_model import ChatModel
 from peftchat.serving.generate import ChatAnswer, generate_answer
 
@@ -131,7 +133,12 @@ class SlashCommands:
         if not rest:
             _note("/save needs a file name.")
             return
-        path = Path(rest).expanduser()
+        try:
+            path = Path(expand_path(rest, "/save"))
+            check_output(path, (), "/save")
+        except UserError as error:
+            _note(str(error))
+            return
         if path.exists():
             _note(f"{path} already exists; choose another name.")
             return

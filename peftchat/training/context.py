@@ -1,7 +1,7 @@
 """Train context: the inputs of a run, opened before its model is loaded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +10,14 @@ from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.console import stderr
 from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.errors import UserError
+from peftchat.models.base_check import check_tokenizer
 from peftchat.models.source import ModelSource
 from peftchat.runs.checkpoint import Checkpoint
 from peftchat.runs.run_folder import RunFolder
-from peftchat.training.distributed import DistributedSetup, init_deepspeed, is_main_process, resolve_distributed
+from peftchat.training.distributed import DistributedSetup, resolve_distributed
+from peftchat.training.process_group import join_processes
 from peftchat.training.run_content import RunContent, open_content, pin_base
+from peftchat.training.several_processes import is_main_process
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -40,6 +43,25 @@ class TrainOptions:
     auto_settings: Sequence["AutoSetting"] = ()
 
 
+@dataclass(slots=True)
+class RunNotes:
+    """What a run changed or found by itself: told in one line each, and kept for the run's summary.
+
+    Attributes:
+        lines: the lines so far.
+    """
+
+    lines: list[str] = field(default_factory=list)
+
+    def tell(self, line: str) -> None:
+        """Tell and keep a line; only the main process writes it."""
+        if line in self.lines:
+            return
+        self.lines.append(line)
+        if is_main_process():
+            stderr.print(f"Note: {line}", markup=False, highlight=False)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainContext:
     """The inputs of a run, shared by every step of training.
@@ -54,6 +76,7 @@ class TrainContext:
         splits: the encoded conversations of each split.
         content: fingerprints and layout of the run.
         started: when the run started.
+        notes: what is told while it goes on.
     """
 
     loaded: "LoadedRecipe"
@@ -65,6 +88,7 @@ class TrainContext:
     splits: Mapping[Split, EncodedSplit]
     content: RunContent
     started: datetime
+    notes: RunNotes = field(default_factory=RunNotes)
 
     @property
     def recipe(self) -> "Recipe":
@@ -102,8 +126,7 @@ def open_context(
         )
     run_folder = RunFolder(Path(recipe.output_dir))
     checkpoint = run_folder.check_usable(recipe, resume=options.resume, allow_changed=options.allow_changed)
-    if distributed.uses_deepspeed:
-        init_deepspeed(distributed)
+    join_processes(distributed)
     pinned = pin_base(loaded, run_folder, resume=options.resume)
     chat = load_chat_format(pinned.recipe)
     splits = load_splits(pinned.recipe, chat)
@@ -132,5 +155,13 @@ def check_content(loaded: "LoadedRecipe", options: TrainOptions, distributed: Di
 
 
 def load_chat_format(recipe: "Recipe") -> ChatFormat:
-    """Load the recipe's tokenizer in the recipe's chat format."""
-    return make_format(recipe.chat.template, recipe.chat.system, ModelSource.of_recipe(recipe).tokenizer())
+    """Load the recipe's tokenizer in the recipe's chat format.
+
+    Raises:
+        UserError: it cannot be loaded, or has tokens that the model's embedding lacks.
+    """
+    source = ModelSource.of_recipe(recipe)
+    tokenizer = source.tokenizer()
+    chat = make_format(recipe.chat.template, recipe.chat.system, tokenizer)
+    check_tokenizer(tokenizer, source, source.config(), [token.id for token in chat.new_tokens])
+    return chat

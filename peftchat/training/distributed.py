@@ -1,17 +1,13 @@
-"""Distributed setup: the processes of a run, their devices, and how they are started."""
+"""Distributed setup: the processes of a run, their strategy and their devices."""
 
-import json
-import logging
 import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftchat.errors import UserError, VerificationError
+from peftchat.errors import UserError
+from peftchat.recipe.deepspeed_file import read_deepspeed_file
+from peftchat.training.launcher_environment import LaunchedProcess, read_environment
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -69,9 +65,9 @@ def resolve_distributed(loaded: "LoadedRecipe", environment: Mapping[str, str] =
     gpus = torch.cuda.device_count()
     if not gpus:
         _check_cpu(loaded)
-    launched = _launched_processes(environment)
-    if launched is not None:
-        return _inside_launcher(loaded, launched, gpus)
+    process = read_environment(environment).process
+    if process is not None:
+        return _inside_launcher(loaded, process, gpus)
     requested = recipe.distributed.processes
     processes = requested if requested is not None else max(1, gpus)
     if recipe.distributed.strategy == "single" and requested is None:
@@ -88,30 +84,6 @@ def resolve_distributed(loaded: "LoadedRecipe", environment: Mapping[str, str] =
     return DistributedSetup(strategy, processes, recipe.distributed.nodes, gpus, "none" if alone else "torchrun")
 
 
-def is_main_process() -> bool:
-    """Whether this is the only process of a run, or the first one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def init_deepspeed(distributed: DistributedSetup) -> None:
-    """Create DeepSpeed's process group.
-
-    It has to exist before the model is loaded: without one, DeepSpeed assumes a single process and does not shard.
-
-    Raises:
-        UserError: DeepSpeed is not installed.
-    """
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise UserError(
-            f"`{distributed.strategy}` needs DeepSpeed, which is not installed",
-            where="distributed.strategy",
-            hint="pip install 'peftchat[deepspeed]'",
-        ) from error
-    deepspeed.init_distributed(dist_backend="nccl" if distributed.gpus else "gloo", verbose=False)
-
-
 def is_sharded(strategy: Strategy) -> bool:
     """Whether DeepSpeed shards anything under a strategy."""
     return strategy in ("zero2", "zero3")
@@ -122,38 +94,8 @@ def weight_dtype(method: "Method", dtype: "Dtype", strategy: Strategy) -> "Dtype
     return "float32" if method == "full" and not is_sharded(strategy) else dtype
 
 
-def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return torch's variables from those of `srun`; none outside a Slurm step of several tasks."""
-    if "RANK" in environment or int(environment.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in environment:
-        return {}
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment["SLURM_NTASKS"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": environment.get("SLURM_NTASKS_PER_NODE", environment["SLURM_NTASKS"]),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment["SLURM_JOB_NODELIST"]),
-        # Every task of a job derives the same port from the job's number.
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(environment["SLURM_JOB_ID"]) % 20000),
-    }
-
-
-def _first_host(nodes: str) -> str:
-    if shutil.which("scontrol") is None:
-        return nodes.split(",")[0]
-    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return shown.stdout.split()[0]
-
-
-def _launched_processes(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """Return (world size, processes on this machine) if a launcher started this process."""
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
-        return None
-    world = int(environment["WORLD_SIZE"])
-    return world, int(environment.get("LOCAL_WORLD_SIZE", str(world)))
-
-
-def _inside_launcher(loaded: "LoadedRecipe", launched: tuple[int, int], gpus: int) -> DistributedSetup:
-    world, local = launched
+def _inside_launcher(loaded: "LoadedRecipe", process: LaunchedProcess, gpus: int) -> DistributedSetup:
+    world, local = process.world_size, process.local_world_size
     recipe = loaded.recipe
     requested = recipe.distributed.processes
     if requested is not None and requested * recipe.distributed.nodes != world:
@@ -166,7 +108,7 @@ def _inside_launcher(loaded: "LoadedRecipe", launched: tuple[int, int], gpus: in
         raise UserError(
             f"the launcher started {local} processes on this machine, but it has {gpus} GPUs",
             where="launcher",
-            hint="Start one process per GPU.",
+            hint="Start one process per GPU; with several machines, set LOCAL_WORLD_SIZE to those of each.",
         )
     return DistributedSetup(_resolve_strategy(recipe, world), local, max(1, world // local), gpus, "environment")
 
@@ -220,60 +162,6 @@ def _check_machine(loaded: "LoadedRecipe", processes: int, gpus: int) -> None:
     )
 
 
-def launch(distributed: DistributedSetup, arguments: Sequence[str]) -> int:
-    """Run `peftchat` with these arguments in every process, and wait for them.
-
-    Args:
-        arguments: the command line after `peftchat`.
-
-    Returns:
-        0, or the exit status of the first process that failed; that process has reported its error.
-
-    Raises:
-        UserError: the recipe asks for several machines, and MASTER_ADDR is not set.
-        VerificationError: a process was killed.
-    """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    # The launcher would give every process a single thread.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // distributed.processes)))
-    config = LaunchConfig(
-        min_nodes=distributed.nodes,
-        max_nodes=distributed.nodes,
-        nproc_per_node=distributed.processes,
-        run_id="peftchat",
-        rdzv_backend="c10d",
-        rdzv_endpoint=_rendezvous_endpoint(distributed),
-        max_restarts=0,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "peftchat", *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            return int(failure.exitcode)
-        raise VerificationError(
-            f"process {rank} was killed by signal {-failure.exitcode}"
-            + (" (perhaps out of memory)" if failure.exitcode == -9 else "")
-        ) from error
-    return 0
-
-
-def _rendezvous_endpoint(distributed: DistributedSetup) -> str:
-    if distributed.nodes == 1:
-        return "localhost:0"
-    host = os.environ.get("MASTER_ADDR")
-    if not host:
-        raise UserError(
-            f"the recipe asks for {distributed.nodes} machines, but MASTER_ADDR is not set",
-            where="distributed.nodes",
-            hint="Set MASTER_ADDR (and MASTER_PORT) on every machine to the first one, or start with srun or torchrun.",
-        )
-    return f"{host}:{os.environ.get('MASTER_PORT', '29500')}"
-
-
 def deepspeed_config(
     recipe: "Recipe", distributed: DistributedSetup, *, added_token_elements: int
 ) -> dict[str, Any] | None:
@@ -286,7 +174,7 @@ def deepspeed_config(
     if not distributed.uses_deepspeed:
         return None
     if recipe.distributed.deepspeed_config is not None:
-        config: dict[str, Any] = json.loads(Path(recipe.distributed.deepspeed_config).read_text(encoding="utf-8"))
+        config = _completed(read_deepspeed_file(recipe.distributed.deepspeed_config), recipe, distributed)
     else:
         config = _default_config(recipe, distributed)
     if distributed.strategy == "zero3":
@@ -295,6 +183,23 @@ def deepspeed_config(
         # DeepSpeed's own default; `auto` would make it depend on the hidden size.
         floor = 100_000 if threshold == "auto" else int(threshold)
         zero["stage3_param_persistence_threshold"] = max(floor, added_token_elements)
+    return config
+
+
+def _completed(content: dict[str, Any], recipe: "Recipe", distributed: DistributedSetup) -> dict[str, Any]:
+    """Return a user's DeepSpeed settings with what they leave out.
+
+    DeepSpeed has defaults of its own: no clipping, float32, a learning rate of 0.001. Transformers replaces `auto`
+    only: https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/deepspeed.py
+    """
+    ours = _default_config(recipe, distributed)
+    shared = {key: value for key, value in ours.items() if key not in ("zero_optimization", "optimizer")}
+    if "bfloat16" in content:
+        del shared["bf16"]
+    config = {**shared, **content}
+    if "optimizer" in content:
+        params = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+        config["optimizer"] = {**content["optimizer"], "params": {**params, **content["optimizer"].get("params", {})}}
     return config
 
 

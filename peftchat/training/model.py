@@ -21,6 +21,8 @@ from peftchat.models.compiled import compile_layers, missing_compiler
 from peftchat.models.fused_lora import fuse_lora_forward, num_adapted_layers
 from peftchat.models.loading import VARLEN, end_ids, load_base
 from peftchat.models.peft_model import add_adapter, cast_trainable, freeze_layers
+from peftchat.models.savable import mend_generation_settings
+from peftchat.models.source import GENERATION_CONFIG, ModelSource
 from peftchat.models.zero import is_zero3
 from peftchat.runs.run_summary import AutoSetting
 from peftchat.training.context import TrainContext
@@ -98,7 +100,12 @@ def _build_model(context: TrainContext) -> TrainableModel:
     model = load_base(recipe, dtype=dtype, device_map=_device_map(recipe, context.distributed))
     if model.get_output_embeddings() is None:
         raise UserError("the model has no language-model head", where=f"model.name: {recipe.model.name}")
+    source = ModelSource.of_recipe(recipe)
+    if source.has(GENERATION_CONFIG):
+        source.generation_config()  # transformers would pass over a file that it cannot read.
     _set_special_ids(model, chat)
+    for note in mend_generation_settings(model.config, model.generation_config):
+        context.notes.tell(note)
     init = recipe.chat.new_token_init
     if recipe.method == "full":
         resize_embeddings(model, chat.tokenizer, chat.new_tokens, init)

@@ -1,5 +1,6 @@
-"""Preflight: checks of the disk and of the model, before the first step."""
+"""Preflight: checks of the disk, of the model and of saving, before the first step."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,14 @@ from peftchat.formatting import format_bytes
 from peftchat.models.loading import VARLEN
 from peftchat.training.context import TrainContext
 from peftchat.training.model import fall_back_to_sdpa
+from peftchat.training.saving_trial import try_saving
 from peftchat.training.throughput import unsharded_numel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftchat.recipe import Recipe
+    from peftchat.runs.run_folder import Checkpoint
     from peftchat.training.trainer import ChatTrainer
 
 
@@ -36,13 +39,16 @@ _LENGTH = 12
 
 
 def preflight(trainer: "ChatTrainer", context: TrainContext) -> None:
-    """Check the model as training calls it, and the free disk space.
+    """Check the model as training calls it, the free disk space, and that everything but the weights can be saved.
 
     If variable-length attention was selected automatically and does not work, the trainer falls back to SDPA.
 
     Raises:
-        UserError: the loss or the isolation of packed conversations is wrong for this model, or the disk is too small.
+        UserError: the loss or the isolation of packed conversations is wrong for this model, the disk is too small, or
+            something cannot be saved.
     """
+    if context.checkpoint is not None:
+        _check_checkpoint(trainer, context.checkpoint)
     try:
         _check_model(trainer, context.recipe)
     except (UserError, RuntimeError) as error:
@@ -60,6 +66,18 @@ def preflight(trainer: "ChatTrainer", context: TrainContext) -> None:
             )
         _check_model(trainer, context.recipe)
     check_space(context.run_folder.path, trainer.model, context.recipe)
+    if context.is_main:
+        try_saving(trainer, context)
+
+
+def _check_checkpoint(trainer: "ChatTrainer", checkpoint: "Checkpoint") -> None:
+    bad = trainer.checks.weight_not_finite(trainer.model)
+    if bad is not None:
+        raise UserError(
+            f"the checkpoint's weight {bad} is not finite",
+            where=str(checkpoint.path),
+            hint="Delete this folder; `--resume` then goes on from the checkpoint before it.",
+        )
 
 
 def _check_model(trainer: "ChatTrainer", recipe: "Recipe") -> None:
@@ -131,7 +149,7 @@ def check_isolation(model: nn.Module, vocabulary: int, device: torch.device, *, 
         return _loss(model, ids, labels, arguments)
 
     one, two = loss_after(first), loss_after(other)
-    if abs(one - two) > 1e-4 * max(1.0, abs(one)):
+    if not abs(one - two) <= 1e-4 * max(1.0, abs(one)):
         raise UserError(
             "packed conversations are not isolated: attention leaks across their boundaries in this model",
             where="data.packing: true",
@@ -148,7 +166,7 @@ def check_loss(
     the check also compares variable-length attention with transformers' own.
 
     Raises:
-        UserError: with both losses.
+        UserError: with both losses, or with the model's own if that is not finite.
     """
     ids = torch.randint(vocabulary, (1, _LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
     positions = torch.arange(_LENGTH, device=device)[None]
@@ -165,7 +183,14 @@ def check_loss(
     # The virtual tokens of prompt tuning have logits of their own.
     logits = logits[:, -_LENGTH:]
     expected = float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
-    if abs(fused - expected) > 0.02 * max(1.0, abs(expected)):
+    if not math.isfinite(expected):
+        raise UserError(
+            f"the model's loss is {expected} before training, on {_LENGTH} random tokens",
+            where=f"model.name: {base.config.name_or_path}",
+            hint="Check its weights for values that are not finite, or set model.dtype: float32.",
+        )
+    # Written so that a loss that is not a number fails too.
+    if not abs(fused - expected) <= 0.02 * max(1.0, abs(expected)):
         raise UserError(
             f"the fused loss does not match the model's own logits (got {fused:.4f}, expected {expected:.4f})",
             where=f"model.name: {base.config.name_or_path}",

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peftchat.errors import UserError
+from peftchat.training.learning_rate import set_rates, unwrapped
 
 if TYPE_CHECKING:
     from peftchat.recipe import TrainingSection
@@ -205,7 +206,7 @@ class BudgetCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count what earlier parts of the run used, and check that the schedule is a function of progress."""
-        if not isinstance(_unwrapped(kwargs["lr_scheduler"]), LambdaLR):
+        if not isinstance(unwrapped(kwargs["lr_scheduler"]), LambdaLR):
             raise UserError(
                 "a budget of tokens or minutes needs a schedule that is a function of progress",
                 where=f"training.lr_scheduler_type: {args.lr_scheduler_type}",
@@ -217,13 +218,7 @@ class BudgetCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the learning rate of the coming step."""
-        schedule: LambdaLR = _unwrapped(kwargs["lr_scheduler"])
-        position = self._used * state.max_steps
-        rates = [base * factor(position) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        # The trainer logs this as the learning rate.
-        schedule._last_lr = rates
+        set_rates(unwrapped(kwargs["lr_scheduler"]), self._used * state.max_steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -243,11 +238,6 @@ class BudgetCallback(TrainerCallback):
         if self._seconds is not None:
             shares.append(counts.seconds / self._seconds)
         self._used = min(1.0, max(shares))
-
-
-def _unwrapped(schedule: Any) -> Any:
-    """Return the schedule inside accelerate's wrapper."""
-    return getattr(schedule, "scheduler", schedule)
 
 
 def has_budget(training: "TrainingSection") -> bool:

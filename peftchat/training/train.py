@@ -3,13 +3,14 @@
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from peftchat.errors import UserError
+from peftchat.interruption import DeferredSignals
 from peftchat.malloc import keep_large_blocks
 from peftchat.models.added_tokens import snapshot_embeddings
 from peftchat.models.saving import save_model_files
@@ -18,11 +19,13 @@ from peftchat.runs.claim import claimed
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from peftchat.training.context import TrainContext, TrainOptions, open_context
-from peftchat.training.distributed import is_main_process
-from peftchat.training.model import load_trainable_model
+from peftchat.training.model import TrainableModel, load_trainable_model
+from peftchat.training.number_checks import check_moved, check_trend
 from peftchat.training.preflight import is_disk_full, preflight
 from peftchat.training.progress import ProgressCallback
-from peftchat.training.summary import FitResult, sample_answers, seconds_since_start, summarize
+from peftchat.training.several_processes import is_main_process
+from peftchat.training.stopping import EvaluationStopped, StopCallback
+from peftchat.training.summary import FitResult, added_tokens, sample_answers, seconds_since_start, summarize
 from peftchat.training.trainer import ChatTrainer, build_trainer, sft_config
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ def train(
             return sample_answers(trainer.causal_model, context.chat, options.prompts)
 
         fitted = fit(trainer, context, start, check_claim)
+        check(trainer, context, model, fitted)
         samples_after = sample_answers(trainer.causal_model, context.chat, options.prompts)
         save(trainer, context)
         return summarize(context, trainer, model, fitted, samples_after)
@@ -104,19 +108,36 @@ def fit(
             model for DDP or ZeRO, and a model that ZeRO-3 shards cannot be called before that.
         check_claim: called after every step; raises if another run has taken the folder.
     """
-    callback = _StartCallback(start, check_claim)
+    checkpoint = context.checkpoint
+    stopping = StopCallback(
+        trainer,
+        _resume_command(context),
+        saves=context.recipe.training.save_strategy != "no",
+        saved_step=checkpoint.step if checkpoint else 0,
+    )
+    callback = _StartCallback(start, check_claim, stopping.signals)
     # The other callbacks write into the run folder when training begins, so it has to be claimed first.
     trainer.callback_handler.callbacks.insert(0, callback)
     progress = ProgressCallback()
     trainer.add_callback(progress)
+    trainer.add_callback(stopping)
     if not context.distributed.gpus:
         keep_large_blocks()
-    checkpoint = context.checkpoint
     try:
-        output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        if "eval" in context.splits and not trainer.has_evaluated(output.global_step):
-            trainer.evaluate()
+        with suppress(EvaluationStopped):
+            output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+            if not stopping.is_stopping and "eval" in context.splits and not trainer.has_evaluated(output.global_step):
+                trainer.evaluate()
+        stopping.raise_if_stopped()
+    except Exception as error:
+        if stopping.has_lost_data_worker(error):
+            stopping.raise_if_stopped()
+        interrupted = stopping.interrupted(error)
+        if interrupted is None:
+            raise
+        raise interrupted from error
     finally:
+        stopping.signals.end()
         progress.close()
     return FitResult(
         token_counts=trainer.gather_token_counts(),
@@ -126,29 +147,51 @@ def fit(
     )
 
 
+def check(trainer: ChatTrainer, context: TrainContext, model: TrainableModel, fitted: FitResult) -> None:
+    """Check the trained model before anything of it is saved; every process must call it.
+
+    Raises:
+        VerificationError: a weight is not finite, the loss exploded, or training did not move what it had to move.
+    """
+    trainer.checks.check_weights(trainer.model, trainer.state.global_step)
+    check_trend(trainer.checks.counts.losses, len(context.chat.tokenizer))
+    tokens = added_tokens(context.chat, model.initial_embeddings, fitted)
+    check_moved(trainer.checks.counts, tokens, fitted.token_counts.seen_before_target)
+
+
 class _StartCallback(TrainerCallback):
     """Calls a function before the first step, and measures the time until that step is done.
 
     Args:
         start: the function; it returns sample answers.
         check_claim: called after every step.
+        signals: taken over once the function is done.
     """
 
-    def __init__(self, start: Callable[[], list[SampleAnswer]], check_claim: Callable[[], None]) -> None:
+    def __init__(
+        self, start: Callable[[], list[SampleAnswer]], check_claim: Callable[[], None], signals: DeferredSignals
+    ) -> None:
         self._start = start
         self._check_claim = check_claim
+        self._signals = signals
         self.samples: list[SampleAnswer] = []
         self.seconds_to_first_step: float | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Call the function."""
         self.samples = self._start()
+        self._signals.begin()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note the time at the end of the first step, and check that the folder is still this run's."""
         self._check_claim()
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = seconds_since_start()
+
+
+def _resume_command(context: TrainContext) -> str:
+    command = context.options.command or f"peftchat train {context.loaded.path}"
+    return command if context.options.resume else f"{command} --resume"
 
 
 def save(trainer: ChatTrainer, context: TrainContext) -> None:

@@ -1,6 +1,5 @@
 """Trainer: TRL's trainer on packs of encoded conversations, and its arguments."""
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +17,7 @@ from transformers import (
 from transformers.trainer import SCHEDULER_NAME
 from trl import SFTTrainer
 
-from peftchat.dataset.collator import ChatCollator
-from peftchat.dataset.packing import pack
-from peftchat.errors import VerificationError
+from peftchat.errors import UserError, first_line
 from peftchat.models.added_tokens import MODULE_NAME
 from peftchat.models.saving import load_adapter_state, save_model_files
 from peftchat.models.source import ModelSource
@@ -28,18 +25,19 @@ from peftchat.recipe import training_arguments
 from peftchat.runs.checkpoint import Checkpoint, keep_newest
 from peftchat.training.context import TrainContext
 from peftchat.training.distributed import deepspeed_config
+from peftchat.training.learning_rate import ContinuedScheduleCallback, begin_above_zero
 from peftchat.training.loss import install_supervised_forward
 from peftchat.training.model import TrainableModel, select_attention
+from peftchat.training.number_checks import NumberChecks
+from peftchat.training.packs import make_collator, make_packs
 from peftchat.training.progress import MetricsCallback, memory_in_use
 from peftchat.training.throughput import BudgetCallback, Throughput, TokenCounts, has_budget
 from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs, trainer_hooks
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from trl import SFTConfig
 
     from peftchat.chat_template.chat_format import ChatFormat
-    from peftchat.dataset.cache import Split
     from peftchat.dataset.collator import BatchLayout
     from peftchat.recipe import Recipe
 
@@ -108,11 +106,14 @@ def build_trainer(context: TrainContext, model: TrainableModel, config: "SFTConf
     trainer = ChatTrainer(context, model, config, layout)
     if has_budget(context.recipe.training):
         trainer.add_callback(BudgetCallback(trainer.gather_token_counts, context.recipe.training))
+    if context.checkpoint is not None:
+        # Behind the budget, which sets the learning rate of a step too.
+        trainer.add_callback(ContinuedScheduleCallback(context.checkpoint, context.notes.tell))
     return trainer
 
 
 # Batch entries that are counts, not arguments of the model.
-_COUNTS = ("real_tokens", "tracked_counts")
+_COUNTS = ("real_tokens", "tracked_counts", "examples")
 
 
 class ChatTrainer(SFTTrainer):
@@ -134,8 +135,8 @@ class ChatTrainer(SFTTrainer):
         self._content = context.content
         self._keep = context.recipe.training.save_total_limit
         self._hooks = trainer_hooks(self._adapter, model.model)
-        self._collators = {split: _collator(context, split, layout) for split in context.splits}
-        packs = {split: _packs(context, split, layout) for split in context.splits}
+        self._collators = {split: make_collator(context, split, layout) for split in context.splits}
+        packs = {split: make_packs(context, split, layout) for split in context.splits}
         trained = {name: weight.data for name, weight in model.model.named_parameters() if weight.requires_grad}
         super().__init__(
             model=model.model,
@@ -156,6 +157,7 @@ class ChatTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self.throughput = Throughput(self._collators["train"].num_tracked, _resumed_counts(context.checkpoint))
         self._reported = TokenCounts(**self.throughput.counts.as_dict())
+        self.checks = NumberChecks(context, self.args.device, self._gather_objects, self._sum_over_processes)
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -176,6 +178,21 @@ class ChatTrainer(SFTTrainer):
         """
         for collator in self._collators.values():
             collator.layout = layout
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Compute the gradient of a micro-batch, and note its loss and its examples."""
+        examples = inputs.pop("examples")
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.checks.add(loss.detach(), examples)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """Return the gradient norm of the optimizer step, and check the step's numbers."""
+        norm: Tensor | float | None = super()._get_grad_norm(model, grad_norm)
+        self.checks.end_step(self.state.global_step + 1, norm, self._get_learning_rate())
+        return norm
 
     def compute_loss(
         self,
@@ -229,6 +246,7 @@ class ChatTrainer(SFTTrainer):
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         model = self.model_wrapped
         sums = torch.zeros(3, dtype=torch.float64)
+        not_finite: list[int] = []
         with self.throughput.paused(), torch.no_grad():
             was_training = model.training
             model.eval()
@@ -241,10 +259,13 @@ class ChatTrainer(SFTTrainer):
                     outputs = model(**self._model_inputs(inputs), supervised=True)
                 if index < len(batches):
                     count = (inputs["labels"] >= 0).sum()
-                    sums += torch.stack([outputs.loss, outputs.correct, count]).double().cpu()
+                    added = torch.stack([outputs.loss, outputs.correct, count]).double().cpu()
+                    not_finite += [] if torch.isfinite(added).all() else batch["examples"].tolist()
+                    sums += added
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             model.train(was_training)
         loss, correct, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        self.checks.check_evaluation(loss / max(count, 1), not_finite, self.state.global_step)
         metrics = {
             f"{metric_key_prefix}_loss": loss / max(count, 1),
             f"{metric_key_prefix}_accuracy": correct / max(count, 1),
@@ -257,11 +278,7 @@ class ChatTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add speed, supervised share and memory to the logs of training steps."""
         if "loss" in logs and "train_runtime" not in logs:
-            if not math.isfinite(logs["loss"]):
-                raise VerificationError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}: training diverged. "
-                    "Lower training.learning_rate, or clip by training.max_grad_norm"
-                )
+            self.checks.check_steps()
             logs.update(self._speed())
         super().log(logs, start_time)
 
@@ -279,6 +296,19 @@ class ChatTrainer(SFTTrainer):
             "memory_bytes": memory_in_use(),
             "seconds": now.seconds,
         }
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Create the schedule of the learning rate, with a warm-up that begins above zero."""
+        is_new = self.lr_scheduler is None
+        try:
+            schedule = super().create_scheduler(num_training_steps, optimizer)
+        except (ValueError, TypeError) as error:
+            where = f"training.lr_scheduler_type: {self.args.lr_scheduler_type.value}"
+            hint = "Change training.lr_scheduler_kwargs or training.learning_rate."
+            raise UserError(f"the schedule cannot be made: {first_line(error)}", where=where, hint=hint) from error
+        if is_new:
+            begin_above_zero(schedule, self.args.get_warmup_steps(num_training_steps), num_training_steps)
+        return schedule
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with the variant's learning rates for some of its parameters."""
@@ -308,11 +338,16 @@ class ChatTrainer(SFTTrainer):
                 wrapped=self.model_wrapped if self.is_deepspeed_enabled else None,
             )  # fmt: skip
 
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint after the last step; every process must call it."""
+        self._save_checkpoint(self.model, None)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # TRL's own method also writes a model card into the folder of checkpoints.
         folder = Path(self.args.output_dir)
         checkpoint = Checkpoint.at_step(folder, self.state.global_step)
         with self.throughput.paused():
+            self.checks.check_weights(self.model, self.state.global_step)
             if self.args.should_save:
                 checkpoint.begin()
             self.accelerator.wait_for_everyone()
@@ -322,6 +357,10 @@ class ChatTrainer(SFTTrainer):
                 checkpoint.mark_complete(counts, self._content.marker())
                 keep_newest(folder, self._keep)
             self.accelerator.wait_for_everyone()
+
+    def _sum_over_processes(self, value: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(value, "sum")
+        return total
 
     def _gather_objects(self, value: Any) -> list[Any]:
         if self.accelerator.num_processes == 1:
@@ -360,31 +399,6 @@ class ChatTrainer(SFTTrainer):
         """Return the counts of all processes; every process must call it."""
         counts = self._gather_objects(self.throughput.collect().as_dict())
         return TokenCounts.merge([TokenCounts(**one) for one in counts])
-
-
-def _collator(context: TrainContext, split: "Split", layout: "BatchLayout") -> ChatCollator:
-    recipe, chat = context.recipe, context.chat
-    return ChatCollator(
-        context.splits[split].store,
-        loss_on=recipe.chat.loss_on,
-        layout=layout,
-        pad_token_id=chat.tokenizer.pad_token_id,
-        pad_to_multiple_of=recipe.data.pad_to_multiple_of,
-        tracked_token_ids=[token.id for token in chat.new_tokens],
-    )
-
-
-def _packs(context: TrainContext, split: "Split", layout: "BatchLayout") -> "Dataset":
-    """Return the packs of a split: the indices of the examples of each, as the collator takes them."""
-    from datasets import Dataset
-
-    recipe, store = context.recipe, context.splits[split].store
-    if recipe.data.packing:
-        return Dataset.from_dict({"examples": pack(store.lengths, recipe.data.max_length, recipe.training.seed)})
-    columns: dict[str, Any] = {"examples": [[index] for index in range(len(store))]}
-    if layout == "padded":
-        columns["length"] = store.lengths
-    return Dataset.from_dict(columns)
 
 
 def _resumed_counts(checkpoint: Checkpoint | None) -> TokenCounts | None:

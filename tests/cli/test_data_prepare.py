@@ -95,8 +95,8 @@ def test_strict_stops_with_status_2_and_writes_nothing(tmp_path: Path) -> None:
         (("rows.jsonl", "--split", "train"), "no split"),
         (("rows.jsonl", "--eval-fraction", "1"), "eval-fraction"),
         (("rows.jsonl", "-o", "full"), "not empty"),
-        (("rows.jsonl", "-o", "rows.jsonl"), "not a folder"),
-        (("rows.jsonl", "-o", "rows.jsonl/out"), "cannot write"),
+        (("rows.jsonl", "-o", "rows.jsonl"), "is the source itself"),
+        (("rows.jsonl", "-o", "rows.jsonl/out"), "is a file, not a folder"),
     ],
 )
 def test_wrong_input_is_one_message_and_nothing_written(

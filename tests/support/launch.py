@@ -3,20 +3,24 @@
 import socket
 import subprocess
 import time
+from typing import Literal
 
 from tests.support.cli import Started, start
 
 
-def peftchat_in_processes(processes: int, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run `peftchat` once per rank on this machine, with the variables that torchrun and `srun` would set.
+def peftchat_in_processes(
+    processes: int, *arguments: object, timeout: float = 300, launcher: Literal["torchrun", "srun"] = "torchrun"
+) -> subprocess.CompletedProcess[str]:
+    """Run `peftchat` once per rank on this machine, with the variables that torchrun or `srun` would set.
 
     Returns:
         The first failure, or 0; standard output and standard error of all ranks, one after the other.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    variables = _variables if launcher == "torchrun" else _slurm_variables
     ranks = [
-        start("-m", "peftchat", *arguments, environment=_variables(rank, processes, port)) for rank in range(processes)
+        start("-m", "peftchat", *arguments, environment=variables(rank, processes, port)) for rank in range(processes)
     ]
     _end_together(ranks, timeout)
     ended = [rank.communicate() for rank in ranks]
@@ -34,6 +38,21 @@ def _variables(rank: int, processes: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+    }
+
+
+def _slurm_variables(rank: int, processes: int, port: int) -> dict[str, str]:
+    return {
+        # The port follows from the number of the job: 20000 and its last digits.
+        "SLURM_JOB_ID": str(port),
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": str(processes),
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NUM_TASKS": str(processes),
+        "SLURM_STEP_TASKS_PER_NODE": str(processes),
+        "SLURM_STEP_NODELIST": "localhost",
     }
 
 

@@ -18,8 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from peftchat.chat_template.loss_mask import TurnPart, token_tag
+from peftchat.chat_template.message_text import ANSWER_JINJA, TOOLS_JINJA, message_text, tools_text, with_tools
 from peftchat.conversation import Conversation, Role
 from peftchat.errors import UserError
+
+_GAP = "\n\n"
+"""What stands between a system message and the definitions of the tools."""
 
 HeaderSpans = tuple[tuple[str, bool], ...]
 """The text in front of a content as spans of (text, whether it is one special token)."""
@@ -74,8 +78,8 @@ class ChatTemplate:
         """
         if self.bos_token is not None:
             yield TemplateSpan(self.bos_token, token_tag(TurnPart.OUTSIDE), special=True)
-        for role, content, last_answer in self.turns(conversation):
-            tags = {part: token_tag(part, role, last_answer=last_answer) for part in TurnPart}
+        for role, content, last_answer, context in self.turns(conversation):
+            tags = {part: token_tag(part, role, last_answer=last_answer, context=context) for part in TurnPart}
             for text, special in self.header_spans(role):
                 yield TemplateSpan(text, tags[TurnPart.HEADER], special)
             if content:
@@ -84,15 +88,19 @@ class ChatTemplate:
             if self.trailer:
                 yield TemplateSpan(self.trailer, tags[TurnPart.TRAILER])
 
-    def turns(self, conversation: Conversation) -> Iterator[tuple[Role, str, bool]]:
-        """Yield the turns to write, as (role, content, whether it is the last answer).
+    def turns(self, conversation: Conversation) -> Iterator[tuple[Role, str, bool, bool]]:
+        """Yield the turns to write, as (role, text, whether it is the last answer, whether it must not be trained).
+
+        The text of a turn has its reasoning and tool calls, that of the system message the definitions of the tools.
 
         Raises:
             UserError: a message has a role that the template cannot write.
         """
         messages = conversation.messages
-        if self.system is not None and not (messages and messages[0].role == "system"):
-            yield "system", self.system, False
+        tools = "" if conversation.tools is None else tools_text(conversation)
+        if not (messages and messages[0].role == "system") and (self.system is not None or tools):
+            yield "system", with_tools(self.system or "", tools), False, False
+            tools = ""
         last = last_answer_index(conversation)
         for index, message in enumerate(messages):
             if message.role not in self.headers:
@@ -101,7 +109,10 @@ class ChatTemplate:
                     where=conversation.source or None,
                     hint="Use `chat.template: chatml` or `model`, or remove these messages.",
                 )
-            yield message.role, message.content, index == last
+            text = message_text(message)
+            if tools and not index:
+                text = with_tools(text, tools)
+            yield message.role, text, index == last, message.train is False
 
     def header_spans(self, role: Role) -> HeaderSpans:
         """Return the header of a role as spans of (text, whether it is one special token)."""
@@ -113,25 +124,32 @@ class ChatTemplate:
         role = "message['role']"
         opening = _literal(self.headers["assistant"])
         start = "" if self.bos_token is None else f"{{{{ {_literal(self.bos_token)} }}}}"
-        default = ""
-        if self.system is not None:
-            turn = f"{self.headers['system']}{self.system}{self.end_token}{self.trailer}"
-            has_system = "messages and messages[0]['role'] == 'system'"
-            default = f"{{% if not ({has_system}) %}}{{{{ {_literal(turn)} }}}}{{% endif %}}"
+        end = f"{self.end_token}{self.trailer}"
+        has_system = "messages and messages[0]['role'] == 'system'"
+        default = (
+            f"{{% if not ({has_system}) and ({'listed.text' if self.system is None else 'true'}) %}}"
+            f"{{{{ {_literal(self.headers['system'] + (self.system or ''))} + "
+            f"({_literal(_GAP if self.system else '')} + listed.text if listed.text else '') + {_literal(end)} }}}}"
+            f"{{% endif %}}"
+        )
         answer = (
-            f"{{{{ {opening} }}}}{{% generation %}}{{{{ message['content'] + {_literal(self.end_token)} }}}}"
+            f"{{{{ {opening} }}}}{{% generation %}}{ANSWER_JINJA}{{{{ {_literal(self.end_token)} }}}}"
             f"{{% endgeneration %}}{{{{ {self.trailer!r} }}}}"
         )
+        system = (
+            f"{{% elif {role} == 'system' and loop.first and listed.text %}}{{{{ {_literal(self.headers['system'])} + "
+            f"(message['content'] + {_literal(_GAP)} if message['content'] else '') + "
+            f"listed.text + {_literal(end)} }}}}"
+        )
         others = "".join(
-            f"{{% elif {role} == '{other}' %}}"
-            f"{{{{ {_literal(header)} + message['content'] + {_literal(self.end_token)} + {self.trailer!r} }}}}"
+            f"{{% elif {role} == '{other}' %}}{{{{ {_literal(header)} + message['content'] + {_literal(end)} }}}}"
             for other, header in self.headers.items()
             if other != "assistant"
         )
         error = f"{{{{ raise_exception('the template {self.name} cannot write the role ' + {role}) }}}}"
         return (
-            f"{start}{default}{{% for message in messages %}}"
-            f"{{% if {role} == 'assistant' %}}{answer}{others}{{% else %}}{error}{{% endif %}}"
+            f"{TOOLS_JINJA}{start}{default}{{% for message in messages %}}"
+            f"{{% if {role} == 'assistant' %}}{answer}{system}{others}{{% else %}}{error}{{% endif %}}"
             f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {opening} }}}}{{% endif %}}"
         )
 

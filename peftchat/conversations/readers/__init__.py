@@ -9,6 +9,7 @@ from peftchat.conversations.readers.json_values import read_json_values
 from peftchat.conversations.readers.jsonl import read_jsonl
 from peftchat.conversations.readers.tables import read_csv, read_parquet
 from peftchat.errors import UserError
+from peftchat.paths import expand_path
 
 Reader = Callable[[Path, int, ProblemLog], Iterator[RawRecord]]
 
@@ -43,7 +44,7 @@ def find_files(path: str, split: str | None = None) -> list[Path] | None:
     Raises:
         UserError: nothing there, nothing to read there, or no such split.
     """
-    place = Path(path).expanduser()
+    place = Path(expand_path(path, path))
     if place.is_dir():
         return _in_folder(place, split)
     if place.exists():

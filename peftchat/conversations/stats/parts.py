@@ -22,7 +22,7 @@ _FILE = "tokenizer.json"
 
 def has_tokenizer(folder: str) -> bool:
     """Whether the folder holds a tokenizer that can be counted with."""
-    return (Path(folder).expanduser() / _FILE).is_file()
+    return (Path(folder) / _FILE).is_file()
 
 
 class FileTokenCounter:
@@ -45,7 +45,7 @@ class FileTokenCounter:
                 hint="Give a model's folder, or save its tokenizer there with transformers' `save_pretrained`.",
             )
         try:
-            self._tokenizer: Tokenizer = Tokenizer.from_file(str(Path(folder).expanduser() / _FILE))
+            self._tokenizer: Tokenizer = Tokenizer.from_file(str(Path(folder) / _FILE))
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"the tokenizer cannot be read: {error}", where=f"--tokenizer {folder}") from error
         self._tokenizer.no_truncation()
@@ -122,7 +122,7 @@ def parts_of_path(path: str) -> list[StatsPart]:
     Raises:
         UserError: nothing there to read.
     """
-    if not Path(path).expanduser().is_dir():
+    if not Path(path).is_dir():
         find_files(path)
         return [_part(path, path, None)]
     splits = [split for split in ("train", "eval", "test") if _has_split(path, split)]
@@ -138,13 +138,13 @@ def parts_of_recipe(recipe: "Recipe") -> list[StatsPart]:
     train = [entry.model_copy(update={"weight": 1.0}) for entry in data.train]
 
     def read_train(log: ProblemLog) -> Iterator[Conversation]:
-        return read_sources(train, seed, problems=log)
+        return read_sources(train, seed, problems=log, consecutive=data.consecutive)
 
     if data.eval is not None:
         held_out = [entry.model_copy(update={"weight": 1.0}) for entry in data.eval]
         return [
             StatsPart("train", read_train),
-            StatsPart("eval", lambda log: read_sources(held_out, seed, problems=log)),
+            StatsPart("eval", lambda log: read_sources(held_out, seed, problems=log, consecutive=data.consecutive)),
         ]
     if data.eval_fraction is None:
         return [StatsPart("train", read_train)]

@@ -229,6 +229,6 @@ def test_an_interrupt_ends_the_run_that_is_on(recipe: Path) -> None:
     child = first_run_process(comparison, out)
     comparison.send_signal(signal.SIGTERM)
     _, said = comparison.communicate(timeout=60)
-    assert comparison.wait() == 130 and "Interrupted" in said
+    assert comparison.wait() == 143 and "Stopped by SIGTERM" in said
     assert not child.is_running()
     assert not list(out.glob("logs/*.pid"))

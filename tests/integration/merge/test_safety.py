@@ -190,7 +190,7 @@ def test_a_small_disk(run: Path, tmp_path: Path) -> None:
 
 def test_a_target_that_is_not_a_folder(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="is a file, not a folder"):
         merge_run(run, MergeOptions(output=tmp_path / "file" / "out"))
 
 

@@ -1,0 +1,216 @@
+"""Interruption: a signal ends a command in one line, with 128 plus its number as the exit status."""
+
+import contextlib
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+ENDING = tuple(
+    signal.Signals[name]
+    # Schedulers send the last three as a warning before they kill.
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if name in signal.Signals.__members__
+)
+
+_ONE_PRESS_SECONDS = 0.5
+"""`timeout`, torchrun and Slurm send a signal to a process and to its group: within this time it is one signal."""
+
+_LEAVE_SECONDS = 5.0
+"""Threads and libraries that have not ended this long after an interruption are left behind."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to end. No library takes it for an error of its own.
+
+    Args:
+        number: the signal.
+        message: the line to say instead of the signal's name.
+    """
+
+    def __init__(self, number: int, message: str | None = None) -> None:
+        self.number = number
+        self.message = message or ("Interrupted." if number == signal.SIGINT else f"Stopped by {signal_name(number)}.")
+        super().__init__(self.message)
+
+    @property
+    def status(self) -> int:
+        """The exit status, as a shell counts it."""
+        return 128 + self.number
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, such as SIGTERM; Ctrl-C for that of the keyboard."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise `Interrupted` for a signal that would end the process, and `KeyboardInterrupt` for Ctrl-C as usual.
+
+    A signal that is ignored stays so: `nohup` has a command survive its terminal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in ENDING}
+    hook = sys.unraisablehook
+    for number, handler in before.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(number, _Raise())
+    sys.unraisablehook = _end_on_swallowed
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            if handler is signal.SIG_DFL:
+                signal.signal(number, handler)
+
+
+class _Raise:
+    """A signal handler that raises once; the second signal ends the process at once."""
+
+    raised: float | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        _leave_dead_terminal()
+        if self.raised is None:
+            self.raised = now
+            raise Interrupted(number)
+        if now - self.raised > _ONE_PRESS_SECONDS:
+            _end_now(Interrupted(number))
+
+
+def interruption(error: BaseException) -> Interrupted | None:
+    """Return the interruption that an exception is, or that it was raised from or during.
+
+    Libraries wrap it: an extension module that is interrupted while it is imported raises an `ImportError`.
+    """
+    seen: set[int] = set()
+    # The end of a command that has spoken already is none.
+    found: BaseException | None = None if isinstance(error, SystemExit) else error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        if isinstance(found, Interrupted):
+            return found
+        if isinstance(found, KeyboardInterrupt):
+            return Interrupted(signal.SIGINT)
+        found = found.__cause__ or found.__context__
+    return None
+
+
+def end(interrupted: Interrupted) -> NoReturn:
+    """Say the line, in the first of several processes, and end the process within seconds."""
+    for number in (signal.SIGINT, *ENDING):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_IGN)
+    _say(interrupted)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        leave(interrupted.status)
+    timer = threading.Timer(_LEAVE_SECONDS, os._exit, [interrupted.status])
+    timer.daemon = True
+    timer.start()
+    sys.exit(interrupted.status)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with a status; one of several processes at once.
+
+    What is left of a process group waits for processes that have gone, or complains about them.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _end_now(None, status)
+    sys.exit(status)
+
+
+class DeferredSignals:
+    """Notes the first signal, and hands a second one to the handler that was there before.
+
+    Attributes:
+        number: the signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._noted_at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def begin(self) -> None:
+        """Take the signals over; outside the main thread, which alone gets signals, do nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, *ENDING):
+            handler = signal.getsignal(number)
+            if handler is not signal.SIG_IGN and handler is not None:
+                self._before[number] = handler
+                signal.signal(number, self._note)
+
+    def end(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        _leave_dead_terminal()
+        if self.number is None:
+            self.number, self._noted_at = number, now
+        elif now - self._noted_at > _ONE_PRESS_SECONDS:
+            self.again(number)
+
+    def again(self, number: int) -> None:
+        """React to a second signal: interrupt what is on.
+
+        Raises:
+            Interrupted: always.
+        """
+        raise Interrupted(number)
+
+
+def _leave_dead_terminal() -> None:
+    """Write to nowhere from now on where the terminal has gone, which would make every line an error."""
+    for descriptor in (1, 2):
+        try:
+            # A file or a pipe has no terminal to lose; a dead terminal is none any more.
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.write(descriptor, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+def _end_on_swallowed(unraisable: "sys.UnraisableHookArgs") -> None:
+    """End the process where an interruption hit code that cannot raise, such as a finalizer."""
+    error = unraisable.exc_value
+    interrupted = interruption(error) if error is not None else None
+    if interrupted is None:
+        sys.__unraisablehook__(unraisable)
+        return
+    _end_now(interrupted)
+
+
+def _end_now(interrupted: Interrupted | None, status: int = 1) -> NoReturn:
+    if interrupted is not None:
+        _say(interrupted)
+        status = interrupted.status
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)
+
+
+def _say(interrupted: Interrupted) -> None:
+    # The first of several processes speaks for all.
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(Exception):
+            sys.stderr.write(f"{interrupted.message}\n")
+            sys.stderr.flush()

@@ -95,7 +95,7 @@ def _inputs(folder: Path, options: MergeOptions) -> list[InputPath]:
     Raises:
         UserError: the run or its base cannot be used.
     """
-    source = AdapterSource.open(folder)
+    source = AdapterSource.open(folder, options.base_model)
     recipe = source.recipe
     others = [InputPath(other, "an adapter") for other, _ in options.adapters]
     # The run itself may lie among its data, and its default output with it.

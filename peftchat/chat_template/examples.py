@@ -161,6 +161,17 @@ class ExampleStore:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def arrays(self) -> Iterator[tuple[TokenIds, TokenTags, npt.NDArray[np.int64]]]:
+        """Yield ids, token tags and offsets of the examples in flat arrays, batch by batch."""
+        for batch in self._batches:
+            offsets = batch["ids"].offsets.to_numpy()
+            start, stop = offsets[0], offsets[-1]
+            yield (
+                batch["ids"].values.slice(start, stop - start).to_numpy(),
+                batch["token_tags"].values.slice(start, stop - start).to_numpy(),
+                offsets - start,
+            )
+
     def __getitem__(self, index: int) -> EncodedExample:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")

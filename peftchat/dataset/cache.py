@@ -22,6 +22,7 @@ from peftchat.conversations import ProblemLog
 from peftchat.conversations.readers import find_files
 from peftchat.conversations.reading import read_sources
 from peftchat.conversations.splitting import fit_split
+from peftchat.dataset.digests import tokenizer_digest
 from peftchat.dataset.encode import EncodingStats, encode_conversations
 from peftchat.errors import UserError
 from peftchat.files import cache_root, write_text
@@ -96,15 +97,9 @@ def _open(folder: Path, split: Split) -> EncodedSplit:
 def _key(recipe: "Recipe", chat: ChatFormat) -> str:
     """Return a name that changes with everything that changes the examples."""
     data = recipe.data
-    tokenizer = chat.tokenizer
-    if tokenizer.is_fast:
-        vocabulary = tokenizer.backend_tokenizer.to_str()
-    else:
-        vocabulary = repr(sorted(tokenizer.get_vocab().items()))
     inputs: dict[str, Any] = {
         "format": _FORMAT,
-        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "special": sorted(map(str, tokenizer.added_tokens_decoder.values())),
+        "tokenizer": tokenizer_digest(chat.tokenizer),
         "template": [chat.template.name, chat.template.jinja, chat.template.end_token, chat.template.written_date],
         "chat": recipe.chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json", exclude={"packing", "pad_to_multiple_of"}),

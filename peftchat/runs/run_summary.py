@@ -8,6 +8,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from peftchat.errors import UserError
 from peftchat.files import write_text
+from peftchat.runs.fingerprints import Fingerprints
 from peftchat.runs.run_folder import RunFolder
 
 
@@ -117,6 +118,8 @@ class RunSummary(BaseModel):
         warnings: what its numbers say against it, one sentence each.
         notes: what it changed or found by itself, as told while it went on.
         auto_settings: settings chosen automatically.
+        fingerprints: what the run was trained on and with.
+        allowed_changes: what changed since the run was started, and was allowed by `--allow-changed`.
         command: the command line.
     """
 
@@ -161,6 +164,8 @@ class RunSummary(BaseModel):
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     auto_settings: tuple[AutoSetting, ...] = Field((), validation_alias=AliasChoices("auto_settings", "choices"))
+    fingerprints: Fingerprints | None = None
+    allowed_changes: tuple[str, ...] = ()
     command: str | None = None
     started: str | None = None
     finished: str | None = None

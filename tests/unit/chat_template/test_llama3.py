@@ -141,7 +141,8 @@ def test_a_run_from_recipe_to_chat(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     records = [json.loads(line)["messages"] for line in data.read_text(encoding="utf-8").splitlines()]
     for line, messages in zip(lines, records, strict=True):
-        asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+        first = [message["role"] for message in messages].index("assistant")
+        asked = tokenizer.apply_chat_template(messages[:first], add_generation_prompt=True)["input_ids"]
         assert line["input_ids"][: len(asked)] == asked
         assert spelled(line["input_ids"], tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
         answers = [message["content"] + "<|eot_id|>" for message in messages if message["role"] == "assistant"]

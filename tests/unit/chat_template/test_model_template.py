@@ -173,13 +173,13 @@ def test_a_turn_without_an_end_token_does_not_take_the_next_header() -> None:
     ]  # fmt: skip
 
 
-def test_the_first_messages_header_is_its_own() -> None:
+def test_an_answer_that_nothing_asks_for_is_context() -> None:
     found = parts_of(chat_of("llama2", TEMPLATES["llama3"]), ("assistant", "0"), ("user", "q"))
     header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    assert found[:3] == [("OUTSIDE", None, "<s>"), ("HEADER", "assistant", header), ("CONTENT", "assistant", "0")]
-    found = parts_of(chat_of("llama2", TEMPLATES["default-system"]), ("assistant", "a"))
+    assert found[:2] == [("HEADER", "assistant", f"<s>{header}"), ("CONTENT", "assistant", "0")]
+    found = parts_of(chat_of("llama2", TEMPLATES["default-system"]), ("assistant", "0"))
     default = "<|im_start|>system\nBe kind.<|im_end|>\n"
-    assert found[:2] == [("OUTSIDE", None, default), ("HEADER", "assistant", "<|im_start|>assistant\n")]
+    assert found[:2] == [("HEADER", "assistant", f"{default}<|im_start|>assistant\n"), ("CONTENT", "assistant", "0")]
 
 
 def test_a_default_system_prompt_is_used_where_there_is_none() -> None:

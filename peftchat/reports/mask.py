@@ -16,9 +16,10 @@ from peftchat.conversation import Role
 from peftchat.conversations import ProblemLog, read_sources
 from peftchat.dataset.cache import EncodedSplit, Split, encode_splits, with_full_examples
 from peftchat.errors import UserError, VerificationError
+from peftchat.models.source import ModelSource
 from peftchat.recipe import Recipe
 from peftchat.reports.mask_summary import MaskSummary, summarize, survey_mask, trained_tokens, turn_starts
-from peftchat.training.context import load_chat_format
+from peftchat.training.context import chat_format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -237,7 +238,7 @@ def inspect_mask(recipe: Recipe, split: Split, progress: Callable[[int], None]) 
     """
     if split == "eval" and not recipe.data.has_eval:
         raise UserError("the recipe has no held-out data", where="data", hint="Set data.eval or data.eval_fraction.")
-    chat = load_chat_format(recipe)
+    chat = chat_format_of(recipe, ModelSource.of_recipe(recipe).tokenizer())
     lenient = _lenient(recipe)
     try:
         examples = encode_splits(lenient, chat, progress)[split]

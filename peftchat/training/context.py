@@ -20,6 +20,8 @@ from peftchat.training.run_content import RunContent, open_content, pin_base
 from peftchat.training.several_processes import is_main_process
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from peftchat.recipe import LoadedRecipe, Recipe
     from peftchat.runs.run_summary import AutoSetting
 
@@ -161,9 +163,19 @@ def load_chat_format(recipe: "Recipe") -> ChatFormat:
         UserError: it cannot be loaded, or has tokens that the model's embedding lacks.
     """
     source = ModelSource.of_recipe(recipe)
-    tokenizer = source.tokenizer()
+    chat = chat_format_of(recipe, source.tokenizer())
+    check_tokenizer(chat.tokenizer, source, source.config(), [token.id for token in chat.new_tokens])
+    return chat
+
+
+def chat_format_of(recipe: "Recipe", tokenizer: "PreTrainedTokenizerBase") -> ChatFormat:
+    """Return the recipe's chat format with a tokenizer, which is changed. The model's config is not needed.
+
+    Raises:
+        UserError: the tokenizer and the template do not fit.
+    """
     section = recipe.chat
-    chat = make_format(
+    return make_format(
         section.template,
         section.system,
         tokenizer,
@@ -171,5 +183,3 @@ def load_chat_format(recipe: "Recipe") -> ChatFormat:
         end_token=section.end_token,
         today=date.fromisoformat(section.template_date) if section.template_date else None,
     )
-    check_tokenizer(tokenizer, source, source.config(), [token.id for token in chat.new_tokens])
-    return chat

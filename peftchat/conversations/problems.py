@@ -56,6 +56,7 @@ Kind = Literal[
     "nested_too_deep",
     "record_too_long",
     "broken_file",
+    "other_columns",
     "not_an_object",
     "missing_field",
     "wrong_type",
@@ -76,7 +77,8 @@ KINDS: dict[Kind, str] = {
     "lone_surrogate": "the text holds half of a surrogate pair",
     "nested_too_deep": "the JSON is nested too deep to be a conversation",
     "record_too_long": "the record is longer than the limit",
-    "broken_file": "the file cannot be read on from here",
+    "broken_file": "the rest of a file cannot be read",
+    "other_columns": "the row has another number of columns than the header",
     "not_an_object": "the record is JSON but not an object",
     "missing_field": "a field of the format is missing",
     "wrong_type": "a field holds another type than its format says",
@@ -138,6 +140,8 @@ class ProblemLog:
         notes: records that were kept but changed, or are worth knowing about, by name.
         examples: the first few problems of each kind.
         formats: source file -> format it was read as.
+        unread: files beside them that are not read -> why.
+        remarks: what else a user should know about the data, as a sentence -> in how many records.
     """
 
     def __init__(
@@ -150,6 +154,8 @@ class ProblemLog:
         self.notes: Counter[str] = Counter()
         self.examples: defaultdict[Kind, list[Problem]] = defaultdict(list)
         self.formats: dict[str, str] = {}
+        self.unread: dict[str, str] = {}
+        self.remarks: Counter[str] = Counter()
         self.first: Problem | None = None
         self._quarantine = quarantine
 

@@ -10,7 +10,7 @@ from peftchat.conversation import Conversation
 from peftchat.conversations.formats import FORMATS, Format, find_format, matching_format
 from peftchat.conversations.formats.base import field_names
 from peftchat.conversations.problems import STRICT_SCAN_RECORDS, ProblemLog, RawRecord, ReadOptions
-from peftchat.conversations.readers import find_files, reader_for
+from peftchat.conversations.readers import find_data, reader_for
 from peftchat.conversations.readers.hub import read_hub
 from peftchat.conversations.splitting import seeded_fraction
 from peftchat.errors import UserError
@@ -87,7 +87,7 @@ def read_conversations(
     those of single messages held until the file ends.
 
     Args:
-        path: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file, a folder of them, or a hub id.
+        path: a file, a folder or a pattern of files (`peftchat.conversations.readers.finding`), or a hub id.
         format: one of `list_formats()`; `auto` decides by the first records of each file.
         split: of a folder or hub data set; see `find_files`.
         problems: where bad records are counted; by default a strict log, so that the first one ends the reading.
@@ -103,11 +103,12 @@ def read_conversations(
     data_format = None if format == "auto" else find_format(format)
     if data_format is not None:
         _check_rank_limit(str(path), data_format, settings)
-    files = find_files(str(path), split)
-    if files is None:
+    found = find_data(str(path), split)
+    log.unread.update(found.unread)
+    if found.files is None:
         sources = [(str(path), read_hub(str(path), split, log))]
     else:
-        sources = [(str(file), _records(file, settings, log)) for file in files]
+        sources = [(str(file), _records(file, settings, log)) for file in found.files]
     stream = _all_sources(str(path), sources, data_format, settings, log)
     return _until_problem(stream, log) if log.strict else stream
 

@@ -1,5 +1,6 @@
 """A record as it comes out of a file, before anyone knows what it means."""
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -96,6 +97,7 @@ STRICT_SCAN_RECORDS = 10_000
 """How many more conversations a strict reader looks at, after the first problem, to say how many there are."""
 STRICT_SCAN_PROBLEMS = 1_000
 _EXAMPLES_PER_KIND = 3
+_MOST_UNREAD = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ class ProblemLog:
         notes: records that were kept but changed, or are worth knowing about, by name.
         examples: the first few problems of each kind.
         formats: source file -> format it was read as.
+        commits: hub data set -> the commit that was read.
         unread: files beside them that are not read -> why.
         remarks: what else a user should know about the data, as a sentence -> in how many records.
     """
@@ -154,6 +157,7 @@ class ProblemLog:
         self.notes: Counter[str] = Counter()
         self.examples: defaultdict[Kind, list[Problem]] = defaultdict(list)
         self.formats: dict[str, str] = {}
+        self.commits: dict[str, str] = {}
         self.unread: dict[str, str] = {}
         self.remarks: Counter[str] = Counter()
         self.first: Problem | None = None
@@ -163,6 +167,14 @@ class ProblemLog:
     def total(self) -> int:
         """The number of problems, of all kinds."""
         return self.problems.total()
+
+    def sentences(self) -> list[str]:
+        """What a user should know: commits, files that are not read, and the remarks with their counts."""
+        found = [f"{name} was read at commit {commit}." for name, commit in self.commits.items()]
+        found += [f"{file} is not read: {why}." for file, why in itertools.islice(self.unread.items(), _MOST_UNREAD)]
+        if len(self.unread) > _MOST_UNREAD:
+            found.append(f"{len(self.unread) - _MOST_UNREAD:,} more files are not read.")
+        return found + [f"In {count:,} records {remark}." for remark, count in self.remarks.items()]
 
     def add(self, problem: Problem, raw: bytes | None = None) -> None:
         """Record a record that cannot be used.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from peftchat.conversation import Conversation
 from peftchat.conversations.formats import FORMATS, Format, find_format, matching_format
 from peftchat.conversations.formats.base import field_names
+from peftchat.conversations.languages import check_languages
 from peftchat.conversations.problems import STRICT_SCAN_RECORDS, ProblemLog, RawRecord, ReadOptions
-from peftchat.conversations.readers import find_data, reader_for
+from peftchat.conversations.readers import check_no_hub_keys, find_data, reader_for
 from peftchat.conversations.readers.hub import read_hub
 from peftchat.conversations.splitting import seeded_fraction
 from peftchat.errors import UserError
@@ -41,6 +42,8 @@ def read_sources(
                 entry.path,
                 format=entry.format,
                 split=entry.split,
+                subset=entry.subset,
+                revision=entry.revision,
                 problems=log,
                 options=ReadOptions(languages=entry.languages, oasst_top_k=entry.oasst_top_k),
             ),
@@ -78,6 +81,8 @@ def read_conversations(
     *,
     format: str = "auto",
     split: str | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
     problems: ProblemLog | None = None,
     options: ReadOptions | None = None,
 ) -> Iterator[Conversation]:
@@ -90,6 +95,8 @@ def read_conversations(
         path: a file, a folder or a pattern of files (`peftchat.conversations.readers.finding`), or a hub id.
         format: one of `list_formats()`; `auto` decides by the first records of each file.
         split: of a folder or hub data set; see `find_files`.
+        subset: of a hub data set that has several.
+        revision: branch, tag or commit of a hub data set.
         problems: where bad records are counted; by default a strict log, so that the first one ends the reading.
         options: languages, OASST rank limit, record limit.
 
@@ -100,14 +107,16 @@ def read_conversations(
     """
     log = ProblemLog(strict=True) if problems is None else problems
     settings = options or ReadOptions()
+    check_languages(settings.languages)
     data_format = None if format == "auto" else find_format(format)
     if data_format is not None:
         _check_rank_limit(str(path), data_format, settings)
     found = find_data(str(path), split)
     log.unread.update(found.unread)
     if found.files is None:
-        sources = [(str(path), read_hub(str(path), split, log))]
+        sources = [(str(path), read_hub(str(path), split, log, subset=subset, revision=revision))]
     else:
+        check_no_hub_keys(str(path), subset, revision)
         sources = [(str(file), _records(file, settings, log)) for file in found.files]
     stream = _all_sources(str(path), sources, data_format, settings, log)
     return _until_problem(stream, log) if log.strict else stream

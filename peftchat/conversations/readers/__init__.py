@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peftchat.conversations.problems import ProblemLog, RawRecord
-from peftchat.conversations.readers.finding import FoundFiles, ending_of, find_data, find_files
+from peftchat.conversations.readers.finding import FoundFiles, check_no_hub_keys, ending_of, find_data, find_files
 from peftchat.conversations.readers.json_values import read_json_values
 from peftchat.conversations.readers.jsonl import read_jsonl
 from peftchat.conversations.readers.tables import read_arrow, read_csv, read_parquet
@@ -29,4 +29,4 @@ def reader_for(path: Path) -> Reader | None:
     return None if ending is None else _READERS[ending.removesuffix(".gz").removesuffix(".zst")]
 
 
-__all__ = ["FoundFiles", "Reader", "find_data", "find_files", "reader_for"]
+__all__ = ["FoundFiles", "Reader", "check_no_hub_keys", "find_data", "find_files", "reader_for"]

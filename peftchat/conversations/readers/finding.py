@@ -13,7 +13,7 @@ from peftchat.paths import expand_path
 
 _TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _PACKED = ("", ".gz", ".zst")
-ENDINGS = tuple(text + packed for text in _TEXT for packed in _PACKED) + (".parquet", ".arrow")
+ENDINGS = (*(text + packed for text in _TEXT for packed in _PACKED), ".parquet", ".arrow")
 """The endings of files that are read."""
 KNOWN_ENDINGS = f"{', '.join(_TEXT)} (also with .gz or .zst), .parquet, .arrow"
 
@@ -79,6 +79,18 @@ def find_data(path: str, split: str | None = None) -> FoundFiles:
     raise UserError(what, where=path, hint="Check the path.")
 
 
+def check_no_hub_keys(path: str, subset: str | None, revision: str | None) -> None:
+    """Check that a local path has no key that belongs to hub data sets.
+
+    Raises:
+        UserError: it has.
+    """
+    for key, value in (("subset", subset), ("revision", revision)):
+        if value is not None:
+            hint = "Leave it out, or name the files of the subset in `path`." if key == "subset" else "Leave it out."
+            raise UserError(f"`{key}: {value}` belongs to hub data sets, and this path is local", where=path, hint=hint)
+
+
 def _single_file(path: Path, split: str | None) -> Path:
     if split is not None:
         hint = "Leave `split` out, or give the folder."
@@ -92,11 +104,12 @@ def _single_file(path: Path, split: str | None) -> Path:
 
 def _of_pattern(path: str, text: str, split: str | None) -> FoundFiles:
     found: list[Path] = []
-    for match in map(Path, sorted(glob.glob(text, recursive=True))):
+    # `Path.glob` takes no absolute pattern.
+    for match in map(Path, sorted(glob.glob(text, recursive=True))):  # noqa: PTH207
         found += _walk(match) if match.is_dir() else [match]
     if not found:
         raise UserError("no file matches this pattern", where=path, hint="Check the path.")
-    fixed = Path(*[part for part in Path(text).parts[: _first_magic(text)]])
+    fixed = Path(*Path(text).parts[: _first_magic(text)])
     pattern = Path(text).relative_to(fixed)
     # A pattern that names a split asks for it, as `split` does.
     asked = _split_of(pattern) if split is None else None

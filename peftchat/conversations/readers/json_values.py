@@ -143,6 +143,7 @@ class _Elements:
                 raise _below_a_key(self._name, [match[1]])
             raw = raw[:_KEPT_OF_LONG_ELEMENT]
         if error.kind == "not_json":
+            self._problems.records -= 1
             self._unread(error.detail, raw.encode(errors="replace"))
         else:
             self._problems.add(Problem(self.where, error.kind, error.detail), raw.encode(errors="replace"))

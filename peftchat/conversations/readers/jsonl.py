@@ -67,7 +67,9 @@ def _lines(file: BinaryIO, name: str, max_record_bytes: int, problems: ProblemLo
             try:
                 value = orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                problems.add(explain_json_error(f"{name}:{number}", line, error), line)
+                problem = explain_json_error(f"{name}:{number}", line, error)
+                problems.records -= problem.kind == "broken_file"
+                problems.add(problem, line)
                 continue
             if isinstance(value, dict):
                 yield RawRecord(f"{name}:{number}", value, line)

@@ -5,7 +5,7 @@ import io
 import re
 import zlib
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
+from typing import IO, TYPE_CHECKING, BinaryIO, cast
 
 from peftchat.errors import UserError
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _HEAD = 2**16
+_PIECE_OF_ZSTD = 2**13
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _FIRST_BYTES: tuple[tuple[bytes, str, str], ...] = (
     (_GZIP, "gzip data", "Give the file a name that ends in .gz, or unpack it: gunzip."),
@@ -39,18 +40,16 @@ _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)\b", re.I
 _XML = re.compile(rb"(\xef\xbb\xbf)?\s*<\?xml\b", re.IGNORECASE)
 _PACKINGS = {".gz": (_GZIP, "gzip"), ".zst": (_ZSTD, "Zstandard")}
 
-BrokenPacking = (EOFError, zlib.error, gzip.BadGzipFile)
+BrokenPacking = (EOFError, zlib.error)
 """What reading packed data raises where it is damaged or cut off."""
 
 
-class _ZstdText(io.RawIOBase):
-    """Unpacked Zstandard data; damage is an `EOFError`."""
+class _Unpacked(io.RawIOBase):
+    """Unpacked data, piece by piece: what stands before a damage is given before the damage is reported."""
 
-    def __init__(self, path: Path) -> None:
-        # Arrow brings the decompressor along, and unlike zstandard's own reader it notices a file that is cut off.
-        import pyarrow
-
-        self._stream = pyarrow.CompressedInputStream(str(path), "zstd")
+    def __init__(self, stream: BinaryIO, most: int) -> None:
+        self._stream = stream
+        self._most = most
 
     def readable(self) -> bool:
         return True
@@ -58,7 +57,7 @@ class _ZstdText(io.RawIOBase):
     def readinto(self, buffer: "WriteableBuffer") -> int:
         target = memoryview(buffer).cast("B")
         try:
-            data = self._stream.read(len(target))
+            data = self._stream.read1(min(len(target), self._most))  # type: ignore[attr-defined]
         except OSError as error:
             raise EOFError(str(error)) from error
         target[: len(data)] = data
@@ -72,7 +71,7 @@ class _ZstdText(io.RawIOBase):
 class _LinesOfOldMacs(io.RawIOBase):
     """A file whose lines end in CR alone, with LF instead."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
 
     def readable(self) -> bool:
@@ -107,7 +106,7 @@ def open_text(path: Path) -> io.BufferedReader:
         file.close()
         raise
     if b"\r" in head and b"\n" not in head and b"\r" in head.rstrip(b"\r\n\t "):
-        return io.BufferedReader(_LinesOfOldMacs(cast("BinaryIO", file)), _HEAD)
+        return io.BufferedReader(_LinesOfOldMacs(file), _HEAD)
     return file
 
 
@@ -159,10 +158,14 @@ def _check_packing(path: Path, mark: bytes, kind: str) -> None:
 
 def _open(path: Path, suffix: str) -> io.BufferedReader:
     if suffix == ".gz":
-        return io.BufferedReader(cast("Any", gzip.open(path, "rb")), _HEAD)
+        return io.BufferedReader(_Unpacked(cast("BinaryIO", gzip.open(path, "rb")), _HEAD), _HEAD)
     if suffix == ".zst":
-        return io.BufferedReader(_ZstdText(path), _HEAD)
-    return path.open("rb", buffering=_HEAD)
+        # Arrow brings the decompressor along, and unlike zstandard's own reader it notices a file that is cut off.
+        import pyarrow
+
+        # Arrow fills each piece, so a damage costs the piece that it is in.
+        return io.BufferedReader(_Unpacked(pyarrow.CompressedInputStream(str(path), "zstd"), _PIECE_OF_ZSTD), _HEAD)
+    return cast("io.BufferedReader", path.open("rb", buffering=_HEAD))
 
 
 def as_text(file: IO[bytes]) -> io.TextIOWrapper:

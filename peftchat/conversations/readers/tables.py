@@ -142,7 +142,6 @@ def read_csv(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterato
                     continue
                 yield RawRecord(where, _with_lists(fields), None)
     except csv.Error as error:
-        problems.records += 1
         detail = f"not readable CSV: {error}; everything behind line {number} was not read"
         problems.add(Problem(f"{name}:{number + 1}", "broken_file", detail))
     except BrokenPacking as error:

@@ -19,7 +19,7 @@ def conversation(question: str, answer: str = "a") -> Conversation:
     return Conversation((Message("user", question), Message("assistant", answer)))
 
 
-@given(st.lists(st.integers(0, 30), max_size=60), st.floats(0.001, 0.999), st.integers())
+@given(st.lists(st.integers(0, 30), max_size=32), st.floats(0.001, 0.999), st.integers())
 def test_conversations_with_one_beginning_stay_on_one_side(questions: list[int], fraction: float, seed: int) -> None:
     everything = [conversation(str(question), str(number)) for number, question in enumerate(questions)]
     train, held_out = split_eval(everything, fraction, seed)

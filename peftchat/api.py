@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peftchat.runs.run_summary import AutoSetting, RunSummary
     from peftchat.serving.chat_model import ChatModel
     from peftchat.serving.generate import ChatAnswer
+    from peftchat.training.context import TrainOptions
     from peftchat.training.distributed import DistributedSetup
 
 RecipeSource = LoadedRecipe | Path | str
@@ -42,7 +43,12 @@ class WorkerError(VerificationError):
 
 
 def train(
-    recipe: RecipeSource, *, overrides: Sequence[str] = (), resume: bool = False, prompts: Sequence[str] = ()
+    recipe: RecipeSource,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    allow_changed: bool = False,
+    prompts: Sequence[str] = (),
 ) -> "RunSummary":
     """Fine-tune a model as a recipe says, and leave a run folder.
 
@@ -53,6 +59,7 @@ def train(
         recipe: the path of a recipe, or a loaded one.
         overrides: `section.key=value` texts, as for `--set`; for a path only.
         resume: continue from the last complete checkpoint, if there is one.
+        allow_changed: resume although base, tokenizer, template, data, settings or layout changed, and record it.
         prompts: prompts to answer before and after training.
 
     Returns:
@@ -78,19 +85,21 @@ def train(
 
     settle_processes()
     loaded = _load(recipe, overrides)
-    distributed = prepare_training(loaded, resume=resume, download=True)
+    distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed, download=True)
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
-    arguments = _train_arguments(loaded, overrides, resume=resume, prompts=prompts)
+    arguments = _train_arguments(loaded, overrides, resume=resume, allow_changed=allow_changed, prompts=prompts)
     if distributed.launcher == "torchrun":
         # With several machines there is a launcher on each, so the first of all processes claims the folder.
         with claimed_by_run(run_folder) if distributed.nodes == 1 else contextlib.nullcontext():
-            _launch(loaded, distributed, arguments)
+            _launch(loaded, distributed, arguments, TrainOptions(resume, allow_changed))
         return RunSummary.read(run_folder)
     with claimed_by_run(run_folder):
         loaded, auto_settings = choose_settings(loaded, distributed)
         if is_main_process():
             try_model_card(loaded.recipe)
-        options = TrainOptions(resume, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings)
+        options = TrainOptions(
+            resume, allow_changed, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings
+        )
         # Standard output is for data; DeepSpeed prints to it while it compiles.
         with contextlib.redirect_stdout(sys.stderr):
             summary = train_in_process(loaded, options, distributed)
@@ -230,8 +239,13 @@ def merge(run: Path | str, options: "MergeOptions | None" = None) -> "MergeResul
     return merge_run(Path(run), options or MergeOptions())
 
 
-def load_chat_model(name: Path | str) -> "ChatModel":
+def load_chat_model(name: Path | str, *, base: Path | str | None = None, allow_changed: bool = False) -> "ChatModel":
     """Load a run folder, a merged model, or any model with a chat template, ready to answer.
+
+    Args:
+        name: the folder or hub id.
+        base: folder or hub id of an adapter's base that has moved; None for the one that it was trained on.
+        allow_changed: load although base, tokenizer or template are not those of the run.
 
     Raises:
         UserError: it cannot be loaded, or has no chat template.
@@ -243,7 +257,7 @@ def load_chat_model(name: Path | str) -> "ChatModel":
     """
     from peftchat.serving.chat_model import load_for_chat
 
-    return load_for_chat(str(name))
+    return load_for_chat(str(name), base=None if base is None else str(base), allow_changed=allow_changed)
 
 
 def chat(
@@ -282,19 +296,22 @@ def settle_processes() -> None:
         UserError: the launcher's variables contradict each other.
     """
     from peftchat.console import stderr
-    from peftchat.training.launcher_environment import settle_environment
+    from peftchat.training.launcher_environment import clean_environment
 
-    ignored = settle_environment(os.environ)
+    ignored = clean_environment(os.environ)
     if ignored and os.environ.get("RANK", "0") == "0":
         stderr.print(f"Ignored from the environment: {', '.join(ignored)}", markup=False, highlight=False)
 
 
-def prepare_training(loaded: LoadedRecipe, *, resume: bool = False, download: bool = False) -> "DistributedSetup":
+def prepare_training(
+    loaded: LoadedRecipe, *, resume: bool = False, allow_changed: bool = False, download: bool = False
+) -> "DistributedSetup":
     """Resolve the processes of a run, and check the base, paths and folders before anything heavy is loaded.
 
     Args:
         loaded: the recipe.
         resume: continue from the last complete checkpoint, if there is one.
+        allow_changed: continue although base, tokenizer, template or data changed.
         download: download the weights of a hub model that is not in the cache, to check them.
 
     Raises:
@@ -310,7 +327,7 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False, download: bo
     recipe = loaded.recipe
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(source.path, source.split)
-    _check_run_folder(loaded, resume=resume)
+    _check_run_folder(loaded, resume=resume, allow_changed=allow_changed)
     # Last, because it imports the model's code.
     from peftchat.models.base_check import check_base
 
@@ -318,7 +335,7 @@ def prepare_training(loaded: LoadedRecipe, *, resume: bool = False, download: bo
     return distributed
 
 
-def _check_run_folder(loaded: LoadedRecipe, *, resume: bool) -> None:
+def _check_run_folder(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool) -> None:
     """Check that the run may write to its folder: nothing that the recipe reads is there."""
     from peftchat.runs.claim import refuse_held
     from peftchat.runs.run_folder import RunFolder
@@ -333,7 +350,7 @@ def _check_run_folder(loaded: LoadedRecipe, *, resume: bool) -> None:
     check_output(run_folder.path, inputs, f"output_dir: {run_folder.path}", continues=goes_on)
     if is_main_process():
         refuse_held(run_folder.path, option="output_dir")
-    run_folder.check_usable(loaded.recipe, resume=resume)
+    run_folder.check_usable(loaded.recipe, resume=resume, allow_changed=allow_changed)
 
 
 def choose_settings(
@@ -367,7 +384,7 @@ def _load(recipe: RecipeSource, overrides: Sequence[str], *, to_train: bool = Tr
 
 
 def _train_arguments(
-    loaded: LoadedRecipe, overrides: Sequence[str], *, resume: bool, prompts: Sequence[str]
+    loaded: LoadedRecipe, overrides: Sequence[str], *, resume: bool, allow_changed: bool, prompts: Sequence[str]
 ) -> list[str]:
     """Return the command line of `train`, without the program's name."""
     arguments = ["train", str(loaded.path)]
@@ -375,16 +392,18 @@ def _train_arguments(
         arguments += ["--set", override]
     for prompt in prompts:
         arguments += ["--prompt", prompt]
-    return [*arguments, "--resume"] if resume else arguments
+    arguments += ["--resume"] if resume else []
+    return [*arguments, "--allow-changed"] if allow_changed else arguments
 
 
-def _launch(loaded: LoadedRecipe, distributed: "DistributedSetup", arguments: Sequence[str]) -> None:
-    """Encode the data once, so that an error is printed once; then start the processes and wait for them."""
-    from peftchat.dataset.cache import load_splits
-    from peftchat.training.context import load_chat_format
+def _launch(
+    loaded: LoadedRecipe, distributed: "DistributedSetup", arguments: Sequence[str], options: "TrainOptions"
+) -> None:
+    """Check and encode everything once, so that an error is printed once; then start the processes."""
+    from peftchat.training.context import check_content
     from peftchat.training.launch import launch
 
-    load_splits(loaded.recipe, load_chat_format(loaded.recipe))
+    check_content(loaded, options, distributed)
     status = launch(distributed, arguments)
     if status:
         raise WorkerError(status)

@@ -98,14 +98,14 @@ class Conversation:
             the number of the element, from 1).
         tools: the definitions of the tools that the assistant may call: JSON text of a list, keys in their order and
             numbers as written; None where the record has none.
-        columns: the other fields of the record, such as `id`, `lang` or `category`. They are kept, and nothing is
-            trained on them.
+        columns: the other fields of the record, such as `id`, `lang` or `category`. They are kept, nothing is
+            trained on them, and conversations that differ in nothing else are equal.
     """
 
     messages: tuple[Message, ...]
     source: str = ""
     tools: str | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """The messages in the form that chat templates use."""

@@ -1,15 +1,23 @@
 """JSON text that keeps numbers as they were written, which no JSON parser of Python does."""
 
 import json
-from typing import Any
+from typing import Any, Self
 
-_SAFE_DIGITS = 18
+_SAFE_DIGITS = 4000
+# Python refuses to convert longer integers.
 
 
-class _Number(str):
-    """A number by its spelling: `1.50`, `1E5`, or an integer of any length."""
+class Number(float):
+    """A number that remembers its spelling: `1.50`, `1E5`, or an integer of any length."""
 
-    __slots__ = ()
+    __slots__ = ("spelling",)
+    spelling: str
+
+    def __new__(cls, spelling: str) -> Self:
+        """Make the number that the spelling means; it may round."""
+        number = super().__new__(cls, spelling)
+        number.spelling = spelling
+        return number
 
 
 def normalize_json(text: str) -> str:
@@ -21,7 +29,7 @@ def normalize_json(text: str) -> str:
     Raises:
         ValueError: the text is not JSON, or is nested too deep.
     """
-    return _write(_parse(text))
+    return write_json(parse_json(text))
 
 
 def split_json_list(text: str) -> list[str]:
@@ -30,52 +38,64 @@ def split_json_list(text: str) -> list[str]:
     Raises:
         ValueError: the text is not a JSON list.
     """
-    value = _parse(text)
+    value = parse_json(text)
     if not isinstance(value, list):
         raise ValueError("not a JSON list")
-    return [_write(item) for item in value]
+    return [write_json(item) for item in value]
 
 
 def write_json(value: Any) -> str:
-    """Return a parsed value in the spelling of `normalize_json`.
+    """Return a value in the spelling of `normalize_json`.
 
     Raises:
         ValueError: the value is nothing that JSON has, or is nested too deep.
     """
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, RecursionError) as error:
+        return _write_nested(value)
+    except TypeError as error:
         raise ValueError(f"not a JSON value: {error}") from None
-
-
-def _parse(text: str) -> Any:
-    """Return the value; numbers that Python would respell are `_Number`."""
-    try:
-        return json.loads(text, parse_float=_Number, parse_int=_integer, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("the JSON is nested too deep") from None
 
 
-def _integer(spelling: str) -> int | _Number:
-    return int(spelling) if len(spelling) <= _SAFE_DIGITS and spelling != "-0" else _Number(spelling)
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; each number that Python would respell is a `Number`.
+
+    Raises:
+        ValueError: the text is not JSON, or is nested too deep.
+    """
+    try:
+        return json.loads(text, parse_float=Number, parse_int=_integer, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deep") from None
+
+
+def holds_floats(value: Any) -> bool:
+    """Return whether there is a floating-point number in a value that a parser may have respelled."""
+    if isinstance(value, dict):
+        return any(map(holds_floats, value.values()))
+    if isinstance(value, list):
+        return any(map(holds_floats, value))
+    return type(value) is float
+
+
+def _integer(spelling: str) -> int | Number:
+    return int(spelling) if len(spelling) <= _SAFE_DIGITS and spelling != "-0" else Number(spelling)
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _write(value: Any) -> str:
-    try:
-        return _write_nested(value)
-    except RecursionError:
-        raise ValueError("the JSON is nested too deep") from None
-
-
 def _write_nested(value: Any) -> str:
-    if isinstance(value, _Number):
-        return str(value)
+    if isinstance(value, Number):
+        return value.spelling
     if isinstance(value, dict):
-        return "{" + ", ".join([f"{_write_nested(key)}: {_write_nested(item)}" for key, item in value.items()]) + "}"
-    if isinstance(value, list):
+        return "{" + ", ".join([f"{_write_key(key)}: {_write_nested(item)}" for key, item in value.items()]) + "}"
+    if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_write_nested, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _write_key(key: object) -> str:
+    return json.dumps(key if isinstance(key, str) else str(key), ensure_ascii=False)

@@ -1,16 +1,19 @@
 """A chat template together with a tokenizer that has its special tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from peftchat.chat_template.encoder import ChatEncoder
-from peftchat.chat_template.templates import CHAT_TEMPLATES, ChatTemplate
+from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, ChatTemplate
 from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.chat_template.tokenizer_template import TokenizerTemplate
-from peftchat.errors import UserError
+from peftchat.errors import UserError, first_line
 
 if TYPE_CHECKING:
+    from datetime import date
+
     from transformers import PreTrainedTokenizerBase
 
 
@@ -48,13 +51,25 @@ class ChatFormat:
         return ChatEncoder(self.tokenizer, self.template)
 
 
-def make_format(name: str, system: str | None, tokenizer: "PreTrainedTokenizerBase") -> ChatFormat:
+def make_format(
+    name: str,
+    system: str | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    variables: Mapping[str, Any] | None = None,
+    end_token: str | None = None,
+    today: "date | None" = None,
+) -> ChatFormat:
     """Prepare a tokenizer for a chat template. The tokenizer is changed.
 
     Args:
         name: a value of `chat.template`.
         system: the system message of conversations that have none. None leaves that to the template.
-        tokenizer: gets the template's tokens, its end token as `eos_token`, and its Jinja source.
+        tokenizer: gets the template's tokens and its Jinja source; with a template of the registry also its end token
+            as `eos_token`.
+        variables: further variables of a Jinja template (`chat.template_kwargs`).
+        end_token: ends an answer where a Jinja template writes no token behind it.
+        today: the date for Jinja templates that write one; None for the clock's.
 
     Raises:
         UserError: the tokenizer cannot take the template's tokens, or has no template of its own for `model`.
@@ -65,8 +80,22 @@ def make_format(name: str, system: str | None, tokenizer: "PreTrainedTokenizerBa
         known_bos = template.bos_token if template.bos_token in special_tokens(tokenizer) else None
         template = replace(template, system=system, bos_token=known_bos)
     else:
-        template = TokenizerTemplate(tokenizer, system)
+        if name != TOKENIZER_TEMPLATE:
+            tokenizer.chat_template = _read_template(name)
+        template = TokenizerTemplate(tokenizer, system, variables=variables, end_token=end_token, today=today)
     return ChatFormat(tokenizer, template, add_template_tokens(tokenizer, template))
+
+
+def _read_template(path: str) -> str:
+    """Read a Jinja file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the template cannot be read: {first_line(error)}", where=f"chat.template: {path}") from error
 
 
 def add_template_tokens(
@@ -94,7 +123,9 @@ def add_template_tokens(
     ids = special_tokens(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or template.end_token
-    tokenizer.eos_token = template.end_token
+    if isinstance(template, ChatTemplate):
+        # A model's own template may write its tokenizer's `eos_token`, which therefore stays.
+        tokenizer.eos_token = template.end_token
     tokenizer.chat_template = template.jinja
     for token in template.special_tokens:
         encoded = tokenizer.encode(token, add_special_tokens=False)

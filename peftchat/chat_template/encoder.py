@@ -4,9 +4,9 @@
 text between two special tokens is the end of a header and one content, and everything else is known in advance.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ class _TurnFrame:
         header_ids: ids of the header's text alone.
         suffix_ids: ids of the end token and of the trailer behind it.
         tags: tags of `prefix_ids`, of the header's text, of the content, and of each of `suffix_ids`.
+        role: whose turns they are; None for what precedes all turns.
     """
 
     prefix_ids: list[int]
@@ -39,6 +40,7 @@ class _TurnFrame:
     header_ids: list[int]
     suffix_ids: list[int]
     tags: bytes
+    role: Role | None = None
 
 
 class BlockEncoder:
@@ -85,6 +87,7 @@ class BlockEncoder:
             header_ids,
             [self._text.special[self._template.end_token], *trailer_ids],
             bytes(token_tag(part, role, last_answer=last_answer, context=context) for part in parts),
+            role,
         )
 
     def batch(self, conversations: Iterable[Conversation]) -> ExampleBatch:
@@ -111,20 +114,33 @@ class BlockEncoder:
             turn_ends.append(len(frames))
             sources.append(conversation.source)
         encoded = self._text.encode([frame.header_text + text for frame, text in zip(frames, contents, strict=True)])
-        ids, tags, starts = _concatenate(frames, encoded, self._tag_straddled(frames, contents, encoded))
+        straddled = self._straddled(frames, contents, encoded)
+        ids, tags, starts = _concatenate(frames, encoded, self._tag_straddled(frames, contents, straddled))
         totals = np.cumsum([0, *self._text.count_special_token_text(messages)])
         special_token_text = np.diff(totals[[0, *message_ends]]).astype(np.int32)
         return ExampleBatch(ids, tags, starts[[0, *turn_ends]], sources, special_token_text)
 
-    def _tag_straddled(
-        self, frames: Sequence[_TurnFrame], contents: Sequence[str], encoded: Sequence[list[int]]
-    ) -> dict[int, bytes]:
-        """Return, for each turn with a token that spans header and content, the tags of the ids of the two."""
+    def _straddled(self, frames: Sequence[_TurnFrame], contents: Sequence[str], encoded: list[list[int]]) -> list[int]:
+        """Return the turns with a token that spans header and content, after the answers among them were mended.
+
+        A model sees the header of an answer and writes the content, so that no token may span the two there.
+        """
         straddled = [
             index
             for index, (frame, ids) in enumerate(zip(frames, encoded, strict=True))
             if ids[: len(frame.header_ids)] != frame.header_ids
         ]
+        if not straddled:
+            return []
+        answers = [index for index in straddled if frames[index].role == "assistant"]
+        for index, ids in zip(answers, self._text.encode_behind([contents[index] for index in answers]), strict=True):
+            encoded[index] = frames[index].header_ids + ids
+        return [index for index in straddled if frames[index].role != "assistant"]
+
+    def _tag_straddled(
+        self, frames: Sequence[_TurnFrame], contents: Sequence[str], straddled: Sequence[int]
+    ) -> dict[int, bytes]:
+        """Return, for each turn with a token that spans header and content, the tags of the ids of the two."""
         located = self._text.encode_spans([(frames[index].header_text, contents[index]) for index in straddled])
         tags: dict[int, bytes] = {}
         for index, tokens in zip(straddled, located, strict=True):
@@ -170,6 +186,12 @@ def _concatenate(
     return np.array(ids, dtype=np.int32), token_tags, np.cumsum([0, *lengths], dtype=np.int64)
 
 
+Place = Literal["inside", "start", "behind"]
+"""Where text stands: behind a special token, at the start of the sequence, or behind other text."""
+
+_PLACES: tuple[Place, ...] = get_args(Place)
+
+
 @dataclass(slots=True)
 class _TextRun:
     """Ordinary text between two special tokens, in spans of one tag each.
@@ -177,12 +199,12 @@ class _TextRun:
     Attributes:
         texts: the spans' texts.
         tags: their tags. Neighbors differ.
-        at_start: whether the run starts the sequence.
+        place: where it stands.
     """
 
     texts: list[str]
     tags: list[int]
-    at_start: bool
+    place: Place
 
 
 @dataclass(slots=True)
@@ -207,8 +229,8 @@ _EncodedRun = tuple[list[int], bytes]
 class Template(Protocol):
     """The part of a chat template that encoding needs."""
 
-    def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
-        """Yield the conversation as spans of text."""
+    def examples(self, conversation: Conversation) -> Sequence[Iterable[TemplateSpan]]:
+        """Return the conversation's examples, each as spans of text."""
         ...
 
 
@@ -233,7 +255,7 @@ class ChatEncoder:
         added = tokenizer.added_tokens_decoder
         self._strips_right = {token.content for token in added.values() if token.rstrip}
         self._strips_left = {token.content for token in added.values() if token.lstrip}
-        self._template_ids: dict[tuple[str, bool], list[int]] = {}
+        self._template_ids: dict[tuple[str, Place], list[int]] = {}
         self._blocks: BlockEncoder | None = None
         if isinstance(template, ChatTemplate):
             tokens = [*template.special_tokens, template.bos_token]
@@ -243,6 +265,8 @@ class ChatEncoder:
 
     def encode(self, conversations: Iterable[Conversation]) -> list[EncodedExample]:
         """Return the examples of the conversations, in order. The tokenizer gets their text as one batch.
+
+        A template that rewrites earlier turns makes several examples of one conversation.
 
         Raises:
             UserError: the template cannot write one of them.
@@ -257,11 +281,24 @@ class ChatEncoder:
         """
         if self._blocks is not None:
             return self._blocks.batch(conversations)
-        return ExampleBatch.of(self._encode_by_spans(conversations))
+        conversations = list(conversations)
+        spans = [self._template.examples(conversation) for conversation in conversations]
+        owners = [number for number, examples in enumerate(spans) for _ in examples]
+        prepared = [
+            self._prepare(conversation, example)
+            for conversation, examples in zip(conversations, spans, strict=True)
+            for example in examples
+        ]
+        return ExampleBatch.of(self._encode_prepared(prepared), owners)
 
-    def _encode_by_spans(self, conversations: Iterable[Conversation]) -> list[EncodedExample]:
-        """Return the examples by way of the template's spans, which every template has."""
-        prepared = [self._prepare(conversation) for conversation in conversations]
+    def encode_spans(self, spans: Iterable[TemplateSpan]) -> list[int]:
+        """Return the ids of one text in spans, such as a prompt."""
+        (example,) = self._encode_prepared([self._prepare(Conversation(()), spans)])
+        ids: list[int] = example.ids.tolist()
+        return ids
+
+    def _encode_prepared(self, prepared: Sequence[_Prepared]) -> list[EncodedExample]:
+        """Return the examples by way of their spans, which every template has."""
         runs = [item for one in prepared for item in one.items if isinstance(item, _TextRun)]
         encoded = iter(self._encode_runs(runs))
         examples = []
@@ -282,13 +319,16 @@ class ChatEncoder:
             )
         return examples
 
-    def _prepare(self, conversation: Conversation) -> _Prepared:
-        """Return the conversation as special tokens and runs of text, without the white space that tokens strip."""
+    def _prepare(self, conversation: Conversation, spans: Iterable[TemplateSpan]) -> _Prepared:
+        """Return an example as special tokens and runs of text, without the white space that tokens strip."""
         prepared = _Prepared(conversation.source, sum(self._text.count_special_token_text(_texts(conversation))))
         texts: list[str] = []
         tags: list[int] = []
         strips = False
-        for span in self._template.spans(conversation):
+        for span in spans:
+            if span.opens:
+                self._append_run(prepared, texts, tags)
+                texts, tags, strips = [], [], False
             if span.special:
                 if span.text in self._strips_left:
                     self._strip_end(texts, tags)
@@ -310,7 +350,9 @@ class ChatEncoder:
     @staticmethod
     def _append_run(prepared: _Prepared, texts: list[str], tags: list[int]) -> None:
         if texts:
-            prepared.items.append(_TextRun(texts, tags, at_start=not prepared.items))
+            items = prepared.items
+            place: Place = "start" if not items else "behind" if isinstance(items[-1], _TextRun) else "inside"
+            items.append(_TextRun(texts, tags, place))
 
     def _strip_end(self, texts: list[str], tags: list[int]) -> None:
         """Remove the white space at the end, as a token with `lstrip` does."""
@@ -324,43 +366,56 @@ class ChatEncoder:
     def _encode_runs(self, runs: Sequence[_TextRun]) -> list[_EncodedRun]:
         """Return ids and tags of every run."""
         done: list[_EncodedRun] = [([], b"")] * len(runs)
-        for at_start in (False, True):
+        for place in _PLACES:
             joined, by_spans = [], []
             for index, run in enumerate(runs):
-                if run.at_start != at_start:
+                if run.place != place:
                     continue
                 if len(run.texts) == 1 and not _is_content(run.tags[0]):
-                    ids = self._ids_of_template_text(run.texts[0], at_start=at_start)
+                    ids = self._ids_of_template_text(run.texts[0], place)
                     done[index] = ids, bytes(run.tags) * len(ids)
                 elif len(run.texts) == 1 or self._header_ids(run) is not None:
                     joined.append(index)
                 else:
                     by_spans.append(index)
-            encoded = self._text.encode(["".join(runs[index].texts) for index in joined], at_start=at_start)
+            encoded = self._encode_texts(["".join(runs[index].texts) for index in joined], place)
             for index, ids in zip(joined, encoded, strict=True):
                 tags = self._tags_without_straddling(runs[index], ids)
                 if tags is None:
                     by_spans.append(index)
                 else:
                     done[index] = ids, tags
-            located = self._text.encode_spans([runs[index].texts for index in by_spans], at_start=at_start)
+            spans = [runs[index].texts for index in by_spans]
+            behind = place == "behind"
+            located = (
+                self._text.encode_spans_behind(spans)
+                if behind
+                else self._text.encode_spans(spans, at_start=place == "start")
+            )
             for index, tokens in zip(by_spans, located, strict=True):
                 span_tags = runs[index].tags
                 done[index] = tokens.ids, bytes(_tag_of(span_tags, first, last) for first, last in tokens.spans)
         return done
 
-    def _ids_of_template_text(self, text: str, *, at_start: bool) -> list[int]:
+    def _encode_texts(self, texts: Sequence[str], place: Place) -> list[list[int]]:
+        return (
+            self._text.encode_behind(texts)
+            if place == "behind"
+            else self._text.encode(texts, at_start=place == "start")
+        )
+
+    def _ids_of_template_text(self, text: str, place: Place) -> list[int]:
         """Return ids of text that comes from the template and not from a message. Each is encoded once."""
-        key = (text, at_start)
+        key = (text, place)
         if key not in self._template_ids:
-            self._template_ids[key] = self._text.encode([text], at_start=at_start)[0]
+            self._template_ids[key] = self._encode_texts([text], place)[0]
         return self._template_ids[key]
 
     def _header_ids(self, run: _TextRun) -> list[int] | None:
         """Return ids of the template's text before a content, if they show where that text ends."""
         if len(run.texts) != 2 or _is_content(run.tags[0]):
             return None
-        ids = self._ids_of_template_text(run.texts[0], at_start=run.at_start)
+        ids = self._ids_of_template_text(run.texts[0], run.place)
         return ids if self._text.is_prefix_stable(ids) else None
 
     def _tags_without_straddling(self, run: _TextRun, ids: list[int]) -> bytes | None:

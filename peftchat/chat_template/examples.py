@@ -1,5 +1,6 @@
 """Encoded conversations: single examples, flat batches, and the Arrow files that store them."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ class ExampleBatch:
         offsets: the index at which each example starts, and the end of the last one, int64, shape (N + 1,).
         sources: of each example, `file:line`.
         special_token_text: of each example, int32, shape (N,).
+        owners: the number of the conversation that each example is of, int64, shape (N,); None where each conversation
+            has one.
     """
 
     ids: TokenIds
@@ -51,9 +54,10 @@ class ExampleBatch:
     offsets: npt.NDArray[np.int64]
     sources: Sequence[str]
     special_token_text: npt.NDArray[np.int32]
+    owners: Sequence[int] | None = None
 
     @classmethod
-    def of(cls, examples: Sequence[EncodedExample]) -> "ExampleBatch":
+    def of(cls, examples: Sequence[EncodedExample], owners: Sequence[int] | None = None) -> "ExampleBatch":
         """Return the batch of these examples."""
         return cls(
             np.concatenate([np.zeros(0, np.int32), *(example.ids for example in examples)]),
@@ -61,7 +65,14 @@ class ExampleBatch:
             np.cumsum([0, *(len(example.ids) for example in examples)], dtype=np.int64),
             [example.source for example in examples],
             np.array([example.special_token_text for example in examples], dtype=np.int32),
+            owners,
         )
+
+    def by_conversation(self) -> Iterator[tuple[int, list[EncodedExample]]]:
+        """Yield each conversation's number and its examples."""
+        owners = range(len(self)) if self.owners is None else self.owners
+        for owner, examples in itertools.groupby(zip(owners, self, strict=True), key=lambda pair: pair[0]):
+            yield owner, [example for _, example in examples]
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -149,6 +160,17 @@ class ExampleStore:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def arrays(self) -> Iterator[tuple[TokenIds, TokenTags, npt.NDArray[np.int64]]]:
+        """Yield ids, token tags and offsets of the examples in flat arrays, batch by batch."""
+        for batch in self._batches:
+            offsets = batch["ids"].offsets.to_numpy()
+            start, stop = offsets[0], offsets[-1]
+            yield (
+                batch["ids"].values.slice(start, stop - start).to_numpy(),
+                batch["token_tags"].values.slice(start, stop - start).to_numpy(),
+                offsets - start,
+            )
 
     def __getitem__(self, index: int) -> EncodedExample:
         if not 0 <= index < len(self):

@@ -35,10 +35,18 @@ class TurnPart(IntEnum):
     CONTENT = 2
     END = 3  # the token that ends the turn, with any text between it and the content
     TRAILER = 4  # the text behind the end token within the turn: usually one newline
+    REASONING = 5  # of an answer: its reasoning, with the template's text around it
+    TOOL_CALL = 6  # of an answer: its calls, with the template's text around them
+    PREAMBLE = 7  # text of the template that the model must write before the content, such as an empty reasoning
 
 
 # A token that spans two parts gets the one that comes first here: what the model must write takes precedence.
-_PRECEDENCE = (TurnPart.CONTENT, TurnPart.END, TurnPart.HEADER, TurnPart.TRAILER, TurnPart.OUTSIDE)
+_PRECEDENCE = (
+    TurnPart.CONTENT, TurnPart.TOOL_CALL, TurnPart.REASONING, TurnPart.PREAMBLE,
+    TurnPart.END, TurnPart.HEADER, TurnPart.TRAILER, TurnPart.OUTSIDE,
+)  # fmt: skip
+
+_ANSWER_PARTS = (TurnPart.CONTENT, TurnPart.END, TurnPart.REASONING, TurnPart.TOOL_CALL, TurnPart.PREAMBLE)
 
 _PART_MASK = 0b111
 _ROLE_SHIFT = 3
@@ -92,7 +100,7 @@ def _is_trained(loss_on: LossOn, tag: int) -> bool:
         return False
     if loss_on == "answers_and_headers":
         return True
-    in_answer = tag & _PART_MASK in (TurnPart.CONTENT, TurnPart.END)
+    in_answer = tag & _PART_MASK in _ANSWER_PARTS
     return in_answer and (loss_on == "answers" or bool(tag & _LAST_ANSWER))
 
 

@@ -25,6 +25,10 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     return found
 
 
+_BEFORE = ("|", "x", "\n")
+"""Texts to put in front of a text that no start marker belongs to. The last that does not merge with it is used."""
+
+
 @dataclass(frozen=True, slots=True)
 class SpanTokens:
     """The tokens of a text that was given in spans.
@@ -285,6 +289,8 @@ class TextEncoder:
         spellings = sorted((token for token in self.special if len(token) > 1), key=len, reverse=True)
         self._special_token_text = re.compile("|".join(map(re.escape, spellings))) if spellings else None
         self._backend = _backend(tokenizer, {token: self.special[token] for token in spellings})
+        alone, first, both = self.encode(["\n", "x", "x\n"])
+        self._marks_starts = both != first + alone
 
     @property
     def whitespace(self) -> str | None:
@@ -306,6 +312,31 @@ class TextEncoder:
             at_start: whether each text is the very start of its sequence.
         """
         return self._backend.encode(texts, at_start=at_start)
+
+    def encode_behind(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts that stand behind other text, where no token spans the border.
+
+        Some tokenizers put a `▁` in front of all text that they are given. Text in the middle of a line has none, so
+        such a tokenizer gets the text behind a word, whose ids are removed.
+        """
+        found = self.encode(texts)
+        for before in _BEFORE if self._marks_starts else ():
+            (ids,) = self.encode([before])
+            for index, joined in enumerate(self.encode([before + text for text in texts])):
+                if joined[: len(ids)] == ids:
+                    found[index] = joined[len(ids) :]
+        return found
+
+    def encode_spans_behind(self, texts: Sequence[Sequence[str]]) -> list[SpanTokens]:
+        """Return the same for texts that are given in spans, with the spans that each token covers."""
+        found = self.encode_spans(texts)
+        for before in _BEFORE if self._marks_starts else ():
+            (ids,) = self.encode([before])
+            for index, joined in enumerate(self.encode_spans([(before, *spans) for spans in texts])):
+                if joined.ids[: len(ids)] == ids:
+                    covered = [(max(first - 1, 0), max(last - 1, 0)) for first, last in joined.spans[len(ids) :]]
+                    found[index] = SpanTokens(joined.ids[len(ids) :], covered)
+        return found
 
     def encode_spans(self, texts: Sequence[Sequence[str]], *, at_start: bool = False) -> list[SpanTokens]:
         """Return the same for texts that are given in spans, with the spans that each token covers."""

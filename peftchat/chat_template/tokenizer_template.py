@@ -1,35 +1,46 @@
-"""`chat.template: model`: the tokenizer's own template, with an exact loss mask.
+"""`chat.template: model`: the tokenizer's own template, whatever it does to a conversation.
 
-A Jinja template can do anything to a conversation, so its output is not searched for the answers. It is rendered twice:
-with the messages, and with a marker in place of each message's content. If the second text with the contents put back
-equals the first, the markers show where each content is.
+Every trained answer stands behind the prompt that the model gets for it, token for token. A template that rewrites
+earlier turns, such as one that takes reasoning out of them, makes an example for each answer that it affects.
 """
 
+import json
 import re
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from datetime import date
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
-from peftchat.chat_template.loss_mask import TurnPart, token_tag
-from peftchat.chat_template.message_text import message_text
+from peftchat.chat_template.answer_rendering import (
+    PROBE_TOOL,
+    AnswerRenderer,
+    RenderedAnswer,
+    TemplateMessage,
+    TemplateRenderer,
+    Tools,
+)
+from peftchat.chat_template.answer_spans import ExampleBuilder, check_written
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
-from peftchat.chat_template.text_encoder import special_tokens
-from peftchat.conversation import Conversation, Role
+from peftchat.chat_template.text_encoder import TextEncoder
+from peftchat.conversation import Conversation
 from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turns = Sequence[tuple[Role, str]]
-ToolSchemas = list[dict[str, Any]] | None
-
 _OTHERS = f"Set `chat.template` to {' or '.join(f'`{name}`' for name in CHAT_TEMPLATES)}."
 
+_QUESTION: TemplateMessage = {"role": "user", "content": "question"}
+_ANSWER: TemplateMessage = {"role": "assistant", "content": "answer"}
+_CALL: dict[str, Any] = {
+    "id": "abcde1234",
+    "type": "function",
+    "function": {"name": "find", "arguments": {"text": "answer"}},
+}
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
-class _Flags(TypedDict):
-    last_answer: bool
-    context: bool
+_BOUNDARY_CHARACTERS = 48
+"""Characters on each side of a border in which tokens could merge across it."""
 
 
 class TokenizerTemplate:
@@ -38,175 +49,198 @@ class TokenizerTemplate:
     Args:
         tokenizer: with a `chat_template`.
         system: the system message of conversations that have none. None leaves that to the template.
+        variables: further variables of the template, such as `enable_thinking`.
+        end_token: the token that ends an answer, for templates that write none.
+        today: the date for templates that write one; None for the clock's.
+
+    Attributes:
+        end_token: the token that ends an answer without calls.
+        end_tokens: every token that ends an answer; generation stops at each of them.
+        written_date: the date that the template writes; None for templates that write none.
 
     Raises:
-        UserError: the tokenizer has no template, or its template writes no special token behind an answer.
+        UserError: the tokenizer has no template, or nothing in the template ends an answer.
     """
 
     name = TOKENIZER_TEMPLATE
     special_tokens: Mapping[str, str] = MappingProxyType({})
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", system: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        system: str | None = None,
+        *,
+        variables: Mapping[str, Any] | None = None,
+        end_token: str | None = None,
+        today: date | None = None,
+    ) -> None:
         if not tokenizer.chat_template:
-            raise UserError(
-                "the model's tokenizer has no chat template",
-                where="chat.template: model",
-                hint=_OTHERS,
-            )
-        self._tokenizer = tokenizer
+            raise UserError("the model's tokenizer has no chat template", where="chat.template: model", hint=_OTHERS)
+        self.jinja = tokenizer.chat_template
         self._system = system
-        self.jinja = str(tokenizer.get_chat_template())
-        by_length = sorted(special_tokens(tokenizer), key=len, reverse=True)
-        self._special = re.compile("(" + "|".join(map(re.escape, by_length)) + ")") if by_length else None
-        self._nonce = secrets.token_hex(8)
-        self._marker = re.compile(rf"{self._nonce}-(\d+)-")
-        self._headers: dict[Role, str] = {}
-        self.end_token = self._find_end_token()
+        self._end_token = end_token
+        self._text = TextEncoder(tokenizer)
+        if end_token is not None and end_token not in self._text.special:
+            raise UserError(
+                f"{end_token!r} is not a special token of the tokenizer",
+                where="chat.end_token",
+                hint="Name a special token, such as the tokenizer's `eos_token`.",
+            )
+        today = today or date.today()
+        written = _with_date(self.jinja, today)
+        self.written_date = None if written == self.jinja else today.isoformat()
+        self._renderer = TemplateRenderer(tokenizer, written, list(self._text.special), variables)
+        self._arguments_as_text = self._wants_text_arguments()
+        self.end_tokens = self._find_end_tokens(tokenizer)
+        self.end_token = self.end_tokens[0]
 
-    def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
-        """Yield the conversation as the template writes it.
+    def examples(self, conversation: Conversation) -> list[list[TemplateSpan]]:
+        """Return the conversation's examples, each as spans: as many as the template's rewriting needs.
 
         Raises:
-            UserError: the template raises an error for the conversation, or rewrites a message's content.
+            UserError: the template refuses the conversation, loses a part of it, or writes an answer that does not
+                follow from its prompt.
         """
-        turns = [(message.role, message_text(message)) for message in conversation.messages]
-        context = [message.train is False for message in conversation.messages]
+        try:
+            return self._examples(conversation)
+        except UserError as error:
+            raise UserError(
+                error.message, where=conversation.source or error.where, hint=error.hint or _OTHERS
+            ) from error
+
+    def prompt(self, conversation: Conversation) -> list[TemplateSpan]:
+        """Return the prompt of the next answer as spans.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
+        messages, tools, _ = self._inputs(conversation)
+        rendered = self._renderer.render(messages, tools, generation_prompt=True)
+        builder = ExampleBuilder(self._renderer, messages, frozenset(), -1)
+        return list(builder.context_only(rendered))
+
+    def _inputs(self, conversation: Conversation) -> tuple[list[Mapping[str, Any]], Tools, int]:
+        """Return messages and tools for the template, protected, and how many messages were put in front."""
+        dicts = conversation.as_dicts()
+        if self._arguments_as_text:
+            dicts = [_with_text_arguments(message) for message in dicts]
+        added = self._system is not None and not (dicts and dicts[0]["role"] == "system")
+        if added:
+            dicts.insert(0, {"role": "system", "content": self._system})
+        protect = self._renderer.protect
+        return [protect(message) for message in dicts], protect(conversation.tool_schemas()), int(added)
+
+    def _examples(self, conversation: Conversation) -> list[list[TemplateSpan]]:
+        messages, tools, added = self._inputs(conversation)
+        untrained = frozenset(
+            index + added for index, message in enumerate(conversation.messages) if message.train is False
+        )
         last = last_answer_index(conversation)
-        if self._system is not None and not (turns and turns[0][0] == "system"):
-            turns.insert(0, ("system", self._system))
-            context.insert(0, False)
-            last = last + 1 if last >= 0 else -1
-        source = conversation.source or None
-        tools = conversation.tool_schemas()
-        rendered = self._render(turns, source, tools)
-        if tools and rendered == self._render(turns, source):
+        builder = ExampleBuilder(self._renderer, messages, untrained, last + added if last >= 0 else -1)
+        renderer = AnswerRenderer(self._renderer, messages, tools, self._end_token)
+        trained = [
+            index
+            for index, message in enumerate(messages)
+            # Nothing asks for an answer that begins a conversation: it is context.
+            if index and message["role"] == "assistant" and index not in untrained
+        ]
+        if not trained:
+            rendered = self._renderer.render(messages, tools, generation_prompt=False)
+            return [list(builder.context_only(rendered))]
+        groups: list[list[RenderedAnswer]] = []
+        for index in trained:
+            answer = renderer.answer(index)
+            continues = bool(groups) and self._continues(groups[-1][-1], answer)
+            check_written(messages, tools, answer, groups[-1][-1].index + 1 if continues else 0, self._renderer.restore)
+            if continues:
+                groups[-1].append(answer)
+            else:
+                groups.append([answer])
+        return [list(builder.spans(group, repeated=number > 0)) for number, group in enumerate(groups)]
+
+    def _continues(self, before: RenderedAnswer, answer: RenderedAnswer) -> bool:
+        """Return whether the tokens of an answer and its prompt begin the prompt of the next answer."""
+        if not answer.prompt.startswith(before.prompt + before.text):
+            return False
+        # Only text that no special token separates could be encoded otherwise once it is one text.
+        tail = self._renderer.special.split(before.prompt)[-1][-_BOUNDARY_CHARACTERS:]
+        head = self._renderer.special.split(before.text, maxsplit=1)[0][:_BOUNDARY_CHARACTERS]
+        if not tail or not head:
+            return True
+        tail, head = self._renderer.restore(tail), self._renderer.restore(head)
+        joined, first = self._text.encode([tail + head, tail])
+        return joined == first + self._text.encode_behind([head])[0]
+
+    def _wants_text_arguments(self) -> bool:
+        """Return whether the template takes the arguments of a call as JSON text only."""
+        calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+        found = []
+        for messages in ([_QUESTION, calling], [_QUESTION, _with_text_arguments(calling)]):
+            try:
+                self._renderer.render(messages, [PROBE_TOOL], generation_prompt=False)
+            except UserError:
+                found.append(False)
+            else:
+                found.append(True)
+        return found == [False, True]
+
+    def _find_end_tokens(self, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+        """Return the tokens that end an answer, and an answer that calls a tool, where the template writes one.
+
+        Raises:
+            UserError: nothing ends an answer.
+        """
+        calling = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+        found: list[str] = []
+        refusal: UserError | None = None
+        for answer, tools in ((_ANSWER, None), (_ANSWER, [PROBE_TOOL]), (calling, [PROBE_TOOL])):
+            if found and answer is _ANSWER:
+                continue
+            try:
+                text = AnswerRenderer(self._renderer, [_QUESTION, answer], tools, self._end_token).answer(1).text
+            except UserError as error:
+                refusal = refusal or error
+                continue
+            token = self._renderer.special.split(text)[-2]
+            if token not in found:
+                found.append(token)
+        if found:
+            return tuple(found)
+        if refusal is not None and refusal.where is not None:
+            raise refusal
+        # A template that refuses these conversations may still take those of the data.
+        usual = self._end_token or tokenizer.eos_token
+        if usual is None:
             raise UserError(
-                "the conversation defines tools, and the model's chat template does not write them",
-                where=source,
-                hint=f"{_OTHERS} Or remove `tools` from the records.",
-            )
-        skeleton = self._skeleton([role for role, _ in turns], source, tools)
-        contents = _match_contents(rendered, skeleton, [content for _, content in turns])
-        if contents is None:
-            raise UserError(
-                "the model's template rewrites the content of a message, so that no exact mask exists",
-                where=source,
-                hint=f"{_OTHERS} Or remove such messages.",
-            )
-        yield from self._split(skeleton, contents, [role for role, _ in turns], last, context)
-
-    def _render(self, turns: Turns, source: str | None, tools: ToolSchemas = None) -> str:
-        from jinja2.exceptions import TemplateError
-
-        messages = [{"role": role, "content": content} for role, content in turns]
-        try:
-            return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
-        # A template is code by the model's authors. It may raise an error of its own or fail by accident.
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"the model's chat template refuses the conversation: {error}", where=source) from error
-
-    def _skeleton(self, roles: Sequence[Role], source: str | None = None, tools: ToolSchemas = None) -> list[str]:
-        """Return the template's text around the contents, alternating with message indices; text at both ends."""
-        marked = self._render([(role, f"{self._nonce}-{index}-") for index, role in enumerate(roles)], source, tools)
-        return self._marker.split(marked)
-
-    def _split(
-        self, skeleton: list[str], contents: Sequence[str], roles: Sequence[Role], last: int, context: Sequence[bool]
-    ) -> Iterator[TemplateSpan]:
-        """Yield the spans of a skeleton. The text between two contents ends one turn and starts the next."""
-        shown = [int(index) for index in skeleton[1::2]]
-        opening = skeleton[0]
-        header = self._header_of(opening, roles[shown[0]]) if shown else ""
-        yield from self._template_text(opening.removesuffix(header), token_tag(TurnPart.OUTSIDE))
-        for position, index in enumerate(shown):
-            role, flags = roles[index], _Flags(last_answer=index == last, context=context[index])
-            yield from self._template_text(header, token_tag(TurnPart.HEADER, role, **flags))
-            if contents[position]:
-                yield TemplateSpan(contents[position], token_tag(TurnPart.CONTENT, role, **flags))
-            next_role = roles[shown[position + 1]] if position + 1 < len(shown) else None
-            end, trailer, header = self._after_content(skeleton[2 * position + 2], next_role)
-            yield from self._template_text(end, token_tag(TurnPart.END, role, **flags))
-            yield from self._template_text(trailer, token_tag(TurnPart.TRAILER, role, **flags))
-        yield from self._template_text(header if shown else "", token_tag(TurnPart.OUTSIDE))
-
-    def _after_content(self, text: str, next_role: Role | None) -> tuple[str, str, str]:
-        """Split the text behind a content: through the end token, the rest of the turn, the next turn's header."""
-        header = self._header_of(text, next_role) if next_role else ""
-        turn = text.removesuffix(header)
-        match = self._special.search(turn) if self._special else None
-        if match is None:
-            return (turn, "", header) if header else ("", "", text)
-        rest = turn[match.end() :]
-        if header:
-            return turn[: match.end()], rest, header
-        trailer = rest[: len(rest) - len(rest.lstrip())]
-        return turn[: match.end()], trailer, rest[len(trailer) :]
-
-    def _header_of(self, text: str, role: Role) -> str:
-        """Return the header of a turn of this role at the end of the text; "" if it is not known."""
-        if role not in self._headers:
-            self._headers[role] = self._find_header(role)
-        return self._headers[role] if text.endswith(self._headers[role]) else ""
-
-    def _find_header(self, role: Role) -> str:
-        """Find the text between a finished turn and the content of one of this role; "" if there is no such text."""
-        before: tuple[Role, ...] = ("user",) if role == "assistant" else ("user", "assistant")
-        try:
-            shorter = self._skeleton(before)
-            longer = self._skeleton((*before, role))
-        except UserError:
-            return ""
-        *shared, end = shorter
-        if longer[: len(shared)] != shared or len(longer) != len(shorter) + 2 or not longer[-3].startswith(end):
-            return ""
-        return longer[-3].removeprefix(end)
-
-    def _template_text(self, text: str, tag: int) -> Iterator[TemplateSpan]:
-        """Yield text of the template, with each special token as a span of its own."""
-        parts = self._special.split(text) if self._special else [text]
-        for index, part in enumerate(parts):
-            if part:
-                yield TemplateSpan(part, tag, special=index % 2 == 1)
-
-    def _find_end_token(self) -> str:
-        after = self._skeleton(("user", "assistant"))[-1]
-        match = self._special.search(after) if self._special else None
-        if match is None:
-            raise UserError(
-                "the model's chat template writes no special token after an answer, so nothing would end it",
+                "nothing ends an answer: the tokenizer has no end token, and the chat template writes none",
                 where="chat.template: model",
-                hint=_OTHERS,
+                hint="Set `chat.end_token`, or choose another template.",
             )
-        return match.group()
+        return (str(usual),)
 
 
-def _match_contents(rendered: str, skeleton: Sequence[str], contents: Sequence[str]) -> list[str] | None:
-    """Return the contents as the rendered text has them, in the order of the skeleton's markers.
+def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message whose calls have their arguments as JSON text."""
+    if not message.get("tool_calls"):
+        return dict(message)
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
-    Templates strip white space from some or all contents. Contents that are changed in any other way do not match.
 
-    Returns:
-        One text per marker, or None if the skeleton with the contents put back is not the rendered text.
+def _with_date(jinja: Any, today: date) -> Any:
+    """Return a template that writes this date where it would write the clock's.
+
+    A run that reads the clock would make other examples on another day. Formats that are no literal are left alone.
     """
-    shown = [contents[int(index)] for index in skeleton[1::2]]
-    texts = skeleton[0::2]
-    # Maps each offset that a prefix of the contents can end at, with the text behind it, to these contents.
-    matches: dict[int, list[str]] = {len(texts[0]): []} if rendered.startswith(texts[0]) else {}
-    for content, text in zip(shown, texts[1:], strict=True):
-        longer: dict[int, list[str]] = {}
-        for start, before in matches.items():
-            for form in _stripped_forms(content):
-                stop = start + len(form) + len(text)
-                if rendered.startswith(form, start) and rendered.startswith(text, start + len(form)):
-                    longer.setdefault(stop, [*before, form])
-        matches = longer
-    return matches.get(len(rendered))
-
-
-def _stripped_forms(content: str) -> list[str]:
-    """Return the content and its forms without white space or newlines at one or both ends, the longest first."""
-    if content and not content[0].isspace() and not content[-1].isspace():
-        return [content]
-    forms = {form(content) for form in (str.strip, str.lstrip, str.rstrip)}
-    forms |= {content, content.strip("\n"), content.lstrip("\n"), content.rstrip("\n")}
-    return sorted(forms, key=len, reverse=True)
+    if isinstance(jinja, Mapping):
+        return {name: _with_date(source, today) for name, source in jinja.items()}
+    return _DATE_CALL.sub(lambda match: f"{match[1]}{today.strftime(match[2])}{match[1]}", str(jinja))

@@ -4,11 +4,13 @@ import sys
 
 import click
 
-from peftchat.cli.common import NameType, json_option
+from peftchat.cli.common import NameType, allow_changed_option, base_option, json_option
 
 
 @click.command("chat")
 @click.argument("model", type=NameType())
+@base_option()
+@allow_changed_option()
 @click.option("--prompt", metavar="TEXT", help="Answer this and exit; `-` reads it from standard input.")
 @click.option("--system", metavar="TEXT", help="System prompt.  [default: the one of the model's template]")
 @json_option("Print one JSON object per answer and nothing else.")
@@ -22,6 +24,8 @@ from peftchat.cli.common import NameType, json_option
 @click.option("--seed", type=int, help="Seed of the sampling.")
 def command(
     model: str,
+    base: str | None,
+    allow_changed: bool,
     prompt: str | None,
     system: str | None,
     as_json: bool,
@@ -59,7 +63,7 @@ def command(
     from peftchat.serving.terminal import Chat, ChatHistory, system_prompt_error
 
     disable_progress_bar()
-    loaded = api.load_chat_model(model)
+    loaded = api.load_chat_model(model, base=base, allow_changed=allow_changed)
     if system is not None and (problem := system_prompt_error(loaded, system)):
         raise UserError(problem, where="--system")
     if seed is not None:

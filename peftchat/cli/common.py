@@ -101,6 +101,22 @@ def set_option() -> Callable[[_Function], _Function]:
     )
 
 
+def allow_changed_option() -> Callable[[_Function], _Function]:
+    """Return the flag `--allow-changed`."""
+    return click.option(
+        "--allow-changed",
+        is_flag=True,
+        help="Go on although base, tokenizer, template or data are not those of the run; record the change.",
+    )
+
+
+def base_option() -> Callable[[_Function], _Function]:
+    """Return the option `--base`, a folder or a hub id."""
+    return click.option(
+        "--base", type=NameType(), metavar="MODEL", help="Folder or hub id of an adapter's base that has moved."
+    )
+
+
 def json_option(help: str = "Print one JSON object and nothing else.") -> Callable[[_Function], _Function]:
     """Return the flag `--json`, as the parameter `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help=help)

@@ -12,11 +12,10 @@ from click.utils import PacifyFlushWrapper
 from peftchat import __version__
 from peftchat.cli import chat, compare, data, export, init, mask, merge, plan, train, variants
 from peftchat.cli.common import OrderedGroup
-from peftchat.console import stderr
 from peftchat.errors import UserError, VerificationError, first_line
 from peftchat.interruption import end, interruptible, interruption, leave
 from peftchat.streams import BROKEN_PIPE_STATUS, check_output, discard_output, prepare_streams
-from peftchat.training.launcher_environment import settle_environment
+from peftchat.training.launcher_environment import clean_environment
 from peftchat.training.several_processes import is_lost_process, is_main_process, let_others_speak
 
 # A disk or a file system raises these; a defect of peftchat would rarely.
@@ -52,7 +51,7 @@ _TOO_MANY = {errno.EMFILE, errno.ENFILE}
 def cli(context: click.Context) -> None:
     """Fine-tune a chat assistant of your own: full, LoRA or QLoRA, from one recipe."""
     if context.invoked_subcommand != train.command.name:
-        settle_environment(os.environ, trains=False)
+        clean_environment(os.environ, trains=False)
     try:
         Path.cwd()
     except OSError as error:
@@ -163,6 +162,8 @@ def _is_of_output(error: OSError) -> bool:
 
 
 def _print_error(message: str) -> None:
+    from peftchat.console import stderr
+
     if not is_main_process():
         let_others_speak()
         message = f"Process {os.environ['RANK']}: {message}"

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from peftchat.cli.common import Command, PathType, json_option, output_option
+from peftchat.cli.common import Command, PathType, allow_changed_option, json_option, output_option
 
 if TYPE_CHECKING:
     from peftchat.merging.output import MergeReport
+    from peftchat.merging.qlora_base import BaseMode
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -50,11 +51,13 @@ class _WeightedAdapter(click.ParamType):
 @output_option("Folder of the merged model.  [default: RUN/merged]")
 @click.option(
     "--base",
-    type=click.Choice(["auto", "original", "dequantized"]),
-    default="auto",
-    show_default=True,
-    help="For a QLoRA run: merge into the original base or into the one it was trained on. auto takes the nearer one.",
+    "bases",
+    multiple=True,
+    metavar="auto|original|dequantized|MODEL",
+    help="For a QLoRA run: merge into the original base or into the one it was trained on. auto takes the nearer one. "
+    "MODEL is the folder or hub id of a base that has moved. Repeatable.  [default: auto]",
 )
+@allow_changed_option()
 @click.option(
     "--verify/--no-verify", default=True, help="Compare the logits with base and adapter afterwards.  [default: on]"
 )
@@ -79,7 +82,8 @@ class _WeightedAdapter(click.ParamType):
 def command(
     run: Path,
     output: Path | None,
-    base: str,
+    bases: tuple[str, ...],
+    allow_changed: bool,
     verify: bool,
     scale: float,
     adapters: tuple[tuple[Path, float], ...],
@@ -105,9 +109,12 @@ def command(
     from peftchat import api
     from peftchat.merging import MergeOptions
 
+    base, base_model = _split_bases(bases)
     options = MergeOptions(
         output=output,
-        base=base,  # type: ignore[arg-type]
+        base=base,
+        base_model=base_model,
+        allow_changed=allow_changed,
         verify=verify,
         scale=scale,
         adapters=adapters,
@@ -120,6 +127,18 @@ def command(
         click.echo(json.dumps({"folder": str(result.folder), **result.report.as_dict()}))
     else:
         _print(result.folder, result.report)
+
+
+def _split_bases(bases: tuple[str, ...]) -> "tuple[BaseMode, str | None]":
+    """Return which weights of the base to take, and where the base is if it has moved."""
+    from peftchat.errors import UserError
+
+    modes = [base for base in bases if base in ("auto", "original", "dequantized")]
+    models = [base for base in bases if base not in modes]
+    if len(modes) > 1 or len(models) > 1:
+        raise UserError(f"got {' and '.join(bases)}, expected one of each kind", where="--base")
+    mode: BaseMode = modes[0] if modes else "auto"  # type: ignore[assignment]
+    return mode, models[0] if models else None
 
 
 def _print(folder: Path, report: "MergeReport") -> None:

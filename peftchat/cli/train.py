@@ -5,18 +5,26 @@ from pathlib import Path
 
 import click
 
-from peftchat.cli.common import Command, PathType, note, set_option
+from peftchat.cli.common import Command, PathType, allow_changed_option, note, set_option
 
 
 @click.command("train", cls=Command, renamed={"--ask": "--prompt"})
 @click.argument("recipe", type=PathType())
 @set_option()
 @click.option("--resume", is_flag=True, help="Resume from the last checkpoint; start from scratch if there is none.")
+@allow_changed_option()
 @click.option("--dry-run", is_flag=True, help="Check everything, show the plan and one example, train nothing.")
 @click.option(
     "--prompt", "prompts", multiple=True, metavar="TEXT", help="Answer this before and after training. Repeatable."
 )
-def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: bool, prompts: tuple[str, ...]) -> None:
+def command(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    allow_changed: bool,
+    dry_run: bool,
+    prompts: tuple[str, ...],
+) -> None:
     """Fine-tune a model from a recipe.
 
     The run folder holds the model or adapter, metrics, checkpoints and a report.
@@ -31,14 +39,14 @@ def command(recipe: Path, overrides: tuple[str, ...], resume: bool, dry_run: boo
     api.settle_processes()
     loaded = load_recipe(recipe, overrides)
     if dry_run:
-        distributed = api.prepare_training(loaded, resume=resume)
+        distributed = api.prepare_training(loaded, resume=resume, allow_changed=allow_changed)
         loaded, _ = api.choose_settings(loaded, distributed)
         from peftchat.planning.plan_report import print_dry_run
 
         print_dry_run(loaded, distributed)
         return
     try:
-        summary = api.train(loaded, resume=resume, prompts=prompts)
+        summary = api.train(loaded, resume=resume, allow_changed=allow_changed, prompts=prompts)
     except api.WorkerError as error:
         sys.exit(error.status)
     from peftchat.training.several_processes import is_main_process

@@ -43,6 +43,8 @@ class ComparisonFolder:
     @property
     def is_comparison(self) -> bool:
         """Whether a comparison has begun here, so that its files may be replaced; a run's folder is none."""
+        if not self.path.is_dir():
+            return False
         folders = [self.path / name for name in _FOLDERS if (self.path / name).is_dir()]
         if self.base.is_file():
             return len(folders) == len(_FOLDERS)

@@ -6,10 +6,13 @@ from typing import Any, get_args
 
 from peftchat.conversation import Conversation
 from peftchat.conversations.formats.oasst import RULES, TreeRule
-from peftchat.conversations.problems import KINDS, Kind, ProblemLog
+from peftchat.conversations.problems import KINDS, NOTES, Kind, ProblemLog
 
 SKIPPED: dict[str, str] = {
     **{str(rule): meaning for rule, meaning in RULES.items()},
+    "label_is_false": "records whose label says false",
+    "flagged_not_to_train": "records flagged not to be trained",
+    "left_out_by_weight": "conversations left out by the weight of their source",
     "other_language": "conversations in another language",
     "duplicate": "conversations that were there before, word for word",
 }
@@ -47,6 +50,8 @@ class Card:
         problems: records in quarantine by kind.
         examples: the first problems of each kind, as `file:line: detail`.
         skipped: what was left out by rule.
+        unused: fields that nothing is trained on -> the records that have them, and the first of these.
+        changed: records that were changed, by kind of change.
         trimmed: conversations that lost a user turn at their end.
         train: what `train.jsonl` holds.
         eval: what `eval.jsonl` holds.
@@ -65,6 +70,8 @@ class Card:
     problems: dict[Kind, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, dict[str, Any]] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
     trimmed: int = 0
     train: SplitCount = field(default_factory=SplitCount)
     eval: SplitCount = field(default_factory=SplitCount)
@@ -80,6 +87,8 @@ class Card:
         self.problems = {kind: log.problems[kind] for kind in KINDS if kind in log.problems}
         self.examples = {kind: [str(problem) for problem in log.examples[kind]] for kind in self.problems}
         self.skipped = {rule: log.skipped[rule] for rule in SKIPPED if rule in log.skipped}
+        self.unused = {name: asdict(use) for name, use in log.unused.items()}
+        self.changed = {name: log.notes[name] for name in NOTES if log.notes[name]}
         self.trimmed = log.notes["trailing_user_trimmed"]
         self.remarks += log.sentences()
 
@@ -100,10 +109,17 @@ def funnel(card: Card) -> Iterator[tuple[str, int]]:
     for rule, count in card.skipped.items():
         if rule not in get_args(TreeRule):
             yield f"left out: {SKIPPED[rule]}", -count
-    if card.trimmed:
-        yield "changed: an unanswered user turn at the end taken off", card.trimmed
+    for name, count in card.changed.items():
+        yield f"changed: {NOTES[name]}", count
+    for name, use in card.unused.items():
+        yield f"not used: the field {printable_name(name)} (first {use['first']})", use["records"]
     yield "conversations in train.jsonl", card.train.conversations
     yield "conversations in eval.jsonl", card.eval.conversations
+
+
+def printable_name(name: str) -> str:
+    """A field's name for a table; names may hold anything."""
+    return repr(name) if name.isprintable() else ascii(name)
 
 
 def _oasst_steps(oasst: Mapping[str, int], skipped: Mapping[str, int]) -> Iterator[tuple[str, int]]:

@@ -6,21 +6,22 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import orjson
 
-from peftchat.conversation import Conversation, Message
+from peftchat.conversation import Conversation, Message, ToolCall
 from peftchat.conversations.dataset_card import SKIPPED, Card, SplitCount, card_text
 from peftchat.conversations.problems import KINDS, Problem, ProblemLog, ReadOptions
 from peftchat.conversations.reading import read_conversations
 from peftchat.conversations.splitting import EvalSplit, SplitCensus, fingerprint
 from peftchat.errors import UserError, VerificationError
+from peftchat.json_text import Number, write_json
 from peftchat.output_paths import InputPath, check_output, free_name
 
 _KEPT_OF_RAW_RECORD = 64 * 1024
@@ -55,6 +56,63 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
+_OWN = ("messages", "tools")
+
+
+def record_line(conversation: Conversation) -> bytes:
+    """A conversation as a line of a file in messages format. Read again, it is the same conversation.
+
+    `source` is where it came from, unless the record has a column of that name.
+    """
+    record: dict[str, Any] = {"messages": [_turn(message) for message in conversation.messages]}
+    if conversation.tools is not None:
+        record["tools"] = orjson.Fragment(conversation.tools)
+    record["source"] = conversation.source
+    record |= {name: value for name, value in conversation.columns.items() if name not in _OWN}
+    try:
+        return orjson.dumps(record, _other_value, orjson.OPT_APPEND_NEWLINE)
+    except TypeError:
+        # An integer of more than 64 bits, which orjson does not write.
+        columns = {name: _fragment(value) for name, value in conversation.columns.items() if name not in _OWN}
+        return orjson.dumps({**record, **columns}, _other_value, orjson.OPT_APPEND_NEWLINE)
+
+
+def _fragment(value: object) -> object:
+    try:
+        return orjson.Fragment(write_json(value))
+    except ValueError:
+        return str(value)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.is_plain:
+        return turn
+    turn |= {
+        "reasoning_content": message.reasoning,
+        "tool_calls": [_call(call) for call in message.tool_calls] or None,
+        "tool_call_id": message.tool_call_id,
+        "name": message.name,
+        "train": message.train,
+    }
+    return {name: value for name, value in turn.items() if value is not None}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": call.name}
+    if call.as_text:
+        function["arguments"] = call.arguments
+    elif call.arguments:
+        function["arguments"] = orjson.Fragment(call.arguments)
+    identity = {} if call.id is None else {"id": call.id}
+    return {**identity, "type": "function", "function": function}
+
+
+def _other_value(value: object) -> object:
+    """What orjson writes for a value that it does not know: a number by its spelling, anything else as text."""
+    return orjson.Fragment(value.spelling) if isinstance(value, Number) else str(value)
+
+
 class ConversationFile:
     """A `.jsonl` file in messages format that counts what it holds."""
 
@@ -63,9 +121,8 @@ class ConversationFile:
         self._file = path.open("wb")
 
     def write(self, conversation: Conversation) -> None:
-        """Append one conversation: its messages, and where it came from."""
-        record = {"messages": conversation.as_dicts(), "source": conversation.source}
-        self._file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        """Append one conversation: its messages, tools and columns, and where it came from."""
+        self._file.write(record_line(conversation))
         self.count.add(conversation)
 
     def __enter__(self) -> Self:
@@ -246,7 +303,7 @@ def _new_only(
     with FingerprintSet(draft / ".seen") as seen:
         for number, conversation in enumerate(stream, start=1):
             progress(number)
-            if seen.add(fingerprint(conversation.messages)):
+            if seen.add(fingerprint(conversation.messages, conversation.tools)):
                 yield conversation
             else:
                 log.skipped["duplicate"] += 1
@@ -274,17 +331,17 @@ def _split_again(draft: Path, split: EvalSplit, card: Card) -> None:
     card.train, card.eval = SplitCount(), SplitCount()
     with ConversationFile(draft / _TRAIN, card.train) as train, ConversationFile(draft / _EVAL, card.eval) as held_out:
         for path in whole:
-            for conversation in _reread(path):
+            for conversation in _reread(path) if path.stat().st_size else ():
                 (held_out if split.is_eval(conversation) else train).write(conversation)
             path.unlink()
 
 
 def _reread(path: Path) -> Iterator[Conversation]:
-    with path.open("rb") as lines:
-        for line in lines:
-            record = orjson.loads(line)
-            messages = tuple(Message(**message) for message in record["messages"])
-            yield Conversation(messages, record["source"])
+    options = ReadOptions(consecutive="keep", max_record_bytes=2**62)
+    for conversation in read_conversations(path, format="messages", problems=ProblemLog(), options=options):
+        # Its place is the column `source` of the file.
+        columns = dict(conversation.columns)
+        yield replace(conversation, source=str(columns.get("source", "")), columns=columns)
 
 
 def _why_nothing(card: Card) -> str:

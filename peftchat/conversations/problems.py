@@ -3,8 +3,8 @@
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from peftchat.errors import UserError
@@ -41,11 +41,17 @@ class ReadOptions:
         languages: keep only conversations in these languages (`en`, `pt-BR`; `pt` includes `pt-BR`); empty keeps all.
             The record's own `lang` field decides where there is one, else a detector.
         oasst_top_k: OASST only: of each turn's ranked replies, follow the best `oasst_top_k`; None follows all.
+        consecutive: what becomes of two turns of one role: `error`, `merge` or `keep`.
+        columns: our name of a field -> the file's.
+        roles: the file's name of a role, in lower case -> ours.
         max_record_bytes: a longer record is a problem and is not read into memory.
     """
 
     languages: tuple[str, ...] = ()
     oasst_top_k: int | None = None
+    consecutive: str = "error"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
     max_record_bytes: int = MAX_RECORD_BYTES
 
 
@@ -69,6 +75,8 @@ Kind = Literal[
     "empty_content",
     "unsupported_content",
     "broken_tree",
+    "unknown_flag",
+    "two_system_messages",
 ]
 
 KINDS: dict[Kind, str] = {
@@ -91,7 +99,17 @@ KINDS: dict[Kind, str] = {
     "empty_content": "a message is empty",
     "unsupported_content": "a turn holds something other than text",
     "broken_tree": "a message does not belong to any tree of its file",
+    "unknown_flag": "a field that may say what is trained is not understood",
+    "two_system_messages": "the system prompt beside the turns is not that of the turns",
 }
+
+NOTES: dict[str, str] = {
+    "trailing_user_trimmed": "an unanswered user turn at the end taken off",
+    "turns_merged": "a turn joined with the one before it, of the same role",
+    "arrow_nulls_removed": "nulls with which a table fills tool calls taken out",
+    "call_that_is_not_json": "a tool call that is not JSON kept as text",
+}
+"""Change of a record -> what it is, as tables say it."""
 
 STRICT_SCAN_RECORDS = 10_000
 """How many more conversations a strict reader looks at, after the first problem, to say how many there are."""
@@ -119,6 +137,23 @@ class Problem:
         return f"{self.where}: {self.detail}"
 
 
+@dataclass(slots=True)
+class UnusedField:
+    """A field that nothing is trained on.
+
+    Attributes:
+        records: how many records have it.
+        first: the first of them, `file:line`.
+    """
+
+    records: int
+    first: str
+
+
+_MOST_UNUSED = 100
+_OTHER_FIELDS = "other fields"
+
+
 class RecordError(Exception):
     """A record cannot become a conversation; the reader that knows its place turns it into a `Problem`."""
 
@@ -140,6 +175,7 @@ class ProblemLog:
         problems: records that could not be used, by kind.
         skipped: records left out on purpose, by the name of the rule.
         notes: records that were kept but changed, or are worth knowing about, by name.
+        unused: fields that are not used, by name.
         examples: the first few problems of each kind.
         formats: source file -> format it was read as.
         commits: hub data set -> the commit that was read.
@@ -156,6 +192,7 @@ class ProblemLog:
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.examples: defaultdict[Kind, list[Problem]] = defaultdict(list)
+        self.unused: dict[str, UnusedField] = {}
         self.formats: dict[str, str] = {}
         self.commits: dict[str, str] = {}
         self.unread: dict[str, str] = {}
@@ -192,6 +229,15 @@ class ProblemLog:
             self._quarantine(problem, raw)
         if self.strict and self.total >= STRICT_SCAN_PROBLEMS:
             raise self.failure()
+
+    def add_unused(self, name: str, where: str) -> None:
+        """Count a record with a field that is not used; the names of the first hundred fields are kept."""
+        if name not in self.unused and len(self.unused) >= _MOST_UNUSED:
+            name = _OTHER_FIELDS
+        if name in self.unused:
+            self.unused[name].records += 1
+        else:
+            self.unused[name] = UnusedField(1, where)
 
     def failure(self) -> UserError:
         """The error of a strict reading: the first problem, and how many more were seen behind it."""

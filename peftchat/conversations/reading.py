@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from peftchat.conversation import Conversation
 from peftchat.conversations.formats import FORMATS, Format, find_format, matching_format
 from peftchat.conversations.formats.base import field_names
+from peftchat.conversations.formats.keys import rename
+from peftchat.conversations.formats.names import normalize_role
 from peftchat.conversations.languages import check_languages
 from peftchat.conversations.problems import STRICT_SCAN_RECORDS, ProblemLog, RawRecord, ReadOptions
 from peftchat.conversations.readers import check_no_hub_keys, find_data, reader_for
@@ -25,6 +27,7 @@ def read_sources(
     seed: int = 0,
     *,
     problems: ProblemLog | None = None,
+    consecutive: str = "error",
 ) -> Iterator[Conversation]:
     """The conversations of several sources, one source after the other, each conversation as often as its source's
     weight says.
@@ -45,7 +48,13 @@ def read_sources(
                 subset=entry.subset,
                 revision=entry.revision,
                 problems=log,
-                options=ReadOptions(languages=entry.languages, oasst_top_k=entry.oasst_top_k),
+                options=ReadOptions(
+                    languages=entry.languages,
+                    oasst_top_k=entry.oasst_top_k,
+                    consecutive=consecutive,
+                    columns={str(ours): theirs for ours, theirs in entry.columns.items()},
+                    roles={normalize_role(theirs): ours for theirs, ours in entry.roles.items()},
+                ),
             ),
             entry.weight,
             f"{seed} {place}",
@@ -152,7 +161,7 @@ def _source(
     """The conversations of one file, its format settled first."""
     first = list(itertools.islice(records, _DETECT_RECORDS))
     if data_format is None and first:
-        data_format = _detect(name, first)
+        data_format = _detect(name, first, options)
     if data_format is None:
         return
     _check_rank_limit(name, data_format, options)
@@ -176,11 +185,12 @@ def _chain(first: list[RawRecord], rest: Iterator[RawRecord]) -> Iterator[RawRec
     yield from rest
 
 
-def _detect(name: str, records: Iterable[RawRecord]) -> Format:
+def _detect(name: str, records: Iterable[RawRecord], options: ReadOptions) -> Format:
     """The format of the first record that has one."""
     shown = ""
     for record in records:
-        data_format = matching_format(record.value)
+        value = rename(record.value, options.columns) if options.columns else record.value
+        data_format = matching_format({field: item for field, item in value.items() if item is not None})
         if data_format is not None:
             return data_format
         shown = shown or field_names(record.value)

@@ -7,14 +7,22 @@ from dataclasses import dataclass, field, replace
 from peftchat.conversation import Conversation, Message
 
 
-def fingerprint(messages: Iterable[Message]) -> bytes:
-    """16 bytes that are equal for conversations with the same roles and the same contents, and for no others."""
+def fingerprint(messages: Iterable[Message], tools: str | None = None) -> bytes:
+    """16 bytes that are equal for conversations that say the same, and for no others.
+
+    What counts is all of the turns (roles, contents, calls, reasoning, names, flags) and the tools, not the columns.
+    """
     state = hashlib.blake2b(digest_size=16)
     for message in messages:
         content = message.content.encode(errors="surrogatepass")
         # The length keeps two messages from reading like one.
         state.update(b"%s %d\n" % (message.role.encode(), len(content)))
         state.update(content)
+        if not message.is_plain:
+            extra = repr(message[2:]).encode(errors="surrogatepass")
+            state.update(b"+ %d\n" % len(extra) + extra)
+    if tools is not None:
+        state.update(b"tools\n" + tools.encode(errors="surrogatepass"))
     return state.digest()
 
 

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from peftchat.conversations import ProblemLog
 from peftchat.conversations.readers import find_files
 from peftchat.conversations.reading import read_sources
 from peftchat.conversations.splitting import fit_split
+from peftchat.dataset.digests import tokenizer_digest
 from peftchat.dataset.encode import EncodingStats, encode_conversations
 from peftchat.errors import UserError
 from peftchat.files import cache_root, write_text
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval"]
 
-_FORMAT = 6
+_FORMAT = 8
 """Version of the cache: to be raised when the same settings give other examples or other files."""
 
 
@@ -96,16 +97,10 @@ def _open(folder: Path, split: Split) -> EncodedSplit:
 def _key(recipe: "Recipe", chat: ChatFormat) -> str:
     """Return a name that changes with everything that changes the examples."""
     data = recipe.data
-    tokenizer = chat.tokenizer
-    if tokenizer.is_fast:
-        vocabulary = tokenizer.backend_tokenizer.to_str()
-    else:
-        vocabulary = repr(sorted(tokenizer.get_vocab().items()))
     inputs: dict[str, Any] = {
         "format": _FORMAT,
-        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "special": sorted(map(str, tokenizer.added_tokens_decoder.values())),
-        "template": [chat.template.name, chat.template.jinja, chat.template.end_token],
+        "tokenizer": tokenizer_digest(chat.tokenizer),
+        "template": [chat.template.name, chat.template.jinja, chat.template.end_token, chat.template.written_date],
         "chat": recipe.chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json", exclude={"packing", "pad_to_multiple_of"}),
         "seed": recipe.training.seed,
@@ -152,7 +147,8 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
                     writer.write(examples)
                     progress(done + stats.examples + sum(stats.dropped.values()))
             done += stats.examples + sum(stats.dropped.values())
-            stats.formats, stats.notes = dict(log.formats), {**log.notes, **log.skipped}
+            stats.formats, stats.notes, stats.left_out = dict(log.formats), dict(log.notes), dict(log.skipped)
+            stats.unused = {name: f"{use.records} (first {use.first})" for name, use in log.unused.items()}
             write_text(temporary / f"{split}.json", json.dumps(asdict(stats)))
         temporary.replace(folder)
     except BaseException:
@@ -164,12 +160,12 @@ def conversations(recipe: "Recipe", split: Split, log: ProblemLog) -> Iterator[C
     """Yield the conversations of one split, before any is truncated or dropped."""
     data, seed = recipe.data, recipe.training.seed
     if split == "eval" and data.eval is not None:
-        selected = read_sources(data.eval, seed, problems=log)
+        selected = read_sources(data.eval, seed, problems=log, consecutive=data.consecutive)
     elif data.eval_fraction is None:
-        selected = read_sources(data.train, seed, problems=log)
+        selected = read_sources(data.train, seed, problems=log, consecutive=data.consecutive)
     else:
-        splitter = fit_split(read_sources(data.train, seed), data.eval_fraction, seed)
-        everything = read_sources(data.train, seed, problems=log)
+        splitter = fit_split(read_sources(data.train, seed, consecutive=data.consecutive), data.eval_fraction, seed)
+        everything = read_sources(data.train, seed, problems=log, consecutive=data.consecutive)
         selected = (conversation for conversation in everything if splitter.is_eval(conversation) == (split == "eval"))
     return itertools.islice(selected, data.max_train_samples if split == "train" else data.max_eval_samples)
 
@@ -181,7 +177,8 @@ def _check(recipe: "Recipe", split: Split, stats: EncodingStats) -> None:
         UserError: with the reasons why examples were left out.
     """
     dropped = sum(stats.dropped.values())
-    reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in stats.dropped.items())
+    left_out = {**stats.left_out, **stats.dropped}
+    reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in left_out.items())
     untrainable = stats.dropped.get("nothing_to_learn", 0)
     if not stats.examples:
         purpose = "train" if split == "train" else "evaluate"
@@ -197,6 +194,12 @@ def _check(recipe: "Recipe", split: Split, stats: EncodingStats) -> None:
             where=f"data.{split}",
             hint="Check that the conversations have assistant messages, and that chat.loss_on selects them.",
         )
+
+
+def _continuation(example: EncodedExample, candidates: Sequence[EncodedExample]) -> EncodedExample:
+    """Return the one of a conversation's examples that goes on from this one; the last if none does."""
+    ids = example.ids.tolist()
+    return next((one for one in candidates if one.ids[: len(ids)].tolist() == ids), candidates[-1])
 
 
 def with_full_examples(
@@ -218,5 +221,5 @@ def with_full_examples(
     for example in examples:
         if full is None or full.source != example.source:
             found = next((conversation for conversation in stream if conversation.source == example.source), None)
-            full = example if found is None else encoder.encode([found])[0]
+            full = example if found is None else _continuation(example, encoder.encode([found]))
         yield example, full

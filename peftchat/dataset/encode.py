@@ -14,6 +14,8 @@ from peftchat.chat_template.examples import EncodedExample, ExampleBatch
 from peftchat.chat_template.loss_mask import loss_mask_table
 from peftchat.chat_template.message_text import message_text
 from peftchat.conversation import Conversation
+from peftchat.conversations.dataset_card import SKIPPED, printable_name
+from peftchat.conversations.problems import NOTES
 from peftchat.dataset.truncation import truncate_to_fit
 from peftchat.errors import UserError
 
@@ -38,9 +40,13 @@ class EncodingStats:
         rounds_dropped: rounds lost that way.
         split: conversations that became several examples to fit.
         split_examples: those examples.
+        expanded: conversations that became several examples because the template rewrites earlier turns.
+        expanded_examples: those examples.
         special_token_text: stretches of text spelled like a special token, encoded as ordinary text.
         formats: the format of each source file.
         notes: records that reading changed, by kind of change.
+        left_out: records and conversations that a rule of the recipe or a flag of their own leaves out, by rule.
+        unused: fields that nothing is trained on, with the number of records that have them and the first.
     """
 
     examples: int = 0
@@ -52,9 +58,23 @@ class EncodingStats:
     rounds_dropped: int = 0
     split: int = 0
     split_examples: int = 0
+    expanded: int = 0
+    expanded_examples: int = 0
     special_token_text: int = 0
     formats: dict[str, str] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+
+    def reading_notes(self) -> Iterator[str]:
+        """Yield what reading left out, changed and did not use, each with its count."""
+        for rule, number in self.left_out.items():
+            yield f"left out: {number} {SKIPPED.get(rule, rule.replace('_', ' '))}"
+        for name, number in self.notes.items():
+            if name in NOTES:
+                yield f"changed: {number} times {NOTES[name]}"
+        for name, records in self.unused.items():
+            yield f"not used: field {printable_name(name)} in {records}"
 
     def count_dropped(self, reason: str, source: str) -> None:
         """Count an example that is left out."""
@@ -72,6 +92,14 @@ class EncodingStats:
         self.split += 1
         self.split_examples += examples
         self._note_source("split", source)
+
+    def count_expanded(self, examples: ExampleBatch) -> None:
+        """Count the conversations with several examples."""
+        for _, found in examples.by_conversation():
+            if len(found) > 1:
+                self.expanded += 1
+                self.expanded_examples += len(found)
+                self._note_source("expanded", found[0].source)
 
     def _note_source(self, key: str, source: str) -> None:
         sources = self.first_sources.setdefault(key, [])
@@ -104,6 +132,8 @@ def encode_conversations(
     for batch, examples in _encode_ahead(encoder, conversations):
         if recipe.chat.special_token_text == "error" and examples.special_token_text.any():
             raise _special_token_text(examples.sources[int(examples.special_token_text.argmax())])
+        if len(examples) > len(batch):
+            stats.count_expanded(examples)
         if examples.lengths.max() > recipe.data.max_length:
             examples = _fit_max_length(recipe, encoder, batch, examples, stats)
         supervised = examples.counts(loss_mask)
@@ -157,26 +187,27 @@ def _fit_max_length(
     """Return the examples that fit, and the others cut by `data.truncation`."""
     limit, policy = recipe.data.max_length, recipe.data.truncation
     kept: list[EncodedExample] = []
-    for conversation, example in zip(batch, examples, strict=True):
-        if len(example.ids) <= limit:
-            kept.append(example)
+    for number, whole in examples.by_conversation():
+        conversation, length = batch[number], max(len(example.ids) for example in whole)
+        if length <= limit:
+            kept += whole
             continue
         if policy == "error":
             raise UserError(
-                f"the conversation has {len(example.ids)} tokens, and data.max_length is {limit}",
+                f"the conversation has {length} tokens, and data.max_length is {limit}",
                 where=conversation.source or None,
                 hint="Raise data.max_length, or set data.truncation: turns, drop_first_turns, split or drop.",
             )
         if policy == "drop":
             stats.count_dropped("too_long", conversation.source)
             continue
-        truncated = truncate_to_fit(conversation, example, encoder, limit, policy)
+        truncated = truncate_to_fit(conversation, length, encoder, limit, policy)
         kept += truncated.examples
         if not truncated.examples:
             stats.count_dropped("too_long", conversation.source)
         elif truncated.lost:
             stats.count_truncated(truncated.lost, conversation.source)
-        if len(truncated.examples) > 1:
+        if policy == "split" and len(truncated.examples) > 1:
             stats.count_split(len(truncated.examples), conversation.source)
     return ExampleBatch.of(kept)
 

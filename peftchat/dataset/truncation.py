@@ -18,6 +18,9 @@ TruncationSide = Literal["turns", "drop_first_turns", "split"]
 
 Round = tuple[Message, ...]
 
+Examples = tuple[EncodedExample, ...]
+"""The examples of one conversation: several where the template rewrites earlier turns."""
+
 _CHARACTERS_AROUND = 12
 """Characters that a template adds around a message, about."""
 
@@ -51,74 +54,70 @@ def rounds(conversation: Conversation) -> tuple[Round, list[Round]]:
 
 
 def truncate_to_fit(
-    conversation: Conversation, full: EncodedExample, encoder: ChatEncoder, limit: int, cut: TruncationSide
+    conversation: Conversation, full_length: int, encoder: ChatEncoder, limit: int, cut: TruncationSide
 ) -> Truncated:
     """Return the conversation as examples of at most `limit` tokens, each with the system message.
 
     Args:
         conversation: a conversation that is too long.
-        full: its encoding in full.
+        full_length: tokens of its longest example.
         encoder: encodes the shorter conversations.
         limit: most tokens of an example.
         cut: `turns` keeps the first rounds, `drop_first_turns` the last ones. `split` keeps all of them in several
             examples, and loses only rounds that are too long by themselves.
     """
     system, parts = rounds(conversation)
-    space = limit * _size(conversation.messages) / len(full.ids) - _size(system)
+    space = limit * _size(conversation.messages) / full_length - _size(system)
 
-    def encode(kept: Sequence[Round]) -> EncodedExample | None:
+    def encode(kept: Sequence[Round]) -> Examples | None:
         messages = [message for part in kept for message in part]
         while messages and messages[-1].role != "assistant":
             messages.pop()
         if not messages:
             return None
-        example = encoder.encode([replace(conversation, messages=(*system, *messages))])[0]
-        return example if len(example.ids) <= limit else None
+        examples = encoder.encode([replace(conversation, messages=(*system, *messages))])
+        return tuple(examples) if all(len(example.ids) <= limit for example in examples) else None
 
     if cut == "split":
         return _split(parts, encode, space)
     if cut == "turns":
-        kept, example = _longest(len(parts), lambda count: encode(parts[:count]), _guess(parts, space))
+        kept, examples = _longest(len(parts), lambda count: encode(parts[:count]), _guess(parts, space))
     else:
         guess = _guess(parts[::-1], space)
-        kept, example = _longest(len(parts), lambda count: encode(parts[len(parts) - count :]), guess)
-    return Truncated(() if example is None else (example,), len(parts) - kept)
+        kept, examples = _longest(len(parts), lambda count: encode(parts[len(parts) - count :]), guess)
+    return Truncated(examples or (), len(parts) - kept)
 
 
-def _split(
-    parts: Sequence[Round], encode: Callable[[Sequence[Round]], EncodedExample | None], space: float
-) -> Truncated:
+def _split(parts: Sequence[Round], encode: Callable[[Sequence[Round]], Examples | None], space: float) -> Truncated:
     """Return as few examples of neighboring rounds as possible."""
     examples: list[EncodedExample] = []
     start = lost = 0
     while start < len(parts):
         rest = parts[start:]
-        kept, example = _longest(len(rest), lambda count, rest=rest: encode(rest[:count]), _guess(rest, space))  # type: ignore[misc]
-        if example is None:
+        kept, found = _longest(len(rest), lambda count, rest=rest: encode(rest[:count]), _guess(rest, space))  # type: ignore[misc]
+        if found is None:
             lost += 1
             start += 1
         else:
-            examples.append(example)
+            examples += found
             start += kept
     return Truncated(tuple(examples), lost)
 
 
-def _longest(
-    most: int, encode: Callable[[int], EncodedExample | None], guess: int
-) -> tuple[int, EncodedExample | None]:
-    """Return the largest number of rounds, up to `most`, that fit, and their example; 0 and None if none fits.
+def _longest(most: int, encode: Callable[[int], Examples | None], guess: int) -> tuple[int, Examples | None]:
+    """Return the largest number of rounds, up to `most`, that fit, and their examples; 0 and None if none fits.
 
     Every attempt encodes a conversation, so the search begins at a guess and widens from there.
     """
-    best: tuple[int, EncodedExample | None] = (0, None)
+    best: tuple[int, Examples | None] = (0, None)
     low, high = 0, most + 1  # low rounds fit, and high do not
     count, step = min(max(guess, 1), most), 1
     while high - low > 1:
-        example = encode(count)
-        if example is None:
+        examples = encode(count)
+        if examples is None:
             high = count
         else:
-            low, best = count, (count, example)
+            low, best = count, (count, examples)
         if high > most:
             count = min(low + step, most)
         elif not low:

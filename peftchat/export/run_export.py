@@ -21,11 +21,15 @@ class ExportOptions:
         output: the GGUF file, or the folder for Ollama; None for one in the run's folder.
         type: type of the matrices; None keeps the stored one.
         overwrite: replace an existing file or folder.
+        base: folder or hub id of an adapter's base; None for the one that it was trained on.
+        allow_changed: export although base, tokenizer or template changed since the run.
     """
 
     output: Path | None = None
     type: str | None = None
     overwrite: bool = False
+    base: str | None = None
+    allow_changed: bool = False
 
 
 def export_gguf(name: str, options: ExportOptions) -> WrittenGguf:
@@ -35,7 +39,7 @@ def export_gguf(name: str, options: ExportOptions) -> WrittenGguf:
         UserError: it cannot be written as GGUF, or the file exists.
         VerificationError: the file differs from what was written.
     """
-    source = ExportSource.open(name)
+    source = ExportSource.open(name, options.base, allow_changed=options.allow_changed)
     output = options.output or source.folder / _file_name(source, options)
     return write_gguf(source, _usable_file(output, source, options), options.type)
 
@@ -47,7 +51,7 @@ def export_ollama(name: str, options: ExportOptions) -> WrittenGguf:
         UserError: as for `export_gguf`, or the chat template has no equivalent for Ollama.
         VerificationError: the file differs from what was written.
     """
-    source = ExportSource.open(name)
+    source = ExportSource.open(name, options.base, allow_changed=options.allow_changed)
     folder = options.output or source.folder / "ollama"
     if folder.exists() and not folder.is_dir():
         raise UserError("the output is a file, expected a folder", where=str(folder), hint="Choose another with -o.")

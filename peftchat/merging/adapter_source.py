@@ -301,13 +301,17 @@ class AdapterSource:
     recipe: LoadedRecipe | None
 
     @classmethod
-    def open(cls, folder: Path) -> "AdapterSource":
+    def open(cls, folder: Path, base: str | None = None) -> "AdapterSource":
         """Read a run folder and check its adapter's file.
+
+        Args:
+            folder: the run or adapter.
+            base: folder or hub id of its base; None for the one that it was trained on.
 
         Raises:
             UserError: not a run folder, a run of method `full`, or an adapter that is damaged or cannot be merged.
         """
-        source = ModelSource.open(str(folder), local=True)
+        source = ModelSource.open(str(folder), local=True, base=base)
         recipe = source.recipe()
         if recipe is not None and recipe.recipe.method == "full":
             raise UserError(

@@ -95,7 +95,7 @@ def _inputs(folder: Path, options: MergeOptions) -> list[InputPath]:
     Raises:
         UserError: the run or its base cannot be used.
     """
-    source = AdapterSource.open(folder)
+    source = AdapterSource.open(folder, options.base_model)
     recipe = source.recipe
     others = [InputPath(other, "an adapter") for other, _ in options.adapters]
     # The run itself may lie among its data, and its default output with it.
@@ -154,6 +154,7 @@ def _report(job: MergeJob, options: MergeOptions, resumed: int, started: float, 
         added_rows=max(0, vocabulary - base_vocabulary),
         tied=bool(job.weights.empty_model.ties) and not job.plan.untied,
         seconds=monotonic() - started,
+        allowed_changes=job.allowed_changes,
         versions={name: version(name) for name in ("peftchat", "peft", "transformers", "torch", "safetensors")},
         files=files,
     )

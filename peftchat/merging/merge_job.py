@@ -25,6 +25,7 @@ from peftchat.merging.empty_model import EmptyModel, build_empty_model
 from peftchat.merging.merge_plan import MergePlan, check_memory_budget, file_digest, job_fingerprint, plan_merge
 from peftchat.merging.qlora_base import BaseMode, Quantization, SelectedBase, quantized_parameters, select_base
 from peftchat.models.base_check import check_ties
+from peftchat.models.base_content import check_run
 from peftchat.models.safetensors_files import SafetensorsCheckpoint
 from peftchat.models.saving import TOKEN_ROWS
 from peftchat.models.source import ModelSource
@@ -40,6 +41,8 @@ class MergeOptions:
     Attributes:
         output: the merged model's folder; None for `RUN/merged`.
         base: the weights that the adapter of a QLoRA run is merged into.
+        base_model: folder or hub id of the base; None for the one that the run was trained on.
+        allow_changed: merge although base, tokenizer or template changed since the run.
         verify: compare the logits of the merged model with base + adapter.
         scale: weight of the run's own adapter; 1 is as trained.
         adapters: further adapters on the same base, with their weights.
@@ -56,6 +59,8 @@ class MergeOptions:
     memory_budget: int | None = None
     dtype: torch.dtype | None = None
     overwrite: bool = False
+    base_model: str | None = None
+    allow_changed: bool = False
 
     @property
     def block_bytes(self) -> int:
@@ -116,6 +121,7 @@ class MergeJob:
     Attributes:
         weights: the base weights that the adapters are merged into.
         fingerprint: hash of everything that determines the result.
+        allowed_changes: what changed since the run was trained, and was allowed.
     """
 
     source: AdapterSource
@@ -125,6 +131,7 @@ class MergeJob:
     selected_base: SelectedBase
     plan: MergePlan
     fingerprint: str
+    allowed_changes: tuple[str, ...] = ()
 
 
 def prepare_merge(folder: Path, options: MergeOptions) -> MergeJob:
@@ -133,13 +140,14 @@ def prepare_merge(folder: Path, options: MergeOptions) -> MergeJob:
     Raises:
         UserError: the run, the base, an adapter or an option cannot be used.
     """
-    source = AdapterSource.open(folder)
+    source = AdapterSource.open(folder, options.base_model)
     adapters = [MergeAdapter(folder, source.config, options.scale), *_added_tokens_of(folder, options.scale)]
     for other, weight in options.adapters:
         config = read_adapter_config(other)
         check_weights(other)
         adapters += [MergeAdapter(other, config, weight), *_added_tokens_of(other, weight)]
     base = _open_base(source.base, adapters)
+    changes = check_run(source.model, source.base, allow_changed=options.allow_changed, exact=True)
     empty_model = base.empty_model()
     check_ties(base.checkpoint, empty_model.model, source.base)
     weights = BaseWeights(base.checkpoint, empty_model)
@@ -165,7 +173,7 @@ def prepare_merge(folder: Path, options: MergeOptions) -> MergeJob:
             "shards": {file: [tensor.spec for tensor in tensors] for file, tensors in plan.shards.items()},
         }
     )
-    return MergeJob(source, base, tuple(adapters), weights, selected, plan, fingerprint)
+    return MergeJob(source, base, tuple(adapters), weights, selected, plan, fingerprint, changes)
 
 
 def _added_tokens_of(folder: Path, weight: float) -> list[MergeAdapter]:

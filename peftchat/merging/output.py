@@ -221,6 +221,7 @@ class MergeReport:
         versions: of the libraries.
         files: names of everything in the folder; `--overwrite` replaces a folder that holds nothing else.
         verification: None if it was switched off.
+        allowed_changes: what changed since the run was trained, and was allowed.
     """
 
     base: MergedBase
@@ -239,6 +240,7 @@ class MergeReport:
     versions: dict[str, str]
     files: list[str]
     verification: Verification | None = None
+    allowed_changes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """Return the report as plain values, for JSON."""

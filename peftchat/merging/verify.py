@@ -134,9 +134,9 @@ def _held_out_messages(recipe: Recipe) -> Iterator[list[dict[str, str]]]:
     from peftchat.conversations import fit_split, read_sources
 
     data, seed = recipe.data, recipe.training.seed
-    conversations = read_sources(data.eval or data.train, seed)
+    conversations = read_sources(data.eval or data.train, seed, consecutive=data.consecutive)
     if data.eval is None and data.eval_fraction is not None:
-        split = fit_split(read_sources(data.train, seed), data.eval_fraction, seed)
+        split = fit_split(read_sources(data.train, seed, consecutive=data.consecutive), data.eval_fraction, seed)
         conversations = filter(split.is_eval, conversations)
     for conversation in conversations:
         yield [message for message in conversation.as_dicts() if message["role"] in ("user", "assistant")]

@@ -71,6 +71,7 @@ class ModelSource:
         where: how error messages refer to the model.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: whether the model's own code may run; None follows the run's recipe, if there is one.
+        base_name: folder or hub id of an adapter's base; None for the one that it was trained on.
     """
 
     name: str
@@ -78,6 +79,7 @@ class ModelSource:
     where: str
     revision: str | None = None
     trust_remote_code: bool | None = None
+    base_name: str | None = None
 
     @classmethod
     def open(
@@ -88,6 +90,7 @@ class ModelSource:
         trust_remote_code: bool | None = None,
         where: str | None = None,
         local: bool = False,
+        base: str | None = None,
     ) -> "ModelSource":
         """Find out what a name stands for.
 
@@ -97,11 +100,12 @@ class ModelSource:
             trust_remote_code: whether the model's own code may run; None follows the run's recipe.
             where: how error messages refer to the model; None for its name.
             local: the name must be that of a folder.
+            base: folder or hub id of an adapter's base; None for the one that it was trained on.
 
         Raises:
             UserError: the name is a path and leads to no folder.
         """
-        source = cls(name, _kind_of(Path(name)), where or name, revision, trust_remote_code)
+        source = cls(name, _kind_of(Path(name)), where or name, revision, trust_remote_code, base)
         is_path = local or name.startswith((".", "/", "~")) or name.count("/") > 1
         if source.kind is ModelKind.HUB and is_path:
             raise source._error("there is no such folder", "Check the path.")
@@ -147,7 +151,7 @@ class ModelSource:
         return load_recipe(run.recipe, to_train=False, upgrade=True) if run.is_run else None
 
     def base(self) -> "ModelSource":
-        """Open the base of an adapter: the one in the run's recipe, else the one in the adapter's config.
+        """Open the base of an adapter: `base_name`, else that of the run's recipe, else that of the adapter's config.
 
         Raises:
             UserError: neither names a base, or there is no such folder.
@@ -155,7 +159,11 @@ class ModelSource:
         recipe = self.recipe()
         if recipe is not None:
             model = recipe.recipe.model
+            if self.base_name is not None:
+                return _open_base(self.base_name, None, model.trust_remote_code)
             return _open_base(model.name, model.revision, model.trust_remote_code)
+        if self.base_name is not None:
+            return _open_base(self.base_name, None, bool(self.trust_remote_code))
         config = read_json(self.path / ADAPTER_CONFIG)
         name = config.get("base_model_name_or_path")
         if not name:
@@ -414,7 +422,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_base(name: str, revision: str | None, trust_remote_code: bool) -> ModelSource:
-    return ModelSource.open(name, revision=revision, trust_remote_code=trust_remote_code, where=f"base model: {name}")
+    where = f"base model: {name}"
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        hint = "If it has moved, name its new place with `--base PATH`."
+        raise UserError("the base that the adapter was trained on is not there", where=where, hint=hint)
+    base = ModelSource.open(name, revision=revision, trust_remote_code=trust_remote_code, where=where)
+    if base.kind is ModelKind.ADAPTER:
+        raise UserError("expected a full model, got an adapter", where=where, hint="Name the model below it.")
+    return base
 
 
 def _kind_of(folder: Path) -> ModelKind:

@@ -350,8 +350,12 @@ def _split_text(recipe: "Recipe", stats: EncodingStats) -> str:
         text += f"; {stats.truncated} truncated to {recipe.data.max_length} tokens"
     if stats.split:
         text += f"; {stats.split} split into {stats.split_examples} examples"
+    if stats.expanded:
+        text += f"; {stats.expanded} made {stats.expanded_examples} examples, as the template rewrites earlier turns"
     if stats.special_token_text:
         text += f"; {stats.special_token_text} stretches of special-token text encoded as ordinary text"
+    for note in stats.reading_notes():
+        text += f"; {note}"
     formats = ", ".join(sorted(set(stats.formats.values())))
     return f"{text} ({formats})" if formats else text
 

@@ -10,6 +10,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
+from peftchat.chat_template.templates import TEMPLATE_SUFFIX
 from peftchat.errors import UserError
 from peftchat.paths import escape_path, exists, expand_path
 
@@ -221,6 +222,9 @@ def path_keys(values: dict[str, Any]) -> Iterator[Keys]:
         yield ("model", "name")
     if isinstance(values.get("distributed"), dict):
         yield ("distributed", "deepspeed_config")
+    chat = values.get("chat")
+    if isinstance(chat, dict) and str(chat.get("template")).endswith(TEMPLATE_SUFFIX):
+        yield ("chat", "template")
     data = values.get("data")
     for kind in ("train", "eval"):
         entries = data.get(kind) if isinstance(data, dict) else None

@@ -1,11 +1,13 @@
 """The sections of a recipe except `adapter` and `training`, and the values their keys accept."""
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from peftchat.chat_template.loss_mask import LossOn
-from peftchat.chat_template.templates import ChatTemplateName, template_summaries
+from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, is_template_name, template_summaries
+from peftchat.conversation import Role
 from peftchat.strict_model import StrictModel, list_to_tuple
 
 Method = Literal["full", "lora", "qlora"]
@@ -108,11 +110,23 @@ class QuantizationSection(StrictModel):
     )
 
 
+def _check_template_name(name: str) -> str:
+    if not is_template_name(name):
+        expected = " or ".join(f"'{known}'" for known in (*CHAT_TEMPLATES, TOKENIZER_TEMPLATE, "a .jinja file"))
+        raise PydanticCustomError("literal_error", "expected {expected}", {"expected": expected})
+    return name
+
+
+TemplateName = Annotated[str, AfterValidator(_check_template_name)]
+"""A value of `chat.template`."""
+
+
 class ChatSection(StrictModel):
     """How a conversation is encoded, and which tokens are trained."""
 
-    template: ChatTemplateName = Field(
+    template: TemplateName = Field(
         "starchat",
+        examples=[*CHAT_TEMPLATES, TOKENIZER_TEMPLATE, "path/to/template.jinja"],
         description="The chat template. Special tokens that the tokenizer lacks are added. "
         + " ".join(f"`{name}`: {summary}" for name, summary in template_summaries().items()),
     )
@@ -120,6 +134,21 @@ class ChatSection(StrictModel):
         None,
         description="System message for conversations that bring none. `null` writes no system block, an empty "
         "text an empty one.",
+    )
+    template_kwargs: dict[str, Any] = Field(
+        {},
+        description="Variables of the template, for `model` and a template of your own: `{enable_thinking: false}`.",
+    )
+    template_date: str | None = Field(
+        None,
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        examples=["2026-01-31"],
+        description="The date for templates that write the current one. `null` takes today's.",
+    )
+    end_token: str | None = Field(
+        None,
+        min_length=1,
+        description="The special token that ends an answer, for a template that writes none behind it.",
     )
     loss_on: LossOn = Field(
         "answers",
@@ -142,6 +171,25 @@ class ChatSection(StrictModel):
         description="What to do with an example in which no token is trained: `drop` it and count it, or stop with an "
         "`error`.",
     )
+
+
+ColumnName = Literal[
+    "prompt",
+    "completion",
+    "system",
+    "context",
+    "history",
+    "messages",
+    "role",
+    "content",
+    "tools",
+    "tool_calls",
+    "reasoning_content",
+    "train",
+    "chosen",
+    "rejected",
+    "lang",
+]
 
 
 class DataEntry(StrictModel):
@@ -177,8 +225,19 @@ class DataEntry(StrictModel):
         ge=1,
         description="OpenAssistant exports only: follow the best N ranked replies of each turn. Without it, all.",
     )
+    columns: dict[ColumnName, str] = Field(
+        {},
+        description="Names of this source's fields, such as `{prompt: question, completion: answer}` or `{messages: "
+        "talk, role: who, content: says}`. Formats know the usual names by themselves.",
+    )
+    roles: dict[str, Role] = Field(
+        {},
+        description="Names of this source's roles, such as `{customer: user, agent: assistant}`. The usual ones are "
+        "known.",
+    )
 
 
+Consecutive = Literal["error", "merge", "keep"]
 Entries = Annotated[tuple[DataEntry, ...], BeforeValidator(list_to_tuple), Field(min_length=1)]
 
 
@@ -211,6 +270,11 @@ class DataSection(StrictModel):
         description="A conversation longer than `max_length`: `turns` drops its last turns, `drop_first_turns` its "
         "first ones, `split` makes several examples of it, each with the system message; `drop` drops the "
         "conversation, `error` stops. All are counted.",
+    )
+    consecutive: Consecutive = Field(
+        "error",
+        description="Two turns of one role in a row, or a system message behind other turns: `error` refuses the "
+        "record, `merge` joins neighbors with a line break and counts them, `keep` leaves them to the template.",
     )
     pad_to_multiple_of: int | None = Field(
         None,

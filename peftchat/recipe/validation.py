@@ -10,6 +10,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.recipe.document import Document, Keys, dotted, make_absolute
 from peftchat.recipe.error_messages import Problem
 from peftchat.recipe.schema import OWN_KEYS, Recipe
@@ -129,9 +130,14 @@ def _chat_and_data(recipe: Recipe) -> Iterator[Conflict]:
         why = recipe.adapter.incompatibility("packing")
         if why is not None:
             yield Conflict(("data", "packing"), ("adapter", "variant"), why)
-    if recipe.chat.template == "model":
-        why = "`chat.template: model` adds no tokens"
+    if recipe.chat.template not in CHAT_TEMPLATES:
+        why = f"`chat.template: {recipe.chat.template}` adds no tokens"
         yield Conflict(("chat", "new_token_init"), ("chat", "template"), why)
+    else:
+        for key in ("template_kwargs", "template_date", "end_token"):
+            if getattr(recipe.chat, key):
+                why = "only `chat.template: model` and a template of your own have such a setting"
+                yield Conflict(("chat", key), ("chat", "template"), why)
     if recipe.data.eval is not None and recipe.data.eval_fraction is not None:
         why = "there are held-out sources in `data.eval` already"
         yield Conflict(("data", "eval_fraction"), ("data", "eval"), why)

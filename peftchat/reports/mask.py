@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from peftchat.chat_template.chat_format import ChatFormat, make_format
+from peftchat.chat_template.chat_format import ChatFormat
 from peftchat.chat_template.examples import EncodedExample
 from peftchat.chat_template.loss_mask import IGNORE_INDEX, TurnPart, loss_mask_table, part_of, role_of
 from peftchat.chat_template.text_encoder import special_tokens
@@ -16,9 +16,9 @@ from peftchat.conversation import Role
 from peftchat.conversations import ProblemLog, read_sources
 from peftchat.dataset.cache import EncodedSplit, Split, encode_splits, with_full_examples
 from peftchat.errors import UserError, VerificationError
-from peftchat.models.source import ModelSource
 from peftchat.recipe import Recipe
 from peftchat.reports.mask_summary import MaskSummary, summarize, survey_mask, trained_tokens, turn_starts
+from peftchat.training.context import load_chat_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -237,7 +237,7 @@ def inspect_mask(recipe: Recipe, split: Split, progress: Callable[[int], None]) 
     """
     if split == "eval" and not recipe.data.has_eval:
         raise UserError("the recipe has no held-out data", where="data", hint="Set data.eval or data.eval_fraction.")
-    chat = make_format(recipe.chat.template, recipe.chat.system, ModelSource.of_recipe(recipe).tokenizer())
+    chat = load_chat_format(recipe)
     lenient = _lenient(recipe)
     try:
         examples = encode_splits(lenient, chat, progress)[split]
@@ -262,7 +262,12 @@ def _has_no_answers(recipe: Recipe) -> bool:
     """Return whether no conversation of the training sources has an answer."""
     log = ProblemLog()
     try:
-        usable = any(True for _ in read_sources(recipe.data.train, recipe.training.seed, problems=log))
+        usable = any(
+            True
+            for _ in read_sources(
+                recipe.data.train, recipe.training.seed, problems=log, consecutive=recipe.data.consecutive
+            )
+        )
     except UserError:
         return False
     return not usable and log.total > 0 and log.problems["no_answer"] == log.total

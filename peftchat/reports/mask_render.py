@@ -138,6 +138,9 @@ _PARTS = {
     TurnPart.CONTENT: "content",
     TurnPart.END: "end",
     TurnPart.TRAILER: "after the end",
+    TurnPart.REASONING: "reasoning",
+    TurnPart.TOOL_CALL: "tool call",
+    TurnPart.PREAMBLE: "before the content",
 }
 _PAGE_BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 

@@ -24,12 +24,19 @@ Flags = npt.NDArray[np.bool_]
 # Token tag -> its part and the number of its role.
 _PARTS = np.zeros(256, dtype=np.int8)
 _ROLES = np.zeros(256, dtype=np.int8)
+_PLACES = np.zeros(256, dtype=np.int8)
+_ORDER = (
+    TurnPart.OUTSIDE, TurnPart.HEADER, TurnPart.PREAMBLE, TurnPart.REASONING,
+    TurnPart.CONTENT, TurnPart.TOOL_CALL, TurnPart.END, TurnPart.TRAILER,
+)  # fmt: skip
+"""The parts of a turn in the order in which they stand there."""
 _ROLE_ORDER: tuple[Role | None, ...] = (None, *ROLES)
 for _part, (_number, _role), _last, _context in itertools.product(
     TurnPart, enumerate(_ROLE_ORDER), (False, True), (False, True)
 ):
     _tag = token_tag(_part, _role, last_answer=_last, context=_context)
     _PARTS[_tag] = _part
+    _PLACES[_tag] = _ORDER.index(_part)
     _ROLES[_tag] = _number
 
 
@@ -147,9 +154,10 @@ def _check_answers(
         has_end = np.logical_or.reduceat(ends, starts)[answers]
         end_trained = np.logical_or.reduceat(ends & trained, starts)[answers]
         should_train = (example.token_tags[starts[answers]] & _CONTEXT) == 0
+        unterminated = should_train & ~has_end
         if loss_on == "last_answer":
             should_train &= (example.token_tags[starts[answers]] & _LAST_ANSWER) != 0
-        survey.unterminated_answers.add(int((~has_end).sum()), example.source)
+        survey.unterminated_answers.add(int(unterminated.sum()), example.source)
         survey.untrained_eos.add(int((has_end & should_train & ~end_trained).sum()), example.source)
 
 
@@ -159,7 +167,7 @@ def turn_starts(tags: TokenTags) -> npt.NDArray[np.int64]:
     Args:
         tags: the tags of an example's tokens, uint8, shape (T,); T > 0.
     """
-    parts, roles = _PARTS[tags], _ROLES[tags]
+    parts, roles = _PLACES[tags], _ROLES[tags]
     begins = (roles[1:] != roles[:-1]) | (np.diff(parts) < 0)
     return np.flatnonzero(np.concatenate([[True], begins]))
 
@@ -230,6 +238,8 @@ def _details(recipe: Recipe, examples: EncodedSplit, survey: MaskSurvey) -> list
         ("packing", _packing(recipe, examples), False),
         ("truncated", _truncated(recipe, examples), False),
         *([("split", _split(examples), False)] if recipe.data.truncation == "split" else []),
+        *([("template", _expanded(examples), False)] if stats.expanded else []),
+        *(("data", note, False) for note in stats.reading_notes()),
         ("dropped", dropped or "none", bool(stats.dropped) and not stats.examples),
         ("special-token text", special if text.count else "none", _rejects_text(recipe, survey)),
         (
@@ -261,6 +271,14 @@ def _split(examples: EncodedSplit) -> str:
         return "none"
     conversations = f"{format_count(stats.split)} conversation{_plural(stats.split)}"
     return f"{conversations} became {_number_of_examples(stats.split_examples)}{_named(examples, 'split')}"
+
+
+def _expanded(examples: EncodedSplit) -> str:
+    """Return how many examples a template that rewrites earlier turns makes."""
+    stats = examples.stats
+    conversations = f"{format_count(stats.expanded)} conversation{_plural(stats.expanded)}"
+    made = _number_of_examples(stats.expanded_examples)
+    return f"{conversations} became {made}, as the template rewrites earlier turns{_named(examples, 'expanded')}"
 
 
 def _dropped(examples: EncodedSplit) -> str:

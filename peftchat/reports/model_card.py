@@ -217,8 +217,10 @@ def _use(recipe: Recipe, summary: RunSummary) -> str:
 
 def _format(recipe: Recipe, summary: RunSummary) -> str:
     template = recipe.chat.template
-    if template == TOKENIZER_TEMPLATE:
-        name, stop = "the tokenizer's own chat template", "the template's end-of-turn token"
+    if template not in CHAT_TEMPLATES:
+        own = "the tokenizer's own chat template"
+        name = own if template == TOKENIZER_TEMPLATE else f"the chat template `{Path(template).name}`"
+        stop = "the template's end-of-turn token"
     else:
         name, stop = f"the chat template `{template}`", f"`{CHAT_TEMPLATES[template].end_token}`"
     lines = [f"## Format\n\nIt was trained with {name}, which is saved with the tokenizer. An answer ends at {stop}."]

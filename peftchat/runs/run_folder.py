@@ -2,54 +2,26 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe, load_recipe
 from peftchat.runs.checkpoint import Checkpoint, list_checkpoints
 from peftchat.runs.claim import is_claim
+from peftchat.runs.fingerprints import ALLOW_CHANGED, RunRecord
 from peftchat.runs.metrics_file import MetricsFile
+from peftchat.runs.resumed_settings import as_saved, fixed_settings, may_be_allowed
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
 
 _MODEL = ".model.tmp"
-
-# Keys that may change when a run is resumed: how long it goes on, what it reports, and where it runs.
-_MAY_CHANGE = {
-    "training": {
-        "max_steps",
-        "num_train_epochs",
-        "max_train_tokens",
-        "max_train_minutes",
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-        "logging_steps",
-        "eval_strategy",
-        "eval_steps",
-        "eval_on_start",
-        "report_to",
-        "run_name",
-        "dataloader_num_workers",
-        "per_device_eval_batch_size",
-        "gradient_checkpointing",
-        "gradient_checkpointing_kwargs",
-        "torch_compile",
-        "global_batch_size",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-    },
-    "distributed": {"processes", "nodes", "strategy", "offload", "deepspeed_config"},
-    "model": {"attention"},
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +48,16 @@ class RunFolder:
     def metrics(self) -> MetricsFile:
         """The logged steps."""
         return MetricsFile(self.path / "metrics.jsonl")
+
+    @property
+    def fingerprints(self) -> Path:
+        """What the run was begun on and with (`RunRecord`)."""
+        return self.path / "fingerprints.json"
+
+    @property
+    def data_digests(self) -> Path:
+        """The digest of each encoded example."""
+        return self.path / "data_digests.npz"
 
     @property
     def report(self) -> Path:
@@ -126,8 +108,13 @@ class RunFolder:
         newest_first = reversed(list_checkpoints(self.checkpoints))
         return next((checkpoint for checkpoint in newest_first if checkpoint.is_complete), None)
 
-    def check_usable(self, recipe: "Recipe", *, resume: bool) -> Checkpoint | None:
+    def check_usable(self, recipe: "Recipe", *, resume: bool, allow_changed: bool = False) -> Checkpoint | None:
         """Check whether the run may use the folder, without touching it.
+
+        Args:
+            recipe: the run's recipe.
+            resume: whether the folder's run is to go on.
+            allow_changed: whether settings may change that a checkpoint does not depend on.
 
         Returns:
             The checkpoint to resume from, or None to start from scratch.
@@ -147,7 +134,7 @@ class RunFolder:
             what = "the folder already holds another run" if self.is_run else "the folder already holds other files"
             hint = "Resume it with `--resume`, or" if self.is_run else "Choose an empty folder, or"
             raise UserError(what, where=where, hint=f"{hint} set another `--set output_dir=…`.")
-        self._check_same_recipe(recipe)
+        self._check_same_recipe(recipe, allow_changed=allow_changed)
         self.metrics.read()
         checkpoint = self.latest_checkpoint()
         if checkpoint is None and self.is_finished:
@@ -207,7 +194,7 @@ class RunFolder:
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise UserError(f"{parent} is not writable", where=f"output_dir: {self.path}")
 
-    def _check_same_recipe(self, recipe: "Recipe") -> None:
+    def _check_same_recipe(self, recipe: "Recipe", *, allow_changed: bool) -> None:
         """Check that the run is resumed with the recipe it was started with."""
         try:
             before = load_recipe(self.recipe, to_train=False, upgrade=True).recipe
@@ -217,34 +204,17 @@ class RunFolder:
                 where=error.where or str(self.recipe),
                 hint="Replace it by the recipe that the run was started with.",
             ) from error
-        old, new = (_fixed_settings(one.model_dump(mode="json")) for one in (before, _as_saved(recipe)))
+        # Of paths the content is compared, where it is known.
+        known = RunRecord.read(self.fingerprints) is not None
+        old, new = (fixed_settings(one, with_paths=not known) for one in (before, as_saved(recipe)))
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                raise UserError(
-                    f"the run was started with {key}: {old.get(key)}, and is resumed with {new.get(key)}",
-                    where=str(self.recipe),
-                    hint="Resume with the same value, or start a new run in another folder.",
-                )
-
-
-def _as_saved(recipe: "Recipe") -> "Recipe":
-    """Return the recipe as it reads after being saved, with absolute paths."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "recipe.yaml"
-        file.write_text(dump_recipe(recipe), encoding="utf-8")
-        return load_recipe(file, to_train=False).recipe
-
-
-def _fixed_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that must not change when a run is resumed, by `section.key`."""
-    flat: dict[str, Any] = {"method": values["method"]}
-    for section, settings in values.items():
-        if isinstance(settings, dict):
-            may_change = _MAY_CHANGE.get(section, set())
-            flat |= {f"{section}.{key}": value for key, value in settings.items() if key not in may_change}
-    training = values["training"]
-    # An optimizer step may be cut into micro-batches differently, but its batch size must stay.
-    examples = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
-    if training["global_batch_size"] is None:
-        flat["training: batch size per process and optimizer step"] = examples
-    return flat
+            if old.get(key) == new.get(key) or (allow_changed and may_be_allowed(key)):
+                continue
+            hint = "Resume with the same value, or start a new run in another folder."
+            if may_be_allowed(key):
+                hint = f"Resume with the same value, or add `{ALLOW_CHANGED}` to go on and record the change."
+            raise UserError(
+                f"the run was started with {key}: {old.get(key)}, and is resumed with {new.get(key)}",
+                where=str(self.recipe),
+                hint=hint,
+            )

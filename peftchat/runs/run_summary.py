@@ -8,6 +8,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from peftchat.errors import UserError
 from peftchat.files import write_text
+from peftchat.runs.fingerprints import Fingerprints
 from peftchat.runs.run_folder import RunFolder
 
 
@@ -109,6 +110,7 @@ class RunSummary(BaseModel):
         base_vocabulary_size: rows of the base model's embedding before tokens were added.
         train_examples: encoded conversations trained on.
         dropped: conversations left out, by reason.
+        unused_fields: fields of records that nothing was trained on, with the number of records that have them.
         truncated: conversations that lost turns to fit `data.max_length`.
         special_token_text: stretches of text spelled like a special token and encoded as ordinary text.
         formats: the format of each data file.
@@ -116,6 +118,8 @@ class RunSummary(BaseModel):
         warnings: what its numbers say against it, one sentence each.
         notes: what it changed or found by itself, as told while it went on.
         auto_settings: settings chosen automatically.
+        fingerprints: what the run was trained on and with.
+        allowed_changes: what changed since the run was started, and was allowed by `--allow-changed`.
         command: the command line.
     """
 
@@ -129,6 +133,7 @@ class RunSummary(BaseModel):
     train_examples: int | None = Field(None, validation_alias=AliasChoices("train_examples", "rows"))
     eval_examples: int | None = Field(None, validation_alias=AliasChoices("eval_examples", "eval_rows"))
     dropped: dict[str, int] | None = None
+    unused_fields: dict[str, str] | None = None
     truncated: int | None = Field(None, validation_alias=AliasChoices("truncated", "shortened"))
     special_token_text: int | None = Field(None, validation_alias=AliasChoices("special_token_text", "special_text"))
     formats: dict[str, str] | None = Field(None, validation_alias=AliasChoices("formats", "forms"))
@@ -159,6 +164,8 @@ class RunSummary(BaseModel):
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     auto_settings: tuple[AutoSetting, ...] = Field((), validation_alias=AliasChoices("auto_settings", "choices"))
+    fingerprints: Fingerprints | None = None
+    allowed_changes: tuple[str, ...] = ()
     command: str | None = None
     started: str | None = None
     finished: str | None = None

@@ -9,6 +9,7 @@ import torch
 
 from peftchat.console import stderr
 from peftchat.errors import UserError, first_line
+from peftchat.models.base_content import check_run
 from peftchat.models.loading import end_ids, load_base
 from peftchat.models.source import LOAD_ERRORS, MISFIT_ERRORS, ModelKind, ModelSource
 from peftchat.recipe import Recipe
@@ -62,22 +63,27 @@ class ChatModel:
         return frozenset(end_ids(self.generation_config.eos_token_id)) | {self.prompts.end_id}
 
 
-def load_for_chat(name: str) -> ChatModel:
+def load_for_chat(name: str, *, base: str | None = None, allow_changed: bool = False) -> ChatModel:
     """Load a run folder or any model with a chat template.
 
     Args:
         name: a folder or a hub id.
+        base: folder or hub id of an adapter's base; None for the one that it was trained on.
+        allow_changed: load although base, tokenizer or template changed since the run.
 
     Raises:
         UserError: the model cannot be loaded, or has no usable chat template.
     """
-    source = ModelSource.open(name)
+    source = ModelSource.open(name, base=base)
     source.require_model()
+    if base is not None and source.kind is not ModelKind.ADAPTER:
+        raise UserError("the model is complete and needs no base", where=f"--base {base}", hint="Leave the option out.")
     if source.kind is not ModelKind.ADAPTER:
         source.check_weights()
     tokenizer = source.tokenizer()
     _check_template(tokenizer, name)
     if source.kind is ModelKind.ADAPTER:
+        check_run(source, source.base(), allow_changed=allow_changed, exact=False)
         model: Any = _load_with_adapter(source)
     else:
         model = source.load_model(dtype="auto").to(best_device())
@@ -129,7 +135,11 @@ def _load_with_adapter(source: ModelSource) -> "PeftModel":
     with_tokens = token_folder if token_folder.is_dir() else source.path
     vocabulary_size = vocabulary_needed(PeftConfig.from_pretrained(str(with_tokens)), with_tokens)
     recipe = source.recipe()
-    base = source.base().load_model(dtype="auto") if recipe is None else _load_trained_base(recipe.recipe)
+    source_of_base = source.base()
+    if recipe is None:
+        base = source_of_base.load_model(dtype="auto")
+    else:
+        base = _load_trained_base(recipe.recipe, source_of_base)
     if vocabulary_size > base.get_input_embeddings().weight.shape[0]:
         _resize_embeddings(base, vocabulary_size)
     quantized = recipe is not None and recipe.recipe.quantization is not None
@@ -161,11 +171,13 @@ def _resize_embeddings(base: "PreTrainedModel", vocabulary_size: int) -> None:
         base.get_output_embeddings().bias.data[before:] = mean
 
 
-def _load_trained_base(recipe: Recipe) -> "PreTrainedModel":
+def _load_trained_base(recipe: Recipe, base: ModelSource) -> "PreTrainedModel":
     """Load the base with the run's dtype and quantization.
 
     It is unquantized if bitsandbytes is not installed.
     """
+    place = {"name": base.name, "revision": base.revision}
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=place)})
     if recipe.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         stderr.print("bitsandbytes is not installed: the base is loaded without quantization.", style="yellow")
         recipe = recipe.model_copy(update={"quantization": None})

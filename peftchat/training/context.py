@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from peftchat.runs.checkpoint import Checkpoint
 from peftchat.runs.run_folder import RunFolder
 from peftchat.training.distributed import DistributedSetup, resolve_distributed
 from peftchat.training.process_group import join_processes
+from peftchat.training.run_content import RunContent, open_content, pin_base
 from peftchat.training.several_processes import is_main_process
 
 if TYPE_CHECKING:
@@ -29,12 +30,14 @@ class TrainOptions:
 
     Attributes:
         resume: continue from the last complete checkpoint, if there is one.
+        allow_changed: go on with a base, tokenizer, template, data, settings or layout that changed; record it.
         prompts: user messages to answer before and after training.
         command: the command line, for the run's summary.
         auto_settings: the recipe's settings that were chosen automatically, for the run's summary.
     """
 
     resume: bool = False
+    allow_changed: bool = False
     prompts: Sequence[str] = ()
     command: str = ""
     auto_settings: Sequence["AutoSetting"] = ()
@@ -71,6 +74,7 @@ class TrainContext:
         checkpoint: the checkpoint to resume from, or None.
         chat: the tokenizer in the recipe's chat format.
         splits: the encoded conversations of each split.
+        content: fingerprints and layout of the run.
         started: when the run started.
         notes: what is told while it goes on.
     """
@@ -82,6 +86,7 @@ class TrainContext:
     checkpoint: Checkpoint | None
     chat: ChatFormat
     splits: Mapping[Split, EncodedSplit]
+    content: RunContent
     started: datetime
     notes: RunNotes = field(default_factory=RunNotes)
 
@@ -120,11 +125,33 @@ def open_context(
             hint="Run `peftchat train` or torchrun, or set distributed.processes: 1.",
         )
     run_folder = RunFolder(Path(recipe.output_dir))
-    checkpoint = run_folder.check_usable(recipe, resume=options.resume)
+    checkpoint = run_folder.check_usable(recipe, resume=options.resume, allow_changed=options.allow_changed)
     join_processes(distributed)
+    pinned = pin_base(loaded, run_folder, resume=options.resume)
+    chat = load_chat_format(pinned.recipe)
+    splits = load_splits(pinned.recipe, chat)
+    content = open_content(pinned.recipe, recipe.model.revision, distributed, chat, splits, run_folder, checkpoint,
+                           resume=options.resume, allow_changed=options.allow_changed)  # fmt: skip
+    if is_main_process():
+        for line in content.notes:
+            stderr.print(line, markup=False, highlight=False)
+    return TrainContext(pinned, options, distributed, run_folder, checkpoint, chat, splits, content, started)
+
+
+def check_content(loaded: "LoadedRecipe", options: TrainOptions, distributed: DistributedSetup) -> None:
+    """Encode the data, and check what a resumed run is trained on, before its processes are started.
+
+    Raises:
+        UserError: as `open_context`.
+    """
+    run_folder = RunFolder(Path(loaded.recipe.output_dir))
+    checkpoint = run_folder.check_usable(loaded.recipe, resume=options.resume, allow_changed=options.allow_changed)
+    recipe = pin_base(loaded, run_folder, resume=options.resume).recipe
     chat = load_chat_format(recipe)
     splits = load_splits(recipe, chat)
-    return TrainContext(loaded, options, distributed, run_folder, checkpoint, chat, splits, started)
+    if options.resume:
+        open_content(recipe, loaded.recipe.model.revision, distributed, chat, splits, run_folder, checkpoint,
+                     resume=True, allow_changed=options.allow_changed)  # fmt: skip
 
 
 def load_chat_format(recipe: "Recipe") -> ChatFormat:
@@ -135,6 +162,14 @@ def load_chat_format(recipe: "Recipe") -> ChatFormat:
     """
     source = ModelSource.of_recipe(recipe)
     tokenizer = source.tokenizer()
-    chat = make_format(recipe.chat.template, recipe.chat.system, tokenizer)
+    section = recipe.chat
+    chat = make_format(
+        section.template,
+        section.system,
+        tokenizer,
+        variables=section.template_kwargs,
+        end_token=section.end_token,
+        today=date.fromisoformat(section.template_date) if section.template_date else None,
+    )
     check_tokenizer(tokenizer, source, source.config(), [token.id for token in chat.new_tokens])
     return chat

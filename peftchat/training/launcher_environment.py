@@ -121,7 +121,7 @@ _RECIPE_DECIDES = (
 )
 
 
-def settle_environment(environment: MutableMapping[str, str], *, trains: bool = True) -> tuple[str, ...]:
+def clean_environment(environment: MutableMapping[str, str], *, trains: bool = True) -> tuple[str, ...]:
     """Leave torch's variables in the environment if a launcher started this process, and nothing that misleads.
 
     Called again, it changes nothing.

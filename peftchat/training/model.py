@@ -153,12 +153,12 @@ def _device_map(recipe: "Recipe", distributed: DistributedSetup) -> dict[str, An
 
 def _set_special_ids(model: PreTrainedModel, chat: ChatFormat) -> None:
     """Stop generation at the end of a turn, and at the base's own end of text."""
-    end = int(chat.tokenizer.convert_tokens_to_ids(chat.template.end_token))
+    ends = [int(chat.tokenizer.convert_tokens_to_ids(token)) for token in chat.template.end_tokens]
     generation = model.generation_config
-    others = (token_id for token_id in end_ids(generation.eos_token_id) if token_id != end)
-    generation.eos_token_id = [end, *others]
+    others = (token_id for token_id in end_ids(generation.eos_token_id) if token_id not in ends)
+    generation.eos_token_id = [*ends, *others]
     generation.pad_token_id = chat.tokenizer.pad_token_id
-    model.config.get_text_config().eos_token_id = end
+    model.config.get_text_config().eos_token_id = ends[0]
     model.config.get_text_config().pad_token_id = chat.tokenizer.pad_token_id
 
 

@@ -91,6 +91,7 @@ def summarize(
     """
     summaries: list[RunSummary | None] = [None]
     if context.is_main:
+        context.content.finish(context.run_folder)
         summary = _summary(context, trainer, model, fitted, samples_after)
         summary.write(context.run_folder)
         summaries = [summary]
@@ -119,7 +120,8 @@ def _summary(
         epochs=trainer.state.epoch,
         train_examples=stats.examples,
         eval_examples=splits["eval"].stats.examples if "eval" in splits else None,
-        dropped=stats.dropped,
+        dropped={**stats.left_out, **stats.dropped},
+        unused_fields=stats.unused,
         truncated=stats.truncated,
         special_token_text=stats.special_token_text,
         formats=stats.formats,
@@ -150,6 +152,8 @@ def _summary(
         warnings=tuple(number_warnings(trainer.checks.counts, lines)),
         notes=tuple(context.notes.lines),
         auto_settings=(*context.options.auto_settings, *model.auto_settings),
+        fingerprints=context.content.record.fingerprints,
+        allowed_changes=context.content.record.allowed_changes,
         command=context.options.command,
         started=context.started.isoformat(timespec="seconds"),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -14,6 +14,7 @@ from peftchat.interruption import DeferredSignals
 from peftchat.malloc import keep_large_blocks
 from peftchat.models.added_tokens import snapshot_embeddings
 from peftchat.models.saving import save_model_files
+from peftchat.models.source import ModelSource
 from peftchat.runs.claim import claimed
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
@@ -87,6 +88,8 @@ def begin(trainer: ChatTrainer, context: TrainContext) -> None:
     """Prepare the run folder, in the main process; the others wait for it."""
     if context.is_main:
         context.run_folder.begin(context.recipe, context.checkpoint)
+        context.content.write(context.run_folder)
+        context.content.read_base(ModelSource.of_recipe(context.recipe), context.run_folder)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -14,6 +14,7 @@ from transformers import (
     Trainer,
     TrainerControl,
 )
+from transformers.trainer import SCHEDULER_NAME
 from trl import SFTTrainer
 
 from peftchat.errors import UserError, first_line
@@ -131,6 +132,7 @@ class ChatTrainer(SFTTrainer):
         self, context: TrainContext, model: TrainableModel, config: "SFTConfig", layout: "BatchLayout"
     ) -> None:
         self._adapter = context.recipe.adapter
+        self._content = context.content
         self._keep = context.recipe.training.save_total_limit
         self._hooks = trainer_hooks(self._adapter, model.model)
         self._collators = {split: make_collator(context, split, layout) for split in context.splits}
@@ -352,7 +354,7 @@ class ChatTrainer(SFTTrainer):
             Trainer._save_checkpoint(self, model, trial)
             counts = self._gather_objects(self.throughput.collect().as_dict())
             if self.args.should_save:
-                checkpoint.mark_complete(counts, {})
+                checkpoint.mark_complete(counts, self._content.marker())
                 keep_newest(folder, self._keep)
             self.accelerator.wait_for_everyone()
 
@@ -372,6 +374,22 @@ class ChatTrainer(SFTTrainer):
             load_adapter_state(self.model, self._adapter, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        """Leave the optimizer's state of a checkpoint out where it cannot be read; the schedule goes on."""
+        if resume_from_checkpoint is None or not self._content.fresh_optimizer:
+            whole: tuple[nn.Module, Any] = super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+            return whole
+        prepared: tuple[nn.Module, Any] = super()._prepare_for_training(max_steps, train_dataloader, None)
+        schedule = torch.load(Path(resume_from_checkpoint) / SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        return prepared
 
     def has_evaluated(self, step: int) -> bool:
         """Whether the model was evaluated after a step."""

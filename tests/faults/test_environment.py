@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from peftchat.errors import UserError
-from peftchat.training.launcher_environment import LaunchedProcess, read_environment, settle_environment
+from peftchat.training.launcher_environment import LaunchedProcess, clean_environment, read_environment
 from tests.support.faults import Fault, Scene, merge
 from tests.support.launch import peftchat_in_processes
 
@@ -59,7 +59,7 @@ INTEL_MPI = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCA
 def test_a_complete_set_is_a_launchers(environment: dict[str, str], process: LaunchedProcess) -> None:
     assert read_environment(environment).process == process
     settled = dict(environment)
-    assert settle_environment(settled) == ()
+    assert clean_environment(settled) == ()
     assert settled.items() >= process.variables().items()
     # What the libraries read after that is the same.
     assert read_environment(settled).process == process
@@ -100,7 +100,7 @@ def test_a_complete_set_is_a_launchers(environment: dict[str, str], process: Lau
 )
 def test_what_is_no_launchers_is_removed_and_told(environment: dict[str, str], told: str) -> None:
     settled = dict(environment)
-    ignored = settle_environment(settled)
+    ignored = clean_environment(settled)
     assert bool(ignored) == bool(told) and told in ", ".join(ignored)
     assert read_environment(settled).process is None
     kept = {name for name in settled if name.startswith(("SLURM_", "MASTER_"))}
@@ -138,7 +138,7 @@ def test_contradictions_are_refused(environment: dict[str, str]) -> None:
 
 def test_other_commands_are_one_process_whatever_is_set() -> None:
     environment = {**TORCH, **OPEN_MPI, "RANK": "x", "ACCELERATE_USE_FSDP": "true", "PATH": "/bin"}
-    assert settle_environment(environment, trains=False) == ()
+    assert clean_environment(environment, trains=False) == ()
     assert environment == {"PATH": "/bin"}
 
 

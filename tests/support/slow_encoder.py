@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, processors
 
-from peftchat.conversation import Conversation
+from peftchat.conversation import Conversation, Message
 
 HEADER, CONTENT, END, TRAILER = range(4)
 """Parts of a turn as the slow encoder numbers them."""
@@ -101,6 +101,11 @@ class SlowEncoder:
                 encoded["input_ids"], encoded["offset_mapping"], blocks, conversations, strict=True
             )
         ]
+
+    def answer_header(self) -> list[int]:
+        """The ids in front of an answer that begins with a letter."""
+        (row,) = self.encode([Conversation((Message("assistant", "a"),))])
+        return [int(number) for number in row.ids[(row.message == 0) & (row.part == HEADER)]]
 
     def _row(self, ids: list[int], spans: list[tuple[int, int]], blocks: Any, roles: list[str]) -> SlowRow:
         owner = list(itertools.chain.from_iterable([(index, part)] * len(text) for text, index, part in blocks))

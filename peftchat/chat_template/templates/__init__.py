@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 from peftchat.chat_template.loss_mask import TurnPart, token_tag
 from peftchat.chat_template.message_text import ANSWER_JINJA, TOOLS_JINJA, message_text, tools_text, with_tools
@@ -37,11 +36,13 @@ class TemplateSpan:
         text: the characters.
         tag: the tag of its tokens (`peftchat.chat_template.loss_mask.token_tag`).
         special: whether the text is one special token. All other text is ordinary, even if it is spelled like one.
+        opens: whether no token may span its start: the model sees the tokens before it, and writes those behind it.
     """
 
     text: str
     tag: int
     special: bool = False
+    opens: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,14 @@ class ChatTemplate:
     bos_token: str | None = None
     system: str | None = None
 
+    def examples(self, conversation: Conversation) -> list[Iterator[TemplateSpan]]:
+        """Return the spans of the conversation's examples; it is always one.
+
+        Raises:
+            UserError: a message has a role that the template cannot write.
+        """
+        return [self.spans(conversation)]
+
     def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
         """Yield the conversation as spans. Joined, they are the text that `jinja` renders.
 
@@ -82,9 +91,10 @@ class ChatTemplate:
             tags = {part: token_tag(part, role, last_answer=last_answer, context=context) for part in TurnPart}
             for text, special in self.header_spans(role):
                 yield TemplateSpan(text, tags[TurnPart.HEADER], special)
+            opens = role == "assistant"
             if content:
-                yield TemplateSpan(content, tags[TurnPart.CONTENT])
-            yield TemplateSpan(self.end_token, tags[TurnPart.END], special=True)
+                yield TemplateSpan(content, tags[TurnPart.CONTENT], opens=opens)
+            yield TemplateSpan(self.end_token, tags[TurnPart.END], special=True, opens=opens and not content)
             if self.trailer:
                 yield TemplateSpan(self.trailer, tags[TurnPart.TRAILER])
 
@@ -113,6 +123,16 @@ class ChatTemplate:
             if tools and not index:
                 text = with_tools(text, tools)
             yield message.role, text, index == last, message.train is False
+
+    @property
+    def written_date(self) -> None:
+        """The date that the template writes: none."""
+        return None
+
+    @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """Every token that ends an answer."""
+        return (self.end_token,)
 
     def header_spans(self, role: Role) -> HeaderSpans:
         """Return the header of a role as spans of (text, whether it is one special token)."""
@@ -193,16 +213,21 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
 TOKENIZER_TEMPLATE = "model"
 """The value of `chat.template` that keeps the tokenizer's own template."""
 
-if TYPE_CHECKING:
-    ChatTemplateName = str
-else:
-    ChatTemplateName = Literal[(*CHAT_TEMPLATES, TOKENIZER_TEMPLATE)]
+TEMPLATE_SUFFIX = ".jinja"
+"""The ending of a file that holds a chat template."""
+
+
+def is_template_name(name: str) -> bool:
+    """Return whether `chat.template` accepts a name: that of a template, or a path of a Jinja file."""
+    return name in CHAT_TEMPLATES or name == TOKENIZER_TEMPLATE or name.endswith(TEMPLATE_SUFFIX)
 
 
 def template_summaries() -> dict[str, str]:
     """Return every value of `chat.template` with one line that describes it."""
     own = "The tokenizer's own template, with an exact loss mask. Adds no tokens."
-    return {**{name: template.summary for name, template in CHAT_TEMPLATES.items()}, TOKENIZER_TEMPLATE: own}
+    file = "A Jinja template of your own, used like `model`."
+    built_in = {name: template.summary for name, template in CHAT_TEMPLATES.items()}
+    return {**built_in, TOKENIZER_TEMPLATE: own, f"path/to/template{TEMPLATE_SUFFIX}": file}
 
 
 def added_token_count(name: str) -> int:
@@ -211,4 +236,4 @@ def added_token_count(name: str) -> int:
     Args:
         name: a value of `chat.template`.
     """
-    return 0 if name == TOKENIZER_TEMPLATE else len(CHAT_TEMPLATES[name].special_tokens)
+    return len(CHAT_TEMPLATES[name].special_tokens) if name in CHAT_TEMPLATES else 0

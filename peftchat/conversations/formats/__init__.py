@@ -2,7 +2,18 @@
 
 import difflib
 
-from peftchat.conversations.formats import alpaca, chatgpt_export, guanaco, messages, oasst, prompt_completion, sharegpt
+from peftchat.conversations.formats import (
+    alpaca,
+    chatgpt_export,
+    gemini,
+    glaive,
+    guanaco,
+    messages,
+    oasst,
+    preference,
+    prompt_completion,
+    xlam,
+)
 from peftchat.conversations.formats.base import Fields, Format
 from peftchat.errors import UserError
 
@@ -11,9 +22,13 @@ FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
         messages.FORMAT,
-        sharegpt.FORMAT,
+        messages.SHAREGPT,
         oasst.FORMAT,
         chatgpt_export.FORMAT,
+        gemini.FORMAT,
+        glaive.FORMAT,
+        xlam.FORMAT,
+        preference.FORMAT,
         guanaco.FORMAT,
         alpaca.FORMAT,
         prompt_completion.FORMAT,

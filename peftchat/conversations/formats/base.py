@@ -1,15 +1,20 @@
 """What an input format is: how to recognize its records, and how to turn them into conversations."""
 
-import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peftchat.conversation import Conversation, Message, Role
+from peftchat.conversations.formats.fields import Fields, Notes, field_names, optional_text, text_field, type_name
+from peftchat.conversations.formats.keys import LeftOut, RecordShape, complete, rename, shape_of
+from peftchat.conversations.formats.turns import turn_list
 from peftchat.conversations.languages import is_in_languages
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, ReadOptions, RecordError
+from peftchat.json_text import holds_floats, parse_json
 
-Fields = Mapping[str, Any]
+__all__ = ["Fields", "Format", "Notes", "field_names", "optional_text", "text_field", "turn_list", "type_name"]
+
+Parse = Callable[[Fields, Notes], list[Message]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,51 +41,159 @@ _MAY_REPEAT = ("tool",)
 
 
 def record_format(
-    name: str, summary: str, matches: Callable[[Fields], bool], parse: Callable[[Fields], list[Message]]
+    name: str,
+    summary: str,
+    matches: Callable[[Fields], bool],
+    parse: Parse,
+    used: Callable[[Fields], Collection[str]],
+    *,
+    all_described: bool = False,
 ) -> Format:
-    """A format in which each record is one conversation; `parse` raises `RecordError` for a record it cannot read."""
+    """A format in which each record is one conversation.
+
+    Args:
+        name: as written in a recipe's `format`.
+        summary: one line: its fields.
+        matches: whether a record has this format.
+        parse: the turns of a record; raises `RecordError` for a record that it cannot read.
+        used: the names of the fields that `parse` reads. All others are looked at in `keys`.
+        all_described: the format comes with many fields of its own, none of which could be trained on.
+    """
 
     def read(records: Iterable[RawRecord], options: ReadOptions, problems: ProblemLog) -> Iterator[Conversation]:
+        notes = Notes(problems, options.roles)
+        shapes: dict[tuple[str, ...], RecordShape] = {}
+
+        def conversation_of(fields: dict[str, Any]) -> Conversation:
+            if not matches(fields):
+                raise RecordError("other_format", f"not in {name} format; fields: {field_names(fields)}")
+            messages = parse(fields, notes)
+            shape = shapes.get(tuple(fields))
+            if shape is None:
+                shape = shape_of(fields, used(fields), all_described=all_described)
+                shapes[tuple(fields)] = shape
+                if len(shapes) > _MOST_SHAPES:
+                    shapes.clear()
+            return complete(fields, shape, messages, notes)
+
         for record in records:
+            notes.start(record.where, record.raw is None)
             try:
-                if not matches(record.value):
-                    raise RecordError("other_format", f"not in {name} format; fields: {field_names(record.value)}")
-                messages = validate_messages(parse(record.value), problems)
+                fields = _present(record.value, options)
+                conversation = conversation_of(fields)
+                if record.raw is not None and _has_other_values(conversation, notes) and holds_floats(record.value):
+                    # Read once more with each number as it is written; the fast parser rounds them.
+                    notes.start(record.where, is_table=False)
+                    conversation = conversation_of(_present(_exactly(record), options))
+                kept = validate_messages(conversation.messages, problems, options.consecutive)
+            except LeftOut as left_out:
+                problems.skipped[left_out.rule] += 1
+                continue
             except RecordError as error:
                 problems.add(Problem(record.where, error.kind, error.detail), record.as_bytes())
                 continue
-            if options.languages and not is_in_languages(record.value, messages, options.languages, problems):
+            if options.languages and not is_in_languages(record.value, kept, options.languages, problems):
                 problems.skipped["other_language"] += 1
-            else:
-                yield Conversation(messages, record.where)
+                continue
+            notes.finish()
+            yield conversation if kept is conversation.messages else replace(conversation, messages=kept)
 
     return Format(name, summary, matches, read)
 
 
-def validate_messages(messages: Sequence[Message], problems: ProblemLog) -> tuple[Message, ...]:
+_MOST_SHAPES = 10_000
+
+
+def _present(value: dict[str, Any], options: ReadOptions) -> dict[str, Any]:
+    """The record under the recipe's names, without the fields that are null."""
+    if options.columns:
+        value = rename(value, options.columns)
+    if None in value.values():
+        return {name: item for name, item in value.items() if item is not None}
+    return value
+
+
+def _has_other_values(conversation: Conversation, notes: Notes) -> bool:
+    """Whether there is JSON in the conversation besides text."""
+    return notes.has_json or (bool(conversation.columns) and holds_floats(dict(conversation.columns)))
+
+
+def _exactly(record: RawRecord) -> dict[str, Any]:
+    try:
+        value = parse_json((record.raw or b"").decode("utf-8-sig"))
+    except ValueError:
+        return record.value
+    return value if isinstance(value, dict) else record.value
+
+
+def validate_messages(
+    messages: Sequence[Message], problems: ProblemLog, consecutive: str = "error"
+) -> tuple[Message, ...]:
     """The conversation's messages, a trailing user turn taken off and counted.
+
+    Args:
+        messages: the turns.
+        problems: where changes are counted.
+        consecutive: `data.consecutive`: what becomes of two turns of one role, and of a later system message.
 
     Raises:
         RecordError: no answer, nothing said, a role twice, a system message in the middle, or text that no tokenizer
             should see (NUL, half a surrogate pair).
     """
+    if consecutive == "merge":
+        messages = _merged(messages, problems)
     before: Role | None = None
+    strict = consecutive == "error"
     for number, message in enumerate(messages, start=1):
-        role = message.role
-        if role == before and role not in _MAY_REPEAT:
-            raise RecordError("repeated_role", f"two {role} turns in a record (turns {number - 1} and {number})")
-        if role == "system" and before is not None:
-            raise RecordError("system_not_first", f"a system message behind other turns (turn {number})")
-        _check_content(message.content, role, number)
+        role, content, calls, call_id, name, reasoning, _ = message
+        if strict:
+            if role == before and role not in _MAY_REPEAT:
+                detail = f"two {role} turns in a record (turns {number - 1} and {number})"
+                raise RecordError("repeated_role", f"{detail}; data.consecutive: merge or keep reads such records")
+            if role == "system" and before is not None:
+                detail = f"a system message behind other turns (turn {number})"
+                raise RecordError("system_not_first", f"{detail}; data.consecutive: keep reads such records")
+        if calls or reasoning or name or call_id:
+            _check_extras(message, number)
+        elif not content.isascii() or not content or content.isspace() or "\x00" in content:
+            _check_content(content, role, number)
         before = role
     end = len(messages)
-    while end and messages[end - 1].role in ("user", "tool"):
+    while end and messages[end - 1].role != "assistant":
         end -= 1
-    if not any(message.role == "assistant" for message in messages[:end]):
+    if not end:
         raise RecordError("no_answer", "the conversation has no assistant message")
-    if end < len(messages):
-        problems.notes["trailing_user_trimmed"] += 1
+    if end == len(messages):
+        return messages if isinstance(messages, tuple) else tuple(messages)
+    problems.notes["trailing_user_trimmed"] += 1
     return tuple(messages[:end])
+
+
+def _merged(messages: Sequence[Message], problems: ProblemLog) -> list[Message]:
+    """The turns, neighbors of one role joined with a line break and counted."""
+    merged: list[Message] = []
+    for message in messages:
+        last = merged[-1] if merged else None
+        if last is None or last.role != message.role or message.role in _MAY_REPEAT or last.train is not message.train:
+            merged.append(message)
+            continue
+        problems.notes["turns_merged"] += 1
+        merged[-1] = last._replace(
+            content="\n".join(filter(None, (last.content, message.content))),
+            tool_calls=last.tool_calls + message.tool_calls,
+            reasoning="\n".join(filter(None, (last.reasoning, message.reasoning))) or None,
+        )
+    return merged
+
+
+def _check_extras(message: Message, number: int) -> None:
+    """Check a turn with calls, reasoning or a name."""
+    if message.content or not (message.tool_calls or message.reasoning):
+        _check_content(message.content, message.role, number)
+    others = [message.reasoning or "", message.name or "", message.tool_call_id or ""]
+    for call in message.tool_calls:
+        others += [call.name, call.arguments, call.id or ""]
+    _check_content("".join(others) or "-", message.role, number)
 
 
 def _check_content(content: str, role: Role, number: int) -> None:
@@ -97,52 +210,3 @@ def _check_content(content: str, role: Role, number: int) -> None:
         if "\udc80" <= content[error.start] <= "\udcff":
             raise RecordError("not_utf8", f"the {role} turn is not UTF-8 (turn {number})") from None
         raise RecordError("lone_surrogate", f"the {role} turn holds half a surrogate pair (turn {number})") from None
-
-
-def text_field(fields: Fields, name: str) -> str:
-    """A field that must be text.
-
-    Raises:
-        RecordError: it is absent or something else.
-    """
-    if name not in fields:
-        raise RecordError("missing_field", f"no field {name!r}; fields: {field_names(fields)}")
-    value = fields[name]
-    if not isinstance(value, str):
-        raise RecordError("wrong_type", f"{name!r} must be text, it is {type_name(value)}")
-    return value
-
-
-def optional_text(fields: Fields, name: str) -> str:
-    """A field that may be absent, null or text; "" if it is empty."""
-    return "" if fields.get(name) is None else text_field(fields, name)
-
-
-def turn_list(fields: Fields, name: str) -> list[Fields]:
-    """A field that must be a list of objects.
-
-    Raises:
-        RecordError: it is not.
-    """
-    turns = fields.get(name)
-    if not isinstance(turns, list):
-        raise RecordError("wrong_type", f"{name!r} must be a list of turns, it is {type_name(turns)}")
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise RecordError("wrong_type", f"turn {number} must be an object, it is {type_name(turn)}")
-    return turns
-
-
-def field_names(fields: Fields) -> str:
-    """The names of a record's fields, for messages; at most ten of them."""
-    names = [name if name.isprintable() else reprlib.repr(name) for name in map(str, list(fields)[:10])]
-    more = ", …" if len(fields) > len(names) else ""
-    return (", ".join(names) or "none") + more
-
-
-def type_name(value: object) -> str:
-    """The type of a JSON value in JSON's words."""
-    if value is None:
-        return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)

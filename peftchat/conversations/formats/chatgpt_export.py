@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Iterator
 
 from peftchat.conversation import Message, Role
-from peftchat.conversations.formats.base import Fields, record_format, type_name
+from peftchat.conversations.formats.base import Fields, Notes, record_format, type_name
 from peftchat.conversations.problems import RecordError
 
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -14,7 +14,7 @@ def _matches(fields: Fields) -> bool:
     return "mapping" in fields and "current_node" in fields
 
 
-def _parse(fields: Fields) -> list[Message]:
+def _parse(fields: Fields, notes: Notes) -> list[Message]:
     """Return the branch that ends at `current_node`: what the user sees of a conversation with edited messages."""
     messages = []
     for number, message in enumerate(_branch(fields), start=1):
@@ -77,4 +77,5 @@ FORMAT = record_format(
     "mapping, current_node: ChatGPT's data export (conversations.json); the branch that was shown last",
     _matches,
     _parse,
+    lambda fields: fields,
 )

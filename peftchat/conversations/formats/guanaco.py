@@ -3,7 +3,7 @@
 import re
 
 from peftchat.conversation import Message, Role
-from peftchat.conversations.formats.base import Fields, record_format, text_field
+from peftchat.conversations.formats.base import Fields, Notes, record_format, text_field
 
 _MARK = re.compile(r"###\s?(Human|Assistant|System):")
 _ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant", "System": "system"}
@@ -14,7 +14,7 @@ def _matches(fields: Fields) -> bool:
     return isinstance(text, str) and "### Human:" in text
 
 
-def _parse(fields: Fields) -> list[Message]:
+def _parse(fields: Fields, notes: Notes) -> list[Message]:
     """Turns without the blanks around them; text before the first mark is a system message.
 
     Some files end `text` at the last `### Assistant:` and keep the answer in `output`.
@@ -26,9 +26,15 @@ def _parse(fields: Fields) -> list[Message]:
     last = messages[-1]
     if last.role == "assistant" and not last.content and "output" in fields:
         messages[-1] = Message("assistant", text_field(fields, "output").strip())
+    elif "output" in fields:
+        notes.unused("output")
     return messages
 
 
 FORMAT = record_format(
-    "guanaco", "text: '### Human: … ### Assistant: …'; an open last answer is in output", _matches, _parse
+    "guanaco",
+    "text: '### Human: … ### Assistant: …'; an open last answer is in output",
+    _matches,
+    _parse,
+    lambda fields: ("text", "output"),
 )

@@ -1,45 +1,94 @@
-"""Pairs: `prompt` and `completion`, and the other names in use for the two."""
+"""Pairs: a question and its answer, under the names in use for the two."""
+
+from functools import lru_cache
 
 from peftchat.conversation import Message, Role
-from peftchat.conversations.formats.base import Fields, optional_text, record_format, text_field, turn_list
-from peftchat.conversations.formats.messages import parse_turns
+from peftchat.conversations.formats import names
+from peftchat.conversations.formats.base import Fields, Notes, optional_text, record_format, text_field, type_name
+from peftchat.conversations.formats.turns import parse_parts, parse_turns, turn_list
+from peftchat.conversations.problems import RecordError
 
-PAIRS = (
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("instruction", "response"),
-    ("question", "answer"),
-)
+_ALPACA = ("instruction", "output")
 
 
-def _pair(fields: Fields) -> tuple[str, str] | None:
-    for pair in PAIRS:
-        if pair[0] in fields and pair[1] in fields:
-            return pair
-    return None
+def find_pair(fields: Fields) -> tuple[str, str] | None:
+    """The names of the two sides, as the record spells them; None if there are none."""
+    return _find_pair(tuple(fields))
 
 
-def _parse(fields: Fields) -> list[Message]:
-    asked, answered = _pair(fields) or PAIRS[0]
-    question = _side(fields, asked, "user")
-    # Dolly and question-answer sets keep the text that a question is about in a field of its own.
-    if isinstance(fields[asked], str) and (context := optional_text(fields, "context")):
-        question = [Message("user", f"{fields[asked]}\n\n{context}")]
-    system = optional_text(fields, "system")
-    start = [Message("system", system)] if system else []
-    return [*start, *question, *_side(fields, answered, "assistant")]
+@lru_cache(maxsize=1024)
+def _find_pair(fields: tuple[str, ...]) -> tuple[str, str] | None:
+    if _ALPACA[0] in fields and _ALPACA[1] in fields:
+        return _ALPACA
+    lower = {str(name).lower(): name for name in reversed(fields)}
+    asked = next((name for name in names.ASKED if name in lower), None)
+    answered = next((name for name in names.ANSWERED if name in lower), None)
+    return None if asked is None or answered is None else (lower[asked], lower[answered])
 
 
-def _side(fields: Fields, name: str, role: Role) -> list[Message]:
+def used_fields(fields: Fields) -> set[str]:
+    """The names of the fields that a pair is read from."""
+    pair = find_pair(fields) or ("prompt", "completion")
+    return {*pair, *names.CONTEXT, names.HISTORY, *names.REASONING}
+
+
+def parse_pair(fields: Fields, notes: Notes) -> list[Message]:
+    """History, question with the text that it is about, and answer."""
+    asked, answered = find_pair(fields) or ("prompt", "completion")
+    question = _side(fields, asked, "user", notes)
+    answer = _side(fields, answered, "assistant", notes)
+    if len(fields) == 2:
+        return question + answer
+    about = [optional_text(fields, name) for name in names.CONTEXT if name != asked]
+    if any(about):
+        if isinstance(fields[asked], list):
+            raise RecordError("wrong_type", f"{asked!r} is a list of turns, and there is a text that it is about")
+        question = [Message("user", "\n\n".join(filter(None, (fields[asked], *about))))]
+    return [*_history(fields, notes), *question, *_with_reasoning(fields, answer)]
+
+
+def _side(fields: Fields, name: str, role: Role, notes: Notes) -> list[Message]:
     """One side of the pair: text, or a list of messages as TRL writes conversational pairs."""
-    if isinstance(fields[name], list):
-        return parse_turns(turn_list(fields, name))
+    value = fields.get(name)
+    if isinstance(value, str):
+        return [Message(role, value)]
+    if isinstance(value, list) and all(isinstance(part, dict) and "role" not in part for part in value) and value:
+        return [Message(role, parse_parts(value, 1, notes).text)]
+    if isinstance(value, list):
+        return parse_turns(turn_list(fields, name), notes)
     return [Message(role, text_field(fields, name))]
+
+
+def _with_reasoning(fields: Fields, answer: list[Message]) -> list[Message]:
+    for name in names.REASONING:
+        thought = optional_text(fields, name)
+        if thought and answer and answer[0].reasoning in (None, thought):
+            answer = [answer[0]._replace(reasoning=thought), *answer[1:]]
+        elif thought:
+            raise RecordError("wrong_type", f"{name!r} and another field of reasoning differ")
+    return answer
+
+
+def _history(fields: Fields, notes: Notes) -> list[Message]:
+    """Earlier exchanges: a list of [question, answer] as LLaMA-Factory writes them, or of turns."""
+    history = fields.get(names.HISTORY) or []
+    if not isinstance(history, list):
+        raise RecordError("wrong_type", f"'history' must be a list, it is {type_name(history)}")
+    if all(isinstance(turn, dict) for turn in history):
+        return parse_turns(history, notes)
+    messages = []
+    for exchange in history:
+        if not isinstance(exchange, list) or [type(part) for part in exchange] != [str, str]:
+            raise RecordError("wrong_type", f"'history' must hold [question, answer] pairs, not {type_name(exchange)}")
+        messages += [Message("user", exchange[0]), Message("assistant", exchange[1])]
+    return messages
 
 
 FORMAT = record_format(
     "prompt_completion",
-    "two fields: " + ", ".join(f"{asked}/{answered}" for asked, answered in PAIRS) + "; optional system",
-    lambda fields: _pair(fields) is not None,
-    _parse,
+    "two fields: prompt/completion, prompt/response, question/answer, query/response, input/output and the like; "
+    "optional system, input, context, history",
+    lambda fields: find_pair(fields) is not None,
+    parse_pair,
+    used_fields,
 )

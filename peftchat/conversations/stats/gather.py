@@ -196,7 +196,7 @@ class _Repeats:
     def _compare(self, conversation: Conversation, stats: PartStats, part: int) -> bool:
         """Count what the conversation repeats word for word; whether no other is the same."""
         place = conversation.source
-        same = self._conversations.see(fingerprint(conversation.messages), part, place)
+        same = self._conversations.see(fingerprint(conversation.messages, conversation.tools), part, place)
         if part in same:
             stats.exact_duplicates += 1
             if len(stats.duplicate_examples) < EXAMPLES:

@@ -138,13 +138,13 @@ def parts_of_recipe(recipe: "Recipe") -> list[StatsPart]:
     train = [entry.model_copy(update={"weight": 1.0}) for entry in data.train]
 
     def read_train(log: ProblemLog) -> Iterator[Conversation]:
-        return read_sources(train, seed, problems=log)
+        return read_sources(train, seed, problems=log, consecutive=data.consecutive)
 
     if data.eval is not None:
         held_out = [entry.model_copy(update={"weight": 1.0}) for entry in data.eval]
         return [
             StatsPart("train", read_train),
-            StatsPart("eval", lambda log: read_sources(held_out, seed, problems=log)),
+            StatsPart("eval", lambda log: read_sources(held_out, seed, problems=log, consecutive=data.consecutive)),
         ]
     if data.eval_fraction is None:
         return [StatsPart("train", read_train)]

@@ -14,7 +14,7 @@ RECIPES = PROJECT / "recipes"
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_story_model_learns_to_chat(method: str, stories: Path, shared_data: Path, tmp_path: Path) -> None:
-    """On OpenAssistant conversations, held-out loss falls from about 4 to below 3."""
+    """On the OpenAssistant conversations that fit, held-out loss falls from about 4 to below 3.8."""
     run = tmp_path / "run"
     adapter = {"adapter": {"r": 64, "alpha": 64, "dropout": 0.0}} if method == "lora" else {}
     recipe = write_training_recipe(
@@ -36,7 +36,8 @@ def test_a_story_model_learns_to_chat(method: str, stories: Path, shared_data: P
     assert done.returncode == 0, done.stderr
     facts = read_json(run / "run.json")
     assert facts["eval_loss_before"] > 3.9
-    assert facts["eval_loss"] < 3
+    assert facts["eval_loss"] < 3.8
+    assert facts["train_loss"] < 2.8
 
 
 @pytest.mark.real

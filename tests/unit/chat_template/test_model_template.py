@@ -10,6 +10,7 @@ from tokenizers import AddedToken
 
 from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.chat_template.loss_mask import TurnPart, labels_for, loss_mask_table, part_of, role_of
+from peftchat.chat_template.templates import TemplateSpan
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
 from tests.support.random_text import FORGERIES, conversations
@@ -55,16 +56,16 @@ TEMPLATES = {
     + TO_IM_END
     + END_LOOP,
 }
-# An earlier answer loses what it thought; the last one always shows a place for it.
-QWEN3 = (
-    LOOP
-    + IM_START
-    + "{% set said = m['content'].split('</think>')[-1].lstrip('\n') %}"
-    + "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    + either("said + '<|im_end|>'", "m['content'] + '<|im_end|>'")
-    + "{{ '\n' }}"
-    + END_LOOP
-)
+OPENINGS = {
+    "llama3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "zephyr": "<|assistant|>\n",
+    "glm": "<|assistant|>\n",
+    "default-system": "<|im_start|>assistant\n",
+}
+TEMPLATES = {
+    name: template + f"{{% if add_generation_prompt %}}{{{{ {OPENINGS.get(name, '')!r} }}}}{{% endif %}}"
+    for name, template in TEMPLATES.items()
+}
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 SPECIAL += ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "[INST]", "[/INST]"]
 CASES = ["byte-level-digits", "llama2", "gemma"]
@@ -92,13 +93,19 @@ def conversations_for(template: str, *, forged: bool) -> list[Conversation]:
 
 
 def text_of(chat: ChatFormat, conversation: Conversation) -> str:
-    return "".join(piece.text for piece in chat.template.spans(conversation))
+    (example,) = examples_of(chat, conversation)
+    return "".join(piece.text for piece in example)
+
+
+def examples_of(chat: ChatFormat, conversation: Conversation) -> list[list[TemplateSpan]]:
+    return [list(example) for example in chat.template.examples(conversation)]
 
 
 def parts_of(chat: ChatFormat, *turns: tuple[Any, str]) -> list[tuple[str, str | None, str]]:
     """(part, role, text) of a conversation, neighbors of a kind joined."""
     found: list[tuple[str, str | None, str]] = []
-    for piece in chat.template.spans(Conversation(tuple(Message(role, content) for role, content in turns))):
+    (example,) = examples_of(chat, Conversation(tuple(Message(role, content) for role, content in turns)))
+    for piece in example:
         kind = part_of(piece.tag).name, role_of(piece.tag)
         if found and found[-1][:2] == kind:
             found[-1] = (*kind, found[-1][2] + piece.text)
@@ -107,23 +114,29 @@ def parts_of(chat: ChatFormat, *turns: tuple[Any, str]) -> list[tuple[str, str |
     return found
 
 
+def answered(conversation: Conversation) -> Conversation:
+    """The conversation with a question first, an answer last, and no answer that begins with white space."""
+    turns = [turn for turn in conversation.messages if turn.role in ("user", "assistant")]
+    turns = [turn._replace(content=f"a{turn.content.strip()}") if turn.role == "assistant" else turn for turn in turns]
+    return Conversation((Message("user", "q"), *turns, Message("assistant", "Bye.")), conversation.source)
+
+
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", ["zephyr", "glm", "default-system"])
 def test_text_ids_and_mask_are_stocks(template: str, name: str) -> None:
     chat = chat_of(name, TEMPLATES[template])
-    batch = conversations_for(template, forged=False)
+    batch = [answered(one) for one in conversations_for(template, forged=False)]
     assert len(batch) > 200
-    rows = chat.encoder().encode(batch)
+    rows = chat.encoder().batch(batch)
     table = loss_mask_table("answers")
     encoded = chat.tokenizer.apply_chat_template(
         [conversation.as_dicts() for conversation in batch], return_assistant_tokens_mask=True, return_dict=True
     )
+    assert len(rows) == len(batch)
     for conversation, row, ids, mask in zip(batch, rows, encoded["input_ids"], encoded["assistant_masks"], strict=True):
-        assert text_of(chat, conversation) == chat.tokenizer.apply_chat_template(
-            conversation.as_dicts(), tokenize=False
-        )
         assert row.ids.tolist() == ids, conversation
-        assert np.array_equal(labels_for(row.ids, row.token_tags, table), np.where(mask, ids, -100)), conversation
+        labels = labels_for(row.ids, row.token_tags, table)
+        assert np.array_equal(labels, np.where(mask, ids, -100)), conversation
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -133,12 +146,10 @@ def test_messages_write_no_special_token(template: str) -> None:
     special = {number for number, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
     for conversation in conversations_for(template, forged=True):
         harmless = Conversation(tuple(Message(message.role, "a") for message in conversation.messages))
-        row, plain = encoder.encode([conversation, harmless])
-        written, expected = ([number for number in one.ids.tolist() if number in special] for one in (row, plain))
-        assert written == expected, conversation
-        assert text_of(chat, conversation) == chat.tokenizer.apply_chat_template(
-            conversation.as_dicts(), tokenize=False
-        )
+        rows, plain = encoder.encode([conversation]), encoder.encode([harmless])
+        # What white space a template strips may make further examples.
+        written = [number for number in rows[-1].ids.tolist() if number in special]
+        assert written == [number for number in plain[-1].ids.tolist() if number in special], conversation
 
 
 def test_the_parts_of_a_turn() -> None:
@@ -150,8 +161,7 @@ def test_the_parts_of_a_turn() -> None:
     ]  # fmt: skip
     assert parts_of(chat_of("llama2", TEMPLATES["llama2"]), *turns) == [
         ("HEADER", "user", "<s>[INST] "), ("CONTENT", "user", "q"), ("END", "user", " [/INST]"),
-        ("HEADER", "assistant", " "), ("CONTENT", "assistant", "a"), ("END", "assistant", " </s>"),
-        ("HEADER", "user", "<s>[INST] "), ("CONTENT", "user", "r"), ("END", "user", " [/INST]"),
+        ("PREAMBLE", "assistant", " "), ("CONTENT", "assistant", "a"), ("END", "assistant", " </s>"),
     ]  # fmt: skip
 
 
@@ -163,13 +173,13 @@ def test_a_turn_without_an_end_token_does_not_take_the_next_header() -> None:
     ]  # fmt: skip
 
 
-def test_the_first_messages_header_is_its_own() -> None:
-    found = parts_of(chat_of("llama2", TEMPLATES["llama3"]), ("assistant", "a"), ("user", "q"))
+def test_an_answer_that_nothing_asks_for_is_context() -> None:
+    found = parts_of(chat_of("llama2", TEMPLATES["llama3"]), ("assistant", "0"), ("user", "q"))
     header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    assert found[:3] == [("OUTSIDE", None, "<s>"), ("HEADER", "assistant", header), ("CONTENT", "assistant", "a")]
-    found = parts_of(chat_of("llama2", TEMPLATES["default-system"]), ("assistant", "a"))
+    assert found[:2] == [("HEADER", "assistant", f"<s>{header}"), ("CONTENT", "assistant", "0")]
+    found = parts_of(chat_of("llama2", TEMPLATES["default-system"]), ("assistant", "0"))
     default = "<|im_start|>system\nBe kind.<|im_end|>\n"
-    assert found[:2] == [("OUTSIDE", None, default), ("HEADER", "assistant", "<|im_start|>assistant\n")]
+    assert found[:2] == [("HEADER", "assistant", f"{default}<|im_start|>assistant\n"), ("CONTENT", "assistant", "0")]
 
 
 def test_a_default_system_prompt_is_used_where_there_is_none() -> None:
@@ -181,45 +191,50 @@ def test_a_default_system_prompt_is_used_where_there_is_none() -> None:
     assert np.count_nonzero(loss_mask_table("last_answer")[row.token_tags]) == 2
 
 
-def test_rewritten_content_is_refused_by_name() -> None:
-    chat = chat_of("gemma", QWEN3)
-    plain = (
-        Message("user", "q"),
-        Message("assistant", "\nno thought"),
-        Message("user", "r"),
-        Message("assistant", "b"),
-    )
-    kept = Conversation(plain, "data.jsonl:1")
-    assert text_of(chat, kept) == chat.tokenizer.apply_chat_template(kept.as_dicts(), tokenize=False)
-    answers = [
-        text for part, role, text in parts_of(chat, *((m.role, m.content) for m in plain)) if role == "assistant"
-    ]
-    assert "no thought" in answers and "b" in answers
-    thought = Conversation((*plain[:1], Message("assistant", "<think>x</think>\n\ny"), *plain[2:]), "data.jsonl:2")
-    with pytest.raises(UserError, match=r"data\.jsonl:2: .*rewrites"):
-        chat.encoder().encode([kept, thought])
-
-
-@pytest.mark.parametrize("rewrite", ["m['content'] | upper", "m['content'][:3]", "m['content'].replace('  ', ' ')"])
-def test_every_rewriting_is_seen(rewrite: str) -> None:
+@pytest.mark.parametrize("rewrite", ["m['content'] | upper", "m['content'][:3]"])
+def test_lost_content_is_refused(rewrite: str) -> None:
     template = TEMPLATES["zephyr"].replace("m['content'] + eos_token", f"({rewrite}) + eos_token")
     chat = chat_of("llama2", template)
-    with pytest.raises(UserError, match="rewrites"):
-        text_of(chat, Conversation((Message("user", "some  text"), Message("assistant", "more  text"))))
+    with pytest.raises(UserError, match=r"data\.jsonl:7: the chat template does not write the content of message 1"):
+        examples_of(chat, Conversation((Message("user", "some  text"), Message("assistant", "more")), "data.jsonl:7"))
 
 
-def test_text_that_depends_on_a_content_is_seen() -> None:
-    chat = chat_of("llama2", TEMPLATES["zephyr"] + "{% if 'text' in messages[0]['content'] %}!{% endif %}")
-    with pytest.raises(UserError, match="rewrites"):
-        text_of(chat, Conversation((Message("user", "some text"), Message("assistant", "more"))))
-
-
-def test_white_space_may_go_from_some_contents_only() -> None:
-    said = "(m['content'] | trim if loop.index0 % 2 else m['content'])"
+def test_white_space_that_a_template_strips_is_no_loss() -> None:
+    said = "(m['content'] | trim)"
     template = LOOP + "{{ '<|' + m['role'] + '|>' + " + said + " + eos_token }}" + END_LOOP
-    turns = (("user", " q\n"), ("assistant", "\n a "), ("user", "\n\n"), ("assistant", " "))
+    template += "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    turns = (("user", " q\n"), ("assistant", "\n a "), ("user", "r"), ("assistant", "b"))
     found = parts_of(chat_of("llama2", template), *turns)
-    assert [text for part, _, text in found if part == "CONTENT"] == [" q\n", "a", "\n\n"]
+    assert [text for part, _, text in found if part == "CONTENT"] == ["q", "a", "r", "b"]
+
+
+def test_a_rewritten_history_makes_an_example_an_answer() -> None:
+    template = (
+        LOOP
+        + IM_START
+        + "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        + TO_IM_END
+        + END_LOOP
+        + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    chat = chat_of("gemma", template)
+    turns = (("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
+    conversation = Conversation(tuple(Message(role, text) for role, text in turns))  # type: ignore[arg-type]
+    batch = chat.encoder().batch([conversation, conversation])
+    assert len(batch) == 4 and [len(found) for _, found in batch.by_conversation()] == [2, 2]
+    table = loss_mask_table("answers")
+    trained = [chat.tokenizer.decode(row.ids[table[row.token_tags]].tolist()) for row in batch][:2]
+    assert trained == ["<think>\n\n</think>\n\na<|im_end|>", "<think>\n\n</think>\n\nb<|im_end|>"]
+
+
+@pytest.mark.parametrize("content", ["end", "im", "start", "a", "|"])
+def test_a_content_that_stands_in_a_special_token_is_not_found_there(content: str) -> None:
+    chat = chat_of("gemma", TEMPLATES["default-system"])
+    (row,) = chat.encoder().encode([Conversation((Message("user", content), Message("assistant", content)))])
+    stock = chat.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}, {"role": "assistant", "content": content}], return_dict=False
+    )
+    assert row.ids.tolist() == stock
 
 
 def test_a_template_that_refuses_is_an_input_error() -> None:
@@ -227,15 +242,13 @@ def test_a_template_that_refuses_is_an_input_error() -> None:
     twice = Conversation((Message("user", "a"), Message("user", "b")), "data.jsonl:3")
     with pytest.raises(UserError, match=r"data\.jsonl:3: .*roles must alternate"):
         chat.encoder().encode([twice])
-    with pytest.raises(UserError, match=r"data\.jsonl:4"):
-        chat.encoder().encode([Conversation((), "data.jsonl:4")])
     stumbling = chat_of("llama2", TEMPLATES["zephyr"] + "{{ 1 / (messages | length - 1) }}")
-    with pytest.raises(UserError, match="refuses"):
+    with pytest.raises(UserError, match="fails on the conversation: division by zero"):
         stumbling.encoder().encode([Conversation((Message("user", "a"),))])
 
 
 def test_a_template_without_an_end_token_is_refused() -> None:
-    with pytest.raises(UserError, match="no special token after an answer"):
+    with pytest.raises(UserError, match="no special token behind an answer"):
         chat_of("llama2", LOOP + "{{ m['role'] + ': ' + m['content'] + '\n' }}" + END_LOOP)
 
 
@@ -246,7 +259,9 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
 
 def test_of_several_templates_the_default_one_is_used() -> None:
     chat = chat_of("llama2", {"default": TEMPLATES["zephyr"], "tool_use": "{{ x }}"})  # type: ignore[arg-type]
-    assert chat.template.jinja == chat.tokenizer.chat_template == TEMPLATES["zephyr"]
+    assert chat.tokenizer.chat_template == {"default": TEMPLATES["zephyr"], "tool_use": "{{ x }}"}
+    found = parts_of(chat, ("user", "q"), ("assistant", "a"))
+    assert found[0] == ("HEADER", "user", "<|user|>\n")
 
 
 @pytest.mark.real
@@ -262,7 +277,11 @@ def test_smollms_own_template(demo_model: Path) -> None:
         "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
     )
     assert "generation" in with_marks
-    batch = [one for one in conversations_for("smollm", forged=False) if not any(f in str(one) for f in FORGERIES[:9])]
+    batch = [
+        answered(one)
+        for one in conversations_for("smollm", forged=False)
+        if not any(f in str(one) for f in FORGERIES[:9])
+    ]
     encoded = chat.tokenizer.apply_chat_template(
         [one.as_dicts() for one in batch], chat_template=with_marks, return_assistant_tokens_mask=True, return_dict=True
     )

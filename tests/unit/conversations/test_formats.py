@@ -97,33 +97,6 @@ def test_a_form_is_recognized_and_read(tmp_path: Path, form: str, row: dict[str,
     assert turns(path, [row], format=form) == [expected]
 
 
-def test_tool_calls_become_text_in_one_fixed_form(tmp_path: Path) -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
-    row = {
-        "messages": [
-            {"role": "user", "content": QUESTION},
-            {"role": "assistant", "content": None, "tool_calls": [call, call]},
-            {"role": "tool", "content": "4"},
-            {"role": "tool", "content": ""},
-            {"role": "assistant", "content": "Once more.", "tool_calls": [call]},
-            {"role": "tool", "content": "4"},
-            {"role": "assistant", "content": ANSWER},
-        ]
-    }
-    block = '<tool_call>\n{"name":"add","arguments":{"a":2,"b":2}}\n</tool_call>'
-    assert turns(tmp_path / "rows.jsonl", [row]) == [
-        [
-            ("user", QUESTION),
-            ("assistant", f"{block}\n{block}"),
-            ("tool", "4"),
-            ("tool", ""),
-            ("assistant", f"Once more.\n{block}"),
-            ("tool", "4"),
-            ("assistant", ANSWER),
-        ]
-    ]
-
-
 def chat(*pairs: tuple[Any, Any]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in pairs]}
 
@@ -139,7 +112,7 @@ def chat(*pairs: tuple[Any, Any]) -> dict[str, Any]:
         (chat(("user", "a"), ("system", "b"), ("assistant", "c")), "system_not_first"),
         (chat(("user", " \n"), ("assistant", "c")), "empty_content"),
         (chat(("user", "a"), ("assistant", "")), "empty_content"),
-        (chat(("human", "a"), ("assistant", "b")), "unknown_role"),
+        (chat(("waiter", "a"), ("assistant", "b")), "unknown_role"),
         (chat((["user"], "a"), ("assistant", "b")), "unknown_role"),
         (chat(("user", 5), ("assistant", "b")), "wrong_type"),
         (chat(("user", None), ("assistant", "b")), "wrong_type"),
@@ -203,7 +176,19 @@ def test_the_list_of_formats_names_every_form_once() -> None:
     names = [name for name, _ in list_formats()]
     assert names[0] == "auto"
     assert sorted(names[1:]) == sorted(
-        ["messages", "sharegpt", "alpaca", "prompt_completion", "guanaco", "oasst", "chatgpt_export"]
+        [
+            "messages",
+            "sharegpt",
+            "alpaca",
+            "prompt_completion",
+            "guanaco",
+            "oasst",
+            "chatgpt_export",
+            "preference",
+            "xlam",
+            "glaive",
+            "gemini",
+        ]
     )
 
 

@@ -24,14 +24,16 @@ CUTS: tuple[TruncationSide, ...] = ("turns", "drop_first_turns", "split")
 _WORDS = st.lists(st.sampled_from(["one", "two", "three", "\n", "日本", "12", "  "]), min_size=1, max_size=12).map(
     " ".join
 )
+_ANSWERS = _WORDS.map(str.lstrip)
+"""Stock may merge white space with the header."""
 
 
 @st.composite
 def _exchange(draw: st.DrawFn) -> list[Message]:
     asked = Message("user", draw(_WORDS))
-    steps = draw(st.lists(st.tuples(_WORDS, _WORDS), max_size=2))
+    steps = draw(st.lists(st.tuples(_ANSWERS, _WORDS), max_size=2))
     called = [Message(role, text) for call in steps for role, text in zip(("assistant", "tool"), call, strict=True)]
-    return [asked, *called, Message("assistant", draw(_WORDS))]
+    return [asked, *called, Message("assistant", draw(_ANSWERS))]
 
 
 @st.composite
@@ -62,7 +64,7 @@ def joined(parts: list[list[Message]]) -> list[Message]:
 
 def cut_up(system: list[Message], parts: list[list[Message]], limit: int, cut: TruncationSide) -> Truncated:
     conversation, encoder = Conversation((*system, *joined(parts)), "d:1"), chatml().encoder()
-    return truncate_to_fit(conversation, encoder.encode([conversation])[0], encoder, limit, cut)
+    return truncate_to_fit(conversation, len(encoder.encode([conversation])[0].ids), encoder, limit, cut)
 
 
 def ends_every_answer(row: EncodedExample) -> bool:

@@ -1,0 +1,388 @@
+"""Rendering answer by answer: the prompt that a model gets before each answer, and the text it must then write.
+
+The prompt of an answer is what the tokenizer's template makes of the messages before it, with the generation prompt.
+The answer's text is what the template writes behind that prompt once the answer is there, through the token that ends
+the turn. Nothing is searched for, and a template may rewrite earlier turns: the next answer then has another prompt.
+"""
+
+import copy
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from peftchat.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TemplateMessage = Mapping[str, Any]
+"""A message in the form of `apply_chat_template`."""
+
+Tools = Sequence[Any] | None
+"""JSON schemas of tools, in the form of `apply_chat_template`."""
+
+_ACCIDENTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a template raises besides jinja2's own errors."""
+
+# Reasoning that a generation prompt opens and closes, so that the answer follows at once.
+_CLOSED_REASONING = re.compile(
+    r"\s*(?:<(?P<tag>[\w:]*think\w*)>\s*</(?P=tag)>"
+    r"|<\|START_THINKING\|>\s*<\|END_THINKING\|>"
+    r"|\[THINK\]\s*\[/THINK\]"
+    r"|<\|channel>thought\s*<channel\|>)\s*"
+)
+_OPEN_TAG = re.compile(r"\s*<(?P<tag>[\w:]*think\w*)>\s*")
+
+_WITHOUT_REASONING: tuple[dict[str, Any], ...] = ({"enable_thinking": False}, {"thinking": False}, {"reasoning": False})
+"""Variables by which templates turn reasoning off."""
+
+_MARK = "peftchat answer"
+_SHOWN = 60
+"""Characters of a rendering in an error message."""
+
+_OPEN_REASONING = re.compile(r"<[\w:]*think\w*>|START_THINKING|\[THINK\]|<\|channel>thought|reasoning", re.IGNORECASE)
+
+
+PROBE_TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "find",
+        "description": "Finds a text.",
+        "parameters": {"type": "object", "properties": {"text": {"type": "string", "description": "The text."}}},
+    },
+}
+"""The definition of a tool, to learn what a template does with one."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedAnswer:
+    """An answer and its prompt, as text.
+
+    Attributes:
+        index: which message it is.
+        prompt: the messages before it, with the generation prompt.
+        opening: the number of characters at the end of `prompt` that are the generation prompt.
+        text: what the model must write, through the token that ends the turn.
+        trailer: what the template writes behind that token at the end of a conversation.
+    """
+
+    index: int
+    prompt: str
+    opening: int
+    text: str
+    trailer: str
+
+
+class TemplateRenderer:
+    """Renders messages by a tokenizer's template, with special tokens in their text kept apart.
+
+    Text in a message that is spelled like a special token is replaced by a placeholder before rendering (`protect`).
+    Every special token in the rendered text is then the template's own. `restore` puts the text back.
+
+    Args:
+        tokenizer: gives the template its special tokens.
+        jinja: the template, or several by name, as `chat_template` holds them.
+        special: the texts of its special tokens.
+        variables: further variables of the template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        jinja: str | Mapping[str, str],
+        special: Sequence[str],
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._jinja = jinja
+        self._variables = dict(variables or {})
+        by_length = sorted(special, key=len, reverse=True)
+        # `(?!)` matches nothing.
+        self.special = re.compile("(" + ("|".join(map(re.escape, by_length)) or "(?!)") + ")")
+        nonce = secrets.token_hex(6)
+        self._placeholders = {token: f"x{nonce}n{number}x" for number, token in enumerate(by_length)}
+        self._texts = {placeholder: token for token, placeholder in self._placeholders.items()}
+        self._placeholder = re.compile(rf"x{nonce}n\d+x")
+
+    def render(self, messages: Sequence[TemplateMessage], tools: Tools, *, generation_prompt: bool) -> str:
+        """Return the rendered text.
+
+        Raises:
+            UserError: the template raised an error.
+        """
+        from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
+
+        try:
+            return self._apply(messages, tools, generation_prompt=generation_prompt)
+        # A template is code by the model's authors. It may raise an error of its own or fail by accident.
+        except (SecurityError, UndefinedError, *_ACCIDENTS) as error:
+            message = f"the chat template fails on the conversation: {first_line(error)}"
+            if not tools and self._renders([_turn("user")], [PROBE_TOOL]) and not self._renders([_turn("user")], None):
+                message = "the chat template needs tools, and the conversation defines none"
+            raise UserError(message) from error
+        except TemplateError as error:
+            raise UserError(f"the chat template cannot write the conversation: {first_line(error)}") from error
+
+    def _apply(self, messages: Sequence[TemplateMessage], tools: Tools, *, generation_prompt: bool) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools or None,
+                chat_template=self._template(tools),
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **self._variables,
+            )
+        )
+
+    def _renders(self, messages: Sequence[TemplateMessage], tools: Tools) -> bool:
+        """Return whether the template takes these messages."""
+        try:
+            self._apply(messages, tools, generation_prompt=True)
+        except Exception:
+            return False
+        return True
+
+    def with_variables(self, variables: Mapping[str, Any]) -> "TemplateRenderer":
+        """Return a renderer of the same template with these variables on top; placeholders stay the same."""
+        other = copy.copy(self)
+        other._variables = {**self._variables, **variables}
+        return other
+
+    def _template(self, tools: Tools) -> str:
+        """Return the source to render with: models may have one of their own for tools."""
+        if isinstance(self._jinja, str):
+            return self._jinja
+        name = "tool_use" if tools and "tool_use" in self._jinja else "default"
+        return self._jinja[name]
+
+    def protect(self, value: Any) -> Any:
+        """Return a message, or a part of one, with placeholders for text spelled like special tokens."""
+        if isinstance(value, str):
+            return self.special.sub(lambda match: self._placeholders[match[0]], value)
+        if isinstance(value, Mapping):
+            return {self.protect(key): self.protect(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.protect(item) for item in value]
+        return value
+
+    def restore(self, text: str) -> str:
+        """Return a rendered text with the placeholders replaced by what stands in the messages."""
+        return self._placeholder.sub(lambda match: self._texts[match[0]], text)
+
+
+class AnswerRenderer:
+    """Renders the answers of one conversation, each behind its prompt.
+
+    Args:
+        renderer: renders messages.
+        messages: the conversation, protected by the renderer.
+        tools: its tools, protected too.
+        end_token: ends an answer where the template writes no token behind it; None refuses such templates.
+    """
+
+    def __init__(
+        self,
+        renderer: TemplateRenderer,
+        messages: Sequence[TemplateMessage],
+        tools: Tools = None,
+        end_token: str | None = None,
+    ) -> None:
+        self._renderer = renderer
+        self._messages = messages
+        self._tools = tools
+        self._end_token = end_token
+
+    def agrees(self, index: int) -> bool:
+        """Return whether the rendering that ends with an answer begins with the answer's prompt."""
+        try:
+            prompt, opening = self.prompt(index)
+            full = self._renderer.render(self._messages[: index + 1], self._tools, generation_prompt=False)
+        except UserError:
+            return False
+        return self._find_behind(prompt, opening, full, index) is not None
+
+    def prompt(self, index: int) -> tuple[str, int]:
+        """Return the prompt of an answer, and the length of the generation prompt at its end.
+
+        Raises:
+            UserError: the template refuses the messages before the answer.
+        """
+        history = self._messages[:index]
+        prompt = self._renderer.render(history, self._tools, generation_prompt=True)
+        try:
+            closed = self._renderer.render(history, self._tools, generation_prompt=False)
+        except UserError:
+            return prompt, 0
+        shared = _shared_length(prompt, closed)
+        for match in self._renderer.special.finditer(prompt):
+            if match.start() < shared < match.end():
+                shared = match.start()
+        return prompt, len(prompt) - shared
+
+    def answer(self, index: int) -> RenderedAnswer:
+        """Return one answer.
+
+        Raises:
+            UserError: the template refuses the conversation, or the answer does not follow from its prompt.
+        """
+        prompt, opening = self.prompt(index)
+        full = self._renderer.render(self._messages[: index + 1], self._tools, generation_prompt=False)
+        behind = self._find_behind(prompt, opening, full, index)
+        if behind is None:
+            raise self._not_a_beginning(prompt, opening, full, index)
+        text, trailer = self._split_end(full.removesuffix(behind), behind, index)
+        return RenderedAnswer(index, prompt, opening, text, trailer)
+
+    def _find_behind(self, prompt: str, opening: int, full: str, index: int) -> str | None:
+        """Return the text that the template writes behind the prompt; None if the two differ."""
+        if full.startswith(prompt):
+            return full[len(prompt) :]
+        shared = _shared_length(prompt, full)
+        for start in range(shared, len(prompt) - opening - 1, -1):
+            behind = _behind_reasoning(prompt[start:], full[start:])
+            if behind is not None:
+                return behind
+        # The template writes something else for the messages before, and the same for the answer.
+        simple = self._simple_answer(index)
+        return simple if simple and full.endswith(simple) else None
+
+    def _simple_answer(self, index: int) -> str | None:
+        """Return what the template writes for the answer behind one short question; None if that has no prompt."""
+        messages = [_turn("user"), self._messages[index]]
+        try:
+            prompt = self._renderer.render(messages[:1], self._tools, generation_prompt=True)
+            full = self._renderer.render(messages, self._tools, generation_prompt=False)
+        except UserError:
+            return None
+        return full[len(prompt) :] if full.startswith(prompt) else None
+
+    def _split_end(self, before: str, behind: str, index: int) -> tuple[str, str]:
+        """Split a rendering behind the prompt at the end of the turn; `before` is what precedes.
+
+        Special tokens behind the last visible text end the turn as far as the template writes them in front of a next
+        turn too. If there is none, the template's own next token ends it, such as the role token of that turn.
+
+        Raises:
+            UserError: no token ends the answer.
+        """
+        special = self._renderer.special
+        trailing = re.search(rf"(?:{special.pattern}|\s)*\Z", behind)
+        assert trailing is not None
+        start = trailing.start()
+        following = self._continued(before, index)
+        if following is not None and not following.startswith(behind[:start]):
+            following = None
+        ends = [match.end() for match in special.finditer(behind, start)]
+        if ends:
+            shared = 0 if following is None else _shared_length(behind, following)
+            continued = [end for end in ends if end <= shared]
+            end = continued[-1] if continued else _end_of_run(special, behind, start)
+            return behind[:end], behind[end:]
+        if following is not None:
+            match = re.compile(rf"\s*{special.pattern}").match(following, start)
+            if match is not None:
+                return following[: match.end()], ""
+        usual = self._usual_end()
+        if usual is not None:
+            return behind[:start] + usual, ""
+        if self._end_token is not None:
+            return behind[:start] + self._end_token, ""
+        raise UserError(
+            "the chat template writes no special token behind an answer, so nothing would end it",
+            where="chat.template: model",
+            hint="Set `chat.end_token` to the token that ends an answer, or choose another template.",
+        )
+
+    def _continued(self, before: str, index: int) -> str | None:
+        """Return what stands behind `before` if another turn follows; None if the template rewrites that text."""
+        messages = list(self._messages[: index + 2])
+        if len(messages) < index + 2 or messages[-1]["role"] == "assistant":
+            calls = messages[index].get("tool_calls")
+            probe = _turn("tool", calls[0]) if calls else _turn("user")
+            messages = [*messages[: index + 1], probe]
+        try:
+            full = self._renderer.render(messages, self._tools, generation_prompt=False)
+        except UserError:
+            return None
+        return full[len(before) :] if full.startswith(before) else None
+
+    def _usual_end(self) -> str | None:
+        """Return the white space and the token behind a plain answer that another turn follows."""
+        messages = [_turn("user"), {"role": "assistant", "content": _MARK}, _turn("user")]
+        try:
+            full = self._renderer.render(messages, None, generation_prompt=False)
+        except UserError:
+            return None
+        match = re.compile(rf"\s*{self._renderer.special.pattern}").match(full.partition(_MARK)[2])
+        return None if match is None else match.group()
+
+    def _not_a_beginning(self, prompt: str, opening: int, full: str, index: int) -> UserError:
+        """Return the error for an answer that does not stand behind its prompt, with the setting that mends it."""
+        shared = _shared_length(prompt, full)
+        # From the last special token on, so that no token is shown in part.
+        cut = max((match.start() for match in self._renderer.special.finditer(prompt[:shared])), default=0)
+        cut = max(cut, shared - _SHOWN)
+        restore = self._renderer.restore
+        message = (
+            "the chat template writes the conversation otherwise than the prompt of the answer in message "
+            f"{index + 1}: the prompt has {restore(prompt[cut:])[:_SHOWN]!r}, "
+            f"the conversation {restore(full[cut:])[:_SHOWN]!r}"
+        )
+        for variables in _WITHOUT_REASONING:
+            other = AnswerRenderer(self._renderer.with_variables(variables), self._messages, self._tools)
+            if other.agrees(index):
+                (name,) = variables
+                return UserError(
+                    message, hint=f"Set `chat.template_kwargs: {{{name}: false}}`, which makes them agree."
+                )
+        if _OPEN_REASONING.search(prompt[len(prompt) - opening :]):
+            hint = (
+                "The prompt opens a reasoning: add it to the data as `reasoning_content`, or choose another template."
+            )
+            return UserError(message, hint=hint)
+        return UserError(message, hint="Choose another `chat.template`, or remove such conversations.")
+
+
+def _turn(role: str, call: Mapping[str, Any] | None = None) -> TemplateMessage:
+    """Return a message of one word, for a result with the id and the name of its call."""
+    if call is None:
+        return {"role": role, "content": "next"}
+    found = {"role": role, "content": "next", "name": call["function"]["name"]}
+    return {**found, "tool_call_id": call["id"]} if "id" in call else found
+
+
+def _behind_reasoning(opened: str, written: str) -> str | None:
+    """Return what follows an empty reasoning of the prompt that the conversation lacks; None if it is not one.
+
+    Args:
+        opened: the end of the prompt.
+        written: the conversation from the same place on.
+    """
+    open_tag = _OPEN_TAG.fullmatch(opened)
+    if open_tag and written.startswith(f"</{open_tag['tag']}>"):
+        return written
+    closed = _CLOSED_REASONING.fullmatch(opened)
+    if closed is None:
+        return None
+    # Some templates leave out only the start of an empty reasoning.
+    behind = written.removeprefix(f"</{closed['tag']}>")
+    # A reasoning of its own would be a second one.
+    return None if behind.lstrip().startswith(f"<{closed['tag']}>") else behind
+
+
+def _shared_length(one: str, other: str) -> int:
+    """Return how many characters two texts have in common at the start."""
+    for number, (first, second) in enumerate(zip(one, other, strict=False)):
+        if first != second:
+            return number
+    return min(len(one), len(other))
+
+
+def _end_of_run(special: re.Pattern[str], text: str, start: int) -> int:
+    """Return where the first special tokens behind `start` end, which follow each other without a gap."""
+    match = re.compile(rf"\s*{special.pattern}+").match(text, start)
+    assert match is not None
+    return match.end()

@@ -1,0 +1,290 @@
+"""From rendered answers to the spans of an example: what each stretch of text is, and that nothing was lost.
+
+An example is the prompt of an answer and the answer, and goes on through later answers as long as their prompts begin
+with what is there already. Only answers are found exactly: they follow from the rendering. The tags of the text around
+them say whose turn it is, for reports and for `chat.loss_on: everything`.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from peftchat.chat_template.answer_rendering import RenderedAnswer, TemplateMessage, TemplateRenderer, Tools
+from peftchat.chat_template.loss_mask import TurnPart, token_tag
+from peftchat.chat_template.templates import TemplateSpan
+from peftchat.errors import UserError
+
+if TYPE_CHECKING:
+    from peftchat.conversation import Role
+
+_REASONING_TAG = re.compile(r"</?[\w:]*think\w*>|\[/?THINK\]")
+_REASONING_END = re.compile(r"</[\w:]*think\w*>|\[/THINK\]")
+
+
+_LONGEST = 64
+"""Characters of the longest special token."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleBuilder:
+    """Builds the spans of one conversation's examples.
+
+    Attributes:
+        renderer: rendered the answers; it puts protected text back.
+        messages: the conversation, protected.
+        untrained: the messages that must not be trained (`Message.train` is False).
+        last_answer: index of the last assistant message; -1 without one.
+    """
+
+    renderer: TemplateRenderer
+    messages: Sequence[TemplateMessage]
+    untrained: frozenset[int]
+    last_answer: int
+
+    def spans(self, answers: Sequence[RenderedAnswer], *, repeated: bool) -> Iterator[TemplateSpan]:
+        """Yield the spans of an example with these answers, each of which continues the one before.
+
+        Args:
+            answers: at least one.
+            repeated: whether an earlier example trains what precedes the first prompt's opening.
+        """
+        done, first = 0, 0
+        for answer in answers:
+            closed = len(answer.prompt) - answer.opening
+            indices = range(first, answer.index)
+            yield from self._context(answer.prompt[done:closed], indices, repeated=repeated)
+            header = self._tag(TurnPart.HEADER, answer.index)
+            yield from self._template_text(answer.prompt[max(done, closed) :], header)
+            yield from self._answer(answer)
+            done, first, repeated = len(answer.prompt) + len(answer.text), answer.index + 1, False
+        yield from self._template_text(answers[-1].trailer, self._tag(TurnPart.TRAILER, answers[-1].index))
+
+    def context_only(self, rendered: str) -> Iterator[TemplateSpan]:
+        """Yield the spans of a conversation without a trained answer."""
+        yield from self._context(rendered, range(len(self.messages)), repeated=True)
+
+    def _answer(self, answer: RenderedAnswer) -> Iterator[TemplateSpan]:
+        """Yield an answer: what precedes its content, the content, its calls and the token that ends it."""
+        message, text = self.messages[answer.index], answer.text
+        content = str(message.get("content") or "").strip()
+        special = self.renderer.special
+        start = _find_outside(special, text, content, backwards=True) if content else -1
+        calls = message.get("tool_calls")
+        ends = list(self.renderer.special.finditer(text))
+        end = len(text)
+        for match in reversed(ends):
+            if match.end() != end:
+                break
+            end = match.start()
+        if start < 0:
+            # The content is empty, or the template takes it apart.
+            start = stop = 0 if not calls else min(len(_before_calls(text, calls)), end)
+            if not calls:
+                stop = end
+        else:
+            stop = min(start + len(content), end)
+        lead = TurnPart.REASONING if message.get("reasoning_content") else TurnPart.PREAMBLE
+        pieces = (
+            (text[:start], lead),
+            (text[start:stop], TurnPart.CONTENT),
+            (text[stop:end], TurnPart.TOOL_CALL if calls else TurnPart.END),
+            (text[end:], TurnPart.END),
+        )
+        opens = True
+        for piece, part in pieces:
+            for span in self._template_text(piece, self._tag(part, answer.index)):
+                yield TemplateSpan(span.text, span.tag, span.special, opens)
+                opens = False
+
+    def _context(self, text: str, indices: range, *, repeated: bool) -> Iterator[TemplateSpan]:
+        """Yield text before an answer, tagged by the messages whose contents stand in it."""
+        at = 0
+        previous: int | None = None
+        if indices.start:
+            # The turn of the answer before has ended; white space may follow it.
+            at = len(text) - len(text.lstrip())
+            yield from self._template_text(text[:at], self._tag(TurnPart.TRAILER, indices.start - 1, repeated))
+        for index in indices:
+            found = _find_content(self.renderer.special, self.messages[index], text, at)
+            if found is None:
+                continue
+            yield from self._between(text[at : found.start], previous, index, repeated)
+            tag = self._context_tag(TurnPart.CONTENT, index, repeated)
+            yield from self._template_text(text[found.start : found.stop], tag)
+            at, previous = found.stop, index
+        yield from self._between(text[at:], previous, None, repeated)
+
+    def _between(self, text: str, before: int | None, after: int | None, repeated: bool) -> Iterator[TemplateSpan]:
+        """Yield the text between two contents: the end of one turn and the header of the next."""
+        end = 0
+        if before is not None:
+            match = re.compile(rf"[^\S\n]*{self.renderer.special.pattern}+|").match(text)
+            end = match.end() if match else 0
+            yield from self._template_text(text[:end], self._context_tag(TurnPart.END, before, repeated))
+            trailer = len(text) - len(text[end:].lstrip()) if text[end:].strip() else len(text)
+            yield from self._template_text(text[end:trailer], self._context_tag(TurnPart.TRAILER, before, repeated))
+            end = trailer
+        tag = token_tag(TurnPart.OUTSIDE, context=repeated)
+        if after is not None:
+            tag = self._context_tag(TurnPart.HEADER, after, repeated)
+        yield from self._template_text(text[end:], tag)
+
+    def _context_tag(self, part: TurnPart, index: int, repeated: bool) -> int:
+        """Return the tag of text in a prompt: an answer there is trained elsewhere, or not at all."""
+        return self._tag(part, index, repeated or self.messages[index]["role"] == "assistant")
+
+    def _tag(self, part: TurnPart, index: int, context: bool = False) -> int:
+        role: Role = self.messages[index]["role"]
+        last = index == self.last_answer
+        return token_tag(part, role, last_answer=last, context=context or index in self.untrained)
+
+    def _template_text(self, text: str, tag: int) -> Iterator[TemplateSpan]:
+        """Yield text with each special token of the template as a span of its own, protected text put back."""
+        for number, part in enumerate(self.renderer.special.split(text)):
+            if part:
+                special = number % 2 == 1
+                yield TemplateSpan(part if special else self.renderer.restore(part), tag, special)
+
+
+def check_written(
+    messages: Sequence[TemplateMessage], tools: Tools, answer: RenderedAnswer, first: int, restore: Any
+) -> None:
+    """Check that the template wrote everything that the messages hold.
+
+    Earlier reasoning may be left out: many templates do that, and the prompt at inference leaves it out too.
+
+    Args:
+        messages: the conversation, protected.
+        tools: its tools, protected.
+        answer: an answer behind its prompt.
+        first: the first message that no check has covered yet.
+        restore: puts protected text back, for messages to the user.
+
+    Raises:
+        UserError: names the part that is not in the text, and the message.
+    """
+    prompt = _Text(answer.prompt)
+    for index in range(first, answer.index):
+        for what, value in _parts(messages[index], reasoning=False):
+            if not prompt.holds(value):
+                raise _not_written(messages[index]["role"], index, what, restore(value))
+    written = _Text(answer.text)
+    for what, value in _parts(messages[answer.index], reasoning=True):
+        if not written.holds(value):
+            raise _not_written("assistant", answer.index, what, restore(value))
+    if first == 0:
+        for tool in tools or ():
+            name = tool.get("function", tool).get("name") if isinstance(tool, Mapping) else None
+            if name and not prompt.holds(str(name)):
+                raise UserError(
+                    f"the chat template does not write the tool `{restore(str(name))}`, so the model would not see it",
+                    hint="Choose a template that knows tools, such as `chat.template: chatml`, or remove `tools`.",
+                )
+
+
+class _Text:
+    """A rendered text, and whether it holds a value in one of the spellings of templates."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._squeezed: str | None = None
+
+    def holds(self, value: str) -> bool:
+        value = value.strip()
+        if value in self._text:
+            return True
+        for spelled in (json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1], repr(value)[1:-1]):
+            if spelled in self._text:
+                return True
+        if self._squeezed is None:
+            self._squeezed = "".join(self._text.split())
+        if "".join(value.split()) in self._squeezed:
+            return True
+        parts = _REASONING_TAG.split(value)
+        return len(parts) > 1 and all(self.holds(part) for part in parts)
+
+
+def _parts(message: TemplateMessage, *, reasoning: bool) -> Iterator[tuple[str, str]]:
+    """Yield what a template has to write of a message, each with a name."""
+    content = str(message.get("content") or "")
+    if not reasoning and message["role"] == "assistant":
+        *_, content = _REASONING_END.split(content)
+    if content.strip():
+        yield "content", content
+    if reasoning and message.get("reasoning_content"):
+        yield "reasoning", str(message["reasoning_content"])
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        yield "tool call", str(function["name"])
+        arguments = function["arguments"]
+        for value in _leaves(json.loads(arguments) if isinstance(arguments, str) and arguments else arguments):
+            yield "arguments of a tool call", value
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Yield every key and every text in a JSON value; numbers have several spellings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+
+
+def _not_written(role: str, index: int, what: str, value: str) -> UserError:
+    shown = value.strip()
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}…"
+    hint = "Choose a template that writes it, such as `chat.template: chatml`, or remove it from the data."
+    return UserError(
+        f"the chat template does not write the {what} of message {index + 1} ({role}): {shown!r}", hint=hint
+    )
+
+
+def _find_content(special: re.Pattern[str], message: TemplateMessage, text: str, at: int) -> range | None:
+    """Return where a message's content and calls stand in a text; None if they are not there as they are."""
+    content = str(message.get("content") or "").strip()
+    for form in (content, json.dumps(content, ensure_ascii=False)[1:-1]):
+        start = _find_outside(special, text, form, at) if form else -1
+        if start >= 0:
+            return range(start, start + len(form))
+    for call in message.get("tool_calls") or ():
+        name = str(call["function"]["name"])
+        start = _find_outside(special, text, name, at)
+        if start >= 0:
+            return range(start, start + len(name))
+    return None
+
+
+def _find_outside(special: re.Pattern[str], text: str, value: str, at: int = 0, *, backwards: bool = False) -> int:
+    """Return where a value stands in a text, not within a special token; -1 if nowhere.
+
+    Args:
+        special: matches special tokens; the value holds none.
+        text: searched from `at` on.
+        value: what to find.
+        at: the first character to consider.
+        backwards: whether to return the last place instead of the first.
+    """
+    stop = len(text)
+    while True:
+        start = text.rfind(value, at, stop) if backwards else text.find(value, at)
+        if start < 0:
+            return -1
+        around = special.finditer(text, max(at, start - _LONGEST), start + len(value) + _LONGEST)
+        token = next((one for one in around if one.start() < start + len(value) and one.end() > start), None)
+        if token is None:
+            return start
+        at, stop = (at, token.start()) if backwards else (token.end(), stop)
+
+
+def _before_calls(text: str, calls: Sequence[Any]) -> str:
+    """Return the text before the line or the markup in which the first call begins."""
+    before = text.partition(str(calls[0]["function"]["name"]))[0]
+    # Reasoning may precede the calls; its end is where they begin.
+    *_, last = [match.end() for match in _REASONING_END.finditer(before)] or [0]
+    return before[:last]

@@ -1,0 +1,138 @@
+"""Tool calls and definitions of tools, with their JSON as it was written."""
+
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+from peftchat.conversation import Role, ToolCall
+from peftchat.conversations.formats.fields import Fields, Notes, parse_text, type_name
+from peftchat.conversations.problems import RecordError
+from peftchat.json_text import normalize_json, write_json
+
+
+def read_calls(turn: Fields, role: Role, number: int, notes: Notes) -> tuple[ToolCall, ...]:
+    """The calls of a turn: `tool_calls`, or OpenAI's earlier `function_call`.
+
+    Raises:
+        RecordError: a call has no name, or its arguments are not JSON.
+    """
+    calls = turn.get("tool_calls")
+    if not calls and turn.get("function_call"):
+        calls = [{"function": turn["function_call"]}]
+    if not calls:
+        return ()
+    if isinstance(calls, str):
+        try:
+            calls = parse_text(calls)
+        except ValueError:
+            raise RecordError("wrong_type", f"'tool_calls' must be a list, it is text (turn {number})") from None
+    if isinstance(calls, dict):
+        calls = [calls]
+    if not isinstance(calls, list):
+        raise RecordError("wrong_type", f"'tool_calls' must be a list, it is {type_name(calls)} (turn {number})")
+    return tuple(_call(call, number, notes) for call in calls)
+
+
+def _call(call: object, number: int, notes: Notes) -> ToolCall:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if isinstance(function, str) and isinstance(call, dict):
+        function = {"name": function, **{name: call[name] for name in ("arguments", "parameters") if name in call}}
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RecordError("unsupported_content", f"a tool call without a function name (turn {number})")
+    key = call.get("id")
+    arguments = function.get("arguments", function.get("parameters"))
+    known = {"id", "type", "index", "function", "name", "arguments", "parameters"}
+    for extra in {*call, *function} - known:
+        if call.get(extra, function.get(extra)) is not None:
+            notes.unused(f"{extra} in a tool call")
+    text, as_text = _arguments(arguments, number, notes)
+    return ToolCall(function["name"], text, None if key is None else str(key), as_text)
+
+
+def _arguments(arguments: Any, number: int, notes: Notes) -> tuple[str, bool]:
+    """The JSON text of a call's arguments, and whether the record holds them as text."""
+    if arguments is None:
+        return "", False
+    if isinstance(arguments, str):
+        try:
+            if arguments.strip():
+                normalize_json(arguments)
+        except ValueError:
+            raise RecordError("not_json", f"a tool call's arguments are not JSON (turn {number})") from None
+        return arguments, True
+    return json_text(arguments, f"a tool call's arguments (turn {number})", notes), False
+
+
+def json_text(value: Any, what: str, notes: Notes) -> str:
+    """A value's JSON text; without the nulls with which Arrow fills the objects of a table.
+
+    Raises:
+        RecordError: the value is nothing that JSON has.
+    """
+    notes.has_json = True
+    if notes.is_table:
+        cleaned = _without_nulls(value)
+        if cleaned != value:
+            notes.change("arrow_nulls_removed")
+        value = cleaned
+    try:
+        return write_json(value)
+    except ValueError as error:
+        kind = reprlib.repr(str(error))
+        raise RecordError("wrong_type", f"{what} cannot be written as JSON: {kind}") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def call_from_text(content: str, notes: Notes) -> tuple[tuple[ToolCall, ...], str]:
+    """The calls that a turn's text is, as ShareGPT's `function_call` turns hold them, and the text that is left.
+
+    Text that is no call in JSON stays text, which is told.
+    """
+    try:
+        value = parse_text(content)
+        calls = value if isinstance(value, list) else [value]
+        found = read_calls({"tool_calls": calls}, "assistant", 0, notes)
+    except (ValueError, RecordError):
+        notes.change("call_that_is_not_json")
+        return (), content
+    return found, ""
+
+
+def read_tools(value: object, name: str, notes: Notes) -> str | None:
+    """The JSON text of the definitions of tools: a list, one object, or JSON text of these; None if there are none.
+
+    Raises:
+        RecordError: they are something else.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        try:
+            value = parse_text(value)
+        except ValueError:
+            raise RecordError("not_json", f"{name!r} is text and not JSON") from None
+    if isinstance(value, dict):
+        value = [value]
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in _opened(value)):
+        raise RecordError("wrong_type", f"{name!r} must be a list of objects, it is {type_name(value)}")
+    return json_text(_opened(value), repr(name), notes)
+
+
+def _opened(tools: Sequence[Any]) -> list[Any]:
+    """The tools, those that are JSON text as values."""
+    opened = []
+    for tool in tools:
+        try:
+            opened.append(parse_text(tool) if isinstance(tool, str) else tool)
+        except ValueError:
+            opened.append(tool)
+    return opened

@@ -1,0 +1,98 @@
+"""Fields of a record: reading one with its type checked, and noting what was not used."""
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftchat.conversations.problems import ProblemLog, RecordError
+from peftchat.json_text import parse_json
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Notes:
+    """What reading one record after the other has to tell, besides conversations.
+
+    Attributes:
+        log: the log of the reading.
+        roles: the recipe's own names of roles.
+        where: the place of the record.
+        is_table: whether the record comes from an Arrow table, which fills structs with nulls.
+        has_json: whether the record has arguments of calls or definitions of tools as values.
+    """
+
+    log: ProblemLog
+    roles: Mapping[str, str] = field(default_factory=dict)
+    where: str = ""
+    is_table: bool = False
+    has_json: bool = False
+    _unused: dict[str, None] = field(default_factory=dict)
+    _changes: list[str] = field(default_factory=list)
+
+    def start(self, where: str, is_table: bool) -> None:
+        """Begin a record."""
+        self.where, self.is_table, self.has_json = where, is_table, False
+        if self._unused or self._changes:
+            self._unused, self._changes = {}, []
+
+    def unused(self, name: str) -> None:
+        """Note a field that is not used."""
+        self._unused[name] = None
+
+    def change(self, name: str) -> None:
+        """Note that the record was changed; see `NOTES`."""
+        self._changes.append(name)
+
+    def finish(self) -> None:
+        """Count what was noted about a record that became a conversation."""
+        for name in self._unused:
+            self.log.add_unused(name, self.where)
+        for name in self._changes:
+            self.log.notes[name] += 1
+
+
+def parse_text(text: str) -> Any:
+    """The value of JSON text in a field, numbers as they are written.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    return parse_json(text)
+
+
+def text_field(fields: Fields, name: str) -> str:
+    """A field that must be text.
+
+    Raises:
+        RecordError: it is absent or something else.
+    """
+    if name not in fields:
+        raise RecordError("missing_field", f"no field {name!r}; fields: {field_names(fields)}")
+    value = fields[name]
+    if not isinstance(value, str):
+        raise RecordError("wrong_type", f"{name!r} must be text, it is {type_name(value)}")
+    return value
+
+
+def optional_text(fields: Fields, name: str) -> str:
+    """A field that may be absent, null or text; "" if it is empty."""
+    return "" if fields.get(name) is None else text_field(fields, name)
+
+
+def field_names(fields: Fields) -> str:
+    """The names of a record's fields, for messages; at most ten of them."""
+    names = [name if name.isprintable() else reprlib.repr(name) for name in map(str, list(fields)[:10])]
+    more = ", …" if len(fields) > len(names) else ""
+    return (", ".join(names) or "none") + more
+
+
+def type_name(value: object) -> str:
+    """The type of a JSON value in JSON's words."""
+    if value is None:
+        return "null"
+    if isinstance(value, float):
+        return "a number"
+    names = {bool: "true or false", int: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,234 @@
+"""The fields of a record against those that its format understands: used, kept, told, or refused."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftchat.conversation import Conversation, Message
+from peftchat.conversations.formats import names
+from peftchat.conversations.formats.calls import read_tools
+from peftchat.conversations.formats.fields import Fields, Notes, type_name
+from peftchat.conversations.formats.turns import parse_flag, parse_parts, parse_turns, turn_list
+from peftchat.conversations.problems import RecordError
+
+_COMMON = frozenset(
+    {
+        *names.SYSTEM,
+        *names.TOOLS,
+        *names.TURN_MASKS,
+        *names.TRAIN_FLAGS,
+        *names.TRAIN_WEIGHTS,
+        *(names.CHOSEN, names.REJECTED, names.LABEL, "systemInstruction"),
+        *names.MEDIA,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordShape:
+    """What the names of a record's fields mean to its format.
+
+    Attributes:
+        special: fields that mean the same in every format: system prompt, tools, flags, preferences, media.
+        columns: fields that are kept beside the conversation.
+        told: those of `columns` that a reader of the file might expect to be trained on.
+    """
+
+    special: frozenset[str]
+    columns: tuple[str, ...]
+    told: tuple[str, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the format's own fields are all that there is."""
+        return not (self.special or self.columns)
+
+
+def shape_of(fields: Collection[str], used: Collection[str], *, all_described: bool = False) -> RecordShape:
+    """Sort the names of a record's fields.
+
+    Args:
+        fields: all names.
+        used: those that the format reads by itself.
+        all_described: the format comes with many fields of its own, none of which could be trained on.
+    """
+    others = [name for name in fields if name not in used]
+    special = frozenset(others) & _COMMON
+    columns = tuple(name for name in others if name not in special)
+    told = () if all_described else tuple(name for name in columns if not _describes(name))
+    return RecordShape(special, columns, told)
+
+
+def _describes(name: str) -> bool:
+    lower = name.lower()
+    return lower in names.METADATA or lower.endswith(("_id", "_at", "_url"))
+
+
+class LeftOut(Exception):
+    """A record that its own flag leaves out.
+
+    Args:
+        rule: why, a key of the card's rules.
+    """
+
+    def __init__(self, rule: str) -> None:
+        super().__init__(rule)
+        self.rule = rule
+
+
+def complete(fields: Fields, shape: RecordShape, messages: Sequence[Message], notes: Notes) -> Conversation:
+    """Return the conversation of a record: the turns that its format found, and what all formats have in common.
+
+    Raises:
+        RecordError: a field would change what is trained, and is not understood.
+        LeftOut: the record says that it must not be trained.
+    """
+    if shape.is_plain:
+        return Conversation(tuple(messages), notes.where)
+    turns, tools, columns = list(messages), None, list(shape.columns)
+    for name in shape.columns:
+        if names.LOOKS_LIKE_MASK.search(name) and isinstance(fields[name], bool | list | int):
+            known = ", ".join((*names.TURN_MASKS, *names.TRAIN_FLAGS))
+            detail = f"{name!r} may say what is trained, and is not understood; known: {known}"
+            raise RecordError("unknown_flag", detail)
+    if shape.special:
+        columns += _refuse_or_keep(fields, shape.special, notes)
+        turns = _with_preference(fields, shape.special, turns, notes)
+        turns = _with_flags(fields, shape.special, turns)
+        turns = _with_system(fields, shape.special, turns, notes)
+        for name in names.TOOLS:
+            if name in shape.special and (found := read_tools(fields[name], name, notes)) is not None:
+                if tools is not None and found != tools:
+                    raise RecordError("wrong_type", f"{name!r} and another list of tools differ")
+                tools = found
+    for name in shape.told:
+        if fields[name] not in ("", []):
+            notes.unused(name)
+    return Conversation(tuple(turns), notes.where, tools, {name: fields[name] for name in columns})
+
+
+def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> list[str]:
+    """The special fields that mean nothing here and are kept as columns.
+
+    Raises:
+        RecordError: the record has images, sounds or the like.
+        LeftOut: the record's flag says that it must not be trained.
+    """
+    kept = []
+    for name in special & names.MEDIA:
+        if fields[name]:
+            raise RecordError("unsupported_content", f"the record has {name}, which are not text")
+    label = fields.get(names.LABEL) if names.LABEL in special else None
+    if label is False:
+        raise LeftOut("label_is_false")
+    if names.LABEL in special and label is not True:
+        kept.append(names.LABEL)
+        notes.unused(names.LABEL)
+    elif label is True:
+        kept.append(names.LABEL)
+    flags = {name: fields[name] for name in names.TRAIN_FLAGS if isinstance(fields.get(name), bool)}
+    weights = {name: fields[name] for name in names.TRAIN_WEIGHTS if fields.get(name) in (0, 1)}
+    if parse_flag({**flags, **weights}, "the record") is False:
+        raise LeftOut("flagged_not_to_train")
+    for name in (*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS):
+        if name in special:
+            kept.append(name)
+            if name not in flags and name not in weights:
+                notes.unused(name)
+    return kept
+
+
+def _with_preference(fields: Fields, special: frozenset[str], turns: list[Message], notes: Notes) -> list[Message]:
+    """The turns with the chosen answer at their end; the rejected one is told as not used."""
+    if names.CHOSEN in special:
+        turns = with_chosen(turns, fields[names.CHOSEN], notes)
+    elif names.REJECTED in special and (not turns or turns[-1].role != "assistant"):
+        raise RecordError("no_answer", "the record has a 'rejected' answer and no 'chosen' one")
+    if names.REJECTED in special:
+        notes.unused(names.REJECTED)
+    return turns
+
+
+def with_chosen(turns: Sequence[Message], chosen: object, notes: Notes) -> list[Message]:
+    """Turns with the preferred answer, which is text, a turn, a list of turns, or the whole conversation.
+
+    Raises:
+        RecordError: it is something else.
+    """
+    if isinstance(chosen, str) and not chosen.lstrip().startswith("[{"):
+        answer = [Message("assistant", chosen)]
+    else:
+        listed = [chosen] if isinstance(chosen, dict) else chosen
+        answer = parse_turns(turn_list({names.CHOSEN: listed}, names.CHOSEN), notes)
+    start = list(turns)
+    if len(answer) > len(start) and answer[: len(start)] == start:
+        return answer
+    if start and start[-1].role == "assistant":
+        raise RecordError(
+            "repeated_role", "'chosen' stands behind an answer; the turns before it must end with the user's"
+        )
+    return start + answer
+
+
+def _with_flags(fields: Fields, special: frozenset[str], turns: list[Message]) -> list[Message]:
+    """The turns with the flags of the record's list of flags."""
+    for name in names.TURN_MASKS:
+        flags = fields.get(name) if name in special else None
+        if flags is None:
+            continue
+        answers = [index for index, message in enumerate(turns) if message.role == "assistant"]
+        valid = isinstance(flags, list) and all(isinstance(one, bool | int | float) and one in (0, 1) for one in flags)
+        if not valid or len(flags) not in (len(turns), len(answers)):
+            what = f"{len(flags)} entries" if valid else type_name(flags)
+            detail = f"{name!r} must be a list of 0 or 1 for each of {len(turns)} turns, it is {what}"
+            raise RecordError("unknown_flag", detail)
+        places = range(len(turns)) if len(flags) == len(turns) else answers
+        for index, flag in zip(places, flags, strict=True):
+            if turns[index].train is not None and turns[index].train != bool(flag):
+                raise RecordError("unknown_flag", f"{name!r} and the flag of turn {index + 1} contradict each other")
+            turns[index] = turns[index]._replace(train=bool(flag))
+    return turns
+
+
+def _with_system(fields: Fields, special: frozenset[str], turns: list[Message], notes: Notes) -> list[Message]:
+    """The turns with the system prompt that stands beside them.
+
+    Raises:
+        RecordError: it is not text, or the turns have another one.
+    """
+    for name in (*names.SYSTEM, "systemInstruction"):
+        value = fields.get(name) if name in special else None
+        if isinstance(value, dict):
+            value = value.get("parts", value.get("content", value))
+        if isinstance(value, list):
+            value = parse_parts(value, 0, notes).text
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str):
+            raise RecordError("wrong_type", f"{name!r} must be text, it is {type_name(value)}")
+        if turns and turns[0].role == "system":
+            if turns[0].content != value:
+                raise RecordError("two_system_messages", f"{name!r} and the system message of the turns differ")
+        else:
+            turns = [Message("system", value), *turns]
+    return turns
+
+
+def rename(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return a record with its fields under the names that the recipe gives them.
+
+    Args:
+        fields: the record.
+        columns: our name -> the file's.
+    """
+    given = {theirs: ours for ours, theirs in columns.items()}
+    renamed = {given.get(name, name): value for name, value in fields.items() if name in given or name not in columns}
+    for name in names.TURNS:
+        if isinstance(turns := renamed.get(name), list):
+            renamed[name] = [rename_turn(turn, given) for turn in turns]
+    return renamed
+
+
+def rename_turn(turn: object, given: Mapping[str, str]) -> object:
+    """Return a turn with its fields renamed; anything else as it is."""
+    return {given.get(name, name): value for name, value in turn.items()} if isinstance(turn, dict) else turn

@@ -1,0 +1,91 @@
+"""The names that files use: one list of roles and of fields for all formats.
+
+Where a record has several names of one thing, the first of the list counts, and the others must agree with it.
+"""
+
+import re
+
+from peftchat.conversation import Role
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool_calls": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_result": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
+    "tool_results": "tool",
+    "ipython": "tool",
+}
+"""Name of a role, in lower case and with `_` -> role. Any case is known, and `-` or a blank for `_`."""
+
+CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls"})
+"""Roles of turns whose content is a call as JSON."""
+
+_DIALOGUE = "dialogue"  # codespell:ignore
+TURNS = ("messages", "conversations", "conversation", "dialog", _DIALOGUE, "dialogs", "turns", "chat")
+ROLE = ("role", "from", "speaker", "author")
+CONTENT = ("content", "value", "text", "message")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+SYSTEM = ("system", "system_prompt", "system_message", "systemPrompt")
+TOOLS = ("tools", "functions")
+HISTORY = "history"
+CONTEXT = ("input", "context")
+"""Text that a question is about, in a field of its own."""
+
+TRAIN_FLAGS = ("train", "training", "trainable", "loss")
+"""true or false, 1 or 0: whether a turn or a record is trained."""
+TRAIN_WEIGHTS = ("weight", "loss_weight", "loss_scale")
+"""1 or 0: the same as a number."""
+TURN_MASKS = ("loss_mask", "train_mask", "weights", "loss_weights")
+"""Fields of a record: a flag for each turn, or for each answer."""
+LOOKS_LIKE_FLAG = re.compile(r"train|loss|weight|mask|ignore|supervis|skip|learn|label|target", re.IGNORECASE)
+"""Fields of a turn that may decide what is trained. One that nobody knows is refused."""
+LOOKS_LIKE_MASK = re.compile(r"mask|train_on|trainable|weights$", re.IGNORECASE)
+"""The same for lists and flags of a record."""
+
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios", "image_url", "files", "pixel_values"})
+CHOSEN, REJECTED, LABEL = "chosen", "rejected", "label"
+
+METADATA = frozenset(
+    {
+        *("id", "idx", "index", "uuid", "uid", "key", "hash", "sha", "number", "row", "turn", "position"),
+        *("lang", "language", "languages", "locale", "country", "state", "region"),
+        *("source", "sources", "origin", "dataset", "data_source", "datasource", "subset", "split", "config", "file"),
+        *("category", "categories", "type", "kind", "task", "task_type", "topic", "topics", "tag", "tags", "domain"),
+        *("subject", "skill", "skills", "difficulty", "level", "quality", "score", "scores", "rating", "ratings"),
+        *("model", "model_name", "models", "generator", "engine", "provider", "temperature", "seed", "version"),
+        *("created", "created_at", "create_time", "updated_at", "update_time", "timestamp", "time", "date", "year"),
+        *("license", "url", "link", "path", "repo", "commit", "user_id", "username", "annotator", "meta", "metadata"),
+        *("title", "tokens", "num_tokens", "token_count", "length", "num_turns", "turns_count", "redacted", "toxic"),
+        *("openai_moderation", "moderation", "conversation_hash", "parallel_tool_calls", "message_tree_id", "object"),
+    }
+)
+"""Fields that describe a record and that nobody expects to be trained on: kept as columns, and not told."""
+
+ASKED = ("instruction", "prompt", "question", "query", "problem", "user", "human", "inputs", "input")
+ANSWERED = ("completion", "response", "output", "answer", "solution", "assistant", "targets", "target")
+"""Names of the two sides of a pair, in the order in which they count."""
+
+
+def normalize_role(name: str) -> str:
+    """Return a role's name as `ROLES` has it."""
+    return name.strip().lower().replace("-", "_").replace(" ", "_")

@@ -1,0 +1,33 @@
+"""Preference pairs: `chosen` and `rejected`. The chosen answer is read, the rejected one is told as not used."""
+
+from peftchat.conversation import Message
+from peftchat.conversations.formats import names
+from peftchat.conversations.formats.base import Fields, Notes, optional_text, record_format
+from peftchat.conversations.formats.keys import with_chosen
+from peftchat.conversations.formats.turns import parse_turns, turn_list
+
+
+def _asked(fields: Fields) -> str | None:
+    return next((name for name in names.ASKED if name in fields and name not in names.CONTEXT), None)
+
+
+def _parse(fields: Fields, notes: Notes) -> list[Message]:
+    asked = _asked(fields)
+    notes.unused(names.REJECTED)
+    if asked is None:
+        start = []
+    elif isinstance(fields[asked], list):
+        start = parse_turns(turn_list(fields, asked), notes)
+    else:
+        about = [optional_text(fields, name) for name in names.CONTEXT]
+        start = [Message("user", "\n\n".join(filter(None, (optional_text(fields, asked), *about))))]
+    return with_chosen(start, fields[names.CHOSEN], notes)
+
+
+FORMAT = record_format(
+    "preference",
+    "chosen, rejected, optional prompt: the chosen answer is read, the rejected one is not used",
+    lambda fields: names.CHOSEN in fields and names.REJECTED in fields,
+    _parse,
+    lambda fields: {names.CHOSEN, names.REJECTED, _asked(fields) or "", *names.CONTEXT},
+)

@@ -345,7 +345,7 @@ def _reread(path: Path) -> Iterator[Conversation]:
 
 
 def _why_nothing(card: Card) -> str:
-    reasons = [f"in {count:,} {KINDS[kind]}" for kind, count in card.problems.items()]
+    reasons = [f"in {count:,} {KINDS[kind]} (first {card.examples[kind][0]})" for kind, count in card.problems.items()]
     reasons += [f"{count:,} {SKIPPED[rule]}" for rule, count in card.skipped.items()]
     return f"Of {card.records:,} records: {'; '.join(reasons) or 'none was left out'}."
 

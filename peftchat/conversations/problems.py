@@ -180,7 +180,8 @@ class ProblemLog:
         formats: source file -> format it was read as.
         commits: hub data set -> the commit that was read.
         unread: files beside them that are not read -> why.
-        remarks: what else a user should know about the data, as a sentence -> in how many records.
+        remarks: what else a user should know about records, as the end of a sentence -> in how many.
+        told: what else a user should know about the data, in sentences.
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class ProblemLog:
         self.commits: dict[str, str] = {}
         self.unread: dict[str, str] = {}
         self.remarks: Counter[str] = Counter()
+        self.told: list[str] = []
         self.first: Problem | None = None
         self._quarantine = quarantine
 
@@ -206,12 +208,14 @@ class ProblemLog:
         return self.problems.total()
 
     def sentences(self) -> list[str]:
-        """What a user should know: commits, files that are not read, and the remarks with their counts."""
+        """What a user should know: commits, files that are not read, and all remarks."""
         found = [f"{name} was read at commit {commit}." for name, commit in self.commits.items()]
         found += [f"{file} is not read: {why}." for file, why in itertools.islice(self.unread.items(), _MOST_UNREAD)]
         if len(self.unread) > _MOST_UNREAD:
             found.append(f"{len(self.unread) - _MOST_UNREAD:,} more files are not read.")
-        return found + [f"In {count:,} records {remark}." for remark, count in self.remarks.items()]
+        for remark, count in self.remarks.items():
+            found.append(f"In {count:,} record{'s' if count > 1 else ''} {remark}.")
+        return found + self.told
 
     def add(self, problem: Problem, raw: bytes | None = None) -> None:
         """Record a record that cannot be used.

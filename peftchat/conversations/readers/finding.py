@@ -112,7 +112,7 @@ def _of_pattern(path: str, text: str, split: str | None) -> FoundFiles:
     fixed = Path(*Path(text).parts[: _first_magic(text)])
     pattern = Path(text).relative_to(fixed)
     # A pattern that names a split asks for it, as `split` does.
-    asked = _split_of(pattern) if split is None else None
+    asked = _split_of(pattern, fixed) if split is None else None
     return _choose(path, fixed, list(dict.fromkeys(found)), split or asked or None)
 
 
@@ -169,7 +169,7 @@ def _choose(path: str, folder: Path, candidates: list[Path], split: str | None) 
 def _of_split(path: str, folder: Path, files: list[Path], split: str | None, unread: dict[str, str]) -> FoundFiles:
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+        by_split.setdefault(_split_of(file.relative_to(folder), folder), []).append(file)
     named = sorted(name for name in by_split if name)
     if not named and split is None:
         return FoundFiles(files, unread)
@@ -185,23 +185,23 @@ def _of_split(path: str, folder: Path, files: list[Path], split: str | None, unr
     return FoundFiles(chosen, unread)
 
 
-def _split_of(relative: Path) -> str:
+def _split_of(relative: Path, folder: Path) -> str:
     """The split that a file's name or the folders around it name, "" if none does.
 
     Raises:
         UserError: they name two.
     """
-    found = {split for part in relative.parts if (split := _split_in(part, relative))}
+    found = {split for part in relative.parts if (split := _split_in(part, folder / relative))}
     if len(found) > 1:
-        raise _two_splits(relative, found)
+        raise _two_splits(folder / relative, found)
     return found.pop() if found else ""
 
 
-def _split_in(name: str, relative: Path) -> str:
+def _split_in(name: str, path: Path) -> str:
     words = [word for word in re.split(r"[^a-z]+", _spaced(name).lower()) if word]
     found = [_SPLITS[word] for word in words if word in _SPLITS]
     if len(set(found)) > 1 and words[0] not in _SPLITS:
-        raise _two_splits(relative, set(found))
+        raise _two_splits(path, set(found))
     return found[0] if found else ""
 
 
@@ -210,10 +210,10 @@ def _spaced(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
 
 
-def _two_splits(relative: Path, found: Iterable[str]) -> UserError:
+def _two_splits(path: Path, found: Iterable[str]) -> UserError:
     return UserError(
         f"the name speaks of two splits: {' and '.join(sorted(found))}",
-        where=str(relative),
+        where=str(path),
         hint="Rename the file or folder, or name the files to read one by one.",
     )
 

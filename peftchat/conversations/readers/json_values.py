@@ -1,11 +1,12 @@
 """A `.json` file: one array of records, or records one after the other, read in pieces."""
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, RecordError
 from peftchat.conversations.readers.opening import BrokenPacking, open_text
@@ -27,8 +28,9 @@ class _Text:
     Bytes that are not UTF-8 become lone surrogates, which the checks on content find and name later.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
+        self._damage: Exception | None = None
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
         self.window = ""
         self.position = 0
@@ -36,10 +38,25 @@ class _Text:
 
     def extend(self) -> None:
         """Forget what was read and take in the next piece."""
-        piece = self._file.read(max(_PIECE, len(self.window) - self.position))
+        piece = self._read(max(_PIECE, len(self.window) - self.position))
         self.ended = not piece
         self.window = self.window[self.position :] + self._decode(piece, final=self.ended)
         self.position = 0
+
+    def _read(self, size: int) -> bytes:
+        """The next bytes; what stands before a damage comes before the damage is reported."""
+        if self._damage is not None:
+            raise self._damage
+        pieces: list[bytes] = []
+        try:
+            while size > 0 and (piece := self._file.read1(size)):
+                pieces.append(piece)
+                size -= len(piece)
+        except BrokenPacking as error:
+            self._damage = error
+            if not pieces:
+                raise
+        return b"".join(pieces)
 
     def next_character(self) -> str:
         """The next character that is not blank, "" at the end; it is not consumed."""
@@ -67,7 +84,7 @@ def read_json_values(path: Path, max_record_bytes: int, problems: ProblemLog) ->
         problems.add(broken_packing(f"{path}:1", error))
 
 
-def read_values(file: BinaryIO, name: str, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
+def read_values(file: io.BufferedReader, name: str, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
     """The objects of an array, or objects one after the other; `where` counts elements from 1.
 
     After a syntax error nothing behind it can be trusted, so the file ends there: a problem of the kind `broken_file`.
@@ -79,7 +96,7 @@ def read_values(file: BinaryIO, name: str, max_record_bytes: int, problems: Prob
     try:
         yield from elements.read()
     except BrokenPacking as error:
-        problems.add(broken_packing(elements.where, error))
+        elements.count_damage(error)
 
 
 class _Elements:
@@ -91,11 +108,18 @@ class _Elements:
         self._limit = limit
         self._problems = problems
         self._number = 0
+        self._is_reading = False
 
     @property
     def where(self) -> str:
-        """The place of the element that was read last."""
+        """The place of the element that is read."""
         return f"{self._name}:{self._number}"
+
+    def count_damage(self, error: Exception) -> None:
+        """Count that the packed data ends in the middle; the element that is cut is no record."""
+        self._problems.records -= self._is_reading
+        where = self.where if self._is_reading else f"{self._name}:{self._number + 1}"
+        self._problems.add(broken_packing(where, error))
 
     def read(self) -> Iterator[RawRecord]:
         """The objects; anything else goes to the log."""
@@ -109,11 +133,13 @@ class _Elements:
                 break
             self._number += 1
             self._problems.records += 1
+            self._is_reading = True
             try:
                 value, raw = _element(text, self._limit)
             except RecordError as error:
                 self._end_at(error, in_array)
                 return
+            self._is_reading = False
             if not in_array and self._number == 1 and isinstance(value, dict) and not text.next_character():
                 _check_not_a_container(self._name, value)
             if len(raw) > self._limit:
@@ -157,7 +183,7 @@ class _Elements:
 def broken_packing(where: str, error: Exception) -> Problem:
     """The problem of packed data that is damaged or cut off."""
     line = where.rpartition(":")[2]
-    detail = f"the packed data is broken or cut off ({error}); everything behind line {line} was not read"
+    detail = f"the packed data is broken or cut off ({error}); everything from line {line} on was not read"
     return Problem(where, "broken_file", detail)
 
 

@@ -92,7 +92,7 @@ def explain_json_error(where: str, line: bytes, error: ValueError) -> Problem:
         kind, detail = "lone_surrogate", f"half of a surrogate pair: {reason}"
     elif not line.endswith(b"\n") and "end of data" in reason:
         kind = "broken_file"
-        detail = f"the file ends in the middle of this record; everything behind line {line_of(where)} was not read"
+        detail = f"the file ends in the middle of line {line_of(where)}; what was behind it is missing"
     elif "depth" in reason or "recursion" in reason:
         kind, detail = "nested_too_deep", "the JSON is nested more than a thousand levels deep"
     return Problem(where, kind, detail)

@@ -85,17 +85,17 @@ class EvalSplit:
 
 @dataclass(slots=True)
 class _Counted:
-    """A start that is counted.
+    """A start that several records have.
 
     Attributes:
-        count: in how many records it was seen, or a little less.
         record: the last of them.
+        count: how many they are, or a little less.
         lowest: the lowest number of a longer start that begins with it.
         highest: the highest one.
     """
 
     record: str
-    count: int = 1
+    count: int = 2
     lowest: float = 1.0
     highest: float = 0.0
 
@@ -116,7 +116,13 @@ class SplitCensus:
     conversations: int = field(default=0, init=False)
     lowest: float = field(default=1.0, init=False)
     highest: float = field(default=0.0, init=False)
-    _counted: dict[str, _Counted] = field(default_factory=dict, init=False)
+    # Most starts are seen once; of those the record alone is kept, which is half the work.
+    _counted: dict[str, _Counted | str] = field(default_factory=dict, init=False)
+    _counters: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.fraction:
+            self._counters = min(_MOST_COUNTERS, _COUNTERS_PER_GROUP / (self.fraction * _SHARE_OF_FRACTION))
 
     @property
     def tentative(self) -> EvalSplit:
@@ -130,8 +136,10 @@ class SplitCensus:
         if not self.fraction:
             return number
         self.conversations += 1
-        self.lowest = min(self.lowest, number)
-        self.highest = max(self.highest, number)
+        if number < self.lowest:
+            self.lowest = number
+        if number > self.highest:
+            self.highest = number
         counted = self._count(_name(start), conversation.source)
         if counted is not None and counted.count > _MOST_RELATIVES:
             for start in _longer_starts(conversation):
@@ -146,24 +154,34 @@ class SplitCensus:
     def _count(self, start: str, record: str) -> _Counted | None:
         """Count a start, once for all conversations of one record: the branches of a tree are relatives."""
         counted = self._counted.get(start)
-        if counted is not None:
-            if counted.record != record or not record:
-                counted.count += 1
-                counted.record = record
-        elif len(self._counted) < min(_MOST_COUNTERS, _COUNTERS_PER_GROUP / (self.fraction * _SHARE_OF_FRACTION)):
+        if counted is None:
+            if len(self._counted) >= self._counters:
+                self._make_room()
+            else:
+                self._counted[start] = record
+            return None
+        if isinstance(counted, str):
+            if counted == record and record:
+                return None
             self._counted[start] = counted = _Counted(record)
-        else:
-            for other in self._counted.values():
-                other.count -= 1
-            self._counted = {name: other for name, other in self._counted.items() if other.count}
+        elif counted.record != record or not record:
+            counted.count += 1
+            counted.record = record
         return counted
+
+    def _make_room(self) -> None:
+        """Lower every count by one, and forget the starts that are left with none."""
+        kept = {start: one for start, one in self._counted.items() if isinstance(one, _Counted)}
+        for one in kept.values():
+            one.count -= 1
+        self._counted = {start: one for start, one in kept.items() if one.count}
 
     def final(self) -> EvalSplit:
         """The split for what was seen; if all conversations start alike and cannot be told apart, none is held out."""
         if not self.fraction or not self.conversations:
             return replace(self.tentative, threshold=0.0)
         limit = max(_MOST_RELATIVES, self.conversations * self.fraction * _SHARE_OF_FRACTION)
-        common = {start: counted for start, counted in self._counted.items() if counted.count > limit}
+        common = {start: one for start, one in self._counted.items() if isinstance(one, _Counted) and one.count > limit}
         greetings = {start: one for start, one in common.items() if one.lowest < one.highest}
         lowest, highest = self.lowest, self.highest
         if greetings:

@@ -53,6 +53,7 @@ def _split_languages(context: click.Context, parameter: click.Parameter, value: 
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the eval split.")
 @click.option("--strict", is_flag=True, help="Stop at the first invalid record instead of writing it to a file.")
+@click.option("--keep-going", is_flag=True, help="Keep what was read of a file whose rest cannot be read.")
 @click.option("--max-samples", type=click.IntRange(min=1), help="Stop after this many conversations.")
 @json_option("Print the dataset card as one JSON object.")
 def prepare(
@@ -65,13 +66,15 @@ def prepare(
     eval_fraction: float,
     seed: int,
     strict: bool,
+    keep_going: bool,
     max_samples: int | None,
     as_json: bool,
 ) -> None:
     """Clean, split and count conversations from any known format.
 
     SOURCE is a file, a folder of files or a hub id. Writes train.jsonl, eval.jsonl and a dataset card. Invalid records
-    go to quarantine.jsonl with their location and the reason. Everything left out is counted.
+    go to quarantine.jsonl with their location and the reason. Everything left out is counted. A file that is cut or
+    damaged ends the command with status 1, and nothing is written.
 
     \b
     peftchat data prepare oasst_trees.jsonl.gz -o data/oasst --languages en --eval-fraction 0.1
@@ -87,6 +90,7 @@ def prepare(
         eval_fraction=eval_fraction,
         seed=seed,
         strict=strict,
+        keep_going=keep_going,
         max_samples=max_samples,
     )
     with conversation_progress("reading") as advance:
@@ -112,6 +116,8 @@ def _print_card(card: "Card", folder: Path) -> None:
     stdout.print(table)
     for examples in card.examples.values():
         note(f"  {examples[0]}", style="yellow")
+    for remark in card.remarks:
+        note(remark, style="yellow")
     rate = card.records / card.seconds if card.seconds else 0
     note(f"Wrote {folder} in {card.seconds:.1f} s ({rate:,.0f} records per second). card.md has the counts.")
 

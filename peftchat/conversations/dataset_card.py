@@ -55,6 +55,7 @@ class Card:
         trimmed: conversations that lost a user turn at their end.
         train: what `train.jsonl` holds.
         eval: what `eval.jsonl` holds.
+        remarks: what a user should know about the data, in sentences.
         stopped_early: whether `max_samples` ended the reading.
         seconds: wall time.
         peftchat: version that wrote this.
@@ -74,6 +75,7 @@ class Card:
     trimmed: int = 0
     train: SplitCount = field(default_factory=SplitCount)
     eval: SplitCount = field(default_factory=SplitCount)
+    remarks: list[str] = field(default_factory=list)
     stopped_early: bool = False
     seconds: float = 0.0
 
@@ -88,6 +90,7 @@ class Card:
         self.unused = {name: asdict(use) for name, use in log.unused.items()}
         self.changed = {name: log.notes[name] for name in NOTES if log.notes[name]}
         self.trimmed = log.notes["trailing_user_trimmed"]
+        self.remarks += log.sentences()
 
     def as_dict(self) -> dict[str, Any]:
         """The card as plain data, for `card.json` and `--json`."""
@@ -99,7 +102,10 @@ def funnel(card: Card) -> Iterator[tuple[str, int]]:
     yield "records read", card.records
     yield from _oasst_steps(card.oasst, card.skipped)
     for kind, count in card.problems.items():
-        yield f"in quarantine: {KINDS[kind]}", -count
+        if kind == "broken_file":
+            yield "files whose rest was not read, however much it is", count
+        else:
+            yield f"in quarantine: {KINDS[kind]}", -count
     for rule, count in card.skipped.items():
         if rule not in get_args(TreeRule):
             yield f"left out: {SKIPPED[rule]}", -count
@@ -139,7 +145,9 @@ def card_text(card: Card) -> str:
         lines.append(
             f"| {name} | {side.conversations:,} | {side.messages:,} | {side.answers:,} | {side.characters:,} |"
         )
-    lines += ["", "Conversations that start with the same user message are all in the same file.", "", "Settings:", ""]
+    lines += ["", "Conversations that start with the same user message are in the same file.", ""]
+    lines += [f"- {remark}" for remark in card.remarks]
+    lines += ["", "Settings:", ""]
     lines += [f"- {name}: {value}" for name, value in card.settings.items()]
     if card.stopped_early:
         lines += ["", "The reading stopped at `max_samples`: the source holds more than is counted here."]

@@ -20,7 +20,7 @@ from peftchat.conversations.dataset_card import SKIPPED, Card, SplitCount, card_
 from peftchat.conversations.problems import KINDS, Problem, ProblemLog, ReadOptions
 from peftchat.conversations.reading import read_conversations
 from peftchat.conversations.splitting import EvalSplit, SplitCensus, fingerprint
-from peftchat.errors import UserError
+from peftchat.errors import UserError, VerificationError
 from peftchat.json_text import Number, write_json
 from peftchat.output_paths import InputPath, check_output, free_name
 
@@ -151,7 +151,8 @@ class Quarantine:
             "kind": problem.kind,
             "detail": printable(problem.detail),
             "row": text,
-            "cut": len(raw or b"") > _KEPT_OF_RAW_RECORD,
+            # Of a record above the limit the reader has the start alone.
+            "cut": problem.kind == "record_too_long" or len(raw or b"") > _KEPT_OF_RAW_RECORD,
         }
         self._file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
@@ -203,7 +204,7 @@ class FingerprintSet:
         self._file.unlink(missing_ok=True)
 
 
-_TRAIN, _EVAL, _WHOLE = "train.jsonl", "eval.jsonl", ".whole.jsonl"
+_TRAIN, _EVAL = "train.jsonl", "eval.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +218,7 @@ class PrepareOptions(ReadOptions):
         seed: of that choice.
         strict: end at the first problem.
         max_samples: stop after this many.
+        keep_going: write what was read although the rest of a file could not be.
     """
 
     format: str = "auto"
@@ -225,6 +227,7 @@ class PrepareOptions(ReadOptions):
     seed: int = 0
     strict: bool = False
     max_samples: int | None = None
+    keep_going: bool = False
 
 
 def _no_progress(conversations: int) -> None:
@@ -247,6 +250,7 @@ def prepare(
 
     Raises:
         UserError: as `read_conversations`; or `folder` is not empty or cannot be written, or no conversation is left.
+        VerificationError: the rest of a file could not be read; nothing is written.
     """
     started = time.monotonic()
     check_output(folder, [InputPath(Path(source), "the source", is_read_recursively=True)], str(folder))
@@ -257,6 +261,8 @@ def prepare(
             conversations = _conversations(source, settings, log, card)
             split = _write_splits(_new_only(conversations, draft, log, progress), draft, settings, card)
         card.take(log)
+        if not settings.keep_going:
+            _check_whole(log)
         if not card.train.conversations + card.eval.conversations:
             raise UserError("no conversation is left", where=source, hint=_why_nothing(card))
         if split is not None:
@@ -265,6 +271,24 @@ def prepare(
         (draft / "card.md").write_text(card_text(card), encoding="utf-8")
         (draft / "card.json").write_bytes(orjson.dumps(card.as_dict(), option=orjson.OPT_INDENT_2))
     return card
+
+
+def _check_whole(log: ProblemLog) -> None:
+    """Check that every file was read to its end.
+
+    Raises:
+        VerificationError: one was not.
+    """
+    if not log.problems["broken_file"]:
+        return
+    first, *others = log.examples["broken_file"]
+    more = log.problems["broken_file"] - 1
+    what = first.detail
+    if more:
+        what += f"; {more:,} more file{'s' if more > 1 else ''} cannot be read to the end"
+        what += f": {', '.join(other.where for other in others)}"
+    hint = "Repair the file or fetch it again, or pass --keep-going to keep what was read."
+    raise VerificationError(f"{first.where}: {what}. Nothing was written. {hint}")
 
 
 def _conversations(source: str, settings: PrepareOptions, log: ProblemLog, card: Card) -> Iterator[Conversation]:
@@ -288,28 +312,28 @@ def _new_only(
 def _write_splits(
     stream: Iterator[Conversation], draft: Path, settings: PrepareOptions, card: Card
 ) -> EvalSplit | None:
-    """Write both files by the split that large sets end with; return another if the set turns out to need it."""
+    """Write both files by the split that most sets end with; return another if the set turns out to need it."""
     census = SplitCensus(settings.eval_fraction, settings.seed)
     split = census.tentative
     with ConversationFile(draft / _TRAIN, card.train) as train, ConversationFile(draft / _EVAL, card.eval) as held_out:
         for conversation in stream:
-            number = split.number(conversation)
-            census.see(number)
-            (held_out if number < split.threshold else train).write(conversation)
-    settled = census.settle()
-    return None if settled == split else settled
+            (held_out if census.see(conversation) < split.threshold else train).write(conversation)
+    final = census.final()
+    card.remarks += final.remarks
+    return None if final == split else final
 
 
 def _split_again(draft: Path, split: EvalSplit, card: Card) -> None:
-    """Divide a small set anew, of which all fell on one side."""
+    """Divide the conversations of both files by another split."""
+    whole = []
     for name in (_TRAIN, _EVAL):
-        if (draft / name).stat().st_size:
-            (draft / name).rename(draft / _WHOLE)
+        whole.append((draft / name).rename(draft / f".whole.{name}"))
     card.train, card.eval = SplitCount(), SplitCount()
     with ConversationFile(draft / _TRAIN, card.train) as train, ConversationFile(draft / _EVAL, card.eval) as held_out:
-        for conversation in _reread(draft / _WHOLE):
-            (held_out if split.is_eval(conversation) else train).write(conversation)
-    (draft / _WHOLE).unlink()
+        for path in whole:
+            for conversation in _reread(path) if path.stat().st_size else ():
+                (held_out if split.is_eval(conversation) else train).write(conversation)
+            path.unlink()
 
 
 def _reread(path: Path) -> Iterator[Conversation]:
@@ -321,7 +345,7 @@ def _reread(path: Path) -> Iterator[Conversation]:
 
 
 def _why_nothing(card: Card) -> str:
-    reasons = [f"in {count:,} {KINDS[kind]}" for kind, count in card.problems.items()]
+    reasons = [f"in {count:,} {KINDS[kind]} (first {card.examples[kind][0]})" for kind, count in card.problems.items()]
     reasons += [f"{count:,} {SKIPPED[rule]}" for rule, count in card.skipped.items()]
     return f"Of {card.records:,} records: {'; '.join(reasons) or 'none was left out'}."
 

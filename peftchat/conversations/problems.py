@@ -1,5 +1,6 @@
 """A record as it comes out of a file, before anyone knows what it means."""
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
@@ -62,6 +63,7 @@ Kind = Literal[
     "nested_too_deep",
     "record_too_long",
     "broken_file",
+    "other_columns",
     "not_an_object",
     "missing_field",
     "wrong_type",
@@ -84,7 +86,8 @@ KINDS: dict[Kind, str] = {
     "lone_surrogate": "the text holds half of a surrogate pair",
     "nested_too_deep": "the JSON is nested too deep to be a conversation",
     "record_too_long": "the record is longer than the limit",
-    "broken_file": "the file cannot be read on from here",
+    "broken_file": "the rest of a file cannot be read",
+    "other_columns": "the row has another number of columns than the header",
     "not_an_object": "the record is JSON but not an object",
     "missing_field": "a field of the format is missing",
     "wrong_type": "a field holds another type than its format says",
@@ -112,6 +115,7 @@ STRICT_SCAN_RECORDS = 10_000
 """How many more conversations a strict reader looks at, after the first problem, to say how many there are."""
 STRICT_SCAN_PROBLEMS = 1_000
 _EXAMPLES_PER_KIND = 3
+_MOST_UNREAD = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,10 @@ class ProblemLog:
         unused: fields that are not used, by name.
         examples: the first few problems of each kind.
         formats: source file -> format it was read as.
+        commits: hub data set -> the commit that was read.
+        unread: files beside them that are not read -> why.
+        remarks: what else a user should know about records, as the end of a sentence -> in how many.
+        told: what else a user should know about the data, in sentences.
     """
 
     def __init__(
@@ -187,6 +195,10 @@ class ProblemLog:
         self.examples: defaultdict[Kind, list[Problem]] = defaultdict(list)
         self.unused: dict[str, UnusedField] = {}
         self.formats: dict[str, str] = {}
+        self.commits: dict[str, str] = {}
+        self.unread: dict[str, str] = {}
+        self.remarks: Counter[str] = Counter()
+        self.told: list[str] = []
         self.first: Problem | None = None
         self._quarantine = quarantine
 
@@ -194,6 +206,16 @@ class ProblemLog:
     def total(self) -> int:
         """The number of problems, of all kinds."""
         return self.problems.total()
+
+    def sentences(self) -> list[str]:
+        """What a user should know: commits, files that are not read, and all remarks."""
+        found = [f"{name} was read at commit {commit}." for name, commit in self.commits.items()]
+        found += [f"{file} is not read: {why}." for file, why in itertools.islice(self.unread.items(), _MOST_UNREAD)]
+        if len(self.unread) > _MOST_UNREAD:
+            found.append(f"{len(self.unread) - _MOST_UNREAD:,} more files are not read.")
+        for remark, count in self.remarks.items():
+            found.append(f"In {count:,} record{'s' if count > 1 else ''} {remark}.")
+        return found + self.told
 
     def add(self, problem: Problem, raw: bytes | None = None) -> None:
         """Record a record that cannot be used.

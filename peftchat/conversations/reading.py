@@ -11,8 +11,9 @@ from peftchat.conversations.formats import FORMATS, Format, find_format, matchin
 from peftchat.conversations.formats.base import field_names
 from peftchat.conversations.formats.keys import rename
 from peftchat.conversations.formats.names import normalize_role
+from peftchat.conversations.languages import check_languages
 from peftchat.conversations.problems import STRICT_SCAN_RECORDS, ProblemLog, RawRecord, ReadOptions
-from peftchat.conversations.readers import find_files, reader_for
+from peftchat.conversations.readers import check_no_hub_keys, find_data, reader_for
 from peftchat.conversations.readers.hub import read_hub
 from peftchat.conversations.splitting import seeded_fraction
 from peftchat.errors import UserError
@@ -44,6 +45,8 @@ def read_sources(
                 entry.path,
                 format=entry.format,
                 split=entry.split,
+                subset=entry.subset,
+                revision=entry.revision,
                 problems=log,
                 options=ReadOptions(
                     languages=entry.languages,
@@ -87,6 +90,8 @@ def read_conversations(
     *,
     format: str = "auto",
     split: str | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
     problems: ProblemLog | None = None,
     options: ReadOptions | None = None,
 ) -> Iterator[Conversation]:
@@ -96,9 +101,11 @@ def read_conversations(
     those of single messages held until the file ends.
 
     Args:
-        path: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file, a folder of them, or a hub id.
+        path: a file, a folder or a pattern of files (`peftchat.conversations.readers.finding`), or a hub id.
         format: one of `list_formats()`; `auto` decides by the first records of each file.
         split: of a folder or hub data set; see `find_files`.
+        subset: of a hub data set that has several.
+        revision: branch, tag or commit of a hub data set.
         problems: where bad records are counted; by default a strict log, so that the first one ends the reading.
         options: languages, OASST rank limit, record limit.
 
@@ -109,14 +116,17 @@ def read_conversations(
     """
     log = ProblemLog(strict=True) if problems is None else problems
     settings = options or ReadOptions()
+    check_languages(settings.languages)
     data_format = None if format == "auto" else find_format(format)
     if data_format is not None:
         _check_rank_limit(str(path), data_format, settings)
-    files = find_files(str(path), split)
-    if files is None:
-        sources = [(str(path), read_hub(str(path), split, log))]
+    found = find_data(str(path), split)
+    log.unread.update(found.unread)
+    if found.files is None:
+        sources = [(str(path), read_hub(str(path), split, log, subset=subset, revision=revision))]
     else:
-        sources = [(str(file), _records(file, settings, log)) for file in files]
+        check_no_hub_keys(str(path), subset, revision)
+        sources = [(str(file), _records(file, settings, log)) for file in found.files]
     stream = _all_sources(str(path), sources, data_format, settings, log)
     return _until_problem(stream, log) if log.strict else stream
 

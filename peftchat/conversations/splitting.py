@@ -1,7 +1,7 @@
 """A short name for what a conversation says, for finding exact duplicates and for seeded choices."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from peftchat.conversation import Conversation, Message
@@ -36,73 +36,218 @@ def seeded_fraction(seed: int | str, key: str) -> float:
     return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest()) * FRACTION_STEP
 
 
+_MOST_RELATIVES = 32
+"""Records that may start alike and still be relatives, such as answers to one prompt, whatever their share."""
+_SHARE_OF_FRACTION = 1 / 8
+"""A group of relatives is at most this part of the held-out share; a larger one has a greeting in common."""
+_COUNTERS_PER_GROUP = 4
+_MOST_COUNTERS = 100_000
+_LONGEST_NAME = 200
+_SHOWN_OF_START = 60
+_SHOWN_GREETINGS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class EvalSplit:
     """The rule that puts a conversation on one side.
 
     All conversations that start with the same user message are on one side: that keeps the branches of an OpenAssistant
-    tree together, and two trees that grew from the same words.
+    tree together, and two trees that grew from the same words. Where a great many start alike, that is a greeting;
+    then the start goes on to the next user message at which they differ, at last to the whole conversation.
 
     Attributes:
-        fraction: the share of first messages that goes to evaluation.
+        fraction: the share of starts that goes to evaluation.
         seed: another seed is another choice.
-        threshold: first messages whose seeded number lies below it go to evaluation.
+        threshold: starts whose seeded number lies below it go to evaluation.
+        greetings: starts that are too common to keep what follows them together.
+        remarks: what a user should know about the split.
     """
 
     fraction: float
     seed: int
     threshold: float
+    greetings: frozenset[str] = frozenset()
+    remarks: tuple[str, ...] = ()
 
     def is_eval(self, conversation: Conversation) -> bool:
         """Whether the conversation is held out."""
         return self.number(conversation) < self.threshold
 
     def number(self, conversation: Conversation) -> float:
-        """The seeded number in [0, 1) of the conversation's first user message."""
-        return seeded_fraction(self.seed, _start(conversation))
+        """The seeded number in [0, 1) of the conversation's start."""
+        start = first_user_message(conversation)
+        if self.greetings and _name(start) in self.greetings:
+            for start in _longer_starts(conversation):
+                if start not in self.greetings:
+                    break
+        return seeded_fraction(self.seed, start)
+
+
+@dataclass(slots=True)
+class _Counted:
+    """A start that several records have.
+
+    Attributes:
+        record: the last of them.
+        count: how many they are, or a little less.
+        lowest: the lowest number of a longer start that begins with it.
+        highest: the highest one.
+    """
+
+    record: str
+    count: int = 2
+    lowest: float = 1.0
+    highest: float = 0.0
 
 
 @dataclass(slots=True)
 class SplitCensus:
-    """Watches a stream of conversations and settles the split at its end, in constant memory.
+    """Watches a stream of conversations and determines the split at its end, in constant memory.
 
     A threshold equal to the fraction can leave a side of a small set empty. The lowest and the highest number seen
-    are enough to move it just so far that, given two different first messages, neither side is.
+    are enough to move it just so far that, given two different starts, neither side is.
+
+    Starts that are common enough to matter are counted with a fixed number of counters (Misra and Gries, "Finding
+    repeated elements", 1982): the count of a start is too low by a small part of what would make it a greeting.
     """
 
     fraction: float
     seed: int
+    conversations: int = field(default=0, init=False)
     lowest: float = field(default=1.0, init=False)
     highest: float = field(default=0.0, init=False)
+    # Most starts are seen once; of those the record alone is kept, which is half the work.
+    _counted: dict[str, _Counted | str] = field(default_factory=dict, init=False)
+    _counters: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.fraction:
+            self._counters = min(_MOST_COUNTERS, _COUNTERS_PER_GROUP / (self.fraction * _SHARE_OF_FRACTION))
 
     @property
     def tentative(self) -> EvalSplit:
-        """The split before anything was seen; final for all but small sets."""
+        """The split before anything was seen; final for all but small sets, and sets with a greeting."""
         return EvalSplit(self.fraction, self.seed, self.fraction)
 
-    def see(self, number: float) -> None:
-        """Take note of a conversation's number."""
-        self.lowest = min(self.lowest, number)
-        self.highest = max(self.highest, number)
+    def see(self, conversation: Conversation) -> float:
+        """Take note of a conversation; return its number by the tentative split."""
+        start = first_user_message(conversation)
+        number = seeded_fraction(self.seed, start)
+        if not self.fraction:
+            return number
+        self.conversations += 1
+        if number < self.lowest:
+            self.lowest = number
+        if number > self.highest:
+            self.highest = number
+        counted = self._count(_name(start), conversation.source)
+        if counted is not None and counted.count > _MOST_RELATIVES:
+            for start in _longer_starts(conversation):
+                longer = self._count(start, conversation.source)
+                if longer is None or longer.count <= _MOST_RELATIVES:
+                    break
+            part = seeded_fraction(self.seed, start)
+            counted.lowest = min(counted.lowest, part)
+            counted.highest = max(counted.highest, part)
+        return number
 
-    def settle(self) -> EvalSplit:
-        """The split for what was seen; with a single first message all of it is training data."""
-        if not self.fraction or self.lowest >= self.highest:
+    def _count(self, start: str, record: str) -> _Counted | None:
+        """Count a start, once for all conversations of one record: the branches of a tree are relatives."""
+        counted = self._counted.get(start)
+        if counted is None:
+            if len(self._counted) >= self._counters:
+                self._make_room()
+            else:
+                self._counted[start] = record
+            return None
+        if isinstance(counted, str):
+            if counted == record and record:
+                return None
+            self._counted[start] = counted = _Counted(record)
+        elif counted.record != record or not record:
+            counted.count += 1
+            counted.record = record
+        return counted
+
+    def _make_room(self) -> None:
+        """Lower every count by one, and forget the starts that are left with none."""
+        kept = {start: one for start, one in self._counted.items() if isinstance(one, _Counted)}
+        for one in kept.values():
+            one.count -= 1
+        self._counted = {start: one for start, one in kept.items() if one.count}
+
+    def final(self) -> EvalSplit:
+        """The split for what was seen; if all conversations start alike and cannot be told apart, none is held out."""
+        if not self.fraction or not self.conversations:
             return replace(self.tentative, threshold=0.0)
-        threshold = min(max(self.fraction, self.lowest + FRACTION_STEP), self.highest)
-        return replace(self.tentative, threshold=threshold)
+        limit = max(_MOST_RELATIVES, self.conversations * self.fraction * _SHARE_OF_FRACTION)
+        common = {start: one for start, one in self._counted.items() if isinstance(one, _Counted) and one.count > limit}
+        greetings = {start: one for start, one in common.items() if one.lowest < one.highest}
+        lowest, highest = self.lowest, self.highest
+        if greetings:
+            lowest = min(one.lowest for one in greetings.values())
+            highest = max(one.highest for one in greetings.values())
+        if lowest >= highest:
+            return replace(self.tentative, threshold=0.0, remarks=(self._nothing_held_out(),))
+        longer = {start for start in common if start.startswith(_LONGER)} if greetings else set()
+        return replace(
+            self.tentative,
+            threshold=min(max(self.fraction, lowest + FRACTION_STEP), highest),
+            greetings=frozenset(greetings.keys() | longer),
+            remarks=tuple(self._remarks(greetings)),
+        )
+
+    def _nothing_held_out(self) -> str:
+        return (
+            f"No conversation is held out: all {self.conversations:,} start with the same user message, and those "
+            "that start alike stay together."
+        )
+
+    def _remarks(self, greetings: Mapping[str, _Counted]) -> Iterator[str]:
+        for start, one in sorted(greetings.items(), key=lambda entry: -entry[1].count)[:_SHOWN_GREETINGS]:
+            yield (
+                f"{one.count / self.conversations:.0%} of the conversations start with {_shown(start)!r}: "
+                "the eval split keeps only those together that also go on alike."
+            )
 
 
 def fit_split(conversations: Iterable[Conversation], fraction: float, seed: int) -> EvalSplit:
     """The split of a set that can be read twice: once here, once by `is_eval`."""
     census = SplitCensus(fraction, seed)
     for conversation in conversations:
-        census.see(census.tentative.number(conversation))
-    return census.settle()
+        census.see(conversation)
+    return census.final()
 
 
-def _start(conversation: Conversation) -> str:
+def first_user_message(conversation: Conversation) -> str:
+    """The content of the first user message, of the first message where there is none."""
     for message in conversation.messages:
         if message.role == "user":
             return message.content
     return conversation.messages[0].content
+
+
+_LONGER = "\0longer "
+"""What the name of a longer start begins with; no message holds the character NUL."""
+
+
+def _longer_starts(conversation: Conversation) -> Iterator[str]:
+    """Names of the conversation's starts up to its second user message, its third, and so on; at last of all of it."""
+    users = [number for number, message in enumerate(conversation.messages) if message.role == "user"]
+    for number in users[1:]:
+        yield _LONGER + fingerprint(conversation.messages[: number + 1]).hex()
+    yield _LONGER + fingerprint(conversation.messages).hex()
+
+
+def _name(start: str) -> str:
+    """The start itself, or what tells a long one apart: counters must not hold whole texts."""
+    if len(start) <= _LONGEST_NAME:
+        return start
+    digest = hashlib.blake2b(start.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+    return f"{start[:_LONGEST_NAME]}\0{digest}"
+
+
+def _shown(name: str) -> str:
+    text, _, rest = name.partition("\0")
+    line = " ".join(text.split())
+    return f"{line[:_SHOWN_OF_START]}…" if rest or len(line) > _SHOWN_OF_START else line

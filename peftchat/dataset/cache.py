@@ -24,6 +24,7 @@ from peftchat.conversations.reading import read_sources
 from peftchat.conversations.splitting import fit_split
 from peftchat.dataset.digests import tokenizer_digest
 from peftchat.dataset.encode import EncodingStats, encode_conversations
+from peftchat.dataset.leaks import Leaks
 from peftchat.errors import UserError
 from peftchat.files import cache_root, write_text
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval"]
 
-_FORMAT = 8
+_FORMAT = 9
 """Version of the cache: to be raised when the same settings give other examples or other files."""
 
 
@@ -117,7 +118,7 @@ def _content(entry: "DataEntry") -> list[str]:
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
-            return [str(HfApi().dataset_info(entry.path).sha)]
+            return [str(HfApi().dataset_info(entry.path, revision=entry.revision).sha)]
         except (HfHubHTTPError, OSError, ValueError):
             return ["offline"]
     digests = []
@@ -139,16 +140,22 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
         gc.freeze()
         encoder = chat.encoder()
         done = 0
+        # A share of `data.train` is drawn so that equal conversations are on one side: nothing to look for.
+        leaks = Leaks.of(conversations(recipe, "eval", ProblemLog(strict=True)) if recipe.data.eval is not None else ())
         for split in _splits(recipe):
             log = ProblemLog(strict=True)
             stats = EncodingStats()
+            stream = conversations(recipe, split, log)
+            if split == "train":
+                stream = leaks.watch(stream)
             with ExampleWriter(temporary / f"{split}.arrow") as writer:
-                for examples in encode_conversations(recipe, encoder, conversations(recipe, split, log), stats):
+                for examples in encode_conversations(recipe, encoder, stream, stats):
                     writer.write(examples)
                     progress(done + stats.examples + sum(stats.dropped.values()))
             done += stats.examples + sum(stats.dropped.values())
             stats.formats, stats.notes, stats.left_out = dict(log.formats), dict(log.notes), dict(log.skipped)
             stats.unused = {name: f"{use.records} (first {use.first})" for name, use in log.unused.items()}
+            stats.remarks = log.sentences() + (leaks.sentences() if split == "eval" else [])
             write_text(temporary / f"{split}.json", json.dumps(asdict(stats)))
         temporary.replace(folder)
     except BaseException:
@@ -166,6 +173,8 @@ def conversations(recipe: "Recipe", split: Split, log: ProblemLog) -> Iterator[C
     else:
         splitter = fit_split(read_sources(data.train, seed, consecutive=data.consecutive), data.eval_fraction, seed)
         everything = read_sources(data.train, seed, problems=log, consecutive=data.consecutive)
+        if split == "eval":
+            log.told += splitter.remarks
         selected = (conversation for conversation in everything if splitter.is_eval(conversation) == (split == "eval"))
     return itertools.islice(selected, data.max_train_samples if split == "train" else data.max_eval_samples)
 
@@ -179,20 +188,38 @@ def _check(recipe: "Recipe", split: Split, stats: EncodingStats) -> None:
     dropped = sum(stats.dropped.values())
     left_out = {**stats.left_out, **stats.dropped}
     reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in left_out.items())
+    remarks = " ".join(stats.remarks).rstrip(".")
     untrainable = stats.dropped.get("nothing_to_learn", 0)
     if not stats.examples:
         purpose = "train" if split == "train" else "evaluate"
         raise UserError(
-            f"no example is left to {purpose} on ({reasons or 'the source is empty'})",
+            f"no example is left to {purpose} on ({reasons or remarks or 'the source is empty'})",
             where=f"data.{split if split == 'train' or recipe.data.eval is not None else 'eval_fraction'}",
             hint="Check the source, data.max_length and chat.loss_on.",
         )
+    _check_length(recipe, split, stats)
     if untrainable > (stats.examples + dropped) / 2:
         raise UserError(
             f"{untrainable} of {stats.examples + dropped} examples have nothing to learn, the first is "
             f"{stats.first_sources['nothing_to_learn'][0]}",
             where=f"data.{split}",
             hint="Check that the conversations have assistant messages, and that chat.loss_on selects them.",
+        )
+
+
+def _check_length(recipe: "Recipe", split: Split, stats: EncodingStats) -> None:
+    """Check that most examples are not too long.
+
+    Raises:
+        UserError: they are.
+    """
+    too_long, everything = stats.dropped.get("too_long", 0), stats.examples + sum(stats.dropped.values())
+    if too_long > everything / 2:
+        raise UserError(
+            f"{too_long} of {everything} conversations have more tokens than data.max_length: "
+            f"{recipe.data.max_length}, and no round of them fits; the first is {stats.first_sources['too_long'][0]}",
+            where=f"data.{split}",
+            hint="Raise data.max_length, or remove them from the data.",
         )
 
 

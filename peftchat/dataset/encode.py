@@ -47,6 +47,7 @@ class EncodingStats:
         notes: records that reading changed, by kind of change.
         left_out: records and conversations that a rule of the recipe or a flag of their own leaves out, by rule.
         unused: fields that nothing is trained on, with the number of records that have them and the first.
+        remarks: what else a user should know about the data, in sentences.
     """
 
     examples: int = 0
@@ -65,6 +66,7 @@ class EncodingStats:
     notes: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def reading_notes(self) -> Iterator[str]:
         """Yield what reading left out, changed and did not use, each with its count."""
@@ -75,6 +77,7 @@ class EncodingStats:
                 yield f"changed: {number} times {NOTES[name]}"
         for name, records in self.unused.items():
             yield f"not used: field {printable_name(name)} in {records}"
+        yield from self.remarks
 
     def count_dropped(self, reason: str, source: str) -> None:
         """Count an example that is left out."""

@@ -208,6 +208,7 @@ def _grid_cell(cell: "GridCell") -> tuple[Text, Text]:
 
 def _notes(plan: "TrainingPlan") -> list[str]:
     notes = [f"Chosen automatically: {setting}." for setting in plan.auto_settings]
+    notes += plan.dataset.notes if plan.dataset is not None else ()
     if plan.unread_reason is not None:
         notes.append(
             f"The data was not read ({plan.unread_reason}). The plan assumes sequences of {plan.settings.length} "

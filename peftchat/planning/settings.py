@@ -69,6 +69,7 @@ class DatasetSize:
         conversation: mean length of a conversation in tokens, weighted by length.
         supervised: fraction of tokens with a target.
         new_tokens: tokens that the template adds to this tokenizer.
+        notes: what reading left out, changed or noticed, of all splits.
     """
 
     sequences: int
@@ -77,6 +78,7 @@ class DatasetSize:
     conversation: int
     supervised: float
     new_tokens: int
+    notes: tuple[str, ...] = ()
 
 
 def read_dataset_size(recipe: "Recipe") -> DatasetSize | str:
@@ -104,7 +106,9 @@ def _read(recipe: "Recipe") -> DatasetSize:
     from peftchat.training.context import load_chat_format
 
     chat = load_chat_format(recipe)
-    return dataset_size(recipe, chat, load_splits(recipe, chat)["train"])
+    splits = load_splits(recipe, chat)
+    notes = tuple(f"{name} data: {note}" for name, split in splits.items() for note in split.stats.reading_notes())
+    return replace(dataset_size(recipe, chat, splits["train"]), notes=notes)
 
 
 def dataset_size(recipe: "Recipe", chat: "ChatFormat", split: "EncodedSplit") -> DatasetSize:

@@ -25,8 +25,17 @@ FORMER_KEYS: Mapping[tuple[str, str], str] = {
 }
 """(section, key of an older version) -> the key today."""
 
-FORMER_SOURCE_KEYS: Mapping[str, str] = {"top_k": "oasst_top_k"}
-"""Key of an older version in an entry of `data.train` or `data.eval` -> the key today."""
+FORMER_SOURCE_KEYS: Mapping[str, str] = {
+    "top_k": "oasst_top_k",
+    "name": "subset",
+    "config": "subset",
+    "config_name": "subset",
+    "dataset_config_name": "subset",
+    "commit": "revision",
+    "lang": "languages",
+    "language": "languages",
+}
+"""Key of an older version or another tool in an entry of `data.train` or `data.eval` -> the key today."""
 
 FORMER_VALUES: Mapping[Keys, Mapping[str, str]] = {
     ("model", "attention"): {"per_dialogue": "varlen"},

@@ -197,7 +197,7 @@ class DataEntry(StrictModel):
 
     path: str = Field(
         min_length=1,
-        description="A local file, a folder, or the hub id of a dataset.",
+        description="A local file, a folder, a pattern such as `data/*.jsonl`, or the hub id of a dataset.",
         examples=["conversations.jsonl"],
     )
     format: str = Field(
@@ -205,13 +205,19 @@ class DataEntry(StrictModel):
         min_length=1,
         description="The format of the records. `auto` detects it from the first ones and reports it.",
     )
-    split: str | None = Field(None, min_length=1, description="Split of a hub dataset, such as `train` or `test`.")
+    split: str | None = Field(None, min_length=1, description="Split of a folder or hub dataset, such as `train`.")
+    subset: str | None = Field(
+        None, min_length=1, description="Subset of a hub dataset that has several (`datasets` calls it `name`)."
+    )
+    revision: str | None = Field(
+        None, min_length=1, description="Branch, tag or commit of a hub dataset. The commit that was read is recorded."
+    )
     weight: float = Field(
         1.0, gt=0, description="How often each conversation of this source is used: 2 is twice, 0.5 is half of them."
     )
     languages: Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)] = Field(
         (),
-        description="Keep only conversations in these languages, such as `[en, pt-BR]`; `pt` includes `pt-BR`. The "
+        description="Keep only conversations in these languages, such as `[en, German]`; `pt` includes `pt-BR`. The "
         "record's own `lang` decides where there is one, else a detector.",
     )
     oasst_top_k: int | None = Field(

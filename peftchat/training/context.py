@@ -137,7 +137,11 @@ def open_context(
     if is_main_process():
         for line in content.notes:
             stderr.print(line, markup=False, highlight=False)
-    return TrainContext(pinned, options, distributed, run_folder, checkpoint, chat, splits, content, started)
+    context = TrainContext(pinned, options, distributed, run_folder, checkpoint, chat, splits, content, started)
+    for split, encoded in splits.items():
+        for note in encoded.stats.reading_notes():
+            context.notes.tell(f"{split} data: {note}")
+    return context
 
 
 def check_content(loaded: "LoadedRecipe", options: TrainOptions, distributed: DistributedSetup) -> None:

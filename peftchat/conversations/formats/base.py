@@ -92,7 +92,7 @@ def record_format(
             except RecordError as error:
                 problems.add(Problem(record.where, error.kind, error.detail), record.as_bytes())
                 continue
-            if options.languages and not is_in_languages(record.value, kept, options.languages):
+            if options.languages and not is_in_languages(record.value, kept, options.languages, problems):
                 problems.skipped["other_language"] += 1
                 continue
             notes.finish()

@@ -1,17 +1,24 @@
 """A `.json` file: one array of records, or records one after the other, read in pieces."""
 
 import codecs
+import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, RecordError
-from peftchat.conversations.readers.jsonl import not_an_object
+from peftchat.conversations.readers.opening import BrokenPacking, open_text
+from peftchat.errors import UserError
 
 _PIECE = 2**20
 _BLANK = " \t\r\n"
-_KEPT_OF_BROKEN_ELEMENT = 4096
+_KEPT_OF_BROKEN_ELEMENT = 2**17
+_KEPT_OF_LONG_ELEMENT = 4096
+_KEY_OF_LIST = re.compile(r'\{\s*"([^"\\]{1,80})"\s*:\s*\[\s*\{')
+_KEYS_OF_PARTS = {"role", "from", "content", "value", "text", "type", "function", "name", "speaker", "author"}
+"""Fields of a turn, a tool or a call: a list of objects with one of them is part of a record."""
 _SCAN = json.JSONDecoder().raw_decode
 
 
@@ -21,25 +28,35 @@ class _Text:
     Bytes that are not UTF-8 become lone surrogates, which the checks on content find and name later.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+        self._damage: Exception | None = None
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
         self.window = ""
         self.position = 0
         self.ended = False
 
-    def __enter__(self) -> "_Text":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
     def extend(self) -> None:
         """Forget what was read and take in the next piece."""
-        piece = self._file.read(max(_PIECE, len(self.window) - self.position))
+        piece = self._read(max(_PIECE, len(self.window) - self.position))
         self.ended = not piece
         self.window = self.window[self.position :] + self._decode(piece, final=self.ended)
         self.position = 0
+
+    def _read(self, size: int) -> bytes:
+        """The next bytes; what stands before a damage comes before the damage is reported."""
+        if self._damage is not None:
+            raise self._damage
+        pieces: list[bytes] = []
+        try:
+            while size > 0 and (piece := self._file.read1(size)):
+                pieces.append(piece)
+                size -= len(piece)
+        except BrokenPacking as error:
+            self._damage = error
+            if not pieces:
+                raise
+        return b"".join(pieces)
 
     def next_character(self) -> str:
         """The next character that is not blank, "" at the end; it is not consumed."""
@@ -54,13 +71,59 @@ class _Text:
 
 
 def read_json_values(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
-    """The objects of a `.json` file; `where` counts elements from 1.
+    """The objects of a `.json` file; see `read_values`.
 
-    After a syntax error nothing behind it can be trusted, so the file ends there with one problem.
+    Raises:
+        UserError: as `open_text` and `read_values`.
     """
-    name = str(path)
-    number = 0
-    with _Text(path) as text:
+    try:
+        with open_text(path) as file:
+            yield from read_values(file, str(path), max_record_bytes, problems)
+    except BrokenPacking as error:
+        # Opening failed: the file ends before its first byte is unpacked.
+        problems.add(broken_packing(f"{path}:1", error))
+
+
+def read_values(file: io.BufferedReader, name: str, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
+    """The objects of an array, or objects one after the other; `where` counts elements from 1.
+
+    After a syntax error nothing behind it can be trusted, so the file ends there: a problem of the kind `broken_file`.
+
+    Raises:
+        UserError: the records are below a key of one object.
+    """
+    elements = _Elements(_Text(file), name, max_record_bytes, problems)
+    try:
+        yield from elements.read()
+    except BrokenPacking as error:
+        elements.count_damage(error)
+
+
+class _Elements:
+    """One pass over the elements of a file."""
+
+    def __init__(self, text: _Text, name: str, limit: int, problems: ProblemLog) -> None:
+        self._text = text
+        self._name = name
+        self._limit = limit
+        self._problems = problems
+        self._number = 0
+        self._is_reading = False
+
+    @property
+    def where(self) -> str:
+        """The place of the element that is read."""
+        return f"{self._name}:{self._number}"
+
+    def count_damage(self, error: Exception) -> None:
+        """Count that the packed data ends in the middle; the element that is cut is no record."""
+        self._problems.records -= self._is_reading
+        where = self.where if self._is_reading else f"{self._name}:{self._number + 1}"
+        self._problems.add(broken_packing(where, error))
+
+    def read(self) -> Iterator[RawRecord]:
+        """The objects; anything else goes to the log."""
+        text = self._text
         in_array = text.next_character() == "["
         if in_array:
             text.position += 1
@@ -68,30 +131,92 @@ def read_json_values(path: Path, max_record_bytes: int, problems: ProblemLog) ->
             if in_array and character == "]":
                 text.position += 1
                 break
-            number += 1
-            where = f"{name}:{number}"
-            problems.records += 1
+            self._number += 1
+            self._problems.records += 1
+            self._is_reading = True
             try:
-                value, raw = _element(text, max_record_bytes)
+                value, raw = _element(text, self._limit)
             except RecordError as error:
-                raw = text.window[text.position : text.position + _KEPT_OF_BROKEN_ELEMENT]
-                problems.add(Problem(where, error.kind, error.detail), raw.encode(errors="replace"))
+                self._end_at(error, in_array)
                 return
-            if len(raw) > max_record_bytes:
-                problems.add(_too_long(where, max_record_bytes), raw[:_KEPT_OF_BROKEN_ELEMENT].encode(errors="replace"))
+            self._is_reading = False
+            if not in_array and self._number == 1 and isinstance(value, dict) and not text.next_character():
+                _check_not_a_container(self._name, value)
+            if len(raw) > self._limit:
+                start = raw[:_KEPT_OF_LONG_ELEMENT].encode(errors="replace")
+                self._problems.add(_too_long(self.where, self._limit), start)
             elif isinstance(value, dict):
-                yield RawRecord(where, value, raw.encode(errors="surrogateescape"))
+                yield RawRecord(self.where, value, raw.encode(errors="surrogateescape"))
             else:
-                problems.add(not_an_object(where, value), raw.encode(errors="replace"))
+                self._problems.add(not_an_object(self.where, value), raw.encode(errors="replace"))
             if in_array and text.next_character() == ",":
                 text.position += 1
             elif in_array and text.next_character() != "]":
-                problems.add(Problem(where, "not_json", "no comma or closing bracket behind this element"))
+                what = "no comma or closing bracket behind this element" if text.next_character() else "the file ends"
+                self._unread(what)
                 return
         if in_array and text.window[text.position - 1 : text.position] != "]":
-            problems.add(Problem(f"{name}:{number}", "broken_file", "the array is cut off: no closing bracket"))
+            self._unread("the array is cut off: no closing bracket")
         elif text.next_character():
-            problems.add(Problem(f"{name}:{number}", "not_json", "there is text behind the closing bracket"))
+            self._unread("there is text behind the closing bracket")
+
+    def _end_at(self, error: RecordError, in_array: bool) -> None:
+        """Count the element that cannot be read, and that reading ended with it."""
+        text = self._text
+        raw = text.window[text.position : text.position + _KEPT_OF_BROKEN_ELEMENT]
+        if error.kind == "record_too_long":
+            if not in_array and self._number == 1 and (match := _KEY_OF_LIST.match(raw)):
+                raise _below_a_key(self._name, [match[1]])
+            raw = raw[:_KEPT_OF_LONG_ELEMENT]
+        if error.kind == "not_json":
+            self._problems.records -= 1
+            self._unread(error.detail, raw.encode(errors="replace"))
+        else:
+            self._problems.add(Problem(self.where, error.kind, error.detail), raw.encode(errors="replace"))
+            self._unread("the end of this element cannot be found")
+
+    def _unread(self, why: str, raw: bytes | None = None) -> None:
+        detail = f"{why}; everything behind element {self._number} was not read"
+        self._problems.add(Problem(self.where, "broken_file", detail), raw)
+
+
+def broken_packing(where: str, error: Exception) -> Problem:
+    """The problem of packed data that is damaged or cut off."""
+    line = where.rpartition(":")[2]
+    detail = f"the packed data is broken or cut off ({error}); everything from line {line} on was not read"
+    return Problem(where, "broken_file", detail)
+
+
+def not_an_object(where: str, value: object) -> Problem:
+    """The problem of a record that is a JSON list, text or number."""
+    return Problem(where, "not_an_object", f"a record must be a JSON object, this is a {type(value).__name__}")
+
+
+def _check_not_a_container(name: str, value: dict[str, Any]) -> None:
+    """Check that the only object of a file is a record, not the place where the records are.
+
+    Raises:
+        UserError: it holds lists of objects that are no turns, tools or calls.
+    """
+    keys = [
+        key
+        for key, items in value.items()
+        if isinstance(items, list)
+        and items
+        and all(isinstance(item, dict) for item in items)
+        and not _KEYS_OF_PARTS & items[0].keys()
+    ]
+    if keys and not any(isinstance(items, list) and items and key not in keys for key, items in value.items()):
+        raise _below_a_key(name, keys)
+
+
+def _below_a_key(name: str, keys: list[str]) -> UserError:
+    named = " and ".join(f"`{key}`" for key in keys)
+    return UserError(
+        f"the file is one object, and its records are below the key{'s' if len(keys) > 1 else ''} {named}",
+        where=name,
+        hint=f"Write the records alone: jq -c '.[\"{keys[0]}\"][]' FILE > FILE.jsonl",
+    )
 
 
 def _element(text: _Text, limit: int) -> tuple[Any, str]:

@@ -1,52 +1,82 @@
-"""JSON lines, plain or gzipped, one bounded line at a time."""
+"""JSON lines, plain or packed, one bounded line at a time."""
 
-import gzip
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import orjson
 
 from peftchat.conversations.problems import Kind, Problem, ProblemLog, RawRecord
+from peftchat.conversations.readers.json_values import broken_packing, not_an_object, read_values
+from peftchat.conversations.readers.opening import BrokenPacking, open_text
 
 _BOM = b"\xef\xbb\xbf"
 _KEPT_OF_LONG_LINE = 4096
 
 
 def read_jsonl(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
-    """The objects of a `.jsonl` or `.jsonl.gz` file; blank lines are not records.
+    """The objects of a `.jsonl` file; blank lines are not records.
 
-    Memory is bounded by `max_record_bytes`, whatever the file holds.
+    Memory is bounded by `max_record_bytes`, whatever the file holds. A file that is an array, or one record over
+    several lines, is read as `.json`.
+
+    Raises:
+        UserError: as `open_text`.
     """
     name = str(path)
+    try:
+        with open_text(path) as file:
+            if _is_values(file.peek()):
+                yield from read_values(file, name, max_record_bytes, problems)
+            else:
+                yield from _lines(file, name, max_record_bytes, problems)
+    except BrokenPacking as error:
+        problems.add(broken_packing(f"{name}:1", error))
+
+
+def _is_values(head: bytes) -> bool:
+    """Whether a file is JSON that does not end with its lines, judged by its first bytes."""
+    first, line_end, rest = head.removeprefix(_BOM).lstrip().partition(b"\n")
+    if first.strip() == b"{":
+        return True
+    if not first.startswith(b"["):
+        return False
+    try:
+        orjson.loads(first)
+    except orjson.JSONDecodeError:
+        return True
+    # Complete lists line by line are records of a shape that has no name, not one array.
+    return not (line_end and rest.strip())
+
+
+def _lines(file: BinaryIO, name: str, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
     number = 0
     try:
-        with _open(path) as file:
-            while line := file.readline(max_record_bytes + 1):
-                number += 1
-                if len(line) > max_record_bytes and not line.endswith(b"\n"):
-                    problems.records += 1
-                    problems.add(_too_long(f"{name}:{number}", max_record_bytes), line[:_KEPT_OF_LONG_LINE])
-                    _skip_line(file, max_record_bytes)
-                    continue
-                if number == 1 and line.startswith(_BOM):
-                    line = line[len(_BOM) :]
-                if line.isspace() or not line:
-                    continue
+        while line := file.readline(max_record_bytes + 1):
+            number += 1
+            if len(line) > max_record_bytes and not line.endswith(b"\n"):
                 problems.records += 1
-                try:
-                    value = orjson.loads(line)
-                except orjson.JSONDecodeError as error:
-                    problems.add(explain_json_error(f"{name}:{number}", line, error), line)
-                    continue
-                if isinstance(value, dict):
-                    yield RawRecord(f"{name}:{number}", value, line)
-                else:
-                    problems.add(not_an_object(f"{name}:{number}", value), line)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        detail = f"the gzip data is broken or cut off here ({error})"
-        problems.add(Problem(f"{name}:{number + 1}", "broken_file", detail))
+                problems.add(_too_long(f"{name}:{number}", max_record_bytes), line[:_KEPT_OF_LONG_LINE])
+                _skip_line(file, max_record_bytes)
+                continue
+            if number == 1 and line.startswith(_BOM):
+                line = line[len(_BOM) :]
+            if line.isspace() or not line:
+                continue
+            problems.records += 1
+            try:
+                value = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                problem = explain_json_error(f"{name}:{number}", line, error)
+                problems.records -= problem.kind == "broken_file"
+                problems.add(problem, line)
+                continue
+            if isinstance(value, dict):
+                yield RawRecord(f"{name}:{number}", value, line)
+            else:
+                problems.add(not_an_object(f"{name}:{number}", value), line)
+    except BrokenPacking as error:
+        problems.add(broken_packing(f"{name}:{number + 1}", error))
 
 
 def explain_json_error(where: str, line: bytes, error: ValueError) -> Problem:
@@ -60,14 +90,17 @@ def explain_json_error(where: str, line: bytes, error: ValueError) -> Problem:
         kind, detail = "nul_character", "the line holds a NUL byte"
     elif "surrogate" in reason:
         kind, detail = "lone_surrogate", f"half of a surrogate pair: {reason}"
+    elif not line.endswith(b"\n") and "end of data" in reason:
+        kind = "broken_file"
+        detail = f"the file ends in the middle of line {line_of(where)}; what was behind it is missing"
     elif "depth" in reason or "recursion" in reason:
         kind, detail = "nested_too_deep", "the JSON is nested more than a thousand levels deep"
     return Problem(where, kind, detail)
 
 
-def not_an_object(where: str, value: object) -> Problem:
-    """The problem of a record that is a JSON list, text or number."""
-    return Problem(where, "not_an_object", f"a record must be a JSON object, this is a {type(value).__name__}")
+def line_of(where: str) -> str:
+    """The number behind the file's name."""
+    return where.rpartition(":")[2]
 
 
 def _too_long(where: str, limit: int) -> Problem:
@@ -78,12 +111,6 @@ def _skip_line(file: BinaryIO, chunk: int) -> None:
     while part := file.readline(chunk):
         if part.endswith(b"\n"):
             return
-
-
-def _open(path: Path) -> BinaryIO:
-    if path.suffix.lower() == ".gz":
-        return cast("BinaryIO", gzip.open(path, "rb"))
-    return path.open("rb")
 
 
 def _is_utf8(line: bytes) -> bool:

@@ -1,64 +1,172 @@
 """Parquet, Arrow and CSV tables, read in batches."""
 
 import csv
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import orjson
 
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord
+from peftchat.conversations.readers.json_values import broken_packing
+from peftchat.conversations.readers.opening import BrokenPacking, as_text, check_first_bytes, open_text
+from peftchat.errors import UserError
 
 _BATCH = 512
+_BUFFER = 2**20
+_ARROW_FILE = b"ARROW1"
 _LIST_COLUMNS = ("messages", "conversations")
 
 
 def read_parquet(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
-    """The rows of a Parquet file; `where` counts rows from 1. `max_record_bytes` does not apply."""
+    """The rows of a Parquet file; `where` counts rows from 1. `max_record_bytes` does not apply.
+
+    Raises:
+        UserError: it is another kind of file.
+    """
     import pyarrow
     from pyarrow import parquet
 
-    name = str(path)
-    number = 0
+    _check_kind(path, b"PAR1")
+    rows = _Rows(str(path), problems)
     try:
-        with parquet.ParquetFile(path) as file:
+        # With buffers of its own for each column, Arrow reads pages as they are needed, and not whole row groups.
+        with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=_BATCH):
-                for value in batch.to_pylist():
-                    number += 1
-                    problems.records += 1
-                    yield RawRecord(f"{name}:{number}", value, None)
-    except UnicodeDecodeError:
-        detail = f"a text in rows {number + 1} to {number + _BATCH} is not UTF-8"
-        problems.add(Problem(f"{name}:{number + 1}", "not_utf8", detail))
+                yield from rows.of(batch)
     except (pyarrow.ArrowException, OSError) as error:
-        problems.add(Problem(f"{name}:{number + 1}", "broken_file", f"not readable Parquet: {_first_line(error)}"))
+        rows.end(f"not readable Parquet: {_first_line(error)}")
+
+
+def read_arrow(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
+    """The rows of an Arrow file, as `datasets.save_to_disk` or Feather writes it; see `read_parquet`.
+
+    Raises:
+        UserError: it is another kind of file.
+    """
+    import pyarrow
+    from pyarrow import ipc
+
+    _check_kind(path, _ARROW_FILE)
+    rows = _Rows(str(path), problems)
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            for batch in _arrow_batches(source, ipc):
+                for start in range(0, batch.num_rows, _BATCH):
+                    yield from rows.of(batch.slice(start, _BATCH))
+    except (pyarrow.ArrowException, OSError) as error:
+        rows.end(f"not readable Arrow data: {_first_line(error)}")
+
+
+def _arrow_batches(source: Any, ipc: Any) -> Iterator[Any]:
+    if source.read(len(_ARROW_FILE)) == _ARROW_FILE:
+        file = ipc.open_file(source)
+        for number in range(file.num_record_batches):
+            yield file.get_batch(number)
+        return
+    source.seek(0)
+    yield from ipc.open_stream(source)
+
+
+def _check_kind(path: Path, own: bytes) -> None:
+    with path.open("rb") as file:
+        check_first_bytes(path, file.read(512), own)
+
+
+class _Rows:
+    """The rows of one table as records."""
+
+    def __init__(self, name: str, problems: ProblemLog) -> None:
+        self._name = name
+        self._problems = problems
+        self._number = 0
+
+    def of(self, batch: Any) -> Iterator[RawRecord]:
+        """The rows of a batch; one whose text is not UTF-8 goes to the log."""
+        try:
+            values = batch.to_pylist()
+        except UnicodeDecodeError:
+            values = [self._row(batch, number) for number in range(batch.num_rows)]
+        for value in values:
+            self._number += 1
+            self._problems.records += 1
+            where = f"{self._name}:{self._number}"
+            if value is None:
+                self._problems.add(Problem(where, "not_utf8", "a text in this row is not UTF-8"))
+            else:
+                yield RawRecord(where, value, None)
+
+    @staticmethod
+    def _row(batch: Any, number: int) -> dict[str, Any] | None:
+        try:
+            value: dict[str, Any] = batch.slice(number, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            return None
+        return value
+
+    def end(self, why: str) -> None:
+        """Count that the file cannot be read on from here."""
+        detail = f"{why}; everything behind row {self._number} was not read"
+        self._problems.add(Problem(f"{self._name}:{self._number + 1}", "broken_file", detail))
 
 
 def read_csv(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
-    """The rows of a CSV file with a header; `where` is the line on which the row ends.
+    """The rows of a CSV or TSV file with a header; `where` is the line on which the row ends.
 
-    A column named `messages` or `conversations` holds JSON. Bytes that are not UTF-8 become lone surrogates,
-    which the checks on content find and name later.
+    A CSV whose header has semicolons or tabs and no comma is split at those. A column named `messages` or
+    `conversations` holds JSON. Bytes that are not UTF-8 become lone surrogates, which the checks on content find and
+    name later.
+
+    Raises:
+        UserError: it is another kind of file.
     """
     name = str(path)
     # The csv module's own limit of 128 KiB a field is smaller than real answers, and it has one limit for all readers.
     csv.field_size_limit(max_record_bytes)
     number = 0
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.DictReader(_bounded_lines(file, max_record_bytes), strict=True)
-        try:
+    try:
+        with open_text(path) as file:
+            delimiter = _delimiter(path, file.peek())
+            lines = _bounded_lines(as_text(file), max_record_bytes)
+            rows = csv.DictReader(lines, strict=True, delimiter=delimiter)
+            _check_header(name, rows.fieldnames or ())
             for fields in rows:
                 number = rows.line_num
                 problems.records += 1
                 where = f"{name}:{number}"
                 if None in fields or None in fields.values():
                     detail = f"the row has another number of columns than the header's {len(rows.fieldnames or ())}"
-                    problems.add(Problem(where, "broken_file", detail), repr(fields).encode())
+                    problems.add(Problem(where, "other_columns", detail), repr(fields).encode(errors="replace"))
                     continue
                 yield RawRecord(where, _with_lists(fields), None)
-        except csv.Error as error:
-            problems.records += 1
-            problems.add(Problem(f"{name}:{number + 1}", "broken_file", f"not readable CSV: {error}"))
+    except csv.Error as error:
+        detail = f"not readable CSV: {error}; everything behind line {number} was not read"
+        problems.add(Problem(f"{name}:{number + 1}", "broken_file", detail))
+    except BrokenPacking as error:
+        problems.add(broken_packing(f"{name}:{number + 1}", error))
+
+
+def _delimiter(path: Path, head: bytes) -> str:
+    if path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".tsv"):
+        return "\t"
+    header = re.split(rb"[\r\n]", head.removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n"), maxsplit=1)[0]
+    found = {mark: header.count(mark.encode()) for mark in ";\t|"}
+    most = max(found, key=found.__getitem__)
+    return most if found[most] and b"," not in header else ","
+
+
+def _check_header(name: str, columns: Sequence[str]) -> None:
+    """Check that no two columns have one name: only one of them would be read.
+
+    Raises:
+        UserError: they have.
+    """
+    twice = [column for column, count in Counter(columns).items() if count > 1]
+    if twice:
+        hint = "Rename or remove one of them."
+        raise UserError(f"the header has the column {twice[0]!r} twice", where=f"{name}:1", hint=hint)
 
 
 def _bounded_lines(file: IO[str], limit: int) -> Iterator[str]:

@@ -1,12 +1,14 @@
 """Text as runs of words: the common ground of near duplicates and benchmark overlaps."""
 
 import importlib.util
+import os
 import re
 import zlib
-from collections import Counter, defaultdict
+from array import array
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +59,8 @@ RUN = 5
 _BANDS, _ROWS = 25, 5
 _SIGNATURE = _BANDS * _ROWS
 _SEED = 1
+_PIECE = 4096
+"""Rows of signatures that are read at once."""
 _NO_ROW = -1
 
 
@@ -78,8 +82,8 @@ class NearDuplicates:
         self._path = folder / "signatures"
         self._signatures = self._path.open("wb")
         self._places = (folder / "places").open("w+", encoding="utf-8", errors="surrogateescape")
-        self._offsets: list[int] = []
-        self._parts: list[int] = []
+        self._offsets = array("q")
+        self._parts = array("l")
 
     def add(self, conversations: Sequence[tuple[Hashes, FirstSeen]]) -> None:
         """Take in conversations: the hashes of their words, and where they stand. Empty ones are left out."""
@@ -104,19 +108,17 @@ class NearDuplicates:
         count = len(self._parts)
         if not count:
             return
-        signatures = np.memmap(self._path, dtype=np.uint32, mode="r", shape=(count, _SIGNATURE))
         leader = np.arange(count)
-        for band in range(_BANDS):
-            for first, second in _neighbors(signatures[:, band * _ROWS : (band + 1) * _ROWS]):
-                one, other = _find(leader, first), _find(leader, second)
-                if one != other and np.mean(signatures[first] == signatures[second]) >= SIMILARITY:
-                    leader[max(one, other)] = min(one, other)
+        with self._path.open("rb") as signatures:
+            for band in range(_BANDS):
+                for first, second in _neighbors(_band_keys(signatures, band, count)):
+                    one, other = _find(leader, first), _find(leader, second)
+                    if one != other and _similarity(signatures, first, second) >= SIMILARITY:
+                        leader[max(one, other)] = min(one, other)
         members: defaultdict[int, list[int]] = defaultdict(list)
-        roots = [_find(leader, number) for number in range(count)]
-        sizes = Counter(roots)
-        for number, root in enumerate(roots):
-            if sizes[root] > 1:
-                members[root].append(number)
+        roots = np.fromiter((_find(leader, number) for number in range(count)), dtype=np.int64, count=count)
+        for number in np.flatnonzero(np.bincount(roots, minlength=count)[roots] > 1).tolist():
+            members[int(roots[number])].append(number)
         for numbers in members.values():
             yield [self._sighting(number) for number in numbers]
 
@@ -135,9 +137,32 @@ def _runs(words: Hashes) -> Hashes:
     return run_hashes(words, min(RUN, len(words)))
 
 
-def _neighbors(band: npt.NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
-    """Pairs of rows with equal values in this band: each row with the one that stands before it."""
-    keys = _row_hashes(band)
+def _band_keys(signatures: BinaryIO, band: int, count: int) -> Hashes:
+    """A number for each row by its values in this band: uint64, shape (count,).
+
+    The file is read in pieces, because the pages of a mapped file count as memory of the process.
+    """
+    keys = np.empty(count, dtype=np.uint64)
+    signatures.seek(0)
+    for start in range(0, count, _PIECE):
+        rows = np.fromfile(signatures, dtype=np.uint32, count=_PIECE * _SIGNATURE).reshape(-1, _SIGNATURE)
+        keys[start : start + len(rows)] = _row_hashes(rows[:, band * _ROWS : (band + 1) * _ROWS])
+    return keys
+
+
+def _similarity(signatures: BinaryIO, first: int, second: int) -> float:
+    """The share of equal values in two signatures."""
+    one, other = (_signature(signatures, number) for number in (first, second))
+    return float(np.mean(one == other))
+
+
+def _signature(signatures: BinaryIO, number: int) -> npt.NDArray[np.uint32]:
+    size = _SIGNATURE * np.dtype(np.uint32).itemsize
+    return np.frombuffer(os.pread(signatures.fileno(), size, number * size), dtype=np.uint32)
+
+
+def _neighbors(keys: Hashes) -> Iterator[tuple[int, int]]:
+    """Pairs of rows with equal keys: each row with the one that stands before it."""
     order = np.argsort(keys, kind="stable")
     equal = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
     for place in equal:

@@ -19,7 +19,7 @@ def conversation(question: str, answer: str = "a") -> Conversation:
     return Conversation((Message("user", question), Message("assistant", answer)))
 
 
-@given(st.lists(st.integers(0, 30), max_size=60), st.floats(0.001, 0.999), st.integers())
+@given(st.lists(st.integers(0, 30), max_size=32), st.floats(0.001, 0.999), st.integers())
 def test_conversations_with_one_beginning_stay_on_one_side(questions: list[int], fraction: float, seed: int) -> None:
     everything = [conversation(str(question), str(number)) for number, question in enumerate(questions)]
     train, held_out = split_eval(everything, fraction, seed)
@@ -103,3 +103,69 @@ def test_each_source_has_its_own_rank_limit(shared_data: Path) -> None:
 def test_a_rank_limit_needs_ranks(sources: tuple[str, str], format: str) -> None:
     with pytest.raises(UserError, match="`prompt_completion` has no ranks"):
         list(read_sources([DataEntry(path=sources[0], format=format, oasst_top_k=2)]))
+
+
+def numbered(questions: list[str]) -> list[Conversation]:
+    return [
+        Conversation((Message("user", question), Message("assistant", f"answer {number}")), f"a.jsonl:{number}")
+        for number, question in enumerate(questions)
+    ]
+
+
+@pytest.mark.parametrize(
+    "questions",
+    [
+        ["Good morning"] * 500,
+        ["Good morning"] * 500 + [f"question {number}" for number in range(300)],
+        [f"greeting {number % 4}" for number in range(900)],
+        [f"greeting {number % 30}" for number in range(3_000)],
+        ["x" * 5_000] * 400 + [f"question {number}" for number in range(300)],
+    ],
+    ids=["one", "most", "four", "thirty", "long"],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_share_is_kept_where_many_start_alike(questions: list[str], seed: int) -> None:
+    everything = numbered(questions)
+    train, held_out = split_eval(everything, 0.1, seed)
+    assert 0.06 < len(held_out) / len(everything) < 0.14
+    assert (train, held_out) == split_eval(everything, 0.1, seed)
+    remarks = fit_split(everything, 0.1, seed).remarks
+    assert remarks
+    assert all("of the conversations start with" in remark and len(remark) < 200 for remark in remarks)
+
+
+def test_behind_a_greeting_conversations_stay_together_that_go_on_alike() -> None:
+    everything = [
+        Conversation(
+            (
+                Message("user", "Hello"),
+                Message("assistant", "Hello! What is it?"),
+                Message("user", f"problem {number % 150}"),
+                Message("assistant", f"solution {number}"),
+            ),
+            f"a.jsonl:{number}",
+        )
+        for number in range(1_200)
+    ]
+    train, held_out = split_eval(everything, 0.1, 0)
+    assert 0.03 < len(held_out) / len(everything) < 0.17
+    assert not {one.messages[2] for one in train} & {one.messages[2] for one in held_out}
+
+
+def test_the_branches_of_a_tree_stay_together_however_many_they_are() -> None:
+    tree = [Conversation(one.messages, "trees.jsonl:7") for one in numbered(["the prompt of a large tree"] * 200)]
+    for seed in range(5):
+        train, held_out = split_eval([*tree, *numbered([f"question {number}" for number in range(300)])], 0.1, seed)
+        assert "the prompt of a large tree" not in {one.messages[0].content for one in (train, held_out)[0]} & {
+            one.messages[0].content for one in held_out
+        }
+
+
+def test_where_nothing_can_be_held_out_the_reason_is_told() -> None:
+    for everything in (numbered(["Hello"] * 12), [conversation("Hello")] * 300):
+        split = fit_split(everything, 0.2, 0)
+        assert not any(map(split.is_eval, everything))
+        assert split.remarks == (
+            f"No conversation is held out: all {len(everything)} start with the same user message, and those that "
+            "start alike stay together.",
+        )

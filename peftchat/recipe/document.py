@@ -272,8 +272,13 @@ def make_absolute(values: dict[str, Any]) -> None:
         holder, key = _holder(values, keys), str(keys[-1])
         value = holder.get(key)
         if isinstance(value, str) and (value.startswith(LOCAL_MARKS) or exists(value)):
-            holder[key] = escape_path(str(Path(value).absolute()))
-    values["output_dir"] = escape_path(str(Path(values["output_dir"]).absolute()))
+            holder[key] = escape_path(_absolute(value))
+    values["output_dir"] = escape_path(_absolute(values["output_dir"]))
+
+
+def _absolute(path: str) -> str:
+    """Return an absolute path; one that is absolute already stays as it is written."""
+    return path if Path(path).is_absolute() else str(Path(path).absolute())
 
 
 def merge_recipes(base: Document, over: Document) -> Document:

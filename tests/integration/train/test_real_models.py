@@ -63,6 +63,7 @@ def test_the_shipped_recipes_run_here(name: str, processes: int, demo_model: Pat
         # The recipes accumulate thousands of tokens per step, which take minutes here and show nothing more.
         "--set", "training.gradient_accumulation_steps=1",
         "--set", "training.per_device_train_batch_size=1",
+        "--set", "data.max_length=512",
         "--set", f"output_dir={run}",
         # Under ZeRO-3 every token of an answer gathers the whole model once.
         *(() if processes > 1 else ("--prompt", "What does json.dumps do?")),

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import stat
 import sys
@@ -23,6 +24,9 @@ _ONE_PRESS_SECONDS = 0.5
 
 _LEAVE_SECONDS = 5.0
 """Threads and libraries that have not ended this long after an interruption are left behind."""
+
+
+_NAMED = re.compile(r"^\s*(?:Interrupted: Stopped by (SIG[A-Z0-9]+)\.|KeyboardInterrupt\b)", re.MULTILINE)
 
 
 class Interrupted(BaseException):
@@ -102,6 +106,10 @@ def interruption(error: BaseException) -> Interrupted | None:
             return found
         if isinstance(found, KeyboardInterrupt):
             return Interrupted(signal.SIGINT)
+        # An extension module may keep the words of what interrupted it alone, as pydantic does in a class body.
+        named = _NAMED.search(str(found))
+        if named is not None:
+            return Interrupted(signal.Signals[named[1] or "SIGINT"])
         found = found.__cause__ or found.__context__
     return None
 

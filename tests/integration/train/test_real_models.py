@@ -59,19 +59,19 @@ def test_the_shipped_recipes_run_here(name: str, processes: int, demo_model: Pat
         "--set", f"model.name={demo_model}",
         "--set", f"data.train=[{{path: {data}}}]",
         "--set", f"distributed.processes={processes}",
-        "--set", "training.max_steps=3",
+        "--set", "training.max_steps=2",
         # The recipes accumulate thousands of tokens per step, which take minutes here and show nothing more.
         "--set", "training.gradient_accumulation_steps=1",
         "--set", "training.per_device_train_batch_size=1",
-        "--set", "data.max_length=512",
+        "--set", "data.max_length=256",
         "--set", f"output_dir={run}",
-        # Under ZeRO-3 every token of an answer gathers the whole model once.
-        *(() if processes > 1 else ("--prompt", "What does json.dumps do?")),
+        # An answer takes minutes where every token gathers (ZeRO-3) or dequantizes (NF4) the whole model.
+        *(("--prompt", "What does json.dumps do?") if name == "lora_1gpu" else ()),
         timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     facts = read_json(run / "run.json")
-    assert facts["steps"] == 3
+    assert facts["steps"] == 2
     assert facts["world_size"] == processes
     seen = [token for token in facts["new_tokens"] if token["seen"]]
     assert len(seen) >= 3

@@ -153,8 +153,10 @@ def test_a_signal_while_libraries_are_imported_is_one_line(command: str, tmp_pat
         [*COMMAND, command, *arguments.get(command, [str(scene.recipe)])],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
     )  # fmt: skip
-    # The interpreter itself needs a tenth of a second, torch and transformers several seconds.
-    time.sleep(0.8 if command != "merge" else 0.4)
+    # Its handlers are there before the first library is.
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "/torch/lib/" not in maps.read_text():
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=SECONDS)
     if process.returncode != 2:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 _PARENT = "PEFTCHAT_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
@@ -31,10 +32,10 @@ def end_with_parent(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _is_running(pid: int) -> bool:
+    """Return whether a process runs; one that has ended and was not waited for does not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return False
-    except PermissionError:
-        return True
-    return True
+    # The name, in parentheses, may hold any character; the state follows it.
+    return not status.rpartition(")")[2].lstrip().startswith("Z")

@@ -7,8 +7,9 @@ from typing import Any
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.calls import read_tools
-from peftchat.conversations.formats.fields import Fields, Notes, type_name
-from peftchat.conversations.formats.turns import parse_flag, parse_parts, parse_turns, turn_list
+from peftchat.conversations.formats.fields import Fields, Notes, parse_text, type_name
+from peftchat.conversations.formats.parts import text_of_parts
+from peftchat.conversations.formats.turns import parse_flag, parse_turns, turn_list
 from peftchat.conversations.problems import RecordError
 
 _COMMON = frozenset(
@@ -115,7 +116,7 @@ def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> li
         LeftOut: the record's flag says that it must not be trained.
     """
     kept = []
-    for name in special & names.MEDIA:
+    for name in sorted(special & names.MEDIA):
         if fields[name]:
             raise RecordError("unsupported_content", f"the record has {name}, which are not text")
     label = fields.get(names.LABEL) if names.LABEL in special else None
@@ -126,7 +127,12 @@ def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> li
         notes.unused(names.LABEL)
     elif label is True:
         kept.append(names.LABEL)
-    flags = {name: fields[name] for name in names.TRAIN_FLAGS if isinstance(fields.get(name), bool)}
+    # A `loss` of 0 or 1 in a record is a measured loss; in a turn it is a flag.
+    flags = {
+        name: fields[name]
+        for name in names.TRAIN_FLAGS
+        if isinstance(fields.get(name), bool) or (name != "loss" and fields.get(name) in (0, 1))
+    }
     weights = {name: fields[name] for name in names.TRAIN_WEIGHTS if fields.get(name) in (0, 1)}
     if parse_flag({**flags, **weights}, "the record") is False:
         raise LeftOut("flagged_not_to_train")
@@ -198,10 +204,11 @@ def _with_system(fields: Fields, special: frozenset[str], turns: list[Message], 
     """
     for name in (*names.SYSTEM, "systemInstruction"):
         value = fields.get(name) if name in special else None
-        if isinstance(value, dict):
-            value = value.get("parts", value.get("content", value))
+        if isinstance(value, dict) and (inner := next((key for key in ("parts", "content") if key in value), None)):
+            notes.unused_of(value, (inner, "role"), name)
+            value = value[inner]
         if isinstance(value, list):
-            value = parse_parts(value, 0, notes).text
+            value = text_of_parts(value, 0, notes)
         if value is None or value == "":
             continue
         if not isinstance(value, str):
@@ -222,13 +229,25 @@ def rename(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
         columns: our name -> the file's.
     """
     given = {theirs: ours for ours, theirs in columns.items()}
-    renamed = {given.get(name, name): value for name, value in fields.items() if name in given or name not in columns}
-    for name in names.TURNS:
-        if isinstance(turns := renamed.get(name), list):
-            renamed[name] = [rename_turn(turn, given) for turn in turns]
+    renamed = _renamed(fields, given)
+    for name in _WITH_TURNS:
+        turns = renamed.get(name)
+        if isinstance(turns, str) and turns.lstrip().startswith("[{"):
+            try:
+                turns = parse_text(turns)
+            except ValueError:
+                continue
+        if isinstance(turns, list):
+            renamed[name] = [_renamed(turn, given) if isinstance(turn, dict) else turn for turn in turns]
     return renamed
 
 
-def rename_turn(turn: object, given: Mapping[str, str]) -> object:
-    """Return a turn with its fields renamed; anything else as it is."""
-    return {given.get(name, name): value for name, value in turn.items()} if isinstance(turn, dict) else turn
+_WITH_TURNS = (*names.TURNS, names.HISTORY, names.CHOSEN, names.REJECTED, *names.ASKED, *names.ANSWERED)
+
+
+def _renamed(fields: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    """The fields under their new names; one whose name another takes over is kept under a name that says so."""
+    taken = {ours for theirs, ours in given.items() if fields.get(theirs) is not None and theirs != ours}
+    return {
+        given.get(name, f"{name} (of the file)" if name in taken else name): value for name, value in fields.items()
+    }

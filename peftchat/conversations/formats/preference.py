@@ -14,10 +14,9 @@ def _asked(fields: Fields) -> str | None:
 def _parse(fields: Fields, notes: Notes) -> list[Message]:
     asked = _asked(fields)
     notes.unused(names.REJECTED)
-    if asked is None:
-        start = []
-    elif isinstance(fields[asked], list):
-        start = parse_turns(turn_list(fields, asked), notes)
+    if asked is None or isinstance(fields[asked], list):
+        notes.unused_of({name: fields.get(name) for name in names.CONTEXT}, (), "a preference pair")
+        start = [] if asked is None else parse_turns(turn_list(fields, asked), notes)
     else:
         about = [optional_text(fields, name) for name in names.CONTEXT]
         start = [Message("user", "\n\n".join(filter(None, (optional_text(fields, asked), *about))))]

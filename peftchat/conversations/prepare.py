@@ -136,6 +136,8 @@ class PrepareOptions(ReadOptions):
     Attributes:
         format: input format, or `auto`.
         split: of a folder or hub data set.
+        subset: of a hub data set that has several.
+        revision: branch, tag or commit of a hub data set.
         eval_fraction: share of first user messages whose conversations are held out.
         seed: of that choice.
         strict: end at the first problem.
@@ -145,6 +147,8 @@ class PrepareOptions(ReadOptions):
 
     format: str = "auto"
     split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
     eval_fraction: float = 0.1
     seed: int = 0
     strict: bool = False
@@ -227,7 +231,15 @@ def _kept_beside(bad: Path, folder: Path) -> str:
 
 
 def _conversations(source: str, settings: PrepareOptions, log: ProblemLog, card: Card) -> Iterator[Conversation]:
-    stream = read_conversations(source, format=settings.format, split=settings.split, problems=log, options=settings)
+    stream = read_conversations(
+        source,
+        format=settings.format,
+        split=settings.split,
+        subset=settings.subset,
+        revision=settings.revision,
+        problems=log,
+        options=settings,
+    )
     yield from islice(stream, settings.max_samples)
     card.stopped_early = next(stream, None) is not None
 

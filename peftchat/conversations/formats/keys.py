@@ -1,8 +1,7 @@
 """The fields of a record against those that its format understands: used, kept, told, or refused."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats import names
@@ -18,7 +17,7 @@ _COMMON = frozenset(
         *names.TURN_MASKS,
         *names.TRAIN_FLAGS,
         *names.TRAIN_WEIGHTS,
-        *(names.CHOSEN, names.REJECTED, names.LABEL, "systemInstruction"),
+        *(names.CHOSEN, names.REJECTED, names.LABEL),
         *names.MEDIA,
     }
 )
@@ -196,7 +195,7 @@ def _with_system(fields: Fields, special: frozenset[str], turns: list[Message], 
     Raises:
         RecordError: it is not text, or the turns have another one.
     """
-    for name in (*names.SYSTEM, "systemInstruction"):
+    for name in names.SYSTEM:
         value = fields.get(name) if name in special else None
         if isinstance(value, dict):
             value = value.get("parts", value.get("content", value))
@@ -212,23 +211,3 @@ def _with_system(fields: Fields, special: frozenset[str], turns: list[Message], 
         else:
             turns = [Message("system", value), *turns]
     return turns
-
-
-def rename(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Return a record with its fields under the names that the recipe gives them.
-
-    Args:
-        fields: the record.
-        columns: our name -> the file's.
-    """
-    given = {theirs: ours for ours, theirs in columns.items()}
-    renamed = {given.get(name, name): value for name, value in fields.items() if name in given or name not in columns}
-    for name in names.TURNS:
-        if isinstance(turns := renamed.get(name), list):
-            renamed[name] = [rename_turn(turn, given) for turn in turns]
-    return renamed
-
-
-def rename_turn(turn: object, given: Mapping[str, str]) -> object:
-    """Return a turn with its fields renamed; anything else as it is."""
-    return {given.get(name, name): value for name, value in turn.items()} if isinstance(turn, dict) else turn

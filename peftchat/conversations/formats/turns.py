@@ -12,7 +12,6 @@ from peftchat.conversations.formats.fields import Fields, Notes, parse_text, typ
 from peftchat.conversations.problems import RecordError
 from peftchat.json_text import write_json
 
-_SPEAKERS = {name: role for name, role in names.ROLES.items() if name not in names.CALL_ROLES}
 _KNOWN = frozenset(
     {
         *names.ROLE,
@@ -34,12 +33,13 @@ def parse_turns(turns: Sequence[Fields], notes: Notes) -> list[Message]:
         RecordError: an unknown role, content that is not text, or a flag that is not understood.
     """
     messages: list[Message] = []
+    speakers = notes.speakers
     for number, turn in enumerate(turns, start=1):
         if len(turn) == 2:
             speaker, content = turn.get("role"), turn.get("content")
             if speaker is None:
                 speaker, content = turn.get("from"), turn.get("value")
-            if type(content) is str and type(speaker) is str and (role := _SPEAKERS.get(speaker)):
+            if type(content) is str and type(speaker) is str and (role := speakers.get(speaker)):
                 messages.append(Message(role, content))
                 continue
         if None in turn.values():
@@ -118,7 +118,7 @@ def parse_role(turn: Fields, number: int, notes: Notes) -> tuple[Role, bool]:
         known = ", ".join(dict.fromkeys([*notes.roles, *names.ROLES]))
         detail = f"unknown role {reprlib.repr(speaker)} (turn {number}); known: {known}"
         raise RecordError("unknown_role", f"{detail}. Others: data.train[].roles")
-    return role, key in names.CALL_ROLES
+    return role, key in names.CALL_ROLES and key not in notes.roles
 
 
 def _exchange(turn: Fields, notes: Notes) -> list[Message]:

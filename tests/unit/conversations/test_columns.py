@@ -166,7 +166,7 @@ TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        (PAIR, {"columns": {"prompt": "aks"}}, "no record has the field 'aks', which `columns` gives for `prompt`; "),
+        (PAIR, {"columns": {"prompt": "asq"}}, "no record has the field 'asq', which `columns` gives for `prompt`; "),
         (TALK, {"columns": {"role": "by"}}, "no record has the field 'by', which `columns` gives for `role`; found: "),
         (PAIR, {"columns": {"prompt": "ask", "system": "ask"}}, "takes `prompt` and `system` from one field, 'ask'"),
         ({**TALK, "ask": "x"}, {"columns": {"prompt": "ask"}}, "read as `messages`, which has no field `prompt`"),
@@ -182,10 +182,10 @@ def test_a_mapping_that_does_not_fit_is_one_error(tmp_path: Path, row: Any, opti
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--columns", "promt=ask"), "unknown field `promt`; known: prompt, completion,"),
+        (("--columns", "promptt=ask"), "unknown field `promptt`; known: prompt, completion,"),
         (("--columns", "prompt"), "'prompt' is not NAME=NAME"),
         (("--columns", "prompt=ask,prompt=answer"), "`prompt` is there twice"),
-        (("--roles", "agent=asistant"), "unknown role `asistant`; known: system, user, assistant, tool"),
+        (("--roles", "agent=assistantt"), "unknown role `assistantt`; known: system, user, assistant, tool"),
         (("--subset", "main"), "subset"),
     ],
 )

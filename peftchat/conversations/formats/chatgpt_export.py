@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Iterator
 
 from peftchat.conversation import Message, Role
-from peftchat.conversations.formats.base import Fields, Notes, record_format, type_name
+from peftchat.conversations.formats.base import Description, Fields, Notes, record_format, type_name
 from peftchat.conversations.problems import RecordError
 
 _KNOWN = ("author", "content", "recipient", "weight")
@@ -88,11 +88,33 @@ def _text(message: Fields, number: int, notes: Notes) -> str:
     return "".join(parts)
 
 
+def _example(*turns: tuple[str, str]) -> Fields:
+    mapping = {
+        f"m{number}": {
+            "parent": f"m{number - 1}" if number else None,
+            "message": {"author": {"role": role}, "content": {"content_type": "text", "parts": [text]}},
+        }
+        for number, (role, text) in enumerate(turns)
+    }
+    return {"mapping": mapping, "current_node": f"m{len(turns) - 1}"}
+
+
 FORMAT = record_format(
     "chatgpt_export",
-    "mapping, current_node: ChatGPT's data export (conversations.json); the branch that was shown last",
+    Description(
+        "mapping, current_node: ChatGPT's data export (conversations.json); the branch that was shown last",
+        {
+            "mapping": "the messages by id, each with its parent",
+            "current_node": "the last message of the branch that is read",
+        },
+        (
+            _example(("user", "Hi"), ("assistant", "Hello!")),
+            _example(("system", "Be kind."), ("user", "A hat?"), ("assistant", "A red one.")),
+        ),
+    ),
     _matches,
     _parse,
     lambda fields: ("mapping", "current_node"),
     all_described=True,
+    fixed_fields=True,
 )

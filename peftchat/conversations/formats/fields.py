@@ -5,7 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from peftchat.conversation import Role
 from peftchat.conversations.formats import names
+from peftchat.conversations.formats.names import CALL_ROLES, ROLES
 from peftchat.conversations.problems import ProblemLog, RecordError
 from peftchat.json_text import parse_json
 
@@ -21,16 +23,23 @@ class Notes:
         roles: the recipe's own names of roles.
         where: the place of the record.
         is_table: whether the record comes from an Arrow table, which fills structs with nulls.
+        speakers: name of a role -> role, the recipe's names and the usual ones except those of calls.
         has_json: whether the record has arguments of calls or definitions of tools as values.
     """
 
     log: ProblemLog
-    roles: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, Role] = field(default_factory=dict)
     where: str = ""
     is_table: bool = False
     has_json: bool = False
+    speakers: Mapping[str, Role] = field(init=False)
     _unused: dict[str, None] = field(default_factory=dict)
     _changes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Put the recipe's names of roles before the usual ones."""
+        usual = {name: role for name, role in ROLES.items() if name not in CALL_ROLES}
+        self.speakers = {**usual, **self.roles}
 
     def start(self, where: str, is_table: bool) -> None:
         """Begin a record."""

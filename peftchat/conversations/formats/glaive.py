@@ -4,7 +4,7 @@ import json
 import re
 
 from peftchat.conversation import Message, Role, ToolCall
-from peftchat.conversations.formats.base import Fields, Notes, optional_text, record_format, text_field
+from peftchat.conversations.formats.base import Description, Fields, Notes, optional_text, record_format, text_field
 from peftchat.conversations.formats.calls import read_calls
 from peftchat.conversations.formats.fields import parse_text
 from peftchat.conversations.problems import RecordError
@@ -56,7 +56,21 @@ def _call(text: str, notes: Notes) -> ToolCall:
 
 FORMAT = record_format(
     "glaive",
-    "system, chat: one text 'USER: … ASSISTANT: … FUNCTION RESPONSE: …' (Glaive's function calling)",
+    Description(
+        "system, chat: one text 'USER: … ASSISTANT: … FUNCTION RESPONSE: …' (Glaive's function calling)",
+        {
+            "system": "the system message behind `SYSTEM:`, with the tools as its text",
+            "chat": "the turns; `<functioncall>` and a JSON object in an answer is a call",
+        },
+        (
+            {"system": "SYSTEM: Be kind.", "chat": "USER: Hi\n\n\nASSISTANT: Hello! <|endoftext|>"},
+            {
+                "chat": "USER: Is it warm?\n\n\nASSISTANT: <functioncall> "
+                '{"name": "weather", "arguments": \'{"city": "Oslo"}\'} <|endoftext|>\n\n\n'
+                "FUNCTION RESPONSE: 21\n\n\nASSISTANT: Yes. <|endoftext|>"
+            },
+        ),
+    ),
     _matches,
     _parse,
     lambda fields: ("system", "chat"),

@@ -1,13 +1,12 @@
 """The fields of a record against those that its format understands: used, kept, told, or refused."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.calls import read_tools
-from peftchat.conversations.formats.fields import Fields, Notes, parse_text, type_name
+from peftchat.conversations.formats.fields import Fields, Notes, type_name
 from peftchat.conversations.formats.parts import text_of_parts
 from peftchat.conversations.formats.turns import parse_flag, parse_turns, turn_list
 from peftchat.conversations.problems import RecordError
@@ -19,7 +18,7 @@ _COMMON = frozenset(
         *names.TURN_MASKS,
         *names.TRAIN_FLAGS,
         *names.TRAIN_WEIGHTS,
-        *(names.CHOSEN, names.REJECTED, names.LABEL, "systemInstruction"),
+        *(names.CHOSEN, names.REJECTED, names.LABEL),
         *names.MEDIA,
     }
 )
@@ -202,7 +201,7 @@ def _with_system(fields: Fields, special: frozenset[str], turns: list[Message], 
     Raises:
         RecordError: it is not text, or the turns have another one.
     """
-    for name in (*names.SYSTEM, "systemInstruction"):
+    for name in names.SYSTEM:
         value = fields.get(name) if name in special else None
         if isinstance(value, dict) and (inner := next((key for key in ("parts", "content") if key in value), None)):
             notes.unused_of(value, (inner, "role"), name)
@@ -219,35 +218,3 @@ def _with_system(fields: Fields, special: frozenset[str], turns: list[Message], 
         else:
             turns = [Message("system", value), *turns]
     return turns
-
-
-def rename(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Return a record with its fields under the names that the recipe gives them.
-
-    Args:
-        fields: the record.
-        columns: our name -> the file's.
-    """
-    given = {theirs: ours for ours, theirs in columns.items()}
-    renamed = _renamed(fields, given)
-    for name in _WITH_TURNS:
-        turns = renamed.get(name)
-        if isinstance(turns, str) and turns.lstrip().startswith("[{"):
-            try:
-                turns = parse_text(turns)
-            except ValueError:
-                continue
-        if isinstance(turns, list):
-            renamed[name] = [_renamed(turn, given) if isinstance(turn, dict) else turn for turn in turns]
-    return renamed
-
-
-_WITH_TURNS = (*names.TURNS, names.HISTORY, names.CHOSEN, names.REJECTED, *names.ASKED, *names.ANSWERED)
-
-
-def _renamed(fields: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
-    """The fields under their new names; one whose name another takes over is kept under a name that says so."""
-    taken = {ours for theirs, ours in given.items() if fields.get(theirs) is not None and theirs != ours}
-    return {
-        given.get(name, f"{name} (of the file)" if name in taken else name): value for name, value in fields.items()
-    }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats.base import (
+    Description,
     Fields,
     Format,
     Notes,
@@ -393,8 +394,38 @@ def _read(records: Iterable[RawRecord], options: ReadOptions, problems: ProblemL
 
 FORMAT = Format(
     "oasst",
-    "OpenAssistant exports: trees (message_tree_id, prompt), threads (thread_id, thread), single messages (message_id)",
+    Description(
+        "OpenAssistant exports: trees (message_tree_id, prompt), threads (thread_id, thread), single messages "
+        "(message_id)",
+        {
+            "prompt": "the first message of a tree: text, role, replies, lang, rank, review_result, deleted, synthetic",
+            "tree_state": "trees other than ready_for_export are left out",
+            "thread": "of a thread: its messages in order",
+            "message_id": "of a single message, with parent_id, text, role",
+        },
+        (
+            {
+                "message_tree_id": "t1",
+                "tree_state": "ready_for_export",
+                "prompt": {
+                    "text": "Hi",
+                    "role": "prompter",
+                    "lang": "en",
+                    "review_result": True,
+                    "replies": [
+                        {"text": "Hello!", "role": "assistant", "rank": 0, "replies": []},
+                        {"text": "Hey.", "role": "assistant", "rank": 1, "replies": []},
+                    ],
+                },
+            },
+            {
+                "thread_id": "t2",
+                "thread": [{"text": "A hat?", "role": "prompter"}, {"text": "A red one.", "role": "assistant"}],
+            },
+        ),
+    ),
     _matches,
     _read,
     ranked=True,
+    fixed_fields=True,
 )

@@ -2,7 +2,7 @@
 
 from peftchat.conversation import Message
 from peftchat.conversations.formats import names
-from peftchat.conversations.formats.base import Fields, Notes, optional_text, record_format
+from peftchat.conversations.formats.base import Description, Fields, Notes, optional_text, record_format
 from peftchat.conversations.formats.keys import with_chosen
 from peftchat.conversations.formats.turns import parse_turns, turn_list
 
@@ -25,7 +25,23 @@ def _parse(fields: Fields, notes: Notes) -> list[Message]:
 
 FORMAT = record_format(
     "preference",
-    "chosen, rejected, optional prompt: the chosen answer is read, the rejected one is not used",
+    Description(
+        "chosen, rejected, optional prompt: the chosen answer is read, the rejected one is not used",
+        {
+            "prompt": "what is asked: text or a list of turns; absent where `chosen` is the whole conversation",
+            "chosen": "the answer: text, a turn, a list of turns, or the whole conversation",
+            "rejected": "not used",
+        },
+        (
+            {"prompt": "A joke?", "chosen": "A horse walks into a bar.", "rejected": "No."},
+            {
+                "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
+                "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "What?"}],
+            },
+        ),
+        ("prompt", "context", "role", "content", "tool_calls", "reasoning_content"),
+        has_roles=True,
+    ),
     lambda fields: names.CHOSEN in fields and names.REJECTED in fields,
     _parse,
     lambda fields: {names.CHOSEN, names.REJECTED, _asked(fields) or "", *names.CONTEXT},

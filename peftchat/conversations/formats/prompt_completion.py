@@ -5,7 +5,15 @@ from functools import lru_cache
 
 from peftchat.conversation import Message, Role
 from peftchat.conversations.formats import names
-from peftchat.conversations.formats.base import Fields, Notes, optional_text, record_format, text_field, type_name
+from peftchat.conversations.formats.base import (
+    Description,
+    Fields,
+    Notes,
+    optional_text,
+    record_format,
+    text_field,
+    type_name,
+)
 from peftchat.conversations.formats.parts import parse_parts, text_of_parts
 from peftchat.conversations.formats.turns import parse_turns, turn_list
 from peftchat.conversations.problems import RecordError
@@ -97,10 +105,27 @@ def _history(fields: Fields, notes: Notes) -> list[Message]:
     return messages
 
 
+_ALSO_ASKED = [name for name in names.ASKED if name != "prompt"]
+PAIR_COLUMNS = ("prompt", "completion", "context", "history", "role", "content", "tool_calls", "reasoning_content")
 FORMAT = record_format(
     "prompt_completion",
-    "two fields: prompt/completion, prompt/response, question/answer, query/response, input/output and the like; "
-    "optional system, input, context, history",
+    Description(
+        "two fields: prompt/completion, prompt/response, question/answer, query/response, input/output and the like; "
+        "optional system, input, context, history",
+        {
+            "prompt": f"the user's message, or a list of messages; also {', '.join(_ALSO_ASKED)}",
+            "completion": f"the answer, or a list of messages; also {', '.join(names.ANSWERED[1:])}",
+            "context": "text that the prompt is about, below it; also `input`",
+            "history": "earlier rounds: a list of [question, answer], or of turns",
+            "reasoning_content": "the thoughts before the answer; also reasoning, thinking",
+        },
+        (
+            {"prompt": "What is 2 + 2?", "completion": "It is 4."},
+            {"system": "Be brief.", "question": "Who wrote it?", "context": "Ada wrote the notes.", "answer": "Ada."},
+        ),
+        PAIR_COLUMNS,
+        has_roles=True,
+    ),
     lambda fields: find_pair(fields) is not None,
     parse_pair,
     used_fields,

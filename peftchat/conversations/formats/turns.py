@@ -12,7 +12,6 @@ from peftchat.conversations.formats.fields import Fields, Notes, optional_id, pa
 from peftchat.conversations.formats.parts import parse_parts
 from peftchat.conversations.problems import RecordError
 
-_SPEAKERS = {name: role for name, role in names.ROLES.items() if name not in names.CALL_ROLES}
 _KNOWN = frozenset(
     {
         *names.ROLE,
@@ -32,12 +31,13 @@ def parse_turns(turns: Sequence[Fields], notes: Notes) -> list[Message]:
         RecordError: an unknown role, content that is not text, or a flag that is not understood.
     """
     messages: list[Message] = []
+    speakers = notes.speakers
     for number, turn in enumerate(turns, start=1):
         if len(turn) == 2:
             speaker, content = turn.get("role"), turn.get("content")
             if speaker is None:
                 speaker, content = turn.get("from"), turn.get("value")
-            if type(content) is str and type(speaker) is str and (role := _SPEAKERS.get(speaker)):
+            if type(content) is str and type(speaker) is str and (role := speakers.get(speaker)):
                 messages.append(Message(role, content))
                 continue
         if None in turn.values():
@@ -123,7 +123,7 @@ def parse_role(turn: Fields, number: int, notes: Notes) -> tuple[Role, bool]:
     for name in names.ROLE:
         if name != spelled and name in turn:
             _check_second_role(turn, name, role, number, notes)
-    return role, key in names.CALL_ROLES
+    return role, key in names.CALL_ROLES and key not in notes.roles
 
 
 def _check_second_role(turn: Fields, name: str, role: Role, number: int, notes: Notes) -> None:

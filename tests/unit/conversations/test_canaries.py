@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peftchat.conversation import Conversation
 from peftchat.conversations import ProblemLog, list_formats, read_conversations
 from peftchat.conversations.formats import names
-from peftchat.conversations.prepare import record_line
+from peftchat.conversations.messages_file import record_line
 from peftchat.errors import UserError
 
 EXAMPLES = int(os.environ.get("PEFTCHAT_TEST_EXAMPLES", "40"))

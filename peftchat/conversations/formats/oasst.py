@@ -142,6 +142,7 @@ class FlatMessages:
         state, parent = record.value.get("tree_state"), optional_text(record.value, "parent_id") or None
         message = parse_message(record.value)
         message.unused = tuple(name for name in message.unused if name not in _OF_FLAT)
+        message.unused += ("replies",) if record.value.get("replies") else ()
         self._found[key] = _Found(record.where, parent, state, message)
 
     def trees(self, problems: ProblemLog) -> Iterator[FlatTree]:
@@ -293,6 +294,8 @@ class _Reading:
         if not fields:
             raise RecordError("no_answer", "the thread is empty")
         path = [parse_message(message) for message in fields]
+        for message, entry in zip(path, fields, strict=True):
+            message.unused += ("replies",) if entry.get("replies") else ()
         for parent, message in pairwise(path):
             parent.replies.append(message)
         yield from self.conversations(path[0], record.where, reviewed=path[0].reviewed is not False, record=record)
@@ -318,7 +321,7 @@ class _Reading:
         fields |= {} if record is None else {key: value for key, value in record.value.items() if value is not None}
         shape = shape_of(fields, ("prompt", "thread"), all_described=True)
         told: set[str] = {name for message in _all_messages(prompt) for name in message.unused}
-        if any(message.lang != prompt.lang for message in _all_messages(prompt)):
+        if any(message.lang not in ("", prompt.lang) for message in _all_messages(prompt)):
             told.add("lang")
         for path in leaf_paths(prompt):
             notes["oasst_paths"] += 1

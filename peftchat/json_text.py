@@ -72,7 +72,7 @@ def parse_json(text: str | bytes) -> Any:
     """
     try:
         return json.loads(
-            text, parse_float=Number, parse_int=_integer, parse_constant=_no_constant, object_hook=TextObject
+            text, parse_float=Number, parse_int=exact_integer, parse_constant=_no_constant, object_hook=TextObject
         )
     except RecursionError:
         raise ValueError("the JSON is nested too deep") from None
@@ -87,7 +87,8 @@ def holds_floats(value: Any) -> bool:
     return type(value) is float
 
 
-def _integer(spelling: str) -> int | Number:
+def exact_integer(spelling: str) -> int | Number:
+    """Return the integer, or a `Number` where Python would respell it or refuses to convert it."""
     return int(spelling) if len(spelling) <= _SAFE_DIGITS and spelling != "-0" else Number(spelling)
 
 

@@ -404,3 +404,40 @@ def test_prepared_files_stay_as_they_are(tmp_path: Path) -> None:
     prepare(str(tmp_path / "lines.jsonl"), tmp_path / "one", options)
     prepare(str(tmp_path / "one" / "train.jsonl"), tmp_path / "two", options)
     assert (tmp_path / "one" / "train.jsonl").read_bytes() == (tmp_path / "two" / "train.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["mixed.parquet", "mixed"])
+def test_turns_that_datasets_stores_as_json_come_through(tmp_path: Path, name: str) -> None:
+    """`datasets` gives objects of mixed fields, such as calls with other arguments each, the type `arrow.json`."""
+    from datasets import Dataset
+
+    def row(arguments: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "find", "arguments": arguments}}
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        tool = {"type": "function", "function": {"name": "find", "parameters": {"properties": schema}}}
+        return {"messages": turns, "tools": [tool]}
+
+    rows = [row({"a": 1, "none": None}, {"a": {"type": "integer"}}), row({"b": [1.5, "x"]}, {"b": {"type": "array"}})]
+    mixed = Dataset.from_list(rows, on_mixed_types="use_json")
+    path = tmp_path / name
+    mixed.to_parquet(path) if path.suffix else mixed.save_to_disk(path)
+    found = list(read_conversations(path))
+    for one, wanted in zip(found, rows, strict=True):
+        (call,) = one.messages[1].tool_calls
+        assert json.loads(call.arguments) == wanted["messages"][1]["tool_calls"][0]["function"]["arguments"]
+        assert json.loads(one.tools or "") == wanted["tools"]
+
+
+def test_turns_as_a_list_of_json_texts(tmp_path: Path) -> None:
+    turns = ['{"role": "user", "content": "q"}', '{"role": "assistant", "content": "{\\"a\\": 1.50}"}']
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}]), tmp_path / "texts.parquet")
+    (one,) = read_conversations(tmp_path / "texts.parquet")
+    assert [message.content for message in one.messages] == ["q", '{"a": 1.50}']
+
+
+def test_a_preference_file_of_whole_texts_is_read_turn_by_turn(tmp_path: Path) -> None:
+    text = "\n\nHuman: one\n\nAssistant: two\n\nlines\n\nHuman: three\n\nAssistant: four"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"chosen": text, "rejected": "x"}), encoding="utf-8")
+    (one,) = read_conversations(tmp_path / "rows.jsonl")
+    said = [(message.role, message.content) for message in one.messages]
+    assert said == [("user", "one"), ("assistant", "two\n\nlines"), ("user", "three"), ("assistant", "four")]

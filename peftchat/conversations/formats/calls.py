@@ -19,6 +19,8 @@ def read_calls(turn: Fields, role: Role, number: int, notes: Notes) -> tuple[Too
     calls = turn.get("tool_calls")
     if not calls and turn.get("function_call"):
         calls = [{"function": turn["function_call"]}]
+    elif calls and turn.get("function_call"):
+        notes.unused("function_call in a turn")
     if not calls:
         return ()
     if isinstance(calls, str):

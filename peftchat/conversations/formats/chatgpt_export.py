@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from peftchat.conversation import Message, Role
 from peftchat.conversations.formats.base import Description, Fields, Notes, record_format, type_name
+from peftchat.conversations.formats.turns import parse_flag
 from peftchat.conversations.problems import RecordError
 
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -16,16 +17,38 @@ def _matches(fields: Fields) -> bool:
 
 def _parse(fields: Fields, notes: Notes) -> list[Message]:
     """Return the branch that ends at `current_node`: what the user sees of a conversation with edited messages."""
-    messages = []
+    messages, number = [], 0
     for number, message in enumerate(_branch(fields), start=1):
+        _note_unused(message, notes)
         metadata = message.get("metadata")
         if isinstance(metadata, dict) and metadata.get("is_visually_hidden_from_conversation"):
+            notes.change("hidden_turn_left_out")
             continue
         role, content = _role(message, number), _text(message, number)
+        train = parse_flag({"weight": message.get("weight")}, f"message {number}")
         # The export begins with a system message that ChatGPT leaves empty.
         if role != "system" or content:
-            messages.append(Message(role, content))
+            messages.append(Message(role, content, train=False if train is False and role == "assistant" else None))
+    others = sum(isinstance(node, dict) and node.get("message") is not None for node in fields["mapping"].values())
+    for _ in range(others - number):
+        notes.change("turn_of_another_branch")
     return messages
+
+
+_READ = frozenset({"author", "content", "recipient", "weight"})
+
+
+def _note_unused(message: Fields, notes: Notes) -> None:
+    """Note all that a message holds besides its role and its text."""
+    holders = (
+        (message, _READ),
+        (message.get("content"), ("content_type", "parts")),
+        (message.get("author"), ("role",)),
+    )
+    for holder, read in holders:
+        for name, value in holder.items() if isinstance(holder, dict) else ():
+            if name not in read and value not in (None, "", [], {}):
+                notes.unused(f"{name} in a turn")
 
 
 def _branch(fields: Fields) -> Iterator[Fields]:
@@ -98,6 +121,7 @@ FORMAT = record_format(
     ),
     _matches,
     _parse,
-    lambda fields: fields,
+    lambda fields: ("mapping", "current_node"),
+    all_described=True,
     fixed_fields=True,
 )

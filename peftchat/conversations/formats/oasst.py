@@ -1,9 +1,6 @@
-"""OpenAssistant's messages as their exports hold them."""
+"""OpenAssistant exports: which paths through their trees become conversations."""
 
-import math
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -13,153 +10,14 @@ from peftchat.conversations.formats.base import (
     Fields,
     Format,
     field_names,
-    optional_text,
-    text_field,
     turn_list,
-    type_name,
     validate_messages,
 )
+from peftchat.conversations.formats.keys import describes
+from peftchat.conversations.formats.oasst_trees import FlatMessages, TreeMessage, parse_message, parse_tree
 from peftchat.conversations.languages import matches_language
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, ReadOptions, RecordError
 from peftchat.conversations.splitting import fingerprint
-
-ExportRole = Literal["prompter", "assistant"]
-_ROLES: dict[str, ExportRole] = {"prompter": "prompter", "assistant": "assistant"}
-
-
-@dataclass(slots=True, eq=False)
-class TreeMessage:
-    """A message with its replies in export order.
-
-    Attributes:
-        rank: place among its siblings by people's votes, 0 the best; None where nobody ranked.
-        reviewed: the reviewers' verdict; None where the export does not say.
-    """
-
-    text: str
-    role: ExportRole
-    lang: str
-    reviewed: bool | None
-    deleted: bool
-    synthetic: bool
-    rank: int | None
-    replies: list["TreeMessage"] = field(default_factory=list)
-
-
-def parse_message(fields: Mapping[str, Any]) -> TreeMessage:
-    """One message without its replies.
-
-    Raises:
-        RecordError: text, role or rank are not what the export format says.
-    """
-    name = text_field(fields, "role")
-    role = _ROLES.get(name)
-    if role is None:
-        raise RecordError("unknown_role", f"unknown role {reprlib.repr(name)}; OpenAssistant's are prompter, assistant")
-    rank = fields.get("rank")
-    # A column with gaps comes out of pandas as floats, the gaps as NaN.
-    if isinstance(rank, float):
-        rank = None if math.isnan(rank) else int(rank) if rank.is_integer() else rank
-    if rank is not None and type(rank) is not int:
-        raise RecordError("wrong_type", f"'rank' must be a whole number, it is {type_name(rank)}")
-    return TreeMessage(
-        text=text_field(fields, "text"),
-        role=role,
-        lang=str(fields.get("lang") or ""),
-        reviewed=fields.get("review_result"),
-        deleted=bool(fields.get("deleted")),
-        synthetic=bool(fields.get("synthetic")),
-        rank=rank,
-    )
-
-
-def parse_tree(prompt: Mapping[str, Any]) -> TreeMessage:
-    """A message and, through `replies`, everything below it.
-
-    Raises:
-        RecordError: a message below it cannot be parsed.
-    """
-    root = parse_message(prompt)
-    open_messages = [(root, prompt)]
-    while open_messages:
-        message, fields = open_messages.pop()
-        replies = fields.get("replies") or []
-        if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-            raise RecordError("wrong_type", f"'replies' must be a list of messages, it is {type_name(replies)}")
-        message.replies = [parse_message(reply) for reply in replies]
-        open_messages.extend(zip(message.replies, replies, strict=True))
-    return root
-
-
-@dataclass(frozen=True, slots=True)
-class FlatTree:
-    """A tree found among single messages.
-
-    Attributes:
-        where: the place of its prompt.
-        state: the tree's state, None where the export does not carry it.
-    """
-
-    where: str
-    state: str | None
-    prompt: TreeMessage
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    where: str
-    parent: str | None
-    state: str | None
-    message: TreeMessage
-
-
-class FlatMessages:
-    """Single messages, collected until the file ends: a reply may come before its parent."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, _Found] = {}
-
-    def add(self, record: RawRecord) -> None:
-        """Keep one message.
-
-        Raises:
-            RecordError: it cannot be parsed, or its id was there before.
-        """
-        key = text_field(record.value, "message_id")
-        if key in self._found:
-            raise RecordError("broken_tree", f"message id {key[:80]!r} was there before, at {self._found[key].where}")
-        state, parent = record.value.get("tree_state"), optional_text(record.value, "parent_id") or None
-        self._found[key] = _Found(record.where, parent, state, parse_message(record.value))
-
-    def trees(self, problems: ProblemLog) -> Iterator[FlatTree]:
-        """The trees in order of their prompts, replies in order of their records.
-
-        Messages that no prompt leads to (a lost parent, a circle) are problems.
-        """
-        found = self._found
-        for entry in found.values():
-            if entry.parent in found:
-                found[entry.parent].message.replies.append(entry.message)
-        rooted: set[int] = set()
-        for entry in found.values():
-            if entry.parent is None:
-                rooted.update(map(id, _all_messages(entry.message)))
-                yield FlatTree(entry.where, entry.state, entry.message)
-        for entry in found.values():
-            if id(entry.message) not in rooted:
-                parent = reprlib.repr(entry.parent)
-                detail = f"no prompt leads to this message: its parent {parent} is missing or in a circle"
-                text = entry.message.text.encode(errors="backslashreplace")
-                problems.add(Problem(entry.where, "broken_tree", detail), text)
-
-
-def _all_messages(root: TreeMessage) -> Iterator[TreeMessage]:
-    open_messages = [root]
-    while open_messages:
-        message = open_messages.pop()
-        yield message
-        open_messages.extend(message.replies)
-
 
 TreeRule = Literal["tree_not_ready", "prompt_not_reviewed", "prompt_in_other_language"]
 PathRule = Literal[
@@ -259,6 +117,9 @@ def _matches(fields: Fields) -> bool:
     return _is_tree(fields) or _is_thread(fields) or _is_message(fields)
 
 
+_TREE = frozenset({"prompt", "thread"})
+
+
 class _Reading:
     """One pass over an export: applies the rules, counts at each of them."""
 
@@ -281,6 +142,7 @@ class _Reading:
         path = [parse_message(message) for message in fields]
         for parent, message in pairwise(path):
             parent.replies.append(message)
+            path[0].unused |= message.unused
         yield from self.conversations(path[0], record.where, reviewed=path[0].reviewed is not False, record=record)
 
     def conversations(
@@ -291,8 +153,18 @@ class _Reading:
         ready: bool = True,
         reviewed: bool = True,
         record: RawRecord | None = None,
+        columns: Mapping[str, Any] | None = None,
     ) -> Iterator[Conversation]:
-        """The conversations of one tree, each once; `record` is what a quarantine shows of it."""
+        """The conversations of one tree, each once.
+
+        Args:
+            prompt: its root.
+            where: its place.
+            ready: whether its state is a good one.
+            reviewed: whether its prompt passed review.
+            record: what a quarantine shows of it, and keeps beside its conversations.
+            columns: the same of a tree of single messages.
+        """
         notes, skipped = self.problems.notes, self.problems.skipped
         notes["oasst_trees"] += 1
         notes["oasst_messages"] += _tree_size(prompt)
@@ -300,6 +172,7 @@ class _Reading:
             skipped[rule] += 1
             notes[f"oasst_messages_in_{rule}"] += _tree_size(prompt)
             return
+        kept_columns = self._columns(prompt, where, columns if record is None else record.value)
         for path in leaf_paths(prompt):
             notes["oasst_paths"] += 1
             if broken := broken_rule(path, self.options.oasst_top_k):
@@ -318,7 +191,17 @@ class _Reading:
                 skipped["duplicate"] += 1
                 continue
             self.seen.add(mark)
-            yield Conversation(messages, where)
+            yield Conversation(messages, where, None, kept_columns)
+
+    def _columns(self, prompt: TreeMessage, where: str, fields: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What describes a tree, kept beside each of its conversations; fields that are not read are counted."""
+        columns = {name: value for name, value in (fields or {}).items() if name not in _TREE and value is not None}
+        if prompt.lang:
+            columns.setdefault("lang", prompt.lang)
+        told = [name for name in columns if name != "tree_state" and not describes(name)]
+        for name in (*told, *prompt.unused):
+            self.problems.add_unused(name, where)
+        return columns
 
     def _broken_tree_rule(self, prompt: TreeMessage, ready: bool, reviewed: bool) -> TreeRule | None:
         if not ready:
@@ -331,7 +214,10 @@ class _Reading:
 
 
 def _messages(path: Path) -> list[Message]:
-    return [Message("user" if message.role == "prompter" else "assistant", message.text) for message in path]
+    return [
+        Message("user" if message.role == "prompter" else "assistant", message.text, train=message.train)
+        for message in path
+    ]
 
 
 def _tree_size(root: TreeMessage) -> int:
@@ -360,7 +246,7 @@ def _read(records: Iterable[RawRecord], options: ReadOptions, problems: ProblemL
     for tree in single.trees(problems):
         ready = tree.state is None or tree.state == _READY
         reviewed = tree.prompt.reviewed is not False
-        yield from reading.conversations(tree.prompt, tree.where, ready=ready, reviewed=reviewed)
+        yield from reading.conversations(tree.prompt, tree.where, ready=ready, reviewed=reviewed, columns=tree.columns)
 
 
 FORMAT = Format(

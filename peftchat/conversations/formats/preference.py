@@ -14,6 +14,10 @@ def _asked(fields: Fields) -> str | None:
 def _parse(fields: Fields, notes: Notes) -> list[Message]:
     asked = _asked(fields)
     notes.unused(names.REJECTED)
+    if asked is None or isinstance(fields[asked], list):
+        for name in names.CONTEXT:
+            if fields.get(name):
+                notes.unused(name)
     if asked is None:
         start = []
     elif isinstance(fields[asked], list):

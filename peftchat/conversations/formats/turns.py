@@ -22,8 +22,8 @@ _KNOWN = frozenset(
         *("tool_calls", "function_call", "tool_call_id", "name"),
     }
 )
-# Fields of a turn that say nothing that could be trained.
-_IGNORED = frozenset({"id", "refusal", "annotations", "audio", "type"})
+# Fields of a turn whose names look like a flag's and are none.
+_NO_FLAGS = frozenset({"annotations"})
 
 
 def parse_turns(turns: Sequence[Fields], notes: Notes) -> list[Message]:
@@ -128,7 +128,7 @@ def _exchange(turn: Fields, notes: Notes) -> list[Message]:
     if asked is None or answered is None:
         return []
     system = next((name for name in names.SYSTEM if isinstance(turn.get(name), str)), None)
-    for name in turn.keys() - {asked, answered, system} - _IGNORED:
+    for name in turn.keys() - {asked, answered, system}:
         notes.unused(f"{name} in a turn")
     start = [Message("system", turn[system])] if system and turn[system] else []
     return [*start, Message("user", turn[asked]), Message("assistant", turn[answered])]
@@ -139,9 +139,9 @@ def _check_unknown(turn: Fields, unknown: set[str], number: int, notes: Notes) -
         value = turn[name]
         if name in names.MEDIA and value:
             raise RecordError("unsupported_content", f"{name!r} is not text (turn {number})")
-        if value is None or value == [] or name in _IGNORED:
+        if value is None or value in ([], "", {}):
             continue
-        if names.LOOKS_LIKE_FLAG.search(name) and not isinstance(value, str):
+        if names.LOOKS_LIKE_FLAG.search(name) and not isinstance(value, str) and name not in _NO_FLAGS:
             detail = f"{name!r} may say what is trained, and is not understood (turn {number})"
             known = ", ".join((*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS))
             raise RecordError("unknown_flag", f"{detail}; known: {known}")
@@ -233,7 +233,12 @@ def parse_parts(parts: Sequence[object], number: int, notes: Notes) -> _Parts:
             raise RecordError("unsupported_content", f"a content part is {type_name(part)} (turn {number})")
         part = {name: value for name, value in part.items() if value is not None}
         kind = part.get("type") or next((name for name in _PART_KINDS if name in part), None)
-        if kind in _TEXT_KINDS:
+        for name in part.keys() - _PART_FIELDS:
+            if part[name] not in ([], "", {}):
+                notes.unused(f"{name} in a content part")
+        if part.get("thought") is True and "text" in part:  # Gemini's thoughts
+            found.thoughts.append(_part_text(part, number))
+        elif kind in _TEXT_KINDS:
             found.text += _part_text(part, number)
         elif kind in ("thinking", "reasoning"):
             found.thoughts.append(_part_text(part, number))
@@ -248,6 +253,13 @@ def parse_parts(parts: Sequence[object], number: int, notes: Notes) -> _Parts:
 
 
 _TEXT_KINDS = ("text", "input_text", "output_text")
+_PART_FIELDS = frozenset(
+    {
+        *("type", "text", "value", "thinking", "reasoning", "content", "thought", "id", "name", "input", "arguments"),
+        *("args", "parameters", "call_id", "output", "response", "tool_use_id", "tool_call", "function_call"),
+        *("toolUse", "toolResult", "functionCall", "functionResponse", "toolUseId"),
+    }
+)
 _PART_KINDS = ("text", "thinking", "toolUse", "toolResult", "functionCall", "functionResponse")
 
 

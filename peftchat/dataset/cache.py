@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval"]
 
-_FORMAT = 9
+_FORMAT = 10
 """Version of the cache: to be raised when the same settings give other examples or other files."""
 
 

@@ -3,14 +3,16 @@
 import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats.base import (
+    Description,
     Fields,
     Format,
+    Notes,
     field_names,
     optional_text,
     text_field,
@@ -18,6 +20,7 @@ from peftchat.conversations.formats.base import (
     type_name,
     validate_messages,
 )
+from peftchat.conversations.formats.keys import LeftOut, complete, shape_of
 from peftchat.conversations.languages import matches_language
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, ReadOptions, RecordError
 from peftchat.conversations.splitting import fingerprint
@@ -31,6 +34,7 @@ class TreeMessage:
     """A message with its replies in export order.
 
     Attributes:
+        unused: the other fields that the export has for it.
         rank: place among its siblings by people's votes, 0 the best; None where nobody ranked.
         reviewed: the reviewers' verdict; None where the export does not say.
     """
@@ -42,6 +46,7 @@ class TreeMessage:
     deleted: bool
     synthetic: bool
     rank: int | None
+    unused: tuple[str, ...] = ()
     replies: list["TreeMessage"] = field(default_factory=list)
 
 
@@ -69,7 +74,14 @@ def parse_message(fields: Mapping[str, Any]) -> TreeMessage:
         deleted=bool(fields.get("deleted")),
         synthetic=bool(fields.get("synthetic")),
         rank=rank,
+        unused=tuple(name for name, value in fields.items() if name not in _USED and value not in _NOTHING),
     )
+
+
+_USED = frozenset({"text", "role", "lang", "review_result", "deleted", "synthetic", "rank", "replies"})
+_OF_FLAT = frozenset({"message_id", "parent_id", "tree_state"})
+"""Fields that make trees out of single messages."""
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
 def parse_tree(prompt: Mapping[str, Any]) -> TreeMessage:
@@ -128,7 +140,10 @@ class FlatMessages:
         if key in self._found:
             raise RecordError("broken_tree", f"message id {key[:80]!r} was there before, at {self._found[key].where}")
         state, parent = record.value.get("tree_state"), optional_text(record.value, "parent_id") or None
-        self._found[key] = _Found(record.where, parent, state, parse_message(record.value))
+        message = parse_message(record.value)
+        message.unused = tuple(name for name in message.unused if name not in _OF_FLAT)
+        message.unused += ("replies",) if record.value.get("replies") else ()
+        self._found[key] = _Found(record.where, parent, state, message)
 
     def trees(self, problems: ProblemLog) -> Iterator[FlatTree]:
         """The trees in order of their prompts, replies in order of their records.
@@ -265,6 +280,7 @@ class _Reading:
         self.options = options
         self.problems = problems
         self.seen: set[bytes] = set()
+        self.told = Notes(problems)
 
     def tree(self, record: RawRecord) -> Iterator[Conversation]:
         prompt = parse_tree(record.value["prompt"])
@@ -278,6 +294,8 @@ class _Reading:
         if not fields:
             raise RecordError("no_answer", "the thread is empty")
         path = [parse_message(message) for message in fields]
+        for message, entry in zip(path, fields, strict=True):
+            message.unused += ("replies",) if entry.get("replies") else ()
         for parent, message in pairwise(path):
             parent.replies.append(message)
         yield from self.conversations(path[0], record.where, reviewed=path[0].reviewed is not False, record=record)
@@ -299,6 +317,12 @@ class _Reading:
             skipped[rule] += 1
             notes[f"oasst_messages_in_{rule}"] += _tree_size(prompt)
             return
+        fields: dict[str, Any] = {"lang": prompt.lang} if prompt.lang else {}
+        fields |= {} if record is None else {key: value for key, value in record.value.items() if value is not None}
+        shape = shape_of(fields, ("prompt", "thread"), all_described=True)
+        told: set[str] = {name for message in _all_messages(prompt) for name in message.unused}
+        if any(message.lang not in ("", prompt.lang) for message in _all_messages(prompt)):
+            told.add("lang")
         for path in leaf_paths(prompt):
             notes["oasst_paths"] += 1
             if broken := broken_rule(path, self.options.oasst_top_k):
@@ -307,17 +331,26 @@ class _Reading:
             kept = without_open_turn(path)
             if len(kept) < len(path):
                 notes["trailing_user_trimmed"] += 1
+            self.told.start(where, is_table=False)
             try:
-                messages = validate_messages(_messages(kept), self.problems)
+                conversation = complete(fields, shape, _messages(kept), self.told)
+                messages = validate_messages(conversation.messages, self.problems)
+            except LeftOut as left_out:
+                skipped[left_out.rule] += 1
+                continue
             except RecordError as error:
                 self.problems.add(Problem(where, error.kind, error.detail), record and record.as_bytes())
                 continue
-            mark = fingerprint(messages)
+            mark = fingerprint(messages, conversation.tools)
             if mark in self.seen:
                 skipped["duplicate"] += 1
                 continue
             self.seen.add(mark)
-            yield Conversation(messages, where)
+            for name in sorted(told):
+                self.told.unused(f"{name} in a message")
+            told.clear()
+            self.told.finish()
+            yield replace(conversation, messages=messages)
 
     def _broken_tree_rule(self, prompt: TreeMessage, ready: bool, reviewed: bool) -> TreeRule | None:
         if not ready:
@@ -364,8 +397,38 @@ def _read(records: Iterable[RawRecord], options: ReadOptions, problems: ProblemL
 
 FORMAT = Format(
     "oasst",
-    "OpenAssistant exports: trees (message_tree_id, prompt), threads (thread_id, thread), single messages (message_id)",
+    Description(
+        "OpenAssistant exports: trees (message_tree_id, prompt), threads (thread_id, thread), single messages "
+        "(message_id)",
+        {
+            "prompt": "the first message of a tree: text, role, replies, lang, rank, review_result, deleted, synthetic",
+            "tree_state": "trees other than ready_for_export are left out",
+            "thread": "of a thread: its messages in order",
+            "message_id": "of a single message, with parent_id, text, role",
+        },
+        (
+            {
+                "message_tree_id": "t1",
+                "tree_state": "ready_for_export",
+                "prompt": {
+                    "text": "Hi",
+                    "role": "prompter",
+                    "lang": "en",
+                    "review_result": True,
+                    "replies": [
+                        {"text": "Hello!", "role": "assistant", "rank": 0, "replies": []},
+                        {"text": "Hey.", "role": "assistant", "rank": 1, "replies": []},
+                    ],
+                },
+            },
+            {
+                "thread_id": "t2",
+                "thread": [{"text": "A hat?", "role": "prompter"}, {"text": "A red one.", "role": "assistant"}],
+            },
+        ),
+    ),
     _matches,
     _read,
     ranked=True,
+    fixed_fields=True,
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peftchat.chat_template.message_text import message_text, write_call
 from peftchat.conversation import Conversation, Message, ToolCall
 from peftchat.conversations import ProblemLog, ReadOptions, read_conversations
-from peftchat.conversations.prepare import record_line
+from peftchat.conversations.messages_file import record_line
 from peftchat.json_text import normalize_json
 
 U, A = {"role": "user", "content": "Where is the key?"}, {"role": "assistant", "content": "In the lock."}

@@ -108,8 +108,6 @@ NOTES: dict[str, str] = {
     "trailing_user_trimmed": "an unanswered user turn at the end taken off",
     "turns_merged": "a turn joined with the one before it, of the same role",
     "arrow_nulls_removed": "nulls with which a table fills tool calls taken out",
-    "hidden_turn_left_out": "a turn that ChatGPT hides left out",
-    "turn_of_another_branch": "a turn of a branch that was not shown last left out",
     "call_that_is_not_json": "a tool call that is not JSON kept as text",
 }
 """Change of a record -> what it is, as tables say it."""

@@ -134,7 +134,7 @@ def encode_conversations(
     Raises:
         UserError: a conversation has something that the recipe makes an error.
     """
-    loss_mask = loss_mask_table(recipe.chat.loss_on)
+    loss_mask = loss_mask_table(recipe.chat.loss_policy)
     for batch, examples in _encode_ahead(encoder, conversations):
         if recipe.chat.special_token_text == "error" and examples.special_token_text.any():
             raise _special_token_text(examples.sources[int(examples.special_token_text.argmax())])
@@ -228,7 +228,7 @@ def _keep_trainable(
             kept.append(example)
         elif recipe.chat.untrainable_examples == "error":
             raise UserError(
-                f"the conversation has no token to train on by chat.loss_on: {recipe.chat.loss_on}",
+                f"the conversation has no token to train on by chat.loss_on: {recipe.chat.loss_policy}",
                 where=example.source or None,
                 hint="Remove the conversation, or set chat.untrainable_examples: drop.",
             )

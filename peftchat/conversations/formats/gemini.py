@@ -3,11 +3,25 @@
 from peftchat.conversation import Message
 from peftchat.conversations.formats.base import Description, Fields, Notes, record_format
 from peftchat.conversations.formats.turns import parse_turns, turn_list
+from peftchat.conversations.problems import RecordError
 
 
 def _parse(fields: Fields, notes: Notes) -> list[Message]:
     turns = turn_list(fields, "contents")
-    return parse_turns([{"content" if name == "parts" else name: turn[name] for name in turn} for turn in turns], notes)
+    for number, turn in enumerate(turns, start=1):
+        if "parts" in turn and turn.get("content") is not None:
+            raise RecordError("wrong_type", f"'parts' and 'content' in one turn (turn {number})")
+    return parse_turns(
+        [
+            {
+                "content" if name == "parts" else name: turn[name]
+                for name in turn
+                if "parts" not in turn or name != "content"
+            }
+            for turn in turns
+        ],
+        notes,
+    )
 
 
 FORMAT = record_format(

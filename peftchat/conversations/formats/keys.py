@@ -7,7 +7,8 @@ from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.calls import read_tools
 from peftchat.conversations.formats.fields import Fields, Notes, type_name
-from peftchat.conversations.formats.turns import parse_flag, parse_parts, parse_turns, turn_list
+from peftchat.conversations.formats.parts import text_of_parts
+from peftchat.conversations.formats.turns import parse_flag, parse_turns, turn_list
 from peftchat.conversations.problems import RecordError
 
 _COMMON = frozenset(
@@ -115,7 +116,7 @@ def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> li
         LeftOut: the record's flag says that it must not be trained.
     """
     kept = []
-    for name in special & names.MEDIA:
+    for name in sorted(special & names.MEDIA):
         if fields[name]:
             raise RecordError("unsupported_content", f"the record has {name}, which are not text")
     label = fields.get(names.LABEL) if names.LABEL in special else None
@@ -126,7 +127,12 @@ def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> li
         notes.unused(names.LABEL)
     elif label is True:
         kept.append(names.LABEL)
-    flags = {name: fields[name] for name in names.TRAIN_FLAGS if isinstance(fields.get(name), bool)}
+    # A `loss` of 0 or 1 in a record is a measured loss; in a turn it is a flag.
+    flags = {
+        name: fields[name]
+        for name in names.TRAIN_FLAGS
+        if isinstance(fields.get(name), bool) or (name != "loss" and fields.get(name) in (0, 1))
+    }
     weights = {name: fields[name] for name in names.TRAIN_WEIGHTS if fields.get(name) in (0, 1)}
     if parse_flag({**flags, **weights}, "the record") is False:
         raise LeftOut("flagged_not_to_train")
@@ -198,10 +204,11 @@ def _with_system(fields: Fields, special: frozenset[str], turns: list[Message], 
     """
     for name in names.SYSTEM:
         value = fields.get(name) if name in special else None
-        if isinstance(value, dict):
-            value = value.get("parts", value.get("content", value))
+        if isinstance(value, dict) and (inner := next((key for key in ("parts", "content") if key in value), None)):
+            notes.unused_of(value, (inner, "role"), name)
+            value = value[inner]
         if isinstance(value, list):
-            value = parse_parts(value, 0, notes).text
+            value = text_of_parts(value, 0, notes)
         if value is None or value == "":
             continue
         if not isinstance(value, str):

@@ -1,20 +1,29 @@
 """OpenAssistant exports: which paths through their trees become conversations."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
-from peftchat.conversation import Conversation, Message
+from peftchat.conversation import Conversation, Message, Role
 from peftchat.conversations.formats.base import (
     Description,
     Fields,
     Format,
+    Notes,
     field_names,
     turn_list,
     validate_messages,
 )
-from peftchat.conversations.formats.keys import describes
-from peftchat.conversations.formats.oasst_trees import FlatMessages, TreeMessage, parse_message, parse_tree
+from peftchat.conversations.formats.keys import LeftOut, complete, shape_of
+from peftchat.conversations.formats.oasst_trees import (
+    ExportRole,
+    FlatMessages,
+    TreeMessage,
+    all_messages,
+    parse_message,
+    parse_tree,
+)
 from peftchat.conversations.languages import matches_language
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, ReadOptions, RecordError
 from peftchat.conversations.splitting import fingerprint
@@ -117,9 +126,6 @@ def _matches(fields: Fields) -> bool:
     return _is_tree(fields) or _is_thread(fields) or _is_message(fields)
 
 
-_TREE = frozenset({"prompt", "thread"})
-
-
 class _Reading:
     """One pass over an export: applies the rules, counts at each of them."""
 
@@ -127,6 +133,7 @@ class _Reading:
         self.options = options
         self.problems = problems
         self.seen: set[bytes] = set()
+        self.told = Notes(problems)
 
     def tree(self, record: RawRecord) -> Iterator[Conversation]:
         prompt = parse_tree(record.value["prompt"])
@@ -140,9 +147,10 @@ class _Reading:
         if not fields:
             raise RecordError("no_answer", "the thread is empty")
         path = [parse_message(message) for message in fields]
+        for message, entry in zip(path, fields, strict=True):
+            message.unused += ("replies",) if entry.get("replies") else ()
         for parent, message in pairwise(path):
             parent.replies.append(message)
-            path[0].unused |= message.unused
         yield from self.conversations(path[0], record.where, reviewed=path[0].reviewed is not False, record=record)
 
     def conversations(
@@ -153,18 +161,8 @@ class _Reading:
         ready: bool = True,
         reviewed: bool = True,
         record: RawRecord | None = None,
-        columns: Mapping[str, Any] | None = None,
     ) -> Iterator[Conversation]:
-        """The conversations of one tree, each once.
-
-        Args:
-            prompt: its root.
-            where: its place.
-            ready: whether its state is a good one.
-            reviewed: whether its prompt passed review.
-            record: what a quarantine shows of it, and keeps beside its conversations.
-            columns: the same of a tree of single messages.
-        """
+        """The conversations of one tree, each once; `record` is what a quarantine shows of it."""
         notes, skipped = self.problems.notes, self.problems.skipped
         notes["oasst_trees"] += 1
         notes["oasst_messages"] += _tree_size(prompt)
@@ -172,7 +170,12 @@ class _Reading:
             skipped[rule] += 1
             notes[f"oasst_messages_in_{rule}"] += _tree_size(prompt)
             return
-        kept_columns = self._columns(prompt, where, columns if record is None else record.value)
+        fields: dict[str, Any] = {"lang": prompt.lang} if prompt.lang else {}
+        fields |= {} if record is None else {key: value for key, value in record.value.items() if value is not None}
+        shape = shape_of(fields, ("prompt", "thread"), all_described=True)
+        told: set[str] = {name for message in all_messages(prompt) for name in message.unused}
+        if any(message.lang not in ("", prompt.lang) for message in all_messages(prompt)):
+            told.add("lang")
         for path in leaf_paths(prompt):
             notes["oasst_paths"] += 1
             if broken := broken_rule(path, self.options.oasst_top_k):
@@ -181,27 +184,26 @@ class _Reading:
             kept = without_open_turn(path)
             if len(kept) < len(path):
                 notes["trailing_user_trimmed"] += 1
+            self.told.start(where, is_table=False)
             try:
-                messages = validate_messages(_messages(kept), self.problems)
+                conversation = complete(fields, shape, _messages(kept), self.told)
+                messages = validate_messages(conversation.messages, self.problems)
+            except LeftOut as left_out:
+                skipped[left_out.rule] += 1
+                continue
             except RecordError as error:
                 self.problems.add(Problem(where, error.kind, error.detail), record and record.as_bytes())
                 continue
-            mark = fingerprint(messages)
+            mark = fingerprint(messages, conversation.tools)
             if mark in self.seen:
                 skipped["duplicate"] += 1
                 continue
             self.seen.add(mark)
-            yield Conversation(messages, where, None, kept_columns)
-
-    def _columns(self, prompt: TreeMessage, where: str, fields: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What describes a tree, kept beside each of its conversations; fields that are not read are counted."""
-        columns = {name: value for name, value in (fields or {}).items() if name not in _TREE and value is not None}
-        if prompt.lang:
-            columns.setdefault("lang", prompt.lang)
-        told = [name for name in columns if name != "tree_state" and not describes(name)]
-        for name in (*told, *prompt.unused):
-            self.problems.add_unused(name, where)
-        return columns
+            for name in sorted(told):
+                self.told.unused(f"{name} in a message")
+            told.clear()
+            self.told.finish()
+            yield replace(conversation, messages=messages)
 
     def _broken_tree_rule(self, prompt: TreeMessage, ready: bool, reviewed: bool) -> TreeRule | None:
         if not ready:
@@ -214,10 +216,8 @@ class _Reading:
 
 
 def _messages(path: Path) -> list[Message]:
-    return [
-        Message("user" if message.role == "prompter" else "assistant", message.text, train=message.train)
-        for message in path
-    ]
+    roles: dict[ExportRole, Role] = {"prompter": "user", "assistant": "assistant"}
+    return [Message(roles[message.role], message.text, train=message.train) for message in path]
 
 
 def _tree_size(root: TreeMessage) -> int:
@@ -246,7 +246,7 @@ def _read(records: Iterable[RawRecord], options: ReadOptions, problems: ProblemL
     for tree in single.trees(problems):
         ready = tree.state is None or tree.state == _READY
         reviewed = tree.prompt.reviewed is not False
-        yield from reading.conversations(tree.prompt, tree.where, ready=ready, reviewed=reviewed, columns=tree.columns)
+        yield from reading.conversations(tree.prompt, tree.where, ready=ready, reviewed=reviewed)
 
 
 FORMAT = Format(

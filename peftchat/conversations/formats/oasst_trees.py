@@ -21,7 +21,7 @@ class TreeMessage:
 
     Attributes:
         train: False makes an answer context.
-        unused: names of its fields, and of those below it, that are not read.
+        unused: the other fields that the export has for it.
         rank: place among its siblings by people's votes, 0 the best; None where nobody ranked.
         reviewed: the reviewers' verdict; None where the export does not say.
     """
@@ -33,18 +33,9 @@ class TreeMessage:
     deleted: bool
     synthetic: bool
     rank: int | None
-    train: bool | None
-    unused: dict[str, None]
+    train: bool | None = None
+    unused: tuple[str, ...] = ()
     replies: list["TreeMessage"] = field(default_factory=list)
-
-
-_READ = frozenset(
-    {
-        *("text", "role", "lang", "review_result", "deleted", "synthetic", "rank", "replies"),
-        *("message_id", "parent_id", "message_tree_id", "tree_state"),
-        *(*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS),
-    }
-)
 
 
 def parse_message(fields: Mapping[str, Any]) -> TreeMessage:
@@ -72,12 +63,19 @@ def parse_message(fields: Mapping[str, Any]) -> TreeMessage:
         synthetic=bool(fields.get("synthetic")),
         rank=rank,
         train=parse_flag(fields, "a message"),
-        unused={
-            f"{name} in a message": None
-            for name, value in fields.items()
-            if name not in _READ and value not in (None, "", [], {})
-        },
+        unused=tuple(name for name, value in fields.items() if name not in _USED and value not in _NOTHING),
     )
+
+
+_USED = frozenset(
+    {
+        *("text", "role", "lang", "review_result", "deleted", "synthetic", "rank", "replies"),
+        *(*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS),
+    }
+)
+_OF_FLAT = frozenset({"message_id", "parent_id", "tree_state"})
+"""Fields that make trees out of single messages."""
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
 def parse_tree(prompt: Mapping[str, Any]) -> TreeMessage:
@@ -94,8 +92,6 @@ def parse_tree(prompt: Mapping[str, Any]) -> TreeMessage:
         if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
             raise RecordError("wrong_type", f"'replies' must be a list of messages, it is {type_name(replies)}")
         message.replies = [parse_message(reply) for reply in replies]
-        for reply in message.replies:
-            root.unused |= reply.unused
         open_messages.extend(zip(message.replies, replies, strict=True))
     return root
 
@@ -107,12 +103,10 @@ class FlatTree:
     Attributes:
         where: the place of its prompt.
         state: the tree's state, None where the export does not carry it.
-        columns: what describes the tree.
     """
 
     where: str
     state: str | None
-    columns: dict[str, Any]
     prompt: TreeMessage
 
 
@@ -121,7 +115,6 @@ class _Found:
     where: str
     parent: str | None
     state: str | None
-    tree: str | None
     message: TreeMessage
 
 
@@ -141,8 +134,10 @@ class FlatMessages:
         if key in self._found:
             raise RecordError("broken_tree", f"message id {key[:80]!r} was there before, at {self._found[key].where}")
         state, parent = record.value.get("tree_state"), optional_text(record.value, "parent_id") or None
-        tree = record.value.get("message_tree_id")
-        self._found[key] = _Found(record.where, parent, state, tree, parse_message(record.value))
+        message = parse_message(record.value)
+        message.unused = tuple(name for name in message.unused if name not in _OF_FLAT)
+        message.unused += ("replies",) if record.value.get("replies") else ()
+        self._found[key] = _Found(record.where, parent, state, message)
 
     def trees(self, problems: ProblemLog) -> Iterator[FlatTree]:
         """The trees in order of their prompts, replies in order of their records.
@@ -156,11 +151,8 @@ class FlatMessages:
         rooted: set[int] = set()
         for entry in found.values():
             if entry.parent is None:
-                for message in _all_messages(entry.message):
-                    rooted.add(id(message))
-                    entry.message.unused |= message.unused
-                columns = {"message_tree_id": entry.tree, "tree_state": entry.state}
-                yield FlatTree(entry.where, entry.state, columns, entry.message)
+                rooted.update(map(id, all_messages(entry.message)))
+                yield FlatTree(entry.where, entry.state, entry.message)
         for entry in found.values():
             if id(entry.message) not in rooted:
                 parent = reprlib.repr(entry.parent)
@@ -169,7 +161,8 @@ class FlatMessages:
                 problems.add(Problem(entry.where, "broken_tree", detail), text)
 
 
-def _all_messages(root: TreeMessage) -> Iterator[TreeMessage]:
+def all_messages(root: TreeMessage) -> Iterator[TreeMessage]:
+    """Yield a message and everything below it."""
     open_messages = [root]
     while open_messages:
         message = open_messages.pop()

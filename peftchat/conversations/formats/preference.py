@@ -15,13 +15,8 @@ def _parse(fields: Fields, notes: Notes) -> list[Message]:
     asked = _asked(fields)
     notes.unused(names.REJECTED)
     if asked is None or isinstance(fields[asked], list):
-        for name in names.CONTEXT:
-            if fields.get(name):
-                notes.unused(name)
-    if asked is None:
-        start = []
-    elif isinstance(fields[asked], list):
-        start = parse_turns(turn_list(fields, asked), notes)
+        notes.unused_of({name: fields.get(name) for name in names.CONTEXT}, (), "a preference pair")
+        start = [] if asked is None else parse_turns(turn_list(fields, asked), notes)
     else:
         about = [optional_text(fields, name) for name in names.CONTEXT]
         start = [Message("user", "\n\n".join(filter(None, (optional_text(fields, asked), *about))))]

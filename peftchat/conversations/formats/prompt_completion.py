@@ -1,5 +1,6 @@
 """Pairs: a question and its answer, under the names in use for the two."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from peftchat.conversation import Message, Role
@@ -13,7 +14,8 @@ from peftchat.conversations.formats.base import (
     text_field,
     type_name,
 )
-from peftchat.conversations.formats.turns import parse_parts, parse_turns, turn_list
+from peftchat.conversations.formats.parts import parse_parts, text_of_parts
+from peftchat.conversations.formats.turns import parse_turns, turn_list
 from peftchat.conversations.problems import RecordError
 
 _ALPACA = ("instruction", "output")
@@ -61,19 +63,30 @@ def _side(fields: Fields, name: str, role: Role, notes: Notes) -> list[Message]:
     if isinstance(value, str):
         return [Message(role, value)]
     if isinstance(value, list) and all(isinstance(part, dict) and "role" not in part for part in value) and value:
-        return [Message(role, parse_parts(value, 1, notes).text)]
+        return [_from_parts(role, value, notes)]
     if isinstance(value, list):
         return parse_turns(turn_list(fields, name), notes)
     return [Message(role, text_field(fields, name))]
 
 
+def _from_parts(role: Role, value: Sequence[object], notes: Notes) -> Message:
+    if role != "assistant":
+        return Message(role, text_of_parts(value, 1, notes))
+    parts = parse_parts(value, 2, notes)
+    if parts.results:
+        raise RecordError("unsupported_content", "the answer holds the result of a call")
+    return Message(role, parts.text, parts.calls, None, None, parts.reasoning)
+
+
 def _with_reasoning(fields: Fields, answer: list[Message]) -> list[Message]:
     for name in names.REASONING:
         thought = optional_text(fields, name)
-        if thought and answer and answer[0].reasoning in (None, thought):
-            answer = [answer[0]._replace(reasoning=thought), *answer[1:]]
-        elif thought:
-            raise RecordError("wrong_type", f"{name!r} and another field of reasoning differ")
+        if not thought:
+            continue
+        place = next((index for index, message in enumerate(answer) if message.role == "assistant"), None)
+        if place is None or answer[place].reasoning not in (None, thought):
+            raise RecordError("wrong_type", f"{name!r} belongs to no answer, or to one with other reasoning")
+        answer = [*answer[:place], answer[place]._replace(reasoning=thought), *answer[place + 1 :]]
     return answer
 
 

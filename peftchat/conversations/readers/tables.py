@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import orjson
-
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord
 from peftchat.conversations.readers.json_values import broken_packing
 from peftchat.conversations.readers.opening import BrokenPacking, as_text, check_first_bytes, open_text
@@ -17,7 +15,6 @@ from peftchat.errors import UserError
 _BATCH = 512
 _BUFFER = 2**20
 _ARROW_FILE = b"ARROW1"
-_LIST_COLUMNS = ("messages", "conversations")
 
 
 def read_parquet(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
@@ -115,9 +112,8 @@ class _Rows:
 def read_csv(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
     """The rows of a CSV or TSV file with a header; `where` is the line on which the row ends.
 
-    A CSV whose header has semicolons or tabs and no comma is split at those. A column named `messages` or
-    `conversations` holds JSON. Bytes that are not UTF-8 become lone surrogates, which the checks on content find and
-    name later.
+    A CSV whose header has semicolons or tabs and no comma is split at those. A list of turns is JSON
+    text. Bytes that are not UTF-8 become lone surrogates, which the checks on content find and name later.
 
     Raises:
         UserError: it is another kind of file.
@@ -140,7 +136,7 @@ def read_csv(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterato
                     detail = f"the row has another number of columns than the header's {len(rows.fieldnames or ())}"
                     problems.add(Problem(where, "other_columns", detail), repr(fields).encode(errors="replace"))
                     continue
-                yield RawRecord(where, _with_lists(fields), None)
+                yield RawRecord(where, dict(fields), None)
     except csv.Error as error:
         detail = f"not readable CSV: {error}; everything behind line {number} was not read"
         problems.add(Problem(f"{name}:{number + 1}", "broken_file", detail))
@@ -174,17 +170,6 @@ def _bounded_lines(file: IO[str], limit: int) -> Iterator[str]:
         if len(line) > limit:
             raise csv.Error(f"a line is longer than {limit:,} characters")
         yield line
-
-
-def _with_lists(fields: dict[str, str]) -> dict[str, object]:
-    value: dict[str, object] = dict(fields)
-    for column in _LIST_COLUMNS:
-        if column in fields:
-            try:
-                value[column] = orjson.loads(fields[column])
-            except ValueError:
-                continue  # stays text, which the form refuses with the turn's place
-    return value
 
 
 def _first_line(error: Exception) -> str:

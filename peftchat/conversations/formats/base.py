@@ -175,8 +175,8 @@ def _exactly(record: RawRecord, options: ReadOptions) -> dict[str, Any]:
         value = parse_json((record.raw or b"").decode("utf-8-sig"))
     except ValueError:
         return record.value
-    if not isinstance(value, dict):
-        return record.value
+    if not isinstance(value, dict):  # a list of turns
+        value = dict.fromkeys(record.value, value)
     return Columns(options.columns, record.where).rename(value) if options.columns else value
 
 

@@ -55,11 +55,12 @@ def shape_of(fields: Collection[str], used: Collection[str], *, all_described: b
     others = [name for name in fields if name not in used]
     special = frozenset(others) & _COMMON
     columns = tuple(name for name in others if name not in special)
-    told = () if all_described else tuple(name for name in columns if not _describes(name))
+    told = () if all_described else tuple(name for name in columns if not describes(name))
     return RecordShape(special, columns, told)
 
 
-def _describes(name: str) -> bool:
+def describes(name: str) -> bool:
+    """Whether a field describes its record and is nothing that could be trained on, judged by its name."""
     lower = name.lower()
     return lower in names.METADATA or lower.endswith(("_id", "_at", "_url"))
 

@@ -155,8 +155,8 @@ class _Elements:
             if len(raw) > self._limit:
                 start = raw[:_KEPT_OF_LONG_ELEMENT].encode(errors="replace")
                 self._problems.add(_too_long(self.where, self._limit), start)
-            elif isinstance(value, dict):
-                yield RawRecord(self.where, value, raw.encode(errors="surrogateescape"))
+            elif (fields := as_fields(value)) is not None:
+                yield RawRecord(self.where, fields, raw.encode(errors="surrogateescape"))
             else:
                 self._problems.add(not_an_object(self.where, value), raw.encode(errors="replace"))
             if in_array and text.next_character() == ",":
@@ -197,9 +197,20 @@ def broken_packing(where: str, error: Exception) -> Problem:
     return Problem(where, "broken_file", detail)
 
 
+def as_fields(value: object) -> dict[str, Any] | None:
+    """The fields of a record: of an object, or of a list of turns, which is a conversation without a name."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return {"messages": value}
+    return None
+
+
 def not_an_object(where: str, value: object) -> Problem:
     """The problem of a record that is a JSON list, text or number."""
-    return Problem(where, "not_an_object", f"a record must be a JSON object, this is a {type(value).__name__}")
+    names = {type(None): "null", bool: "true or false", str: "text", list: "a list of something else"}
+    found = names.get(type(value), "a number")
+    return Problem(where, "not_an_object", f"a record must be a JSON object or a list of turns, this is {found}")
 
 
 def _check_not_a_container(name: str, value: dict[str, Any]) -> None:

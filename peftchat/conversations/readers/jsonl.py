@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from peftchat.conversations.problems import Kind, Problem, ProblemLog, RawRecord
-from peftchat.conversations.readers.json_values import broken_packing, not_an_object, read_values
+from peftchat.conversations.readers.json_values import as_fields, broken_packing, not_an_object, read_values
 from peftchat.conversations.readers.opening import BrokenPacking, open_text
 from peftchat.json_text import parse_json
 
@@ -46,7 +46,7 @@ def _is_values(head: bytes) -> bool:
         orjson.loads(first)
     except orjson.JSONDecodeError:
         return True
-    # Complete lists line by line are records of a shape that has no name, not one array.
+    # Complete lists line by line are one conversation each, not one array.
     return not (line_end and rest.strip())
 
 
@@ -72,8 +72,8 @@ def _lines(file: BinaryIO, name: str, max_record_bytes: int, problems: ProblemLo
                 problems.records -= problem.kind == "broken_file"
                 problems.add(problem, line)
                 continue
-            if isinstance(value, dict):
-                yield RawRecord(f"{name}:{number}", value, line)
+            if (fields := as_fields(value)) is not None:
+                yield RawRecord(f"{name}:{number}", fields, line)
             else:
                 problems.add(not_an_object(f"{name}:{number}", value), line)
     except BrokenPacking as error:

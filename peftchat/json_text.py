@@ -78,7 +78,7 @@ def parse_json(text: str | bytes, *, constants: bool = False) -> Any:
         return json.loads(
             text,
             parse_float=Number,
-            parse_int=_integer,
+            parse_int=exact_integer,
             parse_constant=float if constants else _no_constant,
             object_hook=TextObject,
         )
@@ -95,7 +95,8 @@ def holds_floats(value: Any) -> bool:
     return type(value) is float
 
 
-def _integer(spelling: str) -> int | Number:
+def exact_integer(spelling: str) -> int | Number:
+    """Return the integer, or a `Number` where Python would respell it or refuses to convert it."""
     return int(spelling) if len(spelling) <= _SAFE_DIGITS and spelling != "-0" else Number(spelling)
 
 

@@ -23,6 +23,8 @@ def record_line(conversation: Conversation) -> bytes:
         record["tools"] = orjson.Fragment(conversation.tools)
     record["source"] = conversation.source
     record |= {name: value for name, value in conversation.columns.items() if name not in _OWN}
+    if record["source"] == "":  # an empty cell of a table
+        record["source"] = conversation.source
     try:
         return orjson.dumps(record, _other_value, orjson.OPT_APPEND_NEWLINE)
     except TypeError:

@@ -1,5 +1,7 @@
 """Preference pairs: `chosen` and `rejected`. The chosen answer is read, the rejected one is told as not used."""
 
+import re
+
 from peftchat.conversation import Message
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.base import Description, Fields, Notes, optional_text, record_format
@@ -23,7 +25,21 @@ def _parse(fields: Fields, notes: Notes) -> list[Message]:
     else:
         about = [optional_text(fields, name) for name in names.CONTEXT]
         start = [Message("user", "\n\n".join(filter(None, (optional_text(fields, asked), *about))))]
-    return with_chosen(start, fields[names.CHOSEN], notes)
+    chosen = fields[names.CHOSEN]
+    if asked is None and isinstance(chosen, str) and _SPOKEN.match(chosen):
+        return _turns_of_text(chosen)
+    return with_chosen(start, chosen, notes)
+
+
+# Anthropic's HH-RLHF: the whole conversation as one text.
+_SPOKEN = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
+_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+def _turns_of_text(text: str) -> list[Message]:
+    pieces = _SPEAKER.split(text)[1:]
+    said = zip(pieces[::2], pieces[1::2], strict=True)
+    return [Message("user" if name == "Human" else "assistant", content.strip()) for name, content in said]
 
 
 FORMAT = record_format(

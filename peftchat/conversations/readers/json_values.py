@@ -13,7 +13,7 @@ from typing import Any
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, RecordError
 from peftchat.conversations.readers.opening import BrokenPacking, open_text
 from peftchat.errors import UserError
-from peftchat.json_text import parse_json, write_json
+from peftchat.json_text import Number, exact_integer, parse_json, write_json
 
 _PIECE = 2**20
 _BLANK = " \t\r\n"
@@ -22,7 +22,15 @@ _KEPT_OF_LONG_ELEMENT = 4096
 _KEY_OF_LIST = re.compile(r'\{\s*"([^"\\]{1,80})"\s*:\s*\[\s*\{')
 _KEYS_OF_PARTS = {"role", "from", "content", "value", "text", "type", "function", "name", "speaker", "author"}
 """Fields of a turn, a tool or a call: a list of objects with one of them is part of a record."""
-_SCAN = json.JSONDecoder().raw_decode
+
+
+def _finite(spelling: str) -> float:
+    value = float(spelling)
+    return value if math.isfinite(value) else Number(spelling)
+
+
+_SCAN = json.JSONDecoder(parse_float=_finite).raw_decode
+_SCAN_LONG_NUMBERS = json.JSONDecoder(parse_float=Number, parse_int=exact_integer).raw_decode
 
 
 class _Text:
@@ -315,7 +323,7 @@ def _element(text: _Text, limit: int) -> tuple[Any, str]:
     """The value at the text's position and the text it was read from; the text moves behind it."""
     while True:
         try:
-            value, end = _SCAN(text.window, text.position)
+            value, end = _scan(text)
         except RecursionError:
             raise RecordError("nested_too_deep", "the JSON is nested too deep") from None
         except json.JSONDecodeError as error:
@@ -328,13 +336,19 @@ def _element(text: _Text, limit: int) -> tuple[Any, str]:
             if len(text.window) - text.position > limit:
                 raise RecordError("record_too_long", _too_long("", limit).detail) from None
             text.extend()
-        except ValueError as error:
-            # A number of more than 4,300 digits.
-            raise RecordError("not_json", f"not JSON: {error}") from None
         else:
             raw = text.window[text.position : end]
             text.position = end
             return value, raw
+
+
+def _scan(text: _Text) -> tuple[Any, int]:
+    try:
+        return _SCAN(text.window, text.position)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python converts no integer of more than 4,300 digits
+        return _SCAN_LONG_NUMBERS(text.window, text.position)
 
 
 def _too_long(where: str, limit: int) -> Problem:

@@ -18,6 +18,7 @@ from peftchat.conversations.readers.json_values import (
     without_constants,
 )
 from peftchat.conversations.readers.opening import BrokenPacking, open_text
+from peftchat.json_text import parse_json
 
 _BOM = b"\xef\xbb\xbf"
 _KEPT_OF_LONG_LINE = 4096
@@ -99,9 +100,15 @@ def _parsed(line: bytes, problems: ProblemLog) -> Any:
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
+        try:
+            # Numbers beyond those of a double are JSON all the same: https://github.com/ijl/orjson#types
+            if "number" in str(error):
+                return parse_json(line.decode())
+        except ValueError:
+            raise error from None
         fields = without_constants(line.decode(errors="replace"), problems) if is_with_constants(line) else None
         if fields is None:
-            raise error from None
+            raise
         return fields
 
 

@@ -242,6 +242,7 @@ def turns_of_text(text: str) -> list[Message] | None:
 
 _LISTED = re.compile(r'\s*[\[{"]')
 _MOST_OFTEN_ENCODED = 2
+_OBJECTS = {dict}
 
 
 def turn_list(fields: Fields, name: str) -> list[Fields]:
@@ -251,6 +252,8 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
         RecordError: it is not.
     """
     turns = fields.get(name)
+    if type(turns) is list and {*map(type, turns)} == _OBJECTS:
+        return turns
     for _ in range(_MOST_OFTEN_ENCODED):
         if not isinstance(turns, str) or not _LISTED.match(turns):
             break

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from peftchat.conversation import Role
 from peftchat.errors import UserError
 
 MAX_RECORD_BYTES = 16 * 2**20
@@ -51,7 +52,7 @@ class ReadOptions:
     oasst_top_k: int | None = None
     consecutive: str = "error"
     columns: Mapping[str, str] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, Role] = field(default_factory=dict)
     max_record_bytes: int = MAX_RECORD_BYTES
 
 

@@ -3,6 +3,7 @@
 import codecs
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, RecordError
 from peftchat.conversations.readers.opening import BrokenPacking, open_text
 from peftchat.errors import UserError
+from peftchat.json_text import Number, exact_integer
 
 _PIECE = 2**20
 _BLANK = " \t\r\n"
@@ -19,7 +21,15 @@ _KEPT_OF_LONG_ELEMENT = 4096
 _KEY_OF_LIST = re.compile(r'\{\s*"([^"\\]{1,80})"\s*:\s*\[\s*\{')
 _KEYS_OF_PARTS = {"role", "from", "content", "value", "text", "type", "function", "name", "speaker", "author"}
 """Fields of a turn, a tool or a call: a list of objects with one of them is part of a record."""
-_SCAN = json.JSONDecoder().raw_decode
+
+
+def _finite(spelling: str) -> float:
+    value = float(spelling)
+    return value if math.isfinite(value) else Number(spelling)
+
+
+_SCAN = json.JSONDecoder(parse_float=_finite).raw_decode
+_SCAN_LONG_NUMBERS = json.JSONDecoder(parse_float=Number, parse_int=exact_integer).raw_decode
 
 
 class _Text:
@@ -145,8 +155,8 @@ class _Elements:
             if len(raw) > self._limit:
                 start = raw[:_KEPT_OF_LONG_ELEMENT].encode(errors="replace")
                 self._problems.add(_too_long(self.where, self._limit), start)
-            elif isinstance(value, dict):
-                yield RawRecord(self.where, value, raw.encode(errors="surrogateescape"))
+            elif (fields := as_fields(value)) is not None:
+                yield RawRecord(self.where, fields, raw.encode(errors="surrogateescape"))
             else:
                 self._problems.add(not_an_object(self.where, value), raw.encode(errors="replace"))
             if in_array and text.next_character() == ",":
@@ -187,9 +197,20 @@ def broken_packing(where: str, error: Exception) -> Problem:
     return Problem(where, "broken_file", detail)
 
 
+def as_fields(value: object) -> dict[str, Any] | None:
+    """The fields of a record: of an object, or of a list of turns, which is a conversation without a name."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return {"messages": value}
+    return None
+
+
 def not_an_object(where: str, value: object) -> Problem:
     """The problem of a record that is a JSON list, text or number."""
-    return Problem(where, "not_an_object", f"a record must be a JSON object, this is a {type(value).__name__}")
+    names = {type(None): "null", bool: "true or false", str: "text", list: "a list of something else"}
+    found = names.get(type(value), "a number")
+    return Problem(where, "not_an_object", f"a record must be a JSON object or a list of turns, this is {found}")
 
 
 def _check_not_a_container(name: str, value: dict[str, Any]) -> None:
@@ -223,7 +244,7 @@ def _element(text: _Text, limit: int) -> tuple[Any, str]:
     """The value at the text's position and the text it was read from; the text moves behind it."""
     while True:
         try:
-            value, end = _SCAN(text.window, text.position)
+            value, end = _scan(text)
         except RecursionError:
             raise RecordError("nested_too_deep", "the JSON is nested too deep") from None
         except json.JSONDecodeError as error:
@@ -236,13 +257,19 @@ def _element(text: _Text, limit: int) -> tuple[Any, str]:
             if len(text.window) - text.position > limit:
                 raise RecordError("record_too_long", _too_long("", limit).detail) from None
             text.extend()
-        except ValueError as error:
-            # A number of more than 4,300 digits.
-            raise RecordError("not_json", f"not JSON: {error}") from None
         else:
             raw = text.window[text.position : end]
             text.position = end
             return value, raw
+
+
+def _scan(text: _Text) -> tuple[Any, int]:
+    try:
+        return _SCAN(text.window, text.position)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python converts no integer of more than 4,300 digits
+        return _SCAN_LONG_NUMBERS(text.window, text.position)
 
 
 def _too_long(where: str, limit: int) -> Problem:

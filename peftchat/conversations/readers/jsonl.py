@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 
 from peftchat.conversations.problems import Kind, Problem, ProblemLog, RawRecord
-from peftchat.conversations.readers.json_values import broken_packing, not_an_object, read_values
+from peftchat.conversations.readers.json_values import as_fields, broken_packing, not_an_object, read_values
 from peftchat.conversations.readers.opening import BrokenPacking, open_text
+from peftchat.json_text import parse_json
 
 _BOM = b"\xef\xbb\xbf"
 _KEPT_OF_LONG_LINE = 4096
@@ -45,7 +46,7 @@ def _is_values(head: bytes) -> bool:
         orjson.loads(first)
     except orjson.JSONDecodeError:
         return True
-    # Complete lists line by line are records of a shape that has no name, not one array.
+    # Complete lists line by line are one conversation each, not one array.
     return not (line_end and rest.strip())
 
 
@@ -65,18 +66,31 @@ def _lines(file: BinaryIO, name: str, max_record_bytes: int, problems: ProblemLo
                 continue
             problems.records += 1
             try:
-                value = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
+                value = _parse(line)
+            except ValueError as error:
                 problem = explain_json_error(f"{name}:{number}", line, error)
                 problems.records -= problem.kind == "broken_file"
                 problems.add(problem, line)
                 continue
-            if isinstance(value, dict):
-                yield RawRecord(f"{name}:{number}", value, line)
+            if (fields := as_fields(value)) is not None:
+                yield RawRecord(f"{name}:{number}", fields, line)
             else:
                 problems.add(not_an_object(f"{name}:{number}", value), line)
     except BrokenPacking as error:
         problems.add(broken_packing(f"{name}:{number + 1}", error))
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        # Numbers beyond those of a double are JSON all the same: https://github.com/ijl/orjson#types
+        if "number" not in str(error):
+            raise
+        try:
+            return parse_json(line.decode())
+        except ValueError:
+            raise error from None
 
 
 def explain_json_error(where: str, line: bytes, error: ValueError) -> Problem:

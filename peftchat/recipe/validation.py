@@ -208,10 +208,11 @@ def _best_evaluation(recipe: Recipe) -> Iterator[Conflict]:
         elif is_chosen:
             why = "there is nothing to evaluate on: give `data.eval` or `data.eval_fraction`"
             yield Conflict(keys, ("data", "eval_fraction"), why, others=(("data", "eval"),))
-    if training.early_stopping_patience is None:
+    if training.early_stopping_patience is None and training.early_stopping_threshold:
         why = "`early_stopping_patience` is not set"
         yield Conflict(("training", "early_stopping_threshold"), ("training", "early_stopping_patience"), why)
-    if not compares or not any(is_chosen for _, is_chosen in chosen):
+    is_used = compares and any(is_chosen for _, is_chosen in chosen)
+    if not is_used and training.metric_for_best_model != "eval_loss":
         why = "neither `load_best_model_at_end` nor `early_stopping_patience` is set"
         yield Conflict(("training", "metric_for_best_model"), ("training", "load_best_model_at_end"), why)
 

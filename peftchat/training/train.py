@@ -18,7 +18,7 @@ from peftchat.models.source import ModelSource
 from peftchat.runs.claim import claimed
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
-from peftchat.training.best_checkpoint import load_best
+from peftchat.training.best_checkpoint import best_callbacks, load_best
 from peftchat.training.context import TrainContext, TrainOptions, open_context
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
@@ -119,6 +119,8 @@ def fit(
     callback = _StartCallback(start, check_claim, stopping.signals)
     # The other callbacks write into the run folder when training begins, so it has to be claimed first.
     trainer.callback_handler.callbacks.insert(0, callback)
+    for one in best_callbacks(context):
+        trainer.add_callback(one)
     progress = ProgressCallback()
     trainer.add_callback(progress)
     trainer.add_callback(stopping)

@@ -23,7 +23,6 @@ from peftchat.models.saving import load_adapter_state, save_model_files
 from peftchat.models.source import ModelSource
 from peftchat.recipe import training_arguments
 from peftchat.runs.checkpoint import Checkpoint, keep_newest
-from peftchat.training.best_checkpoint import best_callbacks
 from peftchat.training.context import TrainContext
 from peftchat.training.distributed import deepspeed_config
 from peftchat.training.learning_rate import ContinuedScheduleCallback, begin_above_zero
@@ -107,8 +106,6 @@ def build_trainer(context: TrainContext, model: TrainableModel, config: "SFTConf
     trainer = ChatTrainer(context, model, config, layout)
     if has_budget(context.recipe.training):
         trainer.add_callback(BudgetCallback(trainer.gather_token_counts, context.recipe.training))
-    for callback in best_callbacks(context):
-        trainer.add_callback(callback)
     if context.checkpoint is not None:
         # Behind the budget, which sets the learning rate of a step too.
         trainer.add_callback(ContinuedScheduleCallback(context.checkpoint, context.notes.tell))

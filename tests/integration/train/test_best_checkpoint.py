@@ -165,7 +165,7 @@ def test_the_highest_accuracy_may_decide(tmp_path: Path, data: tuple[Path, Path]
         ),
         ({"early_stopping_threshold": 0.1}, "`early_stopping_patience` is not set"),
         ({"metric_for_best_model": "eval_accuracy"}, "neither `load_best_model_at_end` nor `early_stopping_patience`"),
-        ({**BEST, "metric_for_best_model": "rouge"}, "`eval_loss`, `eval_accuracy`, got the text `rouge`"),
+        ({**BEST, "metric_for_best_model": "bleu"}, "`eval_loss`, `eval_accuracy`, got the text `bleu`"),
         ({**BEST, "early_stopping_patience": 0}, "early_stopping_patience"),
         ({**BEST, "greater_is_better": False}, "It follows from `metric_for_best_model`"),
     ],

@@ -8,7 +8,7 @@ from peftchat.conversations.formats import names
 from peftchat.conversations.formats.calls import read_tools
 from peftchat.conversations.formats.fields import Fields, Notes, type_name
 from peftchat.conversations.formats.parts import text_of_parts
-from peftchat.conversations.formats.turns import parse_flag, parse_turns, turn_list
+from peftchat.conversations.formats.turns import parse_flag, parse_turns, turn_list, turns_of_text
 from peftchat.conversations.problems import RecordError
 
 _COMMON = frozenset(
@@ -162,7 +162,9 @@ def with_chosen(turns: Sequence[Message], chosen: object, notes: Notes) -> list[
         RecordError: it is something else.
     """
     if isinstance(chosen, str) and not chosen.lstrip().startswith("[{"):
-        answer = [Message("assistant", chosen)]
+        answer = turns_of_text(chosen) or [Message("assistant", chosen)]
+        if len(answer) == 1 and not turns:
+            raise RecordError("missing_field", "'chosen' is an answer without a question: there is no 'prompt'")
     else:
         listed = [chosen] if isinstance(chosen, dict) else chosen
         answer = parse_turns(turn_list({names.CHOSEN: listed}, names.CHOSEN), notes)

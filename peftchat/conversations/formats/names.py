@@ -88,4 +88,4 @@ ANSWERED = ("completion", "response", "output", "answer", "solution", "assistant
 
 def normalize_role(name: str) -> str:
     """Return a role's name as `ROLES` has it."""
-    return name.strip().lower().replace("-", "_").replace(" ", "_")
+    return name.strip().removesuffix(":").lower().replace("-", "_").replace(" ", "_")

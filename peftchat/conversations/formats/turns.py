@@ -119,7 +119,7 @@ def parse_role(turn: Fields, number: int, notes: Notes) -> tuple[Role, bool]:
     if role is None:
         known = ", ".join(dict.fromkeys([*notes.roles, *names.ROLES]))
         detail = f"unknown role {reprlib.repr(speaker)} (turn {number}); known: {known}"
-        raise RecordError("unknown_role", f"{detail}. Others: data.train[].roles")
+        raise RecordError("unknown_role", f"{detail}. Others: data.train[].roles, or --roles")
     for name in names.ROLE:
         if name != spelled and name in turn:
             _check_second_role(turn, name, role, number, notes)
@@ -224,7 +224,25 @@ def parse_flag(fields: Fields, where: str) -> bool | None:
     return found
 
 
-_LISTED = re.compile(r"\s*[\[{]")
+_HH_MARK = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+
+
+def turns_of_text(text: str) -> list[Message] | None:
+    """The turns of `Human: …`, blank line, `Assistant: …`: Anthropic's preference sets; None for any other text.
+
+    A text that ends with `Assistant:` is a prompt, so that its last turn is the user's.
+    """
+    start, *pieces = _HH_MARK.split(f"\n\n{text.lstrip()}")
+    if start or len(pieces) < 4 or pieces[0] != "Human":
+        return None
+    turns = [Message(_HH_ROLES[name], said.strip()) for name, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    return turns if turns[-1].content else turns[:-1]
+
+
+_LISTED = re.compile(r'\s*[\[{"]')
+_MOST_OFTEN_ENCODED = 2
+_OBJECTS = {dict}
 
 
 def turn_list(fields: Fields, name: str) -> list[Fields]:
@@ -234,7 +252,11 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
         RecordError: it is not.
     """
     turns = fields.get(name)
-    if isinstance(turns, str) and _LISTED.match(turns):
+    if type(turns) is list and {*map(type, turns)} == _OBJECTS:
+        return turns
+    for _ in range(_MOST_OFTEN_ENCODED):
+        if not isinstance(turns, str) or not _LISTED.match(turns):
+            break
         try:
             turns = parse_text(turns)
         except ValueError:

@@ -7,6 +7,12 @@ _SAFE_DIGITS = 4000
 # Python refuses to convert longer integers.
 
 
+class TextObject(dict[str, Any]):
+    """An object out of JSON text: its nulls are its own, and not the filling of a table."""
+
+    __slots__ = ()
+
+
 class Number(float):
     """A number that remembers its spelling: `1.50`, `1E5`, or an integer of any length."""
 
@@ -58,14 +64,24 @@ def write_json(value: Any) -> str:
         raise ValueError("the JSON is nested too deep") from None
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text; each number that Python would respell is a `Number`.
+def parse_json(text: str | bytes, *, constants: bool = False) -> Any:
+    """Return the value of a JSON text; each number that Python would respell is a `Number`, objects are `TextObject`.
+
+    Args:
+        text: of one value.
+        constants: also read `NaN` and `Infinity`, which are no JSON, as floats.
 
     Raises:
         ValueError: the text is not JSON, or is nested too deep.
     """
     try:
-        return json.loads(text, parse_float=Number, parse_int=_integer, parse_constant=_no_constant)
+        return json.loads(
+            text,
+            parse_float=Number,
+            parse_int=exact_integer,
+            parse_constant=float if constants else _no_constant,
+            object_hook=TextObject,
+        )
     except RecursionError:
         raise ValueError("the JSON is nested too deep") from None
 
@@ -79,7 +95,8 @@ def holds_floats(value: Any) -> bool:
     return type(value) is float
 
 
-def _integer(spelling: str) -> int | Number:
+def exact_integer(spelling: str) -> int | Number:
+    """Return the integer, or a `Number` where Python would respell it or refuses to convert it."""
     return int(spelling) if len(spelling) <= _SAFE_DIGITS and spelling != "-0" else Number(spelling)
 
 

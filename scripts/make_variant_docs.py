@@ -166,7 +166,7 @@ def _stock_loss(run: Path, base: Path, recipe: Any) -> float:
     from peftchat.dataset.collator import ChatCollator
 
     examples = load_splits(recipe, chat)["eval"].store
-    collator = ChatCollator(examples, loss_on=recipe.chat.loss_on, layout="padded", pad_token_id=0)
+    collator = ChatCollator(examples, loss_on=recipe.chat.loss_policy, layout="padded", pad_token_id=0)
     total, count = 0.0, 0
     for example in examples:
         batch = collator.collate([[example]])

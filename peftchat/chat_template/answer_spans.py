@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftchat.chat_template.answer_rendering import RenderedAnswer, TemplateMessage, TemplateRenderer
 from peftchat.chat_template.loss_mask import TurnPart, token_tag
+from peftchat.chat_template.message_text import content_parts
 from peftchat.chat_template.templates import TemplateSpan
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 
 _REASONING_END = re.compile(r"</[\w:]*think\w*>|\[/THINK\]")
 
+_OPENED = re.compile(r"(?:<[\w:]*think\w*>|\[THINK\])\s*\Z")
+_EMPTY_REASONING = re.compile(
+    r"\s*(?:(?:<(?P<tag>[\w:]*think\w*)>)?\s*</[\w:]*think\w*>"
+    r"|<\|START_THINKING\|>\s*<\|END_THINKING\|>"
+    r"|\[THINK\]\s*\[/THINK\]"
+    r"|<\|channel>thought\s*<channel\|>)\s*"
+)
 
 _LONGEST = 64
 """Characters of the longest special token."""
@@ -65,36 +73,65 @@ class ExampleBuilder:
 
     def _answer(self, answer: RenderedAnswer) -> Iterator[TemplateSpan]:
         """Yield an answer: what precedes its content, the content, its calls and the token that ends it."""
-        message, text = self.messages[answer.index], answer.text
-        content = str(message.get("content") or "").strip()
-        special = self.renderer.special
-        start = _find_outside(special, text, content, backwards=True) if content else -1
-        calls = message.get("tool_calls")
-        ends = list(self.renderer.special.finditer(text))
-        end = len(text)
-        for match in reversed(ends):
-            if match.end() != end:
-                break
-            end = match.start()
-        if start < 0:
-            # The content is empty, or the template takes it apart.
-            start = stop = 0 if not calls else min(len(_before_calls(text, calls)), end)
-            if not calls:
-                stop = end
-        else:
-            stop = min(start + len(content), end)
-        lead = TurnPart.REASONING if message.get("reasoning_content") else TurnPart.PREAMBLE
-        pieces = (
-            (text[:start], lead),
-            (text[start:stop], TurnPart.CONTENT),
-            (text[stop:end], TurnPart.TOOL_CALL if calls else TurnPart.END),
-            (text[end:], TurnPart.END),
-        )
         opens = True
-        for piece, part in pieces:
+        for piece, part in self._answer_parts(answer):
             for span in self._template_text(piece, self._tag(part, answer.index)):
                 yield TemplateSpan(span.text, span.tag, span.special, opens)
                 opens = False
+
+    def _answer_parts(self, answer: RenderedAnswer) -> Iterator[tuple[str, TurnPart]]:
+        """Yield an answer's text in pieces, each with the part of the turn that it is."""
+        message, text = self.messages[answer.index], answer.text
+        end = self._end_of_text(text)
+        reasoned = self._end_of_reasoning(answer, end)
+        content = str(message.get("content") or "").strip()
+        start = _find_outside(self.renderer.special, text, content, reasoned, backwards=True) if content else -1
+        calls = message.get("tool_calls")
+        if start >= 0:
+            stop = min(start + len(content), end)
+        elif calls:
+            start = stop = min(max(len(_before_calls(text, calls)), reasoned), end)
+        else:
+            # Without a content nothing but reasoning precedes the end; or the template takes the content apart.
+            start, stop = (reasoned, end) if content else (end, end)
+        yield text[:reasoned], TurnPart.REASONING
+        yield from _preamble(text[reasoned:start])
+        yield from content_parts(text[start:stop])
+        yield text[stop:end], TurnPart.TOOL_CALL if calls else TurnPart.END
+        yield text[end:], TurnPart.END
+
+    def _end_of_text(self, text: str) -> int:
+        """Return where the special tokens at the end of a text begin."""
+        end = len(text)
+        for match in reversed(list(self.renderer.special.finditer(text))):
+            if match.end() != end:
+                break
+            end = match.start()
+        return end
+
+    def _end_of_reasoning(self, answer: RenderedAnswer, end: int) -> int:
+        """Return where an answer's reasoning ends, with the mark behind it; 0 for an answer without.
+
+        Args:
+            answer: the answer.
+            end: where the tokens that end the turn begin.
+        """
+        message, text = self.messages[answer.index], answer.text
+        reasoning = str(message.get("reasoning_content") or "").strip()
+        special = self.renderer.special
+        if reasoning:
+            start = _find_outside(special, text, reasoning)
+            if start >= 0:
+                behind = start + len(reasoning)
+                mark = re.compile(rf"\s*(?:{_REASONING_END.pattern}|{special.pattern})\s*|\s*").match(text, behind, end)
+                return behind if mark is None else mark.end()
+        # The prompt may open a reasoning that the content, or the template, only closes.
+        opened = _OPENED.search(answer.prompt[len(answer.prompt) - answer.opening :])
+        if reasoning or opened:
+            close = _REASONING_END.search(text, 0, end)
+            if close is not None and (reasoning or text[: close.start()].strip()):
+                return close.end() + len(text[close.end() : end]) - len(text[close.end() : end].lstrip())
+        return 0
 
     def _context(self, text: str, indices: range, *, repeated: bool) -> Iterator[TemplateSpan]:
         """Yield text before an answer, tagged by the messages whose contents stand in it."""
@@ -144,6 +181,17 @@ class ExampleBuilder:
             if part:
                 special = number % 2 == 1
                 yield TemplateSpan(part if special else self.renderer.restore(part), tag, special)
+
+
+def _preamble(text: str) -> Iterator[tuple[str, TurnPart]]:
+    """Yield the text between prompt and content in pieces: an empty reasoning, and other text of the template."""
+    empty = _EMPTY_REASONING.search(text)
+    if empty is None:
+        yield text, TurnPart.PREAMBLE
+        return
+    yield text[: empty.start()], TurnPart.PREAMBLE
+    yield empty.group(), TurnPart.EMPTY_REASONING
+    yield text[empty.end() :], TurnPart.PREAMBLE
 
 
 def _find_content(special: re.Pattern[str], message: TemplateMessage, text: str, at: int) -> range | None:

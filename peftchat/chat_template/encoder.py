@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from peftchat.chat_template.examples import EncodedExample, ExampleBatch, TokenIds, TokenTags
-from peftchat.chat_template.loss_mask import TurnPart, part_of, precedence, token_tag
-from peftchat.chat_template.message_text import message_text
+from peftchat.chat_template.loss_mask import TurnPart, is_context, is_last_answer, part_of, precedence, token_tag
+from peftchat.chat_template.message_text import TextParts, message_text
 from peftchat.chat_template.templates import ChatTemplate, TemplateSpan
 from peftchat.chat_template.text_encoder import TextEncoder
 from peftchat.conversation import Conversation, Role
@@ -102,20 +102,24 @@ class BlockEncoder:
         sources: list[str] = []
         messages: list[str] = []
         message_ends: list[int] = []
+        divided: dict[int, TextParts] = {}
         for conversation in conversations:
             messages += _texts(conversation)
             message_ends.append(len(messages))
             if self._bos is not None:
                 frames.append(self._bos)
                 contents.append("")
-            for role, content, last_answer, context in self._template.turns(conversation):
+            for role, content, last_answer, context, parts in self._template.turns(conversation):
+                if parts:
+                    divided[len(frames)] = parts
                 frames.append(self._frames[role, last_answer, context])
                 contents.append(content)
             turn_ends.append(len(frames))
             sources.append(conversation.source)
         encoded = self._text.encode([frame.header_text + text for frame, text in zip(frames, contents, strict=True)])
         straddled = self._straddled(frames, contents, encoded)
-        ids, tags, starts = _concatenate(frames, encoded, self._tag_straddled(frames, contents, straddled))
+        tags_by_turn = self._tag_straddled(frames, contents, straddled) | self._tag_parts(frames, encoded, divided)
+        ids, tags, starts = _concatenate(frames, encoded, tags_by_turn)
         totals = np.cumsum([0, *self._text.count_special_token_text(messages)])
         special_token_text = np.diff(totals[[0, *message_ends]]).astype(np.int32)
         return ExampleBatch(ids, tags, starts[[0, *turn_ends]], sources, special_token_text)
@@ -147,6 +151,26 @@ class BlockEncoder:
             span_tags = frames[index].tags[1:3]
             shared = min(span_tags, key=precedence)
             tags[index] = bytes(span_tags[first] if first == last else shared for first, last in tokens.spans)
+        return tags
+
+    def _tag_parts(
+        self, frames: Sequence[_TurnFrame], encoded: Sequence[list[int]], divided: Mapping[int, TextParts]
+    ) -> dict[int, bytes]:
+        """Return, for each answer with several parts, the tags of the ids of its header's text and its parts."""
+        pieces = [tuple(text for text, _ in parts) for parts in divided.values()]
+        inner = self._text.encode_spans([(frames[i].header_text, *p) for i, p in zip(divided, pieces, strict=True)])
+        tags: dict[int, bytes] = {}
+        for (index, parts), own, tokens in zip(divided.items(), pieces, inner, strict=True):
+            frame = frames[index]
+            last, context = is_last_answer(frame.tags[1]), is_context(frame.tags[1])
+            span_tags = [token_tag(part, frame.role, last_answer=last, context=context) for _, part in parts]
+            if tokens.ids == encoded[index]:
+                tags[index] = bytes(_tag_of([frame.tags[1], *span_tags], *covered) for covered in tokens.spans)
+                continue
+            # A token would span header and answer, so that the answer was encoded apart.
+            (behind,) = self._text.encode_spans_behind([own])
+            own_tags = bytes(_tag_of(span_tags, *covered) for covered in behind.spans)
+            tags[index] = frame.tags[1:2] * len(frame.header_ids) + own_tags
         return tags
 
 
@@ -427,7 +451,8 @@ class ChatEncoder:
 
 
 def _is_content(tag: int) -> bool:
-    return part_of(tag) == TurnPart.CONTENT
+    """Return whether text with this tag comes from a message. Of that there is too much to keep the ids."""
+    return part_of(tag) in (TurnPart.CONTENT, TurnPart.REASONING, TurnPart.TOOL_CALL)
 
 
 def _tag_of(tags: Sequence[int], first: int, last: int) -> int:

@@ -4,11 +4,12 @@ Encoding writes one tag per token beside the ids, message by message. A tag is o
 the role, whether the turn is the last answer, and whether its record says that it must not be trained. The finished
 sequence is never searched for answers or end tokens.
 
-Tags are turned into a mask late, when a batch is built. `chat.loss_on` is then a table of 256 booleans, and the labels
-are one look-up. So one encoded and cached dataset serves every value of `chat.loss_on`, and reports can count tokens by
-role and part. Importing this loads no library.
+Tags are turned into a mask late, when a batch is built. The recipe's `LossPolicy` is then a table of 256 booleans, and
+the labels are one look-up. So one encoded and cached dataset serves every policy, and reports can count tokens by role
+and part. Importing this loads no library.
 """
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +28,37 @@ LossOn = Literal["answers", "answers_and_headers", "last_answer", "everything"]
 """The values of `chat.loss_on`."""
 
 
+@dataclass(frozen=True, slots=True)
+class LossPolicy:
+    """What a recipe trains: the turns that `loss_on` selects, less the kinds of text that the other keys leave out.
+
+    Attributes:
+        loss_on: `chat.loss_on`.
+        train_reasoning: `chat.train_reasoning`.
+        train_tool_calls: `chat.train_tool_calls`.
+        train_empty_reasoning: `chat.train_empty_reasoning`.
+    """
+
+    loss_on: LossOn = "answers"
+    train_reasoning: bool = True
+    train_tool_calls: bool = True
+    train_empty_reasoning: bool = True
+
+    def __str__(self) -> str:
+        keys = ("train_reasoning", "train_tool_calls", "train_empty_reasoning")
+        return ", ".join([self.loss_on, *(f"{key}: false" for key in keys if not getattr(self, key))])
+
+    @property
+    def untrained_parts(self) -> frozenset["TurnPart"]:
+        """The parts of turns that are context under every `loss_on`."""
+        kinds = (
+            (TurnPart.REASONING, self.train_reasoning),
+            (TurnPart.TOOL_CALL, self.train_tool_calls),
+            (TurnPart.EMPTY_REASONING, self.train_empty_reasoning),
+        )
+        return frozenset(part for part, trained in kinds if not trained)
+
+
 class TurnPart(IntEnum):
     """The part of a turn that a token belongs to."""
 
@@ -37,20 +69,24 @@ class TurnPart(IntEnum):
     TRAILER = 4  # the text behind the end token within the turn: usually one newline
     REASONING = 5  # of an answer: its reasoning, with the template's text around it
     TOOL_CALL = 6  # of an answer: its calls, with the template's text around them
-    PREAMBLE = 7  # text of the template that the model must write before the content, such as an empty reasoning
+    PREAMBLE = 7  # text of the template that the model must write before the content, such as the name of a channel
+    EMPTY_REASONING = 8  # of an answer without reasoning: the template's marks around nothing
 
 
 # A token that spans two parts gets the one that comes first here: what the model must write takes precedence.
 _PRECEDENCE = (
-    TurnPart.CONTENT, TurnPart.TOOL_CALL, TurnPart.REASONING, TurnPart.PREAMBLE,
+    TurnPart.CONTENT, TurnPart.TOOL_CALL, TurnPart.REASONING, TurnPart.PREAMBLE, TurnPart.EMPTY_REASONING,
     TurnPart.END, TurnPart.HEADER, TurnPart.TRAILER, TurnPart.OUTSIDE,
 )  # fmt: skip
 
-_ANSWER_PARTS = (TurnPart.CONTENT, TurnPart.END, TurnPart.REASONING, TurnPart.TOOL_CALL, TurnPart.PREAMBLE)
+ANSWER_PARTS = (
+    TurnPart.EMPTY_REASONING, TurnPart.REASONING, TurnPart.PREAMBLE,
+    TurnPart.CONTENT, TurnPart.TOOL_CALL, TurnPart.END,
+)  # fmt: skip
+"""The parts of an answer that a model must write."""
 
-_PART_MASK = 0b111
-_ROLE_SHIFT = 3
-_ROLE_MASK = 0b111
+_PARTS = len(TurnPart)
+_PLACE_MASK = 0b111111  # the number of the role times `_PARTS`, plus the part: below 45
 _LAST_ANSWER = 1 << 6
 _CONTEXT = 1 << 7
 
@@ -66,12 +102,12 @@ def token_tag(part: TurnPart, role: Role | None = None, *, last_answer: bool = F
     """
     role_number = 0 if role is None else ROLES.index(role) + 1
     flags = (_LAST_ANSWER if last_answer else 0) | (_CONTEXT if context else 0)
-    return int(part) | role_number << _ROLE_SHIFT | flags
+    return role_number * _PARTS + int(part) | flags
 
 
 def part_of(tag: int) -> TurnPart:
     """Return the part of the turn that a tag holds."""
-    return TurnPart(tag & _PART_MASK)
+    return TurnPart((tag & _PLACE_MASK) % _PARTS)
 
 
 def precedence(tag: int) -> int:
@@ -81,8 +117,8 @@ def precedence(tag: int) -> int:
 
 def role_of(tag: int) -> Role | None:
     """Return the role that a tag holds, None outside the turns."""
-    number = (tag >> _ROLE_SHIFT) & _ROLE_MASK
-    return ROLES[number - 1] if number else None
+    number = (tag & _PLACE_MASK) // _PARTS
+    return ROLES[number - 1] if 0 < number <= len(ROLES) else None
 
 
 def is_context(tag: int) -> bool:
@@ -90,25 +126,33 @@ def is_context(tag: int) -> bool:
     return bool(tag & _CONTEXT)
 
 
-def _is_trained(loss_on: LossOn, tag: int) -> bool:
-    if is_context(tag):
-        return False
-    if loss_on == "everything":
-        return True
-    role_number = (tag >> _ROLE_SHIFT) & _ROLE_MASK
-    if role_number != ROLES.index("assistant") + 1:
-        return False
-    if loss_on == "answers_and_headers":
-        return True
-    in_answer = tag & _PART_MASK in _ANSWER_PARTS
-    return in_answer and (loss_on == "answers" or bool(tag & _LAST_ANSWER))
+def is_last_answer(tag: int) -> bool:
+    """Return whether the turn is the last answer."""
+    return bool(tag & _LAST_ANSWER)
 
 
-def loss_mask_table(loss_on: LossOn) -> "npt.NDArray[np.bool_]":
-    """Return for each of the 256 tags whether `loss_on` trains it: bool, shape (256,)."""
+def _is_trained(policy: LossPolicy, tag: int) -> bool:
+    if is_context(tag) or part_of(tag) in policy.untrained_parts:
+        return False
+    if policy.loss_on == "everything":
+        return True
+    if role_of(tag) != "assistant":
+        return False
+    if policy.loss_on == "answers_and_headers":
+        return True
+    return part_of(tag) in ANSWER_PARTS and (policy.loss_on == "answers" or bool(tag & _LAST_ANSWER))
+
+
+def loss_mask_table(policy: LossPolicy | LossOn) -> "npt.NDArray[np.bool_]":
+    """Return for each of the 256 tags whether the policy trains it: bool, shape (256,).
+
+    Args:
+        policy: the policy, or a `loss_on` with the defaults of the other keys.
+    """
     import numpy as np
 
-    return np.array([_is_trained(loss_on, tag) for tag in range(256)])
+    policy = policy if isinstance(policy, LossPolicy) else LossPolicy(policy)
+    return np.array([_is_trained(policy, tag) for tag in range(256)])
 
 
 def labels_for(ids: "TokenIds", tags: "TokenTags", table: "npt.NDArray[np.bool_]") -> "npt.NDArray[np.int64]":
@@ -117,7 +161,7 @@ def labels_for(ids: "TokenIds", tags: "TokenTags", table: "npt.NDArray[np.bool_]
     Args:
         ids: token ids, int32, shape (T,).
         tags: their tags, uint8, shape (T,).
-        table: `loss_mask_table` of the recipe's `chat.loss_on`, bool, shape (256,).
+        table: `loss_mask_table` of the recipe's policy, bool, shape (256,).
 
     Returns:
         int64, shape (T,).

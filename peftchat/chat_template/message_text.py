@@ -10,8 +10,11 @@ The templates of the registry have one way for each, that of the Hermes and Qwen
 """
 
 import json
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 
+from peftchat.chat_template.loss_mask import TurnPart
 from peftchat.conversation import Conversation, Message, ToolCall, as_tool_schema
 from peftchat.json_text import normalize_json, write_json
 
@@ -26,6 +29,14 @@ _TOOLS_END = (
     "</tool_call>"
 )
 _TOOLS_MARK = "<tools>"
+
+TextParts = tuple[tuple[str, TurnPart], ...]
+"""A text in pieces, each with the part of the turn that it is."""
+
+_REASONING_BLOCK = re.compile(
+    r"\s*(?:<(?P<tag>[\w:]*think\w*)>(?P<text>.*?)</(?P=tag)>|\[THINK\](?P<bracketed>.*?)\[/THINK\])\s*", re.DOTALL
+)
+_CALL_BLOCK = re.compile(r"\s*<tool_call>.*?</tool_call>", re.DOTALL)
 
 
 def write_call(call: ToolCall) -> str:
@@ -48,6 +59,42 @@ def message_text(message: Message) -> str:
     text += message.content
     blocks = "\n".join(map(write_call, message.tool_calls))
     return f"{text}\n{blocks}" if message.content and blocks else text + blocks
+
+
+def message_parts(message: Message) -> TextParts:
+    """Return the text of an answer in pieces: its reasoning, its content and its calls.
+
+    Joined, they are `message_text`. An answer that is nothing but content has at most one piece.
+    """
+    content = message.content
+    if not (message.tool_calls or message.reasoning):
+        return content_parts(content)
+    text = message_text(message)
+    start = len(f"{_THINK_START}{message.reasoning}{_THINK_END}") if message.reasoning else 0
+    stop = start + len(content)
+    parts = [(text[:start], TurnPart.REASONING), *content_parts(content), (text[stop:], TurnPart.TOOL_CALL)]
+    return tuple((piece, part) for piece, part in parts if piece)
+
+
+def content_parts(content: str) -> TextParts:
+    """Return a content in pieces. Many records hold reasoning and calls in the content, in the marks of Hermes."""
+    if "think" not in content and "[THINK]" not in content and "<tool_call>" not in content:
+        return ((content, TurnPart.CONTENT),) if content else ()
+    return tuple((piece, part) for piece, part in _content_parts(content) if piece)
+
+
+def _content_parts(content: str) -> Iterator[tuple[str, TurnPart]]:
+    at = 0
+    block = _REASONING_BLOCK.match(content)
+    if block is not None:
+        empty = not (block["text"] or block["bracketed"] or "").strip()
+        at = block.end()
+        yield content[:at], TurnPart.EMPTY_REASONING if empty else TurnPart.REASONING
+    for call in _CALL_BLOCK.finditer(content, at):
+        yield content[at : call.start()], TurnPart.CONTENT
+        at = call.end()
+        yield call.group(), TurnPart.TOOL_CALL
+    yield content[at:], TurnPart.CONTENT
 
 
 def tools_text(conversation: Conversation) -> str:

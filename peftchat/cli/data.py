@@ -16,11 +16,14 @@ from peftchat.cli.common import (
     note,
     output_option,
 )
+from peftchat.cli.reading_options import HubKeys, reading_options
 from peftchat.output_paths import InputPath
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from peftchat.conversation import Role
+    from peftchat.conversations import ReadOptions
     from peftchat.conversations.dataset_card import Card
     from peftchat.conversations.stats import StatsPart
     from peftchat.conversations.stats.parts import FileTokenCounter
@@ -42,6 +45,7 @@ def _split_languages(context: click.Context, parameter: click.Parameter, value: 
 @output_option("A new folder.", required=True)
 @click.option("--format", "format_name", default="auto", show_default=True, help="Format (`peftchat data formats`).")
 @click.option("--split", help="Split of a folder or hub dataset.  [default: train, where files are named by split]")
+@reading_options
 @click.option("--languages", default="", callback=_split_languages, help="Keep these: en,de.  [default: all]")
 @click.option("--top-k", type=click.IntRange(min=1), help="OpenAssistant: keep only the best K replies per turn.")
 @click.option(
@@ -61,6 +65,11 @@ def prepare(
     output: Path,
     format_name: str,
     split: str | None,
+    subset: str | None,
+    revision: str | None,
+    columns: dict[str, str],
+    roles: "dict[str, Role]",
+    consecutive: str,
     languages: tuple[str, ...],
     top_k: int | None,
     eval_fraction: float,
@@ -85,6 +94,11 @@ def prepare(
     options = PrepareOptions(
         format=format_name,
         split=split,
+        subset=subset,
+        revision=revision,
+        columns=columns,
+        roles=roles,
+        consecutive=consecutive,
         languages=languages,
         oasst_top_k=top_k,
         eval_fraction=eval_fraction,
@@ -133,10 +147,20 @@ def _print_card(card: "Card", folder: Path) -> None:
     metavar="FILE",
     help="Look for this benchmark's questions. Repeatable.",
 )
+@reading_options
 @json_option()
 @click.option("--html", "page", type=PathType("file"), help="Write an HTML page.")
 def stats(
-    sources: tuple[str, ...], tokenizer: str | None, benchmarks: tuple[str, ...], as_json: bool, page: Path | None
+    sources: tuple[str, ...],
+    tokenizer: str | None,
+    benchmarks: tuple[str, ...],
+    subset: str | None,
+    revision: str | None,
+    columns: dict[str, str],
+    roles: "dict[str, Role]",
+    consecutive: str,
+    as_json: bool,
+    page: Path | None,
 ) -> None:
     """Describe conversations: lengths, duplicates, leaks.
 
@@ -148,9 +172,11 @@ def stats(
     peftchat data stats data/train.jsonl data/eval.jsonl --html stats.html
     peftchat data stats recipes/demo_cpu.yaml --benchmark humaneval.jsonl.gz --benchmark arc.jsonl
     """
+    from peftchat.conversations import ReadOptions
     from peftchat.conversations.stats import gather
 
-    parts, inputs, count_tokens = _open_parts(sources, tokenizer)
+    options = ReadOptions(consecutive=consecutive, columns=columns, roles=roles)
+    parts, inputs, count_tokens = _open_parts(sources, tokenizer, options, HubKeys(subset, revision))
     if page is not None:
         from peftchat.reports.page import check_page
 
@@ -172,7 +198,7 @@ def stats(
 
 
 def _open_parts(
-    sources: "Sequence[str]", tokenizer: str | None
+    sources: "Sequence[str]", tokenizer: str | None, options: "ReadOptions", hub: HubKeys
 ) -> "tuple[list[StatsPart], list[InputPath], FileTokenCounter | None]":
     """Return the parts, what they are read from, and their token counter.
 
@@ -185,11 +211,12 @@ def _open_parts(
     inputs: list[InputPath] = []
     for source in sources:
         if not source.endswith(_RECIPE_SUFFIXES):
-            parts += parts_of_path(source)
+            parts += parts_of_path(source, options, subset=hub.subset, revision=hub.revision)
             inputs.append(InputPath(Path(source), "the data"))
             continue
         from peftchat.recipe import load_recipe
 
+        _check_recipe_decides(source, options, hub)
         loaded = load_recipe(Path(source), to_train=False)
         inputs += loaded.inputs()
         recipe = loaded.recipe
@@ -197,6 +224,30 @@ def _open_parts(
         if tokenizer is None and has_tokenizer(recipe.model.name):
             tokenizer = recipe.model.name
     return parts, inputs, None if tokenizer is None else FileTokenCounter(tokenizer)
+
+
+def _check_recipe_decides(recipe: str, options: "ReadOptions", hub: HubKeys) -> None:
+    """Check that no option speaks of data that a recipe describes.
+
+    Raises:
+        UserError: one does.
+    """
+    from peftchat.errors import UserError
+
+    given = {
+        "columns": bool(options.columns),
+        "roles": bool(options.roles),
+        "consecutive": options.consecutive != "error",
+        "subset": hub.subset is not None,
+        "revision": hub.revision is not None,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise UserError(
+                f"`--{name}` speaks of files, and this is a recipe",
+                where=recipe,
+                hint=f"Write `{name}` in the recipe's `data` section, or leave the option out.",
+            )
 
 
 @command.command("from-code", cls=Command, renamed={"--max-rows": "--max-samples"})
@@ -263,26 +314,25 @@ def from_code(
 
 
 @command.command()
+@click.argument("name", required=False)
 @json_option("Print one JSON object: formats and templates by name.")
-def formats(as_json: bool) -> None:
-    """List the data formats and the chat templates.
+def formats(name: str | None, as_json: bool) -> None:
+    """List the data formats, or show the one called NAME.
 
-    The formats are those that `data.train[].format` accepts, with their fields. The templates are those that
-    `chat.template` accepts.
+    Each comes with the fields that it reads, two records as an example, and the names that `columns` can give. The
+    formats are those that `data.train[].format` and `--format` accept. The chat templates that `chat.template` accepts
+    are listed below them.
 
     \b
-    peftchat data formats
+    peftchat data formats sharegpt
     """
     from peftchat.chat_template.templates import template_summaries
-    from peftchat.console import stdout
-    from peftchat.conversations import list_formats
+    from peftchat.cli.data_formats import print_formats
+    from peftchat.conversations.formats import describe_formats
 
-    lists = {"formats": dict(list_formats()), "templates": template_summaries()}
+    described = describe_formats(name)
+    templates = template_summaries() if name is None else {}
     if as_json:
-        echo_json(lists)
-        return
-    for title, entries in lists.items():
-        stdout.print(f"{title.capitalize()}:", style="bold")
-        width = max(map(len, entries))
-        for name, summary in entries.items():
-            stdout.print(f"  {name:{width}}  {summary}", markup=False)
+        echo_json({"formats": described, **({"templates": templates} if name is None else {})})
+    else:
+        print_formats(described, templates)

@@ -29,7 +29,8 @@ from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult, 
 from peftchat.comparing.results import ComparisonResult
 from peftchat.console import stderr
 from peftchat.conversations.dataset_card import SplitCount
-from peftchat.conversations.prepare import ConversationFile, atomic_directory
+from peftchat.conversations.messages_file import ConversationFile
+from peftchat.conversations.prepare import atomic_directory
 from peftchat.conversations.problems import ProblemLog
 from peftchat.dataset.cache import conversations
 from peftchat.errors import UserError

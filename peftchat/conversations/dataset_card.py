@@ -14,6 +14,8 @@ SKIPPED: dict[str, str] = {
     "flagged_not_to_train": "records flagged not to be trained",
     "left_out_by_weight": "conversations left out by the weight of their source",
     "other_language": "conversations in another language",
+    "max_train_samples": "conversations behind `data.max_train_samples`",
+    "max_eval_samples": "conversations behind `data.max_eval_samples`",
     "duplicate": "conversations that were there before, word for word",
 }
 """Rule -> what it leaves out, as card and table say it."""

@@ -11,17 +11,17 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 import orjson
 
-from peftchat.conversation import Conversation, Message, ToolCall
+from peftchat.conversation import Conversation
 from peftchat.conversations.dataset_card import SKIPPED, Card, SplitCount, card_text
+from peftchat.conversations.messages_file import ConversationFile
 from peftchat.conversations.problems import KINDS, Problem, ProblemLog, ReadOptions
 from peftchat.conversations.reading import read_conversations
 from peftchat.conversations.splitting import EvalSplit, SplitCensus, fingerprint
 from peftchat.errors import UserError, VerificationError
-from peftchat.json_text import Number, write_json
 from peftchat.output_paths import InputPath, check_output, free_name
 
 _KEPT_OF_RAW_RECORD = 64 * 1024
@@ -54,84 +54,6 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
         for parent in made:
             with suppress(OSError):  # not empty: it holds the result
                 parent.rmdir()
-
-
-_OWN = ("messages", "tools")
-
-
-def record_line(conversation: Conversation) -> bytes:
-    """A conversation as a line of a file in messages format. Read again, it is the same conversation.
-
-    `source` is where it came from, unless the record has a column of that name.
-    """
-    record: dict[str, Any] = {"messages": [_turn(message) for message in conversation.messages]}
-    if conversation.tools is not None:
-        record["tools"] = orjson.Fragment(conversation.tools)
-    record["source"] = conversation.source
-    record |= {name: value for name, value in conversation.columns.items() if name not in _OWN}
-    try:
-        return orjson.dumps(record, _other_value, orjson.OPT_APPEND_NEWLINE)
-    except TypeError:
-        # An integer of more than 64 bits, which orjson does not write.
-        columns = {name: _fragment(value) for name, value in conversation.columns.items() if name not in _OWN}
-        return orjson.dumps({**record, **columns}, _other_value, orjson.OPT_APPEND_NEWLINE)
-
-
-def _fragment(value: object) -> object:
-    try:
-        return orjson.Fragment(write_json(value))
-    except ValueError:
-        return str(value)
-
-
-def _turn(message: Message) -> dict[str, Any]:
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.is_plain:
-        return turn
-    turn |= {
-        "reasoning_content": message.reasoning,
-        "tool_calls": [_call(call) for call in message.tool_calls] or None,
-        "tool_call_id": message.tool_call_id,
-        "name": message.name,
-        "train": message.train,
-    }
-    return {name: value for name, value in turn.items() if value is not None}
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    function: dict[str, Any] = {"name": call.name}
-    if call.as_text:
-        function["arguments"] = call.arguments
-    elif call.arguments:
-        function["arguments"] = orjson.Fragment(call.arguments)
-    identity = {} if call.id is None else {"id": call.id}
-    return {**identity, "type": "function", "function": function}
-
-
-def _other_value(value: object) -> object:
-    """What orjson writes for a value that it does not know: a number by its spelling, anything else as text."""
-    return orjson.Fragment(value.spelling) if isinstance(value, Number) else str(value)
-
-
-class ConversationFile:
-    """A `.jsonl` file in messages format that counts what it holds."""
-
-    def __init__(self, path: Path, count: SplitCount) -> None:
-        self.count = count
-        self._file = path.open("wb")
-
-    def write(self, conversation: Conversation) -> None:
-        """Append one conversation: its messages, tools and columns, and where it came from."""
-        self._file.write(record_line(conversation))
-        self.count.add(conversation)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
 
 
 class Quarantine:
@@ -214,6 +136,8 @@ class PrepareOptions(ReadOptions):
     Attributes:
         format: input format, or `auto`.
         split: of a folder or hub data set.
+        subset: of a hub data set that has several.
+        revision: branch, tag or commit of a hub data set.
         eval_fraction: share of first user messages whose conversations are held out.
         seed: of that choice.
         strict: end at the first problem.
@@ -223,6 +147,8 @@ class PrepareOptions(ReadOptions):
 
     format: str = "auto"
     split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
     eval_fraction: float = 0.1
     seed: int = 0
     strict: bool = False
@@ -261,10 +187,13 @@ def prepare(
             conversations = _conversations(source, settings, log, card)
             split = _write_splits(_new_only(conversations, draft, log, progress), draft, settings, card)
         card.take(log)
-        if not settings.keep_going:
-            _check_whole(log)
+        bad = draft / "quarantine.jsonl"
+        if log.problems["broken_file"] and not settings.keep_going:
+            raise VerificationError(_broken_files(log) + _kept_beside(bad, folder))
         if not card.train.conversations + card.eval.conversations:
-            raise UserError("no conversation is left", where=source, hint=_why_nothing(card))
+            raise UserError(
+                "no conversation is left", where=source, hint=_why_nothing(card) + _kept_beside(bad, folder)
+            )
         if split is not None:
             _split_again(draft, split, card)
         card.seconds = round(time.monotonic() - started, 3)
@@ -273,14 +202,8 @@ def prepare(
     return card
 
 
-def _check_whole(log: ProblemLog) -> None:
-    """Check that every file was read to its end.
-
-    Raises:
-        VerificationError: one was not.
-    """
-    if not log.problems["broken_file"]:
-        return
+def _broken_files(log: ProblemLog) -> str:
+    """Which files were not read to their end, and what to do."""
     first, *others = log.examples["broken_file"]
     more = log.problems["broken_file"] - 1
     what = first.detail
@@ -288,11 +211,35 @@ def _check_whole(log: ProblemLog) -> None:
         what += f"; {more:,} more file{'s' if more > 1 else ''} cannot be read to the end"
         what += f": {', '.join(other.where for other in others)}"
     hint = "Repair the file or fetch it again, or pass --keep-going to keep what was read."
-    raise VerificationError(f"{first.where}: {what}. Nothing was written. {hint}")
+    return f"{first.where}: {what}. No data was written. {hint}"
+
+
+def _kept_beside(bad: Path, folder: Path) -> str:
+    """Move the bad records beside a folder that will not be there, and say where they are.
+
+    Args:
+        bad: the quarantine in the draft of the folder.
+        folder: the output.
+    """
+    if not bad.exists():
+        return ""
+    kept = folder.with_name(f"{folder.name}-quarantine.jsonl")
+    if os.path.lexists(kept) and not _is_quarantine(kept):
+        kept = free_name(kept.with_suffix(""), "new.jsonl")
+    bad.rename(kept)
+    return f" All bad records are in {kept}."
 
 
 def _conversations(source: str, settings: PrepareOptions, log: ProblemLog, card: Card) -> Iterator[Conversation]:
-    stream = read_conversations(source, format=settings.format, split=settings.split, problems=log, options=settings)
+    stream = read_conversations(
+        source,
+        format=settings.format,
+        split=settings.split,
+        subset=settings.subset,
+        revision=settings.revision,
+        problems=log,
+        options=settings,
+    )
     yield from islice(stream, settings.max_samples)
     card.stopped_early = next(stream, None) is not None
 
@@ -344,8 +291,18 @@ def _reread(path: Path) -> Iterator[Conversation]:
         yield replace(conversation, source=str(columns.get("source", "")), columns=columns)
 
 
+def _is_quarantine(path: Path) -> bool:
+    """Whether a file is what an earlier preparation left here, which may be replaced."""
+    start = b'{"where":'
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
 def _why_nothing(card: Card) -> str:
-    reasons = [f"in {count:,} {KINDS[kind]} (first {card.examples[kind][0]})" for kind, count in card.problems.items()]
+    """What became of the records, with the first example of each kind: its place, the value, what is known."""
+    reasons = [f"{count:,} {KINDS[kind]} ({card.examples[kind][0]})" for kind, count in card.problems.items()]
     reasons += [f"{count:,} {SKIPPED[rule]}" for rule, count in card.skipped.items()]
     return f"Of {card.records:,} records: {'; '.join(reasons) or 'none was left out'}."
 

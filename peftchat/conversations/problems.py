@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from peftchat.conversation import Role
 from peftchat.errors import UserError
 
 MAX_RECORD_BYTES = 16 * 2**20
@@ -51,7 +52,7 @@ class ReadOptions:
     oasst_top_k: int | None = None
     consecutive: str = "error"
     columns: Mapping[str, str] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, Role] = field(default_factory=dict)
     max_record_bytes: int = MAX_RECORD_BYTES
 
 
@@ -77,6 +78,7 @@ Kind = Literal[
     "broken_tree",
     "unknown_flag",
     "two_system_messages",
+    "repeated_key",
 ]
 
 KINDS: dict[Kind, str] = {
@@ -100,6 +102,7 @@ KINDS: dict[Kind, str] = {
     "unsupported_content": "a turn holds something other than text",
     "broken_tree": "a message does not belong to any tree of its file",
     "unknown_flag": "a field that may say what is trained is not understood",
+    "repeated_key": "a key is there twice in one object",
     "two_system_messages": "the system prompt beside the turns is not that of the turns",
 }
 
@@ -107,6 +110,7 @@ NOTES: dict[str, str] = {
     "trailing_user_trimmed": "an unanswered user turn at the end taken off",
     "turns_merged": "a turn joined with the one before it, of the same role",
     "arrow_nulls_removed": "nulls with which a table fills tool calls taken out",
+    "constants_removed": "a field that is NaN or Infinity taken as absent",
     "call_that_is_not_json": "a tool call that is not JSON kept as text",
 }
 """Change of a record -> what it is, as tables say it."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftchat.conversation import Conversation
-from peftchat.conversations.formats import FORMATS, Format, find_format, matching_format
+from peftchat.conversations.formats import FORMATS, Fields, Format, find_format, matching_format, names
 from peftchat.conversations.formats.base import field_names
-from peftchat.conversations.formats.keys import rename
+from peftchat.conversations.formats.columns import Columns
 from peftchat.conversations.formats.names import normalize_role
 from peftchat.conversations.languages import check_languages
 from peftchat.conversations.problems import STRICT_SCAN_RECORDS, ProblemLog, RawRecord, ReadOptions
@@ -118,6 +118,7 @@ def read_conversations(
     settings = options or ReadOptions()
     check_languages(settings.languages)
     data_format = None if format == "auto" else find_format(format)
+    columns = Columns(settings.columns, str(path)) if settings.columns else None
     if data_format is not None:
         _check_rank_limit(str(path), data_format, settings)
     found = find_data(str(path), split)
@@ -127,7 +128,7 @@ def read_conversations(
     else:
         check_no_hub_keys(str(path), subset, revision)
         sources = [(str(file), _records(file, settings, log)) for file in found.files]
-    stream = _all_sources(str(path), sources, data_format, settings, log)
+    stream = _all_sources(str(path), sources, data_format, columns, settings, log)
     return _until_problem(stream, log) if log.strict else stream
 
 
@@ -145,26 +146,44 @@ def _all_sources(
     path: str,
     sources: list[tuple[str, Iterator[RawRecord]]],
     data_format: Format | None,
+    columns: Columns | None,
     options: ReadOptions,
     problems: ProblemLog,
 ) -> Iterator[Conversation]:
     before = problems.records + problems.total
     for name, records in sources:
-        yield from _source(name, records, data_format, options, problems)
+        yield from _source(name, records, data_format, columns, options, problems)
     if problems.records + problems.total == before:
         raise UserError("there are no records", where=path, hint="Give a file with records.")
+    if columns is not None:
+        columns.check_found()
 
 
 def _source(
-    name: str, records: Iterator[RawRecord], data_format: Format | None, options: ReadOptions, problems: ProblemLog
+    name: str,
+    records: Iterator[RawRecord],
+    data_format: Format | None,
+    columns: Columns | None,
+    options: ReadOptions,
+    problems: ProblemLog,
 ) -> Iterator[Conversation]:
     """The conversations of one file, its format settled first."""
+    if columns is not None:
+        records = columns.apply(records, problems)
     first = list(itertools.islice(records, _DETECT_RECORDS))
     if data_format is None and first:
-        data_format = _detect(name, first, options)
+        data_format = _detect(name, first, columns)
     if data_format is None:
         return
     _check_rank_limit(name, data_format, options)
+    if columns is not None:
+        columns.check_format(data_format.name, data_format.columns)
+    if options.roles and not data_format.description.has_roles:
+        raise UserError(
+            f"`roles` renames the roles of turns, and the format `{data_format.name}` has fixed roles",
+            where=name,
+            hint="Leave `roles` out.",
+        )
     problems.formats[name] = data_format.name
     yield from data_format.read(_chain(first, records), options, problems)
 
@@ -185,20 +204,36 @@ def _chain(first: list[RawRecord], rest: Iterator[RawRecord]) -> Iterator[RawRec
     yield from rest
 
 
-def _detect(name: str, records: Iterable[RawRecord], options: ReadOptions) -> Format:
+def _detect(name: str, records: Iterable[RawRecord], columns: Columns | None) -> Format:
     """The format of the first record that has one."""
     shown = ""
+    first: Fields = {}
     for record in records:
-        value = rename(record.value, options.columns) if options.columns else record.value
-        data_format = matching_format({field: item for field, item in value.items() if item is not None})
+        first = first or record.value
+        data_format = matching_format({field: item for field, item in record.value.items() if item is not None})
         if data_format is not None:
             return data_format
         shown = shown or field_names(record.value)
+    if columns is not None:
+        columns.check_found()
+    if _are_turns(first):
+        raise UserError(
+            f"the records are turns, not conversations; fields: {shown}",
+            where=name,
+            hint="Write one conversation per record. If the file is one conversation: "
+            "jq -cs '{messages: (if (.[0] | type) == \"array\" then .[0] else . end)}' FILE > FILE.jsonl",
+        )
     raise UserError(
         f"no known format has the fields found here: {shown}",
         where=name,
-        hint=f"Known formats: {', '.join(FORMATS)} (`peftchat data formats` shows their fields).",
+        hint=f"Give the file's names with `columns`, such as `{{prompt: ask, completion: reply}}`. Known formats: "
+        f"{', '.join(FORMATS)} (`peftchat data formats` shows their fields).",
     )
+
+
+def _are_turns(fields: Fields) -> bool:
+    """Whether a record is a turn: a role and a content."""
+    return any(name in fields for name in names.ROLE) and any(name in fields for name in names.CONTENT)
 
 
 def _until_problem(stream: Iterator[Conversation], problems: ProblemLog) -> Iterator[Conversation]:

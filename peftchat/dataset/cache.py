@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval"]
 
-_FORMAT = 9
+_FORMAT = 10
 """Version of the cache: to be raised when the same settings give other examples or other files."""
 
 
@@ -176,7 +176,37 @@ def conversations(recipe: "Recipe", split: Split, log: ProblemLog) -> Iterator[C
         if split == "eval":
             log.told += splitter.remarks
         selected = (conversation for conversation in everything if splitter.is_eval(conversation) == (split == "eval"))
-    return itertools.islice(selected, data.max_train_samples if split == "train" else data.max_eval_samples)
+    entries = data.eval if split == "eval" and data.eval is not None else data.train
+    limit = "max_train_samples" if split == "train" else "max_eval_samples"
+    return _limited(selected, limit, getattr(data, limit), entries, log)
+
+
+_MOST_COUNTED = 10_000
+
+
+def _limited(
+    stream: Iterator[Conversation], key: str, limit: int | None, entries: "Sequence[DataEntry]", log: ProblemLog
+) -> Iterator[Conversation]:
+    """Yield the first conversations, and count those that the limit leaves out.
+
+    At most 10,000 are counted. A hub dataset, which would be downloaded for it, is not read on.
+    """
+    if limit is None:
+        yield from stream
+        return
+    yield from itertools.islice(stream, limit)
+    most = 1 if any(find_files(entry.path, entry.split) is None for entry in entries) else _MOST_COUNTED
+    left_out = 0
+    try:
+        for _ in itertools.islice(stream, most):
+            left_out += 1
+    except UserError as error:
+        # Nothing behind the limit is trained on, so that a bad record there ends the count and nothing else.
+        log.told.append(f"Behind data.{key} the data cannot be read on: {error}")
+    if left_out:
+        log.skipped[key] += left_out
+    if left_out == most:
+        log.told.append(f"Reading ended {most:,} conversations behind data.{key}; there may be more.")
 
 
 def _check(recipe: "Recipe", split: Split, stats: EncodingStats) -> None:

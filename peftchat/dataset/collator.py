@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from peftchat.chat_template.examples import EncodedExample
-from peftchat.chat_template.loss_mask import IGNORE_INDEX, LossOn, labels_for, loss_mask_table
+from peftchat.chat_template.loss_mask import IGNORE_INDEX, LossOn, LossPolicy, labels_for, loss_mask_table
 
 if TYPE_CHECKING:
     from peftchat.chat_template.examples import ExampleStore
@@ -68,7 +68,7 @@ class ChatCollator:
         self,
         examples: "ExampleStore",
         *,
-        loss_on: LossOn,
+        loss_on: LossPolicy | LossOn,
         layout: BatchLayout,
         pad_token_id: int,
         pad_to_multiple_of: int | None = None,

@@ -75,8 +75,11 @@ class EncodingStats:
         for name, number in self.notes.items():
             if name in NOTES:
                 yield f"changed: {number} times {NOTES[name]}"
+        together: dict[str, list[str]] = {}
         for name, records in self.unused.items():
-            yield f"not used: field {printable_name(name)} in {records}"
+            together.setdefault(records, []).append(printable_name(name))
+        for records, found in together.items():
+            yield f"not used: field{'s' if len(found) > 1 else ''} {', '.join(found)} in {records}"
         yield from self.remarks
 
     def count_dropped(self, reason: str, source: str) -> None:
@@ -131,7 +134,7 @@ def encode_conversations(
     Raises:
         UserError: a conversation has something that the recipe makes an error.
     """
-    loss_mask = loss_mask_table(recipe.chat.loss_on)
+    loss_mask = loss_mask_table(recipe.chat.loss_policy)
     for batch, examples in _encode_ahead(encoder, conversations):
         if recipe.chat.special_token_text == "error" and examples.special_token_text.any():
             raise _special_token_text(examples.sources[int(examples.special_token_text.argmax())])
@@ -225,7 +228,7 @@ def _keep_trainable(
             kept.append(example)
         elif recipe.chat.untrainable_examples == "error":
             raise UserError(
-                f"the conversation has no token to train on by chat.loss_on: {recipe.chat.loss_on}",
+                f"the conversation has no token to train on by chat.loss_on: {recipe.chat.loss_policy}",
                 where=example.source or None,
                 hint="Remove the conversation, or set chat.untrainable_examples: drop.",
             )

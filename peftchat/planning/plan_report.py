@@ -336,7 +336,7 @@ def _hardware_text(distributed: DistributedSetup) -> str:
 
 def _chat_text(recipe: "Recipe", chat: ChatFormat) -> str:
     new_tokens = ", ".join(f"{token.token} = {token.id}" for token in chat.new_tokens) or "none"
-    return f"{recipe.chat.template}, trains {recipe.chat.loss_on}; new tokens: {new_tokens}"
+    return f"{recipe.chat.template}, trains {recipe.chat.loss_policy}; new tokens: {new_tokens}"
 
 
 def _split_text(recipe: "Recipe", stats: EncodingStats) -> str:
@@ -381,7 +381,7 @@ def _example_text(recipe: "Recipe", chat: ChatFormat, split: EncodedSplit) -> Te
     """Show an example of median length with its trained tokens in green."""
     median = int(np.argsort(split.store.lengths)[len(split.store) // 2])
     example = split.store[median]
-    trained = loss_mask_table(recipe.chat.loss_on)[example.token_tags]
+    trained = loss_mask_table(recipe.chat.loss_policy)[example.token_tags]
     trained[:1] = False
     text = Text(f"An example ({example.source}), trained tokens in green:\n", style="bold")
     for start, stop in _runs(trained[:_MAX_TOKENS_SHOWN]):

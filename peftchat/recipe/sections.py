@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from peftchat.chat_template.loss_mask import LossOn
+from peftchat.chat_template.loss_mask import LossOn, LossPolicy
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, is_template_name, template_summaries
 from peftchat.conversation import Role
 from peftchat.strict_model import StrictModel, list_to_tuple
@@ -27,6 +27,7 @@ Offload = Literal["none", "optimizer", "all"]
 
 SaveStrategy = Literal["no", "steps", "epoch"]
 EvalStrategy = Literal["no", "steps", "epoch"]
+BestMetric = Literal["eval_loss", "eval_accuracy"]
 
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 REPORTERS: tuple[str, ...] = get_args(Reporter)
@@ -156,6 +157,20 @@ class ChatSection(StrictModel):
         "(also the assistant token and line breaks around them), `last_answer`, or "
         "`everything`.",
     )
+    train_reasoning: bool = Field(
+        True,
+        description="Train the reasoning of answers. `false` leaves it in the text as context, under every `loss_on`.",
+    )
+    train_tool_calls: bool = Field(
+        True,
+        description="Train the tool calls of answers. `false` leaves them in the text as context. Results of tools and "
+        "their definitions are trained by `loss_on: everything` only.",
+    )
+    train_empty_reasoning: bool = Field(
+        True,
+        description="Train the marks of an empty reasoning, such as `<think>\\n\\n</think>`, that a template writes "
+        "before an answer without reasoning.",
+    )
     new_token_init: NewTokenInit = Field(
         "mean",
         description="Initial embeddings of added tokens: the `mean` of the existing embeddings, the mean of "
@@ -171,6 +186,11 @@ class ChatSection(StrictModel):
         description="What to do with an example in which no token is trained: `drop` it and count it, or stop with an "
         "`error`.",
     )
+
+    @property
+    def loss_policy(self) -> LossPolicy:
+        """What is trained of a conversation."""
+        return LossPolicy(self.loss_on, self.train_reasoning, self.train_tool_calls, self.train_empty_reasoning)
 
 
 ColumnName = Literal[

@@ -189,7 +189,7 @@ class MaskReport:
 
     def shown(self, limit: int | None) -> Iterator[ShownExample]:
         """Yield the first `limit` examples (None: all) and, if any were truncated, at least one of those."""
-        reader = ExampleReader(self.chat.tokenizer, loss_mask_table(self.recipe.chat.loss_on))
+        reader = ExampleReader(self.chat.tokenizer, loss_mask_table(self.recipe.chat.loss_policy))
         pairs: Iterable[tuple[EncodedExample, EncodedExample]]
         # A conversation that was split is complete in its examples.
         if not self.examples.stats.truncated or self.recipe.data.truncation == "split":
@@ -210,7 +210,7 @@ class MaskReport:
 
     def as_json(self, limit: int | None) -> Iterator[dict[str, Any]]:
         """Yield the first `limit` examples (None: all) as values for JSON: number, source and lists per token."""
-        table = loss_mask_table(self.recipe.chat.loss_on)
+        table = loss_mask_table(self.recipe.chat.loss_policy)
         for number, example in enumerate(islice(self.examples.store, limit)):
             ids = example.ids.tolist()
             trained = trained_tokens(example.token_tags, table)
@@ -246,7 +246,7 @@ def inspect_mask(recipe: Recipe, split: Split, progress: Callable[[int], None]) 
         if _has_no_answers(recipe):
             raise VerificationError(f"everything is masked: no conversation has an answer ({error})") from error
         raise
-    survey = survey_mask(iter(examples.store), recipe.chat.loss_on)
+    survey = survey_mask(iter(examples.store), recipe.chat.loss_policy)
     return MaskReport(lenient, chat, split, examples, summarize(recipe, split, examples, survey))
 
 

@@ -18,9 +18,12 @@ from peftchat.reports.page import write_page
 
 _TRAINED = "bold green"
 _TRAINED_SPECIAL = "bold black on green"
+_UNTRAINED = "dim italic"
+_KIND_COLORS = {TurnPart.REASONING: "magenta", TurnPart.EMPTY_REASONING: "magenta", TurnPart.TOOL_CALL: "cyan"}
 _CONTEXT = "dim"
 _SPECIAL = "black on bright_black"
 _REMOVED = "strike red"
+_LEGEND_KINDS = {"reasoning": "magenta", "tool call": "cyan"}
 _BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 
 
@@ -59,7 +62,7 @@ def _title(example: ShownExample) -> Text:
 def _body(example: ShownExample, colored: bool) -> Text:
     text = Text()
     for style, piece in _styled_text(example):
-        if not colored and style in (_TRAINED, _TRAINED_SPECIAL):
+        if not colored and style.startswith("bold "):
             piece = f"[+{piece}+]"
         elif not colored and style == _REMOVED:
             piece = f"[-{piece}-]"
@@ -86,7 +89,10 @@ def _style(token: ShownToken, removed: bool) -> str:
         return _REMOVED
     if token.special:
         return _TRAINED_SPECIAL if token.trained else _SPECIAL
-    return _TRAINED if token.trained else _CONTEXT
+    if not token.trained:
+        # What the recipe leaves out of an answer, or what another example trains.
+        return f"{_UNTRAINED} {_KIND_COLORS[token.part]}" if token.part in _KIND_COLORS else _CONTEXT
+    return f"bold {_KIND_COLORS[token.part]}" if token.part in _KIND_COLORS else _TRAINED
 
 
 def _shown(token: ShownToken) -> str:
@@ -101,6 +107,7 @@ def _legend(colored: bool) -> Text:
     return Text("  ").join(
         [
             Text("trained", style=_TRAINED),
+            *(Text(f"trained {name}", style=f"bold {color}") for name, color in _LEGEND_KINDS.items()),
             Text("context", style=_CONTEXT),
             Text("special token", style=_SPECIAL),
             Text("trained special token", style=_TRAINED_SPECIAL),
@@ -116,6 +123,9 @@ def _roles(summary: MaskSummary) -> Table:
         table.add_column(name, justify="right", min_width=9)
     for name, count in summary.roles:
         table.add_row(name, format_count(count.tokens), format_count(count.trained), format_percent(count.share))
+        for kind, part in summary.answers if name == "assistant" else ():
+            shares = (format_count(part.tokens), format_count(part.trained), format_percent(part.share))
+            table.add_row(f"  {kind}", *shares, style="dim")
     total = summary.total
     table.add_row(
         "all", format_count(total.tokens), format_count(total.trained), format_percent(total.share), style="bold"
@@ -141,6 +151,7 @@ _PARTS = {
     TurnPart.REASONING: "reasoning",
     TurnPart.TOOL_CALL: "tool call",
     TurnPart.PREAMBLE: "before the content",
+    TurnPart.EMPTY_REASONING: "empty reasoning",
 }
 _PAGE_BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 
@@ -167,7 +178,9 @@ def _page_body(example: ShownExample) -> Markup:
 
 
 def _page_span(token: ShownToken, *, removed: bool) -> Markup:
+    kinds = {TurnPart.REASONING: "r", TurnPart.EMPTY_REASONING: "r", TurnPart.TOOL_CALL: "c"}
     classes = [name for name, holds in (("t", token.trained), ("s", token.special)) if holds]
+    classes += [kinds[token.part]] if token.part in kinds else []
     ids = " ".join(map(str, token.ids))
     state = "truncated" if removed else "trained" if token.trained else "context"
     hint = f"{ids} · {token.role or 'template'} · {_PARTS[token.part]} · {state}"

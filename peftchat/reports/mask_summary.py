@@ -8,12 +8,20 @@ import numpy as np
 import numpy.typing as npt
 
 from peftchat.chat_template.examples import EncodedExample, TokenTags
-from peftchat.chat_template.loss_mask import LossOn, TurnPart, loss_mask_table, role_of, token_tag
+from peftchat.chat_template.loss_mask import LossOn, LossPolicy, TurnPart, loss_mask_table, part_of, role_of, token_tag
 from peftchat.conversation import ROLES, Role
 from peftchat.dataset.cache import EncodedSplit, Split
 from peftchat.dataset.packing import efficiency, pack
 from peftchat.formatting import format_count, format_percent
 from peftchat.recipe import Recipe
+
+ANSWER_KINDS = {
+    TurnPart.REASONING: "reasoning",
+    TurnPart.EMPTY_REASONING: "empty reasoning",
+    TurnPart.CONTENT: "content",
+    TurnPart.TOOL_CALL: "tool calls",
+}
+"""The kinds of text in an answer that are counted apart, and their names."""
 
 _CHUNK = 2048
 _LAST_ANSWER = token_tag(TurnPart.OUTSIDE, last_answer=True)
@@ -25,18 +33,15 @@ Flags = npt.NDArray[np.bool_]
 _PARTS = np.zeros(256, dtype=np.int8)
 _ROLES = np.zeros(256, dtype=np.int8)
 _PLACES = np.zeros(256, dtype=np.int8)
-_ORDER = (
-    TurnPart.OUTSIDE, TurnPart.HEADER, TurnPart.PREAMBLE, TurnPart.REASONING,
-    TurnPart.CONTENT, TurnPart.TOOL_CALL, TurnPart.END, TurnPart.TRAILER,
-)  # fmt: skip
-"""The parts of a turn in the order in which they stand there."""
+_ORDER = (TurnPart.OUTSIDE, TurnPart.HEADER, TurnPart.CONTENT, TurnPart.END, TurnPart.TRAILER)
+"""The parts of a turn in the order in which they stand there. Those of an answer's text, in any order, are one."""
 _ROLE_ORDER: tuple[Role | None, ...] = (None, *ROLES)
 for _part, (_number, _role), _last, _context in itertools.product(
     TurnPart, enumerate(_ROLE_ORDER), (False, True), (False, True)
 ):
     _tag = token_tag(_part, _role, last_answer=_last, context=_context)
     _PARTS[_tag] = _part
-    _PLACES[_tag] = _ORDER.index(_part)
+    _PLACES[_tag] = _ORDER.index(_part if _part in _ORDER else TurnPart.CONTENT)
     _ROLES[_tag] = _number
 
 
@@ -74,6 +79,7 @@ class MaskSurvey:
     Attributes:
         examples: the number of examples.
         roles: the tokens in the turns of each role; None for template text outside the turns.
+        answers: the tokens of answers by their part, for the kinds of text that `ANSWER_KINDS` names.
         unterminated_answers: answers without an end token.
         untrained_eos: trained answers whose end token is not a target.
         special_token_text: stretches of messages spelled like a special token.
@@ -81,6 +87,7 @@ class MaskSurvey:
 
     examples: int = 0
     roles: dict[Role | None, TokenCount] = field(default_factory=dict)
+    answers: dict[TurnPart, TokenCount] = field(default_factory=dict)
     unterminated_answers: Occurrences = field(default_factory=Occurrences)
     untrained_eos: Occurrences = field(default_factory=Occurrences)
     special_token_text: Occurrences = field(default_factory=Occurrences)
@@ -116,10 +123,13 @@ def trained_tokens(tags: TokenTags, table: npt.NDArray[np.bool_]) -> Flags:
     return trained
 
 
-def survey_mask(examples: Iterator[EncodedExample], loss_on: LossOn) -> MaskSurvey:
+def survey_mask(examples: Iterator[EncodedExample], policy: LossPolicy | LossOn) -> MaskSurvey:
     """Count and check the loss mask of all examples, in memory that does not grow with their number."""
-    table = loss_mask_table(loss_on)
-    survey = MaskSurvey(roles={role: TokenCount() for role in (*ROLES, None)})
+    table = loss_mask_table(policy)
+    loss_on = policy.loss_on if isinstance(policy, LossPolicy) else policy
+    survey = MaskSurvey(
+        roles={role: TokenCount() for role in (*ROLES, None)}, answers={part: TokenCount() for part in ANSWER_KINDS}
+    )
     while chunk := [example for example in itertools.islice(examples, _CHUNK) if len(example.token_tags)]:
         _count(survey, chunk, table)
         _check_answers(survey, chunk, table, loss_on)
@@ -135,9 +145,13 @@ def _count(survey: MaskSurvey, examples: Sequence[EncodedExample], table: npt.ND
     tokens = np.bincount(tags, minlength=256)
     targets = np.bincount(tags[trained], minlength=256)
     for value in np.flatnonzero(tokens):
-        count = survey.roles[role_of(int(value))]
-        count.tokens += int(tokens[value])
-        count.trained += int(targets[value])
+        role, part = role_of(int(value)), part_of(int(value))
+        counts = [survey.roles[role]]
+        if role == "assistant" and part in survey.answers:
+            counts.append(survey.answers[part])
+        for count in counts:
+            count.tokens += int(tokens[value])
+            count.trained += int(targets[value])
 
 
 def _check_answers(
@@ -194,6 +208,7 @@ class MaskSummary:
     Attributes:
         headline: one line.
         roles: tokens by the role of their turn, for roles that occur.
+        answers: tokens of answers by kind of text; empty where answers are nothing but content.
         total: tokens of all roles.
         details: name, value, and whether it is a failure.
         failures: one reason per failed check.
@@ -201,6 +216,7 @@ class MaskSummary:
 
     headline: str
     roles: tuple[tuple[str, TokenCount], ...]
+    answers: tuple[tuple[str, TokenCount], ...]
     total: TokenCount
     details: tuple[tuple[str, str, bool], ...]
     failures: tuple[str, ...]
@@ -218,15 +234,21 @@ def summarize(recipe: Recipe, split: Split, examples: EncodedSplit, survey: Mask
     total = survey.total
     headline = (
         f"{split}: {_number_of_examples(survey.examples)}, {format_count(total.tokens)} tokens, "
-        f"{format_percent(total.share)} trained (chat.loss_on: {recipe.chat.loss_on})"
+        f"{format_percent(total.share)} trained (chat.loss_on: {recipe.chat.loss_policy})"
     )
     return MaskSummary(
         headline,
         tuple((role or "template text", count) for role, count in survey.roles.items() if count.tokens),
+        _answers(survey),
         total,
         tuple(_details(recipe, examples, survey)),
         tuple(_failures(recipe, examples, survey)),
     )
+
+
+def _answers(survey: MaskSurvey) -> tuple[tuple[str, TokenCount], ...]:
+    found = tuple((ANSWER_KINDS[part], count) for part, count in survey.answers.items() if count.tokens)
+    return () if [name for name, _ in found] in ([], [ANSWER_KINDS[TurnPart.CONTENT]]) else found
 
 
 def _details(recipe: Recipe, examples: EncodedSplit, survey: MaskSurvey) -> list[tuple[str, str, bool]]:
@@ -321,7 +343,7 @@ def _rejects_text(recipe: Recipe, survey: MaskSurvey) -> bool:
 
 def _failures(recipe: Recipe, examples: EncodedSplit, survey: MaskSurvey) -> list[str]:
     """Return the failed checks, each with the source of its first occurrence."""
-    policy = f"chat.loss_on: {recipe.chat.loss_on}"
+    policy = f"chat.loss_on: {recipe.chat.loss_policy}"
     failures = []
     if survey.everything_masked:
         why = f"no token is trained ({policy})" if survey.examples else f"no example is left; {_dropped(examples)}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from markupsafe import Markup
 from ruamel.yaml.error import YAMLError
 
+from peftchat.conversations.dataset_card import SKIPPED
 from peftchat.errors import UserError, first_line
 from peftchat.files import write_text
 from peftchat.formatting import (
@@ -76,6 +77,7 @@ def write_report(run: Path) -> Path:
         summary=summary,
         assessment=assess_run(summary),
         warnings=run_warnings(summary),
+        left_out=SKIPPED,
         tiles=_tiles(summary),
         plots=_plots(folder.metrics.read()),
         samples=_paired(summary.samples_before, summary.samples_after),

@@ -138,7 +138,7 @@ def _calibration_batches(
 ) -> Iterator[dict[str, Any]]:
     """Yield up to `count` training examples, one per batch: the same ones in every process."""
     collator = ChatCollator(
-        examples, loss_on=recipe.chat.loss_on, layout="padded", pad_token_id=int(chat.tokenizer.pad_token_id)
+        examples, loss_on=recipe.chat.loss_policy, layout="padded", pad_token_id=int(chat.tokenizer.pad_token_id)
     )
     for index in range(min(count, len(examples))):
         yield {name: tensor.to(device) for name, tensor in collator.collate([[examples[index]]]).items()}

@@ -18,7 +18,7 @@ def make_collator(context: TrainContext, split: "Split", layout: "BatchLayout") 
     recipe, chat = context.recipe, context.chat
     return ChatCollator(
         context.splits[split].store,
-        loss_on=recipe.chat.loss_on,
+        loss_on=recipe.chat.loss_policy,
         layout=layout,
         pad_token_id=chat.tokenizer.pad_token_id,
         pad_to_multiple_of=recipe.data.pad_to_multiple_of,

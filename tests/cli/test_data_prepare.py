@@ -90,7 +90,6 @@ def test_strict_stops_with_status_2_and_writes_nothing(tmp_path: Path) -> None:
     [
         (("absent.jsonl",), "no such file"),
         (("rows.jsonl", "--format", "sharegp"), "sharegpt"),
-        (("rows.jsonl", "--format", "messages"), "no conversation is left"),
         (("rows.jsonl", "--languages", "xx"), "no conversation is left"),
         (("rows.jsonl", "--split", "train"), "no split"),
         (("rows.jsonl", "--eval-fraction", "1"), "eval-fraction"),
@@ -113,6 +112,29 @@ def test_wrong_input_is_one_message_and_nothing_written(
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_where_all_records_are_bad_their_reasons_stay_beside_the_output(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    rows = [{"messages": [{"role": role, "content": "Hi"}]} for role in ("pirate", "parrot")]
+    rows.append({"messages": [{"role": "user", "content": 7}]})
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = tmp_path / "new" / "out-quarantine.jsonl"
+    for _ in range(2):  # a second run replaces what the first one left
+        with pytest.raises(UserError) as error:
+            prepare(str(source), tmp_path / "new" / "out", PrepareOptions())
+        text = str(error.value)
+        assert f"2 a turn has a role that the format does not know ({source}:1: unknown role 'pirate' (turn 1)" in text
+        assert f"1 a field holds another type than its format says ({source}:3: 'content' must be text" in text
+        assert str(kept) in text
+        assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+        assert [(row["where"], row["row"]) for row in rows_of(kept)] == [
+            (f"{source}:{line}", json.dumps(row) + "\n") for line, row in enumerate(rows, start=1)
+        ]
+    kept.write_text("mine\n")
+    with pytest.raises(UserError, match=r"out-quarantine\.new\.jsonl"):
+        prepare(str(source), tmp_path / "new" / "out", PrepareOptions())
+    assert kept.read_text() == "mine\n"
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])

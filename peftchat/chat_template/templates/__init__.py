@@ -17,7 +17,15 @@ from functools import cache
 from pathlib import Path
 
 from peftchat.chat_template.loss_mask import TurnPart, token_tag
-from peftchat.chat_template.message_text import ANSWER_JINJA, TOOLS_JINJA, message_text, tools_text, with_tools
+from peftchat.chat_template.message_text import (
+    ANSWER_JINJA,
+    TOOLS_JINJA,
+    TextParts,
+    message_parts,
+    message_text,
+    tools_text,
+    with_tools,
+)
 from peftchat.conversation import Conversation, Role
 from peftchat.errors import UserError
 
@@ -87,21 +95,24 @@ class ChatTemplate:
         """
         if self.bos_token is not None:
             yield TemplateSpan(self.bos_token, token_tag(TurnPart.OUTSIDE), special=True)
-        for role, content, last_answer, context in self.turns(conversation):
+        for role, content, last_answer, context, parts in self.turns(conversation):
             tags = {part: token_tag(part, role, last_answer=last_answer, context=context) for part in TurnPart}
             for text, special in self.header_spans(role):
                 yield TemplateSpan(text, tags[TurnPart.HEADER], special)
             opens = role == "assistant"
-            if content:
-                yield TemplateSpan(content, tags[TurnPart.CONTENT], opens=opens)
-            yield TemplateSpan(self.end_token, tags[TurnPart.END], special=True, opens=opens and not content)
+            for text, part in parts or ((content, TurnPart.CONTENT),):
+                if text:
+                    yield TemplateSpan(text, tags[part], opens=opens)
+                    opens = False
+            yield TemplateSpan(self.end_token, tags[TurnPart.END], special=True, opens=opens)
             if self.trailer:
                 yield TemplateSpan(self.trailer, tags[TurnPart.TRAILER])
 
-    def turns(self, conversation: Conversation) -> Iterator[tuple[Role, str, bool, bool]]:
-        """Yield the turns to write, as (role, text, whether it is the last answer, whether it must not be trained).
+    def turns(self, conversation: Conversation) -> Iterator[tuple[Role, str, bool, bool, TextParts]]:
+        """Yield the turns to write: role, text, whether it is the last answer, whether it must not be trained, parts.
 
         The text of a turn has its reasoning and tool calls, that of the system message the definitions of the tools.
+        The parts are those of an answer that has more than one; otherwise none, and all of the text is content.
 
         Raises:
             UserError: a message has a role that the template cannot write.
@@ -109,7 +120,7 @@ class ChatTemplate:
         messages = conversation.messages
         tools = "" if conversation.tools is None else tools_text(conversation)
         if not (messages and messages[0].role == "system") and (self.system is not None or tools):
-            yield "system", with_tools(self.system or "", tools), False, False
+            yield "system", with_tools(self.system or "", tools), False, False, ()
             tools = ""
         last = last_answer_index(conversation)
         for index, message in enumerate(messages):
@@ -122,7 +133,10 @@ class ChatTemplate:
             text = message_text(message)
             if tools and not index:
                 text = with_tools(text, tools)
-            yield message.role, text, index == last, message.train is False
+            parts = message_parts(message) if message.role == "assistant" else ()
+            if len(parts) == 1 and parts[0][1] == TurnPart.CONTENT:
+                parts = ()
+            yield message.role, text, index == last, message.train is False, parts
 
     @property
     def written_date(self) -> None:

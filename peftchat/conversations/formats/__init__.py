@@ -1,6 +1,7 @@
 """The registry of input formats; a new format is one file here and one entry in `FORMATS`."""
 
 import difflib
+from typing import Any
 
 from peftchat.conversations.formats import (
     alpaca,
@@ -9,6 +10,7 @@ from peftchat.conversations.formats import (
     glaive,
     guanaco,
     messages,
+    names,
     oasst,
     preference,
     prompt_completion,
@@ -35,7 +37,16 @@ FORMATS: dict[str, Format] = {
     )
 }
 
-__all__ = ["FORMATS", "Fields", "Format", "find_format", "list_formats", "matching_format"]
+__all__ = [
+    "FORMATS",
+    "SHARED_FIELDS",
+    "Fields",
+    "Format",
+    "describe_formats",
+    "find_format",
+    "list_formats",
+    "matching_format",
+]
 
 
 def find_format(name: str) -> Format:
@@ -54,6 +65,35 @@ def find_format(name: str) -> Format:
 def matching_format(fields: Fields) -> Format | None:
     """The first format that a record's fields fit."""
     return next((data_format for data_format in FORMATS.values() if data_format.matches(fields)), None)
+
+
+def describe_formats(name: str | None = None) -> dict[str, dict[str, Any]]:
+    """Everything that users should know of each format, or of one: summary, fields, names for `columns`, two examples.
+
+    Raises:
+        UserError: there is no format of that name.
+    """
+    chosen = FORMATS.values() if name is None else (find_format(name),)
+    return {
+        one.name: {
+            "summary": one.summary,
+            "fields": dict(one.description.fields),
+            "columns": list(one.columns),
+            "examples": list(one.description.examples),
+        }
+        for one in chosen
+    }
+
+
+SHARED_FIELDS: dict[str, str] = {
+    "system": f"the system message, put before the turns; also {', '.join(names.SYSTEM[1:])}",
+    "tools": "definitions of the functions that the assistant may call; also functions, or JSON text of either",
+    "loss_mask": f"a list of 0 and 1 for each turn or answer: what is trained; also {', '.join(names.TURN_MASKS[1:])}",
+    "train": "false leaves the record out, and counts it; also loss, trainable, weight with 0 or 1",
+    "chosen": "the preferred answer to the turns; `rejected` is not used",
+    "label": "false leaves the record out, and counts it",
+}
+"""Fields that mean the same in every format with one conversation per record."""
 
 
 def list_formats() -> list[tuple[str, str]]:

@@ -1,20 +1,51 @@
 """What an input format is: how to recognize its records, and how to turn them into conversations."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from peftchat.conversation import Conversation, Message, Role
+from peftchat.conversations.formats.columns import IN_RECORDS, Columns
 from peftchat.conversations.formats.fields import Fields, Notes, field_names, optional_text, text_field, type_name
-from peftchat.conversations.formats.keys import LeftOut, RecordShape, complete, rename, shape_of
+from peftchat.conversations.formats.keys import LeftOut, RecordShape, complete, shape_of
 from peftchat.conversations.formats.turns import turn_list
 from peftchat.conversations.languages import is_in_languages
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, ReadOptions, RecordError
 from peftchat.json_text import holds_floats, parse_json
 
-__all__ = ["Fields", "Format", "Notes", "field_names", "optional_text", "text_field", "turn_list", "type_name"]
+__all__ = [
+    "Description",
+    "Fields",
+    "Format",
+    "Notes",
+    "field_names",
+    "optional_text",
+    "text_field",
+    "turn_list",
+    "type_name",
+]
 
 Parse = Callable[[Fields, Notes], list[Message]]
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What `peftchat data formats` shows of a format.
+
+    Attributes:
+        summary: one line: its fields.
+        fields: name of a field -> what it holds.
+        examples: two records.
+        columns: our names of fields that `columns` can give, besides those of every format.
+        has_roles: whether its turns have names of roles, so that `roles` means something.
+    """
+
+    summary: str
+    fields: Mapping[str, str]
+    examples: tuple[Fields, Fields]
+    columns: tuple[str, ...] = ()
+    has_roles: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +54,29 @@ class Format:
 
     Attributes:
         name: as written in a recipe's `format`.
-        summary: one line: its fields.
+        description: what users see of it.
         matches: whether a record has this format, judged by its fields alone.
         read: the conversations in a stream of records; bad records go to the log.
         ranked: whether its answers come with ranks, so that `ReadOptions.oasst_top_k` means something.
+        fixed_fields: whether its fields always have the same names, so that `columns` means nothing.
     """
 
     name: str
-    summary: str
+    description: Description
     matches: Callable[[Fields], bool]
     read: Callable[[Iterable[RawRecord], ReadOptions, ProblemLog], Iterator[Conversation]]
     ranked: bool = False
+    fixed_fields: bool = False
+
+    @property
+    def summary(self) -> str:
+        """One line: its fields."""
+        return self.description.summary
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Our names of fields that `columns` can give."""
+        return () if self.fixed_fields else tuple(dict.fromkeys([*self.description.columns, *IN_RECORDS]))
 
 
 _MAY_BE_EMPTY = ("system", "tool")
@@ -42,22 +85,24 @@ _MAY_REPEAT = ("tool",)
 
 def record_format(
     name: str,
-    summary: str,
+    description: Description,
     matches: Callable[[Fields], bool],
     parse: Parse,
     used: Callable[[Fields], Collection[str]],
     *,
     all_described: bool = False,
+    fixed_fields: bool = False,
 ) -> Format:
     """A format in which each record is one conversation.
 
     Args:
         name: as written in a recipe's `format`.
-        summary: one line: its fields.
+        description: what users see of it.
         matches: whether a record has this format.
         parse: the turns of a record; raises `RecordError` for a record that it cannot read.
         used: the names of the fields that `parse` reads. All others are looked at in `keys`.
         all_described: the format comes with many fields of its own, none of which could be trained on.
+        fixed_fields: its fields always have the same names.
     """
 
     def read(records: Iterable[RawRecord], options: ReadOptions, problems: ProblemLog) -> Iterator[Conversation]:
@@ -79,12 +124,12 @@ def record_format(
         for record in records:
             notes.start(record.where, record.raw is None)
             try:
-                fields = _present(record.value, options)
+                fields = _present(record.value)
                 conversation = conversation_of(fields)
-                if record.raw is not None and _has_other_values(conversation, notes) and holds_floats(record.value):
+                if record.raw is not None and _has_other_values(conversation, notes) and _may_be_respelled(record):
                     # Read once more with each number as it is written; the fast parser rounds them.
                     notes.start(record.where, is_table=False)
-                    conversation = conversation_of(_present(_exactly(record), options))
+                    conversation = conversation_of(_present(_exactly(record, options)))
                 kept = validate_messages(conversation.messages, problems, options.consecutive)
             except LeftOut as left_out:
                 problems.skipped[left_out.rule] += 1
@@ -98,16 +143,14 @@ def record_format(
             notes.finish()
             yield conversation if kept is conversation.messages else replace(conversation, messages=kept)
 
-    return Format(name, summary, matches, read)
+    return Format(name, description, matches, read, fixed_fields=fixed_fields)
 
 
 _MOST_SHAPES = 10_000
 
 
-def _present(value: dict[str, Any], options: ReadOptions) -> dict[str, Any]:
-    """The record under the recipe's names, without the fields that are null."""
-    if options.columns:
-        value = rename(value, options.columns)
+def _present(value: dict[str, Any]) -> dict[str, Any]:
+    """The record without the fields that are null."""
     if None in value.values():
         return {name: item for name, item in value.items() if item is not None}
     return value
@@ -115,15 +158,26 @@ def _present(value: dict[str, Any], options: ReadOptions) -> dict[str, Any]:
 
 def _has_other_values(conversation: Conversation, notes: Notes) -> bool:
     """Whether there is JSON in the conversation besides text."""
-    return notes.has_json or (bool(conversation.columns) and holds_floats(dict(conversation.columns)))
+    return notes.has_json or bool(conversation.columns)
 
 
-def _exactly(record: RawRecord) -> dict[str, Any]:
+# The fast parser gives 0 for -0, which is an integer.
+_NEGATIVE_ZERO = re.compile(rb"[\[:,\s]-0[\],}\s]")
+
+
+def _may_be_respelled(record: RawRecord) -> bool:
+    return holds_floats(record.value) or _NEGATIVE_ZERO.search(record.raw or b"") is not None
+
+
+def _exactly(record: RawRecord, options: ReadOptions) -> dict[str, Any]:
+    """The record with each number as it is written."""
     try:
         value = parse_json((record.raw or b"").decode("utf-8-sig"))
     except ValueError:
         return record.value
-    return value if isinstance(value, dict) else record.value
+    if not isinstance(value, dict):  # a list of turns
+        value = dict.fromkeys(record.value, value)
+    return Columns(options.columns, record.where).rename(value) if options.columns else value
 
 
 def validate_messages(

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftchat.conversation import Role, ToolCall
-from peftchat.conversations.formats.fields import Fields, Notes, parse_text, type_name
+from peftchat.conversations.formats.fields import Fields, Notes, optional_id, parse_text, type_name
 from peftchat.conversations.problems import RecordError
-from peftchat.json_text import normalize_json, write_json
+from peftchat.json_text import TextObject, normalize_json, write_json
 
 
 def read_calls(turn: Fields, role: Role, number: int, notes: Notes) -> tuple[ToolCall, ...]:
@@ -19,6 +19,8 @@ def read_calls(turn: Fields, role: Role, number: int, notes: Notes) -> tuple[Too
     calls = turn.get("tool_calls")
     if not calls and turn.get("function_call"):
         calls = [{"function": turn["function_call"]}]
+    elif calls and turn.get("function_call"):
+        raise RecordError("wrong_type", f"'tool_calls' and 'function_call' in one turn (turn {number})")
     if not calls:
         return ()
     if isinstance(calls, str):
@@ -39,14 +41,18 @@ def _call(call: object, number: int, notes: Notes) -> ToolCall:
         function = {"name": function, **{name: call[name] for name in ("arguments", "parameters") if name in call}}
     if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RecordError("unsupported_content", f"a tool call without a function name (turn {number})")
-    key = call.get("id")
-    arguments = function.get("arguments", function.get("parameters"))
-    known = {"id", "type", "index", "function", "name", "arguments", "parameters"}
-    for extra in {*call, *function} - known:
-        if call.get(extra, function.get(extra)) is not None:
-            notes.unused(f"{extra} in a tool call")
-    text, as_text = _arguments(arguments, number, notes)
-    return ToolCall(function["name"], text, None if key is None else str(key), as_text)
+    spelled = next((name for name in ("arguments", "parameters") if function.get(name) is not None), "arguments")
+    own = {"name", spelled}
+    known = {"id", "function", *(("type",) if call.get("type") == "function" else ())}
+    if isinstance(call.get("index"), int):
+        known.add("index")
+    if function is call or isinstance(call.get("function"), str):
+        known |= own
+    else:
+        notes.unused_of(function, own, "a tool call")
+    notes.unused_of(call, known, "a tool call")
+    text, as_text = _arguments(function.get(spelled), number, notes)
+    return ToolCall(function["name"], text, optional_id(call, ("id",), f"turn {number}"), as_text)
 
 
 def _arguments(arguments: Any, number: int, notes: Notes) -> tuple[str, bool]:
@@ -83,6 +89,8 @@ def json_text(value: Any, what: str, notes: Notes) -> str:
 
 
 def _without_nulls(value: Any) -> Any:
+    if isinstance(value, TextObject):
+        return value
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     if isinstance(value, list):

@@ -4,7 +4,9 @@ import json
 import re
 
 from peftchat.conversation import Message, Role, ToolCall
-from peftchat.conversations.formats.base import Fields, Notes, optional_text, record_format, text_field
+from peftchat.conversations.formats.base import Description, Fields, Notes, optional_text, record_format, text_field
+from peftchat.conversations.formats.calls import read_calls
+from peftchat.conversations.formats.fields import parse_text
 from peftchat.conversations.problems import RecordError
 from peftchat.json_text import normalize_json
 
@@ -13,7 +15,7 @@ _ROLES: dict[str, Role] = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION R
 _END = "<|endoftext|>"
 _CALL = re.compile(r"<functioncall>\s*(\{.*\})\s*\Z", re.DOTALL)
 # The arguments are JSON within single quotes, which no JSON parser reads.
-_QUOTED = re.compile(r'"name":\s*("(?:[^"\\]|\\.)*"),\s*"arguments":\s*\'(.*)\'\s*\}\Z', re.DOTALL)
+_QUOTED = re.compile(r'\{\s*"name":\s*("(?:[^"\\]|\\.)*"),\s*"arguments":\s*\'(.*)\'\s*\}\Z', re.DOTALL)
 
 
 def _matches(fields: Fields) -> bool:
@@ -31,29 +33,44 @@ def _parse(fields: Fields, notes: Notes) -> list[Message]:
         content = text.strip().removesuffix(_END).strip()
         call = _CALL.search(content) if name == "ASSISTANT" else None
         if call is None:
+            if "<functioncall>" in content and name == "ASSISTANT":
+                notes.change("call_that_is_not_json")
             messages.append(Message(_ROLES[name], content))
         else:
-            messages.append(Message("assistant", content[: call.start()].strip(), (_call(call.group(1)),)))
+            messages.append(Message("assistant", content[: call.start()].strip(), (_call(call.group(1), notes),)))
     return messages
 
 
-def _call(text: str) -> ToolCall:
+def _call(text: str, notes: Notes) -> ToolCall:
     try:
-        if quoted := _QUOTED.search(text):
+        if quoted := _QUOTED.match(text):
             name, arguments = json.loads(quoted.group(1)), quoted.group(2).replace("\\'", "'")
             normalize_json(arguments)
             return ToolCall(name, arguments, None, True)
-        value = json.loads(text)
-        arguments = value.get("arguments", {})
-        as_text = isinstance(arguments, str)
-        return ToolCall(value["name"], normalize_json(arguments if as_text else json.dumps(arguments)), None, as_text)
-    except (ValueError, KeyError, AttributeError):
+        value = parse_text(text)
+    except ValueError:
         raise RecordError("not_json", "a <functioncall> that is not JSON") from None
+    (call,) = read_calls({"tool_calls": [value]}, "assistant", 0, notes)
+    return call
 
 
 FORMAT = record_format(
     "glaive",
-    "system, chat: one text 'USER: … ASSISTANT: … FUNCTION RESPONSE: …' (Glaive's function calling)",
+    Description(
+        "system, chat: one text 'USER: … ASSISTANT: … FUNCTION RESPONSE: …' (Glaive's function calling)",
+        {
+            "system": "the system message behind `SYSTEM:`, with the tools as its text",
+            "chat": "the turns; `<functioncall>` and a JSON object in an answer is a call",
+        },
+        (
+            {"system": "SYSTEM: Be kind.", "chat": "USER: Hi\n\n\nASSISTANT: Hello! <|endoftext|>"},
+            {
+                "chat": "USER: Is it warm?\n\n\nASSISTANT: <functioncall> "
+                '{"name": "weather", "arguments": \'{"city": "Oslo"}\'} <|endoftext|>\n\n\n'
+                "FUNCTION RESPONSE: 21\n\n\nASSISTANT: Yes. <|endoftext|>"
+            },
+        ),
+    ),
     _matches,
     _parse,
     lambda fields: ("system", "chat"),

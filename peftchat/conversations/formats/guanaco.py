@@ -3,7 +3,7 @@
 import re
 
 from peftchat.conversation import Message, Role
-from peftchat.conversations.formats.base import Fields, Notes, record_format, text_field
+from peftchat.conversations.formats.base import Description, Fields, Notes, record_format, text_field
 
 _MARK = re.compile(r"###\s?(Human|Assistant|System):")
 _ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant", "System": "system"}
@@ -33,7 +33,17 @@ def _parse(fields: Fields, notes: Notes) -> list[Message]:
 
 FORMAT = record_format(
     "guanaco",
-    "text: '### Human: … ### Assistant: …'; an open last answer is in output",
+    Description(
+        "text: '### Human: … ### Assistant: …'; an open last answer is in output",
+        {
+            "text": "the turns, each behind `### Human:`, `### Assistant:` or `### System:`",
+            "output": "the last answer, where `text` ends with `### Assistant:`",
+        },
+        (
+            {"text": "### Human: Hi### Assistant: Hello!"},
+            {"text": "Be kind. ### Human: Hi ### Assistant:", "output": "Hello!"},
+        ),
+    ),
     _matches,
     _parse,
     lambda fields: ("text", "output"),

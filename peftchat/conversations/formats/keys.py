@@ -1,14 +1,14 @@
 """The fields of a record against those that its format understands: used, kept, told, or refused."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.calls import read_tools
 from peftchat.conversations.formats.fields import Fields, Notes, type_name
-from peftchat.conversations.formats.turns import parse_flag, parse_parts, parse_turns, turn_list
+from peftchat.conversations.formats.parts import text_of_parts
+from peftchat.conversations.formats.turns import parse_flag, parse_turns, turn_list, turns_of_text
 from peftchat.conversations.problems import RecordError
 
 _COMMON = frozenset(
@@ -18,7 +18,7 @@ _COMMON = frozenset(
         *names.TURN_MASKS,
         *names.TRAIN_FLAGS,
         *names.TRAIN_WEIGHTS,
-        *(names.CHOSEN, names.REJECTED, names.LABEL, "systemInstruction"),
+        *(names.CHOSEN, names.REJECTED, names.LABEL),
         *names.MEDIA,
     }
 )
@@ -55,11 +55,12 @@ def shape_of(fields: Collection[str], used: Collection[str], *, all_described: b
     others = [name for name in fields if name not in used]
     special = frozenset(others) & _COMMON
     columns = tuple(name for name in others if name not in special)
-    told = () if all_described else tuple(name for name in columns if not _describes(name))
+    told = () if all_described else tuple(name for name in columns if not describes(name))
     return RecordShape(special, columns, told)
 
 
-def _describes(name: str) -> bool:
+def describes(name: str) -> bool:
+    """Whether a field describes its record and is nothing that could be trained on, judged by its name."""
     lower = name.lower()
     return lower in names.METADATA or lower.endswith(("_id", "_at", "_url"))
 
@@ -115,7 +116,7 @@ def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> li
         LeftOut: the record's flag says that it must not be trained.
     """
     kept = []
-    for name in special & names.MEDIA:
+    for name in sorted(special & names.MEDIA):
         if fields[name]:
             raise RecordError("unsupported_content", f"the record has {name}, which are not text")
     label = fields.get(names.LABEL) if names.LABEL in special else None
@@ -126,7 +127,12 @@ def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> li
         notes.unused(names.LABEL)
     elif label is True:
         kept.append(names.LABEL)
-    flags = {name: fields[name] for name in names.TRAIN_FLAGS if isinstance(fields.get(name), bool)}
+    # A `loss` of 0 or 1 in a record is a measured loss; in a turn it is a flag.
+    flags = {
+        name: fields[name]
+        for name in names.TRAIN_FLAGS
+        if isinstance(fields.get(name), bool) or (name != "loss" and fields.get(name) in (0, 1))
+    }
     weights = {name: fields[name] for name in names.TRAIN_WEIGHTS if fields.get(name) in (0, 1)}
     if parse_flag({**flags, **weights}, "the record") is False:
         raise LeftOut("flagged_not_to_train")
@@ -156,7 +162,9 @@ def with_chosen(turns: Sequence[Message], chosen: object, notes: Notes) -> list[
         RecordError: it is something else.
     """
     if isinstance(chosen, str) and not chosen.lstrip().startswith("[{"):
-        answer = [Message("assistant", chosen)]
+        answer = turns_of_text(chosen) or [Message("assistant", chosen)]
+        if len(answer) == 1 and not turns:
+            raise RecordError("missing_field", "'chosen' is an answer without a question: there is no 'prompt'")
     else:
         listed = [chosen] if isinstance(chosen, dict) else chosen
         answer = parse_turns(turn_list({names.CHOSEN: listed}, names.CHOSEN), notes)
@@ -196,12 +204,13 @@ def _with_system(fields: Fields, special: frozenset[str], turns: list[Message], 
     Raises:
         RecordError: it is not text, or the turns have another one.
     """
-    for name in (*names.SYSTEM, "systemInstruction"):
+    for name in names.SYSTEM:
         value = fields.get(name) if name in special else None
-        if isinstance(value, dict):
-            value = value.get("parts", value.get("content", value))
+        if isinstance(value, dict) and (inner := next((key for key in ("parts", "content") if key in value), None)):
+            notes.unused_of(value, (inner, "role"), name)
+            value = value[inner]
         if isinstance(value, list):
-            value = parse_parts(value, 0, notes).text
+            value = text_of_parts(value, 0, notes)
         if value is None or value == "":
             continue
         if not isinstance(value, str):
@@ -212,23 +221,3 @@ def _with_system(fields: Fields, special: frozenset[str], turns: list[Message], 
         else:
             turns = [Message("system", value), *turns]
     return turns
-
-
-def rename(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Return a record with its fields under the names that the recipe gives them.
-
-    Args:
-        fields: the record.
-        columns: our name -> the file's.
-    """
-    given = {theirs: ours for ours, theirs in columns.items()}
-    renamed = {given.get(name, name): value for name, value in fields.items() if name in given or name not in columns}
-    for name in names.TURNS:
-        if isinstance(turns := renamed.get(name), list):
-            renamed[name] = [rename_turn(turn, given) for turn in turns]
-    return renamed
-
-
-def rename_turn(turn: object, given: Mapping[str, str]) -> object:
-    """Return a turn with its fields renamed; anything else as it is."""
-    return {given.get(name, name): value for name, value in turn.items()} if isinstance(turn, dict) else turn

@@ -2,7 +2,7 @@
 
 from peftchat.conversation import Message
 from peftchat.conversations.formats import names
-from peftchat.conversations.formats.base import Fields, Notes, record_format
+from peftchat.conversations.formats.base import Description, Fields, Notes, record_format
 from peftchat.conversations.formats.turns import parse_turns, turn_list
 
 
@@ -16,11 +16,54 @@ def _parse_sharegpt(fields: Fields, notes: Notes) -> list[Message]:
     return parse_turns(turn_list(fields, _list_name(fields, _SHAREGPT) or "conversations"), notes)
 
 
-_SHAREGPT = names.TURNS[1:]
+_SHAREGPT = (*names.TURNS[1:], names.TURNS[0])
+_COLUMNS = ("messages", "role", "content", "tool_calls", "reasoning_content")
 
 FORMAT = record_format(
     "messages",
-    "messages: a list of {role, content}, with tool_calls, reasoning_content, weight; tools beside it",
+    Description(
+        "messages: a list of {role, content}, with tool_calls, reasoning_content, weight; tools beside it",
+        {
+            "messages": "the turns, also as JSON text; each has a role and a content: text or a list of text parts",
+            "tool_calls": "of a turn: name and arguments of functions, as OpenAI writes them; also function_call",
+            "tool_call_id": "of a tool's turn: the call that it answers",
+            "reasoning_content": "of an answer: the thoughts before it; also reasoning, thinking",
+            "train": "of a turn: false makes it context; also loss, trainable, weight, loss_weight with 0 or 1",
+        },
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "Be kind."},
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": "Go away.", "train": False},
+                    {"role": "user", "content": "Please?"},
+                    {"role": "assistant", "content": "Hello!"},
+                ]
+            },
+            {
+                "messages": [
+                    {"role": "user", "content": "Where is my hat?"},
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [
+                            {"id": "c1", "type": "function", "function": {"name": "find", "arguments": {"what": "hat"}}}
+                        ],
+                    },
+                    {"role": "tool", "content": "under the bed", "tool_call_id": "c1"},
+                    {"role": "assistant", "content": "Under the bed."},
+                ],
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "find", "parameters": {"properties": {"what": {"type": "string"}}}},
+                    }
+                ],
+            },
+        ),
+        _COLUMNS,
+        has_roles=True,
+    ),
     lambda fields: "messages" in fields,
     lambda fields, notes: parse_turns(turn_list(fields, "messages"), notes),
     lambda fields: ("messages",),
@@ -28,7 +71,7 @@ FORMAT = record_format(
 
 
 def _is_sharegpt(fields: Fields) -> bool:
-    if "conversations" in fields:
+    if "conversations" in fields or "messages" in fields:
         return True
     # The other names are words that tables use for other things as well.
     name = _list_name(fields, _SHAREGPT)
@@ -40,7 +83,28 @@ def _is_sharegpt(fields: Fields) -> bool:
 
 SHAREGPT = record_format(
     "sharegpt",
-    "conversations, conversation, dialog …: a list of {from, value}, from human, gpt, system, tool, function_call",
+    Description(
+        "conversations, conversation, dialog …: a list of {from, value}, from human, gpt, system, tool, function_call",
+        {
+            "conversations": f"the turns, also as JSON text; also {', '.join(names.TURNS[2:])}",
+            "from": f"of a turn: {', '.join(names.ROLES)} in any case; the field may be {', '.join(names.ROLE)}",
+            "value": f"of a turn: text, or a list of text parts; the field may be {', '.join(names.CONTENT)}",
+        },
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]},
+            {
+                "system": "Be kind.",
+                "conversation": [
+                    {"from": "human", "value": "Where is my hat?"},
+                    {"from": "function_call", "value": '{"name": "find", "arguments": {"what": "hat"}}'},
+                    {"from": "observation", "value": "under the bed"},
+                    {"from": "gpt", "value": "Under the bed."},
+                ],
+            },
+        ),
+        _COLUMNS,
+        has_roles=True,
+    ),
     _is_sharegpt,
     _parse_sharegpt,
     lambda fields: (_list_name(fields, _SHAREGPT) or "",),

@@ -45,7 +45,7 @@ TURNS = ("messages", "conversations", "conversation", "dialog", _DIALOGUE, "dial
 ROLE = ("role", "from", "speaker", "author")
 CONTENT = ("content", "value", "text", "message")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-SYSTEM = ("system", "system_prompt", "system_message", "systemPrompt")
+SYSTEM = ("system", "system_prompt", "system_message", "systemPrompt", "systemInstruction", "system_instruction")
 TOOLS = ("tools", "functions")
 HISTORY = "history"
 CONTEXT = ("input", "context")
@@ -88,4 +88,4 @@ ANSWERED = ("completion", "response", "output", "answer", "solution", "assistant
 
 def normalize_role(name: str) -> str:
     """Return a role's name as `ROLES` has it."""
-    return name.strip().lower().replace("-", "_").replace(" ", "_")
+    return name.strip().removesuffix(":").lower().replace("-", "_").replace(" ", "_")

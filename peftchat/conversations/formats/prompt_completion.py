@@ -1,11 +1,21 @@
 """Pairs: a question and its answer, under the names in use for the two."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from peftchat.conversation import Message, Role
 from peftchat.conversations.formats import names
-from peftchat.conversations.formats.base import Fields, Notes, optional_text, record_format, text_field, type_name
-from peftchat.conversations.formats.turns import parse_parts, parse_turns, turn_list
+from peftchat.conversations.formats.base import (
+    Description,
+    Fields,
+    Notes,
+    optional_text,
+    record_format,
+    text_field,
+    type_name,
+)
+from peftchat.conversations.formats.parts import parse_parts, text_of_parts
+from peftchat.conversations.formats.turns import parse_turns, turn_list, turns_of_text
 from peftchat.conversations.problems import RecordError
 
 _ALPACA = ("instruction", "output")
@@ -36,13 +46,15 @@ def parse_pair(fields: Fields, notes: Notes) -> list[Message]:
     """History, question with the text that it is about, and answer."""
     asked, answered = find_pair(fields) or ("prompt", "completion")
     question = _side(fields, asked, "user", notes)
+    if isinstance(fields[asked], str) and (turns := turns_of_text(fields[asked])) and turns[-1].role == "user":
+        question = turns
     answer = _side(fields, answered, "assistant", notes)
     if len(fields) == 2:
         return question + answer
     about = [optional_text(fields, name) for name in names.CONTEXT if name != asked]
     if any(about):
-        if isinstance(fields[asked], list):
-            raise RecordError("wrong_type", f"{asked!r} is a list of turns, and there is a text that it is about")
+        if len(question) > 1 or isinstance(fields[asked], list):
+            raise RecordError("wrong_type", f"{asked!r} holds several turns, and there is a text that it is about")
         question = [Message("user", "\n\n".join(filter(None, (fields[asked], *about))))]
     return [*_history(fields, notes), *question, *_with_reasoning(fields, answer)]
 
@@ -53,19 +65,30 @@ def _side(fields: Fields, name: str, role: Role, notes: Notes) -> list[Message]:
     if isinstance(value, str):
         return [Message(role, value)]
     if isinstance(value, list) and all(isinstance(part, dict) and "role" not in part for part in value) and value:
-        return [Message(role, parse_parts(value, 1, notes).text)]
+        return [_from_parts(role, value, notes)]
     if isinstance(value, list):
         return parse_turns(turn_list(fields, name), notes)
     return [Message(role, text_field(fields, name))]
 
 
+def _from_parts(role: Role, value: Sequence[object], notes: Notes) -> Message:
+    if role != "assistant":
+        return Message(role, text_of_parts(value, 1, notes))
+    parts = parse_parts(value, 2, notes)
+    if parts.results:
+        raise RecordError("unsupported_content", "the answer holds the result of a call")
+    return Message(role, parts.text, parts.calls, None, None, parts.reasoning)
+
+
 def _with_reasoning(fields: Fields, answer: list[Message]) -> list[Message]:
     for name in names.REASONING:
         thought = optional_text(fields, name)
-        if thought and answer and answer[0].reasoning in (None, thought):
-            answer = [answer[0]._replace(reasoning=thought), *answer[1:]]
-        elif thought:
-            raise RecordError("wrong_type", f"{name!r} and another field of reasoning differ")
+        if not thought:
+            continue
+        place = next((index for index, message in enumerate(answer) if message.role == "assistant"), None)
+        if place is None or answer[place].reasoning not in (None, thought):
+            raise RecordError("wrong_type", f"{name!r} belongs to no answer, or to one with other reasoning")
+        answer = [*answer[:place], answer[place]._replace(reasoning=thought), *answer[place + 1 :]]
     return answer
 
 
@@ -84,10 +107,27 @@ def _history(fields: Fields, notes: Notes) -> list[Message]:
     return messages
 
 
+_ALSO_ASKED = [name for name in names.ASKED if name != "prompt"]
+PAIR_COLUMNS = ("prompt", "completion", "context", "history", "role", "content", "tool_calls", "reasoning_content")
 FORMAT = record_format(
     "prompt_completion",
-    "two fields: prompt/completion, prompt/response, question/answer, query/response, input/output and the like; "
-    "optional system, input, context, history",
+    Description(
+        "two fields: prompt/completion, prompt/response, question/answer, query/response, input/output and the like; "
+        "optional system, input, context, history",
+        {
+            "prompt": f"the user's message, or a list of messages; also {', '.join(_ALSO_ASKED)}",
+            "completion": f"the answer, or a list of messages; also {', '.join(names.ANSWERED[1:])}",
+            "context": "text that the prompt is about, below it; also `input`",
+            "history": "earlier rounds: a list of [question, answer], or of turns",
+            "reasoning_content": "the thoughts before the answer; also reasoning, thinking",
+        },
+        (
+            {"prompt": "What is 2 + 2?", "completion": "It is 4."},
+            {"system": "Be brief.", "question": "Who wrote it?", "context": "Ada wrote the notes.", "answer": "Ada."},
+        ),
+        PAIR_COLUMNS,
+        has_roles=True,
+    ),
     lambda fields: find_pair(fields) is not None,
     parse_pair,
     used_fields,

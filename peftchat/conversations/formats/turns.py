@@ -5,14 +5,13 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-from peftchat.conversation import Message, Role, ToolCall
+from peftchat.conversation import Message, Role
 from peftchat.conversations.formats import names
-from peftchat.conversations.formats.calls import call_from_text, read_calls
-from peftchat.conversations.formats.fields import Fields, Notes, parse_text, type_name
+from peftchat.conversations.formats.calls import call_from_text, json_text, read_calls
+from peftchat.conversations.formats.fields import Fields, Notes, optional_id, parse_text, type_name
+from peftchat.conversations.formats.parts import parse_parts
 from peftchat.conversations.problems import RecordError
-from peftchat.json_text import write_json
 
-_SPEAKERS = {name: role for name, role in names.ROLES.items() if name not in names.CALL_ROLES}
 _KNOWN = frozenset(
     {
         *names.ROLE,
@@ -23,8 +22,6 @@ _KNOWN = frozenset(
         *("tool_calls", "function_call", "tool_call_id", "name"),
     }
 )
-# Fields of a turn that say nothing that could be trained.
-_IGNORED = frozenset({"id", "refusal", "annotations", "audio", "type"})
 
 
 def parse_turns(turns: Sequence[Fields], notes: Notes) -> list[Message]:
@@ -34,12 +31,13 @@ def parse_turns(turns: Sequence[Fields], notes: Notes) -> list[Message]:
         RecordError: an unknown role, content that is not text, or a flag that is not understood.
     """
     messages: list[Message] = []
+    speakers = notes.speakers
     for number, turn in enumerate(turns, start=1):
         if len(turn) == 2:
             speaker, content = turn.get("role"), turn.get("content")
             if speaker is None:
                 speaker, content = turn.get("from"), turn.get("value")
-            if type(content) is str and type(speaker) is str and (role := _SPEAKERS.get(speaker)):
+            if type(content) is str and type(speaker) is str and (role := speakers.get(speaker)):
                 messages.append(Message(role, content))
                 continue
         if None in turn.values():
@@ -66,7 +64,7 @@ def _role_name(turn: Fields) -> str:
 
 def _messages(turn: Fields, number: int, notes: Notes) -> list[Message]:
     if not any(name in turn for name in names.ROLE):
-        exchange = _exchange(turn, notes)
+        exchange = _exchange(turn, number, notes)
         if exchange:
             return exchange
     role, called = parse_role(turn, number, notes)
@@ -79,9 +77,11 @@ def _messages(turn: Fields, number: int, notes: Notes) -> list[Message]:
     if isinstance(content, list):
         parts = parse_parts(content, number, notes)
         content, calls, extra = parts.text, (*calls, *parts.calls), parts.results
+        if reasoning is not None and parts.reasoning not in (None, reasoning):
+            raise RecordError("wrong_type", f"two texts of reasoning that differ (turn {number})")
         reasoning = parts.reasoning if reasoning is None else reasoning
     if isinstance(content, dict) and role == "tool":
-        content = write_json(content)
+        content = json_text(content, f"a result (turn {number})", notes)
     if not isinstance(content, str):
         raise RecordError("wrong_type", f"{name!r} must be text, it is {type_name(content)} (turn {number})")
     if called and not calls:
@@ -93,7 +93,7 @@ def _messages(turn: Fields, number: int, notes: Notes) -> list[Message]:
         role,
         content,
         tuple(calls),
-        _text(turn, "tool_call_id", number) if role == "tool" else None,
+        optional_id(turn, ("tool_call_id",), f"turn {number}") if role == "tool" else None,
         _text(turn, "name", number),
         reasoning,
         parse_flag(turn, f"turn {number}"),
@@ -101,6 +101,7 @@ def _messages(turn: Fields, number: int, notes: Notes) -> list[Message]:
     if "tool_call_id" in turn and role != "tool":
         notes.unused("tool_call_id in a turn")
     if extra and not content and role != "assistant":
+        notes.unused_of({"name": message.name, "tool_call_id": message.tool_call_id}, (), "a turn")
         return [one._replace(train=message.train) for one in extra]
     return [*extra, message]
 
@@ -111,35 +112,54 @@ def parse_role(turn: Fields, number: int, notes: Notes) -> tuple[Role, bool]:
     Raises:
         RecordError: there is none, or nobody knows it.
     """
-    speaker = next((turn[name] for name in names.ROLE if name in turn), None)
+    spelled = next((name for name in names.ROLE if name in turn), None)
+    speaker = turn[spelled] if spelled is not None else None
     key = names.normalize_role(speaker) if isinstance(speaker, str) else None
     role = names.ROLES.get(notes.roles.get(key, key)) if key is not None else None
     if role is None:
         known = ", ".join(dict.fromkeys([*notes.roles, *names.ROLES]))
         detail = f"unknown role {reprlib.repr(speaker)} (turn {number}); known: {known}"
-        raise RecordError("unknown_role", f"{detail}. Others: data.train[].roles")
-    return role, key in names.CALL_ROLES
+        raise RecordError("unknown_role", f"{detail}. Others: data.train[].roles, or --roles")
+    for name in names.ROLE:
+        if name != spelled and name in turn:
+            _check_second_role(turn, name, role, number, notes)
+    return role, key in names.CALL_ROLES and key not in notes.roles
 
 
-def _exchange(turn: Fields, notes: Notes) -> list[Message]:
+def _check_second_role(turn: Fields, name: str, role: Role, number: int, notes: Notes) -> None:
+    """Check that another field of a turn does not name another role; what it says otherwise is told."""
+    value = turn[name]
+    key = names.normalize_role(value) if isinstance(value, str) else ""
+    other = names.ROLES.get(notes.roles.get(key, key))
+    if other is None:
+        notes.unused_of({name: value}, (), "a turn")
+    elif other != role:
+        raise RecordError(
+            "unknown_role", f"the turn has two roles: {role!r} and, in {name!r}, {other!r} (turn {number})"
+        )
+
+
+def _exchange(turn: Fields, number: int, notes: Notes) -> list[Message]:
     """A question and its answer in one object, as some files write each round; empty if the turn is nothing like it."""
     asked = next((name for name in names.ASKED if isinstance(turn.get(name), str)), None)
     answered = next((name for name in names.ANSWERED if isinstance(turn.get(name), str)), None)
     if asked is None or answered is None:
         return []
-    system = next((name for name in names.SYSTEM if isinstance(turn.get(name), str)), None)
-    for name in turn.keys() - {asked, answered, system} - _IGNORED:
-        notes.unused(f"{name} in a turn")
+    system, where = next((name for name in names.SYSTEM if isinstance(turn.get(name), str)), None), f"turn {number}"
+    flags = (*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS)
+    notes.unused_of(turn, (asked, answered, system or "", *flags, *names.REASONING), "a turn")
     start = [Message("system", turn[system])] if system and turn[system] else []
-    return [*start, Message("user", turn[asked]), Message("assistant", turn[answered])]
+    answer = Message("assistant", turn[answered], (), None, None, _reasoning(turn, number), parse_flag(turn, where))
+    return [*start, Message("user", turn[asked]), answer]
 
 
 def _check_unknown(turn: Fields, unknown: set[str], number: int, notes: Notes) -> None:
-    for name in unknown:
-        value = turn[name]
+    for name, value in turn.items():
+        if name not in unknown:
+            continue
         if name in names.MEDIA and value:
             raise RecordError("unsupported_content", f"{name!r} is not text (turn {number})")
-        if value is None or value == [] or name in _IGNORED:
+        if value is None or value in ("", [], {}):
             continue
         if names.LOOKS_LIKE_FLAG.search(name) and not isinstance(value, str):
             detail = f"{name!r} may say what is trained, and is not understood (turn {number})"
@@ -204,83 +224,25 @@ def parse_flag(fields: Fields, where: str) -> bool | None:
     return found
 
 
-class _Parts:
-    """What a list of content parts holds, sorted."""
-
-    def __init__(self) -> None:
-        self.text = ""
-        self.thoughts: list[str] = []
-        self.calls: tuple[ToolCall, ...] = ()
-        self.results: list[Message] = []
-
-    @property
-    def reasoning(self) -> str | None:
-        return "\n".join(self.thoughts) or None
+_HH_MARK = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 
 
-def parse_parts(parts: Sequence[object], number: int, notes: Notes) -> _Parts:
-    """Text, reasoning, calls and results from the content parts of OpenAI, Anthropic, Bedrock, Gemini, LLaMA-Factory.
+def turns_of_text(text: str) -> list[Message] | None:
+    """The turns of `Human: …`, blank line, `Assistant: …`: Anthropic's preference sets; None for any other text.
 
-    Raises:
-        RecordError: a part that is none of these.
+    A text that ends with `Assistant:` is a prompt, so that its last turn is the user's.
     """
-    found = _Parts()
-    for part in parts:
-        if isinstance(part, str):
-            found.text += part
-            continue
-        if not isinstance(part, dict):
-            raise RecordError("unsupported_content", f"a content part is {type_name(part)} (turn {number})")
-        part = {name: value for name, value in part.items() if value is not None}
-        kind = part.get("type") or next((name for name in _PART_KINDS if name in part), None)
-        if kind in _TEXT_KINDS:
-            found.text += _part_text(part, number)
-        elif kind in ("thinking", "reasoning"):
-            found.thoughts.append(_part_text(part, number))
-        elif kind in ("tool_use", "tool_call", "function_call", "toolUse", "functionCall"):
-            found.calls += read_calls({"tool_calls": [_part_call(part, kind)]}, "assistant", number, notes)
-        elif kind in ("tool_result", "toolResult", "functionResponse"):
-            found.results.append(_part_result(part, kind, number, notes))
-        else:
-            what = reprlib.repr(kind) if kind else f"with {', '.join(part) or 'nothing'}"
-            raise RecordError("unsupported_content", f"a content part of type {what} is not text (turn {number})")
-    return found
+    start, *pieces = _HH_MARK.split(f"\n\n{text.lstrip()}")
+    if start or len(pieces) < 4 or pieces[0] != "Human":
+        return None
+    turns = [Message(_HH_ROLES[name], said.strip()) for name, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    return turns if turns[-1].content else turns[:-1]
 
 
-_TEXT_KINDS = ("text", "input_text", "output_text")
-_PART_KINDS = ("text", "thinking", "toolUse", "toolResult", "functionCall", "functionResponse")
-
-
-def _part_text(part: Fields, number: int) -> str:
-    for name in ("text", "value", "thinking", "reasoning", "content"):
-        if isinstance(text := part.get(name), str):
-            return text
-    raise RecordError("unsupported_content", f"a content part holds no text (turn {number})")
-
-
-def _part_call(part: Fields, kind: str) -> Fields:
-    inner: Fields = part[kind] if isinstance(part.get(kind), dict) else part
-    if isinstance(part.get("value"), str):  # LLaMA-Factory keeps the call as JSON text
-        value = parse_text(part["value"])
-        inner = value if isinstance(value, dict) else part
-    arguments: Any = next((inner[name] for name in ("input", "arguments", "args", "parameters") if name in inner), {})
-    call = {"name": inner.get("name"), "arguments": arguments}
-    key = next((inner[name] for name in ("id", "toolUseId", "call_id") if name in inner), None)
-    return call if key is None else {**call, "id": key}
-
-
-def _part_result(part: Fields, kind: str, number: int, notes: Notes) -> Message:
-    inner: Fields = part[kind] if isinstance(part.get(kind), dict) else part
-    content = next((inner[name] for name in ("content", "response", "output") if name in inner), "")
-    if isinstance(content, list) and all(isinstance(one, str) or "text" in one for one in content):
-        content = parse_parts(content, number, notes).text
-    if not isinstance(content, str):
-        content = write_json(content)
-    key = next((inner[name] for name in ("tool_use_id", "toolUseId", "id", "call_id") if name in inner), None)
-    return Message("tool", content, (), key if isinstance(key, str) else None, _text(inner, "name", number))
-
-
-_LISTED = re.compile(r"\s*[\[{]")
+_LISTED = re.compile(r'\s*[\[{"]')
+_MOST_OFTEN_ENCODED = 2
+_OBJECTS = {dict}
 
 
 def turn_list(fields: Fields, name: str) -> list[Fields]:
@@ -290,7 +252,11 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
         RecordError: it is not.
     """
     turns = fields.get(name)
-    if isinstance(turns, str) and _LISTED.match(turns):
+    if type(turns) is list and {*map(type, turns)} == _OBJECTS:
+        return turns
+    for _ in range(_MOST_OFTEN_ENCODED):
+        if not isinstance(turns, str) or not _LISTED.match(turns):
+            break
         try:
             turns = parse_text(turns)
         except ValueError:
@@ -299,7 +265,17 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
             raise RecordError("wrong_type", f"{name!r} must be a list of turns, it is {how}") from None
     if not isinstance(turns, list):
         raise RecordError("wrong_type", f"{name!r} must be a list of turns, it is {type_name(turns)}")
+    if any(isinstance(turn, str) for turn in turns):
+        turns = [_turn_of_text(turn) if isinstance(turn, str) else turn for turn in turns]
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             raise RecordError("wrong_type", f"turn {number} must be an object, it is {type_name(turn)}")
     return turns
+
+
+def _turn_of_text(turn: str) -> object:
+    """The turn that a text is in JSON, as tables without a type for it hold turns; or the text."""
+    try:
+        return parse_text(turn) if _LISTED.match(turn) else turn
+    except ValueError:
+        return turn

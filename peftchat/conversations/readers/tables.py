@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import orjson
-
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord
+from peftchat.conversations.readers.arrow_json import Decoder, decoder_of_fields
 from peftchat.conversations.readers.json_values import broken_packing
 from peftchat.conversations.readers.opening import BrokenPacking, as_text, check_first_bytes, open_text
 from peftchat.errors import UserError
@@ -17,7 +16,6 @@ from peftchat.errors import UserError
 _BATCH = 512
 _BUFFER = 2**20
 _ARROW_FILE = b"ARROW1"
-_LIST_COLUMNS = ("messages", "conversations")
 
 
 def read_parquet(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
@@ -82,6 +80,7 @@ class _Rows:
         self._name = name
         self._problems = problems
         self._number = 0
+        self._decode: tuple[Any, Decoder | None] = (None, None)
 
     def of(self, batch: Any) -> Iterator[RawRecord]:
         """The rows of a batch; one whose text is not UTF-8 goes to the log."""
@@ -89,7 +88,10 @@ class _Rows:
             values = batch.to_pylist()
         except UnicodeDecodeError:
             values = [self._row(batch, number) for number in range(batch.num_rows)]
-        for value in values:
+        if self._decode[0] is not batch.schema:
+            self._decode = (batch.schema, decoder_of_fields(batch.schema))
+        decode = self._decode[1]
+        for value in values if decode is None else map(decode, values):
             self._number += 1
             self._problems.records += 1
             where = f"{self._name}:{self._number}"
@@ -115,9 +117,8 @@ class _Rows:
 def read_csv(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
     """The rows of a CSV or TSV file with a header; `where` is the line on which the row ends.
 
-    A CSV whose header has semicolons or tabs and no comma is split at those. A column named `messages` or
-    `conversations` holds JSON. Bytes that are not UTF-8 become lone surrogates, which the checks on content find and
-    name later.
+    A CSV whose header has semicolons or tabs and no comma is split at those. A list of turns is JSON
+    text. Bytes that are not UTF-8 become lone surrogates, which the checks on content find and name later.
 
     Raises:
         UserError: it is another kind of file.
@@ -140,7 +141,7 @@ def read_csv(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterato
                     detail = f"the row has another number of columns than the header's {len(rows.fieldnames or ())}"
                     problems.add(Problem(where, "other_columns", detail), repr(fields).encode(errors="replace"))
                     continue
-                yield RawRecord(where, _with_lists(fields), None)
+                yield RawRecord(where, dict(fields), None)
     except csv.Error as error:
         detail = f"not readable CSV: {error}; everything behind line {number} was not read"
         problems.add(Problem(f"{name}:{number + 1}", "broken_file", detail))
@@ -174,17 +175,6 @@ def _bounded_lines(file: IO[str], limit: int) -> Iterator[str]:
         if len(line) > limit:
             raise csv.Error(f"a line is longer than {limit:,} characters")
         yield line
-
-
-def _with_lists(fields: dict[str, str]) -> dict[str, object]:
-    value: dict[str, object] = dict(fields)
-    for column in _LIST_COLUMNS:
-        if column in fields:
-            try:
-                value[column] = orjson.loads(fields[column])
-            except ValueError:
-                continue  # stays text, which the form refuses with the turn's place
-    return value
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftchat.conversation import Conversation
-from peftchat.conversations.problems import ProblemLog
+from peftchat.conversations.problems import ProblemLog, ReadOptions
 from peftchat.conversations.readers import find_files
 from peftchat.conversations.reading import read_conversations, read_sources
 from peftchat.conversations.splitting import fit_split
@@ -116,20 +116,36 @@ class StatsPart:
     read: Callable[[ProblemLog], Iterator[Conversation]]
 
 
-def parts_of_path(path: str) -> list[StatsPart]:
+def parts_of_path(
+    path: str, options: ReadOptions | None = None, *, subset: str | None = None, revision: str | None = None
+) -> list[StatsPart]:
     """A file or hub id is one part, a folder whose files are named by split one a split.
+
+    Args:
+        path: a file, a folder, a pattern or a hub id.
+        options: how to read it.
+        subset: of a hub data set that has several.
+        revision: of a hub data set.
 
     Raises:
         UserError: nothing there to read.
     """
-    if not Path(path).is_dir():
-        find_files(path)
-        return [_part(path, path, None)]
-    splits = [split for split in ("train", "eval", "test") if _has_split(path, split)]
+    splits: list[str | None] = []
+    if Path(path).is_dir():
+        splits = [split for split in ("train", "eval", "test") if _has_split(path, split)]
     if not splits:
         find_files(path)
-        return [_part(path, path, None)]
-    return [_part(f"{path} ({split})", path, split) for split in splits]
+        splits = [None]
+
+    def part(split: str | None) -> StatsPart:
+        return StatsPart(
+            path if split is None else f"{path} ({split})",
+            lambda log: read_conversations(
+                path, split=split, subset=subset, revision=revision, problems=log, options=options
+            ),
+        )
+
+    return [part(split) for split in splits]
 
 
 def parts_of_recipe(recipe: "Recipe") -> list[StatsPart]:
@@ -154,10 +170,6 @@ def parts_of_recipe(recipe: "Recipe") -> list[StatsPart]:
         return lambda log: (one for one in read_train(log) if split.is_eval(one) == is_eval)
 
     return [StatsPart("train", side(False)), StatsPart("eval", side(True))]
-
-
-def _part(name: str, path: str, split: str | None) -> StatsPart:
-    return StatsPart(name, lambda log: read_conversations(path, split=split, problems=log))
 
 
 def _has_split(path: str, split: str) -> bool:

@@ -334,7 +334,7 @@ def test_reasoning_reaches_templates_that_read_parts() -> None:
 def test_a_variable_that_nothing_sets_is_named() -> None:
     with pytest.raises(UserError, match="needs the variable `functions`") as caught:
         examples_of(
-            chat_of("llama2", TEMPLATES["zephyr"] + "{{ functions | length }}"),
+            chat_of("llama2", TEMPLATES["zephyr"] + "{{ functions.all }}"),
             Conversation((Message("user", "q"), Message("assistant", "a"))),
         )
     assert "chat.template_kwargs: {functions" in str(caught.value)

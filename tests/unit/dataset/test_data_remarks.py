@@ -23,7 +23,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def load(tmp_path: Path, tokenizer: Path, train: str, **data: object) -> dict[str, EncodedSplit]:
+def load(tmp_path: Path, tokenizer: Path, train: str, /, **data: object) -> dict[str, EncodedSplit]:
     path = write_recipe(tmp_path / "r.yaml", tokenizer, tmp_path / train, data=data)
     recipe = load_recipe(path, to_train=False).recipe
     return dict(load_splits(recipe, make_format("starchat", None, AutoTokenizer.from_pretrained(tokenizer))))
@@ -73,3 +73,29 @@ def test_a_set_that_is_mostly_too_long_is_refused(tmp_path: Path, tokenizer_fold
     write_conversations(tmp_path / "a.jsonl", [*talk(0, 5), *long * 4])
     found = load(tmp_path, tokenizer_folder, "a.jsonl", max_length=64, truncation=truncation)
     assert found["train"].stats.dropped == {"too_long": 4}
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_conversations_behind_a_limit_are_counted(tmp_path: Path, tokenizer_folder: Path, bad: bool) -> None:
+    write_conversations(tmp_path / "a.jsonl", talk(0, 30))
+    write_conversations(tmp_path / "b.jsonl", talk(30, 35))
+    if bad:
+        with (tmp_path / "a.jsonl").open("a") as file:
+            file.write("not json\n")
+    found = load(tmp_path, tokenizer_folder, "a.jsonl", eval=[{"path": str(tmp_path / "b.jsonl")}],
+                 max_train_samples=12, max_eval_samples=3)  # fmt: skip
+    assert found["train"].stats.examples == 12
+    counted, *others = found["train"].stats.reading_notes()
+    assert counted == "left out: 18 conversations behind `data.max_train_samples`"
+    assert [f"{tmp_path}/a.jsonl:31: not JSON" in line for line in others] == [True] * bad
+    assert found["eval"].stats.left_out == {"max_eval_samples": 2}
+
+
+def test_what_rules_of_the_recipe_leave_out_is_told(tmp_path: Path, tokenizer_folder: Path) -> None:
+    rows = [*talk(0, 40), [*talk(40, 41)[0], ("user", "and then?")]]
+    write_conversations(tmp_path / "a.jsonl", rows)
+    source = {"path": str(tmp_path / "a.jsonl"), "weight": 0.5}
+    stats = load(tmp_path, tokenizer_folder, "a.jsonl", train=[source])["train"].stats
+    told = list(stats.reading_notes())
+    assert f"left out: {41 - stats.examples} conversations left out by the weight of their source" in told
+    assert "changed: 1 times an unanswered user turn at the end taken off" in told

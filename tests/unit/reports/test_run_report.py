@@ -59,6 +59,14 @@ def test_every_value_of_run_json_is_on_the_page(tmp_path: Path) -> None:
     assert "Held-out loss fell from 2.930 to 1.419, by 52 %." in text
 
 
+def test_what_was_left_out_of_the_data_is_on_the_page(tmp_path: Path) -> None:
+    note = "train data: left out: 94 conversations in another language"
+    folder = run_folder(tmp_path / "demo", {**RUN_JSON, "dropped": {"other_language": 94}, "notes": [note]})
+    text = " ".join(page_of(folder).text.split())
+    assert text.count(note) == 2  # in words, and in the record
+    assert "· conversations in another language94" in text.replace(" 94", "94")
+
+
 def test_the_token_table_tells_what_moved(tmp_path: Path) -> None:
     html = write_report(run_folder(tmp_path / "demo")).read_text(encoding="utf-8")
     section = html.split("<h2>New tokens</h2>")[1].split("</table>")[0]

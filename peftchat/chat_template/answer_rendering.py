@@ -408,10 +408,16 @@ def _behind_reasoning(opened: str, written: str) -> str | None:
 
 def _shared_length(one: str, other: str) -> int:
     """Return how many characters two texts have in common at the start."""
-    for number, (first, second) in enumerate(zip(one, other, strict=False)):
-        if first != second:
-            return number
-    return min(len(one), len(other))
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def _end_of_run(special: re.Pattern[str], text: str, start: int) -> int:

@@ -308,8 +308,8 @@ def test_a_lost_short_message_is_not_taken_for_found_in_other_text() -> None:
         .replace(END_LOOP, "{% endif %}" + END_LOOP, 1)
     )
     chat = chat_of("llama2", template)
-    turns = (Message("system", "ser"), Message("user", "a user"), Message("assistant", "b"))
-    with pytest.raises(UserError, match=r"content of message 1 \(system\): 'ser'"):
+    turns = (Message("system", "use"), Message("user", "a user"), Message("assistant", "b"))
+    with pytest.raises(UserError, match=r"content of message 1 \(system\): 'use'"):
         examples_of(chat, Conversation(turns))
 
 

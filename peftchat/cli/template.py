@@ -89,13 +89,14 @@ def _variable(setting: str) -> tuple[str, object]:
     Raises:
         UserError: it has no `=`, or the value is no YAML.
     """
-    import yaml
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     name, equals, value = setting.partition("=")
     try:
         if equals and name.isidentifier():
-            return name, yaml.safe_load(value)
-    except yaml.YAMLError:
+            return name, YAML(typ="safe").load(value)
+    except YAMLError:
         pass
     raise UserError(
         f"{setting!r} is not NAME=VALUE", where="--set", hint="Write it like `--set enable_thinking=false`."

@@ -18,7 +18,7 @@ def record_line(conversation: Conversation) -> bytes:
 
     `source` is where it came from, unless the record has a column of that name.
     """
-    record: dict[str, Any] = {"messages": [_turn(message) for message in conversation.messages]}
+    record: dict[str, Any] = {"messages": list(map(_turn, conversation.messages))}
     if conversation.tools is not None:
         record["tools"] = orjson.Fragment(conversation.tools)
     record["source"] = conversation.source

@@ -226,9 +226,20 @@ def _detect(name: str, records: Iterable[RawRecord], columns: Columns | None) ->
     raise UserError(
         f"no known format has the fields found here: {shown}",
         where=name,
-        hint=f"Give the file's names with `columns`, such as `{{prompt: ask, completion: reply}}`. Known formats: "
-        f"{', '.join(FORMATS)} (`peftchat data formats` shows their fields).",
+        hint=f"{_found_below(first)}Known formats: {', '.join(FORMATS)} (`peftchat data formats` shows their fields).",
     )
+
+
+def _found_below(fields: Fields) -> str:
+    """What could be read of a record without a known format, as the beginning of a hint."""
+    for field, value in fields.items():
+        if isinstance(value, dict) and matching_format(value) is not None:
+            return f"They are below the field {field!r}: jq -c '.[\"{field}\"]' FILE > FILE.jsonl. "
+        if isinstance(value, list) and value and isinstance(value[0], dict) and _are_turns(value[0]):
+            return f"The field {field!r} holds turns: `columns: {{messages: {field}}}` reads it. "
+    if fields.keys() == {"text"}:
+        return "A text without `### Human:` marks has no turns that could be told apart. "
+    return "Give the file's names with `columns`, such as `{prompt: ask, completion: reply}`. "
 
 
 def _are_turns(fields: Fields) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats import names
@@ -108,6 +109,15 @@ def complete(fields: Fields, shape: RecordShape, messages: Sequence[Message], no
     return Conversation(tuple(turns), notes.where, tools, {name: fields[name] for name in columns})
 
 
+_FLAGS = frozenset({*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS, names.LABEL})
+_FLAG_TEXTS: dict[str, Any] = {"true": True, "false": False, "1": 1, "0": 0, "1.0": 1, "0.0": 0, "": None}
+
+
+def _flag_of_text(value: object) -> object:
+    """The flag that a text stands for: all cells of a CSV are text. Anything else as it is."""
+    return _FLAG_TEXTS.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
 def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> list[str]:
     """The special fields that mean nothing here and are kept as columns.
 
@@ -119,10 +129,11 @@ def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> li
     for name in sorted(special & names.MEDIA):
         if fields[name]:
             raise RecordError("unsupported_content", f"the record has {name}, which are not text")
+    fields = {**fields, **{name: _flag_of_text(fields[name]) for name in special & _FLAGS if name in fields}}
     label = fields.get(names.LABEL) if names.LABEL in special else None
     if label is False:
         raise LeftOut("label_is_false")
-    if names.LABEL in special and label is not True:
+    if names.LABEL in special and label not in (True, None):
         kept.append(names.LABEL)
         notes.unused(names.LABEL)
     elif label is True:
@@ -139,7 +150,7 @@ def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> li
     for name in (*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS):
         if name in special:
             kept.append(name)
-            if name not in flags and name not in weights:
+            if name not in flags and name not in weights and fields[name] is not None:
                 notes.unused(name)
     return kept
 

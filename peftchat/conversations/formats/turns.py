@@ -172,7 +172,7 @@ def _content_of(turn: Fields, number: int, *, optional: bool) -> tuple[str, Any]
     """The name and the value of a turn's content; "" where it may be absent or null."""
     found = [name for name in names.CONTENT if name in turn and turn[name] is not None]
     for other in found[1:]:
-        if turn[other] != turn[found[0]]:
+        if turn[other] != turn[found[0]] and not _is_text_of(turn[found[0]], turn[other]):
             raise RecordError("wrong_type", f"{found[0]!r} and {other!r} say different things (turn {number})")
     if found:
         return found[0], turn[found[0]]
@@ -182,6 +182,13 @@ def _content_of(turn: Fields, number: int, *, optional: bool) -> tuple[str, Any]
     if present is None:
         raise RecordError("missing_field", f"no field 'content' (turn {number})")
     return present, None
+
+
+def _is_text_of(parts: object, text: object) -> bool:
+    """Whether a text repeats that of content parts, as in the export of Claude."""
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return False
+    return "".join(str(part.get("text", "")) for part in parts) == text
 
 
 def _reasoning(turn: Fields, number: int) -> str | None:
@@ -242,6 +249,7 @@ def turns_of_text(text: str) -> list[Message] | None:
 
 _LISTED = re.compile(r'\s*[\[{"]')
 _MOST_OFTEN_ENCODED = 2
+_OBJECTS = {dict}
 
 
 def turn_list(fields: Fields, name: str) -> list[Fields]:
@@ -251,6 +259,8 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
         RecordError: it is not.
     """
     turns = fields.get(name)
+    if type(turns) is list and {*map(type, turns)} == _OBJECTS:
+        return turns
     for _ in range(_MOST_OFTEN_ENCODED):
         if not isinstance(turns, str) or not _LISTED.match(turns):
             break
@@ -262,16 +272,25 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
             raise RecordError("wrong_type", f"{name!r} must be a list of turns, it is {how}") from None
     if not isinstance(turns, list):
         raise RecordError("wrong_type", f"{name!r} must be a list of turns, it is {type_name(turns)}")
-    if any(isinstance(turn, str) for turn in turns):
-        turns = [_turn_of_text(turn) if isinstance(turn, str) else turn for turn in turns]
-    for number, turn in enumerate(turns, start=1):
+    for turn in turns:
         if not isinstance(turn, dict):
-            raise RecordError("wrong_type", f"turn {number} must be an object, it is {type_name(turn)}")
+            return _opened(turns)
     return turns
 
 
+def _opened(turns: Sequence[object]) -> list[Fields]:
+    """Turns of which some are JSON text, as tables without a type for them hold turns."""
+    opened: list[Fields] = []
+    for number, turn in enumerate(turns, start=1):
+        value = _turn_of_text(turn) if isinstance(turn, str) else turn
+        if not isinstance(value, dict):
+            raise RecordError("wrong_type", f"turn {number} must be an object, it is {type_name(value)}")
+        opened.append(value)
+    return opened
+
+
 def _turn_of_text(turn: str) -> object:
-    """The turn that a text is in JSON, as tables without a type for it hold turns; or the text."""
+    """The turn that a text is in JSON, or the text."""
     try:
         return parse_text(turn) if _LISTED.match(turn) else turn
     except ValueError:

@@ -75,41 +75,38 @@ def _lines(file: BinaryIO, name: str, max_record_bytes: int, problems: ProblemLo
                 continue
             problems.records += 1
             try:
-                value = _parsed(line, problems)
-            except ValueError as error:
-                problem = explain_json_error(f"{name}:{number}", line, error)
-                problems.records -= problem.kind == "broken_file"
-                problems.add(problem, line)
-                continue
+                value = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                value = _parse_other(line, str(error), problems)
+                if value is None:
+                    problem = explain_json_error(f"{name}:{number}", line, error)
+                    problems.records -= problem.kind == "broken_file"
+                    problems.add(problem, line)
+                    continue
             if number <= KEYS_CHECKED and (twice := repeated_key(f"{name}:{number}", line)):
                 problems.add(twice, line)
-            elif (fields := as_fields(value)) is not None:
-                yield RawRecord(f"{name}:{number}", fields, line)
-            else:
+                continue
+            fields = value if type(value) is dict else as_fields(value)
+            if fields is None:
                 problems.add(not_an_object(f"{name}:{number}", value), line)
+            else:
+                yield RawRecord(f"{name}:{number}", fields, line)
     except BrokenPacking as error:
         problems.add(broken_packing(f"{name}:{number + 1}", error))
 
 
-def _parsed(line: bytes, problems: ProblemLog) -> Any:
-    """The value of a line; fields that are NaN or Infinity, as pandas and Python write them, are taken as absent.
+def _parse_other(line: bytes, fault: str, problems: ProblemLog) -> Any:
+    """The value of a line that orjson refuses and that can be used all the same, else None.
 
-    Raises:
-        ValueError: it is not JSON.
+    Numbers beyond those of a double are JSON: https://github.com/ijl/orjson#types. Fields that are NaN or Infinity, as
+    pandas and Python write them, are taken as absent.
     """
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError as error:
+    if "number" in fault:
         try:
-            # Numbers beyond those of a double are JSON all the same: https://github.com/ijl/orjson#types
-            if "number" in str(error):
-                return parse_json(line.decode())
+            return parse_json(line.decode())
         except ValueError:
-            raise error from None
-        fields = without_constants(line.decode(errors="replace"), problems) if is_with_constants(line) else None
-        if fields is None:
-            raise
-        return fields
+            return None
+    return without_constants(line.decode(errors="replace"), problems) if is_with_constants(line) else None
 
 
 def explain_json_error(where: str, line: bytes, error: ValueError) -> Problem:

@@ -132,7 +132,8 @@ def read_csv(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterato
             delimiter = _delimiter(path, file.peek())
             lines = _bounded_lines(as_text(file), max_record_bytes)
             rows = csv.DictReader(lines, strict=True, delimiter=delimiter)
-            _check_header(name, rows.fieldnames or ())
+            rows.fieldnames = [column.strip() for column in rows.fieldnames or ()]
+            _check_header(name, rows.fieldnames)
             for fields in rows:
                 number = rows.line_num
                 problems.records += 1

@@ -32,6 +32,9 @@ def said(path: Path, log: ProblemLog | None = None) -> list[list[tuple[str, str]
         (json.dumps({"chosen": f"{HH} See you", "rejected": f"{HH} No"}), [LONG]),
         (json.dumps({"prompt": HH, "chosen": "See you", "rejected": "No"}), [LONG]),
         (json.dumps({"prompt": HH, "response": "See you"}), [LONG]),
+        (json.dumps({"uuid": "u", "chat_messages": [
+            {"sender": who, "text": said, "content": [{"type": "text", "text": said}]}
+            for who, said in (("human", "Hi"), ("assistant", "Hello"))]}), [TALK]),
         (json.dumps({"prompt": "Human: is a word\n\nand", "response": "b"}),
          [[("user", "Human: is a word\n\nand"), ("assistant", "b")]]),
     ],
@@ -54,6 +57,9 @@ def test_an_odd_file_is_read(tmp_path: Path, content: str, expected: Any) -> Non
         ("a.jsonl", f'{LINE[:-1]}, "prompt": "Bye"}}', "the key 'prompt' is there twice"),
         ("a.jsonl", '{"messages": [{"content": "a", "content": "b"}]}', "the key 'content' is there twice"),
         ("a.json", f'[{LINE}, {LINE[:-1]}, "prompt": "Bye"}}]', "a.json:2: the key 'prompt' is there twice"),
+        ("a.jsonl", json.dumps({"items": TURNS}), "`columns: {messages: items}` reads it"),
+        ("a.jsonl", json.dumps({"data": PAIR}), "They are below the field 'data'"),
+        ("a.jsonl", json.dumps({"text": "Once upon a time"}), "has no turns that could be told apart"),
         ("a.jsonl", json.dumps({"chosen": "Yes", "rejected": "No"}), "an answer without a question"),
         ("a.json", json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "c", "1": "d"}}), "each with its"),
         ("a.jsonl", f'{LINE[:-1]}, "scores": [NaN]}}', "not JSON"),
@@ -67,3 +73,14 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str, m
     with pytest.raises(UserError) as error:
         said(path)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["train", "weight", "label"])
+@pytest.mark.parametrize("off", ["false", "False", "0"])
+def test_a_flag_in_a_csv_is_text_and_a_flag_all_the_same(tmp_path: Path, name: str, off: str) -> None:
+    off = "FALSE" if name == "label" else off
+    path = tmp_path / "rows.csv"
+    path.write_text(f" prompt ,completion,{name}\nHi,Go away,{off}\nHi,Hello,1\nHi,Well,\n")
+    log = ProblemLog(strict=True)
+    assert said(path, log) == [TALK, [("user", "Hi"), ("assistant", "Well")]]
+    assert sum(log.skipped.values()) == 1

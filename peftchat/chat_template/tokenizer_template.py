@@ -18,10 +18,12 @@ from peftchat.chat_template.answer_rendering import (
     TemplateMessage,
     TemplateRenderer,
     Tools,
+    with_reasoning_parts,
 )
-from peftchat.chat_template.answer_spans import ExampleBuilder, check_written
+from peftchat.chat_template.answer_spans import ExampleBuilder
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
 from peftchat.chat_template.text_encoder import TextEncoder
+from peftchat.chat_template.written_check import WrittenCheck
 from peftchat.conversation import Conversation
 from peftchat.errors import UserError
 
@@ -37,6 +39,7 @@ _CALL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "find", "arguments": {"text": "answer"}},
 }
+_REASONING = "peftchat reasoning"
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 _BOUNDARY_CHARACTERS = 48
@@ -91,6 +94,7 @@ class TokenizerTemplate:
         self.written_date = None if written == self.jinja else today.isoformat()
         self._renderer = TemplateRenderer(tokenizer, written, list(self._text.special), variables)
         self._arguments_as_text = self._wants_text_arguments()
+        self._renderer.reasoning_in_parts = self._wants_reasoning_parts()
         self.end_tokens = self._find_end_tokens(tokenizer)
         self.end_token = self.end_tokens[0]
 
@@ -147,11 +151,12 @@ class TokenizerTemplate:
         if not trained:
             rendered = self._renderer.render(messages, tools, generation_prompt=False)
             return [list(builder.context_only(rendered))]
+        check = WrittenCheck(self._renderer, messages, tools)
         groups: list[list[RenderedAnswer]] = []
         for index in trained:
             answer = renderer.answer(index)
             continues = bool(groups) and self._continues(groups[-1][-1], answer)
-            check_written(messages, tools, answer, groups[-1][-1].index + 1 if continues else 0, self._renderer.restore)
+            check.check(answer, groups[-1][-1].index + 1 if continues else 0)
             if continues:
                 groups[-1].append(answer)
             else:
@@ -182,6 +187,19 @@ class TokenizerTemplate:
                 found.append(False)
             else:
                 found.append(True)
+        return found == [False, True]
+
+    def _wants_reasoning_parts(self) -> bool:
+        """Return whether the template reads reasoning from a part of the content only, as Mistral's newer ones do."""
+        answer = {**_ANSWER, "reasoning_content": _REASONING}
+        found = []
+        for message in (answer, with_reasoning_parts(answer)):
+            try:
+                text = self._renderer.render([_QUESTION, message], None, generation_prompt=False)
+            except UserError:
+                text = ""
+            # A template that knows no parts writes them as Python does.
+            found.append(_REASONING in text and not re.search(r"""["'](?:type|thinking)["']""", text))
         return found == [False, True]
 
     def _find_end_tokens(self, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:

@@ -41,8 +41,8 @@ CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls"})
 """Roles of turns whose content is a call as JSON."""
 
 _DIALOGUE = "dialogue"  # codespell:ignore
-TURNS = ("messages", "conversations", "conversation", "dialog", _DIALOGUE, "dialogs", "turns", "chat")
-ROLE = ("role", "from", "speaker", "author")
+TURNS = ("messages", "conversations", "conversation", "dialog", _DIALOGUE, "dialogs", "turns", "chat", "chat_messages")
+ROLE = ("role", "from", "speaker", "author", "sender")
 CONTENT = ("content", "value", "text", "message")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SYSTEM = ("system", "system_prompt", "system_message", "systemPrompt", "systemInstruction", "system_instruction")

@@ -172,7 +172,7 @@ def _content_of(turn: Fields, number: int, *, optional: bool) -> tuple[str, Any]
     """The name and the value of a turn's content; "" where it may be absent or null."""
     found = [name for name in names.CONTENT if name in turn and turn[name] is not None]
     for other in found[1:]:
-        if turn[other] != turn[found[0]]:
+        if turn[other] != turn[found[0]] and not _is_text_of(turn[found[0]], turn[other]):
             raise RecordError("wrong_type", f"{found[0]!r} and {other!r} say different things (turn {number})")
     if found:
         return found[0], turn[found[0]]
@@ -182,6 +182,13 @@ def _content_of(turn: Fields, number: int, *, optional: bool) -> tuple[str, Any]
     if present is None:
         raise RecordError("missing_field", f"no field 'content' (turn {number})")
     return present, None
+
+
+def _is_text_of(parts: object, text: object) -> bool:
+    """Whether a text repeats that of content parts, as in the export of Claude."""
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return False
+    return "".join(str(part.get("text", "")) for part in parts) == text
 
 
 def _reasoning(turn: Fields, number: int) -> str | None:

@@ -32,6 +32,9 @@ def said(path: Path, log: ProblemLog | None = None) -> list[list[tuple[str, str]
         (json.dumps({"chosen": f"{HH} See you", "rejected": f"{HH} No"}), [LONG]),
         (json.dumps({"prompt": HH, "chosen": "See you", "rejected": "No"}), [LONG]),
         (json.dumps({"prompt": HH, "response": "See you"}), [LONG]),
+        (json.dumps({"uuid": "u", "chat_messages": [
+            {"sender": who, "text": said, "content": [{"type": "text", "text": said}]}
+            for who, said in (("human", "Hi"), ("assistant", "Hello"))]}), [TALK]),
         (json.dumps({"prompt": "Human: is a word\n\nand", "response": "b"}),
          [[("user", "Human: is a word\n\nand"), ("assistant", "b")]]),
     ],

@@ -6,6 +6,9 @@ of added tokens, and outside CUDA it projects every position.
 """
 
 import functools
+import inspect
+import math
+import sys
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -74,15 +77,19 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
 
 
 def _aux_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the load-balancing loss of a mixture of experts (Fedus et al., 2021), if it returns router logits."""
-    if not kwargs.get("output_router_logits"):
-        return None
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    """Return the load-balancing loss of a mixture of experts (Fedus et al., 2021), if it returns router logits.
 
+    It is computed as the architecture's own forward does. One without such a loss, such as Llama 4, has none here.
+    """
+    compute = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    logits = getattr(backbone, "router_logits", None)
+    if not kwargs.get("output_router_logits") or compute is None or not logits:
+        return None
     config = model.config.get_text_config()
-    loss = load_balancing_loss_func(
-        backbone.router_logits, model.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-    )
+    counts = {"num_experts": getattr(model, "num_experts", None) or config.num_experts}
+    if "num_keys" in inspect.signature(compute).parameters:
+        counts["num_keys"] = math.isqrt(counts["num_experts"])  # Doge finds experts by two keys.
+    loss = compute(logits, **counts, top_k=config.num_experts_per_tok, attention_mask=kwargs.get("attention_mask"))
     return loss if isinstance(loss, torch.Tensor) else None
 
 

@@ -22,6 +22,7 @@ from peftchat.models.added_tokens import (
     l2_distance,
     vocabulary_size,
 )
+from peftchat.models.experts import active_shares
 from peftchat.models.loading import end_ids
 from peftchat.models.saving import is_adapted
 from peftchat.runs.run_summary import AddedToken, KeptStep, MemoryParts, RunSummary, SampleAnswer
@@ -300,10 +301,12 @@ def _flops_utilization(context: TrainContext, trainer: "ChatTrainer", counts: To
     outside = {id(embedding), id(head)}
     added = {id(parameter) for name, parameter in model.named_parameters() if MODULE_NAME in name.split(".")}
     body = {id(p): p for p in model.parameters() if p.dim() >= 2 and id(p) not in outside | added}
+    shares = active_shares(model, model.config)
+    used = {key: round(unsharded_numel(p) * shares.get(key, 1.0)) for key, p in body.items()}
     flops = training_flops(
-        body=sum(unsharded_numel(p) for p in body.values()),
+        body=sum(used.values()),
         head=unsharded_numel(embedding if is_tied(model) else head),
-        trained_body=sum(unsharded_numel(p) for p in body.values() if p.requires_grad),
+        trained_body=sum(used[key] for key, p in body.items() if p.requires_grad),
         trains_head=not is_adapted(trainer.model),
         tokens=counts.tokens,
         supervised=counts.supervised,

@@ -64,15 +64,23 @@ def write_json(value: Any) -> str:
         raise ValueError("the JSON is nested too deep") from None
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, constants: bool = False) -> Any:
     """Return the value of a JSON text; each number that Python would respell is a `Number`, objects are `TextObject`.
+
+    Args:
+        text: of one value.
+        constants: also read `NaN` and `Infinity`, which are no JSON, as floats.
 
     Raises:
         ValueError: the text is not JSON, or is nested too deep.
     """
     try:
         return json.loads(
-            text, parse_float=Number, parse_int=_integer, parse_constant=_no_constant, object_hook=TextObject
+            text,
+            parse_float=Number,
+            parse_int=exact_integer,
+            parse_constant=float if constants else _no_constant,
+            object_hook=TextObject,
         )
     except RecursionError:
         raise ValueError("the JSON is nested too deep") from None
@@ -87,7 +95,8 @@ def holds_floats(value: Any) -> bool:
     return type(value) is float
 
 
-def _integer(spelling: str) -> int | Number:
+def exact_integer(spelling: str) -> int | Number:
+    """Return the integer, or a `Number` where Python would respell it or refuses to convert it."""
     return int(spelling) if len(spelling) <= _SAFE_DIGITS and spelling != "-0" else Number(spelling)
 
 

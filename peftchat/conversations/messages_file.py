@@ -18,11 +18,13 @@ def record_line(conversation: Conversation) -> bytes:
 
     `source` is where it came from, unless the record has a column of that name.
     """
-    record: dict[str, Any] = {"messages": [_turn(message) for message in conversation.messages]}
+    record: dict[str, Any] = {"messages": list(map(_turn, conversation.messages))}
     if conversation.tools is not None:
         record["tools"] = orjson.Fragment(conversation.tools)
     record["source"] = conversation.source
     record |= {name: value for name, value in conversation.columns.items() if name not in _OWN}
+    if record["source"] == "":  # an empty cell of a table
+        record["source"] = conversation.source
     try:
         return orjson.dumps(record, _other_value, orjson.OPT_APPEND_NEWLINE)
     except TypeError:

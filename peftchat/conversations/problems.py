@@ -78,6 +78,7 @@ Kind = Literal[
     "broken_tree",
     "unknown_flag",
     "two_system_messages",
+    "repeated_key",
 ]
 
 KINDS: dict[Kind, str] = {
@@ -101,6 +102,7 @@ KINDS: dict[Kind, str] = {
     "unsupported_content": "a turn holds something other than text",
     "broken_tree": "a message does not belong to any tree of its file",
     "unknown_flag": "a field that may say what is trained is not understood",
+    "repeated_key": "a key is there twice in one object",
     "two_system_messages": "the system prompt beside the turns is not that of the turns",
 }
 
@@ -108,6 +110,7 @@ NOTES: dict[str, str] = {
     "trailing_user_trimmed": "an unanswered user turn at the end taken off",
     "turns_merged": "a turn joined with the one before it, of the same role",
     "arrow_nulls_removed": "nulls with which a table fills tool calls taken out",
+    "constants_removed": "a field that is NaN or Infinity taken as absent",
     "call_that_is_not_json": "a tool call that is not JSON kept as text",
 }
 """Change of a record -> what it is, as tables say it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftchat.conversation import Conversation
-from peftchat.conversations.formats import FORMATS, Format, find_format, matching_format
+from peftchat.conversations.formats import FORMATS, Fields, Format, find_format, matching_format, names
 from peftchat.conversations.formats.base import field_names
 from peftchat.conversations.formats.columns import Columns
 from peftchat.conversations.formats.names import normalize_role
@@ -207,19 +207,44 @@ def _chain(first: list[RawRecord], rest: Iterator[RawRecord]) -> Iterator[RawRec
 def _detect(name: str, records: Iterable[RawRecord], columns: Columns | None) -> Format:
     """The format of the first record that has one."""
     shown = ""
+    first: Fields = {}
     for record in records:
+        first = first or record.value
         data_format = matching_format({field: item for field, item in record.value.items() if item is not None})
         if data_format is not None:
             return data_format
         shown = shown or field_names(record.value)
     if columns is not None:
         columns.check_found()
+    if _are_turns(first):
+        raise UserError(
+            f"the records are turns, not conversations; fields: {shown}",
+            where=name,
+            hint="Write one conversation per record. If the file is one conversation: "
+            "jq -cs '{messages: (if (.[0] | type) == \"array\" then .[0] else . end)}' FILE > FILE.jsonl",
+        )
     raise UserError(
         f"no known format has the fields found here: {shown}",
         where=name,
-        hint=f"Give the file's names with `columns`, such as `{{prompt: ask, completion: reply}}`. Known formats: "
-        f"{', '.join(FORMATS)} (`peftchat data formats` shows their fields).",
+        hint=f"{_found_below(first)}Known formats: {', '.join(FORMATS)} (`peftchat data formats` shows their fields).",
     )
+
+
+def _found_below(fields: Fields) -> str:
+    """What could be read of a record without a known format, as the beginning of a hint."""
+    for field, value in fields.items():
+        if isinstance(value, dict) and matching_format(value) is not None:
+            return f"They are below the field {field!r}: jq -c '.[\"{field}\"]' FILE > FILE.jsonl. "
+        if isinstance(value, list) and value and isinstance(value[0], dict) and _are_turns(value[0]):
+            return f"The field {field!r} holds turns: `columns: {{messages: {field}}}` reads it. "
+    if fields.keys() == {"text"}:
+        return "A text without `### Human:` marks has no turns that could be told apart. "
+    return "Give the file's names with `columns`, such as `{prompt: ask, completion: reply}`. "
+
+
+def _are_turns(fields: Fields) -> bool:
+    """Whether a record is a turn: a role and a content."""
+    return any(name in fields for name in names.ROLE) and any(name in fields for name in names.CONTENT)
 
 
 def _until_problem(stream: Iterator[Conversation], problems: ProblemLog) -> Iterator[Conversation]:

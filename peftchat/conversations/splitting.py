@@ -12,18 +12,22 @@ def fingerprint(messages: Iterable[Message], tools: str | None = None) -> bytes:
 
     What counts is all of the turns (roles, contents, calls, reasoning, names, flags) and the tools, not the columns.
     """
-    state = hashlib.blake2b(digest_size=16)
+    parts: list[str] = []
     for message in messages:
-        content = message.content.encode(errors="surrogatepass")
+        role, content, calls, *others = message
         # The length keeps two messages from reading like one.
-        state.update(b"%s %d\n" % (message.role.encode(), len(content)))
-        state.update(content)
-        if not message.is_plain:
-            extra = repr(message[2:]).encode(errors="surrogatepass")
-            state.update(b"+ %d\n" % len(extra) + extra)
+        parts += (role, str(len(content)), content)
+        if calls or others != _NOTHING:
+            extra = repr(message[2:])
+            parts += ("+", str(len(extra)), extra)
     if tools is not None:
-        state.update(b"tools\n" + tools.encode(errors="surrogatepass"))
-    return state.digest()
+        parts += ("tools", tools)
+    # One long text is encoded and hashed in half the time of its pieces.
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogatepass")).digest()[:16]
+
+
+_NOTHING = [None] * 4
+"""What a plain message has behind its content and calls."""
 
 
 FRACTION_STEP = 2.0**-48

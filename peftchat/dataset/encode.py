@@ -78,8 +78,11 @@ class EncodingStats:
         for name, number in self.notes.items():
             if name in NOTES:
                 yield f"changed: {number} times {NOTES[name]}"
+        together: dict[str, list[str]] = {}
         for name, records in self.unused.items():
-            yield f"not used: field {printable_name(name)} in {records}"
+            together.setdefault(records, []).append(printable_name(name))
+        for records, found in together.items():
+            yield f"not used: field{'s' if len(found) > 1 else ''} {', '.join(found)} in {records}"
         for kind, number in self.unsupported_roles.items():
             who, policy = kind.rsplit(maxsplit=1)
             yield f"{_ROLE_NOTES[policy]}: {number} {who}, which the template cannot write"

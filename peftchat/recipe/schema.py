@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, WithJson
 from peftchat.recipe.document import Document
 from peftchat.recipe.sections import (
     REPORTERS,
+    BestMetric,
     ChatSection,
     DataSection,
     DistributedSection,
@@ -67,8 +68,21 @@ def _is_inherited(adapter: type[Adapter], key: str) -> bool:
 LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 """The learning rate of each method where the recipe gives none."""
 
-OWN_KEYS = ("max_train_tokens", "max_train_minutes", "global_batch_size", "torch_compile")
+OWN_KEYS = (
+    "max_train_tokens",
+    "max_train_minutes",
+    "global_batch_size",
+    "torch_compile",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+)
 """The keys that transformers does not have, or that are not passed to it."""
+
+
+def _metric_name(value: object) -> object:
+    """Accept a metric without its prefix, as transformers does."""
+    return f"eval_{value}" if value in ("loss", "accuracy") else value
 
 
 def _reporter_list(value: object) -> object:
@@ -167,7 +181,10 @@ class TrainingSection(StrictModel):
     )
     save_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints (`save_strategy: steps`).")
     save_total_limit: int = Field(
-        2, ge=1, description="Checkpoints kept; the oldest goes first. Write a large number to keep all."
+        2,
+        ge=1,
+        description="Checkpoints kept; the oldest goes first. Write a large number to keep all. "
+        "`load_best_model_at_end` keeps the best one besides.",
     )
     eval_strategy: EvalStrategy = Field(
         "epoch",
@@ -177,6 +194,22 @@ class TrainingSection(StrictModel):
         None, ge=1, description="Optimizer steps between evaluations. Without it `logging_steps` is used."
     )
     eval_on_start: bool = Field(True, description="Evaluate before the first step, to have a figure to compare with.")
+    load_best_model_at_end: bool = Field(
+        False,
+        description="Finish with the weights of the best evaluation instead of the last step's. An evaluation that is "
+        "the best so far writes a checkpoint, whatever `save_strategy` is.",
+    )
+    metric_for_best_model: Annotated[BestMetric, BeforeValidator(_metric_name)] = Field(
+        "eval_loss",
+        description="What makes an evaluation the best: the lowest `eval_loss` (nats per supervised token), or the "
+        "highest `eval_accuracy` (share of supervised tokens that are the most likely ones).",
+    )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="Stop after this many evaluations in a row without an improvement."
+    )
+    early_stopping_threshold: float = Field(
+        0.0, ge=0, description="The least improvement that counts for `early_stopping_patience`."
+    )
     logging_steps: int = Field(10, ge=1, description="Optimizer steps between lines of `metrics.jsonl`.")
     report_to: Annotated[tuple[Reporter, ...], BeforeValidator(_reporter_list), _REPORTERS_SCHEMA] = Field(
         (), description="Experiment trackers to report to, one or a list. Each needs its package."

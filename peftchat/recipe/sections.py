@@ -28,6 +28,7 @@ Offload = Literal["none", "optimizer", "all"]
 
 SaveStrategy = Literal["no", "steps", "epoch"]
 EvalStrategy = Literal["no", "steps", "epoch"]
+BestMetric = Literal["eval_loss", "eval_accuracy"]
 
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 REPORTERS: tuple[str, ...] = get_args(Reporter)

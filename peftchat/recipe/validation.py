@@ -179,6 +179,7 @@ def _saving(recipe: Recipe) -> Iterator[Conflict]:
 
 def _evaluation(recipe: Recipe) -> Iterator[Conflict]:
     training = recipe.training
+    yield from _best_evaluation(recipe)
     if recipe.data.has_eval:
         if training.eval_strategy != "steps":
             why = f"`eval_strategy` is `{training.eval_strategy}`"
@@ -192,6 +193,28 @@ def _evaluation(recipe: Recipe) -> Iterator[Conflict]:
         keys.append(("training", "eval_on_start"))
     for key in keys:
         yield Conflict(key, ("data", "eval_fraction"), why, others=(("data", "eval"),))
+
+
+def _best_evaluation(recipe: Recipe) -> Iterator[Conflict]:
+    training = recipe.training
+    chosen = [
+        (("training", "load_best_model_at_end"), training.load_best_model_at_end),
+        (("training", "early_stopping_patience"), training.early_stopping_patience is not None),
+    ]
+    compares = recipe.data.has_eval and training.eval_strategy != "no"
+    for keys, is_chosen in chosen if not compares else ():
+        if is_chosen and recipe.data.has_eval:
+            yield Conflict(keys, ("training", "eval_strategy"), "`eval_strategy` is `no`")
+        elif is_chosen:
+            why = "there is nothing to evaluate on: give `data.eval` or `data.eval_fraction`"
+            yield Conflict(keys, ("data", "eval_fraction"), why, others=(("data", "eval"),))
+    if training.early_stopping_patience is None and training.early_stopping_threshold:
+        why = "`early_stopping_patience` is not set"
+        yield Conflict(("training", "early_stopping_threshold"), ("training", "early_stopping_patience"), why)
+    is_used = compares and any(is_chosen for _, is_chosen in chosen)
+    if not is_used and training.metric_for_best_model != "eval_loss":
+        why = "neither `load_best_model_at_end` nor `early_stopping_patience` is set"
+        yield Conflict(("training", "metric_for_best_model"), ("training", "load_best_model_at_end"), why)
 
 
 def _distributed(recipe: Recipe) -> Iterator[Conflict]:

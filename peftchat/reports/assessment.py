@@ -19,7 +19,7 @@ class RunAssessment:
 
     Attributes:
         headline: one sentence on the result.
-        effort: one sentence on steps, time and tokens; may be empty.
+        effort: steps, time, tokens, and the step that was kept, in sentences; may be empty.
         outcome: whether the held-out loss got better.
     """
 
@@ -67,7 +67,8 @@ def _effort(summary: RunSummary) -> str:
     if summary.world_size is not None and summary.world_size > 1:
         parts.append(f"on {summary.world_size} processes")
     text = " ".join(parts)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    sentences = [f"{text[:1].upper()}{text[1:]}."] if text else []
+    return " ".join([*sentences, *([str(summary.kept)] if summary.kept else [])])
 
 
 def run_warnings(summary: RunSummary) -> list[str]:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftchat.conversations.dataset_card import SKIPPED
-from peftchat.conversations.problems import KINDS
+from peftchat.conversations.dataset_card import SKIPPED, printable_name
+from peftchat.conversations.problems import KINDS, NOTES
 from peftchat.conversations.stats import BenchmarkOverlap, DataStats, Overlap, PartStats
 from peftchat.conversations.stats.result import LengthSketch
 from peftchat.formatting import format_count, format_percent
@@ -59,6 +59,13 @@ def findings_of(part: PartStats) -> Iterator[Finding]:
         yield Finding(f"invalid, {format_count(number)}: {KINDS[kind]}", tuple(part.problem_examples[kind]))
     for rule, number in part.skipped.items():
         yield Finding(f"{format_count(number)} skipped: {SKIPPED.get(rule, rule.replace('_', ' '))}", ())
+    for name, number in part.notes.items():
+        if name in NOTES:
+            yield Finding(f"{format_count(number)} changed: {NOTES[name]}", ())
+    for name, records in part.unused.items():
+        yield Finding(f"not used: field {printable_name(name)} in {records}", ())
+    for remark in part.remarks:
+        yield Finding(remark, ())
     if part.exact_duplicates:
         yield Finding(
             f"{format_count(part.exact_duplicates)} repeat an earlier conversation", _pairs(part.duplicate_examples)

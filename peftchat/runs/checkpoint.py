@@ -129,8 +129,8 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted((one for one in found if one.is_ours), key=lambda one: one.step)
 
 
-def keep_newest(folder: Path, count: int | None) -> None:
-    """Delete complete checkpoints except for the newest ones; None keeps all.
+def keep_newest(folder: Path, count: int | None, *, best_step: int | None = None) -> None:
+    """Delete complete checkpoints except for the newest ones, and that of the best step; None keeps all.
 
     transformers does this before a new checkpoint is complete, and takes every folder whose name begins like that of a
     checkpoint for one: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer_utils.py
@@ -139,7 +139,8 @@ def keep_newest(folder: Path, count: int | None) -> None:
         return
     complete = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.is_complete]
     for checkpoint in complete[:-count]:
-        checkpoint.delete()
+        if checkpoint.step != best_step:
+            checkpoint.delete()
 
 
 def _marker(folder: Path) -> dict[str, Any] | None:

@@ -23,6 +23,8 @@ _MAY_CHANGE = {
         "eval_strategy",
         "eval_steps",
         "eval_on_start",
+        "early_stopping_patience",
+        "early_stopping_threshold",
         "report_to",
         "run_name",
         "dataloader_num_workers",

@@ -80,7 +80,7 @@ class KindLoss(BaseModel):
     Attributes:
         tokens: the held-out targets of the kind.
         before: the loss before the first step; None where it was not measured.
-        after: the loss of the last evaluation.
+        after: the loss of the weights that are kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -88,6 +88,35 @@ class KindLoss(BaseModel):
     tokens: int
     before: float | None = None
     after: float
+
+
+@dataclass(frozen=True, slots=True)
+class KeptStep:
+    """The step whose weights the run folder holds, where a run compares its evaluations.
+
+    Attributes:
+        step: after which the model had these weights.
+        metric: what was compared.
+        value: the metric after that step.
+        last_step: the last step of the run.
+        last_value: the metric after it.
+        stopped_early: whether the run ended because the metric no longer improved.
+    """
+
+    step: int
+    metric: str
+    value: float
+    last_step: int
+    last_value: float
+    stopped_early: bool = False
+
+    def __str__(self) -> str:
+        extreme = "highest" if self.metric == "eval_accuracy" else "lowest"
+        value = f"{self.metric} {self.value:.4f}"
+        if self.step == self.last_step:
+            return f"The run folder holds the last step's weights (step {self.step}, {value}, the {extreme})."
+        last = f"the last step ({self.last_step}) has {self.last_value:.4f}"
+        return f"The run folder holds the weights of step {self.step}: {value} is the {extreme}; {last}."
 
 
 class MemoryParts(BaseModel):
@@ -136,6 +165,7 @@ class RunSummary(BaseModel):
         formats: the format of each data file.
         new_tokens: the tokens added to the vocabulary.
         warnings: what its numbers say against it, one sentence each.
+        kept: the step whose weights the run folder holds, where evaluations were compared.
         notes: what it changed or found by itself, as told while it went on.
         auto_settings: settings chosen automatically.
         fingerprints: what the run was trained on and with.
@@ -174,6 +204,7 @@ class RunSummary(BaseModel):
     eval_loss_before: float | None = None
     eval_loss: float | None = None
     eval_loss_by_kind: dict[str, KindLoss] | None = None
+    kept: KeptStep | None = None
     model_flops_utilisation: float | None = None
     attention: str | None = None
     template: str | None = None

@@ -25,7 +25,7 @@ from peftchat.models.added_tokens import (
 )
 from peftchat.models.loading import end_ids
 from peftchat.models.saving import is_adapted
-from peftchat.runs.run_summary import AddedToken, KindLoss, MemoryParts, RunSummary, SampleAnswer
+from peftchat.runs.run_summary import AddedToken, KeptStep, KindLoss, MemoryParts, RunSummary, SampleAnswer
 from peftchat.training.context import TrainContext
 from peftchat.training.model import TrainableModel
 from peftchat.training.number_checks import number_warnings
@@ -70,12 +70,14 @@ class FitResult:
         final_embeddings: the added tokens' embeddings after training; None without added tokens.
         samples_before: answers before the first step.
         seconds_to_first_step: from the start of the process to the end of the first step.
+        kept: the step whose weights the model has, where evaluations were compared.
     """
 
     token_counts: TokenCounts
     final_embeddings: EmbeddingSnapshot | None
     samples_before: Sequence[SampleAnswer]
     seconds_to_first_step: float | None
+    kept: KeptStep | None = None
 
 
 def summarize(
@@ -101,11 +103,12 @@ def summarize(
     return summary_of_main
 
 
-def _losses_by_kind(evaluations: Sequence[Any]) -> dict[str, KindLoss] | None:
-    """Return the held-out loss on each kind of text, before training and after."""
-    if not evaluations:
+def _losses_by_kind(evaluations: Sequence[Any], kept: KeptStep | None) -> dict[str, KindLoss] | None:
+    """Return the held-out loss on each kind of text, before training and with the weights that are kept."""
+    of_kept = [line for line in evaluations if kept is None or line["step"] == kept.step]
+    if not of_kept:
         return None
-    first, last = evaluations[0], evaluations[-1]
+    first, last = evaluations[0], of_kept[-1]
     return {
         kind: KindLoss(
             tokens=last[f"eval_tokens_{kind}"],
@@ -157,8 +160,9 @@ def _summary(
         trainable_parameters=sum(unsharded_numel(p) for p in trainer.model.parameters() if p.requires_grad),
         train_loss=_mean_training_loss(lines),
         eval_loss_before=evaluations[0]["eval_loss"] if evaluations and evaluations[0]["step"] == 0 else None,
-        eval_loss=evaluations[-1]["eval_loss"] if evaluations else None,
-        eval_loss_by_kind=_losses_by_kind(evaluations),
+        eval_loss=_final_loss(evaluations, fitted.kept),
+        eval_loss_by_kind=_losses_by_kind(evaluations, fitted.kept),
+        kept=fitted.kept,
         model_flops_utilisation=_flops_utilization(context, trainer, counts),
         attention=trainer.causal_model.config._attn_implementation,
         template=context.chat.template.name,
@@ -301,6 +305,12 @@ def _mean_training_loss(lines: Sequence[Mapping[str, Any]]) -> float | None:
             total += line["loss"] * (line["step"] - last)
             last = line["step"]
     return total / last if last else None
+
+
+def _final_loss(evaluations: Sequence[Mapping[str, Any]], kept: KeptStep | None) -> float | None:
+    """Return the held-out loss of the weights that are kept."""
+    losses = [line["eval_loss"] for line in evaluations if kept is None or line["step"] == kept.step]
+    return losses[-1] if losses else None
 
 
 def _flops_utilization(context: TrainContext, trainer: "ChatTrainer", counts: TokenCounts) -> float | None:

@@ -18,6 +18,7 @@ from peftchat.models.source import ModelSource
 from peftchat.runs.claim import claimed
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
+from peftchat.training.best_checkpoint import best_callbacks, load_best
 from peftchat.training.context import TrainContext, TrainOptions, open_context
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
@@ -99,7 +100,7 @@ def fit(
     start: Callable[[], list[SampleAnswer]],
     check_claim: Callable[[], None],
 ) -> FitResult:
-    """Train, and evaluate the last step if there is held-out data.
+    """Train, evaluate the last step if there is held-out data, and load the best weights if the recipe says so.
 
     Args:
         trainer: the trainer.
@@ -118,6 +119,8 @@ def fit(
     callback = _StartCallback(start, check_claim, stopping.signals)
     # The other callbacks write into the run folder when training begins, so it has to be claimed first.
     trainer.callback_handler.callbacks.insert(0, callback)
+    for one in best_callbacks(context):
+        trainer.add_callback(one)
     progress = ProgressCallback()
     trainer.add_callback(progress)
     trainer.add_callback(stopping)
@@ -139,11 +142,13 @@ def fit(
     finally:
         stopping.signals.end()
         progress.close()
+    kept = load_best(trainer, context)
     return FitResult(
         token_counts=trainer.gather_token_counts(),
         final_embeddings=snapshot_embeddings(trainer.causal_model, context.chat.new_tokens),
         samples_before=callback.samples,
         seconds_to_first_step=callback.seconds_to_first_step,
+        kept=kept,
     )
 
 
@@ -154,7 +159,8 @@ def check(trainer: ChatTrainer, context: TrainContext, model: TrainableModel, fi
         VerificationError: a weight is not finite, the loss exploded, or training did not move what it had to move.
     """
     trainer.checks.check_weights(trainer.model, trainer.state.global_step)
-    check_trend(trainer.checks.counts.losses, len(context.chat.tokenizer))
+    if fitted.kept is None or fitted.kept.step == fitted.kept.last_step:
+        check_trend(trainer.checks.counts.losses, len(context.chat.tokenizer))
     tokens = added_tokens(context.chat, model.initial_embeddings, fitted)
     check_moved(trainer.checks.counts, tokens, fitted.token_counts.seen_before_target)
 

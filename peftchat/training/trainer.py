@@ -135,6 +135,7 @@ class ChatTrainer(SFTTrainer):
         self._adapter = context.recipe.adapter
         self._content = context.content
         self._keep = context.recipe.training.save_total_limit
+        self._loads_best = context.recipe.training.load_best_model_at_end
         self._hooks = trainer_hooks(self._adapter, model.model)
         self._collators = {split: make_collator(context, split, layout) for split in context.splits}
         packs = {split: make_packs(context, split, layout) for split in context.splits}
@@ -240,6 +241,13 @@ class ChatTrainer(SFTTrainer):
         transformers averages over batches and counts wrapped-around examples twice. Here every token counts once,
         for any batch size and number of processes.
         """
+        metrics = self.held_out_metrics(metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def held_out_metrics(self, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Compute what `evaluate` returns, without logging it; every process must call it."""
         collator = self._collators["eval"]
         packs = self.eval_dataset
         size = self.args.per_device_eval_batch_size
@@ -282,9 +290,16 @@ class ChatTrainer(SFTTrainer):
             if kind_count:
                 metrics[f"{metric_key_prefix}_loss_{kind}"] = kind_loss / kind_count
                 metrics[f"{metric_key_prefix}_tokens_{kind}"] = int(kind_count)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare an evaluation with the best one, and write a checkpoint of a better one that is to be kept."""
+        is_best: bool = super()._determine_best_metric(metrics, trial)
+        if is_best and self._loads_best:
+            # transformers notes the step only where `save_strategy` writes checkpoints by itself.
+            self.state.best_global_step = self.state.global_step
+            self.control.should_save = True
+        return is_best
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add speed, supervised share and memory to the logs of training steps."""
@@ -366,7 +381,7 @@ class ChatTrainer(SFTTrainer):
             counts = self._gather_objects(self.throughput.collect().as_dict())
             if self.args.should_save:
                 checkpoint.mark_complete(counts, self._content.marker())
-                keep_newest(folder, self._keep)
+                keep_newest(folder, self._keep, best_step=self.state.best_global_step if self._loads_best else None)
             self.accelerator.wait_for_everyone()
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
@@ -379,6 +394,10 @@ class ChatTrainer(SFTTrainer):
         gathered: list[Any] = [None] * self.accelerator.num_processes
         torch.distributed.all_gather_object(gathered, value)
         return gathered
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Load the weights of a checkpoint into the model, which no process may have sharded."""
+        self._load_from_checkpoint(str(checkpoint.path), self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._adapter is not None:

@@ -22,6 +22,7 @@ from peftchat.conversations.stats.result import LengthSketch
 from peftchat.errors import UserError
 from tests.support.cli import peftchat
 from tests.support.data import CONVERSATIONS, write_conversations
+from tests.support.in_process import peftchat_in_process
 from tests.support.recipes import write_recipe
 from tests.support.tokenizers import save_tokenizer
 
@@ -256,3 +257,11 @@ def test_a_benchmark_without_questions_is_refused(tmp_path: Path) -> None:
     source = write_conversations(tmp_path / "d.jsonl", CONVERSATIONS)
     with pytest.raises(UserError, match="8 words"):
         stats_of(source, against=[bench])
+
+
+def test_what_was_changed_or_not_used_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"role": role, "content": "text"} for role in ("user", "assistant", "user")]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns, "notes": "n"}) + "\n")
+    shown = peftchat_in_process(capsys, "data", "stats", tmp_path / "rows.jsonl").stdout
+    assert "1 changed: an unanswered user turn at the end taken off" in shown
+    assert "not used: field 'notes' in 1 (first" in " ".join(shown.split())

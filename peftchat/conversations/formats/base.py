@@ -1,5 +1,6 @@
 """What an input format is: how to recognize its records, and how to turn them into conversations."""
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,7 +126,7 @@ def record_format(
             try:
                 fields = _present(record.value)
                 conversation = conversation_of(fields)
-                if record.raw is not None and _has_other_values(conversation, notes) and holds_floats(record.value):
+                if record.raw is not None and _has_other_values(conversation, notes) and _may_be_respelled(record):
                     # Read once more with each number as it is written; the fast parser rounds them.
                     notes.start(record.where, is_table=False)
                     conversation = conversation_of(_present(_exactly(record, options)))
@@ -157,7 +158,15 @@ def _present(value: dict[str, Any]) -> dict[str, Any]:
 
 def _has_other_values(conversation: Conversation, notes: Notes) -> bool:
     """Whether there is JSON in the conversation besides text."""
-    return notes.has_json or (bool(conversation.columns) and holds_floats(dict(conversation.columns)))
+    return notes.has_json or bool(conversation.columns)
+
+
+# The fast parser gives 0 for -0, which is an integer.
+_NEGATIVE_ZERO = re.compile(rb"[\[:,\s]-0[\],}\s]")
+
+
+def _may_be_respelled(record: RawRecord) -> bool:
+    return holds_floats(record.value) or _NEGATIVE_ZERO.search(record.raw or b"") is not None
 
 
 def _exactly(record: RawRecord, options: ReadOptions) -> dict[str, Any]:
@@ -166,8 +175,8 @@ def _exactly(record: RawRecord, options: ReadOptions) -> dict[str, Any]:
         value = parse_json((record.raw or b"").decode("utf-8-sig"))
     except ValueError:
         return record.value
-    if not isinstance(value, dict):
-        return record.value
+    if not isinstance(value, dict):  # a list of turns
+        value = dict.fromkeys(record.value, value)
     return Columns(options.columns, record.where).rename(value) if options.columns else value
 
 

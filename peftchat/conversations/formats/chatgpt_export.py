@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 from peftchat.conversation import Message, Role
 from peftchat.conversations.formats.base import Description, Fields, Notes, record_format, type_name
+from peftchat.conversations.formats.turns import parse_flag
 from peftchat.conversations.problems import RecordError
 
 _KNOWN = ("author", "content", "recipient", "weight")
-# `weight` of a message is 1 in all exports seen, and says nothing about training.
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -21,8 +21,7 @@ def _parse(fields: Fields, notes: Notes) -> list[Message]:
     messages = []
     for number, message in enumerate(_branch(fields, notes), start=1):
         notes.unused_of(message, _KNOWN, "a message")
-        if message.get("weight") not in (None, 1):
-            notes.unused("weight in a message")
+        train = parse_flag({"weight": message.get("weight")}, f"message {number}")
         metadata = message.get("metadata")
         if isinstance(metadata, dict) and metadata.get("is_visually_hidden_from_conversation"):
             notes.unused("mapping: hidden messages")
@@ -30,7 +29,7 @@ def _parse(fields: Fields, notes: Notes) -> list[Message]:
         role, content = _role(message, number, notes), _text(message, number, notes)
         # The export begins with a system message that ChatGPT leaves empty.
         if role != "system" or content:
-            messages.append(Message(role, content))
+            messages.append(Message(role, content, train=False if train is False and role == "assistant" else None))
     return messages
 
 

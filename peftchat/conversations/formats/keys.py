@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.calls import read_tools
 from peftchat.conversations.formats.fields import Fields, Notes, type_name
 from peftchat.conversations.formats.parts import text_of_parts
-from peftchat.conversations.formats.turns import parse_flag, parse_turns, turn_list
+from peftchat.conversations.formats.turns import parse_flag, parse_turns, turn_list, turns_of_text
 from peftchat.conversations.problems import RecordError
 
 _COMMON = frozenset(
@@ -55,11 +56,12 @@ def shape_of(fields: Collection[str], used: Collection[str], *, all_described: b
     others = [name for name in fields if name not in used]
     special = frozenset(others) & _COMMON
     columns = tuple(name for name in others if name not in special)
-    told = () if all_described else tuple(name for name in columns if not _describes(name))
+    told = () if all_described else tuple(name for name in columns if not describes(name))
     return RecordShape(special, columns, told)
 
 
-def _describes(name: str) -> bool:
+def describes(name: str) -> bool:
+    """Whether a field describes its record and is nothing that could be trained on, judged by its name."""
     lower = name.lower()
     return lower in names.METADATA or lower.endswith(("_id", "_at", "_url"))
 
@@ -107,6 +109,15 @@ def complete(fields: Fields, shape: RecordShape, messages: Sequence[Message], no
     return Conversation(tuple(turns), notes.where, tools, {name: fields[name] for name in columns})
 
 
+_FLAGS = frozenset({*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS, names.LABEL})
+_FLAG_TEXTS: dict[str, Any] = {"true": True, "false": False, "1": 1, "0": 0, "1.0": 1, "0.0": 0, "": None}
+
+
+def _flag_of_text(value: object) -> object:
+    """The flag that a text stands for: all cells of a CSV are text. Anything else as it is."""
+    return _FLAG_TEXTS.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
 def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> list[str]:
     """The special fields that mean nothing here and are kept as columns.
 
@@ -118,10 +129,11 @@ def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> li
     for name in sorted(special & names.MEDIA):
         if fields[name]:
             raise RecordError("unsupported_content", f"the record has {name}, which are not text")
+    fields = {**fields, **{name: _flag_of_text(fields[name]) for name in special & _FLAGS if name in fields}}
     label = fields.get(names.LABEL) if names.LABEL in special else None
     if label is False:
         raise LeftOut("label_is_false")
-    if names.LABEL in special and label is not True:
+    if names.LABEL in special and label not in (True, None):
         kept.append(names.LABEL)
         notes.unused(names.LABEL)
     elif label is True:
@@ -138,7 +150,7 @@ def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> li
     for name in (*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS):
         if name in special:
             kept.append(name)
-            if name not in flags and name not in weights:
+            if name not in flags and name not in weights and fields[name] is not None:
                 notes.unused(name)
     return kept
 
@@ -161,7 +173,9 @@ def with_chosen(turns: Sequence[Message], chosen: object, notes: Notes) -> list[
         RecordError: it is something else.
     """
     if isinstance(chosen, str) and not chosen.lstrip().startswith("[{"):
-        answer = [Message("assistant", chosen)]
+        answer = turns_of_text(chosen) or [Message("assistant", chosen)]
+        if len(answer) == 1 and not turns:
+            raise RecordError("missing_field", "'chosen' is an answer without a question: there is no 'prompt'")
     else:
         listed = [chosen] if isinstance(chosen, dict) else chosen
         answer = parse_turns(turn_list({names.CHOSEN: listed}, names.CHOSEN), notes)

@@ -41,8 +41,8 @@ CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls"})
 """Roles of turns whose content is a call as JSON."""
 
 _DIALOGUE = "dialogue"  # codespell:ignore
-TURNS = ("messages", "conversations", "conversation", "dialog", _DIALOGUE, "dialogs", "turns", "chat")
-ROLE = ("role", "from", "speaker", "author")
+TURNS = ("messages", "conversations", "conversation", "dialog", _DIALOGUE, "dialogs", "turns", "chat", "chat_messages")
+ROLE = ("role", "from", "speaker", "author", "sender")
 CONTENT = ("content", "value", "text", "message")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SYSTEM = ("system", "system_prompt", "system_message", "systemPrompt", "systemInstruction", "system_instruction")
@@ -88,4 +88,4 @@ ANSWERED = ("completion", "response", "output", "answer", "solution", "assistant
 
 def normalize_role(name: str) -> str:
     """Return a role's name as `ROLES` has it."""
-    return name.strip().lower().replace("-", "_").replace(" ", "_")
+    return name.strip().removesuffix(":").lower().replace("-", "_").replace(" ", "_")

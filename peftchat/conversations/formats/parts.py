@@ -61,7 +61,9 @@ def parse_parts(parts: Sequence[object], number: int, notes: Notes) -> Parts:
             raise RecordError("unsupported_content", f"a content part is {type_name(part)} (turn {number})")
         part = {name: value for name, value in part.items() if value is not None}
         kind = part.get("type") or next((name for name in _PART_KINDS if name in part), None)
-        if kind in _TEXT_KINDS:
+        if kind == "text" and part.get("thought") is True:  # Gemini's thoughts
+            found.thoughts.append(_text({**part, "thought": None}, number, notes))
+        elif kind in _TEXT_KINDS:
             found.text += _text(part, number, notes)
         elif kind in _REASONING_KINDS:
             found.thoughts.append(_text(part, number, notes))

@@ -1,10 +1,12 @@
 """Preference pairs: `chosen` and `rejected`. The chosen answer is read, the rejected one is told as not used."""
 
+import re
+
 from peftchat.conversation import Message
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.base import Description, Fields, Notes, optional_text, record_format
 from peftchat.conversations.formats.keys import with_chosen
-from peftchat.conversations.formats.turns import parse_turns, turn_list
+from peftchat.conversations.formats.turns import parse_turns, turn_list, turns_of_text
 
 
 def _asked(fields: Fields) -> str | None:
@@ -17,10 +19,27 @@ def _parse(fields: Fields, notes: Notes) -> list[Message]:
     if asked is None or isinstance(fields[asked], list):
         notes.unused_of({name: fields.get(name) for name in names.CONTEXT}, (), "a preference pair")
         start = [] if asked is None else parse_turns(turn_list(fields, asked), notes)
+    elif turns := turns_of_text(optional_text(fields, asked)):
+        notes.unused_of({name: fields.get(name) for name in names.CONTEXT}, (), "a preference pair")
+        start = turns
     else:
         about = [optional_text(fields, name) for name in names.CONTEXT]
         start = [Message("user", "\n\n".join(filter(None, (optional_text(fields, asked), *about))))]
-    return with_chosen(start, fields[names.CHOSEN], notes)
+    chosen = fields[names.CHOSEN]
+    if asked is None and isinstance(chosen, str) and _SPOKEN.match(chosen):
+        return _turns_of_text(chosen)
+    return with_chosen(start, chosen, notes)
+
+
+# Anthropic's HH-RLHF: the whole conversation as one text.
+_SPOKEN = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
+_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+def _turns_of_text(text: str) -> list[Message]:
+    pieces = _SPEAKER.split(text)[1:]
+    said = zip(pieces[::2], pieces[1::2], strict=True)
+    return [Message("user" if name == "Human" else "assistant", content.strip()) for name, content in said]
 
 
 FORMAT = record_format(
@@ -29,7 +48,7 @@ FORMAT = record_format(
         "chosen, rejected, optional prompt: the chosen answer is read, the rejected one is not used",
         {
             "prompt": "what is asked: text or a list of turns; absent where `chosen` is the whole conversation",
-            "chosen": "the answer: text, a turn, a list of turns, or the whole conversation",
+            "chosen": "the answer: text, a turn, a list of turns, or all turns (also `Human: … Assistant: …`)",
             "rejected": "not used",
         },
         (

@@ -15,7 +15,7 @@ from peftchat.conversations.formats.base import (
     type_name,
 )
 from peftchat.conversations.formats.parts import parse_parts, text_of_parts
-from peftchat.conversations.formats.turns import parse_turns, turn_list
+from peftchat.conversations.formats.turns import parse_turns, turn_list, turns_of_text
 from peftchat.conversations.problems import RecordError
 
 _ALPACA = ("instruction", "output")
@@ -46,13 +46,15 @@ def parse_pair(fields: Fields, notes: Notes) -> list[Message]:
     """History, question with the text that it is about, and answer."""
     asked, answered = find_pair(fields) or ("prompt", "completion")
     question = _side(fields, asked, "user", notes)
+    if isinstance(fields[asked], str) and (turns := turns_of_text(fields[asked])) and turns[-1].role == "user":
+        question = turns
     answer = _side(fields, answered, "assistant", notes)
     if len(fields) == 2:
         return question + answer
     about = [optional_text(fields, name) for name in names.CONTEXT if name != asked]
     if any(about):
-        if isinstance(fields[asked], list):
-            raise RecordError("wrong_type", f"{asked!r} is a list of turns, and there is a text that it is about")
+        if len(question) > 1 or isinstance(fields[asked], list):
+            raise RecordError("wrong_type", f"{asked!r} holds several turns, and there is a text that it is about")
         question = [Message("user", "\n\n".join(filter(None, (fields[asked], *about))))]
     return [*_history(fields, notes), *question, *_with_reasoning(fields, answer)]
 

@@ -119,7 +119,7 @@ def parse_role(turn: Fields, number: int, notes: Notes) -> tuple[Role, bool]:
     if role is None:
         known = ", ".join(dict.fromkeys([*notes.roles, *names.ROLES]))
         detail = f"unknown role {reprlib.repr(speaker)} (turn {number}); known: {known}"
-        raise RecordError("unknown_role", f"{detail}. Others: data.train[].roles")
+        raise RecordError("unknown_role", f"{detail}. Others: data.train[].roles, or --roles")
     for name in names.ROLE:
         if name != spelled and name in turn:
             _check_second_role(turn, name, role, number, notes)
@@ -172,7 +172,7 @@ def _content_of(turn: Fields, number: int, *, optional: bool) -> tuple[str, Any]
     """The name and the value of a turn's content; "" where it may be absent or null."""
     found = [name for name in names.CONTENT if name in turn and turn[name] is not None]
     for other in found[1:]:
-        if turn[other] != turn[found[0]]:
+        if turn[other] != turn[found[0]] and not _is_text_of(turn[found[0]], turn[other]):
             raise RecordError("wrong_type", f"{found[0]!r} and {other!r} say different things (turn {number})")
     if found:
         return found[0], turn[found[0]]
@@ -182,6 +182,13 @@ def _content_of(turn: Fields, number: int, *, optional: bool) -> tuple[str, Any]
     if present is None:
         raise RecordError("missing_field", f"no field 'content' (turn {number})")
     return present, None
+
+
+def _is_text_of(parts: object, text: object) -> bool:
+    """Whether a text repeats that of content parts, as in the export of Claude."""
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return False
+    return "".join(str(part.get("text", "")) for part in parts) == text
 
 
 def _reasoning(turn: Fields, number: int) -> str | None:
@@ -224,7 +231,25 @@ def parse_flag(fields: Fields, where: str) -> bool | None:
     return found
 
 
-_LISTED = re.compile(r"\s*[\[{]")
+_HH_MARK = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+
+
+def turns_of_text(text: str) -> list[Message] | None:
+    """The turns of `Human: …`, blank line, `Assistant: …`: Anthropic's preference sets; None for any other text.
+
+    A text that ends with `Assistant:` is a prompt, so that its last turn is the user's.
+    """
+    start, *pieces = _HH_MARK.split(f"\n\n{text.lstrip()}")
+    if start or len(pieces) < 4 or pieces[0] != "Human":
+        return None
+    turns = [Message(_HH_ROLES[name], said.strip()) for name, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    return turns if turns[-1].content else turns[:-1]
+
+
+_LISTED = re.compile(r'\s*[\[{"]')
+_MOST_OFTEN_ENCODED = 2
+_OBJECTS = {dict}
 
 
 def turn_list(fields: Fields, name: str) -> list[Fields]:
@@ -234,7 +259,11 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
         RecordError: it is not.
     """
     turns = fields.get(name)
-    if isinstance(turns, str) and _LISTED.match(turns):
+    if type(turns) is list and {*map(type, turns)} == _OBJECTS:
+        return turns
+    for _ in range(_MOST_OFTEN_ENCODED):
+        if not isinstance(turns, str) or not _LISTED.match(turns):
+            break
         try:
             turns = parse_text(turns)
         except ValueError:
@@ -243,7 +272,26 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
             raise RecordError("wrong_type", f"{name!r} must be a list of turns, it is {how}") from None
     if not isinstance(turns, list):
         raise RecordError("wrong_type", f"{name!r} must be a list of turns, it is {type_name(turns)}")
-    for number, turn in enumerate(turns, start=1):
+    for turn in turns:
         if not isinstance(turn, dict):
-            raise RecordError("wrong_type", f"turn {number} must be an object, it is {type_name(turn)}")
+            return _opened(turns)
     return turns
+
+
+def _opened(turns: Sequence[object]) -> list[Fields]:
+    """Turns of which some are JSON text, as tables without a type for them hold turns."""
+    opened: list[Fields] = []
+    for number, turn in enumerate(turns, start=1):
+        value = _turn_of_text(turn) if isinstance(turn, str) else turn
+        if not isinstance(value, dict):
+            raise RecordError("wrong_type", f"turn {number} must be an object, it is {type_name(value)}")
+        opened.append(value)
+    return opened
+
+
+def _turn_of_text(turn: str) -> object:
+    """The turn that a text is in JSON, or the text."""
+    try:
+        return parse_text(turn) if _LISTED.match(turn) else turn
+    except ValueError:
+        return turn

@@ -3,7 +3,9 @@
 import codecs
 import io
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, RecordError
 from peftchat.conversations.readers.opening import BrokenPacking, open_text
 from peftchat.errors import UserError
+from peftchat.json_text import Number, exact_integer, parse_json, write_json
 
 _PIECE = 2**20
 _BLANK = " \t\r\n"
@@ -19,7 +22,15 @@ _KEPT_OF_LONG_ELEMENT = 4096
 _KEY_OF_LIST = re.compile(r'\{\s*"([^"\\]{1,80})"\s*:\s*\[\s*\{')
 _KEYS_OF_PARTS = {"role", "from", "content", "value", "text", "type", "function", "name", "speaker", "author"}
 """Fields of a turn, a tool or a call: a list of objects with one of them is part of a record."""
-_SCAN = json.JSONDecoder().raw_decode
+
+
+def _finite(spelling: str) -> float:
+    value = float(spelling)
+    return value if math.isfinite(value) else Number(spelling)
+
+
+_SCAN = json.JSONDecoder(parse_float=_finite).raw_decode
+_SCAN_LONG_NUMBERS = json.JSONDecoder(parse_float=Number, parse_int=exact_integer).raw_decode
 
 
 class _Text:
@@ -140,13 +151,17 @@ class _Elements:
                 self._end_at(error, in_array)
                 return
             self._is_reading = False
+            if isinstance(value, dict) and is_with_constants(raw):
+                value = without_constants(raw, self._problems) or value
             if not in_array and self._number == 1 and isinstance(value, dict) and not text.next_character():
                 _check_not_a_container(self._name, value)
             if len(raw) > self._limit:
                 start = raw[:_KEPT_OF_LONG_ELEMENT].encode(errors="replace")
                 self._problems.add(_too_long(self.where, self._limit), start)
-            elif isinstance(value, dict):
-                yield RawRecord(self.where, value, raw.encode(errors="surrogateescape"))
+            elif self._number <= KEYS_CHECKED and (problem := repeated_key(self.where, raw)):
+                self._problems.add(problem, raw.encode(errors="replace"))
+            elif (fields := as_fields(value)) is not None:
+                yield RawRecord(self.where, fields, raw.encode(errors="surrogateescape"))
             else:
                 self._problems.add(not_an_object(self.where, value), raw.encode(errors="replace"))
             if in_array and text.next_character() == ",":
@@ -180,6 +195,26 @@ class _Elements:
         self._problems.add(Problem(self.where, "broken_file", detail), raw)
 
 
+KEYS_CHECKED = 1_000
+"""Records of a file in which keys are looked for that are there twice. It costs twice the time of reading them."""
+
+
+def repeated_key(where: str, text: str | bytes) -> Problem | None:
+    """The problem of a record in which an object has one key twice: JSON's readers keep the last value alone."""
+    twice: list[str] = []
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        if len({name for name, _ in pairs}) < len(pairs):
+            twice.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+
+    try:
+        json.loads(text, object_pairs_hook=look)
+    except (ValueError, RecursionError):  # what the reader makes of it is another question
+        return None
+    detail = f"the key {twice[0][:80]!r} is there twice in one object; only one value could be kept" if twice else ""
+    return Problem(where, "repeated_key", detail) if twice else None
+
+
 def broken_packing(where: str, error: Exception) -> Problem:
     """The problem of packed data that is damaged or cut off."""
     line = where.rpartition(":")[2]
@@ -187,9 +222,48 @@ def broken_packing(where: str, error: Exception) -> Problem:
     return Problem(where, "broken_file", detail)
 
 
+def is_with_constants(text: str | bytes) -> bool:
+    """Whether a text may hold `NaN` or `Infinity`, which are no JSON."""
+    return (b"NaN" in text or b"Infinity" in text) if isinstance(text, bytes) else ("NaN" in text or "Infinity" in text)
+
+
+def without_constants(text: str, problems: ProblemLog) -> dict[str, Any] | None:
+    """The fields of a record, those that are `NaN` or `Infinity` left out and counted.
+
+    None if it is no object, or holds them elsewhere: there they would be part of what is trained, or kept.
+    """
+    try:
+        fields = parse_json(text, constants=True)
+    except ValueError:
+        return None
+    if not isinstance(fields, dict):
+        return None
+    absent = [name for name, value in fields.items() if type(value) is float and not math.isfinite(value)]
+    kept = {name: value for name, value in fields.items() if name not in absent}
+    try:
+        write_json(kept)
+    except ValueError:
+        return None
+    problems.notes["constants_removed"] += len(absent)
+    return kept
+
+
+def as_fields(value: object) -> dict[str, Any] | None:
+    """The fields of a record: of an object, or of a list of turns, which is a conversation without a name."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return {"messages": value}
+    return None
+
+
 def not_an_object(where: str, value: object) -> Problem:
     """The problem of a record that is a JSON list, text or number."""
-    return Problem(where, "not_an_object", f"a record must be a JSON object, this is a {type(value).__name__}")
+    names = {type(None): "null", bool: "true or false", str: "text", list: "a list of something else"}
+    found = names.get(type(value), "a number")
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        found = "an object that was encoded twice, as text; jq -c fromjson FILE undoes it"
+    return Problem(where, "not_an_object", f"a record must be a JSON object or a list of turns, this is {found}")
 
 
 def _check_not_a_container(name: str, value: dict[str, Any]) -> None:
@@ -198,6 +272,7 @@ def _check_not_a_container(name: str, value: dict[str, Any]) -> None:
     Raises:
         UserError: it holds lists of objects that are no turns, tools or calls.
     """
+    _check_not_columns(name, value)
     keys = [
         key
         for key, items in value.items()
@@ -208,6 +283,31 @@ def _check_not_a_container(name: str, value: dict[str, Any]) -> None:
     ]
     if keys and not any(isinstance(items, list) and items and key not in keys for key, items in value.items()):
         raise _below_a_key(name, keys)
+
+
+def _check_not_columns(name: str, value: dict[str, Any]) -> None:
+    """Check that the only object of a file is not one of columns, or of records by their names.
+
+    Raises:
+        UserError: it is.
+    """
+    parts = list(value.values())
+    if len(parts) < 2:
+        return
+    if all(isinstance(part, dict) and part and part.keys() == parts[0].keys() for part in parts):
+        by_number = all(key.isdecimal() for key in parts[0])
+        what = "columns, each with its values by number" if by_number else "records, each below a name of its own"
+        cure = "df.to_json(FILE, orient='records', lines=True)" if by_number else "jq -c '.[]' FILE > FILE.jsonl"
+    elif all(isinstance(part, list) and len(part) == len(parts[0]) > 0 for part in parts) and not any(
+        isinstance(item, dict) for part in parts for item in part
+    ):
+        what, cure = (
+            "columns, each a list of values",
+            "pandas.read_json(FILE).to_json(NEW, orient='records', lines=True)",
+        )
+    else:
+        return
+    raise UserError(f"the file is one object of {what}", where=name, hint=f"Write one record after the other: {cure}")
 
 
 def _below_a_key(name: str, keys: list[str]) -> UserError:
@@ -223,7 +323,7 @@ def _element(text: _Text, limit: int) -> tuple[Any, str]:
     """The value at the text's position and the text it was read from; the text moves behind it."""
     while True:
         try:
-            value, end = _SCAN(text.window, text.position)
+            value, end = _scan(text)
         except RecursionError:
             raise RecordError("nested_too_deep", "the JSON is nested too deep") from None
         except json.JSONDecodeError as error:
@@ -236,13 +336,19 @@ def _element(text: _Text, limit: int) -> tuple[Any, str]:
             if len(text.window) - text.position > limit:
                 raise RecordError("record_too_long", _too_long("", limit).detail) from None
             text.extend()
-        except ValueError as error:
-            # A number of more than 4,300 digits.
-            raise RecordError("not_json", f"not JSON: {error}") from None
         else:
             raw = text.window[text.position : end]
             text.position = end
             return value, raw
+
+
+def _scan(text: _Text) -> tuple[Any, int]:
+    try:
+        return _SCAN(text.window, text.position)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python converts no integer of more than 4,300 digits
+        return _SCAN_LONG_NUMBERS(text.window, text.position)
 
 
 def _too_long(where: str, limit: int) -> Problem:

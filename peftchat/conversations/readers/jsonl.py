@@ -2,13 +2,23 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 
 from peftchat.conversations.problems import Kind, Problem, ProblemLog, RawRecord
-from peftchat.conversations.readers.json_values import broken_packing, not_an_object, read_values
+from peftchat.conversations.readers.json_values import (
+    KEYS_CHECKED,
+    as_fields,
+    broken_packing,
+    is_with_constants,
+    not_an_object,
+    read_values,
+    repeated_key,
+    without_constants,
+)
 from peftchat.conversations.readers.opening import BrokenPacking, open_text
+from peftchat.json_text import parse_json
 
 _BOM = b"\xef\xbb\xbf"
 _KEPT_OF_LONG_LINE = 4096
@@ -45,7 +55,7 @@ def _is_values(head: bytes) -> bool:
         orjson.loads(first)
     except orjson.JSONDecodeError:
         return True
-    # Complete lists line by line are records of a shape that has no name, not one array.
+    # Complete lists line by line are one conversation each, not one array.
     return not (line_end and rest.strip())
 
 
@@ -59,7 +69,7 @@ def _lines(file: BinaryIO, name: str, max_record_bytes: int, problems: ProblemLo
                 problems.add(_too_long(f"{name}:{number}", max_record_bytes), line[:_KEPT_OF_LONG_LINE])
                 _skip_line(file, max_record_bytes)
                 continue
-            if number == 1 and line.startswith(_BOM):
+            if line.startswith(_BOM):  # also in the middle, where files were put one behind the other
                 line = line[len(_BOM) :]
             if line.isspace() or not line:
                 continue
@@ -67,16 +77,36 @@ def _lines(file: BinaryIO, name: str, max_record_bytes: int, problems: ProblemLo
             try:
                 value = orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                problem = explain_json_error(f"{name}:{number}", line, error)
-                problems.records -= problem.kind == "broken_file"
-                problems.add(problem, line)
+                value = _parse_other(line, str(error), problems)
+                if value is None:
+                    problem = explain_json_error(f"{name}:{number}", line, error)
+                    problems.records -= problem.kind == "broken_file"
+                    problems.add(problem, line)
+                    continue
+            if number <= KEYS_CHECKED and (twice := repeated_key(f"{name}:{number}", line)):
+                problems.add(twice, line)
                 continue
-            if isinstance(value, dict):
-                yield RawRecord(f"{name}:{number}", value, line)
-            else:
+            fields = value if type(value) is dict else as_fields(value)
+            if fields is None:
                 problems.add(not_an_object(f"{name}:{number}", value), line)
+            else:
+                yield RawRecord(f"{name}:{number}", fields, line)
     except BrokenPacking as error:
         problems.add(broken_packing(f"{name}:{number + 1}", error))
+
+
+def _parse_other(line: bytes, fault: str, problems: ProblemLog) -> Any:
+    """The value of a line that orjson refuses and that can be used all the same, else None.
+
+    Numbers beyond those of a double are JSON: https://github.com/ijl/orjson#types. Fields that are NaN or Infinity, as
+    pandas and Python write them, are taken as absent.
+    """
+    if "number" in fault:
+        try:
+            return parse_json(line.decode())
+        except ValueError:
+            return None
+    return without_constants(line.decode(errors="replace"), problems) if is_with_constants(line) else None
 
 
 def explain_json_error(where: str, line: bytes, error: ValueError) -> Problem:
@@ -93,6 +123,10 @@ def explain_json_error(where: str, line: bytes, error: ValueError) -> Problem:
     elif not line.endswith(b"\n") and "end of data" in reason:
         kind = "broken_file"
         detail = f"the file ends in the middle of line {line_of(where)}; what was behind it is missing"
+    elif line.rstrip().endswith(b"},"):
+        detail = "a comma stands behind the record; remove it, or put the records between [ and ] in a .json file"
+    elif line.lstrip().startswith((b"{'", b"[{'")):
+        detail = "this is an object of Python, with its quotes, and not JSON; write it with json.dumps"
     elif "depth" in reason or "recursion" in reason:
         kind, detail = "nested_too_deep", "the JSON is nested more than a thousand levels deep"
     return Problem(where, kind, detail)

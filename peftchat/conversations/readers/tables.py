@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord
+from peftchat.conversations.readers.arrow_json import Decoder, decoder_of_fields
 from peftchat.conversations.readers.json_values import broken_packing
 from peftchat.conversations.readers.opening import BrokenPacking, as_text, check_first_bytes, open_text
 from peftchat.errors import UserError
@@ -79,6 +80,7 @@ class _Rows:
         self._name = name
         self._problems = problems
         self._number = 0
+        self._decode: tuple[Any, Decoder | None] = (None, None)
 
     def of(self, batch: Any) -> Iterator[RawRecord]:
         """The rows of a batch; one whose text is not UTF-8 goes to the log."""
@@ -86,7 +88,10 @@ class _Rows:
             values = batch.to_pylist()
         except UnicodeDecodeError:
             values = [self._row(batch, number) for number in range(batch.num_rows)]
-        for value in values:
+        if self._decode[0] is not batch.schema:
+            self._decode = (batch.schema, decoder_of_fields(batch.schema))
+        decode = self._decode[1]
+        for value in values if decode is None else map(decode, values):
             self._number += 1
             self._problems.records += 1
             where = f"{self._name}:{self._number}"
@@ -127,7 +132,8 @@ def read_csv(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterato
             delimiter = _delimiter(path, file.peek())
             lines = _bounded_lines(as_text(file), max_record_bytes)
             rows = csv.DictReader(lines, strict=True, delimiter=delimiter)
-            _check_header(name, rows.fieldnames or ())
+            rows.fieldnames = [column.strip() for column in rows.fieldnames or ()]
+            _check_header(name, rows.fieldnames)
             for fields in rows:
                 number = rows.line_num
                 problems.records += 1

@@ -157,6 +157,8 @@ class _Gathering:
         stats.problems = dict(log.problems)
         stats.problem_examples = {kind: list(map(str, problems)) for kind, problems in log.examples.items()}
         stats.skipped, stats.notes = dict(log.skipped), dict(log.notes)
+        stats.unused = {name: f"{use.records} (first {use.first})" for name, use in log.unused.items()}
+        stats.remarks = log.sentences()
         stats.languages = self._languages()
         return stats
 

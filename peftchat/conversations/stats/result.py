@@ -146,6 +146,8 @@ class PartStats:
         problem_examples: the first of each kind, as `file:line: detail`.
         skipped: rows left out by rule.
         notes: rows that were changed.
+        unused: fields that are not used -> the rows that have them, and the first of these.
+        remarks: what else a user should know about the data, in sentences.
     """
 
     name: str
@@ -168,6 +170,8 @@ class PartStats:
     problem_examples: dict[Kind, list[str]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def code_share(self) -> float:

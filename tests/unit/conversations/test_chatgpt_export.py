@@ -75,3 +75,26 @@ def test_what_is_not_a_text_conversation_is_counted(
     found, log = read(tmp_path, conversation(**nodes))
     assert (found, dict(log.problems)) == ([], {kind: 1})
     assert log.first is not None and detail in log.first.detail
+
+
+def test_what_is_left_of_an_export_is_kept_or_told(tmp_path: Path) -> None:
+    record = conversation(
+        ask=node("system", "user", "Hi", status="finished"),
+        old=node("ask", "assistant", "Hello."),
+        bad=node("ask", "assistant", "Go away.", weight=0),
+        more=node("bad", "user", "Please?", metadata={"attachments": ["a.pdf"]}),
+        hidden=node("more", "user", "profile", metadata={"is_visually_hidden_from_conversation": True}),
+        say=node("hidden", "assistant", "Fine.", weight=1.0),
+    )
+    path = tmp_path / "conversations.json"
+    path.write_text(json.dumps([{**record, "gizmo_id": "g-1"}]))
+    log = ProblemLog()
+    (one,) = read_conversations(path, problems=log)
+    assert [message.train for message in one.messages] == [None, False, None, None]
+    assert one.columns == {"title": "t", "gizmo_id": "g-1"}
+    assert log.unused.keys() == {
+        "status in a message",
+        "metadata in a message",
+        "mapping: hidden messages",
+        "mapping: messages of other branches",
+    }

@@ -1,6 +1,7 @@
 """A source's own names of fields and roles, and what users are shown of each format."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,14 @@ def test_options_mean_what_the_recipe_keys_mean(tmp_path: Path, capsys: pytest.C
     assert one.messages == said("u: Hi\nHello?", "a: Yes?").messages
     counted = run(capsys, "data", "stats", str(path), "--json", *options)
     assert json.loads(counted.stdout)["parts"][0]["conversations"] == 1
+
+
+def test_the_examples_of_the_docs_are_records_of_their_formats(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| `(\{.*\})` \|$", text, re.MULTILINE)
+    assert {name for name, _ in rows} == FORMATS.keys()
+    for name, example in rows:
+        log = ProblemLog(strict=True)
+        (one,) = read(tmp_path / f"{name}.jsonl", [json.loads(example)], log)
+        assert one.messages[-1].role == "assistant"
+        assert list(log.formats.values()) == [name]

@@ -277,3 +277,21 @@ def test_random_trees_give_the_oracles_conversations(
         count for rule, count in log.skipped.items() if not rule.startswith(("tree", "prompt_not", "prompt_in"))
     )
     assert log.notes["oasst_paths"] == len(found) + left_out
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_fields_of_trees_are_kept_told_or_honored(tmp_path: Path, flat: bool) -> None:
+    answer = {"message_id": "b", "text": "Hello", "role": "assistant", "labels": {"quality": 1}, "train": False}
+    prompt = {"message_id": "a", "text": "Hi", "role": "prompter", "lang": "en", "review_result": True, "user_id": "u"}
+    tree = {"message_tree_id": "a", "tree_state": "ready_for_export"}
+    rows = [{**tree, "origin": "x", "notes": "n", "prompt": {**prompt, "replies": [answer]}}]
+    if flat:
+        rows = [{**tree, **prompt}, {**tree, **answer, "parent_id": "a"}]
+    path = tmp_path / "trees.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = ProblemLog(strict=True)
+    (one,) = read_conversations(path, problems=log)
+    assert [message.train for message in one.messages] == [None, False]
+    assert one.columns == {"lang": "en", **({} if flat else {**tree, "origin": "x", "notes": "n"})}
+    assert {"user_id in a message", "labels in a message"} <= log.unused.keys()
+    assert not any("train" in name for name in log.unused)

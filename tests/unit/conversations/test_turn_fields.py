@@ -13,6 +13,7 @@ from peftchat.chat_template.message_text import message_text, write_call
 from peftchat.conversation import Conversation, Message, ToolCall
 from peftchat.conversations import ProblemLog, ReadOptions, read_conversations
 from peftchat.conversations.messages_file import record_line
+from peftchat.errors import UserError
 from peftchat.json_text import normalize_json
 
 U, A = {"role": "user", "content": "Where is the key?"}, {"role": "assistant", "content": "In the lock."}
@@ -228,3 +229,29 @@ def _fits(value: object) -> bool:
     except TypeError:
         return False
     return True
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_list_of_turns_is_a_conversation(tmp_path: Path, name: str) -> None:
+    call = '{"function": {"name": "f", "arguments": {"x": 1.50}}}'
+    lines = [f'[{{"role": "user", "content": "{n}"}}, {{"role": "assistant", "tool_calls": [{call}]}}]' for n in "abc"]
+    path = tmp_path / name
+    path.write_text("\n".join(lines) if name.endswith("l") else f"[{','.join(lines)}]")
+    found = list(read_conversations(path))
+    assert [one.messages[0].content for one in found] == ["a", "b", "c"]
+    assert {one.messages[1].tool_calls[0].arguments for one in found} == {'{"x": 1.50}'}
+    path.write_text(lines[0])
+    with pytest.raises(UserError, match="the records are turns, not conversations"):
+        list(read_conversations(path))
+
+
+def test_parts_hold_nothing_that_is_passed_over(tmp_path: Path) -> None:
+    parts = [{"text": "Two and two.", "thought": True}, {"text": "4", "citations": ["x"]}]
+    log = ProblemLog(strict=True)
+    row = {"contents": [{"role": "user", "parts": [{"text": "2+2?"}]}, {"role": "model", "parts": parts}]}
+    (one,) = read(tmp_path, row, log=log)
+    assert (one.messages[1].content, one.messages[1].reasoning) == ("4", "Two and two.")
+    assert log.unused.keys() == {"citations in a content part"}
+    row = {"messages": [U, {**A, "refusal": "I cannot."}]}
+    (one,) = read(tmp_path, row, log=log)
+    assert "refusal in a turn" in log.unused

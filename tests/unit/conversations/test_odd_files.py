@@ -1,0 +1,86 @@
+"""Files as other tools leave them: what is read although it is odd, and what is refused with its reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftchat.conversations import ProblemLog, read_conversations
+from peftchat.errors import UserError
+
+PAIR = {"prompt": "Hi", "completion": "Hello"}
+LINE = json.dumps(PAIR)
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+TALK = [("user", "Hi"), ("assistant", "Hello")]
+LONG = [*TALK, ("user", "Bye"), ("assistant", "See you")]
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:"
+
+
+def said(path: Path, log: ProblemLog | None = None) -> list[list[tuple[str, str]]]:
+    found = read_conversations(path, problems=log)
+    return [[(message.role, message.content) for message in one.messages] for one in found]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("".join(f"\ufeff{LINE}\n" for _ in range(3)), [TALK] * 3),
+        (json.dumps({"messages": json.dumps(json.dumps(TURNS))}), [TALK]),
+        (json.dumps({"messages": [{**TURNS[0], "role": "USER"}, {**TURNS[1], "role": "Assistant:"}]}), [TALK]),
+        (f'{LINE[:-1]}, "score": NaN}}\n{LINE[:-1]}, "score": -Infinity}}', [TALK, TALK]),
+        (json.dumps({"chosen": f"{HH} See you", "rejected": f"{HH} No"}), [LONG]),
+        (json.dumps({"prompt": HH, "chosen": "See you", "rejected": "No"}), [LONG]),
+        (json.dumps({"prompt": HH, "response": "See you"}), [LONG]),
+        (json.dumps({"uuid": "u", "chat_messages": [
+            {"sender": who, "text": said, "content": [{"type": "text", "text": said}]}
+            for who, said in (("human", "Hi"), ("assistant", "Hello"))]}), [TALK]),
+        (json.dumps({"prompt": "Human: is a word\n\nand", "response": "b"}),
+         [[("user", "Human: is a word\n\nand"), ("assistant", "b")]]),
+    ],
+)  # fmt: skip
+def test_an_odd_file_is_read(tmp_path: Path, content: str, expected: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content, encoding="utf-8")
+    log = ProblemLog(strict=True)
+    assert said(path, log) == expected
+    assert log.notes["constants_removed"] == content.count('"score"')
+    assert set(log.unused) <= {"rejected"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", json.dumps(LINE), "an object that was encoded twice"),
+        ("a.jsonl", f"{LINE},\n{LINE},\n", "a comma stands behind the record"),
+        ("a.jsonl", f"{PAIR}\n", "an object of Python, with its quotes"),
+        ("a.jsonl", f'{LINE[:-1]}, "prompt": "Bye"}}', "the key 'prompt' is there twice"),
+        ("a.jsonl", '{"messages": [{"content": "a", "content": "b"}]}', "the key 'content' is there twice"),
+        ("a.json", f'[{LINE}, {LINE[:-1]}, "prompt": "Bye"}}]', "a.json:2: the key 'prompt' is there twice"),
+        ("a.jsonl", json.dumps({"items": TURNS}), "`columns: {messages: items}` reads it"),
+        ("a.jsonl", json.dumps({"data": PAIR}), "They are below the field 'data'"),
+        ("a.jsonl", json.dumps({"text": "Once upon a time"}), "has no turns that could be told apart"),
+        ("a.jsonl", json.dumps({"chosen": "Yes", "rejected": "No"}), "an answer without a question"),
+        ("a.json", json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "c", "1": "d"}}), "each with its"),
+        ("a.jsonl", f'{LINE[:-1]}, "scores": [NaN]}}', "not JSON"),
+        ("a.json", json.dumps({"prompt": ["a", "b"], "completion": ["c", "d"]}), "columns, each a list"),
+        ("a.json", json.dumps({"x1": PAIR, "x2": PAIR}), "records, each below a name"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        said(path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["train", "weight", "label"])
+@pytest.mark.parametrize("off", ["false", "False", "0"])
+def test_a_flag_in_a_csv_is_text_and_a_flag_all_the_same(tmp_path: Path, name: str, off: str) -> None:
+    off = "FALSE" if name == "label" else off
+    path = tmp_path / "rows.csv"
+    path.write_text(f" prompt ,completion,{name}\nHi,Go away,{off}\nHi,Hello,1\nHi,Well,\n")
+    log = ProblemLog(strict=True)
+    assert said(path, log) == [TALK, [("user", "Hi"), ("assistant", "Well")]]
+    assert sum(log.skipped.values()) == 1

@@ -3,8 +3,8 @@
 Rendering answer by answer costs several renderings each. Conversations with the same roles differ in their contents
 only. So the renderings of one of them, with a mark in the place of each content, serve all others: the contents are put
 in. That holds where the template does nothing with a content but write it. `content_conditions` finds in its source
-what it asks of contents; a conversation that has such text is rendered answer by answer. Beyond that, the whole conversation
-is rendered once, and must equal what was put together.
+what it asks of contents; a conversation that has such text is rendered answer by answer. Beyond that, the whole
+conversation is rendered once, and must equal what was put together.
 """
 
 import re

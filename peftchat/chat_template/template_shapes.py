@@ -115,7 +115,7 @@ def _add_comparison(compare: Any, parts: set[str], whole: set[str]) -> None:
     sides = [compare.expr, *(operand.expr for operand in compare.ops)]
     texts = {side.value for side in sides if isinstance(side, nodes.Const) and isinstance(side.value, str)}
     for operand in compare.ops:
-        if operand.op in ("in", "notin"):
+        if operand.op.endswith("in"):
             if texts:
                 parts |= texts
             elif isinstance(operand.expr, nodes.List | nodes.Tuple):

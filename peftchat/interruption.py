@@ -62,19 +62,42 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in ENDING}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
+    usual = {number: handler for number, handler in before.items() if handler in _USUAL_HANDLERS}
     hook = sys.unraisablehook
-    for number, handler in before.items():
-        if handler is signal.SIG_DFL:
-            signal.signal(number, _Raise())
+    for number in usual:
+        signal.signal(number, _interrupt if number == signal.SIGINT else _Raise())
     sys.unraisablehook = _end_on_swallowed
     try:
         yield
     finally:
         sys.unraisablehook = hook
-        for number, handler in before.items():
-            if handler is signal.SIG_DFL:
-                signal.signal(number, handler)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+_USUAL_HANDLERS = (signal.SIG_DFL, signal.default_int_handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise `KeyboardInterrupt`, or end the process where a library could swallow it."""
+    if _is_importing(frame):
+        _end_now(Interrupted(number))
+    signal.default_int_handler(number, frame)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether a command is importing what it needs, and has done nothing yet.
+
+    Libraries catch every exception around some of their imports, and go on without the module.
+    """
+    importer: FrameType | None = None
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            importer = frame.f_back
+        frame = frame.f_back
+    name = "" if importer is None else importer.f_globals.get("__name__", "")
+    return name == "peftchat.api" or name.startswith("peftchat.cli.")
 
 
 class _Raise:
@@ -85,6 +108,8 @@ class _Raise:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         _leave_dead_terminal()
+        if _is_importing(frame):
+            _end_now(Interrupted(number))
         if self.raised is None:
             self.raised = now
             raise Interrupted(number)

@@ -2,6 +2,7 @@
 
     python scripts/bench_data.py CONVERSATIONS --model FOLDER --rows 20000
     python scripts/bench_data.py CONVERSATIONS --model FOLDER --rows 1000000 --memory
+    python scripts/bench_data.py CONVERSATIONS --model FOLDER --rows 300000 --memory --steps clean load parquet
 
 All contenders make ids and the mask of the answers from the same conversations on the same cores, in alternation, and
 their results are compared. The baseline starts from a data set in memory: row by row, as TRL calls it, in one process
@@ -11,11 +12,13 @@ with rows on disk. The tokenizer alone gets rendered text and makes ids only: no
 Processor time counts all processes and threads; on a machine that others use it is the figure to look at.
 
 `--memory` instead runs the steps from a file to packed rows, each in a process of its own, on files of three lengths.
+`load` is `datasets.load_dataset("json")` on the same file, to compare with `clean` (`data prepare`).
 """
 
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="conversations; the file's are repeated to fill them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="instead: peak memory at 3 %%, 30 %% and all of the rows")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=["clean", "encode"], help="of --memory")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -227,7 +231,7 @@ def compare_memory(options: argparse.Namespace, folder: Path) -> None:
     for rows in (options.rows * 3 // 100, options.rows * 3 // 10, options.rows):
         path = folder / f"rows-{rows}.jsonl"
         write_rows(options.conversations, path, rows, distinct=True)
-        for step in STEPS:
+        for step in options.steps:
             command = [sys.executable, __file__, options.conversations, "--model", options.model]
             command += ["--measure", str(path), "--step", step]
             environment = {**os.environ, "PEFTCHAT_CACHE": str(folder / "cache")}
@@ -235,7 +239,8 @@ def compare_memory(options: argparse.Namespace, folder: Path) -> None:
             told = json.loads(done.stdout.splitlines()[-1])
             print(
                 f"{step:8} {told['rows']:9,} conversations of {path.stat().st_size / 2**20:5,.0f} MiB: "
-                f"{told['seconds']:5.1f} s, {told['rows'] / told['seconds']:7,.0f} rows/s, peak "
+                f"{told['seconds']:5.1f} s, processor {told['processor']:5.1f} s, "
+                f"{told['rows'] / told['seconds']:7,.0f} rows/s, peak "
                 f"{told['above'] / 2**20:4,.0f} MiB above the start, {told['anonymous'] / 2**20:4,.0f} MiB of it "
                 "without the mapped file",
                 flush=True,
@@ -256,14 +261,15 @@ def weigh(path: Path, model: str, step: str) -> dict[str, float]:
             peaks[:] = map(max, peaks, resident())
 
     before = resident()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), processor_time()
     watcher = threading.Thread(target=watch)
     watcher.start()
     rows = work()
-    seconds = time.perf_counter() - started
+    seconds, processor = time.perf_counter() - started, processor_time() - worked
     done.set()
     watcher.join()
-    return {"rows": rows, "seconds": seconds, "above": peaks[0] - before[0], "anonymous": peaks[1] - before[1]}
+    above = {"above": peaks[0] - before[0], "anonymous": peaks[1] - before[1]}
+    return {"rows": rows, "seconds": seconds, "processor": processor, **above}
 
 
 def resident() -> tuple[int, int]:
@@ -285,6 +291,45 @@ def clean(path: Path, model: str) -> Callable[[], int]:
     return run
 
 
+def load(path: Path, model: str) -> Callable[[], int]:
+    """`datasets.load_dataset("json")`: the file in Arrow on disk, without a check of what it holds."""
+    import datasets
+
+    def run() -> int:
+        with tempfile.TemporaryDirectory(prefix="loaded-") as folder:
+            data = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=folder)
+            return len(data)
+
+    return run
+
+
+def stats(path: Path, model: str) -> Callable[[], int]:
+    """`peftchat data stats` without a tokenizer: one pass with lengths, languages, code and duplicates."""
+    from peftchat.conversations.stats import gather, parts_of_path
+
+    return lambda: gather(parts_of_path(str(path))).parts[0].conversations
+
+
+def parquet(path: Path, model: str) -> Callable[[], int]:
+    """Reading the same conversations from a Parquet file of one row group."""
+    from peftchat.conversations import read_conversations
+
+    table = path.with_suffix(".parquet")
+    # In a process of its own, whose memory is not that of the reader.
+    writer = multiprocessing.Process(target=write_parquet, args=(path, table))
+    writer.start()
+    writer.join()
+    return lambda: sum(1 for _ in read_conversations(table))
+
+
+def write_parquet(path: Path, table: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    with path.open(encoding="utf-8") as file:
+        parquet.write_table(pyarrow.Table.from_pylist(list(map(json.loads, file))), table, row_group_size=10**9)
+
+
 def encode(path: Path, model: str) -> Callable[[], int]:
     """What `train` does with a file before the first step: rows on disk, and which of them share a sequence."""
     from transformers import AutoTokenizer
@@ -302,7 +347,13 @@ def encode(path: Path, model: str) -> Callable[[], int]:
     return run
 
 
-STEPS: dict[str, Callable[[Path, str], Callable[[], int]]] = {"clean": clean, "encode": encode}
+STEPS: dict[str, Callable[[Path, str], Callable[[], int]]] = {
+    "clean": clean,
+    "encode": encode,
+    "load": load,
+    "stats": stats,
+    "parquet": parquet,
+}
 
 
 if __name__ == "__main__":

@@ -70,7 +70,15 @@ class Cell:
 
 
 class Refusal(Exception):
-    """The product refused a conversation, with these words."""
+    """The product refused a conversation, with these words.
+
+    Attributes:
+        message: the words without place and hint.
+    """
+
+    def __init__(self, words: str, message: str) -> None:
+        super().__init__(words)
+        self.message = message
 
 
 class Product:
@@ -89,15 +97,17 @@ class Product:
         from peftchat.chat_template.chat_format import make_format
         from peftchat.chat_template.loss_mask import loss_mask_table
         from peftchat.conversations import read_conversations
+        from peftchat.conversations.problems import ReadOptions
         from peftchat.errors import UserError
 
         try:
-            found = list(read_conversations(path))
+            # The template has the say in which order roles may follow each other.
+            found = list(read_conversations(path, options=ReadOptions(consecutive="keep")))
             if self._encoder is None:
                 self._encoder = make_format("model", None, self._tokenizer).encoder()
             examples = self._encoder.encode(found)
         except UserError as error:
-            raise Refusal(str(error)) from error
+            raise Refusal(str(error), error.message) from error
         table = loss_mask_table("answers")
         return [Example(one.ids.tolist(), table[one.token_tags].tolist()) for one in examples]
 
@@ -137,7 +147,7 @@ def judge(cell: Cell, oracle: Oracle, product: Product, record: Record, file: Pa
     except Refusal as refusal:
         cell.words = str(refusal).replace(f"{file}", "FILE")
         needed = not any(one.required for one in expected)
-        true = is_true(cell.words, cell.reasons)
+        true = is_true(refusal.message, cell.reasons)
         cell.verdict = (REFUSED if needed else NEEDLESS) if true else UNCLEAR
         return cell
     except Exception as error:  # whatever it is, it is told per cell
@@ -172,7 +182,7 @@ def is_true(words: str, reasons: Sequence[str]) -> bool:
     if quoted:
         # What the template is said to say must be what it says to stock transformers too.
         raised = [reason for reason in reasons if reason.startswith("raises")]
-        return any(quoted[1].strip()[:40] in reason for reason in raised)
+        return any(quoted[1].strip() in reason for reason in raised)
     return True
 
 

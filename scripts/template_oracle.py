@@ -335,8 +335,10 @@ class Oracle:
         # The text may differ before, in the history: the last header shows where the answer begins.
         if last := list(self._special.finditer(prompt)):
             header = prompt[last[-1].start() :]
-            start = full.rfind(header)
-            found.append(full[start + len(header) :] if start >= 0 else "")
+            # Where an answer has several parts with a header each, an earlier one is the first of them.
+            places = [match.end() for match in re.finditer(re.escape(header), full)]
+            texts = [full[place:] for place in reversed(places)]
+            found.append(next((text for text in texts if _tells(text, message)), texts[0] if texts else ""))
         for text in found:
             if _tells(text, message) and not (history and _content(history[-1]) in text):
                 answer.targets += [self._target(prompt, end) for end in self._ends(text, followed)]

@@ -1,6 +1,7 @@
 """What every test shares: no network, no threads of torch to share two cores with, and a few data sets and models."""
 
 import os
+import signal
 
 # Read by libraries while they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,11 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# A suite that is started in the background ignores these, and so would every process that it starts.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -28,10 +34,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Send every test that starts several processes to one worker, so that no two of them run at once."""
-    for item in items:
-        if item.get_closest_marker("distributed"):
-            item.add_marker(pytest.mark.xdist_group("distributed"))
+    """Begin with the files that take longest, so that no worker is left with one of them when the others are done.
+
+    A file stays in one worker (`--dist=loadfile`).
+    """
+    slow = {item.path for item in items for name in ("real", "distributed") if item.get_closest_marker(name)}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ _CLOSED_REASONING = re.compile(
     r"|<\|channel>thought\s*<channel\|>)\s*"
 )
 _REASONING_BLOCK = re.compile(r"\s*<(?P<tag>[\w:]*think\w*)>(?P<text>.*?)</(?P=tag)>", re.DOTALL)
+_OPENED = re.compile(r"(?:<[\w:]*think\w*>|\[THINK\]|<\|START_THINKING\|>)\s*\Z")
 _OPEN_TAG = re.compile(r"\s*<(?P<tag>[\w:]*think\w*)>\s*")
 
 _WITHOUT_REASONING: tuple[dict[str, Any], ...] = ({"enable_thinking": False}, {"thinking": False}, {"reasoning": False})
@@ -98,6 +99,10 @@ class TemplateRenderer:
         jinja: the template, or several by name, as `chat_template` holds them.
         special: the texts of its special tokens.
         variables: further variables of the template.
+
+    Attributes:
+        special: matches one special token.
+        reasoning_in_parts: whether the template reads reasoning as a part of the content.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class TemplateRenderer:
         self._tokenizer = tokenizer
         self._jinja = jinja
         self._variables = dict(variables or {})
+        self.reasoning_in_parts = False
         by_length = sorted(special, key=len, reverse=True)
         # `(?!)` matches nothing.
         self.special = re.compile("(" + ("|".join(map(re.escape, by_length)) or "(?!)") + ")")
@@ -131,13 +137,40 @@ class TemplateRenderer:
         # A template is code by the model's authors. It may raise an error of its own or fail by accident.
         except (SecurityError, UndefinedError, *_ACCIDENTS) as error:
             message = f"the chat template fails on the conversation: {first_line(error)}"
+            unset = re.fullmatch(r"'(\w+)' is undefined", first_line(error))
+            if unset and isinstance(error, UndefinedError):
+                raise UserError(
+                    f"the chat template needs the variable `{unset[1]}`, and nothing sets it",
+                    hint=f"Set `chat.template_kwargs: {{{unset[1]}: …}}` to what the model's makers give it.",
+                ) from error
             if not tools and self._renders([_turn("user")], [PROBE_TOOL]) and not self._renders([_turn("user")], None):
                 message = "the chat template needs tools, and the conversation defines none"
             raise UserError(message) from error
         except TemplateError as error:
             raise UserError(f"the chat template cannot write the conversation: {first_line(error)}") from error
 
+    def render_all(self, conversations: Sequence[Sequence[TemplateMessage]]) -> list[str]:
+        """Return the renderings of conversations without tools and without generation prompts.
+
+        Raises:
+            UserError: the template refuses one of them.
+        """
+        try:
+            # A list of conversations is a batch, and its renderings a list.
+            return list(
+                self._tokenizer.apply_chat_template(
+                    [list(messages) for messages in conversations],
+                    chat_template=self._template(None),
+                    tokenize=False,
+                    **self._variables,
+                )
+            )
+        except Exception as error:  # a template is code; each conversation is told for itself
+            raise UserError(f"the chat template refuses a conversation: {first_line(error)}") from error
+
     def _apply(self, messages: Sequence[TemplateMessage], tools: Tools, *, generation_prompt: bool) -> str:
+        if self.reasoning_in_parts:
+            messages = [with_reasoning_parts(message) for message in messages]
         return str(
             self._tokenizer.apply_chat_template(
                 messages,
@@ -193,6 +226,16 @@ class TemplateRenderer:
     def restore(self, text: str) -> str:
         """Return a rendered text with the placeholders replaced by what stands in the messages."""
         return self._placeholder.sub(lambda match: self._texts[match[0]], text)
+
+
+def with_reasoning_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message whose reasoning is a part of its content."""
+    if not message.get("reasoning_content"):
+        return dict(message)
+    parts = [{"type": "thinking", "thinking": message["reasoning_content"]}]
+    if message.get("content"):
+        parts.append({"type": "text", "text": message.get("content")})
+    return {**{key: value for key, value in message.items() if key != "reasoning_content"}, "content": parts}
 
 
 class AnswerRenderer:
@@ -290,6 +333,9 @@ class AnswerRenderer:
         if full.startswith(prompt):
             return full[len(prompt) :]
         shared = _shared_length(prompt, full)
+        if not prompt[shared:].strip() and _OPENED.search(prompt, 0, shared):
+            # The prompt opens a reasoning and breaks the line, where the conversation goes on at once.
+            return full[shared:]
         for start in range(shared, len(prompt) - opening - 1, -1):
             behind = _behind_reasoning(prompt[start:], full[start:])
             if behind is not None:
@@ -326,7 +372,10 @@ class AnswerRenderer:
             following = None
         ends = [match.end() for match in special.finditer(behind, start)]
         if ends:
-            shared = 0 if following is None else _shared_length(behind, following)
+            if following is None:
+                # The template rewrites this answer; a plain one may tell what stands before a next turn.
+                following = behind[:start] + self._behind_plain_answer()
+            shared = _shared_length(behind, following)
             continued = [end for end in ends if end <= shared]
             end = continued[-1] if continued else _end_of_run(special, behind, start)
             return behind[:end], behind[end:]
@@ -360,13 +409,16 @@ class AnswerRenderer:
 
     def _usual_end(self) -> str | None:
         """Return the white space and the token behind a plain answer that another turn follows."""
+        match = re.compile(rf"\s*{self._renderer.special.pattern}").match(self._behind_plain_answer())
+        return None if match is None else match.group()
+
+    def _behind_plain_answer(self) -> str:
+        """Return what stands behind a plain answer before another turn; "" if the template refuses these turns."""
         messages = [_turn("user"), {"role": "assistant", "content": _MARK}, _turn("user")]
         try:
-            full = self._renderer.render(messages, None, generation_prompt=False)
+            return self._renderer.render(messages, None, generation_prompt=False).partition(_MARK)[2]
         except UserError:
-            return None
-        match = re.compile(rf"\s*{self._renderer.special.pattern}").match(full.partition(_MARK)[2])
-        return None if match is None else match.group()
+            return ""
 
     def _not_a_beginning(self, prompt: str, opening: int, full: str, index: int) -> UserError:
         """Return the error for an answer that does not stand behind its prompt, with the setting that mends it."""
@@ -456,10 +508,16 @@ def _holds(text: str, value: str) -> bool:
 
 def _shared_length(one: str, other: str) -> int:
     """Return how many characters two texts have in common at the start."""
-    for number, (first, second) in enumerate(zip(one, other, strict=False)):
-        if first != second:
-            return number
-    return min(len(one), len(other))
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def _end_of_run(special: re.Pattern[str], text: str, start: int) -> int:

@@ -1,4 +1,4 @@
-"""From rendered answers to the spans of an example: what each stretch of text is, and that nothing was lost.
+"""From rendered answers to the spans of an example: what each stretch of text is.
 
 An example is the prompt of an answer and the answer, and goes on through later answers as long as their prompts begin
 with what is there already. Only answers are found exactly: they follow from the rendering. The tags of the text around
@@ -7,20 +7,18 @@ them say whose turn it is, for reports and for `chat.loss_on: everything`.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftchat.chat_template.answer_rendering import RenderedAnswer, TemplateMessage, TemplateRenderer, Tools
+from peftchat.chat_template.answer_rendering import RenderedAnswer, TemplateMessage, TemplateRenderer
 from peftchat.chat_template.loss_mask import TurnPart, token_tag
 from peftchat.chat_template.message_text import content_parts
 from peftchat.chat_template.templates import TemplateSpan
-from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from peftchat.conversation import Role
 
-_REASONING_TAG = re.compile(r"</?[\w:]*think\w*>|\[/?THINK\]")
 _REASONING_END = re.compile(r"</[\w:]*think\w*>|\[/THINK\]")
 
 _OPENED = re.compile(r"(?:<[\w:]*think\w*>|\[THINK\])\s*\Z")
@@ -194,103 +192,6 @@ def _preamble(text: str) -> Iterator[tuple[str, TurnPart]]:
     yield text[: empty.start()], TurnPart.PREAMBLE
     yield empty.group(), TurnPart.EMPTY_REASONING
     yield text[empty.end() :], TurnPart.PREAMBLE
-
-
-def check_written(
-    messages: Sequence[TemplateMessage], tools: Tools, answer: RenderedAnswer, first: int, restore: Any
-) -> None:
-    """Check that the template wrote everything that the messages hold.
-
-    Earlier reasoning may be left out: many templates do that, and the prompt at inference leaves it out too.
-
-    Args:
-        messages: the conversation, protected.
-        tools: its tools, protected.
-        answer: an answer behind its prompt.
-        first: the first message that no check has covered yet.
-        restore: puts protected text back, for messages to the user.
-
-    Raises:
-        UserError: names the part that is not in the text, and the message.
-    """
-    prompt = _Text(answer.prompt)
-    for index in range(first, answer.index):
-        for what, value in _parts(messages[index], reasoning=False):
-            if not prompt.holds(value):
-                raise _not_written(messages[index]["role"], index, what, restore(value))
-    written = _Text(answer.text)
-    for what, value in _parts(messages[answer.index], reasoning=True):
-        if not written.holds(value):
-            raise _not_written("assistant", answer.index, what, restore(value))
-    if first == 0:
-        for tool in tools or ():
-            name = tool.get("function", tool).get("name") if isinstance(tool, Mapping) else None
-            if name and not prompt.holds(str(name)):
-                raise UserError(
-                    f"the chat template does not write the tool `{restore(str(name))}`, so the model would not see it",
-                    hint="Choose a template that knows tools, such as `chat.template: chatml`, or remove `tools`.",
-                )
-
-
-class _Text:
-    """A rendered text, and whether it holds a value in one of the spellings of templates."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._squeezed: str | None = None
-
-    def holds(self, value: str) -> bool:
-        value = value.strip()
-        if value in self._text:
-            return True
-        for spelled in (json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1], repr(value)[1:-1]):
-            if spelled in self._text:
-                return True
-        if self._squeezed is None:
-            self._squeezed = "".join(self._text.split())
-        if "".join(value.split()) in self._squeezed:
-            return True
-        parts = _REASONING_TAG.split(value)
-        return len(parts) > 1 and all(self.holds(part) for part in parts)
-
-
-def _parts(message: TemplateMessage, *, reasoning: bool) -> Iterator[tuple[str, str]]:
-    """Yield what a template has to write of a message, each with a name."""
-    content = str(message.get("content") or "")
-    if not reasoning and message["role"] == "assistant":
-        *_, content = _REASONING_END.split(content)
-    if content.strip():
-        yield "content", content
-    if reasoning and message.get("reasoning_content"):
-        yield "reasoning", str(message["reasoning_content"])
-    for call in message.get("tool_calls") or ():
-        function = call["function"]
-        yield "tool call", str(function["name"])
-        arguments = function["arguments"]
-        for value in _leaves(json.loads(arguments) if isinstance(arguments, str) and arguments else arguments):
-            yield "arguments of a tool call", value
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Yield every key and every text in a JSON value; numbers have several spellings."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield str(key)
-            yield from _leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
-
-
-def _not_written(role: str, index: int, what: str, value: str) -> UserError:
-    shown = value.strip()
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}…"
-    hint = "Choose a template that writes it, such as `chat.template: chatml`, or remove it from the data."
-    return UserError(
-        f"the chat template does not write the {what} of message {index + 1} ({role}): {shown!r}", hint=hint
-    )
 
 
 def _find_content(special: re.Pattern[str], message: TemplateMessage, text: str, at: int) -> range | None:

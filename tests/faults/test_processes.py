@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from peftchat.interruption import DeferredSignals, Interrupted, interruption
-from tests.support.cli import COMMAND, Started, start
+from tests.support.cli import COMMAND, PROJECT, Started, start, true_peftchat
 from tests.support.data import read_json_lines
 from tests.support.faults import Scene
 
@@ -147,10 +147,33 @@ def seconds_of_a_run(tmp_path_factory: pytest.TempPathFactory) -> float:
     return time.monotonic() - begin
 
 
-@pytest.mark.parametrize("command", ["train", "merge", "plan", "compare"])
+SWALLOWS = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.{name})
+    for _ in range(1000): pass
+except BaseException:
+    pass
+"""
+
+
+@pytest.mark.parametrize(("name", "status", "line"), [("SIGINT", 130, "Interrupted."), ("SIGTERM", 143, "Stopped")])
+def test_no_library_keeps_an_interruption_from_a_command_that_imports_it(
+    name: str, status: int, line: str, tmp_path: Path
+) -> None:
+    """Some catch every exception around an import."""
+    (tmp_path / "torch.py").write_text(SWALLOWS.format(name=name))
+    scene = Scene.build(tmp_path)
+    done = true_peftchat("train", scene.recipe, PYTHONPATH=f"{tmp_path}:{PROJECT}")
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+    assert not scene.run.exists()
+
+
+@pytest.mark.parametrize("command", ["train", "merge"])
 def test_a_signal_while_libraries_are_imported_is_one_line(command: str, tmp_path: Path) -> None:
     scene = Scene.build(tmp_path)
-    arguments = {"merge": [str(scene.run)], "compare": [str(scene.recipe), "--variants", "lora"]}
+    arguments = {"merge": [str(scene.run)]}
     process = subprocess.Popen(
         [*COMMAND, command, *arguments.get(command, [str(scene.recipe)])],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,

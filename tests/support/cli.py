@@ -185,7 +185,10 @@ def start(
         for file in files:
             file.close()
     pid = int(_read_line(connection))
-    return Started(pid, given, os.fdopen(write_end, "w", encoding="utf-8"), *streams, connection)
+    started = Started(pid, given, os.fdopen(write_end, "w", encoding="utf-8"), *streams, connection)
+    # A test that fails while it waits leaves its process running.
+    atexit.register(started.kill)
+    return started
 
 
 def _read_line(connection: socket.socket) -> str:

@@ -1,4 +1,7 @@
-"""Columns of Arrow's type `arrow.json`, in which `datasets` keeps objects of mixed fields: values instead of text."""
+"""Values of Arrow's types that Python gets as something else: JSON text, and maps as lists of pairs.
+
+`datasets` keeps objects of mixed fields as JSON text of the type `arrow.json`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +12,7 @@ Decoder = Callable[[Any], Any]
 
 
 def decoder_of(data_type: Any) -> Decoder | None:
-    """What turns a Python value of an Arrow type into one without JSON text; None if the type holds none.
+    """What opens the JSON text and maps in a Python value of an Arrow type; None if the type holds neither.
 
     Lists and structs are searched (https://arrow.apache.org/docs/format/CanonicalExtensions.html#json).
     """
@@ -17,6 +20,9 @@ def decoder_of(data_type: Any) -> Decoder | None:
 
     if getattr(data_type, "extension_name", "") == "arrow.json":
         return _parsed
+    if types.is_map(data_type):
+        inner = decoder_of(data_type.item_type)
+        return lambda pairs: None if pairs is None else {key: inner(item) if inner else item for key, item in pairs}
     if types.is_list(data_type) or types.is_large_list(data_type) or types.is_fixed_size_list(data_type):
         inner = decoder_of(data_type.value_type)
         return None if inner is None else _decode_list(inner)

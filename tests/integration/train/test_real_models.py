@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import PROJECT, peftchat, true_peftchat
+from tests.support.cli import PROJECT, peftchat
 from tests.support.data import read_json
 from tests.support.recipes import write_training_recipe
 from tests.support.stock import stock_loss, stock_run
@@ -40,6 +40,15 @@ def test_a_story_model_learns_to_chat(method: str, stories: Path, shared_data: P
     assert facts["train_loss"] < 2.8
 
 
+@pytest.fixture(scope="module")
+def docstrings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations about a module of the standard library."""
+    folder = tmp_path_factory.mktemp("data") / "json"
+    made = peftchat("data", "from-code", "json", "-o", folder, "--max-samples", "24")
+    assert made.returncode == 0, made.stderr
+    return folder / "train.jsonl"
+
+
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("name", "processes"),
@@ -49,21 +58,21 @@ def test_a_story_model_learns_to_chat(method: str, stories: Path, shared_data: P
         pytest.param("zero3_full", 2, marks=pytest.mark.distributed),
     ],
 )
-def test_the_shipped_recipes_run_here(name: str, processes: int, demo_model: Path, tmp_path: Path) -> None:
+def test_the_shipped_recipes_run_here(
+    name: str, processes: int, docstrings: Path, demo_model: Path, tmp_path: Path
+) -> None:
     """The recipe with small steps, on the real 135M model and a file of conversations, without a GPU."""
-    made = true_peftchat("data", "from-code", "json", "-o", str(tmp_path / "data"), "--max-samples", "24")
-    assert made.returncode == 0, made.stderr
-    data, run = tmp_path / "data" / "train.jsonl", tmp_path / "run"
-    done = true_peftchat(
+    run = tmp_path / "run"
+    done = peftchat(
         "train", str(RECIPES / f"{name}.yaml"),
         "--set", f"model.name={demo_model}",
-        "--set", f"data.train=[{{path: {data}}}]",
+        "--set", f"data.train=[{{path: {docstrings}}}]",
         "--set", f"distributed.processes={processes}",
         "--set", "training.max_steps=2",
         # The recipes accumulate thousands of tokens per step, which take minutes here and show nothing more.
         "--set", "training.gradient_accumulation_steps=1",
         "--set", "training.per_device_train_batch_size=1",
-        "--set", "data.max_length=256",
+        "--set", "data.max_length=128",
         "--set", f"output_dir={run}",
         # An answer takes minutes where every token gathers (ZeRO-3) or dequantizes (NF4) the whole model.
         *(("--prompt", "What does json.dumps do?") if name == "lora_1gpu" else ()),
@@ -78,4 +87,4 @@ def test_the_shipped_recipes_run_here(name: str, processes: int, demo_model: Pat
     assert all(token["output_moved"] > 0 for token in seen)
     if name == "lora_1gpu":
         model, tokenizer = stock_run(run, demo_model, "lora")
-        assert stock_loss(model, tokenizer, data) < 8
+        assert stock_loss(model, tokenizer, docstrings) < 8

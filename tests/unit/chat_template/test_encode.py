@@ -76,7 +76,7 @@ def test_smollms_tokenizer(demo_model: Path, template: str) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    check_against_slow_encoder(tokenizer, tokenizer, template, None, 3_000)
+    check_against_slow_encoder(tokenizer, tokenizer, template, None, 1_000)
 
 
 _TEXT = st.lists(st.one_of(st.text(max_size=6), st.sampled_from([*FORGERIES, "\n", " ", "\n\n"])), max_size=5).map(

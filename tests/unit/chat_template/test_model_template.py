@@ -291,3 +291,50 @@ def test_smollms_own_template(demo_model: Path) -> None:
         labels = labels_for(row.ids, row.token_tags, loss_mask_table("answers"))
         assert np.array_equal(labels, np.where(mask, ids, -100))
     assert TurnPart.OUTSIDE in {part_of(int(value)) for row in rows for value in row.token_tags}
+
+
+@pytest.mark.parametrize("reasoning", ["2", "assistant", "user", "a"])
+def test_lost_reasoning_is_not_taken_for_found_in_other_text(reasoning: str) -> None:
+    chat = chat_of("llama2", TEMPLATES["zephyr"])
+    answer = Message("assistant", "a user is an assistant, 2", reasoning=reasoning)
+    with pytest.raises(UserError, match="does not write the reasoning of message 2"):
+        examples_of(chat, Conversation((Message("user", "q"), answer)))
+
+
+def test_a_lost_short_message_is_not_taken_for_found_in_other_text() -> None:
+    template = (
+        TEMPLATES["zephyr"]
+        .replace(LOOP, LOOP + "{% if m['role'] != 'system' %}", 1)
+        .replace(END_LOOP, "{% endif %}" + END_LOOP, 1)
+    )
+    chat = chat_of("llama2", template)
+    turns = (Message("system", "use"), Message("user", "a user"), Message("assistant", "b"))
+    with pytest.raises(UserError, match=r"content of message 1 \(system\): 'use'"):
+        examples_of(chat, Conversation(turns))
+
+
+def test_reasoning_reaches_templates_that_read_parts() -> None:
+    parts = (
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+        "{{ '[THINK]' + p.thinking + '[/THINK]' if p.type == 'thinking' else p.text }}{% endfor %}{% endif %}"
+    )
+    chat = chat_of(
+        "llama2",
+        LOOP
+        + "{{ '<|' + m.role + '|>' }}"
+        + parts
+        + "{{ eos_token }}"
+        + END_LOOP
+        + "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    )
+    turns = (Message("user", "q"), Message("assistant", "two", reasoning="one and one"))
+    assert text_of(chat, Conversation(turns)) == "<|user|>q</s><|assistant|>[THINK]one and one[/THINK]two</s>"
+
+
+def test_a_variable_that_nothing_sets_is_named() -> None:
+    with pytest.raises(UserError, match="needs the variable `functions`") as caught:
+        examples_of(
+            chat_of("llama2", TEMPLATES["zephyr"] + "{{ functions.all }}"),
+            Conversation((Message("user", "q"), Message("assistant", "a"))),
+        )
+    assert "chat.template_kwargs: {functions" in str(caught.value)

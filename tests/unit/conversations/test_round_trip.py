@@ -428,6 +428,14 @@ def test_turns_that_datasets_stores_as_json_come_through(tmp_path: Path, name: s
         assert json.loads(one.tools or "") == wanted["tools"]
 
 
+def test_turns_as_maps(tmp_path: Path) -> None:
+    turns = pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    rows = [[[("role", "user"), ("content", "q")], [("role", "assistant"), ("content", "a")]]]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": pyarrow.array(rows, turns)}), tmp_path / "maps.parquet")
+    (one,) = read_conversations(tmp_path / "maps.parquet")
+    assert [(message.role, message.content) for message in one.messages] == [("user", "q"), ("assistant", "a")]
+
+
 def test_turns_as_a_list_of_json_texts(tmp_path: Path) -> None:
     turns = ['{"role": "user", "content": "q"}', '{"role": "assistant", "content": "{\\"a\\": 1.50}"}']
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}]), tmp_path / "texts.parquet")

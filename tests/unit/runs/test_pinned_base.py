@@ -1,6 +1,6 @@
 """A hub model is trained at one commit, and a resumed run stays with it.
 
-huggingface_hub reads its variables when it is imported, so this runs in fresh interpreters.
+huggingface_hub reads its variables when it is imported, so this runs in a fresh interpreter.
 """
 
 import json
@@ -22,22 +22,24 @@ from peftchat.runs.run_folder import RunFolder
 from peftchat.training.run_content import pin_base
 from peftchat.models.base_content import base_content
 from peftchat.models.source import ModelSource
-recipe, run = load_recipe(Path(sys.argv[1])), RunFolder(Path(sys.argv[2]))
-pinned = pin_base(recipe, run, resume=True).recipe
-content = base_content(ModelSource.of_recipe(pinned), exact=False)
-if not run.fingerprints.exists():
-    run.path.mkdir()
-    RunRecord(fingerprints=content.model_copy(update={"base_revision": None})).write(run.fingerprints)
-print(pinned.model.revision, content.base_commit, *sorted(content.base))
+recipe, branch = load_recipe(Path(sys.argv[1])), Path(sys.argv[2])
+for head, folder in zip(sys.argv[3::2], sys.argv[4::2], strict=True):
+    branch.write_text(head)
+    run = RunFolder(Path(folder))
+    pinned = pin_base(recipe, run, resume=True).recipe
+    content = base_content(ModelSource.of_recipe(pinned), exact=False)
+    if not run.fingerprints.exists():
+        run.path.mkdir()
+        RunRecord(fingerprints=content.model_copy(update={"base_revision": None})).write(run.fingerprints)
+    print(pinned.model.revision, content.base_commit, *sorted(content.base))
 """
 
 
 def commit(hub: Path, number: str) -> None:
-    """Put a commit of a model into the cache, as the head of its branch."""
+    """Put a commit of a model into the cache."""
     repository = hub / "models--someone--base"
     shutil.copytree(small_model(), repository / "snapshots" / (number * 40))
     (repository / "refs").mkdir(exist_ok=True)
-    (repository / "refs" / "main").write_text(number * 40)
 
 
 def test_a_resumed_run_stays_with_its_commit(tmp_path: Path) -> None:
@@ -55,16 +57,17 @@ def test_a_resumed_run_stays_with_its_commit(tmp_path: Path) -> None:
         "HOME": str(tmp_path),
     }
 
-    def pinned(run: str) -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, str(recipe), str(tmp_path / run)],
-            capture_output=True, text=True, check=True,
-            env=environment,
-        )  # fmt: skip
-        return done.stdout.split()
-
-    commit(hub, "a")
-    assert pinned("run") == ["a" * 40, "a" * 40, "config.json", "model.safetensors"]
-    commit(hub, "b")
-    assert pinned("run")[:2] == ["a" * 40, "a" * 40]
-    assert pinned("other")[:2] == ["b" * 40, "b" * 40]
+    for number in "ab":
+        commit(hub, number)
+    branch = hub / "models--someone--base" / "refs" / "main"
+    first, second = "a" * 40, "b" * 40
+    run, other = str(tmp_path / "run"), str(tmp_path / "other")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(recipe), str(branch), first, run, second, run, second, other],
+        capture_output=True, text=True, check=True,
+        env=environment,
+    )  # fmt: skip
+    begun, resumed, begun_later = [line.split() for line in done.stdout.splitlines()]
+    assert begun == [first, first, "config.json", "model.safetensors"]
+    assert resumed[:2] == [first, first]
+    assert begun_later[:2] == [second, second]

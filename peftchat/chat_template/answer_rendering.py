@@ -137,6 +137,25 @@ class TemplateRenderer:
         except TemplateError as error:
             raise UserError(f"the chat template cannot write the conversation: {first_line(error)}") from error
 
+    def render_all(self, conversations: Sequence[Sequence[TemplateMessage]]) -> list[str]:
+        """Return the renderings of conversations without tools and without generation prompts.
+
+        Raises:
+            UserError: the template refuses one of them.
+        """
+        try:
+            # A list of conversations is a batch, and its renderings a list.
+            return list(
+                self._tokenizer.apply_chat_template(
+                    [list(messages) for messages in conversations],
+                    chat_template=self._template(None),
+                    tokenize=False,
+                    **self._variables,
+                )
+            )
+        except Exception as error:  # a template is code; each conversation is told for itself
+            raise UserError(f"the chat template refuses a conversation: {first_line(error)}") from error
+
     def _apply(self, messages: Sequence[TemplateMessage], tools: Tools, *, generation_prompt: bool) -> str:
         if self.reasoning_in_parts:
             messages = [with_reasoning_parts(message) for message in messages]

@@ -257,6 +257,10 @@ class Template(Protocol):
         """Return the conversation's examples, each as spans of text."""
         ...
 
+    def examples_of(self, conversations: Sequence[Conversation]) -> Sequence[Sequence[Iterable[TemplateSpan]]]:
+        """Return the examples of each conversation."""
+        ...
+
 
 class ChatEncoder:
     """Encodes conversations with one tokenizer and one chat template.
@@ -306,7 +310,7 @@ class ChatEncoder:
         if self._blocks is not None:
             return self._blocks.batch(conversations)
         conversations = list(conversations)
-        spans = [self._template.examples(conversation) for conversation in conversations]
+        spans = self._template.examples_of(conversations)
         owners = [number for number, examples in enumerate(spans) for _ in examples]
         prepared = [
             self._prepare(conversation, example)

@@ -4,9 +4,10 @@ Every trained answer stands behind the prompt that the model gets for it, token 
 earlier turns, such as one that takes reasoning out of them, makes an example for each answer that it affects.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,15 @@ from peftchat.chat_template.answer_rendering import (
     with_reasoning_parts,
 )
 from peftchat.chat_template.answer_spans import ExampleBuilder
+from peftchat.chat_template.template_shapes import (
+    FilledText,
+    Marks,
+    Shape,
+    ShapeCache,
+    content_conditions,
+    shape_key,
+    source_of,
+)
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
 from peftchat.chat_template.text_encoder import TextEncoder
 from peftchat.chat_template.written_check import WrittenCheck
@@ -96,6 +106,9 @@ class TokenizerTemplate:
         self._arguments_as_text = self._wants_text_arguments()
         self._renderer.reasoning_in_parts = self._wants_reasoning_parts()
         self.end_tokens = self._find_end_tokens(tokenizer)
+        self._conditions = content_conditions(source_of(written))
+        self._shapes = ShapeCache()
+        self._marks = Marks()
         self.end_token = self.end_tokens[0]
 
     def examples(self, conversation: Conversation) -> list[list[TemplateSpan]]:
@@ -134,7 +147,120 @@ class TokenizerTemplate:
         protect = self._renderer.protect
         return [protect(message) for message in dicts], protect(conversation.tool_schemas()), int(added)
 
+    def examples_of(self, conversations: Sequence[Conversation]) -> list[list[list[TemplateSpan]]]:
+        """Return the examples of each conversation, which are those of `examples`, at a part of the cost.
+
+        Raises:
+            UserError: see `examples`.
+        """
+        found: dict[int, list[list[TemplateSpan]]] = {}
+        if self._conditions is not None:
+            shapes: dict[int, Shape] = {}
+            for number, conversation in enumerate(conversations):
+                key = shape_key(conversation, self._conditions, self._renderer.special)
+                if key:
+                    shape = self._shapes.get(key, lambda twin=conversation: self._make_shape(twin))
+                    if shape is not None:
+                        shapes[number] = shape
+            found = self._fill(conversations, shapes)
+        return [found[number] if number in found else self.examples(one) for number, one in enumerate(conversations)]
+
+    def _make_shape(self, conversation: Conversation) -> Shape | None:
+        """Return the shape of a conversation; None if the template refuses it, or it has no answer to train."""
+        marks = self._marks
+        twin = marks.conversation(conversation)
+        messages, tools, _ = self._inputs(twin)
+        try:
+            builder, answers = self._answers(twin)
+            whole = self._renderer.render(messages, tools, generation_prompt=False)
+        except UserError:
+            return None
+        if not answers:
+            return None
+        borders: list[tuple[FilledText, FilledText] | None] = []
+        for before, answer in itertools.pairwise(answers):
+            follows = answer.prompt.startswith(before.prompt + before.text)
+            tail, head = self._border(before)
+            borders.append((marks.text(tail), marks.text(head)) if follows else None)
+        return Shape(marks.text(whole), answers, borders, builder)
+
+    def _fill(
+        self, conversations: Sequence[Conversation], shapes: Mapping[int, Shape]
+    ) -> dict[int, list[list[TemplateSpan]]]:
+        """Return the examples of conversations that the template writes as their shapes say."""
+        if not shapes:
+            return {}
+        contents = {number: [one.content for one in conversations[number].messages] for number in shapes}
+        try:
+            rendered = self._renderer.render_all([self._inputs(conversations[number])[0] for number in shapes])
+        except UserError:
+            return {}
+        right = [
+            number
+            for (number, shape), text in zip(shapes.items(), rendered, strict=True)
+            if shape.whole.fill(contents[number]) == text
+        ]
+        sides = [
+            tuple(side.fill(contents[number]) for side in border)
+            for number in right
+            for border in shapes[number].borders
+            if border is not None
+        ]
+        kept = iter(
+            self._keep_borders([(tail[-_BOUNDARY_CHARACTERS:], head[:_BOUNDARY_CHARACTERS]) for tail, head in sides])
+        )
+        found = {}
+        for number in right:
+            shape = shapes[number]
+            begins = tuple(border is None or not next(kept) for border in shape.borders)
+            if begins not in shape.examples:
+                shape.examples[begins] = self._shape_examples(shape, begins)
+            found[number] = [
+                [
+                    span
+                    if text is None
+                    else TemplateSpan(text.fill(contents[number]), span.tag, span.special, span.opens)
+                    for span, text in example
+                ]
+                for example in shape.examples[begins]
+            ]
+        return found
+
+    def _shape_examples(
+        self, shape: Shape, begins: Sequence[bool]
+    ) -> list[list[tuple[TemplateSpan, FilledText | None]]]:
+        """Return the spans of a shape's examples, with their texts where those hold contents."""
+        groups = [[shape.answers[0]]]
+        for answer, begin in zip(shape.answers[1:], begins, strict=True):
+            if begin:
+                groups.append([answer])
+            else:
+                groups[-1].append(answer)
+        found = []
+        for number, group in enumerate(groups):
+            spans = []
+            for span in shape.builder.spans(group, repeated=number > 0):
+                text = self._marks.text(span.text)
+                spans.append((span, text if text.messages else None))
+            found.append(spans)
+        return found
+
     def _examples(self, conversation: Conversation) -> list[list[TemplateSpan]]:
+        builder, answers = self._answers(conversation)
+        if not answers:
+            messages, tools, _ = self._inputs(conversation)
+            rendered = self._renderer.render(messages, tools, generation_prompt=False)
+            return [list(builder.context_only(rendered))]
+        groups = [[answers[0]]]
+        for before, answer in itertools.pairwise(answers):
+            if self._continues(before, answer):
+                groups[-1].append(answer)
+            else:
+                groups.append([answer])
+        return [list(builder.spans(group, repeated=number > 0)) for number, group in enumerate(groups)]
+
+    def _answers(self, conversation: Conversation) -> tuple[ExampleBuilder, list[RenderedAnswer]]:
+        """Return the trained answers, checked, with what builds spans from them."""
         messages, tools, added = self._inputs(conversation)
         untrained = frozenset(
             index + added for index, message in enumerate(conversation.messages) if message.train is False
@@ -148,33 +274,43 @@ class TokenizerTemplate:
             # Nothing asks for an answer that begins a conversation: it is context.
             if index and message["role"] == "assistant" and index not in untrained
         ]
-        if not trained:
-            rendered = self._renderer.render(messages, tools, generation_prompt=False)
-            return [list(builder.context_only(rendered))]
         check = WrittenCheck(self._renderer, messages, tools)
-        groups: list[list[RenderedAnswer]] = []
+        answers: list[RenderedAnswer] = []
         for index in trained:
             answer = renderer.answer(index)
-            continues = bool(groups) and self._continues(groups[-1][-1], answer)
-            check.check(answer, groups[-1][-1].index + 1 if continues else 0)
-            if continues:
-                groups[-1].append(answer)
-            else:
-                groups.append([answer])
-        return [list(builder.spans(group, repeated=number > 0)) for number, group in enumerate(groups)]
+            goes_on = bool(answers) and answer.prompt.startswith(answers[-1].prompt + answers[-1].text)
+            check.check(answer, answers[-1].index + 1 if goes_on else 0)
+            answers.append(answer)
+        return builder, answers
 
     def _continues(self, before: RenderedAnswer, answer: RenderedAnswer) -> bool:
         """Return whether the tokens of an answer and its prompt begin the prompt of the next answer."""
         if not answer.prompt.startswith(before.prompt + before.text):
             return False
-        # Only text that no special token separates could be encoded otherwise once it is one text.
-        tail = self._renderer.special.split(before.prompt)[-1][-_BOUNDARY_CHARACTERS:]
-        head = self._renderer.special.split(before.text, maxsplit=1)[0][:_BOUNDARY_CHARACTERS]
-        if not tail or not head:
-            return True
-        tail, head = self._renderer.restore(tail), self._renderer.restore(head)
-        joined, first = self._text.encode([tail + head, tail])
-        return joined == first + self._text.encode_behind([head])[0]
+        tail, head = self._border(before)
+        return self._keep_borders([(tail[-_BOUNDARY_CHARACTERS:], head[:_BOUNDARY_CHARACTERS])])[0]
+
+    def _border(self, answer: RenderedAnswer) -> tuple[str, str]:
+        """Return the text before and behind the border of a prompt and its answer, up to special tokens."""
+        special = self._renderer.special
+        return special.split(answer.prompt)[-1], special.split(answer.text, maxsplit=1)[0]
+
+    def _keep_borders(self, borders: Sequence[tuple[str, str]]) -> list[bool]:
+        """Return for each pair of texts whether they have the same tokens apart and as one text.
+
+        Only text that no special token separates could be encoded otherwise once it is one text.
+        """
+        restore = self._renderer.restore
+        pairs = dict.fromkeys(borders, True)
+        asked = [(restore(tail), restore(head)) for tail, head in pairs if tail and head]
+        if asked:
+            joined = self._text.encode([tail + head for tail, head in asked])
+            first = self._text.encode([tail for tail, _ in asked])
+            second = self._text.encode_behind([head for _, head in asked])
+            keys = [pair for pair in pairs if pair[0] and pair[1]]
+            for key, whole, before, behind in zip(keys, joined, first, second, strict=True):
+                pairs[key] = whole == before + behind
+        return [pairs[pair] for pair in borders]
 
     def _wants_text_arguments(self) -> bool:
         """Return whether the template takes the arguments of a call as JSON text only."""

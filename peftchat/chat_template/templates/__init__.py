@@ -11,7 +11,7 @@ is saved with the tokenizer (`ChatTemplate.jinja`). The tests compare the two by
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,6 +86,14 @@ class ChatTemplate:
             UserError: a message has a role that the template cannot write.
         """
         return [self.spans(conversation)]
+
+    def examples_of(self, conversations: Sequence[Conversation]) -> list[list[Iterator[TemplateSpan]]]:
+        """Return the examples of each conversation.
+
+        Raises:
+            UserError: a message has a role that the template cannot write.
+        """
+        return [self.examples(conversation) for conversation in conversations]
 
     def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
         """Yield the conversation as spans. Joined, they are the text that `jinja` renders.

@@ -48,11 +48,12 @@ def command(
     quiet_libraries()
     from peftchat.chat_template.chat_format import make_format
     from peftchat.chat_template.template_check import PLAIN, TemplateCheck, sample_conversations
+    from peftchat.chat_template.template_settings import TemplateSettings
 
     variables = dict(_variable(setting) for setting in settings)
     tokenizer, template = _open(name, model)
     try:
-        chat = make_format(template, None, tokenizer, variables=variables, end_token=end_token)
+        chat = make_format(template, None, tokenizer, settings=TemplateSettings(variables, end_token))
     except UserError as error:
         if tokenizer.chat_template and error.where == "chat.template: model":
             # The template itself is what is checked here.

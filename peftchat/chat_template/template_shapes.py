@@ -59,14 +59,19 @@ class ContentConditions:
     Attributes:
         parts: matches text in a content that the template may look for.
         whole: contents that it may compare with.
+        strips: whether it may take white space away.
     """
 
     parts: re.Pattern[str]
     whole: frozenset[str]
+    strips: bool
 
     def met_by(self, content: str) -> bool:
         """Return whether the template may treat this content in a way of its own."""
-        return not content or content != content.strip() or content in self.whole or bool(self.parts.search(content))
+        stripped = content.strip()
+        if not stripped or (self.strips and content != stripped):
+            return True
+        return stripped in self.whole or bool(self.parts.search(content))
 
 
 class _Unknown(Exception):
@@ -106,7 +111,9 @@ def content_conditions(source: str) -> ContentConditions | None:
     except (_Unknown, TemplateError):
         return None
     pattern = "|".join(map(re.escape, sorted(part for part in parts if part))) or "(?!)"
-    return ContentConditions(re.compile(pattern, re.IGNORECASE), frozenset(whole))
+    strips = any(call.attr in _STRIPS | {"split", "rsplit"} for call in tree.find_all(nodes.Getattr))
+    strips = strips or any(filtered.name == "trim" for filtered in tree.find_all(nodes.Filter))
+    return ContentConditions(re.compile(pattern, re.IGNORECASE), frozenset(whole), strips)
 
 
 def _add_comparison(compare: Any, parts: set[str], whole: set[str]) -> None:

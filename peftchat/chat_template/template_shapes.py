@@ -18,6 +18,7 @@ from peftchat.chat_template.answer_rendering import RenderedAnswer
 from peftchat.chat_template.answer_spans import ExampleBuilder
 from peftchat.chat_template.templates import TemplateSpan
 from peftchat.conversation import Conversation
+from peftchat.errors import UserError, first_line
 
 _SEARCHES = {
     "split",
@@ -78,10 +79,9 @@ class _Unknown(Exception):
     """The template does something with contents that is not understood."""
 
 
-@cache
-def content_conditions(source: str) -> ContentConditions | None:
-    """Return what a template may ask of contents; None if that cannot be told."""
-    from jinja2 import Environment, TemplateError, nodes
+def _parse(source: str) -> Any:
+    """Return the syntax tree of a template, with the extensions that transformers gives it."""
+    from jinja2 import Environment
     from jinja2.ext import Extension, loopcontrols
 
     class Generation(Extension):
@@ -91,8 +91,40 @@ def content_conditions(source: str) -> ContentConditions | None:
             next(parser.stream)
             return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
+    return Environment(extensions=[loopcontrols, Generation]).parse(source)
+
+
+def check_syntax(source: str) -> None:
+    """Check that a template is Jinja that transformers can render.
+
+    Raises:
+        UserError: it is none, with the line; or it needs other files.
+    """
+    from jinja2 import TemplateSyntaxError, nodes
+
     try:
-        tree = Environment(extensions=[loopcontrols, Generation]).parse(source)
+        tree = _parse(source)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template is no valid Jinja: {first_line(error)}",
+            where=f"chat.template, line {error.lineno}",
+            hint="Repair that line, or choose another template.",
+        ) from error
+    for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+        raise UserError(
+            "the chat template includes another file, and transformers renders one text only",
+            where=f"chat.template, line {node.lineno}",
+            hint="Copy the other file's text into the template.",
+        )
+
+
+@cache
+def content_conditions(source: str) -> ContentConditions | None:
+    """Return what a template may ask of contents; None if that cannot be told."""
+    from jinja2 import TemplateError, nodes
+
+    try:
+        tree = _parse(source)
         parts: set[str] = set()
         whole: set[str] = set()
         for compare in tree.find_all(nodes.Compare):

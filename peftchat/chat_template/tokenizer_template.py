@@ -30,6 +30,7 @@ from peftchat.chat_template.template_shapes import (
     Marks,
     Shape,
     ShapeCache,
+    check_syntax,
     content_conditions,
     shape_key,
     source_of,
@@ -112,6 +113,7 @@ class TokenizerTemplate:
         dropped = settings.unsupported_roles == "drop" and "system" in self.missing_roles
         self._system = None if dropped else system
         self.jinja = with_settings(tokenizer.chat_template, settings, self._system, self.missing_roles)
+        check_syntax(source_of(self.jinja))
         written = _with_date(self.jinja, today)
         self.written_date = None if written == self.jinja else today.isoformat()
         self._renderer = TemplateRenderer(tokenizer, written, special, variables)

@@ -32,7 +32,7 @@ _REFUSALS_SHOWN = 8
 def command(
     name: str, model: str | None, data: Path | None, end_token: str | None, settings: tuple[str, ...], as_json: bool
 ) -> None:
-    """Check a chat template: is what is trained what the model will be asked for?
+    """Check that a template trains what the model will be asked for.
 
     Each answer of sample conversations, or of `--data`, must stand behind the prompt that the model gets for it. Print
     what the template does to each kind: right, how many examples it needs, or why it is refused. A FILE ends in

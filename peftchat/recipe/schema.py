@@ -287,7 +287,7 @@ class Recipe(StrictModel):
             filled["training"] = {**training, "learning_rate": _learning_rate(method, filled.get("adapter"))}
         data = filled.get("data")
         if isinstance(data, Mapping):
-            implied = {"packing": False} if _needs_unpacked(filled) else {}
+            implied: dict[str, Any] = {"packing": False} if _needs_unpacked(filled) else {}
             implied |= {"consecutive": "keep"} if _has_other_template(filled) else {}
             filled["data"] = {**data, **{key: value for key, value in implied.items() if data.get(key) is None}}
         return filled

@@ -309,7 +309,6 @@ class DataSection(StrictModel):
         description="Two turns of one role in a row, or a system message behind other turns: `error` refuses the "
         "record, `merge` joins neighbors with a line break and counts them, `keep` leaves them to the template. "
         "Without it: `keep` for `chat.template: model` and a template of your own, otherwise `error`.",
-        json_schema_extra={"x-default-text": "error, or keep for templates of the model and of your own"},
     )
     pad_to_multiple_of: int | None = Field(
         None,

@@ -4,9 +4,11 @@ Every trained answer stands behind the prompt that the model gets for it, token 
 earlier turns, such as one that takes reasoning out of them, makes an example for each answer that it affects.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,13 +20,25 @@ from peftchat.chat_template.answer_rendering import (
     TemplateMessage,
     TemplateRenderer,
     Tools,
+    missing_roles,
     with_reasoning_parts,
 )
 from peftchat.chat_template.answer_spans import ExampleBuilder
+from peftchat.chat_template.template_settings import TemplateSettings, with_settings
+from peftchat.chat_template.template_shapes import (
+    FilledText,
+    Marks,
+    Shape,
+    ShapeCache,
+    check_syntax,
+    content_conditions,
+    shape_key,
+    source_of,
+)
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
 from peftchat.chat_template.text_encoder import TextEncoder
 from peftchat.chat_template.written_check import WrittenCheck
-from peftchat.conversation import Conversation
+from peftchat.conversation import Conversation, Role
 from peftchat.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,11 +66,12 @@ class TokenizerTemplate:
     Args:
         tokenizer: with a `chat_template`.
         system: the system message of conversations that have none. None leaves that to the template.
-        variables: further variables of the template, such as `enable_thinking`.
-        end_token: the token that ends an answer, for templates that write none.
+        settings: what the recipe says about the template. They are written into `jinja`.
+        name: the value of `chat.template`.
         today: the date for templates that write one; None for the clock's.
 
     Attributes:
+        missing_roles: the roles that the template cannot write, where the settings say what to do with them.
         end_token: the token that ends an answer without calls.
         end_tokens: every token that ends an answer; generation stops at each of them.
         written_date: the date that the template writes; None for templates that write none.
@@ -65,7 +80,6 @@ class TokenizerTemplate:
         UserError: the tokenizer has no template, or nothing in the template ends an answer.
     """
 
-    name = TOKENIZER_TEMPLATE
     special_tokens: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
@@ -73,15 +87,15 @@ class TokenizerTemplate:
         tokenizer: "PreTrainedTokenizerBase",
         system: str | None = None,
         *,
-        variables: Mapping[str, Any] | None = None,
-        end_token: str | None = None,
+        settings: TemplateSettings | None = None,
+        name: str = TOKENIZER_TEMPLATE,
         today: date | None = None,
     ) -> None:
         if not tokenizer.chat_template:
             raise UserError("the model's tokenizer has no chat template", where="chat.template: model", hint=_OTHERS)
-        self.jinja = tokenizer.chat_template
-        self._system = system
-        self._end_token = end_token
+        self.name = name
+        self._settings = settings = settings or TemplateSettings()
+        self._end_token = end_token = settings.end_token
         self._text = TextEncoder(tokenizer)
         if end_token is not None and end_token not in self._text.special:
             raise UserError(
@@ -90,12 +104,27 @@ class TokenizerTemplate:
                 hint="Name a special token, such as the tokenizer's `eos_token`.",
             )
         today = today or date.today()
+        special, variables = list(self._text.special), settings.variables
+        self.missing_roles: frozenset[Role] = frozenset()
+        if settings.unsupported_roles != "error":
+            self.missing_roles = missing_roles(
+                TemplateRenderer(tokenizer, _with_date(tokenizer.chat_template, today), special, variables)
+            )
+        dropped = settings.unsupported_roles == "drop" and "system" in self.missing_roles
+        self._system = None if dropped else system
+        self.jinja = with_settings(tokenizer.chat_template, settings, self._system, self.missing_roles)
+        check_syntax(source_of(self.jinja))
         written = _with_date(self.jinja, today)
         self.written_date = None if written == self.jinja else today.isoformat()
-        self._renderer = TemplateRenderer(tokenizer, written, list(self._text.special), variables)
+        self._renderer = TemplateRenderer(tokenizer, written, special, variables)
         self._arguments_as_text = self._wants_text_arguments()
         self._renderer.reasoning_in_parts = self._wants_reasoning_parts()
         self.end_tokens = self._find_end_tokens(tokenizer)
+        # Settings that change messages look into their contents.
+        changes = bool(self.missing_roles) or settings.reasoning_history != "template"
+        self._conditions = None if changes else content_conditions(source_of(written))
+        self._shapes = ShapeCache()
+        self._marks = Marks()
         self.end_token = self.end_tokens[0]
 
     def examples(self, conversation: Conversation) -> list[list[TemplateSpan]]:
@@ -106,11 +135,33 @@ class TokenizerTemplate:
                 follow from its prompt.
         """
         try:
-            return self._examples(conversation)
+            return self._examples(self._adapted(conversation))
         except UserError as error:
-            raise UserError(
-                error.message, where=conversation.source or error.where, hint=error.hint or _OTHERS
-            ) from error
+            where = conversation.source or error.where
+            raise UserError(error.message, where=where, hint=self._hint(error, conversation)) from error
+
+    def _hint(self, error: UserError, conversation: Conversation) -> str:
+        """Return what mends an error, with the setting for messages that the template cannot write."""
+        hint = error.hint or _OTHERS
+        if self._settings.unsupported_roles != "error":
+            return hint
+        missing = missing_roles(self._renderer) & {message.role for message in conversation.messages}
+        if not missing:
+            return hint
+        roles = " and ".join(f"`{role}`" for role in sorted(missing))
+        return f"The template cannot write {roles}: set `chat.unsupported_roles: merge_into_user` or `drop`. {hint}"
+
+    def _adapted(self, conversation: Conversation) -> Conversation:
+        """Return the conversation without the messages that `chat.unsupported_roles: drop` leaves out."""
+        if self._settings.unsupported_roles != "drop" or not self.missing_roles:
+            return conversation
+        calls = "tool" in self.missing_roles
+        kept = tuple(
+            message
+            for message in conversation.messages
+            if message.role not in self.missing_roles and not (calls and message.tool_calls)
+        )
+        return replace(conversation, messages=kept, tools=None if calls else conversation.tools)
 
     def prompt(self, conversation: Conversation) -> list[TemplateSpan]:
         """Return the prompt of the next answer as spans.
@@ -118,7 +169,7 @@ class TokenizerTemplate:
         Raises:
             UserError: the template refuses the conversation.
         """
-        messages, tools, _ = self._inputs(conversation)
+        messages, tools, _ = self._inputs(self._adapted(conversation))
         rendered = self._renderer.render(messages, tools, generation_prompt=True)
         builder = ExampleBuilder(self._renderer, messages, frozenset(), -1)
         return list(builder.context_only(rendered))
@@ -134,7 +185,120 @@ class TokenizerTemplate:
         protect = self._renderer.protect
         return [protect(message) for message in dicts], protect(conversation.tool_schemas()), int(added)
 
+    def examples_of(self, conversations: Sequence[Conversation]) -> list[list[list[TemplateSpan]]]:
+        """Return the examples of each conversation, which are those of `examples`, at a part of the cost.
+
+        Raises:
+            UserError: see `examples`.
+        """
+        found: dict[int, list[list[TemplateSpan]]] = {}
+        if self._conditions is not None:
+            shapes: dict[int, Shape] = {}
+            for number, conversation in enumerate(conversations):
+                key = shape_key(conversation, self._conditions, self._renderer.special)
+                if key:
+                    shape = self._shapes.get(key, lambda twin=conversation: self._make_shape(twin))
+                    if shape is not None:
+                        shapes[number] = shape
+            found = self._fill(conversations, shapes)
+        return [found[number] if number in found else self.examples(one) for number, one in enumerate(conversations)]
+
+    def _make_shape(self, conversation: Conversation) -> Shape | None:
+        """Return the shape of a conversation; None if the template refuses it, or it has no answer to train."""
+        marks = self._marks
+        twin = marks.conversation(conversation)
+        messages, tools, _ = self._inputs(twin)
+        try:
+            builder, answers = self._answers(twin)
+            whole = self._renderer.render(messages, tools, generation_prompt=False)
+        except UserError:
+            return None
+        if not answers:
+            return None
+        borders: list[tuple[FilledText, FilledText] | None] = []
+        for before, answer in itertools.pairwise(answers):
+            follows = answer.prompt.startswith(before.prompt + before.text)
+            tail, head = self._border(before)
+            borders.append((marks.text(tail), marks.text(head)) if follows else None)
+        return Shape(marks.text(whole), answers, borders, builder)
+
+    def _fill(
+        self, conversations: Sequence[Conversation], shapes: Mapping[int, Shape]
+    ) -> dict[int, list[list[TemplateSpan]]]:
+        """Return the examples of conversations that the template writes as their shapes say."""
+        if not shapes:
+            return {}
+        contents = {number: [one.content for one in conversations[number].messages] for number in shapes}
+        try:
+            rendered = self._renderer.render_all([self._inputs(conversations[number])[0] for number in shapes])
+        except UserError:
+            return {}
+        right = [
+            number
+            for (number, shape), text in zip(shapes.items(), rendered, strict=True)
+            if shape.whole.fill(contents[number]) == text
+        ]
+        sides = [
+            tuple(side.fill(contents[number]) for side in border)
+            for number in right
+            for border in shapes[number].borders
+            if border is not None
+        ]
+        kept = iter(
+            self._keep_borders([(tail[-_BOUNDARY_CHARACTERS:], head[:_BOUNDARY_CHARACTERS]) for tail, head in sides])
+        )
+        found = {}
+        for number in right:
+            shape = shapes[number]
+            begins = tuple(border is None or not next(kept) for border in shape.borders)
+            if begins not in shape.examples:
+                shape.examples[begins] = self._shape_examples(shape, begins)
+            found[number] = [
+                [
+                    span
+                    if text is None
+                    else TemplateSpan(text.fill(contents[number]), span.tag, span.special, span.opens)
+                    for span, text in example
+                ]
+                for example in shape.examples[begins]
+            ]
+        return found
+
+    def _shape_examples(
+        self, shape: Shape, begins: Sequence[bool]
+    ) -> list[list[tuple[TemplateSpan, FilledText | None]]]:
+        """Return the spans of a shape's examples, with their texts where those hold contents."""
+        groups = [[shape.answers[0]]]
+        for answer, begin in zip(shape.answers[1:], begins, strict=True):
+            if begin:
+                groups.append([answer])
+            else:
+                groups[-1].append(answer)
+        found = []
+        for number, group in enumerate(groups):
+            spans = []
+            for span in shape.builder.spans(group, repeated=number > 0):
+                text = self._marks.text(span.text)
+                spans.append((span, text if text.messages else None))
+            found.append(spans)
+        return found
+
     def _examples(self, conversation: Conversation) -> list[list[TemplateSpan]]:
+        builder, answers = self._answers(conversation)
+        if not answers:
+            messages, tools, _ = self._inputs(conversation)
+            rendered = self._renderer.render(messages, tools, generation_prompt=False)
+            return [list(builder.context_only(rendered))]
+        groups = [[answers[0]]]
+        for before, answer in itertools.pairwise(answers):
+            if self._continues(before, answer):
+                groups[-1].append(answer)
+            else:
+                groups.append([answer])
+        return [list(builder.spans(group, repeated=number > 0)) for number, group in enumerate(groups)]
+
+    def _answers(self, conversation: Conversation) -> tuple[ExampleBuilder, list[RenderedAnswer]]:
+        """Return the trained answers, checked, with what builds spans from them."""
         messages, tools, added = self._inputs(conversation)
         untrained = frozenset(
             index + added for index, message in enumerate(conversation.messages) if message.train is False
@@ -148,33 +312,45 @@ class TokenizerTemplate:
             # Nothing asks for an answer that begins a conversation: it is context.
             if index and message["role"] == "assistant" and index not in untrained
         ]
-        if not trained:
-            rendered = self._renderer.render(messages, tools, generation_prompt=False)
-            return [list(builder.context_only(rendered))]
         check = WrittenCheck(self._renderer, messages, tools)
-        groups: list[list[RenderedAnswer]] = []
+        answers: list[RenderedAnswer] = []
         for index in trained:
             answer = renderer.answer(index)
-            continues = bool(groups) and self._continues(groups[-1][-1], answer)
-            check.check(answer, groups[-1][-1].index + 1 if continues else 0)
-            if continues:
-                groups[-1].append(answer)
-            else:
-                groups.append([answer])
-        return [list(builder.spans(group, repeated=number > 0)) for number, group in enumerate(groups)]
+            goes_on = bool(answers) and answer.prompt.startswith(answers[-1].prompt + answers[-1].text)
+            check.check(answer, answers[-1].index + 1 if goes_on else 0)
+            if self._settings.reasoning_history == "keep":
+                renderer.check_reasoning_kept(answer)
+            answers.append(answer)
+        return builder, answers
 
     def _continues(self, before: RenderedAnswer, answer: RenderedAnswer) -> bool:
         """Return whether the tokens of an answer and its prompt begin the prompt of the next answer."""
         if not answer.prompt.startswith(before.prompt + before.text):
             return False
-        # Only text that no special token separates could be encoded otherwise once it is one text.
-        tail = self._renderer.special.split(before.prompt)[-1][-_BOUNDARY_CHARACTERS:]
-        head = self._renderer.special.split(before.text, maxsplit=1)[0][:_BOUNDARY_CHARACTERS]
-        if not tail or not head:
-            return True
-        tail, head = self._renderer.restore(tail), self._renderer.restore(head)
-        joined, first = self._text.encode([tail + head, tail])
-        return joined == first + self._text.encode_behind([head])[0]
+        tail, head = self._border(before)
+        return self._keep_borders([(tail[-_BOUNDARY_CHARACTERS:], head[:_BOUNDARY_CHARACTERS])])[0]
+
+    def _border(self, answer: RenderedAnswer) -> tuple[str, str]:
+        """Return the text before and behind the border of a prompt and its answer, up to special tokens."""
+        special = self._renderer.special
+        return special.split(answer.prompt)[-1], special.split(answer.text, maxsplit=1)[0]
+
+    def _keep_borders(self, borders: Sequence[tuple[str, str]]) -> list[bool]:
+        """Return for each pair of texts whether they have the same tokens apart and as one text.
+
+        Only text that no special token separates could be encoded otherwise once it is one text.
+        """
+        restore = self._renderer.restore
+        pairs = dict.fromkeys(borders, True)
+        asked = [(restore(tail), restore(head)) for tail, head in pairs if tail and head]
+        if asked:
+            joined = self._text.encode([tail + head for tail, head in asked])
+            first = self._text.encode([tail for tail, _ in asked])
+            second = self._text.encode_behind([head for _, head in asked])
+            keys = [pair for pair in pairs if pair[0] and pair[1]]
+            for key, whole, before, behind in zip(keys, joined, first, second, strict=True):
+                pairs[key] = whole == before + behind
+        return [pairs[pair] for pair in borders]
 
     def _wants_text_arguments(self) -> bool:
         """Return whether the template takes the arguments of a call as JSON text only."""

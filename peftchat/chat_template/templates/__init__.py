@@ -11,7 +11,7 @@ is saved with the tokenizer (`ChatTemplate.jinja`). The tests compare the two by
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -87,6 +87,14 @@ class ChatTemplate:
         """
         return [self.spans(conversation)]
 
+    def examples_of(self, conversations: Sequence[Conversation]) -> list[list[Iterator[TemplateSpan]]]:
+        """Return the examples of each conversation.
+
+        Raises:
+            UserError: a message has a role that the template cannot write.
+        """
+        return [self.examples(conversation) for conversation in conversations]
+
     def spans(self, conversation: Conversation) -> Iterator[TemplateSpan]:
         """Yield the conversation as spans. Joined, they are the text that `jinja` renders.
 
@@ -128,7 +136,7 @@ class ChatTemplate:
                 raise UserError(
                     f"message {index + 1} has the role `{message.role}`, which the template `{self.name}` cannot write",
                     where=conversation.source or None,
-                    hint="Use `chat.template: chatml` or `model`, or remove these messages.",
+                    hint="Use `chat.template: chatml`, or set `chat.unsupported_roles: merge_into_user` or `drop`.",
                 )
             text = message_text(message)
             if tools and not index:
@@ -142,6 +150,11 @@ class ChatTemplate:
     def written_date(self) -> None:
         """The date that the template writes: none."""
         return None
+
+    @property
+    def missing_roles(self) -> frozenset[Role]:
+        """The roles that it cannot write and that the recipe says what to do with: none, such are refused."""
+        return frozenset()
 
     @property
     def end_tokens(self) -> tuple[str, ...]:

@@ -375,8 +375,8 @@ def require_parameters(adapter: Adapter, shape: ModelShape, parameter: str) -> N
             f"`{adapter.variant}` cannot adapt `{parameter}` of this `{shape.model_type}`: "
             f"{adapter.no_experts_because}",
             where=f"adapter.variant: {adapter.variant}",
-            hint="Use `lora`, `rslora` or `loraplus`. To leave the experts frozen, name other layers in target_modules, "
-            "such as those of the attention.",
+            hint="Use `lora`, `rslora` or `loraplus`. To leave the experts frozen, name the layers of the attention in "
+            "target_modules.",
         )
 
 

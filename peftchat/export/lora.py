@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 from peftchat.errors import UserError, VerificationError
@@ -22,7 +23,7 @@ from peftchat.export.lora_factors import FactoredUpdate, factor_updates, linear_
 from peftchat.export.lora_proof import Comparison, Proof
 from peftchat.export.vllm import VllmSupport, vllm_support
 from peftchat.merging import MergeOptions
-from peftchat.merging.adapter_source import ADAPTER_WEIGHTS_NAME, InstalledAdapter
+from peftchat.merging.adapter_source import ADAPTER_WEIGHTS_NAME, InstalledAdapter, residual_init
 from peftchat.merging.delta_rules import trained_token_rows
 from peftchat.merging.merge_job import MergeJob, prepare_merge
 from peftchat.merging.output import COPIED
@@ -233,7 +234,9 @@ def _checked_config(source: ModelSource, options: LoraOptions) -> dict[str, Any]
         hint = "Use the run folder as it is: `peftchat chat RUN`." if because is _PROMPTS or kind == "LILY" else merge
         raise UserError(f"{kind} cannot become a LoRA: {because}", where=source.where, hint=hint)
     if config.get("bias", "none") not in ("none", None) or config.get("lora_bias"):
-        raise UserError("the adapter has trained biases, which a plain LoRA does not hold", where=source.where, hint=merge)
+        raise UserError(
+            "the adapter has trained biases, which a plain LoRA does not hold", where=source.where, hint=merge
+        )
     if config.get("target_parameters"):
         what = "the adapter changes stacked experts (target_parameters), which PEFT does not convert"
         raise UserError(what, where=source.where, hint=merge)
@@ -249,8 +252,10 @@ def _checked_config(source: ModelSource, options: LoraOptions) -> dict[str, Any]
 
 
 def _is_plain(config: dict[str, Any]) -> bool:
-    """Return whether a LoRA has one rank and one scale everywhere, and nothing but two factors."""
-    return not any(config.get(key) for key in ("use_dora", "rank_pattern", "alpha_pattern"))
+    """Return whether a LoRA has one rank and one scale, two factors and nothing more, and an unchanged base."""
+    if any(config.get(key) for key in ("use_dora", "rank_pattern", "alpha_pattern")):
+        return False
+    return residual_init(SimpleNamespace(init_lora_weights=config.get("init_lora_weights"))) is None
 
 
 def _check_output(output: Path, source: ModelSource, *, overwrite: bool) -> None:

@@ -63,9 +63,7 @@ def linear_modules(adapter: InstalledAdapter, where: str) -> list[AdaptedModule]
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     changed = [
-        module
-        for module in adapter.modules
-        if isinstance(module.layer, BaseTunerLayer) and token_layer(module) is None
+        module for module in adapter.modules if isinstance(module.layer, BaseTunerLayer) and token_layer(module) is None
     ]
     for module in changed:
         if not module.layer.supports_lora_conversion(ADAPTER) or _linear_weight(module) is None:
@@ -73,11 +71,11 @@ def linear_modules(adapter: InstalledAdapter, where: str) -> list[AdaptedModule]
                 f"PEFT does not convert {type(module.layer).__name__} on {module.path} to LoRA: it converts what is "
                 "added to the weight of a linear layer",
                 where=where,
-                hint="Merge it instead: `peftchat merge RUN`.",
+                hint=f"Merge it instead: `peftchat merge {where}`.",
             )
     if not changed:
         what = "the adapter changes no linear layer, so there is nothing to convert"
-        raise UserError(what, where=where, hint="Merge it instead: `peftchat merge RUN`.")
+        raise UserError(what, where=where, hint=f"Merge it instead: `peftchat merge {where}`.")
     return changed
 
 

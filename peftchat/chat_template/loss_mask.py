@@ -155,6 +155,23 @@ def loss_mask_table(policy: LossPolicy | LossOn) -> "npt.NDArray[np.bool_]":
     return np.array([_is_trained(policy, tag) for tag in range(256)])
 
 
+TARGET_KINDS: dict[str, tuple[TurnPart, ...]] = {
+    "content": (TurnPart.CONTENT,),
+    "reasoning": (TurnPart.REASONING,),
+    "tool_calls": (TurnPart.TOOL_CALL,),
+    "other": tuple(part for part in TurnPart if part not in (TurnPart.CONTENT, TurnPart.REASONING, TurnPart.TOOL_CALL)),
+}
+"""The kinds of trained text whose loss is told apart: `other` is end tokens and marks of the template."""
+
+
+def target_kind_table() -> "npt.NDArray[np.int64]":
+    """Return for each of the 256 tags the number of its kind in `TARGET_KINDS`: int64, shape (256,)."""
+    import numpy as np
+
+    kinds = {part: number for number, parts in enumerate(TARGET_KINDS.values()) for part in parts}
+    return np.array([kinds[part_of(tag)] for tag in range(256)])
+
+
 def labels_for(ids: "TokenIds", tags: "TokenTags", table: "npt.NDArray[np.bool_]") -> "npt.NDArray[np.int64]":
     """Return the labels of one example: the id where the table trains its tag, else `IGNORE_INDEX`.
 

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from peftchat.chat_template.examples import EncodedExample
-from peftchat.chat_template.loss_mask import IGNORE_INDEX, LossOn, LossPolicy, labels_for, loss_mask_table
+from peftchat.chat_template.loss_mask import (
+    IGNORE_INDEX,
+    LossOn,
+    LossPolicy,
+    labels_for,
+    loss_mask_table,
+    target_kind_table,
+)
 
 if TYPE_CHECKING:
     from peftchat.chat_template.examples import ExampleStore
@@ -77,6 +84,7 @@ class ChatCollator:
         self.examples = examples
         self.layout = layout
         self._loss_mask = loss_mask_table(loss_on)
+        self._target_kinds = target_kind_table()
         self._pad_token_id = pad_token_id
         self._multiple = pad_to_multiple_of or 1
         self._tracked = np.array(tracked_token_ids, dtype=np.int32)
@@ -95,6 +103,16 @@ class ChatCollator:
         batch = self.collate([[self.examples[index] for index in pack["examples"]] for pack in packs])
         batch["examples"] = np.array([index for pack in packs for index in pack["examples"]], dtype=np.int64)
         return batch
+
+    def target_kinds(self, packs: Sequence[Mapping[str, Sequence[int]]]) -> np.ndarray:
+        """Return the kind of each target of these packs, as numbers in `TARGET_KINDS`, in the order of the labels.
+
+        Returns:
+            int64, shape (targets,).
+        """
+        examples = [self.examples[index] for pack in packs for index in pack["examples"]]
+        kinds = [self._target_kinds[one.token_tags[self._labels(one) != IGNORE_INDEX]] for one in examples]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *kinds])
 
     def collate(self, packs: Sequence[Sequence[EncodedExample]]) -> Batch:
         """Return the batch of these packs."""

@@ -268,7 +268,7 @@ def save_model_files(
             model.config.dtype = getattr(torch, dtype)
         model.save_pretrained(str(folder), state_dict=full)
         model.config.dtype = before
-        _check_shapes(folder, full)
+        _check_shapes(folder, full, as_stored(model, full))
         save_tokenizer(tokenizer, folder)
 
 
@@ -299,8 +299,24 @@ def _full_state(model: "PreTrainedModel", wrapped: Any, dtype: str | None, *, is
     return full
 
 
-def _check_shapes(folder: Path, expected: dict[str, Tensor]) -> None:
+def as_stored(model: "PreTrainedModel", state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors that transformers stores for weights.
+
+    It splits what it fused while it loaded, such as experts, and gives tensors the names that the base has.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, shapes).items()}
+
+
+def _check_shapes(folder: Path, full: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
     """Open what was written and check that every weight is there and none is empty.
+
+    Args:
+        folder: holds the files.
+        full: the weights by their names in the model, of which tied ones are stored once.
+        expected: shapes by their names in the files.
 
     Raises:
         VerificationError: naming the first weight that is missing or has another shape.
@@ -309,9 +325,9 @@ def _check_shapes(folder: Path, expected: dict[str, Tensor]) -> None:
     for file in folder.glob("model*.safetensors"):
         with safe_open(str(file), framework="pt") as shard:
             stored |= {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
-    tied = {tensor.data_ptr() for name, tensor in expected.items() if name in stored}
-    for name, tensor in expected.items():
-        if name not in stored and tensor.data_ptr() not in tied:
+    tied = {tensor.data_ptr() for name, tensor in full.items() if name in stored}
+    for name, shape in expected.items():
+        if name not in stored and not (name in full and full[name].data_ptr() in tied):
             raise VerificationError(f"{folder}: the weight {name} was not written")
-        if name in stored and (stored[name] != list(tensor.shape) or 0 in stored[name]):
+        if name in stored and (stored[name] != list(shape) or 0 in stored[name]):
             raise VerificationError(f"{folder}: the weight {name} was written with the shape {stored[name]}")

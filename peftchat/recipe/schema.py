@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, WithJsonSchema, create_model, model_validator
 
+from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.recipe.document import Document
 from peftchat.recipe.sections import (
     REPORTERS,
@@ -284,10 +285,11 @@ class Recipe(StrictModel):
         training = {} if filled.get("training") is None else filled["training"]
         if isinstance(training, Mapping) and training.get("learning_rate") is None:
             filled["training"] = {**training, "learning_rate": _learning_rate(method, filled.get("adapter"))}
-        if _needs_unpacked(filled):
-            data = filled.get("data")
-            if isinstance(data, Mapping) and data.get("packing") is None:
-                filled["data"] = {**data, "packing": False}
+        data = filled.get("data")
+        if isinstance(data, Mapping):
+            implied: dict[str, Any] = {"packing": False} if _needs_unpacked(filled) else {}
+            implied |= {"consecutive": "keep"} if _has_other_template(filled) else {}
+            filled["data"] = {**data, **{key: value for key, value in implied.items() if data.get(key) is None}}
         return filled
 
 
@@ -300,6 +302,13 @@ def _learning_rate(method: str, adapter: Any) -> float:
 def _needs_unpacked(given: Mapping[str, Any]) -> bool:
     variant = None if given.get("method") == "full" else _named_adapter(given.get("adapter"))
     return variant is not None and variant.incompatibility("packing") is not None
+
+
+def _has_other_template(given: Mapping[str, Any]) -> bool:
+    """Return whether the chat template is not one of peftchat's own; it decides by itself which turns it takes."""
+    chat = given.get("chat")
+    name = chat.get("template") if isinstance(chat, Mapping) else None
+    return isinstance(name, str) and name not in CHAT_TEMPLATES
 
 
 def _named_adapter(section: Any) -> type[Adapter] | None:

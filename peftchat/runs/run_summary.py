@@ -74,6 +74,22 @@ class AddedToken:
         return "learned" if all(move > 0 for move in moves) else "did not move"
 
 
+class KindLoss(BaseModel):
+    """The held-out loss on one kind of text, in nats per token.
+
+    Attributes:
+        tokens: the held-out targets of the kind.
+        before: the loss before the first step; None where it was not measured.
+        after: the loss of the weights that are kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    tokens: int
+    before: float | None = None
+    after: float
+
+
 @dataclass(frozen=True, slots=True)
 class KeptStep:
     """The step whose weights the run folder holds, where a run compares its evaluations.
@@ -140,7 +156,11 @@ class RunSummary(BaseModel):
         train_examples: encoded conversations trained on.
         dropped: conversations left out, by reason.
         unused_fields: fields of records that nothing was trained on, with the number of records that have them.
+        unsupported_roles: messages that the template cannot write, by role and what was done with them.
+        expanded: conversations that became several examples because the template rewrites earlier turns.
+        expanded_examples: those examples.
         truncated: conversations that lost turns to fit `data.max_length`.
+        eval_loss_by_kind: held-out losses of content, reasoning, tool calls, and other text that answers consist of.
         special_token_text: stretches of text spelled like a special token and encoded as ordinary text.
         formats: the format of each data file.
         new_tokens: the tokens added to the vocabulary.
@@ -164,6 +184,9 @@ class RunSummary(BaseModel):
     eval_examples: int | None = Field(None, validation_alias=AliasChoices("eval_examples", "eval_rows"))
     dropped: dict[str, int] | None = None
     unused_fields: dict[str, str] | None = None
+    unsupported_roles: dict[str, int] | None = None
+    expanded: int | None = None
+    expanded_examples: int | None = None
     truncated: int | None = Field(None, validation_alias=AliasChoices("truncated", "shortened"))
     special_token_text: int | None = Field(None, validation_alias=AliasChoices("special_token_text", "special_text"))
     formats: dict[str, str] | None = Field(None, validation_alias=AliasChoices("formats", "forms"))
@@ -180,6 +203,7 @@ class RunSummary(BaseModel):
     train_loss: float | None = None
     eval_loss_before: float | None = None
     eval_loss: float | None = None
+    eval_loss_by_kind: dict[str, KindLoss] | None = None
     kept: KeptStep | None = None
     model_flops_utilisation: float | None = None
     attention: str | None = None

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from peftchat.chat_template.chat_format import ChatFormat
+from peftchat.chat_template.loss_mask import TARGET_KINDS
 from peftchat.models.added_tokens import (
     MODULE_NAME,
     EmbeddingSnapshot,
@@ -22,9 +23,10 @@ from peftchat.models.added_tokens import (
     l2_distance,
     vocabulary_size,
 )
+from peftchat.models.experts import active_shares
 from peftchat.models.loading import end_ids
 from peftchat.models.saving import is_adapted
-from peftchat.runs.run_summary import AddedToken, KeptStep, MemoryParts, RunSummary, SampleAnswer
+from peftchat.runs.run_summary import AddedToken, KeptStep, KindLoss, MemoryParts, RunSummary, SampleAnswer
 from peftchat.training.context import TrainContext
 from peftchat.training.model import TrainableModel
 from peftchat.training.number_checks import number_warnings
@@ -102,6 +104,23 @@ def summarize(
     return summary_of_main
 
 
+def _losses_by_kind(evaluations: Sequence[Any], kept: KeptStep | None) -> dict[str, KindLoss] | None:
+    """Return the held-out loss on each kind of text, before training and with the weights that are kept."""
+    of_kept = [line for line in evaluations if kept is None or line["step"] == kept.step]
+    if not of_kept:
+        return None
+    first, last = evaluations[0], of_kept[-1]
+    return {
+        kind: KindLoss(
+            tokens=last[f"eval_tokens_{kind}"],
+            before=first.get(f"eval_loss_{kind}") if first["step"] == 0 else None,
+            after=last[f"eval_loss_{kind}"],
+        )
+        for kind in TARGET_KINDS
+        if f"eval_loss_{kind}" in last
+    }
+
+
 def _summary(
     context: TrainContext,
     trainer: "ChatTrainer",
@@ -124,6 +143,9 @@ def _summary(
         eval_examples=splits["eval"].stats.examples if "eval" in splits else None,
         dropped={**stats.left_out, **stats.dropped},
         unused_fields=stats.unused,
+        unsupported_roles=stats.unsupported_roles,
+        expanded=stats.expanded,
+        expanded_examples=stats.expanded_examples,
         truncated=stats.truncated,
         special_token_text=stats.special_token_text,
         formats=stats.formats,
@@ -140,6 +162,7 @@ def _summary(
         train_loss=_mean_training_loss(lines),
         eval_loss_before=evaluations[0]["eval_loss"] if evaluations and evaluations[0]["step"] == 0 else None,
         eval_loss=_final_loss(evaluations, fitted.kept),
+        eval_loss_by_kind=_losses_by_kind(evaluations, fitted.kept),
         kept=fitted.kept,
         model_flops_utilisation=_flops_utilization(context, trainer, counts),
         attention=trainer.causal_model.config._attn_implementation,
@@ -300,10 +323,12 @@ def _flops_utilization(context: TrainContext, trainer: "ChatTrainer", counts: To
     outside = {id(embedding), id(head)}
     added = {id(parameter) for name, parameter in model.named_parameters() if MODULE_NAME in name.split(".")}
     body = {id(p): p for p in model.parameters() if p.dim() >= 2 and id(p) not in outside | added}
+    shares = active_shares(model, model.config)
+    used = {key: round(unsharded_numel(p) * shares.get(key, 1.0)) for key, p in body.items()}
     flops = training_flops(
-        body=sum(unsharded_numel(p) for p in body.values()),
+        body=sum(used.values()),
         head=unsharded_numel(embedding if is_tied(model) else head),
-        trained_body=sum(unsharded_numel(p) for p in body.values() if p.requires_grad),
+        trained_body=sum(used[key] for key, p in body.items() if p.requires_grad),
         trains_head=not is_adapted(trainer.model),
         tokens=counts.tokens,
         supervised=counts.supervised,

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.trainer import SCHEDULER_NAME
 from trl import SFTTrainer
 
+from peftchat.chat_template.loss_mask import TARGET_KINDS
 from peftchat.errors import UserError, first_line
 from peftchat.models.added_tokens import MODULE_NAME
 from peftchat.models.saving import load_adapter_state, save_model_files
@@ -254,6 +255,7 @@ class ChatTrainer(SFTTrainer):
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         model = self.model_wrapped
         sums = torch.zeros(3, dtype=torch.float64)
+        by_kind = torch.zeros(2, len(TARGET_KINDS), dtype=torch.float64)
         not_finite: list[int] = []
         with self.throughput.paused(), torch.no_grad():
             was_training = model.training
@@ -261,7 +263,8 @@ class ChatTrainer(SFTTrainer):
             for first in range(0, len(batches), world):
                 index = first + rank
                 # ZeRO-3 gathers weights in all processes at once, so a process without a batch repeats the last one.
-                batch = collator([packs[number] for number in batches[min(index, len(batches) - 1)]])
+                of_batch = [packs[number] for number in batches[min(index, len(batches) - 1)]]
+                batch = collator(of_batch)
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     outputs = model(**self._model_inputs(inputs), supervised=True)
@@ -270,15 +273,24 @@ class ChatTrainer(SFTTrainer):
                     added = torch.stack([outputs.loss, outputs.correct, count]).double().cpu()
                     not_finite += [] if torch.isfinite(added).all() else batch["examples"].tolist()
                     sums += added
+                    kinds = torch.from_numpy(collator.target_kinds(of_batch))
+                    by_kind[0].index_add_(0, kinds, outputs.losses.double().cpu())
+                    by_kind[1] += torch.bincount(kinds, minlength=len(TARGET_KINDS))
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             model.train(was_training)
         loss, correct, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        kind_sums = self.accelerator.reduce(by_kind.to(self.args.device), "sum").T.tolist()
         self.checks.check_evaluation(loss / max(count, 1), not_finite, self.state.global_step)
-        return {
+        metrics = {
             f"{metric_key_prefix}_loss": loss / max(count, 1),
             f"{metric_key_prefix}_accuracy": correct / max(count, 1),
             f"{metric_key_prefix}_tokens": int(count),
         }
+        for kind, (kind_loss, kind_count) in zip(TARGET_KINDS, kind_sums, strict=True):
+            if kind_count:
+                metrics[f"{metric_key_prefix}_loss_{kind}"] = kind_loss / kind_count
+                metrics[f"{metric_key_prefix}_tokens_{kind}"] = int(kind_count)
+        return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Compare an evaluation with the best one, and write a checkpoint of a better one that is to be kept."""

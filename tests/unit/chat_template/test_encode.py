@@ -130,6 +130,7 @@ class OnlyPieces:
     """A block format that does not say it is one, so that it is encoded piece by piece like any other."""
 
     block: ChatTemplate
+    missing_roles: frozenset[Role] = frozenset()
 
     def examples(self, conversation: Conversation) -> list[Iterator[TemplateSpan]]:
         return self.block.examples(conversation)

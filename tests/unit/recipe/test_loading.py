@@ -350,3 +350,18 @@ def test_surrogate_pairs_are_joined_and_halves_are_rejected(tmp_path: Path) -> N
     path.write_text(text % r"\ud83d", encoding="utf-8")
     with pytest.raises(UserError, match="half of a surrogate pair"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], "error"),
+        (["chat.template=model"], "keep"),
+        (["chat.template=my.jinja"], "keep"),
+        (["chat.template=model", "data.consecutive=error"], "error"),
+        (["data.consecutive=merge"], "merge"),
+    ],
+)
+def test_templates_of_others_decide_which_turns_they_take(settings: list[str], expected: str, write: Write) -> None:
+    loaded = load_recipe(write(GOOD), settings, to_train=False)
+    assert loaded.recipe.data.consecutive == expected

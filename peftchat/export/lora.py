@@ -105,7 +105,7 @@ class ConversionReport:
 
     Attributes:
         source: the adapter's folder.
-        method: its PEFT type.
+        method: its variant, or its PEFT type where no recipe names one.
         base: hub id or folder.
         base_weights: `original`, or `dequantized` for a QLoRA run: what both were computed on.
         rank, tolerance: as chosen, and the limit in nats per token.
@@ -181,7 +181,7 @@ def export_lora(run: Path, options: LoraOptions) -> tuple[Path, ConversionReport
                 shutil.copyfile(run / name, partial / name)
         report = ConversionReport(
             source=str(run),
-            method=str(config["peft_type"]).lower(),
+            method=_method(source, config),
             base=job.source.base.name,
             base_weights=job.selected_base.kind,
             rank=proof.rank,
@@ -249,6 +249,13 @@ def _checked_config(source: ModelSource, options: LoraOptions) -> dict[str, Any]
             hint = "Use the folder as it is, or name a lower rank."
             raise UserError(f"the adapter has rank {rank} already, expected --rank below it", where="--rank", hint=hint)
     return config
+
+
+def _method(source: ModelSource, config: dict[str, Any]) -> str:
+    recipe = source.recipe()
+    if recipe is not None and recipe.recipe.adapter is not None:
+        return recipe.recipe.adapter.variant
+    return "dora" if config.get("use_dora") else str(config["peft_type"]).lower()
 
 
 def _is_plain(config: dict[str, Any]) -> bool:

@@ -268,7 +268,8 @@ def _registry() -> Iterator[str]:
         "Rate: the learning rate if the recipe sets none. ZeRO: the stages it trains under; ? = expected to work, not "
         "tested. vLLM: how it serves the result, by its documentation and `vllm/lora/peft_helper.py`, not run here; an "
         "adapter with embeddings of added tokens is always merged first. LoRA conversion: whether `peftchat export "
-        "--to lora` makes a plain LoRA of it; `lower rank` for what is one already ([serving.md](serving.md#plain-lora)).\n"
+        "--to lora` makes a plain LoRA of it; `lower rank` for what is one already "
+        "([serving.md](serving.md#plain-lora)).\n"
     )
     yield "| Variant | What it does | Paper | Rate | Base, bits | ZeRO | Merges | vLLM | LoRA conversion |"
     yield "|---|---|---|---|---|---|---|---|---|"

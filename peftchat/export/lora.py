@@ -242,7 +242,7 @@ def _checked_config(source: ModelSource, options: LoraOptions) -> dict[str, Any]
         raise UserError(what, where=source.where, hint=merge)
     if kind == "LORA" and _is_plain(config):
         rank = int(config["r"])
-        if options.rank is None and options.tolerance is None:
+        if rank == 1 or (options.rank is None and options.tolerance is None):
             hint = "Use the folder as it is, or name a lower rank with --rank or a limit with --tolerance."
             raise UserError(f"the adapter is a plain LoRA of rank {rank} already", where=source.where, hint=hint)
         if options.rank is not None and options.rank >= rank:
@@ -336,6 +336,8 @@ class _Conversion:
             what = f"the rank is {options.rank}, and no adapted matrix has one above {max(sizes)}"
             raise UserError(what, where="--rank", hint="Name a lower rank, or leave the option out.")
         largest = min(max(sizes), max(_MAX_RANK, options.rank or 0))
+        if type(main_config := job.adapters[0].config).__name__ == "LoraConfig" and _is_plain(main_config.to_dict()):
+            largest = min(largest, main_config.r - 1)
         tensors, token_ids, saved = _kept_tensors(main, added)
         targets = _target_modules(main, [module.path for module in modules])
         updates = factor_updates(main, modules, job.weights, largest)

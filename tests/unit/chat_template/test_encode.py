@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -134,6 +134,9 @@ class OnlyPieces:
 
     def examples(self, conversation: Conversation) -> list[Iterator[TemplateSpan]]:
         return self.block.examples(conversation)
+
+    def examples_of(self, conversations: Sequence[Conversation]) -> list[list[Iterator[TemplateSpan]]]:
+        return [self.examples(conversation) for conversation in conversations]
 
 
 @pytest.mark.parametrize("name", BUILDERS)

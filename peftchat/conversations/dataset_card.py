@@ -29,7 +29,7 @@ class SizeOf(NamedTuple):
     characters: int
 
     @classmethod
-    def conversation(cls, conversation: Conversation) -> Self:
+    def of(cls, conversation: Conversation) -> Self:
         """Count what is in a conversation."""
         answers = characters = 0
         for message in conversation.messages:

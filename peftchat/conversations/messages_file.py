@@ -78,7 +78,7 @@ class ConversationFile:
 
     def write(self, conversation: Conversation) -> None:
         """Append one conversation: its messages, tools and columns, and where it came from."""
-        self.write_line(record_line(conversation), SizeOf.conversation(conversation))
+        self.write_line(record_line(conversation), SizeOf.of(conversation))
 
     def write_line(self, line: bytes, size: SizeOf) -> None:
         """Append one conversation, given as `record_line` makes it."""

@@ -4,6 +4,7 @@ Each process finds the parts by itself and takes every n-th of them. It waits un
 the memory is that of a few parts. Small files, packed ones, and formats that join records are read by one process.
 """
 
+import gc
 import io
 import os
 import pickle
@@ -29,7 +30,10 @@ T = TypeVar("T")
 _ENDINGS = (".jsonl", ".ndjson")
 SMALLEST_FILE = 32 * 2**20
 _HEAD = 2**16
-_PART_BYTES = 2**20
+_BYTES_OF_SIZE = 8
+_PART_BYTES = 2**19
+_PIPE_BYTES = 2**20
+"""What is made of a part fits into the pipe, so that a process goes on with the next one while others are at work."""
 _MOST_PROCESSES = 4
 """One process takes what this many make."""
 
@@ -100,13 +104,12 @@ def parts_of(path: Path) -> Iterator[Part]:
     start = end = before = lines = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(_PART_BYTES):
+            lines += block.count(b"\n")
             cut = block.rfind(b"\n") + 1
-            if cut and before + lines + block.count(b"\n") >= KEYS_CHECKED:
+            if cut and before + lines >= KEYS_CHECKED:
                 yield Part(start, end + cut, before)
-                before += lines + block.count(b"\n")
+                before += lines
                 start, lines = end + cut, 0
-            else:
-                lines += block.count(b"\n")
             end += len(block)
     if end > start:
         yield Part(start, end, before)
@@ -175,13 +178,12 @@ class _Reader:
 
     def fetch(self) -> tuple[list, PartOfLog] | None:
         """What was made of the next part; None where that failed."""
-        try:
-            return pickle.load(self.pipe)
-        except (EOFError, pickle.UnpicklingError) as error:
+        size = int.from_bytes(self.pipe.read(_BYTES_OF_SIZE))
+        found = self.pipe.read(size)
+        if not size or len(found) < size:
             hint = "The system ends processes when memory runs out; look at `dmesg`."
-            raise UserError(
-                "a process that reads the file was ended from outside", where=self.name, hint=hint
-            ) from error
+            raise UserError("a process that reads the file was ended from outside", where=self.name, hint=hint)
+        return pickle.loads(found)
 
     def end(self) -> None:
         """End the process, whatever it does."""
@@ -197,7 +199,11 @@ def _start(work: Work[T], number: int, count: int, others: Iterable[_Reader]) ->
     It is a fork: it has nothing to import, and the caller's script need not be one that can be imported. It writes to
     its pipe alone, and leaves without a word to anything that this process has open.
     """
+    import fcntl  # not on Windows
+
     source, target = os.pipe()
+    with suppress(OSError):  # the system's limit; the smaller pipe will do
+        fcntl.fcntl(target, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     pid = os.fork()
     if pid:
         os.close(target)
@@ -215,12 +221,13 @@ def _start(work: Work[T], number: int, count: int, others: Iterable[_Reader]) ->
 
 
 def _serve(work: Work[T], number: int, count: int, target: int) -> NoReturn:
+    gc.freeze()  # the memory that both processes have stays one
     with os.fdopen(target, "wb") as pipe:
         for part in islice(parts_of(work.path), 1 + number, None, count):
             try:
                 found = pickle.dumps(work.of_part(part), pickle.HIGHEST_PROTOCOL)
             except Exception:
                 found = pickle.dumps(None)
-            pipe.write(found)
+            pipe.write(len(found).to_bytes(_BYTES_OF_SIZE) + found)
             pipe.flush()
     os._exit(0)

@@ -241,16 +241,16 @@ class _Entry(NamedTuple):
     Attributes:
         line: of the file.
         fingerprint: of what it says.
-        start: what the split is made by.
         source: its place.
-        size: how much is in it.
+        start: what the split is made by: the fields of `Start`.
+        size: how much is in it: the fields of `SizeOf`.
     """
 
     line: bytes
     fingerprint: bytes
-    start: Start
     source: str
-    size: SizeOf
+    start: tuple[float, str]
+    size: tuple[int, int, int]
 
     def conversation(self) -> Conversation:
         """The conversation once more."""
@@ -258,14 +258,18 @@ class _Entry(NamedTuple):
         return next(find_format("messages").read(records, _REREAD, ProblemLog()))
 
 
-def _entry_maker(seed: int) -> Callable[[Conversation], _Entry]:
-    def entry(conversation: Conversation) -> _Entry:
-        return _Entry(
+_Fields = tuple[bytes, bytes, str, tuple[float, str], tuple[int, int, int]]
+"""Those of an `_Entry`: plain tuples go from process to process in a fifth of the time of named ones."""
+
+
+def _entry_maker(seed: int) -> Callable[[Conversation], _Fields]:
+    def entry(conversation: Conversation) -> _Fields:
+        return (
             record_line(conversation),
             fingerprint(conversation.messages, conversation.tools),
-            start_of(conversation, seed),
             conversation.source,
-            SizeOf.conversation(conversation),
+            start_of(conversation, seed)[:],
+            SizeOf.of(conversation)[:],
         )
 
     return entry
@@ -283,7 +287,7 @@ def _entries(source: str, settings: PrepareOptions, log: ProblemLog, card: Card)
         options=settings,
         in_parts=settings.max_samples is None,
     )
-    yield from islice(stream, settings.max_samples)
+    yield from map(_Entry._make, islice(stream, settings.max_samples))
     card.stopped_early = next(stream, None) is not None
 
 
@@ -305,8 +309,9 @@ def _write_splits(stream: Iterator[_Entry], draft: Path, settings: PrepareOption
     split = census.tentative
     with ConversationFile(draft / _TRAIN, card.train) as train, ConversationFile(draft / _EVAL, card.eval) as held_out:
         for entry in stream:
-            census.note(entry.start, entry.source, entry.conversation)
-            (held_out if entry.start.number < split.threshold else train).write_line(entry.line, entry.size)
+            start = Start(*entry.start)
+            census.note(start, entry.source, entry.conversation)
+            (held_out if start.number < split.threshold else train).write_line(entry.line, SizeOf(*entry.size))
     final = census.final()
     card.remarks += final.remarks
     return None if final == split else final

@@ -310,6 +310,27 @@ def as_stored(model: "PreTrainedModel", state: dict[str, Tensor]) -> dict[str, t
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, shapes).items()}
 
 
+def is_stored_under_other_names(model: "PreTrainedModel") -> bool:
+    """Return whether a saved model has other tensors than the model has weights, as mixtures of experts do."""
+    state = model.state_dict()
+    return set(as_stored(model, state)) != set(state)
+
+
+def load_full_weights(model: "PreTrainedModel", folder: Path) -> None:
+    """Load a saved model's weights into a model of the same shapes, through transformers' conversion of names.
+
+    Raises:
+        VerificationError: the folder's weights are not all of the model's.
+    """
+    stored, report = type(model).from_pretrained(
+        str(folder), dtype=model.dtype, output_loading_info=True, local_files_only=True
+    )
+    lost = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
+    if lost:
+        raise VerificationError(f"{folder}: the weight {lost[0]} is in the checkpoint or in the model, but not in both")
+    model.load_state_dict(stored.state_dict())
+
+
 def _check_shapes(folder: Path, full: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
     """Open what was written and check that every weight is there and none is empty.
 

@@ -244,7 +244,7 @@ class Adapter(Variant):
                 where=f"adapter.variant: {self.variant}",
                 hint="Choose another variant, such as `lora`.",
             )
-        self.check_experts(shape)
+        self.check_shape(shape)
         import peft
 
         config_class = getattr(peft, self.peft_class)
@@ -254,8 +254,8 @@ class Adapter(Variant):
         config: PeftConfig = config_class(**settings)
         return config
 
-    def check_experts(self, shape: ModelShape) -> None:
-        """Refuse fused experts that the settings choose and the variant cannot adapt.
+    def check_shape(self, shape: ModelShape) -> None:
+        """Refuse a model whose layers the variant cannot adapt, such as fused experts.
 
         Raises:
             UserError: the reason.
@@ -349,7 +349,7 @@ class TargetedAdapter(Adapter):
             settings["target_parameters"] = list(targets.parameters)
         return settings
 
-    def check_experts(self, shape: ModelShape) -> None:
+    def check_shape(self, shape: ModelShape) -> None:
         """Refuse targets that are parameters, such as fused experts, if PEFT has no such adapter.
 
         Raises:

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from peftchat.errors import UserError
 from peftchat.variants.base import Adapter, Formerly, Paper, incompatible
 from peftchat.variants.model_shape import ModelShape
 
@@ -73,3 +74,18 @@ class PrefixTuning(PromptAdapter):
     num_virtual_tokens: VirtualTokens = Field(
         20, description="Trained keys and values before each conversation, in every layer."
     )
+
+    def check_shape(self, shape: ModelShape) -> None:
+        """Refuse DeepSeek's kind of attention, which keeps keys and values in another shape than PEFT makes them.
+
+        Raises:
+            UserError: the model has it.
+        """
+        compressed = next((name for name in shape.linear if name.endswith(".kv_a_proj_with_mqa")), None)
+        if compressed is not None:
+            raise UserError(
+                f"`prefix_tuning` does not work with the latent attention of a `{shape.model_type}` (`{compressed}`): "
+                "PEFT makes keys and values of another shape",
+                where="adapter.variant: prefix_tuning",
+                hint="Use another variant, such as `lora` or `prompt_tuning`.",
+            )

@@ -30,7 +30,8 @@ def write_talks(path: Path, names: list[str]) -> Path:
     records = []
     for name in names:
         call = {"type": "function", "function": {"name": "find", "arguments": {"who": name}}}
-        looked = {"role": "assistant", "content": "Wait.", "reasoning_content": f"Look {name} up.", "tool_calls": [call]}
+        thought = f"Look {name} up."
+        looked = {"role": "assistant", "content": "Wait.", "reasoning_content": thought, "tool_calls": [call]}
         messages = [
             {"role": "user", "content": f"Where is {name}?"},
             looked,

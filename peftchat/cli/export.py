@@ -131,6 +131,7 @@ def _print_conversion(report: "ConversionReport") -> None:
     from peftchat.console import stderr
 
     table = Table("rank", "loss", "KL", "same token", "left out", "", title="Ranks compared", title_justify="left")
+    table.add_row(report.method, f"{report.proof.loss_before:.4f}", "", "", "", "as trained")
     for one in report.tried:
         table.add_row(
             str(one.rank),

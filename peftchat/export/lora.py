@@ -18,7 +18,7 @@ from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
-from peftchat.errors import UserError, VerificationError
+from peftchat.errors import UserError, VerificationError, first_line
 from peftchat.export.lora_factors import FactoredUpdate, factor_updates, linear_modules, relative_error
 from peftchat.export.lora_proof import Comparison, Proof
 from peftchat.export.vllm import VllmSupport, vllm_support
@@ -105,7 +105,7 @@ class ConversionReport:
 
     Attributes:
         source: the adapter's folder.
-        method: its PEFT type.
+        method: its variant, or its PEFT type where no recipe names one.
         base: hub id or folder.
         base_weights: `original`, or `dequantized` for a QLoRA run: what both were computed on.
         rank, tolerance: as chosen, and the limit in nats per token.
@@ -181,7 +181,7 @@ def export_lora(run: Path, options: LoraOptions) -> tuple[Path, ConversionReport
                 shutil.copyfile(run / name, partial / name)
         report = ConversionReport(
             source=str(run),
-            method=str(config["peft_type"]).lower(),
+            method=_method(source, config),
             base=job.source.base.name,
             base_weights=job.selected_base.kind,
             rank=proof.rank,
@@ -242,13 +242,21 @@ def _checked_config(source: ModelSource, options: LoraOptions) -> dict[str, Any]
         raise UserError(what, where=source.where, hint=merge)
     if kind == "LORA" and _is_plain(config):
         rank = int(config["r"])
-        if options.rank is None and options.tolerance is None:
-            hint = "Use the folder as it is, or name a lower rank with --rank or a limit with --tolerance."
+        if rank == 1 or (options.rank is None and options.tolerance is None):
+            hint = "Use the folder as it is"
+            hint += "." if rank == 1 else ", or name a lower rank with --rank or a limit with --tolerance."
             raise UserError(f"the adapter is a plain LoRA of rank {rank} already", where=source.where, hint=hint)
         if options.rank is not None and options.rank >= rank:
             hint = "Use the folder as it is, or name a lower rank."
             raise UserError(f"the adapter has rank {rank} already, expected --rank below it", where="--rank", hint=hint)
     return config
+
+
+def _method(source: ModelSource, config: dict[str, Any]) -> str:
+    recipe = source.recipe()
+    if recipe is not None and recipe.recipe.adapter is not None:
+        return recipe.recipe.adapter.variant
+    return "dora" if config.get("use_dora") else str(config["peft_type"]).lower()
 
 
 def _is_plain(config: dict[str, Any]) -> bool:
@@ -291,13 +299,16 @@ def _foreign(folder: Path) -> str | None:
 @contextmanager
 def _working_folder(output: Path) -> Iterator[Path]:
     """Create a folder beside the output; it is gone afterwards, whatever happens."""
+    from safetensors import SafetensorError
+
     partial = free_name(output, "partial")
     try:
         partial.mkdir(parents=True)
         yield partial
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         hint = "Free disk space, or choose another folder with -o."
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(partial), hint=hint) from error
+        what = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UserError(f"cannot write: {what}", where=str(output), hint=hint) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -329,9 +340,11 @@ class _Conversion:
             what = f"the rank is {options.rank}, and no adapted matrix has one above {max(sizes)}"
             raise UserError(what, where="--rank", hint="Name a lower rank, or leave the option out.")
         largest = min(max(sizes), max(_MAX_RANK, options.rank or 0))
+        if type(main_config := job.adapters[0].config).__name__ == "LoraConfig" and _is_plain(main_config.to_dict()):
+            largest = min(largest, main_config.r - 1)
         tensors, token_ids, saved = _kept_tensors(main, added)
         targets = _target_modules(main, [module.path for module in modules])
-        updates = factor_updates(main, modules, job.weights, largest)
+        updates = factor_updates(main, modules, job.weights, largest, where)
         return cls(job, Proof(job, job.source.base.name), updates, tensors, token_ids, saved, targets, largest)
 
     @property

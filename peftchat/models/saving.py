@@ -136,6 +136,30 @@ def load_adapter_state(model: "Adapted", adapter: Adapter, folder: Path) -> None
             raise VerificationError(f"{folder}: the model has no place for the tensor {unexpected[0]}")
 
 
+def save_training_modules(model: "Adapted", adapter: Adapter, folder: Path) -> None:
+    """Write what a variant trains and its adapter's file does not hold into a checkpoint."""
+    if not isinstance(model, PeftModel):
+        return
+    for name, module in adapter.training_modules(model).items():
+        state = {key: full_tensor(tensor).detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+        save_file(state, str(folder / f"{name}.safetensors"), metadata={"format": "pt"})
+
+
+def load_training_modules(model: "Adapted", adapter: Adapter, folder: Path) -> None:
+    """Read what `save_training_modules` wrote.
+
+    Raises:
+        VerificationError: a file is missing.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    for name, module in adapter.training_modules(model).items():
+        file = folder / f"{name}.safetensors"
+        if not file.is_file():
+            raise VerificationError(f"{file}: the checkpoint lacks what `{adapter.name}` trains")
+        module.load_state_dict(load_file(str(file)))
+
+
 def _peft_state(model: PeftModel, adapter: Adapter) -> dict[str, Tensor]:
     trained = {
         id(parameter): full_tensor(parameter)
@@ -308,6 +332,27 @@ def as_stored(model: "PreTrainedModel", state: dict[str, Tensor]) -> dict[str, t
 
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, shapes).items()}
+
+
+def is_stored_under_other_names(model: "PreTrainedModel") -> bool:
+    """Return whether a saved model has other tensors than the model has weights, as mixtures of experts do."""
+    state = model.state_dict()
+    return set(as_stored(model, state)) != set(state)
+
+
+def load_full_weights(model: "PreTrainedModel", folder: Path) -> None:
+    """Load a saved model's weights into a model of the same shapes, through transformers' conversion of names.
+
+    Raises:
+        VerificationError: the folder's weights are not all of the model's.
+    """
+    stored, report = type(model).from_pretrained(
+        str(folder), dtype=model.dtype, output_loading_info=True, local_files_only=True
+    )
+    lost = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
+    if lost:
+        raise VerificationError(f"{folder}: the weight {lost[0]} is in the checkpoint or in the model, but not in both")
+    model.load_state_dict(stored.state_dict())
 
 
 def _check_shapes(folder: Path, full: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:

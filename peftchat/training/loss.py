@@ -94,7 +94,11 @@ def _aux_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) -> 
     counts = {"num_experts": getattr(model, "num_experts", None) or config.num_experts}
     if "num_keys" in inspect.signature(compute).parameters:
         counts["num_keys"] = math.isqrt(counts["num_experts"])  # Doge finds experts by two keys.
-    loss = compute(logits, **counts, top_k=config.num_experts_per_tok, attention_mask=kwargs.get("attention_mask"))
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
+        # A prefix in the cache is in the mask, and passes no router.
+        mask = mask[:, -(logits[0].shape[0] // mask.shape[0]) :]
+    loss = compute(logits, **counts, top_k=config.num_experts_per_tok, attention_mask=mask)
     return loss if isinstance(loss, torch.Tensor) else None
 
 

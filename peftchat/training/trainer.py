@@ -20,7 +20,14 @@ from trl import SFTTrainer
 from peftchat.chat_template.loss_mask import TARGET_KINDS
 from peftchat.errors import UserError, first_line
 from peftchat.models.added_tokens import MODULE_NAME
-from peftchat.models.saving import load_adapter_state, save_model_files
+from peftchat.models.saving import (
+    is_stored_under_other_names,
+    load_adapter_state,
+    load_full_weights,
+    load_training_modules,
+    save_model_files,
+    save_training_modules,
+)
 from peftchat.models.source import ModelSource
 from peftchat.recipe import training_arguments
 from peftchat.runs.checkpoint import Checkpoint, keep_newest
@@ -383,6 +390,8 @@ class ChatTrainer(SFTTrainer):
                 adapter=self._adapter, dtype=None, is_main=self.args.should_save,
                 wrapped=self.model_wrapped if self.is_deepspeed_enabled else None,
             )  # fmt: skip
+            if self._adapter is not None and self.args.should_save:
+                save_training_modules(self.model, self._adapter, folder)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint after the last step; every process must call it."""
@@ -423,6 +432,10 @@ class ChatTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._adapter is not None:
             load_adapter_state(self.model, self._adapter, Path(resume_from_checkpoint))
+            load_training_modules(self.model, self._adapter, Path(resume_from_checkpoint))
+        elif is_stored_under_other_names(self.causal_model):
+            # transformers' trainer passes over the tensors whose names it does not find in the model.
+            load_full_weights(self.causal_model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

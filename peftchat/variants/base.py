@@ -17,7 +17,7 @@ from peftchat.variants.model_shape import ModelShape, Targets
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 CalibrationBatches: TypeAlias = "Callable[[int], Iterator[dict[str, Tensor]]]"
@@ -244,7 +244,7 @@ class Adapter(Variant):
                 where=f"adapter.variant: {self.variant}",
                 hint="Choose another variant, such as `lora`.",
             )
-        self.check_experts(shape)
+        self.check_shape(shape)
         import peft
 
         config_class = getattr(peft, self.peft_class)
@@ -254,8 +254,8 @@ class Adapter(Variant):
         config: PeftConfig = config_class(**settings)
         return config
 
-    def check_experts(self, shape: ModelShape) -> None:
-        """Refuse fused experts that the settings choose and the variant cannot adapt.
+    def check_shape(self, shape: ModelShape) -> None:
+        """Refuse a model whose layers the variant cannot adapt, such as fused experts.
 
         Raises:
             UserError: the reason.
@@ -301,6 +301,10 @@ class Adapter(Variant):
         from peft import set_peft_model_state_dict
 
         return list(set_peft_model_state_dict(model, state).unexpected_keys)
+
+    def training_modules(self, model: "PeftModel") -> "dict[str, nn.Module]":
+        """Return modules that are trained and that an adapter's file does not hold, for checkpoints, by name."""
+        return {}
 
     def export_config(self, config: "PeftConfig") -> None:
         """Change a copy of the PEFT config into the one for the adapter's file."""
@@ -349,7 +353,7 @@ class TargetedAdapter(Adapter):
             settings["target_parameters"] = list(targets.parameters)
         return settings
 
-    def check_experts(self, shape: ModelShape) -> None:
+    def check_shape(self, shape: ModelShape) -> None:
         """Refuse targets that are parameters, such as fused experts, if PEFT has no such adapter.
 
         Raises:

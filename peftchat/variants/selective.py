@@ -63,7 +63,7 @@ class Ia3(Adapter):
             feedforward = list(self.feedforward_modules)
         return {"target_modules": targets, "feedforward_modules": feedforward}
 
-    def check_experts(self, shape: ModelShape) -> None:
+    def check_shape(self, shape: ModelShape) -> None:
         """Refuse `auto` on a mixture of experts, whose feed-forward networks IA3 cannot scale.
 
         Raises:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from peftchat.errors import UserError
 from peftchat.models.peft_model import model_shape
+from peftchat.models.saving import as_stored, is_stored_under_other_names, load_full_weights
 from peftchat.planning.parameter_counts import parameter_counts, trainable_counts
 from peftchat.recipe import Recipe
 from peftchat.recipe.schema import validate_adapter
@@ -226,3 +228,22 @@ def test_trained_parameters_are_counted_by_kind(tmp_path: Path) -> None:
     assert counts.parameters - counts.active == experts // 2
     assert not any("gate" in kind for kind in counts.modules), json.dumps(list(counts.modules))
     assert any("dropout is 0" in note for note in counts.notes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_weights_are_read_back_from_the_stored_names(family: str, tmp_path: Path) -> None:
+    """A resumed run gets every trained weight, also those that transformers stores under other names."""
+    trained = random_model(family, 100)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.5)
+    state = trained.state_dict()
+    trained.save_pretrained(str(tmp_path))
+    resumed = random_model(family, 100)
+    assert is_stored_under_other_names(resumed) == (family != "gpt_oss")
+    load_full_weights(resumed, tmp_path)
+    assert all(torch.equal(value, state[name]) for name, value in resumed.state_dict().items())
+    stored = {}
+    for file in tmp_path.glob("*.safetensors"):
+        stored |= {name: tuple(tensor.shape) for name, tensor in load_file(file).items()}
+    assert as_stored(resumed, state) == stored

@@ -118,6 +118,16 @@ def check_syntax(source: str) -> None:
         )
 
 
+def reads_variable(source: str, name: str) -> bool:
+    """Return whether a template reads a variable of that name."""
+    from jinja2 import TemplateSyntaxError, nodes
+
+    try:
+        return any(node.name == name and node.ctx == "load" for node in _parse(source).find_all(nodes.Name))
+    except TemplateSyntaxError:
+        return False  # `check_syntax` tells it
+
+
 @cache
 def content_conditions(source: str) -> ContentConditions | None:
     """Return what a template may ask of contents; None if that cannot be told."""

@@ -32,6 +32,7 @@ from peftchat.chat_template.template_shapes import (
     ShapeCache,
     check_syntax,
     content_conditions,
+    reads_variable,
     shape_key,
     source_of,
 )
@@ -75,6 +76,7 @@ class TokenizerTemplate:
         end_token: the token that ends an answer without calls.
         end_tokens: every token that ends an answer; generation stops at each of them.
         written_date: the date that the template writes; None for templates that write none.
+        reads_documents: whether the template reads the `documents` of a record.
 
     Raises:
         UserError: the tokenizer has no template, or nothing in the template ends an answer.
@@ -115,6 +117,7 @@ class TokenizerTemplate:
         self.jinja = with_settings(tokenizer.chat_template, settings, self._system, self.missing_roles)
         check_syntax(source_of(self.jinja))
         written = _with_date(self.jinja, today)
+        self.reads_documents = reads_variable(source_of(tokenizer.chat_template), "documents")
         self.written_date = None if written == self.jinja else today.isoformat()
         self._renderer = TemplateRenderer(tokenizer, written, special, variables)
         self._arguments_as_text = self._wants_text_arguments()
@@ -170,7 +173,7 @@ class TokenizerTemplate:
             UserError: the template refuses the conversation.
         """
         messages, tools, _ = self._inputs(self._adapted(conversation))
-        rendered = self._renderer.render(messages, tools, generation_prompt=True)
+        rendered = self._renderer_of(conversation).render(messages, tools, generation_prompt=True)
         builder = ExampleBuilder(self._renderer, messages, frozenset(), -1)
         return list(builder.context_only(rendered))
 
@@ -185,6 +188,13 @@ class TokenizerTemplate:
         protect = self._renderer.protect
         return [protect(message) for message in dicts], protect(conversation.tool_schemas()), int(added)
 
+    def _renderer_of(self, conversation: Conversation) -> TemplateRenderer:
+        """Return what renders a conversation: with its documents, if the template reads them."""
+        documents = conversation.documents() if self.reads_documents else None
+        if documents is None:
+            return self._renderer
+        return self._renderer.with_variables({"documents": self._renderer.protect(documents)})
+
     def examples_of(self, conversations: Sequence[Conversation]) -> list[list[list[TemplateSpan]]]:
         """Return the examples of each conversation, which are those of `examples`, at a part of the cost.
 
@@ -196,7 +206,7 @@ class TokenizerTemplate:
             shapes: dict[int, Shape] = {}
             for number, conversation in enumerate(conversations):
                 key = shape_key(conversation, self._conditions, self._renderer.special)
-                if key:
+                if key and not (self.reads_documents and conversation.documents()):
                     shape = self._shapes.get(key, lambda twin=conversation: self._make_shape(twin))
                     if shape is not None:
                         shapes[number] = shape
@@ -287,7 +297,7 @@ class TokenizerTemplate:
         builder, answers = self._answers(conversation)
         if not answers:
             messages, tools, _ = self._inputs(conversation)
-            rendered = self._renderer.render(messages, tools, generation_prompt=False)
+            rendered = self._renderer_of(conversation).render(messages, tools, generation_prompt=False)
             return [list(builder.context_only(rendered))]
         groups = [[answers[0]]]
         for before, answer in itertools.pairwise(answers):
@@ -305,14 +315,15 @@ class TokenizerTemplate:
         )
         last = last_answer_index(conversation)
         builder = ExampleBuilder(self._renderer, messages, untrained, last + added if last >= 0 else -1)
-        renderer = AnswerRenderer(self._renderer, messages, tools, self._end_token)
+        rendering = self._renderer_of(conversation)
+        renderer = AnswerRenderer(rendering, messages, tools, self._end_token)
         trained = [
             index
             for index, message in enumerate(messages)
             # Nothing asks for an answer that begins a conversation: it is context.
             if index and message["role"] == "assistant" and index not in untrained
         ]
-        check = WrittenCheck(self._renderer, messages, tools)
+        check = WrittenCheck(rendering, messages, tools)
         answers: list[RenderedAnswer] = []
         for index in trained:
             answer = renderer.answer(index)

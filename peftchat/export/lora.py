@@ -18,7 +18,7 @@ from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
-from peftchat.errors import UserError, VerificationError
+from peftchat.errors import UserError, VerificationError, first_line
 from peftchat.export.lora_factors import FactoredUpdate, factor_updates, linear_modules, relative_error
 from peftchat.export.lora_proof import Comparison, Proof
 from peftchat.export.vllm import VllmSupport, vllm_support
@@ -243,7 +243,8 @@ def _checked_config(source: ModelSource, options: LoraOptions) -> dict[str, Any]
     if kind == "LORA" and _is_plain(config):
         rank = int(config["r"])
         if rank == 1 or (options.rank is None and options.tolerance is None):
-            hint = "Use the folder as it is, or name a lower rank with --rank or a limit with --tolerance."
+            hint = "Use the folder as it is"
+            hint += "." if rank == 1 else ", or name a lower rank with --rank or a limit with --tolerance."
             raise UserError(f"the adapter is a plain LoRA of rank {rank} already", where=source.where, hint=hint)
         if options.rank is not None and options.rank >= rank:
             hint = "Use the folder as it is, or name a lower rank."
@@ -298,13 +299,16 @@ def _foreign(folder: Path) -> str | None:
 @contextmanager
 def _working_folder(output: Path) -> Iterator[Path]:
     """Create a folder beside the output; it is gone afterwards, whatever happens."""
+    from safetensors import SafetensorError
+
     partial = free_name(output, "partial")
     try:
         partial.mkdir(parents=True)
         yield partial
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         hint = "Free disk space, or choose another folder with -o."
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(partial), hint=hint) from error
+        what = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UserError(f"cannot write: {what}", where=str(output), hint=hint) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -340,7 +344,7 @@ class _Conversion:
             largest = min(largest, main_config.r - 1)
         tensors, token_ids, saved = _kept_tensors(main, added)
         targets = _target_modules(main, [module.path for module in modules])
-        updates = factor_updates(main, modules, job.weights, largest)
+        updates = factor_updates(main, modules, job.weights, largest, where)
         return cls(job, Proof(job, job.source.base.name), updates, tensors, token_ids, saved, targets, largest)
 
     @property

@@ -17,7 +17,7 @@ from peftchat.variants.model_shape import ModelShape, Targets
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 CalibrationBatches: TypeAlias = "Callable[[int], Iterator[dict[str, Tensor]]]"
@@ -301,6 +301,10 @@ class Adapter(Variant):
         from peft import set_peft_model_state_dict
 
         return list(set_peft_model_state_dict(model, state).unexpected_keys)
+
+    def training_modules(self, model: "PeftModel") -> "dict[str, nn.Module]":
+        """Return modules that are trained and that an adapter's file does not hold, for checkpoints, by name."""
+        return {}
 
     def export_config(self, config: "PeftConfig") -> None:
         """Change a copy of the PEFT config into the one for the adapter's file."""

@@ -10,6 +10,8 @@ from peftchat.errors import UserError
 from peftchat.models.added_tokens import find_added_tokens
 from peftchat.models.peft_model import freeze_layers
 from peftchat.planning.tracing import decoder_layers, decoder_linears, meta_model, wrap
+from peftchat.training.hints import all_in_attention
+from peftchat.training.rate_rule import width_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -74,11 +76,13 @@ class TrainableCounts:
         parameters: trainable weights of the adapter, or of the model itself.
         largest: elements of the largest parameter among them.
         new_token_parameters: trainable embeddings of added tokens beside a frozen model.
+        attention_only: whether all trainable parameters of an adapter lie in attention.
     """
 
     parameters: int
     largest: int
     new_token_parameters: int
+    attention_only: bool = False
 
 
 def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
@@ -98,7 +102,7 @@ def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
     return ParameterCounts(
         model_type=str(text.model_type),
         num_layers=int(text.num_hidden_layers),
-        hidden_size=int(text.hidden_size),
+        hidden_size=width_of(config) or int(embedding.weight.shape[1]),
         intermediate_size=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 0),
         num_heads=int(text.num_attention_heads),
         num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
@@ -128,11 +132,12 @@ def trainable_counts(config: "PretrainedConfig", recipe: "Recipe", new_tokens: i
         sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         return TrainableCounts(sum(sizes), max(sizes), 0)
     model.requires_grad_(False)
-    trainable = [parameter for parameter in wrap(model, recipe, new_tokens).parameters() if parameter.requires_grad]
+    trainable = {name: one for name, one in wrap(model, recipe, new_tokens).named_parameters() if one.requires_grad}
     added = find_added_tokens(model)
     added_ids = set() if added is None else {id(parameter) for parameter in added.parameters()}
-    sizes = [parameter.numel() for parameter in trainable if id(parameter) not in added_ids]
-    return TrainableCounts(sum(sizes), max(sizes, default=0), sum(p.numel() for p in trainable) - sum(sizes))
+    own = {name: parameter.numel() for name, parameter in trainable.items() if id(parameter) not in added_ids}
+    new_tokens_size = sum(parameter.numel() for parameter in trainable.values()) - sum(own.values())
+    return TrainableCounts(sum(own.values()), max(own.values(), default=0), new_tokens_size, all_in_attention(own))
 
 
 def build_meta_model(config: "PretrainedConfig") -> "PreTrainedModel":

@@ -19,6 +19,7 @@ from peftchat.formatting import format_bytes, format_count, format_duration, for
 from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.memory import PARTS
+from peftchat.planning.plan import planned_hints
 from peftchat.planning.planner import Planner
 from peftchat.planning.settings import (
     DatasetSize,
@@ -80,6 +81,8 @@ def print_plan(plan: "TrainingPlan", console: Console) -> None:
         console.print(_grid_table(plan.grid))
     for note in _notes(plan):
         console.print(Text.assemble(("note: ", "yellow"), note), soft_wrap=False)
+    for hint in plan.hints:
+        console.print(Text.assemble(("hint: ", "cyan"), hint), soft_wrap=False)
 
 
 def _headline(plan: "TrainingPlan") -> Text:
@@ -267,6 +270,7 @@ def as_json(plan: "TrainingPlan", probe: "MeasuredRun | None") -> dict[str, Any]
         "dataset": None if plan.dataset is None else asdict(plan.dataset),
         "estimated": plan.estimated,
         "auto_settings": list(plan.auto_settings),
+        "hints": list(plan.hints),
         "probe": None if probe is None else asdict(probe),
     }
 
@@ -298,6 +302,7 @@ def print_dry_run(loaded: "LoadedRecipe", distributed: DistributedSetup) -> None
     dataset = dataset_size(recipe, chat, splits["train"])
     hardware = this_machine(distributed.processes)
     settings = settings_for(recipe, hardware, dataset, distributed)
+    planner = Planner(config, recipe)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -309,11 +314,13 @@ def print_dry_run(loaded: "LoadedRecipe", distributed: DistributedSetup) -> None
         ("training", _split_text(recipe, splits["train"].stats)),
         *([("held out", _split_text(recipe, splits["eval"].stats))] if "eval" in splits else ()),
         ("steps", _steps_text(recipe, settings, dataset)),
-        ("memory", _peak_text(Planner(config, recipe), settings, hardware.memory)),
+        ("memory", _peak_text(planner, settings, hardware.memory)),
         ("output", f"{recipe.output_dir} (a dry run writes nothing)"),
     ):
         table.add_row(name, value)
     stdout.print(table)
+    for hint in planned_hints(recipe, planner, settings, dataset):
+        stdout.print(Text.assemble(("hint: ", "cyan"), hint))
     stdout.print()
     stdout.print(_example_text(recipe, chat, splits["train"]))
 

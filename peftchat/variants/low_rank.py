@@ -1,5 +1,6 @@
 """LoRA and its closest relatives: the same two thin matrices, with another scale, split or learning rate."""
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -38,6 +39,11 @@ class LoraAdapter(LowRankAdapter):
     vllm: ClassVar[VllmSupport] = "adapter"
     supports_trainable_tokens = True
 
+    @property
+    def update_scale(self) -> float:
+        """The factor of the update `B A`."""
+        return self.alpha / self.r
+
 
 class DropoutLoraAdapter(LoraAdapter):
     """An adapter of PEFT's LoRA class that can drop inputs during training."""
@@ -51,6 +57,7 @@ class Lora(DropoutLoraAdapter):
     title = "LoRA"
     paper = Paper("Hu et al.", 2021, "2106.09685")
     learning_rate = 2e-4
+    auto_factor = 1.0
     tested_zero_stages = frozenset({"zero2", "zero3"})
 
     variant: Literal["lora"] = "lora"
@@ -72,12 +79,18 @@ class Rslora(DropoutLoraAdapter):
     title = "rsLoRA"
     paper = Paper("Kalajdzievski", 2023, "2312.03732")
     learning_rate = 1e-4
+    auto_factor = 1.0  # Its scale, by which the rule divides, is why its own rate is lower.
 
     variant: Literal["rslora"] = "rslora"
 
     def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
         """Return the keyword arguments of LoraConfig with the other scale."""
         return {**super().peft_settings(shape), "use_rslora": True}
+
+    @property
+    def update_scale(self) -> float:
+        """The factor of the update `B A`, which falls less with the rank."""
+        return self.alpha / math.sqrt(self.r)
 
 
 class Dora(DropoutLoraAdapter):
@@ -86,6 +99,7 @@ class Dora(DropoutLoraAdapter):
     title = "DoRA"
     paper = Paper("Liu et al.", 2024, "2402.09353")
     learning_rate = 2e-4
+    auto_factor = 1.0
     tested_zero_stages = frozenset({"zero3"})
     incompatible_with = incompatible(
         {"8 bits": "PEFT reads the scales of 8-bit weights before bitsandbytes has computed them"}
@@ -106,6 +120,7 @@ class LoraPlus(DropoutLoraAdapter):
     paper = Paper("Hayou et al.", 2024, "2402.12354")
     aliases = ("lora+",)
     learning_rate = 5e-5
+    auto_factor = 0.25
     tested_zero_stages = frozenset({"zero2"})
 
     variant: Literal["loraplus"] = "loraplus"

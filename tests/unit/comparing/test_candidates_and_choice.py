@@ -25,6 +25,7 @@ from peftchat.comparing.recommend import recommend
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
 from peftchat.recipe.document import parse_yaml
+from peftchat.training.rate_rule import ModelWidth
 from peftchat.variants import ADAPTERS, get_variant
 from tests.support.comparing import made, write_rows_and_recipe
 
@@ -216,13 +217,16 @@ DATA = "data: {train: [{path: rows.jsonl}], eval_fraction: 0.25}\n"
 def test_each_variant_is_tried_around_its_own_rate(tmp_path: Path, name: str) -> None:
     plain = load_recipe(write_rows_and_recipe(tmp_path, DATA))
     (candidate,) = make_candidates([name], [])
-    own = get_variant(candidate.variant).learning_rate
-    assert expected_lr(candidate, plain) == own
+
+    def width(_: object) -> ModelWidth:
+        return ModelWidth("qwen2", 2000)
+
+    # At width 2000 the rule is its constant.
+    own = {"lora": 5e-4, "full": 5e-5, "ia3": get_variant("ia3").learning_rate, "qlora": 5e-4}[name]
+    assert expected_lr(candidate, plain, width) == own
     # A recipe that trains LoRA at five times the customary rate wants that of every variant.
-    times_five = load_recipe(
-        write_rows_and_recipe(tmp_path, f"{DATA}training: {{learning_rate: {5 * get_variant('lora').learning_rate}}}")
-    )
-    assert expected_lr(candidate, times_five) == pytest.approx(5 * own, rel=0.05)
+    times_five = load_recipe(write_rows_and_recipe(tmp_path, f"{DATA}training: {{learning_rate: {5 * 5e-4}}}"))
+    assert expected_lr(candidate, times_five, width) == pytest.approx(5 * own, rel=0.05)
     assert all(later / earlier == pytest.approx(3, rel=0.1) for earlier, later in pairwise(lr_grid(own)))
 
 

@@ -22,6 +22,7 @@ from peftchat.files import write_text
 from peftchat.formatting import format_bytes
 from peftchat.logging_setup import quiet_libraries
 from peftchat.variants import VARIANTS, Variant, get_variant
+from peftchat.variants.base import Adapter
 from peftchat.variants.describe import bits, rate_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,6 +243,7 @@ def page() -> str:
     parts = [_HEAD, "## List\n", *_registry(), "## Incompatible settings\n", *_incompatibilities()]
     parts.append(_MEASURED.format(steps=STEPS))
     published = _published()
+    RESULTS.mkdir(parents=True, exist_ok=True)
     measured = [path.name for path in RESULTS.iterdir() if path.is_dir() and path.name != "work"]
     for model in sorted({*measured, *published}):
         parts += [f"### {model}\n", *_measured(model, published.get(model, {}))]
@@ -264,12 +266,14 @@ def _published() -> dict[str, dict[str, str]]:
 def _registry() -> Iterator[str]:
     yield (
         "Rate: the learning rate if the recipe sets none; auto follows from the model's width, auto/10 is a tenth of "
-        "it. ZeRO: the stages it trains under; ? = expected to work, not tested. vLLM: how it serves the result, by its "
-        "documentation and `vllm/lora/peft_helper.py`, not run here; an "
-        "adapter with embeddings of added tokens is always merged first.\n"
+        "it. ZeRO: the stages it trains under; ? = expected to work, not tested. vLLM: how it serves the result, "
+        "by its documentation and `vllm/lora/peft_helper.py`, not run here; an adapter with embeddings of added tokens "
+        "is always merged first. LoRA conversion: whether `peftchat export "
+        "--to lora` makes a plain LoRA of it; `lower rank` for what is one already "
+        "([serving.md](serving.md#plain-lora)).\n"
     )
-    yield "| Variant | What it does | Paper | Rate | Base, bits | ZeRO | Merges | vLLM |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| Variant | What it does | Paper | Rate | Base, bits | ZeRO | Merges | vLLM | LoRA conversion |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for variant in VARIANTS.values():
         cells = (
             f"`{variant.name}`",
@@ -280,9 +284,22 @@ def _registry() -> Iterator[str]:
             variant.zero_stages() or "no",
             "yes" if variant.mergeable else f"no: {variant.merge_hint}",
             {"adapter": "as an adapter", "merged": "merged", "no": "no"}[variant.vllm],
+            _conversion(variant),
         )
         yield f"| {' | '.join(cells)} |"
     yield ""
+
+
+def _conversion(variant: type[Variant]) -> str:
+    """Return whether a plain LoRA can be made of a variant."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from peftchat.export.lora import unconvertible
+
+    types = {config.__name__: kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if not issubclass(variant, Adapter) or variant.peft_class is None or unconvertible(types[variant.peft_class]):
+        return "no"
+    return "lower rank" if variant.vllm == "adapter" else "yes"
 
 
 def _paper(variant: type[Variant]) -> str:

@@ -17,6 +17,8 @@ from peftchat.errors import UserError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from peftchat.conversation import Role
+
 TemplateMessage = Mapping[str, Any]
 """A message in the form of `apply_chat_template`."""
 
@@ -33,11 +35,21 @@ _CLOSED_REASONING = re.compile(
     r"|\[THINK\]\s*\[/THINK\]"
     r"|<\|channel>thought\s*<channel\|>)\s*"
 )
+_REASONING_BLOCK = re.compile(r"\s*<(?P<tag>[\w:]*think\w*)>(?P<text>.*?)</(?P=tag)>", re.DOTALL)
 _OPENED = re.compile(r"(?:<[\w:]*think\w*>|\[THINK\]|<\|START_THINKING\|>)\s*\Z")
 _OPEN_TAG = re.compile(r"\s*<(?P<tag>[\w:]*think\w*)>\s*")
 
 _WITHOUT_REASONING: tuple[dict[str, Any], ...] = ({"enable_thinking": False}, {"thinking": False}, {"reasoning": False})
 """Variables by which templates turn reasoning off."""
+
+_KEEPS_REASONING: tuple[dict[str, Any], ...] = (
+    {"clear_thinking": False},
+    {"preserve_thinking": True},
+    {"truncate_history_thinking": False},
+    {"keep_past_reasoning": True},
+    {"keep_thinking": True},
+)
+"""Variables by which templates keep the reasoning of earlier answers."""
 
 _MARK = "peftchat answer"
 _SHOWN = 60
@@ -90,6 +102,7 @@ class TemplateRenderer:
 
     Attributes:
         special: matches one special token.
+        variables: further variables of the template.
         reasoning_in_parts: whether the template reads reasoning as a part of the content.
     """
 
@@ -102,7 +115,7 @@ class TemplateRenderer:
     ) -> None:
         self._tokenizer = tokenizer
         self._jinja = jinja
-        self._variables = dict(variables or {})
+        self.variables = dict(variables or {})
         self.reasoning_in_parts = False
         by_length = sorted(special, key=len, reverse=True)
         # `(?!)` matches nothing.
@@ -150,7 +163,7 @@ class TemplateRenderer:
                     [list(messages) for messages in conversations],
                     chat_template=self._template(None),
                     tokenize=False,
-                    **self._variables,
+                    **self.variables,
                 )
             )
         except Exception as error:  # a template is code; each conversation is told for itself
@@ -166,7 +179,7 @@ class TemplateRenderer:
                 chat_template=self._template(tools),
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
-                **self._variables,
+                **self.variables,
             )
         )
 
@@ -178,10 +191,20 @@ class TemplateRenderer:
             return False
         return True
 
+    def writes(self, text: str, messages: Sequence[TemplateMessage]) -> bool:
+        """Return whether the prompt behind these messages has a text, with tools or without."""
+        for tools in (None, [PROBE_TOOL]):
+            try:
+                if text in self._apply(messages, tools, generation_prompt=True):
+                    return True
+            except Exception:
+                continue
+        return False
+
     def with_variables(self, variables: Mapping[str, Any]) -> "TemplateRenderer":
         """Return a renderer of the same template with these variables on top; placeholders stay the same."""
         other = copy.copy(self)
-        other._variables = {**self._variables, **variables}
+        other.variables = {**self.variables, **variables}
         return other
 
     def _template(self, tools: Tools) -> str:
@@ -278,6 +301,33 @@ class AnswerRenderer:
             raise self._not_a_beginning(prompt, opening, full, index)
         text, trailer = self._split_end(full.removesuffix(behind), behind, index)
         return RenderedAnswer(index, prompt, opening, text, trailer)
+
+    def check_reasoning_kept(self, answer: RenderedAnswer) -> None:
+        """Check that the prompt of an answer has the reasoning of all answers before it.
+
+        Raises:
+            UserError: names the first message whose reasoning is not there, and the setting that keeps it, if any.
+        """
+        for index, message in enumerate(self._messages[: answer.index]):
+            reasoning = reasoning_of(message)
+            if reasoning and not _holds(answer.prompt, reasoning):
+                raise UserError(
+                    f"the chat template leaves the reasoning of message {index + 1} out of the prompt of message "
+                    f"{answer.index + 1}, and chat.reasoning_history is `keep`",
+                    hint=self._keeping(answer.index, reasoning),
+                )
+
+    def _keeping(self, index: int, reasoning: str) -> str:
+        for variables in _KEEPS_REASONING:
+            other = self._renderer.with_variables(variables)
+            try:
+                prompt = other.render(self._messages[:index], self._tools, generation_prompt=True)
+            except UserError:
+                continue
+            if _holds(prompt, reasoning):
+                ((name, value),) = variables.items()
+                return f"Set `chat.template_kwargs: {{{name}: {str(value).lower()}}}`, which keeps it."
+        return "Set `chat.reasoning_history: template`, or choose a template that keeps it, such as `chatml`."
 
     def _find_behind(self, prompt: str, opening: int, full: str, index: int) -> str | None:
         """Return the text that the template writes behind the prompt; None if the two differ."""
@@ -398,6 +448,24 @@ class AnswerRenderer:
         return UserError(message, hint="Choose another `chat.template`, or remove such conversations.")
 
 
+def missing_roles(renderer: TemplateRenderer) -> frozenset["Role"]:
+    """Return the roles beside user and assistant that a template refuses, or leaves out without a word."""
+    call = {"id": "abcde1234", "type": "function", "function": {"name": "find", "arguments": {"text": "answer"}}}
+    as_text = {**call, "function": {"name": "find", "arguments": '{"text": "answer"}'}}
+    question, system = _turn("user"), {"role": "system", "content": _MARK}
+    result = {"role": "tool", "content": _MARK, "name": "find", "tool_call_id": "abcde1234"}
+    calling = [{"role": "assistant", "content": "", "tool_calls": [one]} for one in (call, as_text)]
+    tried: dict[Role, Sequence[Sequence[TemplateMessage]]] = {
+        "system": [[system, question]],
+        "tool": [[question, answer, result] for answer in calling],
+    }
+    return frozenset(
+        role
+        for role, conversations in tried.items()
+        if not any(renderer.writes(_MARK, messages) for messages in conversations)
+    )
+
+
 def _turn(role: str, call: Mapping[str, Any] | None = None) -> TemplateMessage:
     """Return a message of one word, for a result with the id and the name of its call."""
     if call is None:
@@ -423,6 +491,20 @@ def _behind_reasoning(opened: str, written: str) -> str | None:
     behind = written.removeprefix(f"</{closed['tag']}>")
     # A reasoning of its own would be a second one.
     return None if behind.lstrip().startswith(f"<{closed['tag']}>") else behind
+
+
+def reasoning_of(message: TemplateMessage) -> str:
+    """Return the reasoning of a message: that of its own field, or the one in front of its content."""
+    if message["role"] != "assistant":
+        return ""
+    own = str(message.get("reasoning_content") or "").strip()
+    block = _REASONING_BLOCK.match(str(message.get("content") or ""))
+    return own or (block["text"].strip() if block else "")
+
+
+def _holds(text: str, value: str) -> bool:
+    """Return whether a text has a value, white space aside."""
+    return "".join(value.split()) in "".join(text.split())
 
 
 def _shared_length(one: str, other: str) -> int:

@@ -1,14 +1,16 @@
 """A chat template together with a tokenizer that has its special tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftchat.chat_template.encoder import ChatEncoder
+from peftchat.chat_template.template_settings import TemplateSettings
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, ChatTemplate
 from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.chat_template.tokenizer_template import TokenizerTemplate
+from peftchat.conversation import ROLES
 from peftchat.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -56,8 +58,7 @@ def make_format(
     system: str | None,
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    variables: Mapping[str, Any] | None = None,
-    end_token: str | None = None,
+    settings: TemplateSettings | None = None,
     today: "date | None" = None,
 ) -> ChatFormat:
     """Prepare a tokenizer for a chat template. The tokenizer is changed.
@@ -67,23 +68,34 @@ def make_format(
         system: the system message of conversations that have none. None leaves that to the template.
         tokenizer: gets the template's tokens and its Jinja source; with a template of the registry also its end token
             as `eos_token`.
-        variables: further variables of a Jinja template (`chat.template_kwargs`).
-        end_token: ends an answer where a Jinja template writes no token behind it.
+        settings: what the recipe says about the template.
         today: the date for Jinja templates that write one; None for the clock's.
 
     Raises:
         UserError: the tokenizer cannot take the template's tokens, or has no template of its own for `model`.
     """
-    template: ChatTemplate | TokenizerTemplate
-    if name in CHAT_TEMPLATES:
-        template = CHAT_TEMPLATES[name]
-        known_bos = template.bos_token if template.bos_token in special_tokens(tokenizer) else None
-        template = replace(template, system=system, bos_token=known_bos)
-    else:
+    settings = settings or TemplateSettings()
+    if name not in CHAT_TEMPLATES:
         if name != TOKENIZER_TEMPLATE:
             tokenizer.chat_template = _read_template(name)
-        template = TokenizerTemplate(tokenizer, system, variables=variables, end_token=end_token, today=today)
-    return ChatFormat(tokenizer, template, add_template_tokens(tokenizer, template))
+        own = TokenizerTemplate(tokenizer, system, settings=settings, today=today)
+        return ChatFormat(tokenizer, own, add_template_tokens(tokenizer, own))
+    template = CHAT_TEMPLATES[name]
+    known_bos = template.bos_token if template.bos_token in special_tokens(tokenizer) else None
+    template = replace(template, system=system, bos_token=known_bos)
+    new_tokens = add_template_tokens(tokenizer, template)
+    if not _changes(template, settings):
+        return ChatFormat(tokenizer, template, new_tokens)
+    # The template's own Jinja source, with the settings in front, as a model would bring it.
+    changed = TokenizerTemplate(tokenizer, settings=settings, name=name)
+    tokenizer.chat_template = changed.jinja
+    return ChatFormat(tokenizer, changed, new_tokens)
+
+
+def _changes(template: ChatTemplate, settings: TemplateSettings) -> bool:
+    """Return whether settings change what a template of the registry writes. It keeps all reasoning by itself."""
+    misses_roles = not frozenset(ROLES) <= frozenset(template.headers)
+    return settings.reasoning_history == "drop" or (misses_roles and settings.unsupported_roles != "error")
 
 
 def _read_template(path: str) -> str:

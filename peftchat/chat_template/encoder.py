@@ -253,6 +253,11 @@ _EncodedRun = tuple[list[int], bytes]
 class Template(Protocol):
     """The part of a chat template that encoding needs."""
 
+    @property
+    def missing_roles(self) -> frozenset[Role]:
+        """The roles that it cannot write, where the recipe says what to do with them."""
+        ...
+
     def examples(self, conversation: Conversation) -> Sequence[Iterable[TemplateSpan]]:
         """Return the conversation's examples, each as spans of text."""
         ...
@@ -274,10 +279,12 @@ class ChatEncoder:
 
     Attributes:
         parallel: whether the tokenizer lets other threads run while it works.
+        missing_roles: the roles that the template cannot write and that the recipe says what to do with.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: Template) -> None:
         self.parallel = tokenizer.is_fast
+        self.missing_roles = template.missing_roles
         self._template = template
         self._text = TextEncoder(tokenizer)
         added = tokenizer.added_tokens_decoder

@@ -135,13 +135,18 @@ TOOLS_JINJA = (
 )
 """Jinja that sets `listed.text` to `tools_text`."""
 
-ANSWER_JINJA = (
-    "{% if message.reasoning_content %}"
-    f"{{{{ {_literal(_THINK_START)} + message.reasoning_content + {_literal(_THINK_END)} }}}}{{% endif %}}"
+CONTENT_JINJA = (
     "{{ message['content'] or '' }}"
     "{% for call in message.tool_calls or [] %}{% set function = call.function or call %}"
     "{{ ('\\n' if message['content'] or not loop.first else '') + '<tool_call>\\n{\"name\": '"
     " + (function.name | tojson) + ', \"arguments\": ' + (function.arguments if function.arguments is string"
     " else (function.arguments or {}) | tojson) + '}\\n</tool_call>' }}{% endfor %}"
+)
+"""Jinja that writes content and calls of the message `message`."""
+
+ANSWER_JINJA = (
+    "{% if message.reasoning_content %}"
+    f"{{{{ {_literal(_THINK_START)} + message.reasoning_content + {_literal(_THINK_END)} }}}}{{% endif %}}"
+    f"{CONTENT_JINJA}"
 )
 """Jinja that writes `message_text` of the message `message`."""

@@ -18,6 +18,7 @@ from peftchat.chat_template.answer_rendering import RenderedAnswer
 from peftchat.chat_template.answer_spans import ExampleBuilder
 from peftchat.chat_template.templates import TemplateSpan
 from peftchat.conversation import Conversation
+from peftchat.errors import UserError, first_line
 
 _SEARCHES = {
     "split",
@@ -59,24 +60,28 @@ class ContentConditions:
     Attributes:
         parts: matches text in a content that the template may look for.
         whole: contents that it may compare with.
+        strips: whether it may take white space away.
     """
 
     parts: re.Pattern[str]
     whole: frozenset[str]
+    strips: bool
 
     def met_by(self, content: str) -> bool:
         """Return whether the template may treat this content in a way of its own."""
-        return not content or content != content.strip() or content in self.whole or bool(self.parts.search(content))
+        stripped = content.strip()
+        if not stripped or (self.strips and content != stripped):
+            return True
+        return stripped in self.whole or bool(self.parts.search(content))
 
 
 class _Unknown(Exception):
     """The template does something with contents that is not understood."""
 
 
-@cache
-def content_conditions(source: str) -> ContentConditions | None:
-    """Return what a template may ask of contents; None if that cannot be told."""
-    from jinja2 import Environment, TemplateError, nodes
+def _parse(source: str) -> Any:
+    """Return the syntax tree of a template, with the extensions that transformers gives it."""
+    from jinja2 import Environment
     from jinja2.ext import Extension, loopcontrols
 
     class Generation(Extension):
@@ -86,8 +91,50 @@ def content_conditions(source: str) -> ContentConditions | None:
             next(parser.stream)
             return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
+    return Environment(extensions=[loopcontrols, Generation]).parse(source)
+
+
+def check_syntax(source: str) -> None:
+    """Check that a template is Jinja that transformers can render.
+
+    Raises:
+        UserError: it is none, with the line; or it needs other files.
+    """
+    from jinja2 import TemplateSyntaxError, nodes
+
     try:
-        tree = Environment(extensions=[loopcontrols, Generation]).parse(source)
+        tree = _parse(source)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template is no valid Jinja: {first_line(error)}",
+            where=f"chat.template, line {error.lineno}",
+            hint="Repair that line, or choose another template.",
+        ) from error
+    for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+        raise UserError(
+            "the chat template includes another file, and transformers renders one text only",
+            where=f"chat.template, line {node.lineno}",
+            hint="Copy the other file's text into the template.",
+        )
+
+
+def reads_variable(source: str, name: str) -> bool:
+    """Return whether a template reads a variable of that name."""
+    from jinja2 import TemplateSyntaxError, nodes
+
+    try:
+        return any(node.name == name and node.ctx == "load" for node in _parse(source).find_all(nodes.Name))
+    except TemplateSyntaxError:
+        return False  # `check_syntax` tells it
+
+
+@cache
+def content_conditions(source: str) -> ContentConditions | None:
+    """Return what a template may ask of contents; None if that cannot be told."""
+    from jinja2 import TemplateError, nodes
+
+    try:
+        tree = _parse(source)
         parts: set[str] = set()
         whole: set[str] = set()
         for compare in tree.find_all(nodes.Compare):
@@ -106,7 +153,9 @@ def content_conditions(source: str) -> ContentConditions | None:
     except (_Unknown, TemplateError):
         return None
     pattern = "|".join(map(re.escape, sorted(part for part in parts if part))) or "(?!)"
-    return ContentConditions(re.compile(pattern, re.IGNORECASE), frozenset(whole))
+    strips = any(call.attr in _STRIPS | {"split", "rsplit"} for call in tree.find_all(nodes.Getattr))
+    strips = strips or any(filtered.name == "trim" for filtered in tree.find_all(nodes.Filter))
+    return ContentConditions(re.compile(pattern, re.IGNORECASE), frozenset(whole), strips)
 
 
 def _add_comparison(compare: Any, parts: set[str], whole: set[str]) -> None:

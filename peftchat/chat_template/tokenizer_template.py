@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -19,22 +20,26 @@ from peftchat.chat_template.answer_rendering import (
     TemplateMessage,
     TemplateRenderer,
     Tools,
+    missing_roles,
     with_reasoning_parts,
 )
 from peftchat.chat_template.answer_spans import ExampleBuilder
+from peftchat.chat_template.template_settings import TemplateSettings, with_settings
 from peftchat.chat_template.template_shapes import (
     FilledText,
     Marks,
     Shape,
     ShapeCache,
+    check_syntax,
     content_conditions,
+    reads_variable,
     shape_key,
     source_of,
 )
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
 from peftchat.chat_template.text_encoder import TextEncoder
 from peftchat.chat_template.written_check import WrittenCheck
-from peftchat.conversation import Conversation
+from peftchat.conversation import Conversation, Role
 from peftchat.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,20 +67,21 @@ class TokenizerTemplate:
     Args:
         tokenizer: with a `chat_template`.
         system: the system message of conversations that have none. None leaves that to the template.
-        variables: further variables of the template, such as `enable_thinking`.
-        end_token: the token that ends an answer, for templates that write none.
+        settings: what the recipe says about the template. They are written into `jinja`.
+        name: the value of `chat.template`.
         today: the date for templates that write one; None for the clock's.
 
     Attributes:
+        missing_roles: the roles that the template cannot write, where the settings say what to do with them.
         end_token: the token that ends an answer without calls.
         end_tokens: every token that ends an answer; generation stops at each of them.
         written_date: the date that the template writes; None for templates that write none.
+        reads_documents: whether the template reads the `documents` of a record.
 
     Raises:
         UserError: the tokenizer has no template, or nothing in the template ends an answer.
     """
 
-    name = TOKENIZER_TEMPLATE
     special_tokens: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
@@ -83,15 +89,15 @@ class TokenizerTemplate:
         tokenizer: "PreTrainedTokenizerBase",
         system: str | None = None,
         *,
-        variables: Mapping[str, Any] | None = None,
-        end_token: str | None = None,
+        settings: TemplateSettings | None = None,
+        name: str = TOKENIZER_TEMPLATE,
         today: date | None = None,
     ) -> None:
         if not tokenizer.chat_template:
             raise UserError("the model's tokenizer has no chat template", where="chat.template: model", hint=_OTHERS)
-        self.jinja = tokenizer.chat_template
-        self._system = system
-        self._end_token = end_token
+        self.name = name
+        self._settings = settings = settings or TemplateSettings()
+        self._end_token = end_token = settings.end_token
         self._text = TextEncoder(tokenizer)
         if end_token is not None and end_token not in self._text.special:
             raise UserError(
@@ -100,13 +106,26 @@ class TokenizerTemplate:
                 hint="Name a special token, such as the tokenizer's `eos_token`.",
             )
         today = today or date.today()
+        special, variables = list(self._text.special), settings.variables
+        self.missing_roles: frozenset[Role] = frozenset()
+        if settings.unsupported_roles != "error":
+            self.missing_roles = missing_roles(
+                TemplateRenderer(tokenizer, _with_date(tokenizer.chat_template, today), special, variables)
+            )
+        dropped = settings.unsupported_roles == "drop" and "system" in self.missing_roles
+        self._system = None if dropped else system
+        self.jinja = with_settings(tokenizer.chat_template, settings, self._system, self.missing_roles)
+        check_syntax(source_of(self.jinja))
         written = _with_date(self.jinja, today)
+        self.reads_documents = reads_variable(source_of(tokenizer.chat_template), "documents")
         self.written_date = None if written == self.jinja else today.isoformat()
-        self._renderer = TemplateRenderer(tokenizer, written, list(self._text.special), variables)
+        self._renderer = TemplateRenderer(tokenizer, written, special, variables)
         self._arguments_as_text = self._wants_text_arguments()
         self._renderer.reasoning_in_parts = self._wants_reasoning_parts()
         self.end_tokens = self._find_end_tokens(tokenizer)
-        self._conditions = content_conditions(source_of(written))
+        # Settings that change messages look into their contents.
+        changes = bool(self.missing_roles) or settings.reasoning_history != "template"
+        self._conditions = None if changes else content_conditions(source_of(written))
         self._shapes = ShapeCache()
         self._marks = Marks()
         self.end_token = self.end_tokens[0]
@@ -119,11 +138,33 @@ class TokenizerTemplate:
                 follow from its prompt.
         """
         try:
-            return self._examples(conversation)
+            return self._examples(self._adapted(conversation))
         except UserError as error:
-            raise UserError(
-                error.message, where=conversation.source or error.where, hint=error.hint or _OTHERS
-            ) from error
+            where = conversation.source or error.where
+            raise UserError(error.message, where=where, hint=self._hint(error, conversation)) from error
+
+    def _hint(self, error: UserError, conversation: Conversation) -> str:
+        """Return what mends an error, with the setting for messages that the template cannot write."""
+        hint = error.hint or _OTHERS
+        if self._settings.unsupported_roles != "error":
+            return hint
+        missing = missing_roles(self._renderer) & {message.role for message in conversation.messages}
+        if not missing:
+            return hint
+        roles = " and ".join(f"`{role}`" for role in sorted(missing))
+        return f"The template cannot write {roles}: set `chat.unsupported_roles: merge_into_user` or `drop`. {hint}"
+
+    def _adapted(self, conversation: Conversation) -> Conversation:
+        """Return the conversation without the messages that `chat.unsupported_roles: drop` leaves out."""
+        if self._settings.unsupported_roles != "drop" or not self.missing_roles:
+            return conversation
+        calls = "tool" in self.missing_roles
+        kept = tuple(
+            message
+            for message in conversation.messages
+            if message.role not in self.missing_roles and not (calls and message.tool_calls)
+        )
+        return replace(conversation, messages=kept, tools=None if calls else conversation.tools)
 
     def prompt(self, conversation: Conversation) -> list[TemplateSpan]:
         """Return the prompt of the next answer as spans.
@@ -131,8 +172,8 @@ class TokenizerTemplate:
         Raises:
             UserError: the template refuses the conversation.
         """
-        messages, tools, _ = self._inputs(conversation)
-        rendered = self._renderer.render(messages, tools, generation_prompt=True)
+        messages, tools, _ = self._inputs(self._adapted(conversation))
+        rendered = self._renderer_of(conversation).render(messages, tools, generation_prompt=True)
         builder = ExampleBuilder(self._renderer, messages, frozenset(), -1)
         return list(builder.context_only(rendered))
 
@@ -147,6 +188,13 @@ class TokenizerTemplate:
         protect = self._renderer.protect
         return [protect(message) for message in dicts], protect(conversation.tool_schemas()), int(added)
 
+    def _renderer_of(self, conversation: Conversation) -> TemplateRenderer:
+        """Return what renders a conversation: with its documents, if the template reads them."""
+        documents = conversation.documents() if self.reads_documents else None
+        if documents is None:
+            return self._renderer
+        return self._renderer.with_variables({"documents": self._renderer.protect(documents)})
+
     def examples_of(self, conversations: Sequence[Conversation]) -> list[list[list[TemplateSpan]]]:
         """Return the examples of each conversation, which are those of `examples`, at a part of the cost.
 
@@ -158,7 +206,7 @@ class TokenizerTemplate:
             shapes: dict[int, Shape] = {}
             for number, conversation in enumerate(conversations):
                 key = shape_key(conversation, self._conditions, self._renderer.special)
-                if key:
+                if key and not (self.reads_documents and conversation.documents()):
                     shape = self._shapes.get(key, lambda twin=conversation: self._make_shape(twin))
                     if shape is not None:
                         shapes[number] = shape
@@ -249,7 +297,7 @@ class TokenizerTemplate:
         builder, answers = self._answers(conversation)
         if not answers:
             messages, tools, _ = self._inputs(conversation)
-            rendered = self._renderer.render(messages, tools, generation_prompt=False)
+            rendered = self._renderer_of(conversation).render(messages, tools, generation_prompt=False)
             return [list(builder.context_only(rendered))]
         groups = [[answers[0]]]
         for before, answer in itertools.pairwise(answers):
@@ -267,19 +315,22 @@ class TokenizerTemplate:
         )
         last = last_answer_index(conversation)
         builder = ExampleBuilder(self._renderer, messages, untrained, last + added if last >= 0 else -1)
-        renderer = AnswerRenderer(self._renderer, messages, tools, self._end_token)
+        rendering = self._renderer_of(conversation)
+        renderer = AnswerRenderer(rendering, messages, tools, self._end_token)
         trained = [
             index
             for index, message in enumerate(messages)
             # Nothing asks for an answer that begins a conversation: it is context.
             if index and message["role"] == "assistant" and index not in untrained
         ]
-        check = WrittenCheck(self._renderer, messages, tools)
+        check = WrittenCheck(rendering, messages, tools)
         answers: list[RenderedAnswer] = []
         for index in trained:
             answer = renderer.answer(index)
             goes_on = bool(answers) and answer.prompt.startswith(answers[-1].prompt + answers[-1].text)
             check.check(answer, answers[-1].index + 1 if goes_on else 0)
+            if self._settings.reasoning_history == "keep":
+                renderer.check_reasoning_kept(answer)
             answers.append(answer)
         return builder, answers
 

@@ -45,6 +45,8 @@ class _Limit(click.ParamType):
 @click.option(
     "--split", type=click.Choice(["train", "eval"]), default="train", show_default=True, help="Examples of which split."
 )
+@click.option("--conversation", "number", type=int, help="Show one trained answer of this conversation, from 1.")
+@click.option("--turn", type=int, help="Which of its messages, from 1.  [default: the last trained answer]")
 @json_option("Print the examples as JSON lines and nothing else.")
 @click.option("--html", "page", type=PathType("file"), help="Write an HTML page.")
 def command(
@@ -52,6 +54,8 @@ def command(
     overrides: tuple[str, ...],
     limit: int | Literal["all"] | None,
     split: Literal["train", "eval"],
+    number: int | None,
+    turn: int | None,
     as_json: bool,
     page: Path | None,
 ) -> None:
@@ -76,6 +80,15 @@ def command(
 
         page = check_page(page, loaded.inputs())
     quiet_libraries()
+    if turn is not None and number is None:
+        raise UserError("a turn without its conversation", where="--turn", hint="Add `--conversation N`.")
+    if number is not None and (as_json or page is not None):
+        raise UserError("one answer is shown as text only", where="--conversation", hint="Leave out --json and --html.")
+    if number is not None:
+        from peftchat.reports.mask_turn import turn_text
+
+        click.echo(turn_text(loaded.recipe, split, number, turn), nl=False)
+        return
     from peftchat.reports.mask import inspect_mask
 
     with conversation_progress("encoding") as advance:

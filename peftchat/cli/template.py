@@ -32,7 +32,7 @@ _REFUSALS_SHOWN = 8
 def command(
     name: str, model: str | None, data: Path | None, end_token: str | None, settings: tuple[str, ...], as_json: bool
 ) -> None:
-    """Check a chat template: is what is trained what the model will be asked for?
+    """Check that a template trains what the model will be asked for.
 
     Each answer of sample conversations, or of `--data`, must stand behind the prompt that the model gets for it. Print
     what the template does to each kind: right, how many examples it needs, or why it is refused. A FILE ends in
@@ -48,11 +48,12 @@ def command(
     quiet_libraries()
     from peftchat.chat_template.chat_format import make_format
     from peftchat.chat_template.template_check import PLAIN, TemplateCheck, sample_conversations
+    from peftchat.chat_template.template_settings import TemplateSettings
 
     variables = dict(_variable(setting) for setting in settings)
     tokenizer, template = _open(name, model)
     try:
-        chat = make_format(template, None, tokenizer, variables=variables, end_token=end_token)
+        chat = make_format(template, None, tokenizer, settings=TemplateSettings(variables, end_token))
     except UserError as error:
         if tokenizer.chat_template and error.where == "chat.template: model":
             # The template itself is what is checked here.

@@ -273,6 +273,8 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     _check_sources(base.recipe)
     plan = ComparePlan(options, base, make_candidates(options.variants, options.axes))
     for candidate in plan.candidates:
+        _check_recipe(plan, candidate, {})
+    for candidate in plan.candidates:
         _check_candidate(plan, candidate)
     return plan
 
@@ -291,11 +293,15 @@ def _check_candidate(plan: ComparePlan, candidate: Candidate) -> None:
     else:
         known = _tried(plan, candidate)
     for settings in known:
-        try:
-            plan.recommended_recipe(candidate, settings)
-            plan.run_recipe(TrainingJob(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
-        except UserError as error:
-            raise UserError(error.message, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
+        _check_recipe(plan, candidate, settings)
+
+
+def _check_recipe(plan: ComparePlan, candidate: Candidate, settings: Settings) -> None:
+    try:
+        plan.recommended_recipe(candidate, settings)
+        plan.run_recipe(TrainingJob(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
+    except UserError as error:
+        raise UserError(error.message, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
 
 
 def _tried(plan: ComparePlan, candidate: Candidate) -> list[Settings]:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from peftchat.chat_template.examples import EncodedExample
-from peftchat.chat_template.loss_mask import IGNORE_INDEX, LossOn, LossPolicy, labels_for, loss_mask_table
+from peftchat.chat_template.loss_mask import (
+    IGNORE_INDEX,
+    LossOn,
+    LossPolicy,
+    labels_for,
+    loss_mask_table,
+    turn_numbers,
+)
 
 if TYPE_CHECKING:
     from peftchat.chat_template.examples import ExampleStore
@@ -37,6 +44,19 @@ def cu_seqlens(lengths: Sequence[int]) -> Batch:
     offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     longest = max(lengths)
     return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+
+
+_TAGS, _LAST_TURN = 256, 2**16 - 1
+
+
+def split_cells(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the example, the turn among those of its role, and the token tag of cells: int64, of the same shape.
+
+    A cell is one number for the targets of an example that have the same turn and tag.
+    """
+    rest, tags = np.divmod(cells, _TAGS)
+    examples, turns = np.divmod(rest, _LAST_TURN + 1)
+    return examples, turns, tags
 
 
 class ChatCollator:
@@ -95,6 +115,22 @@ class ChatCollator:
         batch = self.collate([[self.examples[index] for index in pack["examples"]] for pack in packs])
         batch["examples"] = np.array([index for pack in packs for index in pack["examples"]], dtype=np.int64)
         return batch
+
+    def target_cells(self, packs: Sequence[Mapping[str, Sequence[int]]]) -> np.ndarray:
+        """Return the cell of each target of these packs (`split_cells`), in the order of the labels.
+
+        Returns:
+            int64, shape (targets,).
+        """
+        indices = [index for pack in packs for index in pack["examples"]]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *(self._cells(index) for index in indices)])
+
+    def _cells(self, index: int) -> np.ndarray:
+        example = self.examples[index]
+        is_target = self._labels(example) != IGNORE_INDEX
+        turns = np.minimum(turn_numbers(example.token_tags)[is_target], _LAST_TURN)
+        cells: np.ndarray = (index * (_LAST_TURN + 1) + turns) * _TAGS + example.token_tags[is_target]
+        return cells
 
     def collate(self, packs: Sequence[Sequence[EncodedExample]]) -> Batch:
         """Return the batch of these packs."""

@@ -13,7 +13,7 @@ from peftchat.chat_template.encoder import ChatEncoder
 from peftchat.chat_template.examples import EncodedExample, ExampleBatch
 from peftchat.chat_template.loss_mask import loss_mask_table
 from peftchat.chat_template.message_text import message_text
-from peftchat.conversation import Conversation
+from peftchat.conversation import Conversation, Role
 from peftchat.conversations.dataset_card import SKIPPED, printable_name
 from peftchat.conversations.problems import NOTES
 from peftchat.dataset.truncation import truncate_to_fit
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _MAX_SOURCES = 5
+_ROLE_NOTES = {"merge_into_user": "written as text of the user's turns", "drop": "dropped"}
 
 
 @dataclass(slots=True)
@@ -43,6 +44,7 @@ class EncodingStats:
         expanded: conversations that became several examples because the template rewrites earlier turns.
         expanded_examples: those examples.
         special_token_text: stretches of text spelled like a special token, encoded as ordinary text.
+        unsupported_roles: messages that the template cannot write, by role and what was done with them.
         formats: the format of each source file.
         notes: records that reading changed, by kind of change.
         left_out: records and conversations that a rule of the recipe or a flag of their own leaves out, by rule.
@@ -62,6 +64,7 @@ class EncodingStats:
     expanded: int = 0
     expanded_examples: int = 0
     special_token_text: int = 0
+    unsupported_roles: dict[str, int] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
@@ -80,6 +83,9 @@ class EncodingStats:
             together.setdefault(records, []).append(printable_name(name))
         for records, found in together.items():
             yield f"not used: field{'s' if len(found) > 1 else ''} {', '.join(found)} in {records}"
+        for kind, number in self.unsupported_roles.items():
+            who, policy = kind.rsplit(maxsplit=1)
+            yield f"{_ROLE_NOTES[policy]}: {number} {who}, which the template cannot write"
         yield from self.remarks
 
     def count_dropped(self, reason: str, source: str) -> None:
@@ -106,6 +112,15 @@ class EncodingStats:
                 self.expanded += 1
                 self.expanded_examples += len(found)
                 self._note_source("expanded", found[0].source)
+
+    def count_roles(self, batch: Iterable[Conversation], roles: frozenset[Role], policy: str) -> None:
+        """Count the messages that the template cannot write, and the calls that go with them."""
+        for conversation in batch:
+            for message in conversation.messages:
+                calls = policy == "drop" and bool(message.tool_calls) and "tool" in roles
+                if message.role in roles or calls:
+                    kind = f"{'calling' if calls else message.role} messages {policy}"
+                    self.unsupported_roles[kind] = self.unsupported_roles.get(kind, 0) + 1
 
     def _note_source(self, key: str, source: str) -> None:
         sources = self.first_sources.setdefault(key, [])
@@ -138,6 +153,8 @@ def encode_conversations(
     for batch, examples in _encode_ahead(encoder, conversations):
         if recipe.chat.special_token_text == "error" and examples.special_token_text.any():
             raise _special_token_text(examples.sources[int(examples.special_token_text.argmax())])
+        if encoder.missing_roles:
+            stats.count_roles(batch, encoder.missing_roles, recipe.chat.unsupported_roles)
         if len(examples) > len(batch):
             stats.count_expanded(examples)
         if examples.lengths.max() > recipe.data.max_length:

@@ -9,9 +9,16 @@ from transformers.pytorch_utils import Conv1D
 
 from peftchat.errors import UserError
 from peftchat.models.added_tokens import unfreeze_added_tokens
+from peftchat.models.experts import (
+    expert_parameters,
+    flat_expert_names,
+    names_peft_replaces,
+    router_names,
+    unsharded_shape,
+)
 from peftchat.models.zero import is_zero3
-from peftchat.variants.base import CalibrationBatches
-from peftchat.variants.model_shape import ModelShape
+from peftchat.variants.base import Adapter, CalibrationBatches
+from peftchat.variants.model_shape import ModelShape, is_target
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -42,6 +49,10 @@ def model_shape(model: "PreTrainedModel") -> ModelShape:
         linear=linear,
         norms=tuple(norms),
         is_conv1d=is_conv1d,
+        experts={name: unsharded_shape(parameter) for name, parameter in expert_parameters(model).items()},
+        routers=router_names(model),
+        renamed=names_peft_replaces(str(model.config.model_type)),
+        flat_experts=flat_expert_names(model),
     )
 
 
@@ -90,15 +101,66 @@ def peft_config(recipe: "Recipe", model: "PreTrainedModel") -> "PeftConfig | Non
     from peft import TaskType
 
     assert recipe.adapter is not None
+    shape = model_shape(model)
     try:
-        config = recipe.adapter.peft_config(model_shape(model))
+        config = recipe.adapter.peft_config(shape)
     except (ValueError, TypeError) as error:
         raise adapter_mismatch(recipe, error) from error
     if config is not None:
+        check_quantized_targets(recipe, config, shape)
         config.task_type = TaskType.CAUSAL_LM
         config.base_model_name_or_path = recipe.model.name
         config.revision = recipe.model.revision
     return config
+
+
+def expert_notes(recipe: "Recipe", model: "PreTrainedModel") -> tuple[str, ...]:
+    """Return what the user must know of the experts of a mixture: what is adapted, what stays frozen, and why.
+
+    Raises:
+        UserError: the adapter does not fit the model.
+    """
+    shape = model_shape(model)
+    if recipe.adapter is None or not shape.experts:
+        return ()
+    config = peft_config(recipe, model)
+    targets: tuple[str, ...] = tuple(getattr(config, "target_parameters", None) or ())
+    adapted = [name for name in shape.experts if any(is_target(name, target) for target in targets)]
+    notes: list[str] = []
+    if len(adapted) < len(shape.experts):
+        frozen = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in shape.experts if name not in adapted))
+        notes.append(f"The experts' {frozen} stay frozen, as adapter.{_why_frozen(recipe.adapter)} says.")
+    if targets and getattr(recipe.adapter, "dropout", None):
+        notes.append("LoRA's dropout is 0 here, not the default: PEFT has none for adapted parameters such as experts.")
+    if recipe.method == "qlora":
+        notes.append("The experts stay in 16 bits: bitsandbytes quantizes linear layers alone.")
+    return tuple(notes)
+
+
+def _why_frozen(adapter: "Adapter") -> str:
+    modules = getattr(adapter, "target_modules", None)
+    if modules is None:
+        return f"variant: {adapter.variant}"
+    return f"target_modules: {modules if isinstance(modules, str) else ', '.join(modules)}"
+
+
+def check_quantized_targets(recipe: "Recipe", config: "PeftConfig", shape: ModelShape) -> None:
+    """Refuse an adapter on the weights of quantized linear layers as parameters.
+
+    Raises:
+        UserError: names one of these layers.
+    """
+    if recipe.quantization is None:
+        return
+    for target in getattr(config, "target_parameters", None) or ():
+        layer = target.removesuffix(".weight")
+        if target.endswith(".weight") and any(is_target(name, layer) for name in shape.linear):
+            raise UserError(
+                f"`{layer}` of this `{shape.model_type}` cannot be adapted in {recipe.quantization.bits} bits: PEFT "
+                "takes its name for one of an expert's layers, and reaches it only as an unquantized parameter",
+                where="method: qlora",
+                hint="Use method: lora, or set target_modules: attention.",
+            )
 
 
 def add_adapter(

@@ -136,6 +136,30 @@ def load_adapter_state(model: "Adapted", adapter: Adapter, folder: Path) -> None
             raise VerificationError(f"{folder}: the model has no place for the tensor {unexpected[0]}")
 
 
+def save_training_modules(model: "Adapted", adapter: Adapter, folder: Path) -> None:
+    """Write what a variant trains and its adapter's file does not hold into a checkpoint."""
+    if not isinstance(model, PeftModel):
+        return
+    for name, module in adapter.training_modules(model).items():
+        state = {key: full_tensor(tensor).detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+        save_file(state, str(folder / f"{name}.safetensors"), metadata={"format": "pt"})
+
+
+def load_training_modules(model: "Adapted", adapter: Adapter, folder: Path) -> None:
+    """Read what `save_training_modules` wrote.
+
+    Raises:
+        VerificationError: a file is missing.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    for name, module in adapter.training_modules(model).items():
+        file = folder / f"{name}.safetensors"
+        if not file.is_file():
+            raise VerificationError(f"{file}: the checkpoint lacks what `{adapter.name}` trains")
+        module.load_state_dict(load_file(str(file)))
+
+
 def _peft_state(model: PeftModel, adapter: Adapter) -> dict[str, Tensor]:
     trained = {
         id(parameter): full_tensor(parameter)
@@ -268,7 +292,7 @@ def save_model_files(
             model.config.dtype = getattr(torch, dtype)
         model.save_pretrained(str(folder), state_dict=full)
         model.config.dtype = before
-        _check_shapes(folder, full)
+        _check_shapes(folder, full, as_stored(model, full))
         save_tokenizer(tokenizer, folder)
 
 
@@ -299,8 +323,45 @@ def _full_state(model: "PreTrainedModel", wrapped: Any, dtype: str | None, *, is
     return full
 
 
-def _check_shapes(folder: Path, expected: dict[str, Tensor]) -> None:
+def as_stored(model: "PreTrainedModel", state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors that transformers stores for weights.
+
+    It splits what it fused while it loaded, such as experts, and gives tensors the names that the base has.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, shapes).items()}
+
+
+def is_stored_under_other_names(model: "PreTrainedModel") -> bool:
+    """Return whether a saved model has other tensors than the model has weights, as mixtures of experts do."""
+    state = model.state_dict()
+    return set(as_stored(model, state)) != set(state)
+
+
+def load_full_weights(model: "PreTrainedModel", folder: Path) -> None:
+    """Load a saved model's weights into a model of the same shapes, through transformers' conversion of names.
+
+    Raises:
+        VerificationError: the folder's weights are not all of the model's.
+    """
+    stored, report = type(model).from_pretrained(
+        str(folder), dtype=model.dtype, output_loading_info=True, local_files_only=True
+    )
+    lost = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
+    if lost:
+        raise VerificationError(f"{folder}: the weight {lost[0]} is in the checkpoint or in the model, but not in both")
+    model.load_state_dict(stored.state_dict())
+
+
+def _check_shapes(folder: Path, full: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
     """Open what was written and check that every weight is there and none is empty.
+
+    Args:
+        folder: holds the files.
+        full: the weights by their names in the model, of which tied ones are stored once.
+        expected: shapes by their names in the files.
 
     Raises:
         VerificationError: naming the first weight that is missing or has another shape.
@@ -309,9 +370,9 @@ def _check_shapes(folder: Path, expected: dict[str, Tensor]) -> None:
     for file in folder.glob("model*.safetensors"):
         with safe_open(str(file), framework="pt") as shard:
             stored |= {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
-    tied = {tensor.data_ptr() for name, tensor in expected.items() if name in stored}
-    for name, tensor in expected.items():
-        if name not in stored and tensor.data_ptr() not in tied:
+    tied = {tensor.data_ptr() for name, tensor in full.items() if name in stored}
+    for name, shape in expected.items():
+        if name not in stored and not (name in full and full[name].data_ptr() in tied):
             raise VerificationError(f"{folder}: the weight {name} was not written")
-        if name in stored and (stored[name] != list(tensor.shape) or 0 in stored[name]):
+        if name in stored and (stored[name] != list(shape) or 0 in stored[name]):
             raise VerificationError(f"{folder}: the weight {name} was written with the shape {stored[name]}")

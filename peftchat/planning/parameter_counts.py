@@ -1,14 +1,18 @@
 """Parameter counts of a model and of its trainable part, from its config."""
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from peftchat.errors import UserError
 from peftchat.models.added_tokens import find_added_tokens
-from peftchat.models.peft_model import freeze_layers
+from peftchat.models.experts import active_shares, expert_parameters
+from peftchat.models.peft_model import expert_notes, freeze_layers
 from peftchat.planning.tracing import decoder_layers, decoder_linears, meta_model, wrap
 from peftchat.training.hints import all_in_attention
 from peftchat.training.rate_rule import width_of
@@ -37,7 +41,9 @@ class ParameterCounts:
         lm_head: weights of the LM head; 0 if it is tied.
         linear: weights of the linear layers in the blocks, which quantization applies to.
         linear_outputs: the sum of their output features.
-        other: all other weights: norms, biases, positions.
+        experts: weights of the fused experts, which quantization does not apply to.
+        active_experts: those of them that one token uses.
+        other: all other weights: norms, biases, positions, routers.
         largest: elements of the largest parameter.
     """
 
@@ -54,13 +60,20 @@ class ParameterCounts:
     lm_head: int
     linear: int
     linear_outputs: int
+    experts: int
+    active_experts: int
     other: int
     largest: int
 
     @property
     def parameters(self) -> int:
         """All weights; a tied head counts once."""
-        return self.embedding + self.lm_head + self.linear + self.other
+        return self.embedding + self.lm_head + self.linear + self.experts + self.other
+
+    @property
+    def active(self) -> int:
+        """The weights that one token uses: all but those of the experts that it does not pass."""
+        return self.parameters - self.experts + self.active_experts
 
     @property
     def lm_head_size(self) -> int:
@@ -76,13 +89,22 @@ class TrainableCounts:
         parameters: trainable weights of the adapter, or of the model itself.
         largest: elements of the largest parameter among them.
         new_token_parameters: trainable embeddings of added tokens beside a frozen model.
-        attention_only: whether all trainable parameters of an adapter lie in attention.
+        active: the trainable weights that one token uses.
+        modules: name of each kind of trained module without its layer's number -> number of modules and weights.
+        notes: what the recipe's default became on this model.
     """
 
     parameters: int
     largest: int
     new_token_parameters: int
-    attention_only: bool = False
+    active: int
+    modules: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def attention_only(self) -> bool:
+        """Whether all of them lie in attention."""
+        return all_in_attention(self.modules)
 
 
 def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
@@ -99,6 +121,9 @@ def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
     linear = sum(math.prod(shape) for shape in linears)
     in_lm_head = 0 if tied else int(head.weight.numel())
     everything = sum(parameter.numel() for parameter in model.parameters())
+    experts = list(expert_parameters(model).values())
+    shares = active_shares(model, config)
+    in_experts = sum(parameter.numel() for parameter in experts)
     return ParameterCounts(
         model_type=str(text.model_type),
         num_layers=int(text.num_hidden_layers),
@@ -113,7 +138,9 @@ def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
         lm_head=in_lm_head,
         linear=linear,
         linear_outputs=sum(max(shape) for shape in linears),
-        other=everything - embedding.weight.numel() - in_lm_head - linear,
+        experts=in_experts,
+        active_experts=round(sum(parameter.numel() * shares.get(id(parameter), 1.0) for parameter in experts)),
+        other=everything - embedding.weight.numel() - in_lm_head - linear - in_experts,
         largest=max(parameter.numel() for parameter in model.parameters()),
     )
 
@@ -129,15 +156,48 @@ def trainable_counts(config: "PretrainedConfig", recipe: "Recipe", new_tokens: i
     model = build_meta_model(config)
     if recipe.method == "full":
         freeze_layers(model, recipe.model.freeze_layers)
-        sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-        return TrainableCounts(sum(sizes), max(sizes), 0)
+        return _count(model, [named for named in model.named_parameters() if named[1].requires_grad], config, ())
     model.requires_grad_(False)
-    trainable = {name: one for name, one in wrap(model, recipe, new_tokens).named_parameters() if one.requires_grad}
+    notes = expert_notes(recipe, model)
+    wrapped = wrap(model, recipe, new_tokens)
     added = find_added_tokens(model)
     added_ids = set() if added is None else {id(parameter) for parameter in added.parameters()}
-    own = {name: parameter.numel() for name, parameter in trainable.items() if id(parameter) not in added_ids}
-    new_tokens_size = sum(parameter.numel() for parameter in trainable.values()) - sum(own.values())
-    return TrainableCounts(sum(own.values()), max(own.values(), default=0), new_tokens_size, all_in_attention(own))
+    trainable = [(name, parameter) for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    counts = _count(wrapped, [named for named in trainable if id(named[1]) not in added_ids], config, notes)
+    every = sum(parameter.numel() for _, parameter in trainable)
+    return replace(counts, new_token_parameters=every - counts.parameters)
+
+
+def _count(
+    model: nn.Module, trained: list[tuple[str, nn.Parameter]], config: "PretrainedConfig", notes: tuple[str, ...]
+) -> TrainableCounts:
+    """Count trained parameters of a model."""
+    shares = active_shares(model, config)
+    kinds: dict[str, dict[str, int]] = {}
+    for name, parameter in trained:
+        module, kind = _module_kind(name)
+        modules = kinds.setdefault(kind, {})
+        modules[module] = modules.get(module, 0) + parameter.numel()
+    return TrainableCounts(
+        parameters=sum(parameter.numel() for _, parameter in trained),
+        largest=max((parameter.numel() for _, parameter in trained), default=0),
+        new_token_parameters=0,
+        active=round(sum(parameter.numel() * shares.get(id(parameter), 1.0) for _, parameter in trained)),
+        modules={kind: (len(modules), sum(modules.values())) for kind, modules in kinds.items()},
+        notes=notes,
+    )
+
+
+_PEFT_PARTS = re.compile(r"\.(base_layer|modules_to_save|default|ln_tuning_layers|[a-z]+_[A-Z]\b)")
+
+
+def _module_kind(parameter: str) -> tuple[str, str]:
+    """Return the module that a trained parameter belongs to, and its name behind the layer's number."""
+    module = _PEFT_PARTS.split(parameter.removeprefix("base_model.model."), maxsplit=1)[0]
+    if module == parameter:
+        module = parameter.rpartition(".")[0]
+    numbers = list(re.finditer(r"\.\d+\.", module))
+    return module, module[numbers[0].end() :] if numbers else module
 
 
 def build_meta_model(config: "PretrainedConfig") -> "PreTrainedModel":

@@ -82,11 +82,12 @@ def cost_estimate(
         price: the price of one device per hour, in any currency.
     """
     full = settings.method == "full"
-    body = counts.linear + (0 if full else trainable.parameters)
+    # A token passes some of the experts alone, and their adapters alone.
+    body = counts.linear + counts.active_experts + (0 if full else trainable.active)
     flops = training_flops(
         body=body,
         head=counts.lm_head_size,
-        trained_body=min(trainable.parameters, body),
+        trained_body=min(trainable.active, body),
         trains_head=full,
         tokens=tokens,
         supervised=round(tokens * settings.supervised),
@@ -193,7 +194,7 @@ def plan_training(
     planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
     device_memory = hardware.memory
     settings, auto_settings = choose_auto_settings(
-        recipe, planner, settings_for(recipe, hardware, dataset), device_memory
+        recipe, planner, planner.with_own_attention(settings_for(recipe, hardware, dataset)), device_memory
     )
     auto_settings = (*chosen_rate, *auto_settings)
     memory = planner.memory(settings)

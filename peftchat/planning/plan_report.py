@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from peftchat.planning.measure import MeasuredRun
     from peftchat.planning.memory import MemoryPlan
+    from peftchat.planning.parameter_counts import ParameterCounts, TrainableCounts
     from peftchat.planning.plan import TrainingPlan
     from peftchat.planning.planner import Change, GridCell
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -112,12 +113,14 @@ def _overview(plan: "TrainingPlan") -> Table:
         (
             "",
             f"embedding {format_short_count(counts.embedding)} ({tie}), linear layers "
-            f"{format_short_count(counts.linear)}, other {format_short_count(counts.other)}",
+            f"{format_short_count(counts.linear)}, {_experts_text(counts)}other {format_short_count(counts.other)}",
         ),
         (
             "trainable",
-            f"{format_short_count(trainable)} parameters, {format_percent(trainable / counts.parameters)} of the model",
+            f"{format_short_count(trainable)} parameters, {format_percent(trainable / counts.parameters)} of the model"
+            + _active_text(counts, plan.trainable),
         ),
+        *([("", _modules_text(plan.trainable))] if counts.experts and plan.settings.method != "full" else ()),
         ("settings", _settings_text(plan.settings)),
         ("hardware", f"{hardware.count} x {hardware.label}, {format_gib(hardware.memory)} each"),
     ]
@@ -132,6 +135,29 @@ def _overview(plan: "TrainingPlan") -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _experts_text(counts: "ParameterCounts") -> str:
+    if not counts.experts:
+        return ""
+    return (
+        f"experts {format_short_count(counts.experts)} ({format_short_count(counts.active_experts)} active), "
+        f"{format_short_count(counts.active)} active per token in all, "
+    )
+
+
+def _active_text(counts: "ParameterCounts", trainable: "TrainableCounts") -> str:
+    if not counts.experts:
+        return ""
+    share = format_percent(trainable.active / counts.active)
+    return f"; {format_short_count(trainable.active)} active per token, {share} of the active ones"
+
+
+def _modules_text(trainable: "TrainableCounts") -> str:
+    """Return the kinds of trained modules with their number and weights."""
+    return ", ".join(
+        f"{count} x {kind} ({format_short_count(weights)})" for kind, (count, weights) in trainable.modules.items()
+    )
 
 
 def _settings_text(settings: "PlanSettings") -> str:
@@ -217,6 +243,7 @@ def _notes(plan: "TrainingPlan") -> list[str]:
             f"The data was not read ({plan.unread_reason}). The plan assumes sequences of {plan.settings.length} "
             f"tokens, {format_percent(plan.settings.supervised)} of them supervised."
         )
+    notes += plan.trainable.notes
     if plan.estimated:
         notes.append("This architecture cannot be traced; its activations are an analytical estimate.")
     if not plan.hardware.bf16 and plan.settings.dtype == "bfloat16":
@@ -314,6 +341,7 @@ def print_dry_run(loaded: "LoadedRecipe", distributed: DistributedSetup) -> None
         ("training", _split_text(recipe, splits["train"].stats)),
         *([("held out", _split_text(recipe, splits["eval"].stats))] if "eval" in splits else ()),
         ("steps", _steps_text(recipe, settings, dataset)),
+        *_expert_rows(planner, settings),
         ("memory", _peak_text(planner, settings, hardware.memory)),
         ("output", f"{recipe.output_dir} (a dry run writes nothing)"),
     ):
@@ -323,6 +351,17 @@ def print_dry_run(loaded: "LoadedRecipe", distributed: DistributedSetup) -> None
         stdout.print(Text.assemble(("hint: ", "cyan"), hint))
     stdout.print()
     stdout.print(_example_text(recipe, chat, splits["train"]))
+
+
+def _expert_rows(planner: Planner, settings: PlanSettings) -> "list[tuple[str, str]]":
+    """Return what is trained in a mixture of experts; nothing for another model."""
+    counts, trainable = planner.counts, planner.trainable(settings)
+    if not counts.experts:
+        return []
+    text = f"{format_short_count(trainable.parameters)} parameters" + _active_text(counts, trainable)
+    if settings.method != "full":
+        text += f": {_modules_text(trainable)}"
+    return [("trained", text), *(("note", note) for note in trainable.notes)]
 
 
 def _method_text(recipe: "Recipe") -> str:

@@ -16,6 +16,7 @@ from peftchat.planning.activations import (
 from peftchat.planning.memory import MemoryPlan, memory_plan
 from peftchat.planning.parameter_counts import ParameterCounts, TrainableCounts, parameter_counts, trainable_counts
 from peftchat.planning.settings import PlanSettings
+from peftchat.planning.tracing import needs_eager_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -278,6 +279,7 @@ class Planner:
         self.recipe = recipe
         self.counts: ParameterCounts = parameter_counts(config)
         self.estimated = False
+        self._eager = needs_eager_attention(config)
         self._trainable: dict[tuple[bool, int], TrainableCounts] = {}
         self._profiles: dict[tuple[TraceConfig, bool], ActivationProfile] = {}
         self._losses: dict[tuple[str, str | None, bool, int, str], LossProfile] = {}
@@ -314,8 +316,12 @@ class Planner:
         written = self.recipe.model_dump(exclude={"adapter", "quantization"}, exclude_unset=True)
         return type(self.recipe).model_validate({**written, "method": method})
 
+    def with_own_attention(self, settings: PlanSettings) -> PlanSettings:
+        """Return the settings with the one attention that the architecture has, if it has one alone."""
+        return settings.with_changes(attention="eager") if self._eager else settings
+
     def _activations(self, settings: PlanSettings) -> ActivationProfile:
-        trace_config = settings.trace_config
+        trace_config = self.with_own_attention(settings).trace_config
         full = settings.method == "full"
         if (trace_config, full) not in self._profiles:
             try:

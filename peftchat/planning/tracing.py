@@ -7,8 +7,11 @@ things that fake tensors cannot run are replaced: fused attention, quantized pro
 import copy
 import functools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from peft import PeftModel
@@ -89,8 +92,21 @@ def meta_model(
 
     _register_attention()
     names = {"fused": _FUSED, "masked": "sdpa", "eager": "eager"}
+    if needs_eager_attention(config):
+        attention = "eager"
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=names[attention])
+
+
+def needs_eager_attention(config: "PretrainedConfig") -> bool:
+    """Return whether the architecture has no attention but its own, as GPT-OSS with its sinks."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        architecture = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        return False
+    return not getattr(architecture, "_supports_sdpa", True)
 
 
 def wrap(model: "PreTrainedModel", recipe: "Recipe", new_tokens: int) -> nn.Module:
@@ -202,9 +218,17 @@ def _register_attention() -> None:
     AttentionMaskInterface.register(_FUSED, _no_mask)
 
 
-def fake_mode() -> FakeTensorMode:
-    """Return the mode for building and running a fake model."""
-    return FakeTensorMode()
+@contextmanager
+def fake_mode() -> Iterator[FakeTensorMode]:
+    """Enter the mode for building and running a fake model.
+
+    Products of all experts at once run as transformers' own operator, which saves the same tensors: torch's operator
+    refuses fake tensors in float32 (https://github.com/pytorch/pytorch/issues/174763).
+    """
+    from transformers.integrations import moe
+
+    with FakeTensorMode() as mode, patch.object(moe, "_can_use_grouped_mm", lambda *_: False):
+        yield mode
 
 
 def decoder_linears(model: "PreTrainedModel") -> "list[nn.Linear | Conv1D]":

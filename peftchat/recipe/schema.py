@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, WithJsonSchema, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
+from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.recipe.document import Document
 from peftchat.recipe.sections import (
     REPORTERS,
@@ -303,16 +304,24 @@ class Recipe(StrictModel):
             filled["adapter"] = {}
         if method == "qlora" and filled.get("quantization") is None:
             filled["quantization"] = {}
-        if _needs_unpacked(filled):
-            data = filled.get("data")
-            if isinstance(data, Mapping) and data.get("packing") is None:
-                filled["data"] = {**data, "packing": False}
+        data = filled.get("data")
+        if isinstance(data, Mapping):
+            implied: dict[str, Any] = {"packing": False} if _needs_unpacked(filled) else {}
+            implied |= {"consecutive": "keep"} if _has_other_template(filled) else {}
+            filled["data"] = {**data, **{key: value for key, value in implied.items() if data.get(key) is None}}
         return filled
 
 
 def _needs_unpacked(given: Mapping[str, Any]) -> bool:
     variant = None if given.get("method") == "full" else _named_adapter(given.get("adapter"))
     return variant is not None and variant.incompatibility("packing") is not None
+
+
+def _has_other_template(given: Mapping[str, Any]) -> bool:
+    """Return whether the chat template is not one of peftchat's own; it decides by itself which turns it takes."""
+    chat = given.get("chat")
+    name = chat.get("template") if isinstance(chat, Mapping) else None
+    return isinstance(name, str) and name not in CHAT_TEMPLATES
 
 
 def _named_adapter(section: Any) -> type[Adapter] | None:

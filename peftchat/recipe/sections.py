@@ -6,6 +6,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from peftchat.chat_template.loss_mask import LossOn, LossPolicy
+from peftchat.chat_template.template_settings import ReasoningHistory, UnsupportedRoles
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, is_template_name, template_summaries
 from peftchat.conversation import Role
 from peftchat.strict_model import StrictModel, list_to_tuple
@@ -171,6 +172,18 @@ class ChatSection(StrictModel):
         description="Train the marks of an empty reasoning, such as `<think>\\n\\n</think>`, that a template writes "
         "before an answer without reasoning.",
     )
+    reasoning_history: ReasoningHistory = Field(
+        "template",
+        description="Reasoning of earlier answers in the prompts of later ones: as the `template` does, `keep` "
+        "(refused where the template leaves it out), or `drop` it before the last user message. The saved template "
+        "does the same.",
+    )
+    unsupported_roles: UnsupportedRoles = Field(
+        "error",
+        description="System messages and tool results that the template cannot write: an `error`, `merge_into_user` "
+        "(into the next user message; calls and definitions become text), or `drop` them, with the calls. Both are "
+        "counted. The saved template does the same.",
+    )
     new_token_init: NewTokenInit = Field(
         "mean",
         description="Initial embeddings of added tokens: the `mean` of the existing embeddings, the mean of "
@@ -294,7 +307,8 @@ class DataSection(StrictModel):
     consecutive: Consecutive = Field(
         "error",
         description="Two turns of one role in a row, or a system message behind other turns: `error` refuses the "
-        "record, `merge` joins neighbors with a line break and counts them, `keep` leaves them to the template.",
+        "record, `merge` joins neighbors with a line break and counts them, `keep` leaves them to the template. "
+        "Without it: `keep` for `chat.template: model` and a template of your own, otherwise `error`.",
     )
     pad_to_multiple_of: int | None = Field(
         None,

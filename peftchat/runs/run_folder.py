@@ -52,6 +52,11 @@ class RunFolder:
         return MetricsFile(self.path / "metrics.jsonl")
 
     @property
+    def eval_losses(self) -> Path:
+        """The held-out loss of each conversation."""
+        return self.path / "eval_losses.jsonl"
+
+    @property
     def fingerprints(self) -> Path:
         """What the run was begun on and with (`RunRecord`)."""
         return self.path / "fingerprints.json"
@@ -162,6 +167,8 @@ class RunFolder:
             if not other.is_complete:
                 other.delete()
         self.metrics.keep_through(checkpoint.step if checkpoint else -1)
+        if checkpoint is None:
+            self.eval_losses.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Delete the empty folders that libraries create before the run begins."""

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from peftchat.errors import UserError
 from peftchat.files import write_text
+from peftchat.runs.eval_losses import GroupLoss
 from peftchat.runs.fingerprints import Fingerprints
 from peftchat.runs.run_folder import RunFolder
 
@@ -140,7 +141,12 @@ class RunSummary(BaseModel):
         train_examples: encoded conversations trained on.
         dropped: conversations left out, by reason.
         unused_fields: fields of records that nothing was trained on, with the number of records that have them.
+        unsupported_roles: messages that the template cannot write, by role and what was done with them.
+        expanded: conversations that became several examples because the template rewrites earlier turns.
+        expanded_examples: those examples.
         truncated: conversations that lost turns to fit `data.max_length`.
+        eval_by: held-out losses by `source` (file), `role`, `kind` of text (content, reasoning, tool calls, and other
+            text that answers consist of), `turn` among those of its role, and `length` of the conversation in tokens.
         special_token_text: stretches of text spelled like a special token and encoded as ordinary text.
         formats: the format of each data file.
         new_tokens: the tokens added to the vocabulary.
@@ -164,6 +170,9 @@ class RunSummary(BaseModel):
     eval_examples: int | None = Field(None, validation_alias=AliasChoices("eval_examples", "eval_rows"))
     dropped: dict[str, int] | None = None
     unused_fields: dict[str, str] | None = None
+    unsupported_roles: dict[str, int] | None = None
+    expanded: int | None = None
+    expanded_examples: int | None = None
     truncated: int | None = Field(None, validation_alias=AliasChoices("truncated", "shortened"))
     special_token_text: int | None = Field(None, validation_alias=AliasChoices("special_token_text", "special_text"))
     formats: dict[str, str] | None = Field(None, validation_alias=AliasChoices("formats", "forms"))
@@ -180,6 +189,7 @@ class RunSummary(BaseModel):
     train_loss: float | None = None
     eval_loss_before: float | None = None
     eval_loss: float | None = None
+    eval_by: dict[str, dict[str, GroupLoss]] | None = None
     kept: KeptStep | None = None
     model_flops_utilisation: float | None = None
     attention: str | None = None

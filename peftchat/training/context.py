@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftchat.chat_template.chat_format import ChatFormat, make_format
+from peftchat.chat_template.template_settings import TemplateSettings
 from peftchat.console import stderr
 from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.errors import UserError
@@ -183,7 +184,8 @@ def chat_format_of(recipe: "Recipe", tokenizer: "PreTrainedTokenizerBase") -> Ch
         section.template,
         section.system,
         tokenizer,
-        variables=section.template_kwargs,
-        end_token=section.end_token,
+        settings=TemplateSettings(
+            section.template_kwargs, section.end_token, section.reasoning_history, section.unsupported_roles
+        ),
         today=date.fromisoformat(section.template_date) if section.template_date else None,
     )

@@ -6,6 +6,9 @@ of added tokens, and outside CUDA it projects every position.
 """
 
 import functools
+import inspect
+import math
+import sys
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +33,14 @@ class SupervisedOutput(ModelOutput):
         loss: sum of the negative log-likelihoods in nats, float32, shape ().
         correct: supervised positions whose most likely token is the target, int64, shape (); counted only without
             gradients.
+        losses: the negative log-likelihood of each supervised position in nats, in the order of the labels, float32,
+            shape (N,); only without gradients.
         aux_loss: load-balancing loss of a mixture of experts, float32, shape (), or None.
     """
 
     loss: Tensor | None = None
     correct: Tensor | None = None
+    losses: Tensor | None = None
     aux_loss: Tensor | None = None
 
 
@@ -65,24 +71,34 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
         with maybe_gather_lm_head_ctx(layer.weight, layer.bias):
             head = Head(layer.weight, layer.bias, None if added is None else added.head(), transform, logsumexp)
             states = backbone.last_hidden_state[:, :-1][supervised_positions]
+            evaluates = not torch.is_grad_enabled()
+            losses = torch.empty(len(states), dtype=torch.float32, device=states.device) if evaluates else None
             loss, correct = linear_cross_entropy(
-                states, targets[supervised_positions], head, count_correct=not torch.is_grad_enabled()
+                states, targets[supervised_positions], head, count_correct=evaluates, losses=losses
             )
-        return SupervisedOutput(loss=loss, correct=correct, aux_loss=_aux_loss(self, backbone, kwargs))
+        return SupervisedOutput(loss=loss, correct=correct, losses=losses, aux_loss=_aux_loss(self, backbone, kwargs))
 
     model.forward = types.MethodType(forward, model)
 
 
 def _aux_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the load-balancing loss of a mixture of experts (Fedus et al., 2021), if it returns router logits."""
-    if not kwargs.get("output_router_logits"):
-        return None
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    """Return the load-balancing loss of a mixture of experts (Fedus et al., 2021), if it returns router logits.
 
+    It is computed as the architecture's own forward does. One without such a loss, such as Llama 4, has none here.
+    """
+    compute = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    logits = getattr(backbone, "router_logits", None)
+    if not kwargs.get("output_router_logits") or compute is None or not logits:
+        return None
     config = model.config.get_text_config()
-    loss = load_balancing_loss_func(
-        backbone.router_logits, model.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-    )
+    counts = {"num_experts": getattr(model, "num_experts", None) or config.num_experts}
+    if "num_keys" in inspect.signature(compute).parameters:
+        counts["num_keys"] = math.isqrt(counts["num_experts"])  # Doge finds experts by two keys.
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
+        # A prefix in the cache is in the mask, and passes no router.
+        mask = mask[:, -(logits[0].shape[0] // mask.shape[0]) :]
+    loss = compute(logits, **counts, top_k=config.num_experts_per_tok, attention_mask=mask)
     return loss if isinstance(loss, torch.Tensor) else None
 
 
@@ -93,7 +109,7 @@ _LARGER_FOR_WEIGHT = 4
 
 
 def linear_cross_entropy(
-    hidden: Tensor, targets: Tensor, head: Head, *, count_correct: bool = False
+    hidden: Tensor, targets: Tensor, head: Head, *, count_correct: bool = False, losses: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the targets' negative log-likelihoods, and how many targets are the most likely token.
 
@@ -102,6 +118,7 @@ def linear_cross_entropy(
         targets: the tokens to predict there, int64, shape (N,).
         head: the LM head.
         count_correct: whether to count the targets that are the most likely token.
+        losses: filled with the negative log-likelihood of each target, float32, shape (N,); not differentiable.
 
     Returns:
         The sum, float32, shape (), differentiable in `hidden`, the head's weight and bias and the added tokens'
@@ -121,6 +138,7 @@ def linear_cross_entropy(
             dtype,
             differentiable,
             count_correct,
+            losses,
         )
     return total, correct
 
@@ -138,6 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         differentiable: bool,
         count_correct: bool,
+        losses: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad
         grads: dict[str, Tensor] = {}
@@ -168,7 +187,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logsumexp, grad_logits = (head.logsumexp if grads else logsumexp_and_grad)(
                 product, chunk.added_logits, bias, logit_mask, head.transform, bool(grads)
             )
-            total += (logsumexp - chunk.target_logits).sum()
+            each = logsumexp - chunk.target_logits
+            total += each.sum()
+            if losses is not None:
+                losses[start : start + step] = each.flatten()
             if grad_logits is None:
                 continue
             grad_added = chunk.subtract_targets(grad_logits, logsumexp)
@@ -194,7 +216,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = outputs[0]
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        grads: list[Tensor | None] = [None] * 9
+        grads: list[Tensor | None] = [None] * 10
         for position, name in ((0, "hidden"), (2, "weight"), (3, "bias"), (4, "added_weight")):
             if name in saved:
                 grads[position] = (saved[name] * scale.to(saved[name].dtype)).to(ctx.dtypes[name])

@@ -20,7 +20,7 @@ from peftchat.models.added_tokens import EmbeddingSnapshot, attach_added_tokens,
 from peftchat.models.compiled import compile_layers, missing_compiler
 from peftchat.models.fused_lora import fuse_lora_forward, num_adapted_layers
 from peftchat.models.loading import VARLEN, end_ids, load_base
-from peftchat.models.peft_model import add_adapter, cast_trainable, freeze_layers
+from peftchat.models.peft_model import add_adapter, cast_trainable, expert_notes, freeze_layers
 from peftchat.models.savable import mend_generation_settings
 from peftchat.models.source import GENERATION_CONFIG, ModelSource
 from peftchat.models.zero import is_zero3
@@ -114,6 +114,8 @@ def _build_model(context: TrainContext) -> TrainableModel:
     model.requires_grad_(False)
     attach_added_tokens(model, chat.tokenizer, chat.new_tokens, init)
     checkpoint = context.checkpoint.path if context.checkpoint else None
+    for note in expert_notes(recipe, model):
+        context.notes.tell(note)
     batches = partial(_calibration_batches, recipe, chat, context.splits["train"].store, model.device)
     wrapped = add_adapter(recipe, model, batches, checkpoint)
     _check_has_trainable(wrapped)

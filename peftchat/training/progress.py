@@ -305,9 +305,10 @@ class MetricsCallback(TrainerCallback):
 
     A training line has `step`, `epoch`, `loss`, `learning_rate`, `grad_norm`, `tokens_per_second`,
     `supervised_share`, `memory_bytes`, `seconds`. An evaluation line has `step`, `epoch`, `eval_loss`, `eval_tokens`,
-    `seconds`. Keys that a log lacks are null; its other numbers come between. `seconds` counts from the start of
-    training, earlier parts of a resumed run included. Each step has at most one training and one evaluation line: of
-    two evaluations at one step, as before and after a resume, the first stays.
+    `seconds`; and the two of each kind of text that the targets have, such as `eval_loss_reasoning`. Keys that a log
+    lacks are null; its other numbers come between. `seconds` counts from the start of training, earlier parts of a
+    resumed run included. Each step has at most one training and one evaluation line: of two evaluations at one step,
+    as before and after a resume, the first stays.
 
     Args:
         metrics_file: the file; a resumed run must cut it back (`keep_through`) before training begins.

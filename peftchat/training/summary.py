@@ -22,8 +22,10 @@ from peftchat.models.added_tokens import (
     l2_distance,
     vocabulary_size,
 )
+from peftchat.models.experts import active_shares
 from peftchat.models.loading import end_ids
 from peftchat.models.saving import is_adapted
+from peftchat.runs.eval_losses import ConversationLoss, group_losses
 from peftchat.runs.run_summary import AddedToken, KeptStep, MemoryParts, RunSummary, SampleAnswer
 from peftchat.training.context import TrainContext
 from peftchat.training.model import TrainableModel
@@ -91,10 +93,11 @@ def summarize(
     Returns:
         The summary, the same in every process.
     """
+    held_out = trainer.write_held_out_losses()
     summaries: list[RunSummary | None] = [None]
     if context.is_main:
         context.content.finish(context.run_folder)
-        summary = _summary(context, trainer, model, fitted, samples_after)
+        summary = _summary(context, trainer, model, fitted, samples_after, held_out)
         summary.write(context.run_folder)
         summaries = [summary]
     (summary_of_main,) = broadcast_object_list(summaries)
@@ -108,6 +111,7 @@ def _summary(
     model: TrainableModel,
     fitted: FitResult,
     samples_after: Sequence[SampleAnswer],
+    held_out: Sequence[ConversationLoss],
 ) -> RunSummary:
     recipe, distributed, splits = context.recipe, context.distributed, context.splits
     stats, counts = splits["train"].stats, fitted.token_counts
@@ -124,6 +128,9 @@ def _summary(
         eval_examples=splits["eval"].stats.examples if "eval" in splits else None,
         dropped={**stats.left_out, **stats.dropped},
         unused_fields=stats.unused,
+        unsupported_roles=stats.unsupported_roles,
+        expanded=stats.expanded,
+        expanded_examples=stats.expanded_examples,
         truncated=stats.truncated,
         special_token_text=stats.special_token_text,
         formats=stats.formats,
@@ -140,6 +147,7 @@ def _summary(
         train_loss=_mean_training_loss(lines),
         eval_loss_before=evaluations[0]["eval_loss"] if evaluations and evaluations[0]["step"] == 0 else None,
         eval_loss=_final_loss(evaluations, fitted.kept),
+        eval_by=group_losses(held_out) if held_out else None,
         kept=fitted.kept,
         model_flops_utilisation=_flops_utilization(context, trainer, counts),
         attention=trainer.causal_model.config._attn_implementation,
@@ -300,10 +308,12 @@ def _flops_utilization(context: TrainContext, trainer: "ChatTrainer", counts: To
     outside = {id(embedding), id(head)}
     added = {id(parameter) for name, parameter in model.named_parameters() if MODULE_NAME in name.split(".")}
     body = {id(p): p for p in model.parameters() if p.dim() >= 2 and id(p) not in outside | added}
+    shares = active_shares(model, model.config)
+    used = {key: round(unsharded_numel(p) * shares.get(key, 1.0)) for key, p in body.items()}
     flops = training_flops(
-        body=sum(unsharded_numel(p) for p in body.values()),
+        body=sum(used.values()),
         head=unsharded_numel(embedding if is_tied(model) else head),
-        trained_body=sum(unsharded_numel(p) for p in body.values() if p.requires_grad),
+        trained_body=sum(used[key] for key, p in body.items() if p.requires_grad),
         trains_head=not is_adapted(trainer.model),
         tokens=counts.tokens,
         supervised=counts.supervised,

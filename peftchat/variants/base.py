@@ -13,11 +13,11 @@ from pydantic_core import PydanticCustomError
 
 from peftchat.errors import UserError
 from peftchat.strict_model import StrictModel
-from peftchat.variants.model_shape import ModelShape
+from peftchat.variants.model_shape import ModelShape, Targets
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 CalibrationBatches: TypeAlias = "Callable[[int], Iterator[dict[str, Tensor]]]"
@@ -196,6 +196,7 @@ class Adapter(Variant):
         peft_dropout: PEFT's name of the setting `dropout`.
         supports_conv1d: whether PEFT has layers of this kind for GPT-2's Conv1D.
         shared_tensors: parts of the names of tensors that all layers share: a file holds them once.
+        no_experts_because: why it cannot adapt the fused experts of a mixture; empty if it can.
     """
 
     peft_class: ClassVar[str | None]
@@ -203,6 +204,7 @@ class Adapter(Variant):
     peft_dropout: ClassVar[str] = "dropout"
     supports_conv1d: ClassVar[bool] = True
     shared_tensors: ClassVar[tuple[str, ...]] = ()
+    no_experts_because: ClassVar[str] = "PEFT has `target_parameters`, which adapts parameters, for LoRA alone"
 
     variant: str = Field("lora", description="The kind of adapter; `peftchat variants` lists them.")
 
@@ -244,6 +246,7 @@ class Adapter(Variant):
                 where=f"adapter.variant: {self.variant}",
                 hint="Choose another variant, such as `lora`.",
             )
+        self.check_shape(shape)
         import peft
 
         config_class = getattr(peft, self.peft_class)
@@ -252,6 +255,13 @@ class Adapter(Variant):
             settings["fan_in_fan_out"] = shape.is_conv1d
         config: PeftConfig = config_class(**settings)
         return config
+
+    def check_shape(self, shape: ModelShape) -> None:
+        """Refuse a model whose layers the variant cannot adapt, such as fused experts.
+
+        Raises:
+            UserError: the reason.
+        """
 
     def precompute_init(self, model: "PreTrainedModel", config: "PeftConfig", batches: CalibrationBatches) -> None:
         """Compute, before PEFT wraps the base of a new run, what the initialization needs from the base alone."""
@@ -294,6 +304,10 @@ class Adapter(Variant):
 
         return list(set_peft_model_state_dict(model, state).unexpected_keys)
 
+    def training_modules(self, model: "PeftModel") -> "dict[str, nn.Module]":
+        """Return modules that are trained and that an adapter's file does not hold, for checkpoints, by name."""
+        return {}
+
     def export_config(self, config: "PeftConfig") -> None:
         """Change a copy of the PEFT config into the one for the adapter's file."""
 
@@ -324,14 +338,52 @@ class TargetedAdapter(Adapter):
 
     target_modules: Modules = Field(
         "all-linear",
-        description="The layers that get an adapter: `all-linear` (all linear layers except the LM head), "
-        "`attention` or `feed-forward` (the linear layers of that kind), or a list of module names such as "
-        "`[q_proj, v_proj]`.",
+        description="The layers that get an adapter: `all-linear` (all linear layers except the LM head, and all "
+        "experts, but no router), `attention` or `feed-forward` (the layers of that kind), or a list of module names "
+        "such as `[q_proj, v_proj]`.",
     )
 
     def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
-        """Return the keyword arguments of the PEFT config class, with the model's own module names."""
-        return {**super().peft_settings(shape), "target_modules": shape.peft_targets(self.target_modules)}
+        """Return the keyword arguments of the PEFT config class, with the model's own module names.
+
+        Raises:
+            UserError: the targets are not in the model.
+        """
+        targets = self._targets(shape)
+        settings = {**super().peft_settings(shape), "target_modules": targets.modules}
+        if targets.parameters:
+            settings["target_parameters"] = list(targets.parameters)
+        return settings
+
+    def check_shape(self, shape: ModelShape) -> None:
+        """Refuse targets that are parameters, such as fused experts, if PEFT has no such adapter.
+
+        Raises:
+            UserError: the reason.
+        """
+        parameters = self._targets(shape).parameters
+        if parameters:
+            require_parameters(self, shape, parameters[0])
+
+    def _targets(self, shape: ModelShape) -> Targets:
+        targets = shape.peft_targets(self.target_modules)
+        return shape.without_renamed(targets) if self.peft_class == "LoraConfig" else targets
+
+
+def require_parameters(adapter: Adapter, shape: ModelShape, parameter: str) -> None:
+    """Refuse a variant that cannot adapt a parameter that it should, such as that of fused experts.
+
+    Raises:
+        UserError: the reason.
+    """
+    if adapter.no_experts_because:
+        raise UserError(
+            f"`{adapter.variant}` cannot adapt `{parameter}` of this `{shape.model_type}`: "
+            f"{adapter.no_experts_because}",
+            where=f"adapter.variant: {adapter.variant}",
+            hint="Use `lora`, `rslora` or `loraplus`. To leave the experts frozen, name the layers of the attention in "
+            "target_modules.",
+        )
 
 
 class LowRankAdapter(TargetedAdapter):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from peftchat.errors import UserError
 from peftchat.variants.base import (
     Dropout,
     Formerly,
@@ -38,6 +39,7 @@ class LoraAdapter(LowRankAdapter):
     peft_dropout = "lora_dropout"
     vllm: ClassVar[VllmSupport] = "adapter"
     supports_trainable_tokens = True
+    no_experts_because = "its initialization reads the weight of a linear layer, which fused experts do not have"
 
     @property
     def update_scale(self) -> float:
@@ -50,6 +52,25 @@ class DropoutLoraAdapter(LoraAdapter):
 
     dropout: Dropout = 0.05
 
+    def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
+        """Return the keyword arguments of LoraConfig, without a default dropout where experts are adapted.
+
+        Raises:
+            UserError: the recipe sets a dropout, and PEFT has none for experts.
+        """
+        settings = super().peft_settings(shape)
+        if settings.get("target_parameters") and self.dropout:
+            if "dropout" in self.model_fields_set:
+                raise UserError(
+                    "PEFT adds the update to the weights of experts themselves, so no inputs can be dropped: "
+                    f"got {self.dropout:g}, expected 0",
+                    where=f"adapter.dropout: {self.dropout:g}",
+                    hint="Remove the key or set it to 0. With target_modules: attention the experts stay frozen, and "
+                    "dropout works.",
+                )
+            settings[self.peft_dropout] = 0.0
+        return settings
+
 
 class Lora(DropoutLoraAdapter):
     """Adds to each target weight a product of two thin matrices, and trains only those."""
@@ -59,6 +80,7 @@ class Lora(DropoutLoraAdapter):
     learning_rate = 2e-4
     auto_factor = 1.0
     tested_zero_stages = frozenset({"zero2", "zero3"})
+    no_experts_because = ""
 
     variant: Literal["lora"] = "lora"
     init_lora_weights: Annotated[Literal["default", "gaussian", "orthogonal"], Formerly("init")] = Field(
@@ -70,7 +92,15 @@ class Lora(DropoutLoraAdapter):
     def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
         """Return the keyword arguments of LoraConfig, where `True` is the default initialization."""
         chosen = True if self.init_lora_weights == "default" else self.init_lora_weights
-        return {**super().peft_settings(shape), "init_lora_weights": chosen}
+        settings = {**super().peft_settings(shape), "init_lora_weights": chosen}
+        if chosen == "orthogonal" and settings.get("target_parameters"):
+            raise UserError(
+                f"this initialization reads the weight of a linear layer, which the experts of a `{shape.model_type}` "
+                "do not have",
+                where="adapter.init_lora_weights: orthogonal",
+                hint="Use `default` or `gaussian`. With target_modules: attention the experts stay frozen.",
+            )
+        return settings
 
 
 class Rslora(DropoutLoraAdapter):
@@ -80,6 +110,7 @@ class Rslora(DropoutLoraAdapter):
     paper = Paper("Kalajdzievski", 2023, "2312.03732")
     learning_rate = 1e-4
     auto_factor = 1.0  # Its scale, by which the rule divides, is why its own rate is lower.
+    no_experts_because = ""
 
     variant: Literal["rslora"] = "rslora"
 
@@ -105,6 +136,7 @@ class Dora(DropoutLoraAdapter):
         {"8 bits": "PEFT reads the scales of 8-bit weights before bitsandbytes has computed them"}
     )
     vllm = "merged"
+    no_experts_because = "PEFT's wrapper of parameters has no DoRA"
 
     variant: Literal["dora"] = "dora"
 
@@ -122,6 +154,7 @@ class LoraPlus(DropoutLoraAdapter):
     learning_rate = 5e-5
     auto_factor = 0.25
     tested_zero_stages = frozenset({"zero2"})
+    no_experts_because = ""
 
     variant: Literal["loraplus"] = "loraplus"
     loraplus_lr_ratio: Annotated[NotInConfig[float], Formerly("rate_ratio")] = Field(

@@ -1,9 +1,28 @@
 """Names and sizes of a base model's layers, on which the settings of a variant depend."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from peftchat.errors import UserError
+
+_FUSED_PARTS = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
+"""Layers of an expert that transformers 5 joins -> the parameter that holds both."""
+
+_ONE_EXPERT_PARTS = {**_FUSED_PARTS, "down_proj": "down_proj", "w2": "down_proj"}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What gets an adapter, as PEFT's config names it.
+
+    Attributes:
+        modules: PEFT's `target_modules`.
+        parameters: PEFT's `target_parameters`: weights of fused experts, of routers that the recipe names, and of
+            linear layers whose names PEFT would take for experts.
+    """
+
+    modules: str | list[str]
+    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -17,6 +36,10 @@ class ModelShape:
         linear: dotted name of each linear layer except the LM head -> (inputs, outputs).
         norms: dotted names of the normalization layers that have weights.
         is_conv1d: whether the linear layers store their weights as (inputs, outputs), as GPT-2's Conv1D does.
+        experts: dotted name of each parameter that holds one layer of all experts of a block -> its shape.
+        routers: dotted names of the modules that choose among experts, linear layers or not.
+        renamed: last parts of names that PEFT's LoRA takes for those of experts, and replaces.
+        flat_experts: parameters that hold all experts without a dimension of their own, which PEFT cannot adapt.
     """
 
     model_type: str
@@ -25,6 +48,15 @@ class ModelShape:
     linear: Mapping[str, tuple[int, int]]
     norms: tuple[str, ...]
     is_conv1d: bool
+    experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    routers: tuple[str, ...] = ()
+    renamed: frozenset[str] = frozenset()
+    flat_experts: tuple[str, ...] = ()
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether PEFT's own names of layers choose the right ones: there are no experts."""
+        return not (self.experts or self.routers or self.renamed)
 
     def target_module_names(self, group: str) -> list[str]:
         """Return the last two parts of the names of a group of linear layers, as PEFT matches them.
@@ -35,32 +67,112 @@ class ModelShape:
         Raises:
             UserError: the model has no such layers.
         """
-        names = [name for name in self.linear if group == "all-linear" or (group == "attention") == in_attention(name)]
-        if not names:
+        names = [
+            name
+            for name in self.linear
+            if name not in self.routers and (group == "all-linear" or (group == "attention") == in_attention(name))
+        ]
+        if not names and not (self.experts and group != "attention"):
             raise UserError(
                 f"this model has no linear layers of the group `{group}`",
                 where="adapter.target_modules",
                 hint="Write `all-linear`, or the names of the layers.",
             )
-        return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
+        return _suffixes(names)
 
-    def peft_targets(self, modules: str | tuple[str, ...]) -> str | list[str]:
-        """Return PEFT's `target_modules` for a setting of that name.
+    def peft_targets(self, modules: str | tuple[str, ...]) -> Targets:
+        """Return PEFT's names of the layers that a setting of that name chooses.
+
+        Groups contain the experts, and never what chooses among them.
 
         Raises:
-            UserError: the model has no layers of the group.
+            UserError: the model has no layers of the group, or a name is one half of a fused parameter.
         """
-        if modules == "all-linear":
-            return "all-linear"
-        return self.target_module_names(modules) if isinstance(modules, str) else list(modules)
+        if isinstance(modules, str):
+            if modules != "attention" and self.flat_experts:
+                raise UserError(
+                    f"PEFT cannot adapt `{self.flat_experts[0]}` of this `{self.model_type}`: it holds all experts "
+                    "without a dimension for them",
+                    where=f"adapter.target_modules: {modules}",
+                    hint="Use method: full. To leave the experts frozen, set target_modules: attention.",
+                )
+            if self._is_plain:
+                return Targets("all-linear" if modules == "all-linear" else self.target_module_names(modules))
+            experts = () if modules == "attention" else _suffixes(self.experts, parts=3)
+            return Targets(self.target_module_names(modules), tuple(experts))
+        if self._is_plain:
+            return Targets(list(modules))
+        _check_halves(modules, self)
+        layers: list[str] = []
+        parameters: list[str] = []
+        for name in modules:
+            found = self._parameters_named(name)
+            parameters += found
+            if any(is_target(layer, name) for layer in self.linear):
+                layers.append(name)
+            elif not found:
+                raise UserError(
+                    f"this `{self.model_type}` has no layer, and no parameter of experts, with the name `{name}`",
+                    where="adapter.target_modules",
+                    hint=f"It has {', '.join([*self.target_module_names('all-linear'), *_suffixes(self.experts)])}.",
+                )
+        return Targets(layers, tuple(dict.fromkeys(parameters)))
+
+    def _parameters_named(self, name: str) -> list[str]:
+        """Return the parameters of experts and routers that a name of `target_modules` chooses."""
+        fused = _ONE_EXPERT_PARTS.get(name, name)
+        experts = [
+            parameter
+            for parameter in self.experts
+            if is_target(parameter, fused) or is_target(parameter.rpartition(".")[0], name)
+        ]
+        routers = [
+            f"{router}.weight"
+            for router in self.routers
+            if router not in self.linear and (is_target(router, name) or is_target(f"{router}.weight", name))
+        ]
+        return _suffixes([*experts, *routers], parts=3)
+
+    def without_renamed(self, targets: Targets) -> Targets:
+        """Return the targets with linear layers as parameters where PEFT's LoRA would replace their names.
+
+        PEFT takes the names of an expert's layers in transformers 4 for the fused experts of transformers 5, and drops
+        the linear layers of the same names: https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/transformers_weight_conversion.py
+        """
+        if isinstance(targets.modules, str):
+            return targets
+        lost = [name for name in targets.modules if name.rpartition(".")[2] in self.renamed]
+        layers = [name for name in self.linear if any(is_target(name, target) for target in lost)]
+        weights = _suffixes([f"{name}.weight" for name in layers], parts=3)
+        kept = [name for name in targets.modules if name not in lost or not layers]
+        return Targets(kept, (*targets.parameters, *weights))
 
     def sizes(self, modules: str | tuple[str, ...]) -> list[tuple[int, int]]:
         """Return (inputs, outputs) of the linear layers that `modules` names; of all layers where it names none."""
         if modules == "all-linear":
-            return list(self.linear.values())
+            return [size for name, size in self.linear.items() if name not in self.routers]
         names = self.target_module_names(modules) if isinstance(modules, str) else modules
         sizes = [size for name, size in self.linear.items() if any(is_target(name, target) for target in names)]
         return sizes or list(self.linear.values())
+
+
+def _suffixes(names: Iterable[str], *, parts: int = 2) -> list[str]:
+    """Return the last parts of dotted names, each once."""
+    return list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
+
+
+def _check_halves(modules: tuple[str, ...], shape: ModelShape) -> None:
+    """Raise a UserError for one of two layers of an expert that are one parameter."""
+    if not any(is_target(parameter, "gate_up_proj") for parameter in shape.experts):
+        return
+    for first, second in (("gate_proj", "up_proj"), ("w1", "w3")):
+        if (first in modules) != (second in modules):
+            named, other = (first, second) if first in modules else (second, first)
+            raise UserError(
+                f"`{named}` and `{other}` of the experts are one parameter, `gate_up_proj`",
+                where="adapter.target_modules",
+                hint=f"Name both, or `gate_up_proj`. A longer name, such as `mlp.{named}`, is a linear layer.",
+            )
 
 
 def is_target(name: str, target: str) -> bool:

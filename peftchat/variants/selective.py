@@ -13,6 +13,7 @@ from peftchat.variants.base import (
     TypeSpecific,
     incompatible,
     list_or,
+    require_parameters,
 )
 from peftchat.variants.model_shape import ModelShape, in_attention
 
@@ -61,6 +62,15 @@ class Ia3(Adapter):
         else:
             feedforward = list(self.feedforward_modules)
         return {"target_modules": targets, "feedforward_modules": feedforward}
+
+    def check_shape(self, shape: ModelShape) -> None:
+        """Refuse `auto` on a mixture of experts, whose feed-forward networks IA3 cannot scale.
+
+        Raises:
+            UserError: the reason.
+        """
+        if isinstance(self.target_modules, str) and shape.experts:
+            require_parameters(self, shape, next(iter(shape.experts)))
 
 
 def _ia3_targets(shape: ModelShape) -> list[str]:

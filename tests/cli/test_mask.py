@@ -276,3 +276,15 @@ def test_a_divided_conversation_is_shown_as_its_examples(recipe: Path) -> None:
         f"1 conversation became 2 examples ({source}:1)" in done.stdout.replace("\n", "")
         or "became 2 examples" in done.stdout
     )
+
+
+def test_one_answer_stands_beside_its_prompt(recipe: Path) -> None:
+    done = mask(recipe, "--conversation", 1)
+    assert done.exception is None, done.exception
+    assert "equal those of the prompt at inference" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--conversation", 9], ["--conversation", 0], ["--turn", 2]])
+def test_an_answer_that_is_not_there_is_one_message(recipe: Path, arguments: list[object]) -> None:
+    assert isinstance(mask(recipe, *arguments).exception, UserError)
+    assert isinstance(mask(recipe, "--conversation", 1, "--turn", 1).exception, UserError)

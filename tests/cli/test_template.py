@@ -74,3 +74,15 @@ def test_mistakes_are_the_users(tmp_path: Path, arguments: list[str], words: str
     assert isinstance(failure, UserError) and words in str(failure)
     absent = CliRunner().invoke(command, [str(tmp_path / "absent.jinja")]).exception
     assert isinstance(absent, UserError) and "cannot be read" in str(absent)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}\n{% if %}", "line 2: the chat template is no valid Jinja"),
+        ("{% include 'other.jinja' %}", "includes another file"),
+    ],
+)
+def test_a_template_that_cannot_be_rendered_is_one_mistake(tmp_path: Path, template: str, words: str) -> None:
+    _, failure = run(tmp_path, template)
+    assert isinstance(failure, UserError) and words in str(failure)

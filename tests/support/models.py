@@ -33,7 +33,19 @@ def small_config(kind: str, *, vocabulary: int = 96, width: int = 64, **changes:
         "qwen3": {**llama, "head_dim": width // 2},
         "qwen3-tied": {**llama, "head_dim": width // 2, "tie_word_embeddings": True},
         "qwen3_moe": {**llama, **experts, "head_dim": width // 4},
+        "qwen2_moe": {**llama, **experts, "shared_expert_intermediate_size": width},
+        "olmoe": {**llama, "num_experts": 4, "num_experts_per_tok": 2},
         "mixtral": {**llama, "num_local_experts": 4},
+        "gpt_oss": {
+            **llama, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": width // 4, "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {"rope_type": "default"},
+        },
+        # The first block is dense, and the second has experts that every token passes.
+        "deepseek_v3": {
+            **wide, "num_key_value_heads": 4, "moe_intermediate_size": width // 2, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "kv_lora_rank": 16,
+            "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        },
         "gemma": {**llama, "head_dim": width // 4},
         "gemma2": {**llama, "head_dim": width // 4},
         "gemma3_text": {**llama, "head_dim": width // 4},
@@ -44,7 +56,7 @@ def small_config(kind: str, *, vocabulary: int = 96, width: int = 64, **changes:
         "gpt_neox": wide,
         "gpt2": gpt2,
         "gpt_bigcode": gpt2,
-    }
+    }  # fmt: skip
     ids = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     return AutoConfig.for_model(kind.partition("-")[0], **{**settings.get(kind, llama), **ids, **changes})
 

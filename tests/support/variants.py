@@ -82,14 +82,15 @@ class VariantTrainer:
             return AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32).eval()
         recipe = load_recipe(run / "recipe.yaml", to_train=False).recipe
         quantization = quantization_config(recipe) if recipe.method == "qlora" else None
-        return _stock_adapter(run, self.base, quantization)
+        return stock_adapter(run, self.base, quantization)
 
     def held_out_loss(self, model: Any, run: Path) -> float:
         """Return the loss by stock means; logits of trained vectors before the prompt are left out."""
         return stock_loss(_behind_prompt(model), AutoTokenizer.from_pretrained(run), self.held_out)
 
 
-def _stock_adapter(run: Path, base: Path, quantization: Any) -> Any:
+def stock_adapter(run: Path, base: Path, quantization: Any = None) -> Any:
+    """Load an adapter and its added tokens onto their base by transformers and peft alone."""
     rows = run / "token_rows"
     config = read_json((rows if rows.is_dir() else run) / "adapter_config.json")
     ids = config.get("token_indices") or max(config["trainable_token_indices"].values(), key=max)

@@ -136,7 +136,7 @@ class ChatTemplate:
                 raise UserError(
                     f"message {index + 1} has the role `{message.role}`, which the template `{self.name}` cannot write",
                     where=conversation.source or None,
-                    hint="Use `chat.template: chatml` or `model`, or remove these messages.",
+                    hint="Use `chat.template: chatml`, or set `chat.unsupported_roles: merge_into_user` or `drop`.",
                 )
             text = message_text(message)
             if tools and not index:
@@ -150,6 +150,16 @@ class ChatTemplate:
     def written_date(self) -> None:
         """The date that the template writes: none."""
         return None
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether the template reads the `documents` of a record: ours do not."""
+        return False
+
+    @property
+    def missing_roles(self) -> frozenset[Role]:
+        """The roles that it cannot write and that the recipe says what to do with: none, such are refused."""
+        return frozenset()
 
     @property
     def end_tokens(self) -> tuple[str, ...]:

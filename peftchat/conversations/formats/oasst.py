@@ -172,7 +172,7 @@ class _Reading:
             return
         fields: dict[str, Any] = {"lang": prompt.lang} if prompt.lang else {}
         fields |= {} if record is None else {key: value for key, value in record.value.items() if value is not None}
-        shape = shape_of(fields, ("prompt", "thread"), all_described=True)
+        shape = shape_of(fields, ("prompt",) if _is_tree(fields) else ("thread",), all_described=True)
         told: set[str] = {name for message in all_messages(prompt) for name in message.unused}
         if any(message.lang not in ("", prompt.lang) for message in all_messages(prompt)):
             told.add("lang")

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -130,9 +130,13 @@ class OnlyPieces:
     """A block format that does not say it is one, so that it is encoded piece by piece like any other."""
 
     block: ChatTemplate
+    missing_roles: frozenset[Role] = frozenset()
 
     def examples(self, conversation: Conversation) -> list[Iterator[TemplateSpan]]:
         return self.block.examples(conversation)
+
+    def examples_of(self, conversations: Sequence[Conversation]) -> list[list[Iterator[TemplateSpan]]]:
+        return [self.examples(conversation) for conversation in conversations]
 
 
 @pytest.mark.parametrize("name", BUILDERS)

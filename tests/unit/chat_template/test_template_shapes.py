@@ -77,6 +77,8 @@ def test_conditions_of_a_template_on_contents() -> None:
     for text in ("a CALL b", "stop", "# head", "a</t>b", "", " x", "x\n"):
         assert found.met_by(text), text
     assert not found.met_by("don't stop me")
+    plain = content_conditions("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert plain is not None and not plain.met_by(" x\n") and plain.met_by(" \n")
     for unknown in (
         "{{ m.content[:3] }}",
         "{{ m.content | wordcount }}",

@@ -232,7 +232,12 @@ def test_each_variant_is_tried_around_its_own_rate(tmp_path: Path, name: str) ->
 
 def test_all_runs_of_a_seed_differ_in_nothing_but_what_is_compared(tmp_path: Path) -> None:
     plan = plan_comparison(
-        CompareOptions(write_rows_and_recipe(tmp_path, DATA), ["lora", "dora", "full"], budget=parse_budget("steps=12"))
+        CompareOptions(
+            write_rows_and_recipe(tmp_path, DATA),
+            ["lora", "dora", "full"],
+            budget=parse_budget("steps=12"),
+            learning_rates=[1e-3],
+        )
     )
     jobs = [TrainingJob(candidate, {LEARNING_RATE: 1e-3}, 7) for candidate in plan.candidates]
     recipes = [plan.run_recipe(job, tmp_path / job.name, tmp_path / "data") for job in jobs]
@@ -270,7 +275,9 @@ def test_what_cannot_be_compared_is_refused_first(
 
 def test_rows_may_be_held_out_by_a_flag(tmp_path: Path) -> None:
     path = write_rows_and_recipe(tmp_path, "data: {train: [{path: rows.jsonl}], max_train_samples: 2}\n")
-    plan = plan_comparison(CompareOptions(path, ["lora", "full"], [parse_axis("data.eval_fraction=0.25")]))
+    plan = plan_comparison(
+        CompareOptions(path, ["lora", "full"], [parse_axis("data.eval_fraction=0.25")], learning_rates=[1e-3])
+    )
     for candidate in plan.candidates:
         recipe = plan.run_recipe(TrainingJob(candidate, {LEARNING_RATE: 1e-3}, 7), tmp_path / "run", tmp_path / "data")
         assert recipe.data.eval_fraction is None and recipe.data.max_train_samples is None

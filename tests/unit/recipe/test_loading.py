@@ -129,7 +129,7 @@ def test_a_typo_in_any_section_names_line_key_and_nearest(
         ("data.train=null", "--set data.train: missing. Add for example `train: [{path: conversations.jsonl}]`"),
         ("output_dir=null", "--set output_dir: missing. Add for example `output_dir: runs/my-assistant`"),
         ("training.report_to=wandbb", "Did you mean `wandb`?"),
-        ("training.learning_rate=.inf", "expected a finite number"),
+        ("training.learning_rate=.inf", "expected `auto` or a finite number above 0"),
         ("training.max_steps=0", "must be above 0 or -1, got 0"),
         ("training.num_train_epochs=0", "must be greater than 0"),
         ("training.warmup_steps=10.5", "a number of steps must be whole"),
@@ -350,3 +350,18 @@ def test_surrogate_pairs_are_joined_and_halves_are_rejected(tmp_path: Path) -> N
     path.write_text(text % r"\ud83d", encoding="utf-8")
     with pytest.raises(UserError, match="half of a surrogate pair"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], "error"),
+        (["chat.template=model"], "keep"),
+        (["chat.template=my.jinja"], "keep"),
+        (["chat.template=model", "data.consecutive=error"], "error"),
+        (["data.consecutive=merge"], "merge"),
+    ],
+)
+def test_templates_of_others_decide_which_turns_they_take(settings: list[str], expected: str, write: Write) -> None:
+    loaded = load_recipe(write(GOOD), settings, to_train=False)
+    assert loaded.recipe.data.consecutive == expected

@@ -78,7 +78,7 @@ def test_short_runs_and_the_highest_rate() -> None:
 
 
 CONFIGS: list[dict[str, Any]] = [
-    {"model_type": "llama", "hidden_size": 48},
+    {"model_type": "llama", "hidden_size": 48, "num_attention_heads": 4},
     {"model_type": "gpt2", "n_embd": 48},
     {"model_type": "mpt", "d_model": 48},
     {"model_type": "gemma3", "text_config": {"hidden_size": 48}, "vision_config": {"hidden_size": 96}},

@@ -7,12 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from peftchat.errors import UserError
+from peftchat.export.lora import LoraOptions, export_lora
 from peftchat.merging import MergeOptions, merge_run
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary
 from peftchat.variants import VARIANTS
 from tests.support.models import small_model
-from tests.support.variants import TrainedVariant, VariantTrainer
+from tests.support.variants import TrainedVariant, VariantTrainer, stock_adapter
 
 
 def check_run(train: VariantTrainer, trained: TrainedVariant, merged: Path) -> None:
@@ -34,6 +35,19 @@ def check_run(train: VariantTrainer, trained: TrainedVariant, merged: Path) -> N
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_trains_reloads_and_merges(name: str, train: VariantTrainer, tmp_path: Path) -> None:
     check_run(train, train(name), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["dora", "loha", "eva"])
+def test_a_run_becomes_a_plain_lora_with_its_tokens_and_its_loss(
+    name: str, train: VariantTrainer, tmp_path: Path
+) -> None:
+    trained = train(name)
+    folder, report = export_lora(trained.run, LoraOptions(output=tmp_path / "lora"))
+    assert report.data == "held-out conversations" and report.method == name
+    assert report.proof.loss_before == pytest.approx(trained.summary["eval_loss"], rel=2e-5)
+    assert report.added_tokens == [token["id"] for token in trained.summary["new_tokens"]]
+    loss = train.held_out_loss(stock_adapter(folder, train.base), folder)
+    assert loss == pytest.approx(report.proof.loss_after, rel=2e-5)
 
 
 def test_a_variant_on_a_model_that_others_trained(stories: Path, train: VariantTrainer, tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""A recipe's settings, written into the Jinja source of a template.
+
+Stock `apply_chat_template` with the tokenizer of a run then writes the prompts that were trained, without any argument:
+variables of the template have the recipe's values, conversations without a system message get the recipe's, and
+messages are changed as the recipe says before the template sees them.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peftchat.chat_template.message_text import CONTENT_JINJA, TOOLS_JINJA
+from peftchat.conversation import Role
+
+ReasoningHistory = Literal["template", "keep", "drop"]
+"""The values of `chat.reasoning_history`."""
+
+UnsupportedRoles = Literal["error", "merge_into_user", "drop"]
+"""The values of `chat.unsupported_roles`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateSettings:
+    """What a recipe says about a template.
+
+    Attributes:
+        variables: of the template (`chat.template_kwargs`).
+        end_token: ends an answer where the template writes no token behind it.
+        reasoning_history: whether earlier reasoning is in a prompt.
+        unsupported_roles: what happens to messages that the template cannot write.
+    """
+
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    end_token: str | None = None
+    reasoning_history: ReasoningHistory = "template"
+    unsupported_roles: UnsupportedRoles = "error"
+
+
+def with_settings(jinja: Any, settings: TemplateSettings, system: str | None, missing_roles: frozenset[Role]) -> Any:
+    """Return a template's source, or several by name, with a recipe's settings in front.
+
+    Args:
+        jinja: the source.
+        settings: the recipe's.
+        system: the system message of conversations that have none; None leaves that to the template.
+        missing_roles: the roles that the template cannot write.
+    """
+    if isinstance(jinja, Mapping):
+        return {name: with_settings(source, settings, system, missing_roles) for name, source in jinja.items()}
+    prologue = "".join(_prologue(settings, system, missing_roles))
+    if not prologue:
+        return jinja
+    # transformers removes a line break behind a block, and white space before a block that begins a line.
+    border = "\n" if jinja[:1] in (" ", "\t") else "{{ '' }}"
+    return prologue + border + jinja
+
+
+def _prologue(settings: TemplateSettings, system: str | None, missing_roles: frozenset[Role]) -> Iterator[str]:
+    for name, value in settings.variables.items():
+        yield f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
+    if system is not None:
+        yield _SYSTEM.replace("SYSTEM", _literal(system))
+    if missing_roles and settings.unsupported_roles != "error":
+        roles = _literal(sorted(missing_roles))
+        calls = "tool" in missing_roles
+        if settings.unsupported_roles == "drop":
+            yield (_DROP_CALLS if calls else _DROP).replace("ROLES", roles) + ("{% set tools = none %}" * calls)
+        else:
+            yield (_TOOLS_AS_TEXT * calls) + _MERGE.replace("ROLES", roles).replace(
+                "FOLD", _CALLS_AS_TEXT if calls else _AS_IT_IS
+            )
+    if settings.reasoning_history == "drop":
+        yield _DROP_REASONING
+
+
+def _literal(value: Any) -> str:
+    """Return a value of a recipe as Jinja."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+_SYSTEM = (
+    "{% if not (messages and messages[0]['role'] == 'system') %}"
+    "{% set messages = [{'role': 'system', 'content': SYSTEM}] + (messages | list) %}{% endif %}"
+)
+_DROP = "{% set messages = messages | rejectattr('role', 'in', ROLES) | list %}"
+_DROP_CALLS = _DROP.replace(" | list", " | rejectattr('tool_calls') | list")
+_TOOLS_AS_TEXT = (
+    TOOLS_JINJA
+    + "{% if listed.text %}{% if messages[0]['role'] == 'system' %}"
+    + "{% set messages = [dict(messages[0], content=messages[0]['content'] + '\\n\\n' + listed.text)] + messages[1:] %}"
+    + "{% else %}{% set messages = [{'role': 'system', 'content': listed.text}] + messages %}"
+    + "{% endif %}{% endif %}{% set tools = none %}"
+)
+_FLUSH = (
+    "{% if kept.waiting %}{% if kept.messages and kept.messages[-1]['role'] == 'user' %}"
+    "{% set kept.messages = kept.messages[:-1] + [dict(kept.messages[-1], "
+    "content=kept.messages[-1]['content'] + '\\n\\n' + kept.text)] %}"
+    "{% else %}{% set kept.messages = kept.messages + [{'role': 'user', 'content': kept.text}] %}{% endif %}"
+    "{% set kept.waiting = false %}{% set kept.text = '' %}{% endif %}"
+)
+_AS_IT_IS = "{% set kept.messages = kept.messages + [message] %}"
+_CALLS_AS_TEXT = (
+    f"{{% if message['tool_calls'] %}}{{% set folded %}}{CONTENT_JINJA}{{% endset %}}"
+    "{% set kept.messages = kept.messages + "
+    "[dict(message.items() | rejectattr(0, 'equalto', 'tool_calls'), content=folded)] %}"
+    f"{{% else %}}{_AS_IT_IS}{{% endif %}}"
+)
+_MERGE = (
+    "{% set kept = namespace(messages=[], text='', waiting=false) %}{% for message in messages %}"
+    "{% if message['role'] in ROLES %}"
+    "{% set kept.text = kept.text + ('\\n\\n' if kept.text else '') + message['content'] %}"
+    "{% set kept.waiting = true %}"
+    "{% elif message['role'] == 'user' %}{% set kept.messages = kept.messages + "
+    "[dict(message, content=(kept.text + '\\n\\n' if kept.text else '') + message['content'])] %}"
+    "{% set kept.waiting = false %}{% set kept.text = '' %}"
+    f"{{% else %}}{_FLUSH}FOLD{{% endif %}}{{% endfor %}}{_FLUSH}{{% set messages = kept.messages %}}"
+)
+_DROP_REASONING = (
+    "{% set kept = namespace(messages=[], last=-1) %}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{% set kept.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' and loop.index0 < kept.last %}"
+    "{% set content = message['content'] %}"
+    "{% if content is string and content.strip().startswith('<think>') and '</think>' in content %}"
+    "{% set content = content.split('</think>', 1)[1].lstrip() %}{% endif %}"
+    "{% set kept.messages = kept.messages + [dict(message.items() | "
+    "rejectattr(0, 'in', ['reasoning_content', 'reasoning', 'thinking']), content=content)] %}"
+    "{% else %}{% set kept.messages = kept.messages + [message] %}{% endif %}{% endfor %}"
+    "{% set messages = kept.messages %}"
+)

@@ -1,0 +1,219 @@
+"""Settings of a recipe are part of the template: stock `apply_chat_template` writes the prompts that were trained."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from peftchat.chat_template.chat_format import ChatFormat, make_format
+from peftchat.chat_template.loss_mask import loss_mask_table
+from peftchat.chat_template.template_settings import TemplateSettings
+from peftchat.conversation import Conversation, Message, ToolCall
+from peftchat.errors import UserError
+from tests.support.template_families import FAMILIES, rich_conversations
+from tests.unit.chat_template.test_template_families import check, tokenizer_of
+
+Dicts = list[dict[str, Any]]
+TALK = Conversation(
+    (
+        Message("system", "Be brief."),
+        Message("user", "Who is 7?"),
+        Message("assistant", "Let me look.", (ToolCall("find", '{"id": 7}', "abcde1234"),)),
+        Message("tool", "Ada", (), "abcde1234", "find"),
+        Message("assistant", "It is Ada."),
+        Message("user", "Bye"),
+        Message("assistant", "See you."),
+    ),
+    tools='[{"type": "function", "function": {"name": "find", "description": "Finds.", "parameters": {}}}]',
+)
+
+
+SOURCES = {**FAMILIES, "keeping": FAMILIES["qwen3"].replace(" and loop.index0 > ns.last", "")}
+
+
+def format_of(family: str, name: str = "model", **settings: Any) -> ChatFormat:
+    tokenizer = tokenizer_of("qwen3" if family == "keeping" else family)
+    tokenizer.chat_template = SOURCES[family]
+    return make_format(name, None, tokenizer, settings=TemplateSettings(**settings))
+
+
+def rendered(jinja: str, tokenizer: Any, messages: Dicts, **kwargs: Any) -> str:
+    return str(tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False, **kwargs))
+
+
+def without_reasoning(messages: Dicts) -> Dicts:
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    return [
+        {key: value for key, value in message.items() if key != "reasoning_content" or index > last}
+        for index, message in enumerate(messages)
+    ]
+
+
+def without_system(messages: Dicts) -> Dicts:
+    return [message for message in messages if message["role"] != "system"]
+
+
+def system_merged(messages: Dicts) -> Dicts:
+    if messages[0]["role"] != "system":
+        return messages
+    first, second, *others = messages
+    return [{**second, "content": f"{first['content']}\n\n{second['content']}"}, *others]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "change"),
+    [
+        ("keeping", {"reasoning_history": "drop"}, without_reasoning),
+        ("qwen3", {"reasoning_history": "drop"}, without_reasoning),
+        ("gemma", {"unsupported_roles": "merge_into_user"}, system_merged),
+        ("gemma", {"unsupported_roles": "drop"}, without_system),
+        ("zephyr", {"unsupported_roles": "drop"}, lambda messages: messages),
+    ],
+)
+def test_the_saved_template_makes_the_prompts_that_were_trained(
+    family: str, settings: dict[str, Any], change: Callable[[Dicts], Dicts]
+) -> None:
+    original = SOURCES[family]
+    chat = format_of(family, **settings)
+    encoder = chat.encoder()
+    done = 0
+    for conversation in rich_conversations(40, 3, hostile=False):
+        messages, tools = conversation.as_dicts(), conversation.tool_schemas()
+        if family in ("gemma", "zephyr") and (tools or any(message.reasoning for message in conversation.messages)):
+            continue
+        examples = encoder.encode([conversation])
+        if not any(message.role == "assistant" and message.train is not False for message in conversation.messages):
+            continue
+        if family != "gemma":
+            check(chat.tokenizer, conversation, examples, ids_too=True)
+        for index in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+            prompt = rendered(
+                chat.template.jinja, chat.tokenizer, messages[:index], tools=tools, add_generation_prompt=True
+            )
+            changed = change(messages[:index])
+            assert prompt == rendered(original, chat.tokenizer, changed, tools=tools, add_generation_prompt=True)
+            if conversation.messages[index].train is not False:
+                texts = [chat.tokenizer.decode(example.ids) for example in examples]
+                assert any(text.startswith(prompt) for text in texts)
+        done += 1
+    assert done > 8
+
+
+def test_own_templates_drop_the_reasoning_of_earlier_rounds() -> None:
+    turns = (
+        Message("user", "1+1?"),
+        Message("assistant", "2.", reasoning="One and one."),
+        Message("user", "2+2?"),
+        Message("assistant", "4.", reasoning="Two and two."),
+    )
+    for name in ("chatml", "starchat", "llama3"):
+        texts = {}
+        for policy in ("template", "keep", "drop"):
+            chat = format_of("chatml", name, reasoning_history=policy)
+            examples = chat.encoder().encode([Conversation(turns)])
+            table = loss_mask_table("answers")
+            texts[policy] = [
+                (chat.tokenizer.decode(one.ids), chat.tokenizer.decode(one.ids[table[one.token_tags]]))
+                for one in examples
+            ]
+        assert texts["template"] == texts["keep"] and len(texts["keep"]) == 1
+        first, second = texts["drop"]
+        assert "One and one." in first[1] and "One and one." not in second[0]
+        assert second[1].startswith("<think>\nTwo and two.\n</think>\n\n4.") and "2." in second[0]
+        assert texts["keep"][0][1] == first[1] + second[1]
+
+
+def test_reasoning_that_the_template_drops_cannot_be_kept() -> None:
+    turns = (
+        Message("user", "1+1?"),
+        Message("assistant", "2.", reasoning="One and one."),
+        Message("user", "2+2?"),
+        Message("assistant", "4."),
+    )
+    with pytest.raises(UserError, match="leaves the reasoning of message 2 out of the prompt of message 4") as refused:
+        format_of("qwen3", reasoning_history="keep").encoder().encode([Conversation(turns)])
+    assert "chatml" in str(refused.value.hint)
+    tokenizer = tokenizer_of("qwen3")
+    source = tokenizer.chat_template.replace(
+        "loop.index0 > ns.last", "(loop.index0 > ns.last or clear_thinking is false)"
+    )
+    tokenizer.chat_template = source.replace(
+        "ns.last or clear_thinking is", "ns.last or clear_thinking|default(true) is"
+    )
+    settings = TemplateSettings(reasoning_history="keep")
+    with pytest.raises(UserError) as told:
+        make_format("model", None, tokenizer, settings=settings).encoder().encode([Conversation(turns)])
+    assert "{clear_thinking: false}" in str(told.value.hint)
+    tokenizer.chat_template = source.replace(
+        "ns.last or clear_thinking is", "ns.last or clear_thinking|default(true) is"
+    )
+    settings = TemplateSettings({"clear_thinking": False}, reasoning_history="keep")
+    chat = make_format("model", None, tokenizer, settings=settings)
+    (example,) = chat.encoder().encode([Conversation(turns)])
+    prompt = chat.tokenizer.apply_chat_template(
+        Conversation(turns).as_dicts()[:3], tokenize=False, add_generation_prompt=True
+    )
+    assert "One and one." in prompt and chat.tokenizer.decode(example.ids).startswith(prompt)
+
+
+@pytest.mark.parametrize("name", ["starchat", "phi", "zephyr"])
+def test_tool_results_become_text_of_the_user(name: str) -> None:
+    own = name == "starchat"
+    chat = format_of("chatml" if own else name, name if own else "model", unsupported_roles="merge_into_user")
+    (example,) = chat.encoder().encode([TALK])
+    text = chat.tokenizer.decode(example.ids)
+    trained = chat.tokenizer.decode(example.ids[loss_mask_table("answers")[example.token_tags]])
+    called = '<tool_call>\n{"name": "find", "arguments": {"id": 7}}\n</tool_call>'
+    for piece in ("Be brief.\n\n# Tools", '"name": "find"', called, "<|user|>\nAda<"):
+        assert piece in text
+    ends = re.sub(r"<\|end(oftext)?\|>", "|", trained)
+    assert ends.rstrip("|") == f"Let me look.\n{called}|It is Ada.|See you."
+    dicts, tools = TALK.as_dicts(), TALK.tool_schemas()
+    for index in (2, 4, 6):
+        prompt = chat.tokenizer.apply_chat_template(
+            dicts[:index], tools=tools, tokenize=False, add_generation_prompt=True
+        )
+        assert text.startswith(prompt)
+
+
+def test_dropped_results_take_their_calls_along() -> None:
+    chat = format_of("phi", unsupported_roles="drop")
+    (example,) = chat.encoder().encode([TALK])
+    text = chat.tokenizer.decode(example.ids)
+    assert "Ada<|end|>" not in text.replace("is Ada.", "") and "find" not in text and "Let me look" not in text
+    assert "It is Ada." in text and "Be brief." in text
+    assert chat.template.missing_roles == {"tool"}
+
+
+@pytest.mark.parametrize(("family", "role"), [("gemma", "system"), ("phi", "tool")])
+def test_an_error_names_the_setting(family: str, role: str) -> None:
+    with pytest.raises(UserError) as refused:
+        format_of(family).encoder().encode([TALK])
+    assert f"cannot write `{role}`" in str(refused.value.hint) or "unsupported_roles" in str(refused.value.hint)
+
+
+def test_variables_and_the_system_message_are_in_the_saved_template() -> None:
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = "{% if mood == 'loud' %}LOUD {{ list[1].a }}\n{% endif %}" + tokenizer.chat_template
+    variables = {"mood": "loud", "list": [None, {"a": 'x"\n'}], "off": False, "one": 1.5}
+    chat = make_format("model", "Be brief.", tokenizer, settings=TemplateSettings(variables))
+    turns = (Message("user", "Hi"), Message("assistant", "Hello."))
+    (example,) = chat.encoder().encode([Conversation(turns)])
+    stock = chat.tokenizer.apply_chat_template(Conversation(turns).as_dicts(), tokenize=False)
+    assert chat.tokenizer.decode(example.ids) == stock
+    assert stock.startswith('LOUD x"\n\n<|im_start|>system\nBe brief.<|im_end|>')
+    plain = chat.tokenizer.apply_chat_template(Conversation(turns).as_dicts(), tokenize=False, mood="low")
+    assert plain.startswith("<|im_start|>system")
+
+
+@pytest.mark.parametrize("start", ["\n", "  {% if true %}x{% endif %}", "", "\n  {% if true %}", "text "])
+def test_a_template_writes_the_same_behind_the_settings(start: str) -> None:
+    source = start + FAMILIES["chatml"] + ("{% endif %}" if start.endswith("true %}") else "")
+    tokenizer = tokenizer_of("chatml")
+    messages = [{"role": "user", "content": "Hi"}]
+    stock = rendered(source, tokenizer, messages)
+    tokenizer.chat_template = source
+    chat = make_format("model", None, tokenizer, settings=TemplateSettings({"mood": "loud"}))
+    assert chat.template.jinja != source
+    assert rendered(str(chat.template.jinja), tokenizer, messages) == stock

@@ -14,6 +14,8 @@ from peftchat.models.added_tokens import find_added_tokens
 from peftchat.models.experts import active_shares, expert_parameters
 from peftchat.models.peft_model import expert_notes, freeze_layers, layer_as_parameter, model_shape, peft_config
 from peftchat.planning.tracing import decoder_layers, decoder_linears, meta_model, wrap
+from peftchat.training.hints import all_in_attention
+from peftchat.training.rate_rule import width_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -101,6 +103,11 @@ class TrainableCounts:
     notes: tuple[str, ...] = ()
     quantizable: bool = True
 
+    @property
+    def attention_only(self) -> bool:
+        """Whether all of them lie in attention."""
+        return all_in_attention(self.modules)
+
 
 def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
     """Count the parameters of the model that a config describes.
@@ -122,7 +129,7 @@ def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
     return ParameterCounts(
         model_type=str(text.model_type),
         num_layers=int(text.num_hidden_layers),
-        hidden_size=int(text.hidden_size),
+        hidden_size=width_of(config) or int(embedding.weight.shape[1]),
         intermediate_size=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 0),
         num_heads=int(text.num_attention_heads),
         num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),

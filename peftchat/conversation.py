@@ -120,6 +120,19 @@ class Conversation:
             return None
         return [as_tool_schema(tool) for tool in json.loads(self.tools)]
 
+    def documents(self) -> list[Any] | None:
+        """The record's `documents` in the form that chat templates use; None where it has no list of them.
+
+        A table holds them as JSON text.
+        """
+        found = self.columns.get("documents")
+        if isinstance(found, str):
+            try:
+                found = json.loads(found)
+            except (ValueError, RecursionError):
+                return None
+        return found if isinstance(found, list) and found else None
+
     def tool_texts(self) -> list[str]:
         """Each of the tools as JSON text, numbers as written."""
         return [] if self.tools is None else split_json_list(self.tools)

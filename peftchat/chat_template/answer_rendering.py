@@ -102,6 +102,7 @@ class TemplateRenderer:
 
     Attributes:
         special: matches one special token.
+        variables: further variables of the template.
         reasoning_in_parts: whether the template reads reasoning as a part of the content.
     """
 
@@ -114,7 +115,7 @@ class TemplateRenderer:
     ) -> None:
         self._tokenizer = tokenizer
         self._jinja = jinja
-        self._variables = dict(variables or {})
+        self.variables = dict(variables or {})
         self.reasoning_in_parts = False
         by_length = sorted(special, key=len, reverse=True)
         # `(?!)` matches nothing.
@@ -162,7 +163,7 @@ class TemplateRenderer:
                     [list(messages) for messages in conversations],
                     chat_template=self._template(None),
                     tokenize=False,
-                    **self._variables,
+                    **self.variables,
                 )
             )
         except Exception as error:  # a template is code; each conversation is told for itself
@@ -178,7 +179,7 @@ class TemplateRenderer:
                 chat_template=self._template(tools),
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
-                **self._variables,
+                **self.variables,
             )
         )
 
@@ -203,7 +204,7 @@ class TemplateRenderer:
     def with_variables(self, variables: Mapping[str, Any]) -> "TemplateRenderer":
         """Return a renderer of the same template with these variables on top; placeholders stay the same."""
         other = copy.copy(self)
-        other._variables = {**self._variables, **variables}
+        other.variables = {**self.variables, **variables}
         return other
 
     def _template(self, tools: Tools) -> str:

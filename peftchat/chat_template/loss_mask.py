@@ -172,6 +172,29 @@ def target_kind_table() -> "npt.NDArray[np.int64]":
     return np.array([kinds[part_of(tag)] for tag in range(256)])
 
 
+def turn_numbers(tags: "TokenTags") -> "npt.NDArray[np.int64]":
+    """Return the number of each token's turn among the turns of its role, from 1 on: int64, shape (T,).
+
+    A turn begins where the role changes, at a header, and behind an end.
+    """
+    import numpy as np
+
+    places = tags.astype(np.int64) & _PLACE_MASK
+    roles, parts = places // _PARTS, places % _PARTS
+    is_end = np.isin(parts, (TurnPart.END, TurnPart.TRAILER))
+    starts = np.ones(len(tags), dtype=bool)
+    starts[1:] = (
+        (roles[1:] != roles[:-1])
+        | ((parts[1:] == TurnPart.HEADER) & (parts[:-1] != TurnPart.HEADER))
+        | (is_end[:-1] & ~is_end[1:])
+    )
+    numbers = np.zeros(len(tags), dtype=np.int64)
+    for role in np.unique(roles):
+        of_role = roles == role
+        numbers[of_role] = np.cumsum(starts & of_role)[of_role]
+    return numbers
+
+
 def labels_for(ids: "TokenIds", tags: "TokenTags", table: "npt.NDArray[np.bool_]") -> "npt.NDArray[np.int64]":
     """Return the labels of one example: the id where the table trains its tag, else `IGNORE_INDEX`.
 

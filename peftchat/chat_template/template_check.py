@@ -142,10 +142,12 @@ class TemplateCheck:
     def _stock_prompt(self, history: list[dict[str, Any]], conversation: Conversation) -> str | None:
         """Return the prompt; None where the template wants calls in another form than transformers gives them."""
         tools = conversation.tool_schemas()
+        documents = conversation.documents()
+        variables = self._variables if documents is None else {**self._variables, "documents": documents}
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    history, tools=tools or None, tokenize=False, add_generation_prompt=True, **self._variables
+                    history, tools=tools or None, tokenize=False, add_generation_prompt=True, **variables
                 )
             )
         except Exception:

@@ -119,6 +119,18 @@ def check_syntax(source: str) -> None:
 
 
 @cache
+def variables_of(source: str) -> frozenset[str]:
+    """Return the variables that a template reads before it sets them, if it does."""
+    from jinja2 import TemplateError
+    from jinja2.meta import find_undeclared_variables
+
+    try:
+        return frozenset(find_undeclared_variables(_parse(source)))
+    except TemplateError:
+        return frozenset()  # `check_syntax` tells it
+
+
+@cache
 def content_conditions(source: str) -> ContentConditions | None:
     """Return what a template may ask of contents; None if that cannot be told."""
     from jinja2 import TemplateError, nodes

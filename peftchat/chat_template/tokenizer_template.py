@@ -24,7 +24,7 @@ from peftchat.chat_template.answer_rendering import (
     with_reasoning_parts,
 )
 from peftchat.chat_template.answer_spans import ExampleBuilder
-from peftchat.chat_template.template_settings import TemplateSettings, with_settings
+from peftchat.chat_template.template_settings import TemplateSettings, check_variables, with_settings
 from peftchat.chat_template.template_shapes import (
     FilledText,
     Marks,
@@ -34,6 +34,7 @@ from peftchat.chat_template.template_shapes import (
     content_conditions,
     shape_key,
     source_of,
+    variables_of,
 )
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
 from peftchat.chat_template.text_encoder import TextEncoder
@@ -75,6 +76,7 @@ class TokenizerTemplate:
         end_token: the token that ends an answer without calls.
         end_tokens: every token that ends an answer; generation stops at each of them.
         written_date: the date that the template writes; None for templates that write none.
+        reads_documents: whether the template reads the `documents` of a record.
 
     Raises:
         UserError: the tokenizer has no template, or nothing in the template ends an answer.
@@ -114,7 +116,9 @@ class TokenizerTemplate:
         self._system = None if dropped else system
         self.jinja = with_settings(tokenizer.chat_template, settings, self._system, self.missing_roles)
         check_syntax(source_of(self.jinja))
+        check_variables(variables, _all_variables(tokenizer.chat_template))
         written = _with_date(self.jinja, today)
+        self.reads_documents = "documents" in variables_of(source_of(tokenizer.chat_template))
         self.written_date = None if written == self.jinja else today.isoformat()
         self._renderer = TemplateRenderer(tokenizer, written, special, variables)
         self._arguments_as_text = self._wants_text_arguments()
@@ -170,7 +174,7 @@ class TokenizerTemplate:
             UserError: the template refuses the conversation.
         """
         messages, tools, _ = self._inputs(self._adapted(conversation))
-        rendered = self._renderer.render(messages, tools, generation_prompt=True)
+        rendered = self._renderer_of(conversation).render(messages, tools, generation_prompt=True)
         builder = ExampleBuilder(self._renderer, messages, frozenset(), -1)
         return list(builder.context_only(rendered))
 
@@ -185,6 +189,13 @@ class TokenizerTemplate:
         protect = self._renderer.protect
         return [protect(message) for message in dicts], protect(conversation.tool_schemas()), int(added)
 
+    def _renderer_of(self, conversation: Conversation) -> TemplateRenderer:
+        """Return what renders a conversation: with its documents, if the template reads them."""
+        documents = conversation.documents() if self.reads_documents else None
+        if documents is None:
+            return self._renderer
+        return self._renderer.with_variables({"documents": self._renderer.protect(documents)})
+
     def examples_of(self, conversations: Sequence[Conversation]) -> list[list[list[TemplateSpan]]]:
         """Return the examples of each conversation, which are those of `examples`, at a part of the cost.
 
@@ -196,7 +207,7 @@ class TokenizerTemplate:
             shapes: dict[int, Shape] = {}
             for number, conversation in enumerate(conversations):
                 key = shape_key(conversation, self._conditions, self._renderer.special)
-                if key:
+                if key and not (self.reads_documents and conversation.documents()):
                     shape = self._shapes.get(key, lambda twin=conversation: self._make_shape(twin))
                     if shape is not None:
                         shapes[number] = shape
@@ -287,7 +298,7 @@ class TokenizerTemplate:
         builder, answers = self._answers(conversation)
         if not answers:
             messages, tools, _ = self._inputs(conversation)
-            rendered = self._renderer.render(messages, tools, generation_prompt=False)
+            rendered = self._renderer_of(conversation).render(messages, tools, generation_prompt=False)
             return [list(builder.context_only(rendered))]
         groups = [[answers[0]]]
         for before, answer in itertools.pairwise(answers):
@@ -305,14 +316,15 @@ class TokenizerTemplate:
         )
         last = last_answer_index(conversation)
         builder = ExampleBuilder(self._renderer, messages, untrained, last + added if last >= 0 else -1)
-        renderer = AnswerRenderer(self._renderer, messages, tools, self._end_token)
+        rendering = self._renderer_of(conversation)
+        renderer = AnswerRenderer(rendering, messages, tools, self._end_token)
         trained = [
             index
             for index, message in enumerate(messages)
             # Nothing asks for an answer that begins a conversation: it is context.
             if index and message["role"] == "assistant" and index not in untrained
         ]
-        check = WrittenCheck(self._renderer, messages, tools)
+        check = WrittenCheck(rendering, messages, tools)
         answers: list[RenderedAnswer] = []
         for index in trained:
             answer = renderer.answer(index)
@@ -411,6 +423,12 @@ class TokenizerTemplate:
                 hint="Set `chat.end_token`, or choose another template.",
             )
         return (str(usual),)
+
+
+def _all_variables(jinja: str | Mapping[str, str]) -> frozenset[str]:
+    """Return the variables that a template, or one of several, reads."""
+    sources = [jinja] if isinstance(jinja, str) else list(jinja.values())
+    return frozenset[str]().union(*map(variables_of, sources))
 
 
 def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class WrittenCheck:
             self._check_marked_reasoning(answer)
         if first == 0:
             self._check_tools(prompt)
+            self._check_documents(prompt)
 
     def _check_tools(self, prompt: "_Text") -> None:
         for tool in self.tools or ():
@@ -72,6 +73,19 @@ class WrittenCheck:
                 raise UserError(
                     f"the chat template does not write the tool `{name}`, so the model would not see it",
                     hint="Choose a template that knows tools, such as `chat.template: chatml`, or remove `tools`.",
+                )
+
+    def _check_documents(self, prompt: "_Text") -> None:
+        """Check that the longest text of each document is in the prompt: templates write some fields of it only."""
+        for number, document in enumerate(self.renderer.variables.get("documents") or (), 1):
+            texts = list(_texts(document))
+            longest = max(texts, key=len, default="")
+            if not prompt.holds(longest):
+                fields = ", ".join(f"`{name}`" for name in document) if isinstance(document, Mapping) else "text"
+                raise UserError(
+                    f"the chat template does not write document {number}, which has {fields}",
+                    hint="Name its fields as the template reads them, such as `title` and `text`, or remove "
+                    "`documents`.",
                 )
 
     def _check_marks_before(self, answer: RenderedAnswer, first: int) -> None:
@@ -154,6 +168,15 @@ def _parts(message: TemplateMessage, *, reasoning: bool) -> Iterator[tuple[str, 
         arguments = function["arguments"]
         for value in _leaves(json.loads(arguments) if isinstance(arguments, str) and arguments else arguments):
             yield "arguments of a tool call", value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON value, keys aside."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval"]
 
-_FORMAT = 10
+_FORMAT = 11
 """Version of the cache: to be raised when the same settings give other examples or other files."""
 
 
@@ -154,7 +154,12 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
                     progress(done + stats.examples + sum(stats.dropped.values()))
             done += stats.examples + sum(stats.dropped.values())
             stats.formats, stats.notes, stats.left_out = dict(log.formats), dict(log.notes), dict(log.skipped)
-            stats.unused = {name: f"{use.records} (first {use.first})" for name, use in log.unused.items()}
+            stats.unused = {
+                name: f"{use.records} (first {use.first})"
+                for name, use in log.unused.items()
+                # The reader knows no template.
+                if name != "documents" or not chat.template.reads_documents
+            }
             stats.remarks = log.sentences() + (leaks.sentences() if split == "eval" else [])
             write_text(temporary / f"{split}.json", json.dumps(asdict(stats)))
         temporary.replace(folder)

@@ -16,7 +16,7 @@ from peftchat.chat_template.loss_mask import (
     LossPolicy,
     labels_for,
     loss_mask_table,
-    target_kind_table,
+    turn_numbers,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +44,19 @@ def cu_seqlens(lengths: Sequence[int]) -> Batch:
     offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     longest = max(lengths)
     return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+
+
+_TAGS, _LAST_TURN = 256, 2**16 - 1
+
+
+def split_cells(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the example, the turn among those of its role, and the token tag of cells: int64, of the same shape.
+
+    A cell is one number for the targets of an example that have the same turn and tag.
+    """
+    rest, tags = np.divmod(cells, _TAGS)
+    examples, turns = np.divmod(rest, _LAST_TURN + 1)
+    return examples, turns, tags
 
 
 class ChatCollator:
@@ -84,7 +97,6 @@ class ChatCollator:
         self.examples = examples
         self.layout = layout
         self._loss_mask = loss_mask_table(loss_on)
-        self._target_kinds = target_kind_table()
         self._pad_token_id = pad_token_id
         self._multiple = pad_to_multiple_of or 1
         self._tracked = np.array(tracked_token_ids, dtype=np.int32)
@@ -104,15 +116,21 @@ class ChatCollator:
         batch["examples"] = np.array([index for pack in packs for index in pack["examples"]], dtype=np.int64)
         return batch
 
-    def target_kinds(self, packs: Sequence[Mapping[str, Sequence[int]]]) -> np.ndarray:
-        """Return the kind of each target of these packs, as numbers in `TARGET_KINDS`, in the order of the labels.
+    def target_cells(self, packs: Sequence[Mapping[str, Sequence[int]]]) -> np.ndarray:
+        """Return the cell of each target of these packs (`split_cells`), in the order of the labels.
 
         Returns:
             int64, shape (targets,).
         """
-        examples = [self.examples[index] for pack in packs for index in pack["examples"]]
-        kinds = [self._target_kinds[one.token_tags[self._labels(one) != IGNORE_INDEX]] for one in examples]
-        return np.concatenate([np.zeros(0, dtype=np.int64), *kinds])
+        indices = [index for pack in packs for index in pack["examples"]]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *(self._cells(index) for index in indices)])
+
+    def _cells(self, index: int) -> np.ndarray:
+        example = self.examples[index]
+        is_target = self._labels(example) != IGNORE_INDEX
+        turns = np.minimum(turn_numbers(example.token_tags)[is_target], _LAST_TURN)
+        cells: np.ndarray = (index * (_LAST_TURN + 1) + turns) * _TAGS + example.token_tags[is_target]
+        return cells
 
     def collate(self, packs: Sequence[Sequence[EncodedExample]]) -> Batch:
         """Return the batch of these packs."""

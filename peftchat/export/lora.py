@@ -18,7 +18,7 @@ from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
-from peftchat.errors import UserError, VerificationError
+from peftchat.errors import UserError, VerificationError, first_line
 from peftchat.export.lora_factors import FactoredUpdate, factor_updates, linear_modules, relative_error
 from peftchat.export.lora_proof import Comparison, Proof
 from peftchat.export.vllm import VllmSupport, vllm_support
@@ -37,6 +37,8 @@ DEFAULT_TOLERANCE = 0.01
 """Nats per token."""
 _MAX_RANK = 512
 """The largest rank that the search tries; vLLM serves none above it."""
+_FIRST_RANK = 8
+"""Where the search begins."""
 _ROOT = "base_model.model."
 
 _MULTIPLIES = "it multiplies the weight, and PEFT converts what is added to it"
@@ -243,7 +245,8 @@ def _checked_config(source: ModelSource, options: LoraOptions) -> dict[str, Any]
     if kind == "LORA" and _is_plain(config):
         rank = int(config["r"])
         if rank == 1 or (options.rank is None and options.tolerance is None):
-            hint = "Use the folder as it is, or name a lower rank with --rank or a limit with --tolerance."
+            hint = "Use the folder as it is"
+            hint += "." if rank == 1 else ", or name a lower rank with --rank or a limit with --tolerance."
             raise UserError(f"the adapter is a plain LoRA of rank {rank} already", where=source.where, hint=hint)
         if options.rank is not None and options.rank >= rank:
             hint = "Use the folder as it is, or name a lower rank."
@@ -298,13 +301,16 @@ def _foreign(folder: Path) -> str | None:
 @contextmanager
 def _working_folder(output: Path) -> Iterator[Path]:
     """Create a folder beside the output; it is gone afterwards, whatever happens."""
+    from safetensors import SafetensorError
+
     partial = free_name(output, "partial")
     try:
         partial.mkdir(parents=True)
         yield partial
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         hint = "Free disk space, or choose another folder with -o."
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(partial), hint=hint) from error
+        what = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UserError(f"cannot write: {what}", where=str(output), hint=hint) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -340,7 +346,7 @@ class _Conversion:
             largest = min(largest, main_config.r - 1)
         tensors, token_ids, saved = _kept_tensors(main, added)
         targets = _target_modules(main, [module.path for module in modules])
-        updates = factor_updates(main, modules, job.weights, largest)
+        updates = factor_updates(main, modules, job.weights, largest, where)
         return cls(job, Proof(job, job.source.base.name), updates, tensors, token_ids, saved, targets, largest)
 
     @property
@@ -424,10 +430,15 @@ def _search(compare: Callable[[int], Comparison], options: LoraOptions, largest:
         return [tried[options.rank]]
     ladder = [2**power for power in range(largest.bit_length()) if 2**power < largest] + [largest]
     ladder = [rank for rank in ladder if rank > (options.rank or 0)]
-    if not ladder or not passes(ladder[-1]):
+    # Large ranks are written and compared only where small ones fail.
+    low, high = 0, next((index for index, rank in enumerate(ladder) if rank >= _FIRST_RANK), len(ladder) - 1)
+    while ladder and not passes(ladder[high]):
+        if high == len(ladder) - 1:
+            ladder = []
+        low, high = high + 1, min(high + 1, len(ladder) - 1)
+    if not ladder:
         closest = min(tried.values(), key=lambda one: one.kl)
         raise VerificationError(_refusal(closest, limit) + " No rank up to it is within the tolerance.")
-    low, high = 0, len(ladder) - 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if passes(ladder[middle]) else (middle + 1, high)

@@ -68,8 +68,8 @@ def linear_modules(adapter: InstalledAdapter, where: str) -> list[AdaptedModule]
     for module in changed:
         if not module.layer.supports_lora_conversion(ADAPTER) or _linear_weight(module) is None:
             raise UserError(
-                f"PEFT does not convert {type(module.layer).__name__} on {module.path} to LoRA: it converts what is "
-                "added to the weight of a linear layer",
+                f"PEFT does not convert {type(module.layer).__name__} on {module.path} ("
+                f"{type(module.layer.get_base_layer()).__name__}) to LoRA",
                 where=where,
                 hint=f"Merge it instead: `peftchat merge {where}`.",
             )
@@ -80,7 +80,7 @@ def linear_modules(adapter: InstalledAdapter, where: str) -> list[AdaptedModule]
 
 
 def factor_updates(
-    adapter: InstalledAdapter, modules: Sequence[AdaptedModule], weights: BaseWeights, max_rank: int
+    adapter: InstalledAdapter, modules: Sequence[AdaptedModule], weights: BaseWeights, max_rank: int, where: str
 ) -> list[FactoredUpdate]:
     """Compute the update of each layer, merged weight minus base weight, and factor it.
 
@@ -89,6 +89,7 @@ def factor_updates(
         modules: what `linear_modules` returned.
         weights: the base.
         max_rank: the most singular directions to keep.
+        where: the adapter, for messages.
 
     Raises:
         UserError: an update is not finite, or changes more than the layer's weight.
@@ -109,9 +110,11 @@ def factor_updates(
         update = changes.pop(f"{module.path}.weight")
         other = next((name for name, change in changes.items() if bool(change.any())), None)
         if other is not None:
-            raise UserError(f"the adapter changes {other}, and a plain LoRA changes matrices only", where=module.path)
+            what = f"the adapter changes {other}, and a plain LoRA changes matrices only"
+            raise UserError(what, where=where, hint=f"Merge it instead: `peftchat merge {where}`.")
         if not bool(update.isfinite().all()):
-            raise UserError(f"the update of {module.path} has values that are not finite", where="the adapter")
+            hint = "The training diverged: take an earlier checkpoint."
+            raise UserError(f"the update of {module.path} has values that are not finite", where=where, hint=hint)
         updates.append(_factor(module, update, max_rank))
     return updates
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from peftchat.console import stderr
 from peftchat.errors import UserError
 from peftchat.merging.adapter_source import install_adapter, read_adapter_config
 from peftchat.merging.empty_model import EmptyModel
@@ -132,7 +133,12 @@ def _proof_data(job: MergeJob, base_name: str, vocabulary: int) -> ProofData:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=place)})
         try:
             found = list(_bounded(_examples(recipe), budget))
-        except UserError:  # the data may have been moved; built-in prompts remain
+        except UserError as error:
+            stderr.print(
+                f"Note: the run's own conversations cannot be read, so built-in prompts are compared: {error}",
+                markup=False,
+                highlight=False,
+            )
             found = []
         if found:
             source: Data = "held-out conversations" if recipe.data.has_eval else "training conversations"

@@ -136,6 +136,30 @@ def load_adapter_state(model: "Adapted", adapter: Adapter, folder: Path) -> None
             raise VerificationError(f"{folder}: the model has no place for the tensor {unexpected[0]}")
 
 
+def save_training_modules(model: "Adapted", adapter: Adapter, folder: Path) -> None:
+    """Write what a variant trains and its adapter's file does not hold into a checkpoint."""
+    if not isinstance(model, PeftModel):
+        return
+    for name, module in adapter.training_modules(model).items():
+        state = {key: full_tensor(tensor).detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+        save_file(state, str(folder / f"{name}.safetensors"), metadata={"format": "pt"})
+
+
+def load_training_modules(model: "Adapted", adapter: Adapter, folder: Path) -> None:
+    """Read what `save_training_modules` wrote.
+
+    Raises:
+        VerificationError: a file is missing.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    for name, module in adapter.training_modules(model).items():
+        file = folder / f"{name}.safetensors"
+        if not file.is_file():
+            raise VerificationError(f"{file}: the checkpoint lacks what `{adapter.name}` trains")
+        module.load_state_dict(load_file(str(file)))
+
+
 def _peft_state(model: PeftModel, adapter: Adapter) -> dict[str, Tensor]:
     trained = {
         id(parameter): full_tensor(parameter)

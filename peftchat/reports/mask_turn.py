@@ -54,6 +54,7 @@ def turn_text(recipe: Recipe, split: Split, number: int, turn: int | None) -> st
     prompt = tokenizer.apply_chat_template(
         conversation.as_dicts()[: turn - 1],
         tools=conversation.tool_schemas(),
+        documents=conversation.documents(),
         add_generation_prompt=True,
         tokenize=False,
     )

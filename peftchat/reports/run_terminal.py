@@ -16,6 +16,7 @@ from peftchat.formatting import (
     format_short_count,
 )
 from peftchat.reports.assessment import assess_run, run_warnings
+from peftchat.runs.eval_losses import GroupLoss
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 
 
@@ -43,6 +44,8 @@ def _truncated_answer(answer: str, most: int = 600) -> str:
     return answer if len(answer) <= most else f"{answer[:most]} …"
 
 
+_GROUPS_SHOWN = 4
+
 _COLORS = {"better": "green", "worse": "red", "failed": "red", "unknown": "yellow"}
 
 
@@ -64,6 +67,7 @@ def _figures(summary: RunSummary) -> Table:
     table.add_column()
     rows = [
         ("training loss", format_decimal(summary.train_loss)),
+        *_losses_by_group(summary),
         ("steps", format_count(summary.steps)),
         ("time", format_duration(summary.seconds)),
         ("tokens", f"{format_count(summary.tokens)}, {format_percent(summary.supervised_share)} supervised"),
@@ -75,6 +79,22 @@ def _figures(summary: RunSummary) -> Table:
         if not value.startswith(UNKNOWN):
             table.add_row(name, value)
     return table
+
+
+def _losses_by_group(summary: RunSummary) -> list[tuple[str, str]]:
+    """Return a row for each way to tell the held-out loss apart that gives several groups."""
+    rows = []
+    for name, groups in (summary.eval_by or {}).items():
+        if len(groups) > 1:
+            shown = [f"{group} {_before_and_after(loss)}" for group, loss in list(groups.items())[:_GROUPS_SHOWN]]
+            more = len(groups) - len(shown)
+            rows.append((f"held out, by {name}", ", ".join(shown) + (f" and {more} more" if more else "")))
+    return rows
+
+
+def _before_and_after(loss: GroupLoss) -> str:
+    after = format_decimal(loss.after)
+    return after if loss.before is None else f"{format_decimal(loss.before)} → {after}"
 
 
 def _per_second(summary: RunSummary) -> str:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _MODEL = ".model.tmp"
 
+_RATE = "training.learning_rate"
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
@@ -48,6 +50,11 @@ class RunFolder:
     def metrics(self) -> MetricsFile:
         """The logged steps."""
         return MetricsFile(self.path / "metrics.jsonl")
+
+    @property
+    def eval_losses(self) -> Path:
+        """The held-out loss of each conversation."""
+        return self.path / "eval_losses.jsonl"
 
     @property
     def fingerprints(self) -> Path:
@@ -160,6 +167,8 @@ class RunFolder:
             if not other.is_complete:
                 other.delete()
         self.metrics.keep_through(checkpoint.step if checkpoint else -1)
+        if checkpoint is None:
+            self.eval_losses.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Delete the empty folders that libraries create before the run begins."""
@@ -207,6 +216,8 @@ class RunFolder:
         # Of paths the content is compared, where it is known.
         known = RunRecord.read(self.fingerprints) is not None
         old, new = (fixed_settings(one, with_paths=not known) for one in (before, as_saved(recipe)))
+        if recipe.training.learning_rate == "auto":
+            new[_RATE] = old[_RATE]  # A resumed run keeps the rate that it was started with.
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) == new.get(key) or (allow_changed and may_be_allowed(key)):
                 continue

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from peftchat.errors import UserError
 from peftchat.files import write_text
+from peftchat.runs.eval_losses import GroupLoss
 from peftchat.runs.fingerprints import Fingerprints
 from peftchat.runs.run_folder import RunFolder
 
@@ -72,22 +73,6 @@ class AddedToken:
         if not moves:
             return "not measured"
         return "learned" if all(move > 0 for move in moves) else "did not move"
-
-
-class KindLoss(BaseModel):
-    """The held-out loss on one kind of text, in nats per token.
-
-    Attributes:
-        tokens: the held-out targets of the kind.
-        before: the loss before the first step; None where it was not measured.
-        after: the loss of the weights that are kept.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    tokens: int
-    before: float | None = None
-    after: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +145,8 @@ class RunSummary(BaseModel):
         expanded: conversations that became several examples because the template rewrites earlier turns.
         expanded_examples: those examples.
         truncated: conversations that lost turns to fit `data.max_length`.
-        eval_loss_by_kind: held-out losses of content, reasoning, tool calls, and other text that answers consist of.
+        eval_by: held-out losses by `source` (file), `role`, `kind` of text (content, reasoning, tool calls, and other
+            text that answers consist of), `turn` among those of its role, and `length` of the conversation in tokens.
         special_token_text: stretches of text spelled like a special token and encoded as ordinary text.
         formats: the format of each data file.
         new_tokens: the tokens added to the vocabulary.
@@ -203,7 +189,7 @@ class RunSummary(BaseModel):
     train_loss: float | None = None
     eval_loss_before: float | None = None
     eval_loss: float | None = None
-    eval_loss_by_kind: dict[str, KindLoss] | None = None
+    eval_by: dict[str, dict[str, GroupLoss]] | None = None
     kept: KeptStep | None = None
     model_flops_utilisation: float | None = None
     attention: str | None = None

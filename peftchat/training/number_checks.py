@@ -112,7 +112,7 @@ class NumberChecks:
     def _stop(self, what: str, *, is_trained: bool = True) -> None:
         training = self._context.recipe.training
         if is_trained:
-            cure = f"Lower training.learning_rate ({format_decimal(training.learning_rate)})"
+            cure = f"Lower training.learning_rate ({format_decimal(training.peak_rate)})"
             if training.max_grad_norm == 0:
                 cure += ", or clip the gradients with training.max_grad_norm: 1 (0 clips nothing)"
             if self._context.recipe.model.dtype == "float16":

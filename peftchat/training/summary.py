@@ -14,7 +14,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from peftchat.chat_template.chat_format import ChatFormat
-from peftchat.chat_template.loss_mask import TARGET_KINDS
 from peftchat.models.added_tokens import (
     MODULE_NAME,
     EmbeddingSnapshot,
@@ -26,7 +25,8 @@ from peftchat.models.added_tokens import (
 from peftchat.models.experts import active_shares
 from peftchat.models.loading import end_ids
 from peftchat.models.saving import is_adapted
-from peftchat.runs.run_summary import AddedToken, KeptStep, KindLoss, MemoryParts, RunSummary, SampleAnswer
+from peftchat.runs.eval_losses import ConversationLoss, group_losses
+from peftchat.runs.run_summary import AddedToken, KeptStep, MemoryParts, RunSummary, SampleAnswer
 from peftchat.training.context import TrainContext
 from peftchat.training.model import TrainableModel
 from peftchat.training.number_checks import number_warnings
@@ -93,32 +93,16 @@ def summarize(
     Returns:
         The summary, the same in every process.
     """
+    held_out = trainer.write_held_out_losses()
     summaries: list[RunSummary | None] = [None]
     if context.is_main:
         context.content.finish(context.run_folder)
-        summary = _summary(context, trainer, model, fitted, samples_after)
+        summary = _summary(context, trainer, model, fitted, samples_after, held_out)
         summary.write(context.run_folder)
         summaries = [summary]
     (summary_of_main,) = broadcast_object_list(summaries)
     assert summary_of_main is not None
     return summary_of_main
-
-
-def _losses_by_kind(evaluations: Sequence[Any], kept: KeptStep | None) -> dict[str, KindLoss] | None:
-    """Return the held-out loss on each kind of text, before training and with the weights that are kept."""
-    of_kept = [line for line in evaluations if kept is None or line["step"] == kept.step]
-    if not of_kept:
-        return None
-    first, last = evaluations[0], of_kept[-1]
-    return {
-        kind: KindLoss(
-            tokens=last[f"eval_tokens_{kind}"],
-            before=first.get(f"eval_loss_{kind}") if first["step"] == 0 else None,
-            after=last[f"eval_loss_{kind}"],
-        )
-        for kind in TARGET_KINDS
-        if f"eval_loss_{kind}" in last
-    }
 
 
 def _summary(
@@ -127,6 +111,7 @@ def _summary(
     model: TrainableModel,
     fitted: FitResult,
     samples_after: Sequence[SampleAnswer],
+    held_out: Sequence[ConversationLoss],
 ) -> RunSummary:
     recipe, distributed, splits = context.recipe, context.distributed, context.splits
     stats, counts = splits["train"].stats, fitted.token_counts
@@ -162,7 +147,7 @@ def _summary(
         train_loss=_mean_training_loss(lines),
         eval_loss_before=evaluations[0]["eval_loss"] if evaluations and evaluations[0]["step"] == 0 else None,
         eval_loss=_final_loss(evaluations, fitted.kept),
-        eval_loss_by_kind=_losses_by_kind(evaluations, fitted.kept),
+        eval_by=group_losses(held_out) if held_out else None,
         kept=fitted.kept,
         model_flops_utilisation=_flops_utilization(context, trainer, counts),
         attention=trainer.causal_model.config._attn_implementation,

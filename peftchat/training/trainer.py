@@ -1,7 +1,7 @@
 """Trainer: TRL's trainer on packs of encoded conversations, and its arguments."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,17 @@ from peftchat.models.saving import (
     is_stored_under_other_names,
     load_adapter_state,
     load_full_weights,
+    load_training_modules,
     save_model_files,
+    save_training_modules,
 )
 from peftchat.models.source import ModelSource
 from peftchat.recipe import training_arguments
 from peftchat.runs.checkpoint import Checkpoint, keep_newest
+from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.training.context import TrainContext
 from peftchat.training.distributed import deepspeed_config
+from peftchat.training.held_out import HeldOutLosses, write_losses
 from peftchat.training.learning_rate import ContinuedScheduleCallback, begin_above_zero
 from peftchat.training.loss import install_supervised_forward
 from peftchat.training.model import TrainableModel, select_attention
@@ -137,6 +141,7 @@ class ChatTrainer(SFTTrainer):
     def __init__(
         self, context: TrainContext, model: TrainableModel, config: "SFTConfig", layout: "BatchLayout"
     ) -> None:
+        self._context = context
         self._adapter = context.recipe.adapter
         self._content = context.content
         self._keep = context.recipe.training.save_total_limit
@@ -164,7 +169,8 @@ class ChatTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self.throughput = Throughput(self._collators["train"].num_tracked, _resumed_counts(context.checkpoint))
         self._reported = TokenCounts(**self.throughput.counts.as_dict())
-        self.checks = NumberChecks(context, self.args.device, self._gather_objects, self._sum_over_processes)
+        self.held_out: HeldOutLosses | None = None
+        self.checks = NumberChecks(context, self.args.device, self.gather_objects, self._sum_over_processes)
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -247,9 +253,23 @@ class ChatTrainer(SFTTrainer):
         for any batch size and number of processes.
         """
         metrics = self.held_out_metrics(metric_key_prefix)
+        if self.state.global_step == 0:
+            self.write_held_out_losses()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def write_held_out_losses(self) -> Sequence[ConversationLoss]:
+        """Write the last evaluation's losses into the run folder, and return them; every process must call it.
+
+        A resumed run that had evaluated its last step already evaluates it here. Without held-out data there are none.
+        """
+        if self.eval_dataset is None:
+            return ()
+        if self.held_out is None:
+            self.held_out_metrics()
+        assert self.held_out is not None
+        return write_losses(self.held_out, self._context, self.gather_objects)
 
     def held_out_metrics(self, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Compute what `evaluate` returns, without logging it; every process must call it."""
@@ -260,7 +280,7 @@ class ChatTrainer(SFTTrainer):
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         model = self.model_wrapped
         sums = torch.zeros(3, dtype=torch.float64)
-        by_kind = torch.zeros(2, len(TARGET_KINDS), dtype=torch.float64)
+        held_out = HeldOutLosses(self.state.global_step)
         not_finite: list[int] = []
         with self.throughput.paused(), torch.no_grad():
             was_training = model.training
@@ -275,17 +295,19 @@ class ChatTrainer(SFTTrainer):
                     outputs = model(**self._model_inputs(inputs), supervised=True)
                 if index < len(batches):
                     count = (inputs["labels"] >= 0).sum()
-                    added = torch.stack([outputs.loss, outputs.correct, count]).double().cpu()
+                    # Single losses are summed in float64, so that those of all conversations sum to this one.
+                    losses = outputs.losses.double()
+                    added = torch.stack([losses.sum(), outputs.correct.double(), count.double()]).cpu()
                     not_finite += [] if torch.isfinite(added).all() else batch["examples"].tolist()
                     sums += added
-                    kinds = torch.from_numpy(collator.target_kinds(of_batch))
-                    by_kind[0].index_add_(0, kinds, outputs.losses.double().cpu())
-                    by_kind[1] += torch.bincount(kinds, minlength=len(TARGET_KINDS))
+                    held_out.add(collator.target_cells(of_batch), losses.cpu().numpy())
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             model.train(was_training)
         loss, correct, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        by_kind = torch.from_numpy(held_out.by_kind())
         kind_sums = self.accelerator.reduce(by_kind.to(self.args.device), "sum").T.tolist()
         self.checks.check_evaluation(loss / max(count, 1), not_finite, self.state.global_step)
+        self.held_out = held_out
         metrics = {
             f"{metric_key_prefix}_loss": loss / max(count, 1),
             f"{metric_key_prefix}_accuracy": correct / max(count, 1),
@@ -368,6 +390,8 @@ class ChatTrainer(SFTTrainer):
                 adapter=self._adapter, dtype=None, is_main=self.args.should_save,
                 wrapped=self.model_wrapped if self.is_deepspeed_enabled else None,
             )  # fmt: skip
+            if self._adapter is not None and self.args.should_save:
+                save_training_modules(self.model, self._adapter, folder)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint after the last step; every process must call it."""
@@ -383,7 +407,7 @@ class ChatTrainer(SFTTrainer):
                 checkpoint.begin()
             self.accelerator.wait_for_everyone()
             Trainer._save_checkpoint(self, model, trial)
-            counts = self._gather_objects(self.throughput.collect().as_dict())
+            counts = self.gather_objects(self.throughput.collect().as_dict())
             if self.args.should_save:
                 checkpoint.mark_complete(counts, self._content.marker())
                 keep_newest(folder, self._keep, best_step=self.state.best_global_step if self._loads_best else None)
@@ -393,7 +417,8 @@ class ChatTrainer(SFTTrainer):
         total: Tensor = self.accelerator.reduce(value, "sum")
         return total
 
-    def _gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the values of all processes; every process must call it."""
         if self.accelerator.num_processes == 1:
             return [value]
         gathered: list[Any] = [None] * self.accelerator.num_processes
@@ -407,6 +432,7 @@ class ChatTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._adapter is not None:
             load_adapter_state(self.model, self._adapter, Path(resume_from_checkpoint))
+            load_training_modules(self.model, self._adapter, Path(resume_from_checkpoint))
         elif is_stored_under_other_names(self.causal_model):
             # transformers' trainer passes over the tensors whose names it does not find in the model.
             load_full_weights(self.causal_model, Path(resume_from_checkpoint))
@@ -435,7 +461,7 @@ class ChatTrainer(SFTTrainer):
 
     def gather_token_counts(self) -> TokenCounts:
         """Return the counts of all processes; every process must call it."""
-        counts = self._gather_objects(self.throughput.collect().as_dict())
+        counts = self.gather_objects(self.throughput.collect().as_dict())
         return TokenCounts.merge([TokenCounts(**one) for one in counts])
 
 

@@ -85,6 +85,15 @@ class Adalora(TargetedAdapter):
         finally:
             config.rank_pattern = pattern
 
+    def load_adapter_state(self, model: "PeftModel", state: "dict[str, Tensor]") -> list[str]:
+        """Put full matrices into the model; with ranks in its config, PEFT would cut its layers to them first."""
+        config: AdaLoraConfig = model.peft_config["default"]
+        pattern, config.rank_pattern = config.rank_pattern, None
+        try:
+            return super().load_adapter_state(model, state)
+        finally:
+            config.rank_pattern = pattern
+
     def export_config(self, config: "PeftConfig") -> None:
         """Leave out the ranks, since the file holds full matrices."""
         config.rank_pattern = None

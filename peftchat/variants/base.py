@@ -17,7 +17,7 @@ from peftchat.variants.model_shape import ModelShape, Targets
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 CalibrationBatches: TypeAlias = "Callable[[int], Iterator[dict[str, Tensor]]]"
@@ -81,7 +81,8 @@ class Variant(StrictModel):
         summary: one sentence that says what it does.
         paper: None for a method without a paper of its own.
         aliases: other names that a recipe may use.
-        learning_rate: peak learning rate if the recipe sets none.
+        learning_rate: its own peak learning rate, which a recipe that sets none gets where no rule by width is known.
+        auto_factor: its learning rate as a multiple of the rule for LoRA by width; None where no such rule is known.
         incompatible_with: settings that it does not work with -> the reason, found by running them unless it says
             otherwise.
         tested_zero_stages: ZeRO stages under which it was run, and trained as in one process. Others are allowed, and
@@ -101,6 +102,7 @@ class Variant(StrictModel):
     paper: ClassVar[Paper | None] = None
     aliases: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float]
+    auto_factor: ClassVar[float | None] = None
     incompatible_with: ClassVar[Mapping[Setting, str]] = MappingProxyType({})
     tested_zero_stages: ClassVar[frozenset[Stage]] = frozenset()
     mergeable: ClassVar[bool] = True
@@ -301,6 +303,10 @@ class Adapter(Variant):
         from peft import set_peft_model_state_dict
 
         return list(set_peft_model_state_dict(model, state).unexpected_keys)
+
+    def training_modules(self, model: "PeftModel") -> "dict[str, nn.Module]":
+        """Return modules that are trained and that an adapter's file does not hold, for checkpoints, by name."""
+        return {}
 
     def export_config(self, config: "PeftConfig") -> None:
         """Change a copy of the PEFT config into the one for the adapter's file."""

@@ -1,12 +1,16 @@
 """Variants that leave the weights alone and train vectors in front of every prompt."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from peftchat.errors import UserError
 from peftchat.variants.base import Adapter, Formerly, Paper, incompatible
 from peftchat.variants.model_shape import ModelShape
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor, nn
 
 
 class PromptAdapter(Adapter):
@@ -20,6 +24,13 @@ class PromptAdapter(Adapter):
     unmergeable_because = "it trains vectors that are put before the prompt, not weights"
     merge_hint = "Keep base and adapter side by side: `peftchat chat RUN` and stock PEFT load them."
     vllm = "no"
+
+    def load_adapter_state(self, model: "PeftModel", state: "dict[str, Tensor]") -> list[str]:
+        """Put the vectors of an adapter's file into the model.
+
+        PEFT loads them by themselves, and then names them as unexpected.
+        """
+        return [name for name in super().load_adapter_state(model, state) if name != "prompt_embeddings"]
 
 
 VirtualTokens = Annotated[int, Formerly("virtual_tokens"), Field(ge=1)]
@@ -55,6 +66,10 @@ class PTuning(PromptAdapter):
     encoder_hidden_size: Annotated[int, Formerly("encoder_hidden")] = Field(
         128, ge=1, description="Hidden size of the network that computes the vectors during training."
     )
+
+    def training_modules(self, model: "PeftModel") -> "dict[str, nn.Module]":
+        """Return the network: an adapter's file holds the vectors that it computed."""
+        return {"prompt_encoder": model.prompt_encoder}
 
 
 class PrefixTuning(PromptAdapter):

@@ -152,6 +152,11 @@ class ChatTemplate:
         return None
 
     @property
+    def reads_documents(self) -> bool:
+        """Whether the template reads the `documents` of a record: ours do not."""
+        return False
+
+    @property
     def missing_roles(self) -> frozenset[Role]:
         """The roles that it cannot write and that the recipe says what to do with: none, such are refused."""
         return frozenset()

@@ -1,7 +1,9 @@
 """A converted adapter: stock PEFT loads it, and it computes what its proof says."""
 
 import json
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,7 +194,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "biases": (lambda: LoraConfig(target_modules=LINEAR, use_dora=True, bias="lora_only"), "trained biases"),
     "embeddings": (
         lambda: LoraConfig(target_modules=["embed_tokens"], use_dora=True),
-        "Embedding on model.embed_tokens",
+        "on model.embed_tokens (Embedding)",
     ),
 }
 
@@ -260,3 +262,26 @@ def test_a_base_that_has_moved_is_named(dora: Trained, tmp_path: Path) -> None:
         export_lora(dora.run, LoraOptions(rank=64))
     folder, report = export_lora(dora.run, LoraOptions(rank=64, base=str(moved)))
     assert report.base == str(moved) and apart(stock_logits(moved, folder), dora.logits) < 1e-5
+
+
+def test_a_disk_without_room_is_one_message(dora: Trained) -> None:
+    # A limit of the process on the size of files does what a full disk does.
+    former, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write: "):
+            export_lora(dora.run, LoraOptions())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, former)
+    assert not list(dora.run.glob("lora*"))
+
+
+def test_stacked_experts_are_refused_and_attention_beside_them_is_not(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "qwen3_moe")
+    experts = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.raises(UserError, match="stacked experts"):
+        export_lora(train_by_noise(base, tmp_path / "experts", experts).run, LoraOptions())
+    attention = train_by_noise(base, tmp_path / "run", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    folder, _ = export_lora(attention.run, LoraOptions(rank=64))
+    assert apart(stock_logits(base, folder), attention.logits) < 1e-5

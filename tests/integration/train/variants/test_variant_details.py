@@ -52,7 +52,9 @@ def test_loftq_undoes_part_of_the_quantization(train: VariantTrainer) -> None:
     assert errors["loftq"] < 0.7 * errors["lora"]
 
 
-@pytest.mark.parametrize("name", ["pissa", "eva", "ia3", "trainable_tokens", "adalora"])
+@pytest.mark.parametrize(
+    "name", ["pissa", "eva", "ia3", "trainable_tokens", "adalora", "prompt_tuning", "p_tuning", "prefix_tuning"]
+)
 def test_a_killed_run_resumed_ends_where_a_whole_one_does(name: str, train: VariantTrainer, tmp_path: Path) -> None:
     run = train.train(name, tmp_path / "run", training=SAVING).run
     whole = tensors_of(run)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import sys
@@ -94,7 +95,7 @@ def train(
             _launch(loaded, distributed, arguments, TrainOptions(resume, allow_changed))
         return RunSummary.read(run_folder)
     with claimed_by_run(run_folder):
-        loaded, auto_settings = choose_settings(loaded, distributed)
+        loaded, auto_settings = choose_settings(loaded, distributed, resume=resume)
         if is_main_process():
             try_model_card(loaded.recipe)
         options = TrainOptions(
@@ -354,14 +355,14 @@ def _check_run_folder(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool
 
 
 def choose_settings(
-    loaded: LoadedRecipe, distributed: "DistributedSetup"
+    loaded: LoadedRecipe, distributed: "DistributedSetup", *, resume: bool = False
 ) -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
     """Choose the settings that a recipe leaves open, and print them once for all processes."""
     from peftchat.console import stderr
     from peftchat.planning.auto_settings import resolve_auto_settings
     from peftchat.training.several_processes import is_main_process
 
-    loaded, auto_settings = resolve_auto_settings(loaded, distributed)
+    loaded, auto_settings = resolve_auto_settings(loaded, distributed, resume=resume)
     if is_main_process():
         for setting in auto_settings:
             stderr.print(f"Chosen: {setting}", markup=False, highlight=False)
@@ -400,9 +401,12 @@ def _launch(
     loaded: LoadedRecipe, distributed: "DistributedSetup", arguments: Sequence[str], options: "TrainOptions"
 ) -> None:
     """Check and encode everything once, so that an error is printed once; then start the processes."""
+    from peftchat.planning.auto_settings import choose_rate
     from peftchat.training.context import check_content
     from peftchat.training.launch import launch
 
+    # Every process chooses it again, by the same rule.
+    loaded = dataclasses.replace(loaded, recipe=choose_rate(loaded.recipe, resume=options.resume)[0])
     check_content(loaded, options, distributed)
     status = launch(distributed, arguments)
     if status:

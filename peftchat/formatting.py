@@ -43,6 +43,12 @@ def format_percent(value: float | None) -> str:
     return f"{percent:.0f} %" if percent == 0 or abs(percent) >= 9.95 else f"{percent:.1f} %"
 
 
+def format_rate(rate: float) -> str:
+    """Format a learning rate with two digits: `2e-4`, `1.3e-3`."""
+    mantissa, exponent = f"{rate:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
 def format_decimal(value: float | None) -> str:
     """Return four significant digits, in scientific notation below 1e-3 and from 1e5 on."""
     if value is None:

@@ -23,7 +23,7 @@ from peftchat.formatting import format_bytes
 from peftchat.logging_setup import quiet_libraries
 from peftchat.variants import VARIANTS, Variant, get_variant
 from peftchat.variants.base import Adapter
-from peftchat.variants.describe import bits, format_rate
+from peftchat.variants.describe import bits, rate_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".cache" / "variants"
@@ -265,9 +265,10 @@ def _published() -> dict[str, dict[str, str]]:
 
 def _registry() -> Iterator[str]:
     yield (
-        "Rate: the learning rate if the recipe sets none. ZeRO: the stages it trains under; ? = expected to work, not "
-        "tested. vLLM: how it serves the result, by its documentation and `vllm/lora/peft_helper.py`, not run here; an "
-        "adapter with embeddings of added tokens is always merged first. LoRA conversion: whether `peftchat export "
+        "Rate: the learning rate if the recipe sets none; auto follows from the model's width, auto/10 is a tenth of "
+        "it. ZeRO: the stages it trains under; ? = expected to work, not tested. vLLM: how it serves the result, "
+        "by its documentation and `vllm/lora/peft_helper.py`, not run here; an adapter with embeddings of added tokens "
+        "is always merged first. LoRA conversion: whether `peftchat export "
         "--to lora` makes a plain LoRA of it; `lower rank` for what is one already "
         "([serving.md](serving.md#plain-lora)).\n"
     )
@@ -278,7 +279,7 @@ def _registry() -> Iterator[str]:
             f"`{variant.name}`",
             variant.summary,
             _paper(variant),
-            format_rate(variant.learning_rate),
+            rate_text(variant),
             bits(variant),
             variant.zero_stages() or "no",
             "yes" if variant.mergeable else f"no: {variant.merge_hint}",

@@ -40,7 +40,7 @@ def command(
     loaded = load_recipe(recipe, overrides)
     if dry_run:
         distributed = api.prepare_training(loaded, resume=resume, allow_changed=allow_changed)
-        loaded, _ = api.choose_settings(loaded, distributed)
+        loaded, _ = api.choose_settings(loaded, distributed, resume=resume)
         from peftchat.planning.plan_report import print_dry_run
 
         print_dry_run(loaded, distributed)

@@ -1,7 +1,8 @@
 """Plan of a comparison: its options, its budget and the recipe of every run."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,10 +19,10 @@ from peftchat.comparing.hyperparameter_search import (
 from peftchat.errors import UserError
 from peftchat.paths import escape_path
 from peftchat.recipe import load_recipe
-from peftchat.variants import get_variant
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
+    from peftchat.training.rate_rule import ModelWidth
 
 
 BudgetKind = Literal["steps", "tokens", "minutes"]
@@ -79,22 +80,31 @@ LR_FACTORS = (1 / 3, 1.0, 3.0)
 """Factors around the expected learning rate."""
 
 
-def expected_lr(candidate: Candidate, loaded: "LoadedRecipe") -> float:
+def expected_lr(
+    candidate: Candidate, loaded: "LoadedRecipe", width: "Callable[[Recipe], ModelWidth] | None" = None
+) -> float:
     """Return the learning rate that is likely to suit a candidate.
 
-    It is the default of its variant. If the recipe sets a learning rate, the default is scaled by the ratio between
-    that rate and the default of the recipe's own variant.
+    It is what `training.learning_rate: auto` gives for it. If the recipe sets a number, that is scaled by the ratio
+    between the number and what `auto` gives for the recipe itself.
 
     Args:
         candidate: the variant and its settings.
         loaded: the recipe that all candidates share.
+        width: how to find the width of the base; None to read its config.
+
+    Raises:
+        UserError: the candidate's recipe is invalid, or the width of its base cannot be read.
     """
-    recipe = loaded.recipe
-    default = get_variant(candidate.variant).learning_rate
-    if loaded.document.value(("training", "learning_rate")) is None:
-        return default
-    recipe_variant = "full" if recipe.adapter is None else recipe.adapter.variant
-    return _round_lr(recipe.training.learning_rate * default / get_variant(recipe_variant).learning_rate)
+    from peftchat.training.rate_rule import read_width, rule_rate
+
+    width = width or read_width
+    flags = [*loaded.overrides, *override_flags(candidate.settings)]
+    rule = rule_rate(load_recipe(loaded.path, flags).recipe, width).value
+    rate = loaded.recipe.training.learning_rate
+    if rate == "auto":
+        return rule
+    return _round_lr(rate * rule / rule_rate(loaded.recipe, width).value)
 
 
 def lr_grid(rate: float) -> tuple[float, ...]:
@@ -179,16 +189,26 @@ class ComparePlan:
         """The number of training runs if none fails."""
         return sum(self.search(candidate).num_trials + self.options.num_seeds - 1 for candidate in self.candidates)
 
+    @functools.cached_property
+    def _width(self) -> "ModelWidth":
+        """The width of the base, which all candidates share."""
+        from peftchat.training.rate_rule import read_width
+
+        return read_width(self.base.recipe)
+
+    def _expected_lr(self, candidate: Candidate) -> float:
+        return expected_lr(candidate, self.base, lambda _: self._width)
+
     def search(self, candidate: Candidate) -> Search:
         """Start a search over the settings of one candidate."""
         options = self.options
         if options.num_trials:
             searched = {searched.key for searched in options.ranges}
-            fixed = {} if LEARNING_RATE in searched else {LEARNING_RATE: expected_lr(candidate, self.base)}
+            fixed = {} if LEARNING_RATE in searched else {LEARNING_RATE: self._expected_lr(candidate)}
             return TPESearch(options.num_trials, options.ranges, fixed, self.seeds[0])
         if options.learning_rates is not None:
             return LearningRateGrid(options.learning_rates)
-        rate = expected_lr(candidate, self.base)
+        rate = self._expected_lr(candidate)
         return LearningRateGrid(lr_grid(rate) if options.search_lr else [rate])
 
     def run_recipe(self, job: TrainingJob, output_dir: Path, data: Path) -> "Recipe":
@@ -253,6 +273,8 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     _check_sources(base.recipe)
     plan = ComparePlan(options, base, make_candidates(options.variants, options.axes))
     for candidate in plan.candidates:
+        _check_recipe(plan, candidate, {})
+    for candidate in plan.candidates:
         _check_candidate(plan, candidate)
     return plan
 
@@ -269,13 +291,25 @@ def _check_candidate(plan: ComparePlan, candidate: Candidate) -> None:
         highest = {searched.key: int(searched.high) if searched.integer else searched.high for searched in ranges}
         known = [lowest, highest]
     else:
-        known = list(iter(plan.search(candidate).ask, None))
+        known = _tried(plan, candidate)
     for settings in known:
-        try:
-            plan.recommended_recipe(candidate, settings)
-            plan.run_recipe(TrainingJob(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
-        except UserError as error:
-            raise UserError(error.message, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
+        _check_recipe(plan, candidate, settings)
+
+
+def _check_recipe(plan: ComparePlan, candidate: Candidate, settings: Settings) -> None:
+    try:
+        plan.recommended_recipe(candidate, settings)
+        plan.run_recipe(TrainingJob(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
+    except UserError as error:
+        raise UserError(error.message, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
+
+
+def _tried(plan: ComparePlan, candidate: Candidate) -> list[Settings]:
+    """Return the settings of every trial of a candidate, whose recipe is loaded for them."""
+    try:
+        return list(iter(plan.search(candidate).ask, None))
+    except UserError as error:
+        raise UserError(error.message, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
 
 
 def _shared_settings(options: CompareOptions) -> dict[str, object]:

@@ -152,15 +152,23 @@ def check_quantized_targets(recipe: "Recipe", config: "PeftConfig", shape: Model
     """
     if recipe.quantization is None:
         return
+    layer = layer_as_parameter(config, shape)
+    if layer is not None:
+        raise UserError(
+            f"`{layer}` of this `{shape.model_type}` cannot be adapted in {recipe.quantization.bits} bits: PEFT "
+            "takes its name for one of an expert's layers, and reaches it only as an unquantized parameter",
+            where="method: qlora",
+            hint="Use method: lora, or set target_modules: attention.",
+        )
+
+
+def layer_as_parameter(config: "PeftConfig", shape: ModelShape) -> str | None:
+    """Return a linear layer that PEFT adapts as a parameter, which must not be quantized; None if there is none."""
     for target in getattr(config, "target_parameters", None) or ():
         layer = target.removesuffix(".weight")
-        if target.endswith(".weight") and any(is_target(name, layer) for name in shape.linear):
-            raise UserError(
-                f"`{layer}` of this `{shape.model_type}` cannot be adapted in {recipe.quantization.bits} bits: PEFT "
-                "takes its name for one of an expert's layers, and reaches it only as an unquantized parameter",
-                where="method: qlora",
-                hint="Use method: lora, or set target_modules: attention.",
-            )
+        if layer != target and any(is_target(name, layer) for name in shape.linear):
+            return str(layer)
+    return None
 
 
 def add_adapter(

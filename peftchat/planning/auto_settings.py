@@ -1,16 +1,20 @@
-"""Auto settings: checkpointing and micro-batch size by predicted memory."""
+"""Auto settings: checkpointing and micro-batch size by predicted memory, the learning rate by a rule."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftchat.errors import UserError
-from peftchat.formatting import format_bytes
+from peftchat.formatting import format_bytes, format_rate
 from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.planner import Planner, largest_batch
 from peftchat.planning.settings import PlanSettings, settings_for
+from peftchat.recipe import load_recipe
+from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import AutoSetting
+from peftchat.training.rate_rule import rule_rate
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe, Recipe
@@ -128,21 +132,61 @@ def choose_batch(planner: "Planner", settings: PlanSettings, device_memory: int,
     return ChosenSettings(chosen, peak, reason)
 
 
+def choose_rate(recipe: "Recipe", *, resume: bool = False) -> "tuple[Recipe, tuple[AutoSetting, ...]]":
+    """Choose the learning rate where the recipe says `auto`.
+
+    Args:
+        recipe: the recipe.
+        resume: keep the rate of the run that its folder holds, which may have been planned for other steps.
+
+    Returns:
+        The recipe with a number, and the chosen setting.
+
+    Raises:
+        UserError: the width of the model cannot be read.
+    """
+    if recipe.training.learning_rate != "auto":
+        return recipe, ()
+    started = _started_rate(recipe) if resume else None
+    if started is not None:
+        value, reason = started, "the rate that the run was started with"
+    else:
+        rule = rule_rate(recipe)
+        value, reason = rule.value, rule.reason
+    training = recipe.training.model_copy(update={"learning_rate": value})
+    setting = AutoSetting("training.learning_rate", format_rate(value), reason)
+    return recipe.model_copy(update={"training": training}), (setting,)
+
+
+def _started_rate(recipe: "Recipe") -> float | None:
+    run_folder = RunFolder(Path(recipe.output_dir))
+    if not run_folder.has_started:
+        return None
+    rate = load_recipe(run_folder.recipe, to_train=False, upgrade=True).recipe.training.learning_rate
+    return None if rate == "auto" else rate
+
+
 def resolve_auto_settings(
-    loaded: "LoadedRecipe", distributed: "DistributedSetup"
+    loaded: "LoadedRecipe", distributed: "DistributedSetup", *, resume: bool = False
 ) -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
     """Choose the settings that the recipe leaves open.
+
+    Args:
+        loaded: the recipe.
+        distributed: the processes of the run.
+        resume: whether the run that its folder holds is to go on.
 
     Returns:
         The recipe with every value set, and the chosen settings.
 
     Raises:
-        UserError: the global batch size is not divisible by the number of processes.
+        UserError: the global batch size is not divisible by the number of processes, or the width of the model cannot
+            be read.
     """
-    recipe = loaded.recipe
+    recipe, chosen_rate = choose_rate(loaded.recipe, resume=resume)
     training = recipe.training
     if training.gradient_checkpointing is not None and training.global_batch_size is None:
-        return loaded, ()
+        return replace(loaded, recipe=recipe), chosen_rate
     _check_divisible(loaded, distributed.world_size)
     hardware = this_machine(distributed.processes)
     planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
@@ -157,7 +201,7 @@ def resolve_auto_settings(
             "global_batch_size": None,
         }
     complete = recipe.model_copy(update={"training": training.model_copy(update=values)})
-    return replace(loaded, recipe=complete), auto_settings
+    return replace(loaded, recipe=complete), (*chosen_rate, *auto_settings)
 
 
 def _check_divisible(loaded: "LoadedRecipe", processes: int) -> None:

@@ -12,8 +12,10 @@ from torch import nn
 from peftchat.errors import UserError
 from peftchat.models.added_tokens import find_added_tokens
 from peftchat.models.experts import active_shares, expert_parameters
-from peftchat.models.peft_model import expert_notes, freeze_layers
+from peftchat.models.peft_model import expert_notes, freeze_layers, layer_as_parameter, model_shape, peft_config
 from peftchat.planning.tracing import decoder_layers, decoder_linears, meta_model, wrap
+from peftchat.training.hints import all_in_attention
+from peftchat.training.rate_rule import width_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -90,6 +92,7 @@ class TrainableCounts:
         active: the trainable weights that one token uses.
         modules: name of each kind of trained module without its layer's number -> number of modules and weights.
         notes: what the recipe's default became on this model.
+        quantizable: whether the base can be quantized under this adapter.
     """
 
     parameters: int
@@ -98,6 +101,12 @@ class TrainableCounts:
     active: int
     modules: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    quantizable: bool = True
+
+    @property
+    def attention_only(self) -> bool:
+        """Whether all of them lie in attention."""
+        return all_in_attention(self.modules)
 
 
 def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
@@ -120,7 +129,7 @@ def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
     return ParameterCounts(
         model_type=str(text.model_type),
         num_layers=int(text.num_hidden_layers),
-        hidden_size=int(text.hidden_size),
+        hidden_size=width_of(config) or int(embedding.weight.shape[1]),
         intermediate_size=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 0),
         num_heads=int(text.num_attention_heads),
         num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
@@ -152,13 +161,15 @@ def trainable_counts(config: "PretrainedConfig", recipe: "Recipe", new_tokens: i
         return _count(model, [named for named in model.named_parameters() if named[1].requires_grad], config, ())
     model.requires_grad_(False)
     notes = expert_notes(recipe, model)
+    adapter = peft_config(recipe, model)
+    quantizable = adapter is None or layer_as_parameter(adapter, model_shape(model)) is None
     wrapped = wrap(model, recipe, new_tokens)
     added = find_added_tokens(model)
     added_ids = set() if added is None else {id(parameter) for parameter in added.parameters()}
     trainable = [(name, parameter) for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
     counts = _count(wrapped, [named for named in trainable if id(named[1]) not in added_ids], config, notes)
     every = sum(parameter.numel() for _, parameter in trainable)
-    return replace(counts, new_token_parameters=every - counts.parameters)
+    return replace(counts, new_token_parameters=every - counts.parameters, quantizable=quantizable)
 
 
 def _count(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftchat.models.source import ModelSource
-from peftchat.planning.auto_settings import choose_auto_settings
+from peftchat.planning.auto_settings import choose_auto_settings, choose_rate
 from peftchat.planning.hardware import Hardware
 from peftchat.planning.memory import MemoryPlan
 from peftchat.planning.parameter_counts import ParameterCounts, TrainableCounts
@@ -20,6 +20,7 @@ from peftchat.planning.planner import (
     largest_length,
 )
 from peftchat.planning.settings import DatasetSize, PlanSettings, read_dataset_size, settings_for, total_steps
+from peftchat.training.hints import RunSize, find_hints
 from peftchat.training.throughput import training_flops
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ class TrainingPlan:
         unread_reason: why the data was not read.
         estimated: whether activations are estimated, because the architecture could not be traced.
         auto_settings: the settings that the recipe leaves open, with the reason of each choice.
+        hints: what published evidence warns of.
     """
 
     model: str
@@ -163,6 +165,7 @@ class TrainingPlan:
     unread_reason: str | None
     estimated: bool
     auto_settings: Sequence[str]
+    hints: Sequence[str]
 
     @property
     def fits(self) -> bool:
@@ -185,6 +188,7 @@ def plan_training(
     Raises:
         UserError: the config cannot be read, or the adapter does not fit the model.
     """
+    recipe, chosen_rate = choose_rate(recipe)
     found = read_dataset_size(recipe) if read_data else "not requested"
     dataset = found if isinstance(found, DatasetSize) else None
     planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
@@ -192,6 +196,7 @@ def plan_training(
     settings, auto_settings = choose_auto_settings(
         recipe, planner, planner.with_own_attention(settings_for(recipe, hardware, dataset)), device_memory
     )
+    auto_settings = (*chosen_rate, *auto_settings)
     memory = planner.memory(settings)
     fits = memory.total <= device_memory
     return TrainingPlan(
@@ -210,8 +215,36 @@ def plan_training(
         dataset=dataset,
         unread_reason=None if isinstance(found, DatasetSize) else found,
         estimated=planner.estimated,
-        auto_settings=tuple(f"{setting.key}: {setting.reason}" for setting in auto_settings),
+        hints=planned_hints(recipe, planner, settings, dataset),
+        auto_settings=tuple(str(setting) for setting in auto_settings),
     )
+
+
+def planned_hints(
+    recipe: "Recipe", planner: Planner, settings: PlanSettings, dataset: DatasetSize | None
+) -> tuple[str, ...]:
+    """Return what published evidence warns of.
+
+    Args:
+        recipe: the recipe.
+        planner: counts its trainable parameters.
+        settings: its settings on the device.
+        dataset: the size of the data, if it was read.
+    """
+    trainable = planner.trainable(settings)
+    size = RunSize(trainable.parameters, trainable.attention_only)
+    if dataset is not None:
+        steps = total_steps(recipe, dataset, settings) or 0
+        size = RunSize.of_steps(
+            trainable.parameters,
+            attention_only=trainable.attention_only,
+            supervised_tokens=round(dataset.tokens * dataset.supervised),
+            conversations=dataset.conversations,
+            sequences=dataset.sequences,
+            sequences_per_step=settings.batch * settings.accumulation * settings.processes,
+            steps=steps,
+        )
+    return find_hints(recipe, size)
 
 
 def _plan_cost(

@@ -19,6 +19,7 @@ from peftchat.formatting import format_bytes, format_count, format_duration, for
 from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.memory import PARTS
+from peftchat.planning.plan import planned_hints
 from peftchat.planning.planner import Planner
 from peftchat.planning.settings import (
     DatasetSize,
@@ -81,6 +82,8 @@ def print_plan(plan: "TrainingPlan", console: Console) -> None:
         console.print(_grid_table(plan.grid))
     for note in _notes(plan):
         console.print(Text.assemble(("note: ", "yellow"), note), soft_wrap=False)
+    for hint in plan.hints:
+        console.print(Text.assemble(("hint: ", "cyan"), hint), soft_wrap=False)
 
 
 def _headline(plan: "TrainingPlan") -> Text:
@@ -294,6 +297,7 @@ def as_json(plan: "TrainingPlan", probe: "MeasuredRun | None") -> dict[str, Any]
         "dataset": None if plan.dataset is None else asdict(plan.dataset),
         "estimated": plan.estimated,
         "auto_settings": list(plan.auto_settings),
+        "hints": list(plan.hints),
         "probe": None if probe is None else asdict(probe),
     }
 
@@ -343,6 +347,8 @@ def print_dry_run(loaded: "LoadedRecipe", distributed: DistributedSetup) -> None
     ):
         table.add_row(name, value)
     stdout.print(table)
+    for hint in planned_hints(recipe, planner, settings, dataset):
+        stdout.print(Text.assemble(("hint: ", "cyan"), hint))
     stdout.print()
     stdout.print(_example_text(recipe, chat, splits["train"]))
 

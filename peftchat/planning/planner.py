@@ -289,8 +289,18 @@ class Planner:
 
         Settings are named as `4 bits`, `zero3` or `checkpointing`.
         """
+        if setting in ("4 bits", "8 bits") and not self._quantizable:
+            return False
         adapter = self.recipe.adapter
         return adapter is None or adapter.incompatibility(setting) is None
+
+    @functools.cached_property
+    def _quantizable(self) -> bool:
+        """Whether the base can be quantized under the recipe's adapter, or under the default one."""
+        counted = next((counts for (full, _), counts in self._trainable.items() if not full), None)
+        if counted is None:
+            counted = self._trainable[False, 0] = trainable_counts(self.config, self._with_method("lora"), 0)
+        return counted.quantizable
 
     def memory(self, settings: PlanSettings) -> MemoryPlan:
         """Predict the peak of one device with these settings."""

@@ -63,6 +63,7 @@ class DatasetSize:
     """The size of a recipe's training data.
 
     Attributes:
+        conversations: encoded conversations per epoch.
         sequences: examples or packs per epoch.
         tokens: tokens per epoch, without padding.
         longest: tokens of the longest example or pack.
@@ -72,6 +73,7 @@ class DatasetSize:
         notes: what reading left out, changed or noticed, of all splits.
     """
 
+    conversations: int
     sequences: int
     tokens: int
     longest: int
@@ -124,6 +126,7 @@ def dataset_size(recipe: "Recipe", chat: "ChatFormat", split: "EncodedSplit") ->
     lengths = np.asarray(split.store.lengths)
     sequences = _sequences(recipe, lengths)
     return DatasetSize(
+        conversations=len(lengths),
         sequences=len(sequences),
         tokens=int(lengths.sum()),
         longest=int(sequences.max()),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from peftchat.recipe.error_messages import section_of
-from peftchat.recipe.schema import LEARNING_RATES, Recipe
+from peftchat.recipe.schema import Recipe
 from peftchat.recipe.sections import DataEntry, Method
 from peftchat.strict_model import StrictModel
 from peftchat.variants import ADAPTERS, Adapter
@@ -290,7 +290,7 @@ def starting_recipe(method: Method, target: Path, *, model: str | None = None, d
         "model.name": "" if model is None else json.dumps(model, ensure_ascii=False),
         "data.train": "" if data is None else f"[{{path: {json.dumps(data, ensure_ascii=False)}}}]",
         "data.eval_fraction": "0.05",
-        "training.learning_rate": f"{LEARNING_RATES[method]:.0e}".replace("e-0", "e-"),
+        "training.learning_rate": "auto",
     }
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",

@@ -1,9 +1,11 @@
 """The `adapter` section: each variant takes settings of its own."""
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, WithJsonSchema, create_model, model_validator
+from pydantic_core import PydanticCustomError
 
 from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.recipe.document import Document
@@ -66,9 +68,6 @@ def _is_inherited(adapter: type[Adapter], key: str) -> bool:
     return not any(key in other.model_fields or other.new_name(key) for other in ADAPTERS.values())
 
 
-LEARNING_RATES: Mapping[str, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
-"""The learning rate of each method where the recipe gives none."""
-
 OWN_KEYS = (
     "max_train_tokens",
     "max_train_minutes",
@@ -105,14 +104,26 @@ _REPORTERS_SCHEMA = WithJsonSchema(
 )
 
 
+def _rate(value: object) -> object:
+    """Refuse what is neither `auto` nor a number above 0, in one message."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "auto" or (is_number and 0 < value < math.inf):  # type: ignore[operator]
+        return value
+    raise PydanticCustomError("learning_rate", "expected `auto` or a finite number above 0")
+
+
+_RATE_SCHEMA = WithJsonSchema(
+    {"anyOf": [{"const": "auto", "type": "string"}, {"exclusiveMinimum": 0, "type": "number"}]}
+)
+
+
 class TrainingSection(StrictModel):
     """Optimization, evaluation, checkpoints and logging, by the names of transformers' TrainingArguments."""
 
-    learning_rate: float = Field(
-        LEARNING_RATES["lora"],
-        gt=0,
-        description="Peak learning rate. Without it: 2e-5 for `full`, otherwise the variant's (`peftchat variants`).",
-        json_schema_extra={"x-default-text": "2e-5 (full), 2e-4 (lora), or the variant's"},
+    learning_rate: Annotated[float | Literal["auto"], BeforeValidator(_rate), _RATE_SCHEMA] = Field(
+        "auto",
+        description="Peak learning rate. `auto` chooses it from the model's width, the variant and its scale, and says "
+        "why (docs/training.md).",
     )
     max_steps: int = Field(
         -1, description="Stop after this many optimizer steps; beats `num_train_epochs`. -1 trains by epochs."
@@ -230,6 +241,17 @@ class TrainingSection(StrictModel):
         description="Extra processes that prepare batches. Examples are encoded in advance, so 0 rarely waits.",
     )
 
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate of a run, in which it is a number.
+
+        Raises:
+            ValueError: it is `auto` still (`peftchat.planning.auto_settings` chooses it).
+        """
+        if self.learning_rate == "auto":
+            raise ValueError("training.learning_rate is `auto` and was not resolved")
+        return self.learning_rate
+
     @model_validator(mode="before")
     @classmethod
     def _eval_steps_mean_steps(cls, given: Any) -> Any:
@@ -277,32 +299,23 @@ class Recipe(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, given: Any) -> Any:
-        """Fill in what a method implies: its sections, and its default learning rate."""
+        """Fill in what a method implies: its sections, and `packing` where its variant needs it off."""
         if not isinstance(given, Mapping):
             return given
         method = given.get("method")
-        if not isinstance(method, str) or method not in LEARNING_RATES:
+        if not isinstance(method, str) or method not in get_args(Method):
             return given
         filled = dict(given)
         if method != "full" and filled.get("adapter") is None:
             filled["adapter"] = {}
         if method == "qlora" and filled.get("quantization") is None:
             filled["quantization"] = {}
-        training = {} if filled.get("training") is None else filled["training"]
-        if isinstance(training, Mapping) and training.get("learning_rate") is None:
-            filled["training"] = {**training, "learning_rate": _learning_rate(method, filled.get("adapter"))}
         data = filled.get("data")
         if isinstance(data, Mapping):
             implied: dict[str, Any] = {"packing": False} if _needs_unpacked(filled) else {}
             implied |= {"consecutive": "keep"} if _has_other_template(filled) else {}
             filled["data"] = {**data, **{key: value for key, value in implied.items() if data.get(key) is None}}
         return filled
-
-
-def _learning_rate(method: str, adapter: Any) -> float:
-    """Return the learning rate of a recipe that sets none: the variant's."""
-    variant = None if method == "full" else _named_adapter(adapter)
-    return LEARNING_RATES[method] if variant is None else variant.learning_rate
 
 
 def _needs_unpacked(given: Mapping[str, Any]) -> bool:

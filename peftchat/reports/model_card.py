@@ -251,7 +251,7 @@ def _training(recipe: Recipe, summary: RunSummary) -> str:
             summary.tokens,
         ),
         ("steps", format_count(summary.steps), summary.steps),
-        ("learning rate", format_decimal(recipe.training.learning_rate), recipe.training.learning_rate),
+        ("learning rate", format_decimal(recipe.training.peak_rate), recipe.training.peak_rate),
         ("trained parameters", format_count(summary.trainable_parameters), summary.trainable_parameters),
         ("held-out loss before", format_decimal(summary.eval_loss_before), summary.eval_loss_before),
         ("held-out loss after", format_decimal(summary.eval_loss), summary.eval_loss),

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _MODEL = ".model.tmp"
 
+_RATE = "training.learning_rate"
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
@@ -214,6 +216,8 @@ class RunFolder:
         # Of paths the content is compared, where it is known.
         known = RunRecord.read(self.fingerprints) is not None
         old, new = (fixed_settings(one, with_paths=not known) for one in (before, as_saved(recipe)))
+        if recipe.training.learning_rate == "auto":
+            new[_RATE] = old[_RATE]  # A resumed run keeps the rate that it was started with.
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) == new.get(key) or (allow_changed and may_be_allowed(key)):
                 continue

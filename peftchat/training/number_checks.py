@@ -155,7 +155,7 @@ class NumberChecks:
         if cure is not None:
             pass
         elif is_trained:
-            cure = f"Lower training.learning_rate ({format_decimal(training.learning_rate)})"
+            cure = f"Lower training.learning_rate ({format_decimal(training.peak_rate)})"
             if training.max_grad_norm == 0:
                 cure += ", or clip the gradients with training.max_grad_norm: 1 (0 clips nothing)"
             if self._context.recipe.model.dtype == "float16":

@@ -81,7 +81,8 @@ class Variant(StrictModel):
         summary: one sentence that says what it does.
         paper: None for a method without a paper of its own.
         aliases: other names that a recipe may use.
-        learning_rate: peak learning rate if the recipe sets none.
+        learning_rate: its own peak learning rate, which a recipe that sets none gets where no rule by width is known.
+        auto_factor: its learning rate as a multiple of the rule for LoRA by width; None where no such rule is known.
         incompatible_with: settings that it does not work with -> the reason, found by running them unless it says
             otherwise.
         tested_zero_stages: ZeRO stages under which it was run, and trained as in one process. Others are allowed, and
@@ -101,6 +102,7 @@ class Variant(StrictModel):
     paper: ClassVar[Paper | None] = None
     aliases: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float]
+    auto_factor: ClassVar[float | None] = None
     incompatible_with: ClassVar[Mapping[Setting, str]] = MappingProxyType({})
     tested_zero_stages: ClassVar[frozenset[Stage]] = frozenset()
     mergeable: ClassVar[bool] = True

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from peftchat.formatting import format_rate
 from peftchat.variants.base import Setting, Variant
 
 _BASES: tuple[Setting, ...] = ("unquantized", "8 bits", "4 bits")
@@ -19,7 +20,8 @@ def overview(variants: Iterable[type[Variant]]) -> Table:
         box=None,
         padding=(0, 2, 0, 0),
         pad_edge=False,
-        caption="Rate: the learning rate if the recipe sets none. Bits: of the base it trains on. ZeRO: the stages it "
+        caption="Rate: the learning rate if the recipe sets none; auto follows from the model's width, "
+        "auto/10 is a tenth of it. Bits: of the base it trains on. ZeRO: the stages it "
         "trains under; ? = expected to work, not tested. Merges: `peftchat merge` turns it into plain weights. vLLM: "
         "how it serves the result (an adapter with embeddings of added tokens is always merged first). "
         "`peftchat variants NAME` shows the reasons.",
@@ -31,7 +33,7 @@ def overview(variants: Iterable[type[Variant]]) -> Table:
         table.add_row(
             variant.name,
             f"{variant.paper.authors} {variant.paper.year}" if variant.paper else "",
-            format_rate(variant.learning_rate),
+            rate_text(variant),
             bits(variant),
             variant.zero_stages() or "no",
             "yes" if variant.mergeable else "no",
@@ -40,9 +42,11 @@ def overview(variants: Iterable[type[Variant]]) -> Table:
     return table
 
 
-def format_rate(rate: float) -> str:
-    """Return a learning rate as in `2e-4`."""
-    return f"{rate:.0e}".replace("e-0", "e-")
+def rate_text(variant: type[Variant]) -> str:
+    """Return the learning rate of a recipe that sets none: `5e-3`, or `auto/2` for half of LoRA's rule by width."""
+    if variant.auto_factor is None:
+        return format_rate(variant.learning_rate)
+    return "auto" if variant.auto_factor == 1 else f"auto/{1 / variant.auto_factor:g}"
 
 
 def bits(variant: type[Variant]) -> str:
@@ -69,7 +73,7 @@ def _lines(variant: type[Variant]) -> Iterator[tuple[str, str]]:
         yield "paper", str(variant.paper)
     if variant.aliases:
         yield "also called", ", ".join(variant.aliases)
-    yield "learning rate", f"{variant.learning_rate:g} if the recipe sets none"
+    yield "learning rate", _rate_sentence(variant)
     yield "merge", "yes, by `peftchat merge`" if variant.mergeable else f"no. {variant.merge_hint}"
     yield "vLLM", variant.vllm
     if variant.needs_calibration_data:
@@ -79,6 +83,13 @@ def _lines(variant: type[Variant]) -> Iterator[tuple[str, str]]:
         yield "added tokens", "inside the adapter" if inside else "in a second adapter, in the folder token_rows"
     for setting, reason in variant.incompatible_with.items():
         yield f"not with {setting}", reason
+
+
+def _rate_sentence(variant: type[Variant]) -> str:
+    if variant.auto_factor is None:
+        return f"{variant.learning_rate:g} if the recipe sets none; no rule by width is known"
+    share = "" if variant.auto_factor == 1 else f", times {variant.auto_factor:g}"
+    return f"by the model's width if the recipe sets none{share}; LoRA with alpha 32: 5e-4 at width 2000"
 
 
 def _settings(variant: type[Variant]) -> Table:
@@ -114,6 +125,7 @@ def as_dict(variant: type[Variant]) -> dict[str, Any]:
         "aliases": list(variant.aliases),
         "settings": {name: {"default": info.default, "meaning": info.description} for name, info in fields.items()},
         "learning_rate": variant.learning_rate,
+        "auto_factor": variant.auto_factor,
         "works_with": {setting: setting not in variant.incompatible_with for setting in get_args(Setting)},
         "incompatible_with": dict(variant.incompatible_with),
         "tested_zero_stages": sorted(variant.tested_zero_stages),

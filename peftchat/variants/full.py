@@ -26,6 +26,7 @@ class Full(Variant):
     name = "full"
     title = "Full fine-tuning"
     learning_rate = 2e-5
+    auto_factor = 0.1
     tested_zero_stages = frozenset({"zero3"})
     incompatible_with = incompatible(unquantized_only("quantized weights have no gradient"))
     mergeable = False

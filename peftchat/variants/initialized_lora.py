@@ -157,6 +157,7 @@ class Pissa(ResidualLora):
     title = "PiSSA"
     paper = Paper("Meng et al.", 2024, "2404.02948")
     learning_rate = 1e-4
+    auto_factor = 0.5
     tested_zero_stages = frozenset({"zero2"})
     recomputable = True
 
@@ -173,6 +174,7 @@ class Olora(ResidualLora):
     title = "OLoRA"
     paper = Paper("Büyükakyüz", 2024, "2406.01775")
     learning_rate = 1e-4
+    auto_factor = 0.5
     recomputable = True
 
     variant: Literal["olora"] = "olora"
@@ -188,6 +190,7 @@ class Corda(ResidualLora):
     title = "CorDA"
     paper = Paper("Yang et al.", 2024, "2406.05223")
     learning_rate = 1e-4
+    auto_factor = 0.5
     needs_calibration_data = True
 
     variant: Literal["corda"] = "corda"
@@ -224,6 +227,7 @@ class LoraGa(ResidualLora):
     paper = Paper("Wang et al.", 2024, "2407.05000")
     aliases = ("lora-ga",)
     learning_rate = 5e-5
+    auto_factor = 0.25
     incompatible_with = incompatible(
         unquantized_only("its initialization needs the gradient of full-precision weights"), zero3=_SUBTRACTED
     )
@@ -274,6 +278,7 @@ class Eva(LoraAdapter):
     title = "EVA"
     paper = Paper("Paischer et al.", 2024, "2410.07170")
     learning_rate = 2e-4
+    auto_factor = 1.0
     incompatible_with = incompatible(zero3=_READ)
     needs_calibration_data = True
     vllm = "merged"
@@ -334,6 +339,7 @@ class Loftq(LoraAdapter):
     title = "LoftQ"
     paper = Paper("Li et al.", 2023, "2310.08659")
     learning_rate = 2e-4
+    auto_factor = 1.0
     incompatible_with = incompatible(
         {
             "unquantized": "it compensates the error of a quantized base, and an unquantized one has none",

@@ -1,5 +1,6 @@
 """LoRA and its closest relatives: the same two thin matrices, with another scale, split or learning rate."""
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -40,6 +41,11 @@ class LoraAdapter(LowRankAdapter):
     supports_trainable_tokens = True
     no_experts_because = "its initialization reads the weight of a linear layer, which fused experts do not have"
 
+    @property
+    def update_scale(self) -> float:
+        """The factor of the update `B A`."""
+        return self.alpha / self.r
+
 
 class DropoutLoraAdapter(LoraAdapter):
     """An adapter of PEFT's LoRA class that can drop inputs during training."""
@@ -54,7 +60,8 @@ class DropoutLoraAdapter(LoraAdapter):
         """
         settings = super().peft_settings(shape)
         if settings.get("target_parameters") and self.dropout:
-            if "dropout" in self.model_fields_set:
+            # Written recipes of runs name every key, so the default's value says nothing.
+            if self.dropout != type(self).model_fields["dropout"].default:
                 raise UserError(
                     "PEFT adds the update to the weights of experts themselves, so no inputs can be dropped: "
                     f"got {self.dropout:g}, expected 0",
@@ -72,6 +79,7 @@ class Lora(DropoutLoraAdapter):
     title = "LoRA"
     paper = Paper("Hu et al.", 2021, "2106.09685")
     learning_rate = 2e-4
+    auto_factor = 1.0
     tested_zero_stages = frozenset({"zero2", "zero3"})
     no_experts_because = ""
 
@@ -102,6 +110,7 @@ class Rslora(DropoutLoraAdapter):
     title = "rsLoRA"
     paper = Paper("Kalajdzievski", 2023, "2312.03732")
     learning_rate = 1e-4
+    auto_factor = 1.0  # Its scale, by which the rule divides, is why its own rate is lower.
     no_experts_because = ""
 
     variant: Literal["rslora"] = "rslora"
@@ -110,6 +119,11 @@ class Rslora(DropoutLoraAdapter):
         """Return the keyword arguments of LoraConfig with the other scale."""
         return {**super().peft_settings(shape), "use_rslora": True}
 
+    @property
+    def update_scale(self) -> float:
+        """The factor of the update `B A`, which falls less with the rank."""
+        return self.alpha / math.sqrt(self.r)
+
 
 class Dora(DropoutLoraAdapter):
     """Trains the norm of each row of a weight apart from its direction, which a LoRA changes."""
@@ -117,6 +131,7 @@ class Dora(DropoutLoraAdapter):
     title = "DoRA"
     paper = Paper("Liu et al.", 2024, "2402.09353")
     learning_rate = 2e-4
+    auto_factor = 1.0
     tested_zero_stages = frozenset({"zero3"})
     incompatible_with = incompatible(
         {"8 bits": "PEFT reads the scales of 8-bit weights before bitsandbytes has computed them"}
@@ -138,6 +153,7 @@ class LoraPlus(DropoutLoraAdapter):
     paper = Paper("Hayou et al.", 2024, "2402.12354")
     aliases = ("lora+",)
     learning_rate = 5e-5
+    auto_factor = 0.25
     tested_zero_stages = frozenset({"zero2"})
     no_experts_because = ""
 

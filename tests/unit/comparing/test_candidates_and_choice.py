@@ -25,6 +25,7 @@ from peftchat.comparing.recommend import recommend
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
 from peftchat.recipe.document import parse_yaml
+from peftchat.training.rate_rule import ModelWidth
 from peftchat.variants import ADAPTERS, get_variant
 from tests.support.comparing import made, write_rows_and_recipe
 
@@ -216,19 +217,27 @@ DATA = "data: {train: [{path: rows.jsonl}], eval_fraction: 0.25}\n"
 def test_each_variant_is_tried_around_its_own_rate(tmp_path: Path, name: str) -> None:
     plain = load_recipe(write_rows_and_recipe(tmp_path, DATA))
     (candidate,) = make_candidates([name], [])
-    own = get_variant(candidate.variant).learning_rate
-    assert expected_lr(candidate, plain) == own
+
+    def width(_: object) -> ModelWidth:
+        return ModelWidth("qwen2", 2000)
+
+    # At width 2000 the rule is its constant.
+    own = {"lora": 5e-4, "full": 5e-5, "ia3": get_variant("ia3").learning_rate, "qlora": 5e-4}[name]
+    assert expected_lr(candidate, plain, width) == own
     # A recipe that trains LoRA at five times the customary rate wants that of every variant.
-    times_five = load_recipe(
-        write_rows_and_recipe(tmp_path, f"{DATA}training: {{learning_rate: {5 * get_variant('lora').learning_rate}}}")
-    )
-    assert expected_lr(candidate, times_five) == pytest.approx(5 * own, rel=0.05)
+    times_five = load_recipe(write_rows_and_recipe(tmp_path, f"{DATA}training: {{learning_rate: {5 * 5e-4}}}"))
+    assert expected_lr(candidate, times_five, width) == pytest.approx(5 * own, rel=0.05)
     assert all(later / earlier == pytest.approx(3, rel=0.1) for earlier, later in pairwise(lr_grid(own)))
 
 
 def test_all_runs_of_a_seed_differ_in_nothing_but_what_is_compared(tmp_path: Path) -> None:
     plan = plan_comparison(
-        CompareOptions(write_rows_and_recipe(tmp_path, DATA), ["lora", "dora", "full"], budget=parse_budget("steps=12"))
+        CompareOptions(
+            write_rows_and_recipe(tmp_path, DATA),
+            ["lora", "dora", "full"],
+            budget=parse_budget("steps=12"),
+            learning_rates=[1e-3],
+        )
     )
     jobs = [TrainingJob(candidate, {LEARNING_RATE: 1e-3}, 7) for candidate in plan.candidates]
     recipes = [plan.run_recipe(job, tmp_path / job.name, tmp_path / "data") for job in jobs]
@@ -266,7 +275,9 @@ def test_what_cannot_be_compared_is_refused_first(
 
 def test_rows_may_be_held_out_by_a_flag(tmp_path: Path) -> None:
     path = write_rows_and_recipe(tmp_path, "data: {train: [{path: rows.jsonl}], max_train_samples: 2}\n")
-    plan = plan_comparison(CompareOptions(path, ["lora", "full"], [parse_axis("data.eval_fraction=0.25")]))
+    plan = plan_comparison(
+        CompareOptions(path, ["lora", "full"], [parse_axis("data.eval_fraction=0.25")], learning_rates=[1e-3])
+    )
     for candidate in plan.candidates:
         recipe = plan.run_recipe(TrainingJob(candidate, {LEARNING_RATE: 1e-3}, 7), tmp_path / "run", tmp_path / "data")
         assert recipe.data.eval_fraction is None and recipe.data.max_train_samples is None

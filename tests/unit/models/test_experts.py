@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from peftchat.errors import UserError
-from peftchat.models.peft_model import model_shape
+from peftchat.models.peft_model import model_shape, peft_config
 from peftchat.models.saving import as_stored, is_stored_under_other_names, load_full_weights
 from peftchat.planning.parameter_counts import parameter_counts, trainable_counts
+from peftchat.planning.planner import Planner
 from peftchat.recipe import Recipe
 from peftchat.recipe.schema import validate_adapter
 from peftchat.training.loss import install_supervised_forward
@@ -105,6 +106,25 @@ def test_settings_that_experts_do_not_take_are_refused(section: dict[str, Any], 
     with pytest.raises(UserError) as refused:
         lora("qwen3_moe", **section)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(("family", "quantizable"), [("qwen3_moe", True), ("deepseek_v3", False)])
+def test_a_plan_offers_quantization_where_training_takes_it(family: str, quantizable: bool, tmp_path: Path) -> None:
+    small_config(family).save_pretrained(tmp_path)
+    written: dict[str, Any] = {
+        "model": {"name": str(tmp_path), "dtype": "bfloat16"},
+        "data": {"train": [{"path": "rows/of-a-hub"}]},
+        "output_dir": str(tmp_path / "run"),
+    }
+    planner = Planner(AutoConfig.from_pretrained(str(tmp_path)), Recipe.model_validate({**written, "method": "full"}))
+    assert planner.supports("4 bits") == quantizable and planner.supports("unquantized")
+    model = random_model(family, 100)
+    qlora = Recipe.model_validate({**written, "method": "qlora"})
+    if quantizable:
+        assert peft_config(qlora, model) is not None
+        return
+    with pytest.raises(UserError, match="cannot be adapted in 4 bits"):
+        peft_config(qlora, model)
 
 
 def test_dropout_is_kept_where_experts_are_frozen() -> None:

@@ -78,7 +78,7 @@ def test_the_example_is_a_recipe(name: str, tmp_path: Path) -> None:
     file.write_text(example(VARIANTS[name]) + rest, encoding="utf-8")
     recipe = load(file)
     assert recipe.adapter is not None and recipe.adapter.variant == name
-    assert recipe.training.learning_rate == VARIANTS[name].learning_rate
+    assert recipe.training.learning_rate == "auto"
     assert recipe.data.packing == ("packing" not in VARIANTS[name].incompatible_with)
 
 

@@ -1,0 +1,137 @@
+"""Hints on a recipe: what published evidence warns of, with the numbers of this run."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peftchat.errors import UserError
+from peftchat.formatting import format_count, format_rate, format_short_count
+from peftchat.training.rate_rule import SOURCE, rule_rate
+from peftchat.variants.base import TargetedAdapter
+from peftchat.variants.model_shape import in_attention
+
+if TYPE_CHECKING:
+    from peftchat.recipe import Recipe
+
+_LORA_SOURCE = "https://thinkingmachines.ai/blog/lora/"
+
+_MAX_CONVERSATIONS = 32
+"""Conversations of a step beyond which LoRA learns less than full fine-tuning:
+https://huggingface.co/docs/trl/main/en/lora_without_regret"""
+
+_BATCH_SOURCE = "https://huggingface.co/docs/trl/main/en/lora_without_regret"
+
+_MAX_RATE_FACTOR = 5.0
+"""How far from the rule a rate may lie before it is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSize:
+    """The sizes of a run that hints compare.
+
+    Attributes:
+        trainable: parameters that are trained, without the embeddings of added tokens.
+        attention_only: whether all of them lie in attention.
+        supervised_tokens: supervised tokens that the run sees, each counted once; None if the data was not read.
+        conversations_per_step: mean number of conversations in an optimizer step; None if the data was not read.
+    """
+
+    trainable: int
+    attention_only: bool
+    supervised_tokens: int | None = None
+    conversations_per_step: float | None = None
+
+    @classmethod
+    def of_steps(
+        cls,
+        trainable: int,
+        *,
+        attention_only: bool,
+        supervised_tokens: int,
+        conversations: int,
+        sequences: int,
+        sequences_per_step: int,
+        steps: int,
+    ) -> "RunSize":
+        """Return the sizes of a run on data that was read.
+
+        Args:
+            trainable: see the attribute.
+            attention_only: see the attribute.
+            supervised_tokens: those of an epoch.
+            conversations: those of an epoch.
+            sequences: examples or packs of an epoch.
+            sequences_per_step: those of an optimizer step, of all processes.
+            steps: optimizer steps of the run.
+        """
+        seen = min(1.0, steps * sequences_per_step / sequences)
+        per_step = min(sequences_per_step, sequences) * conversations / sequences
+        return cls(trainable, attention_only, round(seen * supervised_tokens), per_step)
+
+
+def all_in_attention(parameters: Iterable[str]) -> bool:
+    """Return whether there are parameters and all of them lie in attention, by their names."""
+    names = list(parameters)
+    return bool(names) and all(in_attention(name) for name in names)
+
+
+def find_hints(recipe: "Recipe", size: RunSize) -> tuple[str, ...]:
+    """Return one line for each thing that the evidence warns of.
+
+    Args:
+        recipe: the recipe; its rate may be `auto`.
+        size: the sizes of its run.
+    """
+    lines = list(_rate_hint(recipe))
+    if recipe.adapter is not None:
+        lines += [*_capacity_hint(recipe, size), *_batch_hint(size), *_target_hint(recipe, size)]
+    return tuple(lines)
+
+
+def _capacity_hint(recipe: "Recipe", size: RunSize) -> Iterator[str]:
+    tokens = size.supervised_tokens
+    if tokens is None or size.trainable >= tokens:
+        return
+    cure = "raise adapter.r and keep adapter.alpha" if hasattr(recipe.adapter, "r") else "choose `lora` or `full`"
+    yield (
+        f"{format_short_count(size.trainable)} trained parameters for {format_short_count(tokens)} supervised tokens: "
+        f"an adapter with fewer parameters than tokens can fall behind full fine-tuning ({_LORA_SOURCE}). "
+        f"To learn more of the data, {cure}."
+    )
+
+
+def _batch_hint(size: RunSize) -> Iterator[str]:
+    count = size.conversations_per_step
+    if count is not None and count > _MAX_CONVERSATIONS:
+        yield (
+            f"an optimizer step has about {format_count(round(count))} conversations: beyond {_MAX_CONVERSATIONS}, "
+            "large batches cost adapters more than full fine-tuning, and a higher rank does not repair it "
+            f"({_BATCH_SOURCE}). Lower training.gradient_accumulation_steps or training.per_device_train_batch_size."
+        )
+
+
+def _target_hint(recipe: "Recipe", size: RunSize) -> Iterator[str]:
+    if isinstance(recipe.adapter, TargetedAdapter) and size.attention_only:
+        yield (
+            f"all {format_short_count(size.trainable)} trained parameters are in attention: adapters of all linear "
+            f"layers learn more, also at equal size ({_LORA_SOURCE}). Set adapter.target_modules: all-linear."
+        )
+
+
+def _rate_hint(recipe: "Recipe") -> Iterator[str]:
+    rate = recipe.training.learning_rate
+    if rate == "auto":
+        return
+    try:
+        rule = rule_rate(recipe)
+    except UserError:
+        return  # A rate that is given needs no width.
+    ratio = rate / rule.value
+    if 1 / _MAX_RATE_FACTOR <= ratio <= _MAX_RATE_FACTOR:
+        return
+    relation = f"{ratio:.3g} times" if ratio > 1 else f"1/{1 / ratio:.3g} of"
+    where = SOURCE if "by the width" in rule.reason else "`peftchat variants`"
+    yield (
+        f"the learning rate {format_rate(rate)} is {relation} the {format_rate(rule.value)} that "
+        f"`training.learning_rate: auto` gives: {rule.reason} ({where})."
+    )

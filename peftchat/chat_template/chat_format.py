@@ -102,12 +102,16 @@ def _read_template(path: str) -> str:
     """Read a Jinja file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is empty.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        # Some editors begin a file with a byte order mark, which would become text of every prompt.
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"the template cannot be read: {first_line(error)}", where=f"chat.template: {path}") from error
+    if not text.strip():
+        raise UserError("the template is empty", where=f"chat.template: {path}", hint="Name a file with a template.")
+    return text
 
 
 def add_template_tokens(

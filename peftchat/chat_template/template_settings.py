@@ -8,10 +8,12 @@ messages are changed as the recipe says before the template sees them.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from peftchat.chat_template.message_text import CONTENT_JINJA, TOOLS_JINJA
 from peftchat.conversation import Role
+from peftchat.errors import UserError
 
 ReasoningHistory = Literal["template", "keep", "drop"]
 """The values of `chat.reasoning_history`."""
@@ -35,6 +37,49 @@ class TemplateSettings:
     end_token: str | None = None
     reasoning_history: ReasoningHistory = "template"
     unsupported_roles: UnsupportedRoles = "error"
+
+
+_GIVEN = frozenset(
+    {
+        *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+        *("range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now", "loop"),
+        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    }
+)
+"""Names that `apply_chat_template` gives a template, or takes for itself.
+
+https://github.com/huggingface/transformers/blob/main/src/transformers/utils/chat_template_utils.py
+"""
+
+
+def check_variables(variables: Mapping[str, Any], read: frozenset[str]) -> None:
+    """Check that each variable of a recipe is one of the template.
+
+    Args:
+        variables: the recipe's.
+        read: the names that the template reads.
+
+    Raises:
+        UserError: the template does not read one of them, or gets it from the data or the tokenizer.
+    """
+    for name in variables:
+        where = f"chat.template_kwargs.{name}"
+        if name in _GIVEN:
+            raise UserError(
+                f"`{name}` is given to the template by `apply_chat_template`, and is no setting",
+                where=where,
+                hint="Remove it. Messages, tools and documents come from the data, tokens from the tokenizer.",
+            )
+        if name in read:
+            continue
+        close = get_close_matches(name, sorted(read - _GIVEN), 1)
+        raise UserError(
+            f"the template reads no variable `{name}`, so it would change nothing",
+            where=where,
+            hint=f"Did you mean `{close[0]}`?" if close else "Remove it, or give it the name that the template reads.",
+        )
 
 
 def with_settings(jinja: Any, settings: TemplateSettings, system: str | None, missing_roles: frozenset[Role]) -> Any:

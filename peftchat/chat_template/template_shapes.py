@@ -118,14 +118,16 @@ def check_syntax(source: str) -> None:
         )
 
 
-def reads_variable(source: str, name: str) -> bool:
-    """Return whether a template reads a variable of that name."""
-    from jinja2 import TemplateSyntaxError, nodes
+@cache
+def variables_of(source: str) -> frozenset[str]:
+    """Return the variables that a template reads before it sets them, if it does."""
+    from jinja2 import TemplateError
+    from jinja2.meta import find_undeclared_variables
 
     try:
-        return any(node.name == name and node.ctx == "load" for node in _parse(source).find_all(nodes.Name))
-    except TemplateSyntaxError:
-        return False  # `check_syntax` tells it
+        return frozenset(find_undeclared_variables(_parse(source)))
+    except TemplateError:
+        return frozenset()  # `check_syntax` tells it
 
 
 @cache

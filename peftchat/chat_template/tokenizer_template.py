@@ -24,7 +24,7 @@ from peftchat.chat_template.answer_rendering import (
     with_reasoning_parts,
 )
 from peftchat.chat_template.answer_spans import ExampleBuilder
-from peftchat.chat_template.template_settings import TemplateSettings, with_settings
+from peftchat.chat_template.template_settings import TemplateSettings, check_variables, with_settings
 from peftchat.chat_template.template_shapes import (
     FilledText,
     Marks,
@@ -32,9 +32,9 @@ from peftchat.chat_template.template_shapes import (
     ShapeCache,
     check_syntax,
     content_conditions,
-    reads_variable,
     shape_key,
     source_of,
+    variables_of,
 )
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
 from peftchat.chat_template.text_encoder import TextEncoder
@@ -116,8 +116,9 @@ class TokenizerTemplate:
         self._system = None if dropped else system
         self.jinja = with_settings(tokenizer.chat_template, settings, self._system, self.missing_roles)
         check_syntax(source_of(self.jinja))
+        check_variables(variables, _all_variables(tokenizer.chat_template))
         written = _with_date(self.jinja, today)
-        self.reads_documents = reads_variable(source_of(tokenizer.chat_template), "documents")
+        self.reads_documents = "documents" in variables_of(source_of(tokenizer.chat_template))
         self.written_date = None if written == self.jinja else today.isoformat()
         self._renderer = TemplateRenderer(tokenizer, written, special, variables)
         self._arguments_as_text = self._wants_text_arguments()
@@ -422,6 +423,12 @@ class TokenizerTemplate:
                 hint="Set `chat.end_token`, or choose another template.",
             )
         return (str(usual),)
+
+
+def _all_variables(jinja: str | Mapping[str, str]) -> frozenset[str]:
+    """Return the variables that a template, or one of several, reads."""
+    sources = [jinja] if isinstance(jinja, str) else list(jinja.values())
+    return frozenset[str]().union(*map(variables_of, sources))
 
 
 def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:

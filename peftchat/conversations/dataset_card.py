@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from typing import Any, NamedTuple, Self, get_args
 
 from peftchat.conversation import Conversation
 from peftchat.conversations.formats.oasst import RULES, TreeRule
@@ -21,6 +21,23 @@ SKIPPED: dict[str, str] = {
 """Rule -> what it leaves out, as card and table say it."""
 
 
+class SizeOf(NamedTuple):
+    """How much is in one conversation."""
+
+    messages: int
+    answers: int
+    characters: int
+
+    @classmethod
+    def of(cls, conversation: Conversation) -> Self:
+        """Count what is in a conversation."""
+        answers = characters = 0
+        for message in conversation.messages:
+            answers += message.role == "assistant"
+            characters += len(message.content)
+        return cls(len(conversation.messages), answers, characters)
+
+
 @dataclass(slots=True)
 class SplitCount:
     """How much is in one of the written files."""
@@ -30,13 +47,12 @@ class SplitCount:
     answers: int = 0
     characters: int = 0
 
-    def add(self, conversation: Conversation) -> None:
+    def add(self, size: SizeOf) -> None:
         """Count one conversation."""
         self.conversations += 1
-        self.messages += len(conversation.messages)
-        for message in conversation.messages:
-            self.answers += message.role == "assistant"
-            self.characters += len(message.content)
+        self.messages += size.messages
+        self.answers += size.answers
+        self.characters += size.characters
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from typing import Any, Self
 import orjson
 
 from peftchat.conversation import Conversation, Message, ToolCall
-from peftchat.conversations.dataset_card import SplitCount
+from peftchat.conversations.dataset_card import SizeOf, SplitCount
 from peftchat.json_text import Number, write_json
 
 _OWN = ("messages", "tools")
@@ -78,8 +78,12 @@ class ConversationFile:
 
     def write(self, conversation: Conversation) -> None:
         """Append one conversation: its messages, tools and columns, and where it came from."""
-        self._file.write(record_line(conversation))
-        self.count.add(conversation)
+        self.write_line(record_line(conversation), SizeOf.of(conversation))
+
+    def write_line(self, line: bytes, size: SizeOf) -> None:
+        """Append one conversation, given as `record_line` makes it."""
+        self._file.write(line)
+        self.count.add(size)
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -186,6 +187,7 @@ class ProblemLog:
         unread: files beside them that are not read -> why.
         remarks: what else a user should know about records, as the end of a sentence -> in how many.
         told: what else a user should know about the data, in sentences.
+        most_unused: how many names of fields are kept.
     """
 
     def __init__(
@@ -204,6 +206,7 @@ class ProblemLog:
         self.remarks: Counter[str] = Counter()
         self.told: list[str] = []
         self.first: Problem | None = None
+        self.most_unused = _MOST_UNUSED
         self._quarantine = quarantine
 
     @property
@@ -238,14 +241,28 @@ class ProblemLog:
         if self.strict and self.total >= STRICT_SCAN_PROBLEMS:
             raise self.failure()
 
-    def add_unused(self, name: str, where: str) -> None:
-        """Count a record with a field that is not used; the names of the first hundred fields are kept."""
-        if name not in self.unused and len(self.unused) >= _MOST_UNUSED:
+    def add_unused(self, name: str, where: str, records: int = 1) -> None:
+        """Count records with a field that is not used; the names of the first hundred fields are kept."""
+        if name not in self.unused and len(self.unused) >= self.most_unused:
             name = _OTHER_FIELDS
         if name in self.unused:
-            self.unused[name].records += 1
+            self.unused[name].records += records
         else:
-            self.unused[name] = UnusedField(1, where)
+            self.unused[name] = UnusedField(records, where)
+
+    def take(self, part: "PartOfLog") -> None:
+        """Count what happened to the next records, which another log has counted."""
+        self.records += part.records
+        for problem, raw in part.problems:
+            self.add(problem, raw)
+        for mine, its in (
+            (self.skipped, part.skipped),
+            (self.notes, part.notes),
+            (self.remarks, part.remarks),
+        ):
+            mine.update(its)
+        for name, field_of_part in part.unused.items():
+            self.add_unused(name, field_of_part.first, field_of_part.records)
 
     def failure(self) -> UserError:
         """The error of a strict reading: the first problem, and how many more were seen behind it."""
@@ -260,3 +277,28 @@ class ProblemLog:
             where=self.first.where,
             hint="Repair the records, or let `peftchat data prepare` write a clean file and put the bad records aside.",
         )
+
+
+@dataclass(slots=True)
+class PartOfLog:
+    """What happened to the records of a part of a file: what a `ProblemLog` of a whole one needs to know of it."""
+
+    records: int
+    problems: list[tuple[Problem, bytes | None]]
+    skipped: Counter[str]
+    notes: Counter[str]
+    remarks: Counter[str]
+    unused: dict[str, UnusedField]
+
+
+class PartLog(ProblemLog):
+    """The log of a part of a file; every problem and every name of a field is kept."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Problem, bytes | None]] = []
+        super().__init__(quarantine=lambda problem, raw: self._kept.append((problem, raw)))
+        self.most_unused = sys.maxsize
+
+    def part(self) -> PartOfLog:
+        """All that was counted."""
+        return PartOfLog(self.records, self._kept, self.skipped, self.notes, self.remarks, self.unused)

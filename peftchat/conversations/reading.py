@@ -1,10 +1,11 @@
 """Several sources as one stream."""
 
+import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from peftchat.conversation import Conversation
 from peftchat.conversations.formats import FORMATS, Fields, Format, find_format, matching_format, names
@@ -12,6 +13,7 @@ from peftchat.conversations.formats.base import field_names
 from peftchat.conversations.formats.columns import Columns
 from peftchat.conversations.formats.names import normalize_role
 from peftchat.conversations.languages import check_languages
+from peftchat.conversations.parts_of_file import Work, is_read_in_parts, parts_of, read_rest, records_of
 from peftchat.conversations.problems import STRICT_SCAN_RECORDS, ProblemLog, RawRecord, ReadOptions
 from peftchat.conversations.readers import check_no_hub_keys, find_data, reader_for
 from peftchat.conversations.readers.hub import read_hub
@@ -20,6 +22,8 @@ from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from peftchat.recipe import DataEntry
+
+T = TypeVar("T")
 
 
 def read_sources(
@@ -114,6 +118,42 @@ def read_conversations(
             ranks, or, in strict mode, a record is invalid. Path and format are checked at once, before the first
             conversation is asked for.
     """
+    return read_and_make(
+        path,
+        _itself,
+        format=format,
+        split=split,
+        subset=subset,
+        revision=revision,
+        problems=problems,
+        options=options,
+        in_parts=False,
+    )
+
+
+def _itself(conversation: Conversation) -> Conversation:
+    return conversation
+
+
+def read_and_make(
+    path: str | Path,
+    make: Callable[[Conversation], T],
+    *,
+    format: str = "auto",
+    split: str | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
+    problems: ProblemLog | None = None,
+    options: ReadOptions | None = None,
+    in_parts: bool = True,
+) -> Iterator[T]:
+    """What `make` makes of each conversation, in order; the other arguments are those of `read_conversations`.
+
+    Args:
+        make: what becomes of a conversation; it must depend on nothing else.
+        in_parts: several processes may read a large file, and call `make`. The log then runs ahead of what is
+            returned by a part of the file, and all of a file is read, unless the reader stops.
+    """
     log = ProblemLog(strict=True) if problems is None else problems
     settings = options or ReadOptions()
     check_languages(settings.languages)
@@ -124,35 +164,72 @@ def read_conversations(
     found = find_data(str(path), split)
     log.unread.update(found.unread)
     if found.files is None:
-        sources = [(str(path), read_hub(str(path), split, log, subset=subset, revision=revision))]
+        sources = [_Records(str(path), read_hub(str(path), split, log, subset=subset, revision=revision))]
     else:
         check_no_hub_keys(str(path), subset, revision)
-        sources = [(str(file), _records(file, settings, log)) for file in found.files]
-    stream = _all_sources(str(path), sources, data_format, columns, settings, log)
+        split_up = in_parts and not log.strict and columns is None
+        sources = [_records_of_file(file, settings, log, split_up) for file in found.files]
+    stream = _all_sources(str(path), sources, data_format, columns, settings, log, make)
     return _until_problem(stream, log) if log.strict else stream
+
+
+@dataclasses.dataclass(slots=True)
+class _Records:
+    """The records of a file or a hub data set.
+
+    Attributes:
+        name: the file or the data set.
+        now: all records; of a file that is read in parts, those of the first.
+        later: the records of its other parts.
+        file: the file that is read in parts.
+    """
+
+    name: str
+    now: Iterator[RawRecord]
+    later: Iterator[RawRecord] = dataclasses.field(default_factory=lambda: iter(()))
+    file: Path | None = None
+
+    def as_one(self) -> None:
+        """Read all of the file here."""
+        self.now, self.later, self.file = chain(self.now, self.later), iter(()), None
+
+
+def _records_of_file(file: Path, options: ReadOptions, problems: ProblemLog, in_parts: bool) -> _Records:
+    if not in_parts or not is_read_in_parts(file):
+        return _Records(str(file), _records(file, options, problems))
+    parts = (_until_error(file, records_of(file, part, options, problems)) for part in parts_of(file))
+    # Nothing is read before the first record is asked for.
+    now = chain.from_iterable(itertools.islice(parts, 1))
+    return _Records(str(file), now, chain.from_iterable(parts), file)
 
 
 def _records(file: Path, options: ReadOptions, problems: ProblemLog) -> Iterator[RawRecord]:
     reader = reader_for(file)
     if reader is None:
         raise ValueError(f"no reader for {file}")
+    yield from _until_error(file, reader(file, options.max_record_bytes, problems))
+
+
+def _until_error(file: Path, records: Iterator[RawRecord]) -> Iterator[RawRecord]:
+    """The records; an error of the system becomes one of the user's file."""
     try:
-        yield from reader(file, options.max_record_bytes, problems)
+        yield from records
     except OSError as error:
         raise UserError(f"the file cannot be read: {error.strerror or error}", where=str(file)) from error
 
 
 def _all_sources(
     path: str,
-    sources: list[tuple[str, Iterator[RawRecord]]],
+    sources: list[_Records],
     data_format: Format | None,
     columns: Columns | None,
     options: ReadOptions,
     problems: ProblemLog,
-) -> Iterator[Conversation]:
+    make: Callable[[Conversation], T],
+) -> Iterator[T]:
     before = problems.records + problems.total
-    for name, records in sources:
-        yield from _source(name, records, data_format, columns, options, problems)
+    for source in sources:
+        yield from _source(source, data_format, columns, options, problems, make)
     if problems.records + problems.total == before:
         raise UserError("there are no records", where=path, hint="Give a file with records.")
     if columns is not None:
@@ -160,17 +237,21 @@ def _all_sources(
 
 
 def _source(
-    name: str,
-    records: Iterator[RawRecord],
+    source: _Records,
     data_format: Format | None,
     columns: Columns | None,
     options: ReadOptions,
     problems: ProblemLog,
-) -> Iterator[Conversation]:
+    make: Callable[[Conversation], T],
+) -> Iterator[T]:
     """The conversations of one file, its format settled first."""
+    name = source.name
     if columns is not None:
-        records = columns.apply(records, problems)
-    first = list(itertools.islice(records, _DETECT_RECORDS))
+        source.now = columns.apply(source.now, problems)
+    first = list(itertools.islice(source.now, _DETECT_RECORDS))
+    if len(first) < _DETECT_RECORDS:
+        source.as_one()
+        first += itertools.islice(source.now, _DETECT_RECORDS - len(first))
     if data_format is None and first:
         data_format = _detect(name, first, columns)
     if data_format is None:
@@ -185,7 +266,11 @@ def _source(
             hint="Leave `roles` out.",
         )
     problems.formats[name] = data_format.name
-    yield from data_format.read(_chain(first, records), options, problems)
+    if not data_format.by_record:
+        source.as_one()
+    yield from map(make, data_format.read(_chain(first, source.now), options, problems))
+    if source.file is not None:
+        yield from read_rest(Work(source.file, data_format, options, make), problems)
 
 
 def _check_rank_limit(name: str, data_format: Format, options: ReadOptions) -> None:
@@ -247,7 +332,7 @@ def _are_turns(fields: Fields) -> bool:
     return any(name in fields for name in names.ROLE) and any(name in fields for name in names.CONTENT)
 
 
-def _until_problem(stream: Iterator[Conversation], problems: ProblemLog) -> Iterator[Conversation]:
+def _until_problem(stream: Iterator[T], problems: ProblemLog) -> Iterator[T]:
     """The conversations up to the first problem, which becomes the error; a little further on others are counted."""
     for conversation in stream:
         if problems.first is not None:

@@ -1,8 +1,9 @@
 """A short name for what a conversation says, for finding exact duplicates and for seeded choices."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from peftchat.conversation import Conversation, Message
 
@@ -135,25 +136,36 @@ class SplitCensus:
 
     def see(self, conversation: Conversation) -> float:
         """Take note of a conversation; return its number by the tentative split."""
-        start = first_user_message(conversation)
-        number = seeded_fraction(self.seed, start)
+        start = start_of(conversation, self.seed)
+        self.note(start, conversation.source, lambda: conversation)
+        return start.number
+
+    def note(self, start: "Start", source: str, conversation: Callable[[], Conversation]) -> None:
+        """Take note of a conversation of which the start is known.
+
+        Args:
+            start: its first user message.
+            source: its place.
+            conversation: returns it; called where many start alike.
+        """
+        number = start.number
         if not self.fraction:
-            return number
+            return
         self.conversations += 1
         if number < self.lowest:
             self.lowest = number
         if number > self.highest:
             self.highest = number
-        counted = self._count(_name(start), conversation.source)
+        counted = self._count(start.name, source)
         if counted is not None and counted.count > _MOST_RELATIVES:
-            for start in _longer_starts(conversation):
-                longer = self._count(start, conversation.source)
+            name = start.name
+            for name in _longer_starts(conversation()):
+                longer = self._count(name, source)
                 if longer is None or longer.count <= _MOST_RELATIVES:
                     break
-            part = seeded_fraction(self.seed, start)
+            part = seeded_fraction(self.seed, name)
             counted.lowest = min(counted.lowest, part)
             counted.highest = max(counted.highest, part)
-        return number
 
     def _count(self, start: str, record: str) -> _Counted | None:
         """Count a start, once for all conversations of one record: the branches of a tree are relatives."""
@@ -229,6 +241,24 @@ def first_user_message(conversation: Conversation) -> str:
         if message.role == "user":
             return message.content
     return conversation.messages[0].content
+
+
+class Start(NamedTuple):
+    """What a census must know of a conversation.
+
+    Attributes:
+        number: of the tentative split, in [0, 1).
+        name: of the first user message.
+    """
+
+    number: float
+    name: str
+
+
+def start_of(conversation: Conversation, seed: int) -> Start:
+    """The start of a conversation."""
+    start = first_user_message(conversation)
+    return Start(seeded_fraction(seed, start), _name(start))
 
 
 _LONGER = "\0longer "

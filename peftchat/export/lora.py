@@ -37,6 +37,8 @@ DEFAULT_TOLERANCE = 0.01
 """Nats per token."""
 _MAX_RANK = 512
 """The largest rank that the search tries; vLLM serves none above it."""
+_FIRST_RANK = 8
+"""Where the search begins."""
 _ROOT = "base_model.model."
 
 _MULTIPLIES = "it multiplies the weight, and PEFT converts what is added to it"
@@ -428,10 +430,15 @@ def _search(compare: Callable[[int], Comparison], options: LoraOptions, largest:
         return [tried[options.rank]]
     ladder = [2**power for power in range(largest.bit_length()) if 2**power < largest] + [largest]
     ladder = [rank for rank in ladder if rank > (options.rank or 0)]
-    if not ladder or not passes(ladder[-1]):
+    # Large ranks are written and compared only where small ones fail.
+    low, high = 0, next((index for index, rank in enumerate(ladder) if rank >= _FIRST_RANK), len(ladder) - 1)
+    while ladder and not passes(ladder[high]):
+        if high == len(ladder) - 1:
+            ladder = []
+        low, high = high + 1, min(high + 1, len(ladder) - 1)
+    if not ladder:
         closest = min(tried.values(), key=lambda one: one.kl)
         raise VerificationError(_refusal(closest, limit) + " No rank up to it is within the tolerance.")
-    low, high = 0, len(ladder) - 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if passes(ladder[middle]) else (middle + 1, high)

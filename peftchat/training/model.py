@@ -18,6 +18,7 @@ from peftchat.formatting import format_duration
 from peftchat.models import varlen_attention
 from peftchat.models.added_tokens import EmbeddingSnapshot, attach_added_tokens, resize_embeddings, snapshot_embeddings
 from peftchat.models.compiled import compile_layers, missing_compiler
+from peftchat.models.experts import expert_parameters
 from peftchat.models.fused_lora import fuse_lora_forward, num_adapted_layers
 from peftchat.models.loading import VARLEN, end_ids, load_base
 from peftchat.models.peft_model import add_adapter, cast_trainable, expert_notes, freeze_layers
@@ -84,6 +85,8 @@ def load_trainable_model(context: TrainContext) -> TrainableModel:
     compilable = recipe.method == "full"
     if isinstance(built.model, PeftModel) and not is_zero3():
         compilable = 0 < fuse_lora_forward(built.model) == num_adapted_layers(built.model)
+    # Compiling a layer with experts takes minutes.
+    compilable = compilable and not expert_parameters(built.causal_model)
     stats = context.splits["train"].stats
     setting = compile_if_faster(context.loaded, context.distributed, built, stats, compilable=compilable)
     if setting is None:
@@ -226,7 +229,7 @@ def compile_if_faster(
         distributed: the processes and devices of the run.
         built: the model.
         stats: counts of the training examples.
-        compilable: whether every adapted layer is of a kind that is known to compile.
+        compilable: whether every layer is of a kind that is known to compile, and soon.
 
     Returns:
         The setting and its reason, if it was chosen automatically.

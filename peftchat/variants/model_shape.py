@@ -171,7 +171,7 @@ def _check_halves(modules: tuple[str, ...], shape: ModelShape) -> None:
             raise UserError(
                 f"`{named}` and `{other}` of the experts are one parameter, `gate_up_proj`",
                 where="adapter.target_modules",
-                hint=f"Name both, or `gate_up_proj`. A longer name, such as `mlp.{named}`, is a linear layer.",
+                hint="Name both, or `gate_up_proj`.",
             )
 
 

@@ -59,6 +59,7 @@ class Format:
         read: the conversations in a stream of records; bad records go to the log.
         ranked: whether its answers come with ranks, so that `ReadOptions.oasst_top_k` means something.
         fixed_fields: whether its fields always have the same names, so that `columns` means nothing.
+        by_record: whether each record is read for itself, so that several processes can read parts of one file.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Format:
     read: Callable[[Iterable[RawRecord], ReadOptions, ProblemLog], Iterator[Conversation]]
     ranked: bool = False
     fixed_fields: bool = False
+    by_record: bool = False
 
     @property
     def summary(self) -> str:
@@ -143,7 +145,7 @@ def record_format(
             notes.finish()
             yield conversation if kept is conversation.messages else replace(conversation, messages=kept)
 
-    return Format(name, description, matches, read, fixed_fields=fixed_fields)
+    return Format(name, description, matches, read, fixed_fields=fixed_fields, by_record=True)
 
 
 _MOST_SHAPES = 10_000

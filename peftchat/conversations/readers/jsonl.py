@@ -36,15 +36,15 @@ def read_jsonl(path: Path, max_record_bytes: int, problems: ProblemLog) -> Itera
     name = str(path)
     try:
         with open_text(path) as file:
-            if _is_values(file.peek()):
+            if is_values(file.peek()):
                 yield from read_values(file, name, max_record_bytes, problems)
             else:
-                yield from _lines(file, name, max_record_bytes, problems)
+                yield from read_lines(file, name, max_record_bytes, problems)
     except BrokenPacking as error:
         problems.add(broken_packing(f"{name}:1", error))
 
 
-def _is_values(head: bytes) -> bool:
+def is_values(head: bytes) -> bool:
     """Whether a file is JSON that does not end with its lines, judged by its first bytes."""
     first, line_end, rest = head.removeprefix(_BOM).lstrip().partition(b"\n")
     if first.strip() == b"{":
@@ -59,8 +59,19 @@ def _is_values(head: bytes) -> bool:
     return not (line_end and rest.strip())
 
 
-def _lines(file: BinaryIO, name: str, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
-    number = 0
+def read_lines(
+    file: BinaryIO, name: str, max_record_bytes: int, problems: ProblemLog, before: int = 0
+) -> Iterator[RawRecord]:
+    """The objects of lines.
+
+    Args:
+        file: the lines.
+        name: of the file that they are from, for places.
+        max_record_bytes: a longer line is a problem.
+        problems: where bad records are counted.
+        before: the number of lines that the file has before these.
+    """
+    number = before
     try:
         while line := file.readline(max_record_bytes + 1):
             number += 1

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,7 +196,8 @@ def test_an_error_names_the_setting(family: str, role: str) -> None:
 
 def test_variables_and_the_system_message_are_in_the_saved_template() -> None:
     tokenizer = tokenizer_of("chatml")
-    tokenizer.chat_template = "{% if mood == 'loud' %}LOUD {{ list[1].a }}\n{% endif %}" + tokenizer.chat_template
+    tokenizer.chat_template = "{% if mood == 'loud' %}LOUD {{ list[1].a }}\n{% endif %}{% if off and one %}{% endif %}"
+    tokenizer.chat_template += FAMILIES["chatml"]
     variables = {"mood": "loud", "list": [None, {"a": 'x"\n'}], "off": False, "one": 1.5}
     chat = make_format("model", "Be brief.", tokenizer, settings=TemplateSettings(variables))
     turns = (Message("user", "Hi"), Message("assistant", "Hello."))
@@ -209,7 +211,12 @@ def test_variables_and_the_system_message_are_in_the_saved_template() -> None:
 
 @pytest.mark.parametrize("start", ["\n", "  {% if true %}x{% endif %}", "", "\n  {% if true %}", "text "])
 def test_a_template_writes_the_same_behind_the_settings(start: str) -> None:
-    source = start + FAMILIES["chatml"] + ("{% endif %}" if start.endswith("true %}") else "")
+    source = (
+        start
+        + FAMILIES["chatml"]
+        + ("{% endif %}" if start.endswith("true %}") else "")
+        + "{% if mood == 'low' %}{% endif %}"
+    )
     tokenizer = tokenizer_of("chatml")
     messages = [{"role": "user", "content": "Hi"}]
     stock = rendered(source, tokenizer, messages)
@@ -217,3 +224,40 @@ def test_a_template_writes_the_same_behind_the_settings(start: str) -> None:
     chat = make_format("model", None, tokenizer, settings=TemplateSettings({"mood": "loud"}))
     assert chat.template.jinja != source
     assert rendered(str(chat.template.jinja), tokenizer, messages) == stock
+
+
+@pytest.mark.parametrize(
+    ("variables", "message", "hint"),
+    [
+        ({"mod": "loud"}, "reads no variable `mod`", "Did you mean `mood`?"),
+        ({"zzz": 1}, "reads no variable `zzz`", "Remove it"),
+        ({"messages": []}, "`messages` is given to the template", "Remove it"),
+        ({"tools": []}, "`tools` is given to the template", "Remove it"),
+        ({"add_generation_prompt": True}, "`add_generation_prompt` is given to the template", "Remove it"),
+        ({"namespace": 1}, "`namespace` is given to the template", "Remove it"),
+    ],
+)
+def test_a_variable_that_would_change_nothing_is_refused(variables: dict[str, Any], message: str, hint: str) -> None:
+    tokenizer = tokenizer_of("qwen3")
+    tokenizer.chat_template += "{% if mood == 'low' %}{% endif %}"
+    with pytest.raises(UserError) as refused:
+        make_format("model", None, tokenizer, settings=TemplateSettings(variables))
+    assert message in refused.value.message and hint in str(refused.value.hint)
+    assert refused.value.where == f"chat.template_kwargs.{next(iter(variables))}"
+
+
+def test_a_file_with_a_byte_order_mark_is_read_without_it(tmp_path: Path) -> None:
+    for name, text in (("plain.jinja", FAMILIES["chatml"]), ("marked.jinja", "\ufeff" + FAMILIES["chatml"])):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    plain, marked = (
+        make_format(str(tmp_path / name), None, tokenizer_of("chatml")).template.jinja
+        for name in ("plain.jinja", "marked.jinja")
+    )
+    assert marked == plain
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.jinja").write_text("\n", encoding="utf-8")
+    with pytest.raises(UserError, match="the template is empty") as refused:
+        make_format(str(tmp_path / "empty.jinja"), None, tokenizer_of("chatml"))
+    assert "empty.jinja" in str(refused.value.where)

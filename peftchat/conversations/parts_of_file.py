@@ -1,0 +1,233 @@
+"""A large file of JSON lines, read in parts by several processes; what they make of it comes in the file's order.
+
+Each process finds the parts by itself and takes every n-th of them. It waits until the part before was fetched, so that
+the memory is that of a few parts. Small files, packed ones, and formats that join records are read by one process.
+"""
+
+import gc
+import io
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, Generic, NoReturn, TypeVar
+
+from peftchat.conversation import Conversation
+from peftchat.conversations.formats import Format
+from peftchat.conversations.problems import PartLog, PartOfLog, ProblemLog, RawRecord, ReadOptions
+from peftchat.conversations.readers.json_values import KEYS_CHECKED
+from peftchat.conversations.readers.jsonl import is_values, read_lines
+from peftchat.conversations.readers.opening import check_first_bytes
+from peftchat.errors import UserError
+
+T = TypeVar("T")
+
+_ENDINGS = (".jsonl", ".ndjson")
+SMALLEST_FILE = 32 * 2**20
+_HEAD = 2**16
+_BYTES_OF_SIZE = 8
+_PART_BYTES = 2**19
+_PIPE_BYTES = 2**20
+"""What is made of a part fits into the pipe, so that a process goes on with the next one while others are at work."""
+_MOST_PROCESSES = 4
+"""One process takes what this many make."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Whole lines of a file.
+
+    Attributes:
+        start: the offset of the first byte.
+        end: the offset behind the last one.
+        lines_before: how many lines the file has before.
+    """
+
+    start: int
+    end: int
+    lines_before: int
+
+
+class _Bytes(io.RawIOBase):
+    """The bytes of a part, as a file."""
+
+    def __init__(self, file: BinaryIO, part: Part) -> None:
+        self._file = file
+        self._left = part.end - part.start
+        file.seek(part.start)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
+        count = self._file.readinto(memoryview(buffer)[: self._left])  # type: ignore[attr-defined]
+        self._left -= count
+        return int(count)
+
+
+def is_read_in_parts(path: Path) -> bool:
+    """Whether a file is large enough, and of lines that can be found without reading what is in them."""
+    if usable_processes() < 2 or path.suffix.lower() not in _ENDINGS:
+        return False
+    try:
+        if path.stat().st_size < SMALLEST_FILE:
+            return False
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:  # the reader says it
+        return False
+    return b"\n" in head and not is_values(head) and _is_text(path, head)
+
+
+def _is_text(path: Path, head: bytes) -> bool:
+    try:
+        check_first_bytes(path, head)
+    except UserError:  # the reader says it, when it comes to this file
+        return False
+    return True
+
+
+def usable_processes() -> int:
+    """How many processes may read one file: 1 where a process cannot go on as two."""
+    if sys.platform != "linux":
+        return 1
+    return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
+
+
+def parts_of(path: Path) -> Iterator[Part]:
+    """The parts of a file; the first has all lines in which the reader looks at more than in others."""
+    start = end = before = lines = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_PART_BYTES):
+            lines += block.count(b"\n")
+            cut = block.rfind(b"\n") + 1
+            if cut and before + lines >= KEYS_CHECKED:
+                yield Part(start, end + cut, before)
+                before += lines
+                start, lines = end + cut, 0
+            end += len(block)
+    if end > start:
+        yield Part(start, end, before)
+
+
+def records_of(path: Path, part: Part, options: ReadOptions, problems: ProblemLog) -> Iterator[RawRecord]:
+    """The records of a part."""
+    with path.open("rb", buffering=0) as file, io.BufferedReader(_Bytes(file, part), 2**16) as lines:
+        yield from read_lines(lines, str(path), options.max_record_bytes, problems, part.lines_before)
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Generic[T]):
+    """What is made of a file.
+
+    Attributes:
+        path: the file.
+        format: of its records.
+        options: of the reading.
+        make: what becomes of a conversation; it must be possible to pickle it.
+    """
+
+    path: Path
+    format: Format
+    options: ReadOptions
+    make: Callable[[Conversation], T]
+
+    def of_part(self, part: Part) -> tuple[list[T], PartOfLog]:
+        """What is made of a part, and what happened to its records."""
+        log = PartLog()
+        records = records_of(self.path, part, self.options, log)
+        made = list(map(self.make, self.format.read(records, self.options, log)))
+        return made, log.part()
+
+
+def read_rest(work: Work[T], problems: ProblemLog) -> Iterator[T]:
+    """What is made of all parts but the first, in order.
+
+    Raises:
+        UserError: a process was ended from outside.
+    """
+    readers: list[_Reader] = []
+    count = usable_processes()
+    try:
+        for number in range(count):
+            readers.append(_start(work, number, count, readers))
+        for number, part in enumerate(islice(parts_of(work.path), 1, None)):
+            found = readers[number % count].fetch()
+            if found is None:  # whatever it is that fails there shall say so here
+                found = work.of_part(part)
+            made, log = found
+            yield from made
+            problems.take(log)
+    finally:
+        for reader in readers:
+            reader.end()
+
+
+@dataclass(slots=True)
+class _Reader:
+    """A process that reads, and the pipe that it writes to."""
+
+    pid: int
+    pipe: BinaryIO
+    name: str
+
+    def fetch(self) -> tuple[list, PartOfLog] | None:
+        """What was made of the next part; None where that failed."""
+        size = int.from_bytes(self.pipe.read(_BYTES_OF_SIZE))
+        found = self.pipe.read(size)
+        if not size or len(found) < size:
+            hint = "The system ends processes when memory runs out; look at `dmesg`."
+            raise UserError("a process that reads the file was ended from outside", where=self.name, hint=hint)
+        return pickle.loads(found)
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self.pipe.close()
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
+
+def _start(work: Work[T], number: int, count: int, others: Iterable[_Reader]) -> _Reader:
+    """Start a process for every `count`-th part from `number` on.
+
+    It is a fork: it has nothing to import, and the caller's script need not be one that can be imported. It writes to
+    its pipe alone, and leaves without a word to anything that this process has open.
+    """
+    import fcntl  # not on Windows
+
+    source, target = os.pipe()
+    with suppress(OSError):  # the system's limit; the smaller pipe will do
+        fcntl.fcntl(target, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    pid = os.fork()
+    if pid:
+        os.close(target)
+        return _Reader(pid, os.fdopen(source, "rb"), str(work.path))
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+        for ending in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(ending, signal.SIG_DFL)
+        os.close(source)
+        for other in others:
+            os.close(other.pipe.fileno())
+        _serve(work, number, count, target)
+    finally:
+        os._exit(1)
+
+
+def _serve(work: Work[T], number: int, count: int, target: int) -> NoReturn:
+    gc.freeze()  # the memory that both processes have stays one
+    with os.fdopen(target, "wb") as pipe:
+        for part in islice(parts_of(work.path), 1 + number, None, count):
+            try:
+                found = pickle.dumps(work.of_part(part), pickle.HIGHEST_PROTOCOL)
+            except Exception:
+                found = pickle.dumps(None)
+            pipe.write(len(found).to_bytes(_BYTES_OF_SIZE) + found)
+            pipe.flush()
+    os._exit(0)

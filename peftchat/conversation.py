@@ -1,6 +1,7 @@
 """The one type between files of conversations and their encoding."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
@@ -28,11 +29,21 @@ class ToolCall(NamedTuple):
     as_text: bool = False
 
     def parsed(self) -> Any:
-        """The arguments as a value: `{}` where there are none, the text itself where it is not JSON."""
+        """The arguments as a value: `{}` where there are none, the text itself where it is not JSON.
+
+        The text stands for a number beyond those of a double, too (1e400), which templates would write as `Infinity`.
+        """
         try:
-            return json.loads(self.arguments) if self.arguments.strip() else {}
+            return json.loads(self.arguments, parse_float=_finite) if self.arguments.strip() else {}
         except (ValueError, RecursionError):
             return self.arguments
+
+
+def _finite(spelling: str) -> float:
+    value = float(spelling)
+    if math.isinf(value):
+        raise ValueError(f"{spelling} is beyond the numbers of a double")
+    return value
 
 
 class Message(NamedTuple):

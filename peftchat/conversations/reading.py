@@ -317,6 +317,11 @@ def _detect(name: str, records: Iterable[RawRecord], columns: Columns | None) ->
 
 def _found_below(fields: Fields) -> str:
     """What could be read of a record without a known format, as the beginning of a hint."""
+    said = [name for name, value in fields.items() if isinstance(value, str | list | dict)]
+    pair = {ours: name for ours in (names.CHOSEN, names.REJECTED) for name in said if ours in name.lower()}
+    if len({*pair.values()}) == 2:
+        columns = ", ".join(f"{ours}: {theirs}" for ours, theirs in pair.items())
+        return f"They look like preference pairs: `columns: {{{columns}}}` reads the chosen answers. "
     for field, value in fields.items():
         if isinstance(value, dict) and matching_format(value) is not None:
             return f"They are below the field {field!r}: jq -c '.[\"{field}\"]' FILE > FILE.jsonl. "

@@ -225,3 +225,18 @@ def test_the_examples_of_the_docs_are_records_of_their_formats(tmp_path: Path) -
         (one,) = read(tmp_path / f"{name}.jsonl", [json.loads(example)], log)
         assert one.messages[-1].role == "assistant"
         assert list(log.formats.values()) == [name]
+
+
+@pytest.mark.parametrize("value", ["text", [{"role": "user", "content": [{"type": "text", "value": "a"}]}]])
+def test_the_hint_for_pairs_of_other_names_gives_both_columns(tmp_path: Path, value: object) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"chosen_score": 1, "chosen_messages": value, "rejected_messages": value}))
+    with pytest.raises(UserError, match="chosen: chosen_messages, rejected: rejected_messages"):
+        list(read_conversations(path))
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1E999"])
+def test_arguments_with_a_number_beyond_a_double_stay_text(number: str) -> None:
+    text = f'{{"x": {number}}}'
+    assert ToolCall("f", text).parsed() == text
+    assert ToolCall("f", '{"x": 1e300}').parsed() == {"x": 1e300}

@@ -109,11 +109,14 @@ class ChatCollator:
     def __call__(self, packs: Sequence[Mapping[str, Sequence[int]]]) -> Batch:
         """Return the batch of some packs, each of which lists the indices of its examples under `examples`.
 
-        The batch has all their indices, int64, under the same name; an array, because a tensor would be moved to a
-        device where nobody reads it.
+        The batch has all their indices, int64, under the same name, and their numbers of targets under `target_counts`;
+        arrays, because tensors would be moved to a device where nobody reads them.
         """
         batch = self.collate([[self.examples[index] for index in pack["examples"]] for pack in packs])
-        batch["examples"] = np.array([index for pack in packs for index in pack["examples"]], dtype=np.int64)
+        indices = [index for pack in packs for index in pack["examples"]]
+        batch["examples"] = np.array(indices, dtype=np.int64)
+        counts = [np.count_nonzero(self._labels(self.examples[index]) != IGNORE_INDEX) for index in indices]
+        batch["target_counts"] = np.array(counts, dtype=np.int64)
         return batch
 
     def target_cells(self, packs: Sequence[Mapping[str, Sequence[int]]]) -> np.ndarray:

@@ -76,6 +76,7 @@ OWN_KEYS = (
     "load_best_model_at_end",
     "early_stopping_patience",
     "early_stopping_threshold",
+    "on_spike",
 )
 """The keys that transformers does not have, or that are not passed to it."""
 
@@ -221,6 +222,11 @@ class TrainingSection(StrictModel):
     )
     early_stopping_threshold: float = Field(
         0.0, ge=0, description="The least improvement that counts for `early_stopping_patience`."
+    )
+    on_spike: Literal["log", "stop", "skip"] = Field(
+        "log",
+        description="What to do at a step whose loss is far above those before. `log` names its conversations, `stop` "
+        "ends the run, `skip` leaves the step's update out (on a GPU each step then waits for its loss).",
     )
     logging_steps: int = Field(10, ge=1, description="Optimizer steps between lines of `metrics.jsonl`.")
     report_to: Annotated[tuple[Reporter, ...], BeforeValidator(_reporter_list), _REPORTERS_SCHEMA] = Field(

@@ -179,6 +179,7 @@ def _saving(recipe: Recipe) -> Iterator[Conflict]:
 
 def _evaluation(recipe: Recipe) -> Iterator[Conflict]:
     training = recipe.training
+    yield from _spikes(recipe)
     yield from _best_evaluation(recipe)
     if recipe.data.has_eval:
         if training.eval_strategy != "steps":
@@ -193,6 +194,19 @@ def _evaluation(recipe: Recipe) -> Iterator[Conflict]:
         keys.append(("training", "eval_on_start"))
     for key in keys:
         yield Conflict(key, ("data", "eval_fraction"), why, others=(("data", "eval"),))
+
+
+def _spikes(recipe: Recipe) -> Iterator[Conflict]:
+    if recipe.training.on_spike != "skip":
+        return
+    keys = ("training", "on_spike")
+    if recipe.distributed.strategy in ZERO_STRATEGIES:
+        why = "DeepSpeed updates the weights by itself, so no update can be left out"
+        yield Conflict(keys, ("distributed", "strategy"), why)
+    if recipe.model.dtype == "float16":
+        yield Conflict(keys, ("model", "dtype"), "float16's loss scaling needs the gradients of every step")
+    if recipe.adapter is not None and recipe.adapter.variant == "adalora":
+        yield Conflict(keys, ("adapter",), "AdaLoRA's ranks follow the gradients of every step")
 
 
 def _best_evaluation(recipe: Recipe) -> Iterator[Conflict]:

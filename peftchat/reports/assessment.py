@@ -74,8 +74,11 @@ def _effort(summary: RunSummary) -> str:
 def run_warnings(summary: RunSummary) -> list[str]:
     """Return what to know before using the model, one sentence each."""
     warnings = []
-    if summary.train_examples is not None and summary.train_examples < _FEW_EXAMPLES:
-        warnings.append(f"It was trained on only {format_count(summary.train_examples)} conversations.")
+    if summary.train_examples is not None:
+        # A template that rewrites earlier turns makes several examples of a conversation.
+        conversations = summary.train_examples - (summary.expanded_examples or 0) + (summary.expanded or 0)
+        if conversations < _FEW_EXAMPLES:
+            warnings.append(f"It was trained on only {format_count(conversations)} conversations.")
     if summary.eval_loss is None:
         warnings.append("No held-out conversations were used; it is unknown whether it improved.")
     elif summary.eval_loss_before is not None and summary.eval_loss >= summary.eval_loss_before:

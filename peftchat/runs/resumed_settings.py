@@ -25,6 +25,7 @@ _MAY_CHANGE = {
         "eval_on_start",
         "early_stopping_patience",
         "early_stopping_threshold",
+        "on_spike",
         "report_to",
         "run_name",
         "dataloader_num_workers",

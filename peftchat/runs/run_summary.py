@@ -75,6 +75,28 @@ class AddedToken:
         return "learned" if all(move > 0 for move in moves) else "did not move"
 
 
+class SpikeRecord(BaseModel):
+    """A step whose loss was far above those before, in nats per target.
+
+    Attributes:
+        step: its number, from 1 on.
+        loss: its loss.
+        median: of the steps before.
+        limit: what it exceeded.
+        skipped: whether its update was left out.
+        conversations: `file:line` -> loss, highest first; only those above the limit if there are any.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    step: int
+    loss: float
+    median: float
+    limit: float
+    skipped: bool = False
+    conversations: dict[str, float] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class KeptStep:
     """The step whose weights the run folder holds, where a run compares its evaluations.
@@ -151,6 +173,7 @@ class RunSummary(BaseModel):
         formats: the format of each data file.
         new_tokens: the tokens added to the vocabulary.
         warnings: what its numbers say against it, one sentence each.
+        spikes: steps whose loss was far above those before, since the run was started or resumed.
         kept: the step whose weights the run folder holds, where evaluations were compared.
         notes: what it changed or found by itself, as told while it went on.
         auto_settings: settings chosen automatically.
@@ -190,6 +213,7 @@ class RunSummary(BaseModel):
     eval_loss_before: float | None = None
     eval_loss: float | None = None
     eval_by: dict[str, dict[str, GroupLoss]] | None = None
+    spikes: tuple[SpikeRecord, ...] = ()
     kept: KeptStep | None = None
     model_flops_utilisation: float | None = None
     attention: str | None = None

@@ -120,6 +120,12 @@ def _resolve_strategy(recipe: "Recipe", world_size: int) -> Strategy:
     if world_size == 1:
         return "single"
     # Adapters leave little to shard; full fine-tuning is what ZeRO-3 is for.
+    if recipe.method == "full" and recipe.training.on_spike == "skip":
+        raise UserError(
+            "DeepSpeed updates the weights by itself, so no update can be left out",
+            where="training.on_spike: skip",
+            hint="Set distributed.strategy: ddp, or training.on_spike: log or stop.",
+        )
     return "zero3" if recipe.method == "full" else "ddp"
 
 

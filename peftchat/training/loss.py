@@ -34,7 +34,7 @@ class SupervisedOutput(ModelOutput):
         correct: supervised positions whose most likely token is the target, int64, shape (); counted only without
             gradients.
         losses: the negative log-likelihood of each supervised position in nats, in the order of the labels, float32,
-            shape (N,); only without gradients.
+            shape (N,); not differentiable.
         aux_loss: load-balancing loss of a mixture of experts, float32, shape (), or None.
     """
 
@@ -72,7 +72,7 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
             head = Head(layer.weight, layer.bias, None if added is None else added.head(), transform, logsumexp)
             states = backbone.last_hidden_state[:, :-1][supervised_positions]
             evaluates = not torch.is_grad_enabled()
-            losses = torch.empty(len(states), dtype=torch.float32, device=states.device) if evaluates else None
+            losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
             loss, correct = linear_cross_entropy(
                 states, targets[supervised_positions], head, count_correct=evaluates, losses=losses
             )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftchat.errors import VerificationError
 from peftchat.formatting import format_count, format_decimal
+from peftchat.runs.run_summary import SpikeRecord
 from peftchat.training.step_numbers import BadStep, LossTrend, StepCounts, StepMonitor, first_not_finite, name_sources
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from peftchat.runs.run_summary import AddedToken
     from peftchat.training.context import TrainContext
 
+
+_SPIKES_TOLD = 10
+"""Spikes that are told while a run goes on; `run.json` has the others."""
 
 _SMALLEST_RATE = 1e-6
 """A sum of learning rates below this may round to nothing: Adam's steps are about as large as the rate."""
@@ -30,6 +34,9 @@ class NumberChecks:
         device: where its numbers are computed.
         gather: returns the values of all processes; every process calls it.
         sum_over_processes: sums a tensor over all processes.
+
+    Attributes:
+        spikes: the loss spikes so far.
     """
 
     def __init__(
@@ -41,26 +48,34 @@ class NumberChecks:
     ) -> None:
         self._context = context
         self._gather = gather
+        self._on_spike = context.recipe.training.on_spike
+        self.spikes: list[SpikeRecord] = []
         processes = context.distributed.world_size
         may_skip = context.recipe.model.dtype == "float16"
-        self._monitor = StepMonitor(device, may_skip, sum_over_processes if processes > 1 else None, processes)
+        self._monitor = StepMonitor(
+            device, may_skip, sum_over_processes if processes > 1 else None, processes, waits=self._on_spike == "skip"
+        )
 
     @property
     def counts(self) -> StepCounts:
         """What the steps so far had in common."""
         return self._monitor.counts
 
-    def add(self, loss: Tensor, examples: Sequence[int]) -> None:
-        """Add a micro-batch to the current step: its loss, shape (), and the indices of its examples."""
-        self._monitor.add(loss, examples)
+    def add(self, loss: Tensor, examples: Sequence[int], losses: Tensor, counts: Sequence[int]) -> None:
+        """Add a micro-batch to the current step (see `StepMonitor.add`)."""
+        self._monitor.add(loss, examples, losses, counts)
 
-    def end_step(self, step: int, grad_norm: Tensor | float | None, rate: float) -> None:
+    def end_step(self, step: int, grad_norm: Tensor | float | None, rate: float) -> bool:
         """End the current step (see `StepMonitor.end_step`).
 
+        Returns:
+            Whether its update is to be left out.
+
         Raises:
-            VerificationError: the numbers of this or an earlier step are not finite.
+            VerificationError: the numbers of this or an earlier step are not finite, or a spike stops the run.
         """
         self._stop_at(self._monitor.end_step(step, grad_norm, rate))
+        return self._report_spikes()
 
     def check_steps(self) -> None:
         """Check the steps that were not read yet; every process must call it.
@@ -69,6 +84,7 @@ class NumberChecks:
             VerificationError: the numbers of one are not finite.
         """
         self._stop_at(self._monitor.check())
+        self._report_spikes()
 
     def check_weights(self, model: nn.Module, step: int) -> None:
         """Check the steps, and that every trained weight is finite; every process must call it.
@@ -104,14 +120,41 @@ class NumberChecks:
         if bad is not None:
             self._stop(f"step {bad.step}: {bad.what}, in {self._sources('train', bad.examples)}")
 
+    def _report_spikes(self) -> bool:
+        """Tell the spikes that were read, or stop at one; return whether there was one whose update is left out."""
+        found, self._monitor.spikes = self._monitor.spikes, []
+        for spike in found:
+            store: ExampleStore = self._context.splits["train"].store
+            own = [(loss, store[index].source) for index, loss in zip(spike.examples, spike.losses, strict=True)]
+            everyone = sorted((pair for part in self._gather(own) for pair in part), key=lambda pair: -pair[0])
+            # A process whose examples are all below the limit names them all.
+            above = [pair for pair in everyone if pair[0] > spike.limit] or everyone
+            record = SpikeRecord(
+                step=spike.step, loss=spike.loss, median=spike.median, limit=spike.limit,
+                skipped=self._on_spike == "skip", conversations=_by_loss(above),
+            )  # fmt: skip
+            self.spikes.append(record)
+            what = (
+                f"step {spike.step}: the loss is {format_decimal(spike.loss)}, far above the median "
+                f"{format_decimal(spike.median)} of the steps before, in {name_sources([one for _, one in above])}"
+            )
+            if self._on_spike == "stop":
+                self._stop(what, cure="Look at them, or set training.on_spike: log or skip")
+            if len(self.spikes) <= _SPIKES_TOLD:
+                ending = ". Its update was left out." if record.skipped else "."
+                self._context.notes.tell(f"{what[0].upper()}{what[1:]}{ending}")
+        return bool(found) and self._on_spike == "skip"
+
     def _sources(self, split: "Split", examples: Sequence[int]) -> str:
         store: ExampleStore = self._context.splits[split].store
         named = [store[index].source for index in examples]
         return name_sources([source for part in self._gather(named) for source in part])
 
-    def _stop(self, what: str, *, is_trained: bool = True) -> None:
+    def _stop(self, what: str, *, is_trained: bool = True, cure: str | None = None) -> None:
         training = self._context.recipe.training
-        if is_trained:
+        if cure is not None:
+            pass
+        elif is_trained:
             cure = f"Lower training.learning_rate ({format_decimal(training.peak_rate)})"
             if training.max_grad_norm == 0:
                 cure += ", or clip the gradients with training.max_grad_norm: 1 (0 clips nothing)"
@@ -122,6 +165,14 @@ class NumberChecks:
         last = self._context.run_folder.latest_checkpoint()
         kept = f"The last good checkpoint is {last.path}" if last else "There is no checkpoint yet"
         raise VerificationError(f"{what}. {cure}. {kept}, and no model was saved.")
+
+
+def _by_loss(pairs: Sequence[tuple[float, str]]) -> dict[str, float]:
+    """Return the highest loss of each source, highest first."""
+    found: dict[str, float] = {}
+    for loss, source in pairs:
+        found.setdefault(source, loss)
+    return found
 
 
 def check_trend(losses: Sequence[float], vocabulary: int) -> None:

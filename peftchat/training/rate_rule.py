@@ -124,7 +124,7 @@ def rule_rate(recipe: "Recipe", width: Callable[["Recipe"], ModelWidth] = read_w
         value, reason = _adapted(value, reason, recipe.adapter, variant.auto_factor)
         if 0 < recipe.training.max_steps < _SHORT_STEPS:
             value *= _SHORT_FACTOR
-            reason += f"; times {_SHORT_FACTOR} for only {recipe.training.max_steps} steps"
+            reason += f"; times {_SHORT_FACTOR}, as the run has fewer than {_SHORT_STEPS} steps"
     else:
         # The factor for short runs is one of LoRA's rate against this one.
         value *= variant.auto_factor

@@ -6,12 +6,14 @@ one step later, or before anything is logged, evaluated or saved. A CPU's are re
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from peftchat.training.spikes import Spike, SpikeDetector, example_losses, worst_first
 
 _MAX_SKIPPED = 30
 """Consecutive steps that float16's loss scaling may skip: each halves the scale, which begins at 2^16."""
@@ -63,12 +65,13 @@ class StepCounts:
 class _Pending:
     """A step whose values are on their way to the host.
 
-    They are the number of failing processes, the loss of all processes, the gradient norm, and the loss of each
-    micro-batch of this process.
+    They are the number of failing processes, the loss of all processes, the gradient norm, the loss of each micro-batch
+    of this process, and that of each target of it.
     """
 
     step: int
     examples: list[Sequence[int]]
+    counts: list[Sequence[int]]
     values: Tensor
     event: Any = None
 
@@ -88,6 +91,8 @@ class StepMonitor:
         sum_over_processes: sums a tensor over all processes; None for a single process.
         processes: their number; each one's loss is scaled by it.
         counts: of the steps that were read.
+        waits: whether a step's values are read before its update, on a GPU too.
+        spikes: of the steps that were read, until they are taken.
     """
 
     device: torch.device
@@ -95,18 +100,30 @@ class StepMonitor:
     sum_over_processes: Callable[[Tensor], Tensor] | None = None
     processes: int = 1
     counts: StepCounts = field(default_factory=StepCounts)
+    waits: bool = False
+    spikes: list[Spike] = field(default_factory=list)
+    _detector: SpikeDetector = field(default_factory=SpikeDetector)
+    _target_losses: list[Tensor] = field(default_factory=list)
+    _target_counts: list[Sequence[int]] = field(default_factory=list)
     _losses: list[Tensor] = field(default_factory=list)
     _examples: list[Sequence[int]] = field(default_factory=list)
     _pending: list[_Pending] = field(default_factory=list)
     _skipped: int = 0
 
-    def add(self, loss: Tensor, examples: Sequence[int]) -> None:
+    def add(
+        self, loss: Tensor, examples: Sequence[int], losses: Tensor | None = None, counts: Sequence[int] = ()
+    ) -> None:
         """Add a micro-batch to the current step.
 
         Args:
             loss: shape (), detached.
             examples: indices of its examples.
+            losses: of each target in nats, detached, shape (N,).
+            counts: targets of each example; they sum to N.
         """
+        if losses is not None:
+            self._target_losses.append(losses.float())
+            self._target_counts.append(counts)
         self._losses.append(loss.float())
         self._examples.append(examples)
 
@@ -127,13 +144,14 @@ class StepMonitor:
         if self.sum_over_processes is not None:
             # All processes have to stop at the same step; gradients are shared already, losses are not.
             shared = self.sum_over_processes(shared)
-        pending = _Pending(step, self._examples, torch.cat([shared, norm.reshape(1), losses]))
-        self._losses, self._examples = [], []
+        values = torch.cat([shared, norm.reshape(1), losses, *self._target_losses])
+        pending = _Pending(step, self._examples, self._target_counts, values)
+        self._losses, self._examples, self._target_losses, self._target_counts = [], [], [], []
         self.counts.rate_sum += rate
         if self.device.type == "cuda":
             pending.values, pending.event = _copy_to_host(pending.values)
         self._pending.append(pending)
-        return self.check(keep=1 if self.device.type == "cuda" else 0)
+        return self.check(keep=1 if self.device.type == "cuda" and not self.waits else 0)
 
     def check(self, *, keep: int = 0) -> BadStep | None:
         """Read all steps but the last `keep` ones, and return the first bad one."""
@@ -144,7 +162,8 @@ class StepMonitor:
         return None
 
     def _read(self, pending: _Pending) -> BadStep | None:
-        failing, loss, norm, *losses = pending.read()
+        failing, loss, norm, *rest = pending.read()
+        losses, targets = rest[: len(pending.examples)], rest[len(pending.examples) :]
         if failing:
             bad = [not math.isfinite(loss) for loss in losses]
             examples = [part for part, is_bad in zip(pending.examples, bad, strict=False) if is_bad]
@@ -162,6 +181,9 @@ class StepMonitor:
         counts = self.counts
         counts.steps += 1
         counts.losses.append(loss)
+        spike = self._detector.judge(pending.step, loss)
+        if spike is not None:
+            self.spikes.append(_with_examples(spike, pending, targets))
         is_still = norm == 0.0 and loss > _LEARNED_LOSS
         counts.without_gradient += is_still
         counts.still = counts.still + 1 if is_still else 0
@@ -169,6 +191,15 @@ class StepMonitor:
             what = f"the gradient norm is 0 for {_MAX_STILL} steps in a row"
             return BadStep(pending.step, what, _indices(pending.examples))
         return None
+
+
+def _with_examples(spike: Spike, pending: _Pending, targets: Sequence[float]) -> Spike:
+    """Return a spike with this process's examples, by their losses where these are known."""
+    examples = _indices(pending.examples)
+    if not pending.counts:
+        return replace(spike, examples=examples, losses=(spike.loss,) * len(examples))
+    worst = worst_first(spike, examples, example_losses(np.array(targets), _indices(pending.counts)))
+    return replace(spike, examples=tuple(one for one, _ in worst), losses=tuple(loss for _, loss in worst))
 
 
 def _copy_to_host(values: Tensor) -> tuple[Tensor, Any]:

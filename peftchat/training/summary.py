@@ -148,6 +148,7 @@ def _summary(
         eval_loss_before=evaluations[0]["eval_loss"] if evaluations and evaluations[0]["step"] == 0 else None,
         eval_loss=_final_loss(evaluations, fitted.kept),
         eval_by=group_losses(held_out) if held_out else None,
+        spikes=tuple(trainer.checks.spikes),
         kept=fitted.kept,
         model_flops_utilisation=_flops_utilization(context, trainer, counts),
         attention=trainer.causal_model.config._attn_implementation,

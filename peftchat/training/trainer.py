@@ -123,7 +123,7 @@ def build_trainer(context: TrainContext, model: TrainableModel, config: "SFTConf
 
 
 # Batch entries that are counts, not arguments of the model.
-_COUNTS = ("real_tokens", "tracked_counts", "examples")
+_COUNTS = ("real_tokens", "tracked_counts", "examples", "target_counts")
 
 
 class ChatTrainer(SFTTrainer):
@@ -196,15 +196,17 @@ class ChatTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Compute the gradient of a micro-batch, and note its loss and its examples."""
-        examples = inputs.pop("examples")
+        examples, counts = inputs.pop("examples"), inputs.pop("target_counts")
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.checks.add(loss.detach(), examples)
+        self.checks.add(loss.detach(), examples, self._target_losses, counts)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """Return the gradient norm of the optimizer step, and check the step's numbers."""
         norm: Tensor | float | None = super()._get_grad_norm(model, grad_norm)
-        self.checks.end_step(self.state.global_step + 1, norm, self._get_learning_rate())
+        if self.checks.end_step(self.state.global_step + 1, norm, self._get_learning_rate()):
+            # An optimizer leaves weights without a gradient alone, their moments and weight decay included.
+            model.zero_grad(set_to_none=True)
         return norm
 
     def compute_loss(
@@ -223,6 +225,7 @@ class ChatTrainer(SFTTrainer):
             inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
         )
         outputs = model(**self._model_inputs(inputs), supervised=True)
+        self._target_losses = outputs.losses.detach()
         count = (inputs["labels"] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         loss: Tensor = outputs.loss / torch.as_tensor(count, device=outputs.loss.device).clamp(min=1)
         if num_items_in_batch is not None:

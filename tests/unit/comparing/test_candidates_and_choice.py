@@ -236,7 +236,7 @@ def test_all_runs_of_a_seed_differ_in_nothing_but_what_is_compared(tmp_path: Pat
             write_rows_and_recipe(tmp_path, DATA),
             ["lora", "dora", "full"],
             budget=parse_budget("steps=12"),
-            learning_rates=[1e-3],
+            learning_rates=[1e-3, 3e-3, 1e-2],
         )
     )
     jobs = [TrainingJob(candidate, {LEARNING_RATE: 1e-3}, 7) for candidate in plan.candidates]

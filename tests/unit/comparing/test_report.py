@@ -31,7 +31,7 @@ def result(tmp_path: Path) -> ComparisonResult:
     """Twelve candidates, the last of which failed."""
     path = write_rows_and_recipe(tmp_path, "data: {train: [{path: rows.jsonl}], eval_fraction: 0.25}\n")
     names = ["lora", "rslora", "dora", "loraplus", "pissa", "olora", "ia3", "vera", "loha", "lokr", "full", "qlora"]
-    plan = plan_comparison(CompareOptions(path, names))
+    plan = plan_comparison(CompareOptions(path, names, learning_rates=[3e-4, 1e-3, 3e-3]))
     outcomes = []
     for place, candidate in enumerate(plan.candidates):
         outcome = made(candidate.name, [2 + place / 10, 2.01 + place / 10, 1.99 + place / 10])

@@ -21,6 +21,7 @@ from transformers import (
 
 from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.reports import run_terminal as summary
+from peftchat.reports.assessment import run_warnings
 from peftchat.reports.model_card import model_card
 from peftchat.runs.run_summary import RunSummary
 from tests.support.reports import RECIPE, RUN_JSON
@@ -171,3 +172,18 @@ def test_the_summary_shows_what_there_is(facts: dict[str, Any], monkeypatch: pyt
     if facts.get("steps"):
         for words in ("2.930", "1.419", "4 min 18 s", "206 tokens/s", "1.27 GB", "<|end|>", "1.205", "63 %"):
             assert words in shown
+
+
+def test_the_note_about_few_conversations_counts_conversations() -> None:
+    """A template that rewrites earlier turns makes several examples of one."""
+    known: dict[str, Any] = {
+        "method": "lora",
+        "base_model": "base",
+        "base_vocabulary_size": 9,
+        "steps": 1,
+        "epochs": 1.0,
+    }
+    few = RunSummary(**known, train_examples=1200, expanded=300, expanded_examples=1100)
+    assert "It was trained on only 400 conversations." in run_warnings(few)
+    many = RunSummary(**known, train_examples=1200)
+    assert not any("only" in warning for warning in run_warnings(many))

@@ -61,7 +61,7 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Export a run or a model to llama.cpp, Ollama or vLLM, or an adapter to plain LoRA.
+    """Export a model to llama.cpp, Ollama, vLLM or a plain LoRA.
 
     MODEL is a run folder, a merged model or a hub id. For gguf and ollama, an adapter is merged first.
 

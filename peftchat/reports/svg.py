@@ -166,11 +166,16 @@ def _legend_entry(frame: _Frame, line: Series, row: int) -> Markup:
     return _line(line.style, right - 26, right - 6, y, y) + _text(right - 32, y + 4, line.name, "end")
 
 
+_LEAST_STEP = 1e-290
+"""Steps below it lose their digits: the smallest numbers of a double have few."""
+
+
 def axis(values: Sequence[float], most: int) -> list[float]:
     """Return about `most` round tick values that enclose all values."""
     low, high = min(values), max(values)
-    if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    if (high - low) / most < _LEAST_STEP:
+        half = abs(low) / 2 if abs(low) > _LEAST_STEP else 0.5
+        low, high = low - half, high + half
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(nice * power for nice in (1, 2, 2.5, 5, 10) if nice * power >= rough * 0.999)

@@ -2,7 +2,7 @@ import math
 import re
 from xml.etree import ElementTree
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peftchat.reports.svg import Series, line_plot
@@ -10,6 +10,8 @@ from peftchat.reports.svg import Series, line_plot
 values = st.floats(-1e12, 1e12) | st.floats(-1e-6, 1e-6) | st.sampled_from([math.nan, math.inf, -math.inf])
 
 
+@example(ys=[5e-324])
+@example(ys=[0.0, 1e-320])
 @given(ys=st.lists(values, max_size=40))
 def test_any_numbers_give_well_formed_svg_inside_its_frame(ys: list[float]) -> None:
     plot = line_plot([Series("a<b", list(enumerate(ys)))], label='"label" & more', x_name="step")

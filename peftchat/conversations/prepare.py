@@ -23,7 +23,7 @@ from peftchat.conversations.messages_file import ConversationFile, record_line
 from peftchat.conversations.problems import KINDS, Problem, ProblemLog, ReadOptions
 from peftchat.conversations.readers.jsonl import read_lines
 from peftchat.conversations.reading import read_and_make, read_conversations
-from peftchat.conversations.splitting import EvalSplit, SplitCensus, Start, fingerprint, start_of
+from peftchat.conversations.splitting import EvalSplit, SplitCensus, Start, conversation_fingerprint, start_of
 from peftchat.errors import UserError, VerificationError
 from peftchat.output_paths import InputPath, check_output, free_name
 
@@ -266,7 +266,7 @@ def _entry_maker(seed: int) -> Callable[[Conversation], _Fields]:
     def entry(conversation: Conversation) -> _Fields:
         return (
             record_line(conversation),
-            fingerprint(conversation.messages, conversation.tools),
+            conversation_fingerprint(conversation),
             conversation.source,
             start_of(conversation, seed)[:],
             SizeOf.of(conversation)[:],

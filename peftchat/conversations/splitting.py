@@ -8,11 +8,17 @@ from typing import NamedTuple
 from peftchat.conversation import Conversation, Message
 
 
-def fingerprint(messages: Iterable[Message], tools: str | None = None) -> bytes:
+def conversation_fingerprint(conversation: Conversation) -> bytes:
     """16 bytes that are equal for conversations that say the same, and for no others.
 
-    What counts is all of the turns (roles, contents, calls, reasoning, names, flags) and the tools, not the columns.
+    What counts is all of the turns (roles, contents, calls, reasoning, names, flags), the tools and the documents, not
+    the other columns.
     """
+    return fingerprint(conversation.messages, conversation.tools, conversation.columns.get("documents"))
+
+
+def fingerprint(messages: Iterable[Message], tools: str | None = None, documents: object = None) -> bytes:
+    """Return `conversation_fingerprint` of some of its messages."""
     parts: list[str] = []
     for message in messages:
         role, content, calls, *others = message
@@ -23,6 +29,8 @@ def fingerprint(messages: Iterable[Message], tools: str | None = None) -> bytes:
             parts += ("+", str(len(extra)), extra)
     if tools is not None:
         parts += ("tools", tools)
+    if documents is not None:
+        parts += ("documents", repr(documents))
     # One long text is encoded and hashed in half the time of its pieces.
     return hashlib.sha256("\n".join(parts).encode(errors="surrogatepass")).digest()[:16]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from peftchat.conversation import Conversation
 from peftchat.conversations.languages import detect_language
 from peftchat.conversations.problems import ProblemLog
-from peftchat.conversations.splitting import fingerprint
+from peftchat.conversations.splitting import conversation_fingerprint, fingerprint
 from peftchat.conversations.stats.overlap import Benchmark, NearDuplicates, can_find_near_duplicates, word_hashes
 from peftchat.conversations.stats.parts import FirstSeen, FirstSeenIndex, StatsPart
 from peftchat.conversations.stats.result import (
@@ -198,7 +198,7 @@ class _Repeats:
     def _compare(self, conversation: Conversation, stats: PartStats, part: int) -> bool:
         """Count what the conversation repeats word for word; whether no other is the same."""
         place = conversation.source
-        same = self._conversations.see(fingerprint(conversation.messages, conversation.tools), part, place)
+        same = self._conversations.see(conversation_fingerprint(conversation), part, place)
         if part in same:
             stats.exact_duplicates += 1
             if len(stats.duplicate_examples) < EXAMPLES:

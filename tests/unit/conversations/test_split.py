@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations import ProblemLog, fit_split, read_sources
+from peftchat.conversations.splitting import conversation_fingerprint
 from peftchat.errors import UserError
 from peftchat.recipe import DataEntry
 from tests.support.splitting import split_eval
@@ -169,3 +170,11 @@ def test_where_nothing_can_be_held_out_the_reason_is_told() -> None:
             f"No conversation is held out: all {len(everything)} start with the same user message, and those that "
             "start alike stay together.",
         )
+
+
+def test_conversations_about_other_documents_are_no_duplicates() -> None:
+    messages = (Message("user", "Where?"), Message("assistant", "Here."))
+    told = [Conversation(messages, columns={"documents": [text], "id": number}) for number, text in enumerate("xyy")]
+    first, second, third = map(conversation_fingerprint, told)
+    assert first != second == third
+    assert conversation_fingerprint(Conversation(messages)) not in (first, second)

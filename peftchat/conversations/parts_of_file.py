@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Generic, NoReturn, TypeVar
 
+from peftchat.child_process import child_environment, end_with_parent
 from peftchat.conversation import Conversation
 from peftchat.conversations.formats import Format
 from peftchat.conversations.problems import PartLog, PartOfLog, ProblemLog, RawRecord, ReadOptions
@@ -204,11 +205,13 @@ def _start(work: Work[T], number: int, count: int, others: Iterable[_Reader]) ->
     source, target = os.pipe()
     with suppress(OSError):  # the system's limit; the smaller pipe will do
         fcntl.fcntl(target, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    environment = child_environment({})
     pid = os.fork()
     if pid:
         os.close(target)
         return _Reader(pid, os.fdopen(source, "rb"), str(work.path))
     try:
+        end_with_parent(environment)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
         for ending in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(ending, signal.SIG_DFL)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,8 @@ def test_parts_are_all_lines_once(mixed: Path, monkeypatch: pytest.MonkeyPatch) 
     assert parts[1].lines_before >= 1_000
 
 
-def test_processes_end_with_the_reading(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def reading(file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Iterator[str | None], list[int]]:
+    """A file that two processes begin to read, and their ids once they are started."""
     started: list[int] = []
     fork = os.fork
 
@@ -115,7 +117,12 @@ def test_processes_end_with_the_reading(mixed: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "fork", noted)
     small_parts(monkeypatch, 2)
-    stream = read_and_make(mixed, lambda conversation: conversation.source, problems=parts_of_file.PartLog())
+    stream = read_and_make(file, lambda conversation: conversation.source, problems=parts_of_file.PartLog())
+    return stream, started
+
+
+def test_processes_end_with_the_reading(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, started = reading(mixed, monkeypatch)
     for _ in range(1_500):
         next(stream)
     assert len(started) == 2
@@ -126,16 +133,7 @@ def test_processes_end_with_the_reading(mixed: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_process_that_was_killed_is_an_error(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[int] = []
-    fork = os.fork
-
-    def noted() -> int:
-        started.append(fork())
-        return started[-1]
-
-    monkeypatch.setattr(os, "fork", noted)
-    small_parts(monkeypatch, 2)
-    stream = read_and_make(mixed, lambda conversation: conversation.source, problems=parts_of_file.PartLog())
+    stream, started = reading(mixed, monkeypatch)
     while not started:
         next(stream)
     os.kill(started[-1], signal.SIGKILL)

@@ -107,6 +107,7 @@ def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     yield from _chat_and_data(recipe)
     yield from _optimizer(recipe)
     yield from _saving(recipe)
+    yield from _spikes(recipe)
     yield from _evaluation(recipe)
     yield from _distributed(recipe)
 
@@ -179,21 +180,39 @@ def _saving(recipe: Recipe) -> Iterator[Conflict]:
 
 def _evaluation(recipe: Recipe) -> Iterator[Conflict]:
     training = recipe.training
-    yield from _spikes(recipe)
-    yield from _best_evaluation(recipe)
+    comparing: list[Keys] = []
+    if training.load_best_model_at_end:
+        comparing.append(("training", "load_best_model_at_end"))
+    if training.early_stopping_patience is not None:
+        comparing.append(("training", "early_stopping_patience"))
+    yield from _without_comparison(recipe, comparing)
     if recipe.data.has_eval:
+        why = f"`eval_strategy` is `{training.eval_strategy}`"
         if training.eval_strategy != "steps":
-            why = f"`eval_strategy` is `{training.eval_strategy}`"
             yield Conflict(("training", "eval_steps"), ("training", "eval_strategy"), why)
+        for key in comparing if training.eval_strategy == "no" else ():
+            yield Conflict(key, ("training", "eval_strategy"), why)
         return
     why = "there is nothing to evaluate on: give `data.eval` or `data.eval_fraction`"
-    keys: list[Keys] = [("data", "max_eval_samples"), ("training", "eval_steps")]
+    keys: list[Keys] = [*comparing, ("data", "max_eval_samples"), ("training", "eval_steps")]
     if training.eval_strategy != "no":
         keys.append(("training", "eval_strategy"))
     if training.eval_on_start:
         keys.append(("training", "eval_on_start"))
     for key in keys:
         yield Conflict(key, ("data", "eval_fraction"), why, others=(("data", "eval"),))
+
+
+def _without_comparison(recipe: Recipe, comparing: Sequence[Keys]) -> Iterator[Conflict]:
+    """Return the settings of the best evaluation and of early stopping that nothing reads."""
+    training = recipe.training
+    if training.early_stopping_patience is None and training.early_stopping_threshold:
+        why = "`early_stopping_patience` is not set"
+        yield Conflict(("training", "early_stopping_threshold"), ("training", "early_stopping_patience"), why)
+    is_used = comparing and recipe.data.has_eval and training.eval_strategy != "no"
+    if not is_used and training.metric_for_best_model != "eval_loss":
+        why = "neither `load_best_model_at_end` nor `early_stopping_patience` is set"
+        yield Conflict(("training", "metric_for_best_model"), ("training", "load_best_model_at_end"), why)
 
 
 def _spikes(recipe: Recipe) -> Iterator[Conflict]:
@@ -207,28 +226,6 @@ def _spikes(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(keys, ("model", "dtype"), "float16's loss scaling needs the gradients of every step")
     if recipe.adapter is not None and recipe.adapter.variant == "adalora":
         yield Conflict(keys, ("adapter",), "AdaLoRA's ranks follow the gradients of every step")
-
-
-def _best_evaluation(recipe: Recipe) -> Iterator[Conflict]:
-    training = recipe.training
-    chosen = [
-        (("training", "load_best_model_at_end"), training.load_best_model_at_end),
-        (("training", "early_stopping_patience"), training.early_stopping_patience is not None),
-    ]
-    compares = recipe.data.has_eval and training.eval_strategy != "no"
-    for keys, is_chosen in chosen if not compares else ():
-        if is_chosen and recipe.data.has_eval:
-            yield Conflict(keys, ("training", "eval_strategy"), "`eval_strategy` is `no`")
-        elif is_chosen:
-            why = "there is nothing to evaluate on: give `data.eval` or `data.eval_fraction`"
-            yield Conflict(keys, ("data", "eval_fraction"), why, others=(("data", "eval"),))
-    if training.early_stopping_patience is None and training.early_stopping_threshold:
-        why = "`early_stopping_patience` is not set"
-        yield Conflict(("training", "early_stopping_threshold"), ("training", "early_stopping_patience"), why)
-    is_used = compares and any(is_chosen for _, is_chosen in chosen)
-    if not is_used and training.metric_for_best_model != "eval_loss":
-        why = "neither `load_best_model_at_end` nor `early_stopping_patience` is set"
-        yield Conflict(("training", "metric_for_best_model"), ("training", "load_best_model_at_end"), why)
 
 
 def _distributed(recipe: Recipe) -> Iterator[Conflict]:

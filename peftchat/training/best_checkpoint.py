@@ -52,7 +52,7 @@ class ResumedEarlyStopping(EarlyStoppingCallback):
 
 
 class _BestStepCallback(TrainerCallback):
-    """Chooses anew among later evaluations if the best checkpoint of a resumed run is gone."""
+    """Compares later evaluations alone if the best checkpoint of a resumed run is gone."""
 
     def __init__(self, context: "TrainContext") -> None:
         self._context = context

@@ -43,7 +43,7 @@ _SHORT_FACTOR = 1.5
 https://thinkingmachines.ai/blog/lora/"""
 
 _MAX_RATE = 1e-2
-"""The highest rate that is chosen: small widths and scales would lead beyond what Adam's steps bear."""
+"""The highest rate that is chosen. For small widths and scales the rule alone gives rates at which Adam is unstable."""
 
 _WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "n_embed", "model_dim", "dim")
 """What configs call the width of the residual stream."""

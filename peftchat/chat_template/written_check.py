@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftchat.chat_template.answer_rendering import RenderedAnswer, TemplateMessage, TemplateRenderer, Tools
+from peftchat.chat_template.answer_rendering import RenderedAnswer
+from peftchat.chat_template.template_renderer import TemplateMessage, TemplateRenderer, Tools
 from peftchat.errors import UserError
 
 _REASONING_TAG = re.compile(r"</?[\w:]*think\w*>|\[/?THINK\]")

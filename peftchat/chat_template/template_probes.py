@@ -22,29 +22,31 @@ if TYPE_CHECKING:
 
 _QUESTION: TemplateMessage = {"role": "user", "content": "question"}
 _ANSWER: TemplateMessage = {"role": "assistant", "content": "answer"}
+_ARGUMENT = "peftchat argument"
 _CALL: dict[str, Any] = {
     "id": "abcde1234",
     "type": "function",
-    "function": {"name": "find", "arguments": {"text": "answer"}},
+    "function": {"name": "find", "arguments": {"text": _ARGUMENT}},
 }
 _REASONING = "peftchat reasoning"
 
 
 def missing_roles(renderer: TemplateRenderer) -> frozenset["Role"]:
-    """Return the roles beside user and assistant that a template refuses, or leaves out without a word."""
-    call = {"id": "abcde1234", "type": "function", "function": {"name": "find", "arguments": {"text": "answer"}}}
-    as_text = {**call, "function": {"name": "find", "arguments": '{"text": "answer"}'}}
+    """Return the roles beside user and assistant that a template refuses, or leaves out without a word.
+
+    A template that writes the results of tools and not the calls before them cannot write `tool`.
+    """
     question, system = probe_turn("user"), {"role": "system", "content": MARK}
-    result = {"role": "tool", "content": MARK, "name": "find", "tool_call_id": "abcde1234"}
-    calling = [{"role": "assistant", "content": "", "tool_calls": [one]} for one in (call, as_text)]
-    tried: dict[Role, Sequence[Sequence[TemplateMessage]]] = {
-        "system": [[system, question]],
-        "tool": [[question, answer, result] for answer in calling],
+    result = {"role": "tool", "content": MARK, "name": "find", "tool_call_id": _CALL["id"]}
+    calling = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+    tried: dict[Role, tuple[list[str], Sequence[Sequence[TemplateMessage]]]] = {
+        "system": ([MARK], [[system, question]]),
+        "tool": ([MARK, _ARGUMENT], [[question, one, result] for one in (calling, with_text_arguments(calling))]),
     }
     return frozenset(
         role
-        for role, conversations in tried.items()
-        if not any(renderer.writes(MARK, messages) for messages in conversations)
+        for role, (texts, conversations) in tried.items()
+        if not any(renderer.writes(texts, messages) for messages in conversations)
     )
 
 
@@ -64,6 +66,16 @@ def wants_text_arguments(renderer: TemplateRenderer) -> bool:
 
 def wants_reasoning_parts(renderer: TemplateRenderer) -> bool:
     """Return whether the template reads reasoning from a part of the content only, as Mistral's newer ones do."""
+    return _writes_reasoning(renderer) == [False, True]
+
+
+def has_place_for_reasoning(renderer: TemplateRenderer) -> bool:
+    """Return whether the template writes the reasoning of an answer, as a field or as a part of the content."""
+    return any(_writes_reasoning(renderer))
+
+
+def _writes_reasoning(renderer: TemplateRenderer) -> list[bool]:
+    """Return whether the template writes reasoning that is a field, and reasoning that is a part of the content."""
     answer = {**_ANSWER, "reasoning_content": _REASONING}
     found = []
     for message in (answer, with_reasoning_parts(answer)):
@@ -73,7 +85,7 @@ def wants_reasoning_parts(renderer: TemplateRenderer) -> bool:
             text = ""
         # A template that knows no parts writes them as Python does.
         found.append(_REASONING in text and not re.search(r"""["'](?:type|thinking)["']""", text))
-    return found == [False, True]
+    return found
 
 
 def find_end_tokens(

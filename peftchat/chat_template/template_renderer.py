@@ -45,6 +45,7 @@ class TemplateRenderer:
 
     Attributes:
         special: matches one special token.
+        jinja: the template.
         variables: further variables of the template.
         reasoning_in_parts: whether the template reads reasoning as a part of the content.
     """
@@ -57,7 +58,7 @@ class TemplateRenderer:
         variables: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._jinja = jinja
+        self.jinja = jinja
         self.variables = dict(variables or {})
         self.reasoning_in_parts = False
         by_length = sorted(special, key=len, reverse=True)
@@ -138,11 +139,12 @@ class TemplateRenderer:
             return False
         return True
 
-    def writes(self, text: str, messages: Sequence[TemplateMessage]) -> bool:
-        """Return whether the prompt behind these messages has a text, with tools or without."""
+    def writes(self, texts: Sequence[str], messages: Sequence[TemplateMessage]) -> bool:
+        """Return whether the prompt behind these messages has all texts, with tools or without."""
         for tools in (None, [PROBE_TOOL]):
             try:
-                if text in self._apply(messages, tools, generation_prompt=True):
+                prompt = self._apply(messages, tools, generation_prompt=True)
+                if all(text in prompt for text in texts):
                     return True
             except Exception:
                 continue
@@ -154,12 +156,18 @@ class TemplateRenderer:
         other.variables = {**self.variables, **variables}
         return other
 
+    def with_template(self, jinja: str | Mapping[str, str]) -> "TemplateRenderer":
+        """Return a renderer of another template; placeholders stay the same."""
+        other = copy.copy(self)
+        other.jinja = jinja
+        return other
+
     def _template(self, tools: Tools) -> str:
         """Return the source to render with: models may have one of their own for tools."""
-        if isinstance(self._jinja, str):
-            return self._jinja
-        name = "tool_use" if tools and "tool_use" in self._jinja else "default"
-        return self._jinja[name]
+        if isinstance(self.jinja, str):
+            return self.jinja
+        name = "tool_use" if tools and "tool_use" in self.jinja else "default"
+        return self.jinja[name]
 
     def protect(self, value: Any) -> Any:
         """Return a message, or a part of one, with placeholders for text spelled like special tokens."""

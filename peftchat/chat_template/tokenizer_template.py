@@ -16,6 +16,7 @@ from peftchat.chat_template.answer_rendering import AnswerRenderer, RenderedAnsw
 from peftchat.chat_template.answer_spans import ExampleBuilder
 from peftchat.chat_template.template_probes import (
     find_end_tokens,
+    has_place_for_reasoning,
     missing_roles,
     wants_reasoning_parts,
     wants_text_arguments,
@@ -98,9 +99,14 @@ class TokenizerTemplate:
         today = today or date.today()
         special, variables = list(self._text.special), settings.variables
         self.missing_roles: frozenset[Role] = frozenset()
+        own = TemplateRenderer(tokenizer, _with_date(tokenizer.chat_template, today), special, variables)
         if settings.unsupported_roles != "error":
-            self.missing_roles = missing_roles(
-                TemplateRenderer(tokenizer, _with_date(tokenizer.chat_template, today), special, variables)
+            self.missing_roles = missing_roles(own)
+        if settings.reasoning_format == "inline" and has_place_for_reasoning(own):
+            raise UserError(
+                "the chat template has a place for reasoning, so it must not stand in the content",
+                where="chat.reasoning_format: inline",
+                hint="Remove the key: the template writes `reasoning_content` where the model expects it.",
             )
         dropped = settings.unsupported_roles == "drop" and "system" in self.missing_roles
         self._system = None if dropped else system
@@ -137,7 +143,7 @@ class TokenizerTemplate:
     def _hint(self, error: UserError, conversation: Conversation) -> str:
         """Return what mends an error, with the setting for messages that the template cannot write."""
         hint = error.hint or _OTHERS
-        if self._settings.unsupported_roles != "error":
+        if self._settings.unsupported_roles != "error" or "needs the variable" in error.message:
             return hint
         missing = missing_roles(self._renderer) & {message.role for message in conversation.messages}
         if not missing:
@@ -314,7 +320,7 @@ class TokenizerTemplate:
             # Nothing asks for an answer that begins a conversation: it is context.
             if index and message["role"] == "assistant" and index not in untrained
         ]
-        check = WrittenCheck(rendering, messages, tools)
+        check = WrittenCheck(rendering, messages, tools, self._end_token)
         answers: list[RenderedAnswer] = []
         for index in trained:
             answer = renderer.answer(index)

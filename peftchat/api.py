@@ -283,7 +283,8 @@ def chat(
     Raises:
         UserError: the conversation does not fit into the model's context.
     """
-    from peftchat.serving.generate import Sampling, apply_sampling, generate_answer
+    from peftchat.serving.generate import generate_answer
+    from peftchat.serving.sampling import Sampling, apply_sampling
 
     history = [Message("user", messages)] if isinstance(messages, str) else list(messages)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, greedy=greedy)

@@ -25,6 +25,7 @@ from peftchat.comparing.compare_progress import CompareProgress
 from peftchat.comparing.compare_report import write_comparison_files
 from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.evaluate import EvaluationRequest
+from peftchat.comparing.evidence import read_clusters
 from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult, read_run_result
 from peftchat.comparing.results import ComparisonResult
 from peftchat.console import stderr
@@ -92,18 +93,20 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
     stderr.print(message, markup=False, highlight=False)
     with folder.locked(plan.base.recipe), CompareProgress(plan.num_runs) as progress:
         write_splits(plan.base.recipe, folder)
+        clusters = read_clusters(folder.data / "eval.jsonl")
         trainer = _RunTrainer(plan, folder, progress)
         candidates = trainer.run_trials()
-        write_comparison_files(ComparisonResult.of(plan, candidates), folder)
+        write_comparison_files(ComparisonResult.of(plan, candidates, clusters=clusters), folder)
         candidates = trainer.run_seeds(candidates)
-        write_comparison_files(ComparisonResult.of(plan, candidates), folder)
+        write_comparison_files(ComparisonResult.of(plan, candidates, clusters=clusters), folder)
         prompts = options.prompts
         if prompts is None:
             prompts = first_prompts(folder, options.num_samples)
         evaluator = _RunEvaluator(folder, progress, text.absolute(), tuple(prompts), options.merge)
         candidates = [replace(candidate, evaluation=evaluator.evaluate(candidate)) for candidate in candidates]
         trained = any(candidate.best for candidate in candidates)
-        result = ComparisonResult.of(plan, candidates, evaluator.base_general_loss() if trained else None)
+        base_loss = evaluator.base_general_loss() if trained else None
+        result = ComparisonResult.of(plan, candidates, base_loss, clusters)
         write_comparison_files(result, folder)
     return result, folder
 

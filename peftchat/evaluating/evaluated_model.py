@@ -69,7 +69,7 @@ class EvaluatedModel:
         else:
             return None
         _check_base(found)
-        return EvaluatedModel(f"base: {found.name}", found, self.recipe, is_base=True)
+        return EvaluatedModel("base", found, self.recipe, is_base=True)
 
     @property
     def precision(self) -> str:

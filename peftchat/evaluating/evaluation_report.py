@@ -61,7 +61,8 @@ def _of(tasks: Sequence[TaskRow]) -> str:
 
 def _how(model: ModelRow) -> str:
     through = "through its chat template" if model.through_template else "without a chat template"
-    return f"weights {model.precision}, on {model.device}, asked {through}"
+    where = "" if model.name == model.model else f"{model.model}, "
+    return f"{where}weights {model.precision}, on {model.device}, asked {through}"
 
 
 def markdown(evaluation: Evaluation) -> str:

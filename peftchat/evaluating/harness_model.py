@@ -4,7 +4,8 @@ Imports EleutherAI's harness; import this module inside functions only.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -51,14 +52,15 @@ class HarnessModel(HFLM):
     ) -> None:
         on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
         most = _MOST_ON_CPU if on_cpu else _MOST_ON_GPU
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=batch_size,
-            max_batch_size=most,
-            max_length=_context(model, tokenizer),
-        )
+        with _loaded_as_it_is(model):
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                backend="causal",
+                batch_size=batch_size,
+                max_batch_size=most,
+                max_length=_context(model, tokenizer),
+            )
         self._answers = answers
         self._on_answer = on_answer
         self._on_cpu = on_cpu
@@ -134,6 +136,19 @@ class HarnessModel(HFLM):
         row = length * self.config.get_text_config().vocab_size * _BYTES_PER_LOGIT
         fits = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY / max(1, row))
         return max(1, min(self.max_batch_size, fits))
+
+
+@contextmanager
+def _loaded_as_it_is(model: Any) -> Iterator[None]:
+    """Keep the harness from tying weights again, which are tied: PEFT's wrapper of added tokens has no such weight.
+
+    lm_eval 0.4.13, `HFLM.__init__`.
+    """
+    model.tie_weights = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 def _context(model: Any, tokenizer: Any) -> int | None:

@@ -166,7 +166,6 @@ def _task_row(name: str, scores: Sequence[Mapping[str, TaskScores]]) -> TaskRow:
     of_task = [one[name] for one in scores]
     first = of_task[0]
     keys = [key for key in first.metrics if all(key in one.metrics for one in of_task)]
-    clusters = first.clusters
     return TaskRow(
         name,
         first.asked,
@@ -174,10 +173,18 @@ def _task_row(name: str, scores: Sequence[Mapping[str, TaskScores]]) -> TaskRow:
         first.version,
         first.questions,
         first.available,
-        None if clusters is None else len(set(clusters)),
+        _clusters(name, scores[0]),
         first.members,
         tuple(_metric_row(key, scores, name) for key in keys),
     )
+
+
+def _clusters(name: str, scores: Mapping[str, TaskScores]) -> int | None:
+    """Return the groups of related questions of a task, or of the tasks of a group together."""
+    parts = [scores[member] for member in scores[name].members] or [scores[name]]
+    if all(part.clusters is None for part in parts):
+        return None
+    return sum(part.questions if part.clusters is None else len(set(part.clusters)) for part in parts)
 
 
 def _metric_row(key: str, scores: Sequence[Mapping[str, TaskScores]], name: str) -> MetricRow:

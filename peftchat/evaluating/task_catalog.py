@@ -164,13 +164,15 @@ def _manager(specs: Sequence[TaskSpec], include: Sequence[Path]) -> "TaskManager
     manager = TaskManager(include_path=folders or None)
     for spec in specs:
         if spec.name not in manager.task_index:
-            near = difflib.get_close_matches(spec.name, manager.all_tasks, n=3, cutoff=0.5)
-            raise UserError(
-                f"there is no task {spec.name!r}",
-                where="--tasks",
-                hint=f"The nearest are {', '.join(near)}." if near else "`lm_eval ls tasks` lists all.",
-            )
+            raise unknown_task(spec.name, manager.all_tasks)
     return manager
+
+
+def unknown_task(name: str, known: Iterable[str]) -> UserError:
+    """Return the error of a name that no task has, with the nearest names."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    hint = f"The nearest are {', '.join(near)}." if near else "`lm_eval ls tasks` lists all."
+    return UserError(f"there is no task {name!r}", where="--tasks", hint=hint)
 
 
 def _load(manager: "TaskManager", spec: TaskSpec, include: Sequence[Path], cluster: str | None) -> ChosenTask:

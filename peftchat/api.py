@@ -8,7 +8,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from peftchat.serving.generate import ChatAnswer
     from peftchat.training.context import TrainOptions
     from peftchat.training.distributed import DistributedSetup
+    from peftchat.training.rate_trials import RateSearch
 
 RecipeSource = LoadedRecipe | Path | str
 """A loaded recipe, or the path of its file."""
@@ -109,6 +110,54 @@ def train(
         if is_main_process():
             write_summaries(run_folder.path)
     return summary
+
+
+def find_learning_rate(
+    recipe: RecipeSource, *, overrides: Sequence[str] = (), steps: int | None = None
+) -> "tuple[RateSearch, Path]":
+    """Search the learning rate of a recipe with short runs, and write the result to `find_lr.json` in its folder.
+
+    Args:
+        recipe: the path of a recipe, or a loaded one.
+        overrides: `section.key=value` texts, as for `--set`; for a path only.
+        steps: optimizer steps of each short run; None for 40, at most those of the run.
+
+    Returns:
+        The rates with their losses and the advised rate, and the file.
+
+    Raises:
+        UserError: an input cannot be used, or the recipe needs several processes.
+        VerificationError: no rate gave a finite loss.
+
+    Example:
+        >>> import peftchat
+        >>> search, file = peftchat.api.find_learning_rate("my.yaml", steps=5)
+        >>> search.setting.startswith("training.learning_rate: ")
+        True
+    """
+    from peftchat.console import stderr
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.training.rate_search import find_rate, refuse_processes
+
+    settle_processes()
+    loaded = _load(recipe, overrides)
+    file = RunFolder(Path(loaded.recipe.output_dir)).rate_search
+    _check_rate_file(loaded, file)
+    refuse_processes(loaded)
+    # The rule is where the search begins, whatever the recipe says.
+    training = loaded.recipe.training.model_copy(update={"learning_rate": "auto"})
+    loaded = dataclasses.replace(loaded, recipe=loaded.recipe.model_copy(update={"training": training}))
+    distributed = _prepare_inputs(loaded, download=True)
+    loaded, _ = choose_settings(loaded, distributed)
+
+    def tell(line: str) -> None:
+        stderr.print(line, markup=False, highlight=False)
+
+    with contextlib.redirect_stdout(sys.stderr):
+        search = find_rate(loaded, distributed, steps=steps, tell=tell)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    search.write(file)
+    return search, file
 
 
 def plan(
@@ -314,7 +363,8 @@ def chat(
     Raises:
         UserError: the conversation does not fit into the model's context.
     """
-    from peftchat.serving.generate import Sampling, apply_sampling, generate_answer
+    from peftchat.serving.generate import generate_answer
+    from peftchat.serving.sampling import Sampling, apply_sampling
 
     history = [Message("user", messages)] if isinstance(messages, str) else list(messages)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, greedy=greedy)
@@ -350,6 +400,16 @@ def prepare_training(
         UserError: a path does not exist, the base is incomplete or cannot be trained, the run folder is occupied, or
             the machine lacks what the recipe requests.
     """
+    return _prepare_inputs(
+        loaded,
+        lambda: _check_run_folder(loaded, resume=resume, allow_changed=allow_changed),
+        download=download,
+    )
+
+
+def _prepare_inputs(
+    loaded: LoadedRecipe, check_folder: Callable[[], None] = lambda: None, *, download: bool
+) -> "DistributedSetup":
     from peftchat.conversations.readers import find_files
     from peftchat.logging_setup import quiet_libraries
     from peftchat.training.distributed import resolve_distributed
@@ -359,12 +419,30 @@ def prepare_training(
     recipe = loaded.recipe
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(source.path, source.split)
-    _check_run_folder(loaded, resume=resume, allow_changed=allow_changed)
+    check_folder()
     # Last, because it imports the model's code.
     from peftchat.models.base_check import check_base
 
     check_base(loaded, download=download)
     return distributed
+
+
+def _check_rate_file(loaded: LoadedRecipe, file: Path) -> None:
+    """Check that a search may write its file into the run folder, which may hold a run.
+
+    Raises:
+        UserError: it may not.
+    """
+    folder = file.parent
+    where = f"output_dir: {folder}"
+    check_output(folder, [entry for entry in loaded.inputs() if entry.path.parent != folder], where, continues=True)
+    if folder.exists() and not folder.is_dir():
+        raise UserError("the run folder cannot be created: a file has its name", where=where)
+    parent = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{parent} is not writable", where=where)
+    if file.is_dir():
+        raise UserError("a folder has the name of the search's file", where=str(file), hint="Move it away.")
 
 
 def _check_run_folder(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftchat.chat_template.answer_rendering import RenderedAnswer, TemplateMessage, TemplateRenderer
+from peftchat.chat_template.answer_rendering import RenderedAnswer
 from peftchat.chat_template.loss_mask import TurnPart, token_tag
 from peftchat.chat_template.message_text import content_parts
+from peftchat.chat_template.template_renderer import TemplateMessage, TemplateRenderer
 from peftchat.chat_template.templates import TemplateSpan
 
 if TYPE_CHECKING:

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from peftchat.chat_template.message_text import CONTENT_JINJA, TOOLS_JINJA
+from peftchat.chat_template.message_text import CONTENT_JINJA, REASONING_JINJA, TOOLS_JINJA
 from peftchat.conversation import Role
 from peftchat.errors import UserError
 
 ReasoningHistory = Literal["template", "keep", "drop"]
 """The values of `chat.reasoning_history`."""
+
+ReasoningFormat = Literal["template", "inline"]
+"""The values of `chat.reasoning_format`."""
 
 UnsupportedRoles = Literal["error", "merge_into_user", "drop"]
 """The values of `chat.unsupported_roles`."""
@@ -31,12 +34,14 @@ class TemplateSettings:
         end_token: ends an answer where the template writes no token behind it.
         reasoning_history: whether earlier reasoning is in a prompt.
         unsupported_roles: what happens to messages that the template cannot write.
+        reasoning_format: whether the template writes reasoning, or it stands in the content as `<think>…</think>`.
     """
 
     variables: Mapping[str, Any] = field(default_factory=dict)
     end_token: str | None = None
     reasoning_history: ReasoningHistory = "template"
     unsupported_roles: UnsupportedRoles = "error"
+    reasoning_format: ReasoningFormat = "template"
 
 
 _GIVEN = frozenset(
@@ -117,6 +122,8 @@ def _prologue(settings: TemplateSettings, system: str | None, missing_roles: fro
             )
     if settings.reasoning_history == "drop":
         yield _DROP_REASONING
+    if settings.reasoning_format == "inline":
+        yield _INLINE_REASONING
 
 
 def _literal(value: Any) -> str:
@@ -165,6 +172,9 @@ _MERGE = (
     "{% set kept.waiting = false %}{% set kept.text = '' %}"
     f"{{% else %}}{_FLUSH}FOLD{{% endif %}}{{% endfor %}}{_FLUSH}{{% set messages = kept.messages %}}"
 )
+_REASONING_NAMES = "['reasoning_content', 'reasoning', 'thinking']"
+"""The names of the field in which servers and records hold reasoning."""
+
 _DROP_REASONING = (
     "{% set kept = namespace(messages=[], last=-1) %}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{% set kept.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -173,7 +183,19 @@ _DROP_REASONING = (
     "{% if content is string and content.strip().startswith('<think>') and '</think>' in content %}"
     "{% set content = content.split('</think>', 1)[1].lstrip() %}{% endif %}"
     "{% set kept.messages = kept.messages + [dict(message.items() | "
-    "rejectattr(0, 'in', ['reasoning_content', 'reasoning', 'thinking']), content=content)] %}"
+    f"rejectattr(0, 'in', {_REASONING_NAMES}), content=content)] %}}"
+    "{% else %}{% set kept.messages = kept.messages + [message] %}{% endif %}{% endfor %}"
+    "{% set messages = kept.messages %}"
+)
+_INLINE_REASONING = (
+    "{% set kept = namespace(messages=[]) %}{% for message in messages %}"
+    "{% set thought = message['reasoning_content'] or message['reasoning'] or message['thinking'] %}"
+    "{% if message['role'] == 'assistant' and thought %}"
+    f"{{% set thought = {REASONING_JINJA} %}}"
+    "{% set content = message['content'] or '' %}"
+    "{% set content = thought + content if content is string else [{'type': 'text', 'text': thought}] + content %}"
+    "{% set kept.messages = kept.messages + [dict(message.items() | "
+    f"rejectattr(0, 'in', {_REASONING_NAMES}), content=content)] %}}"
     "{% else %}{% set kept.messages = kept.messages + [message] %}{% endif %}{% endfor %}"
     "{% set messages = kept.messages %}"
 )

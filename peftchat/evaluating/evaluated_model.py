@@ -48,9 +48,9 @@ class EvaluatedModel:
         Raises:
             UserError: there is no such model.
         """
-        from peftchat.serving.chat_model import open_source
+        from peftchat.serving.chat_model import open_for_chat
 
-        source = open_source(name, base=base)
+        source, _ = open_for_chat(name, base=base, needs_template=False)
         loaded = None if source.kind is ModelKind.HUB else source.recipe()
         if source.kind is ModelKind.ADAPTER:
             _check_base(source.base())

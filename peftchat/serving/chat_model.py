@@ -17,7 +17,7 @@ from peftchat.serving.prompt import PromptEncoder
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ class ChatModel:
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
-        text_config = self.model.config.get_text_config()
-        longest = getattr(text_config, "max_position_embeddings", None)
-        # A tokenizer without a limit has a number larger than any model's.
-        return int(longest or min(self.tokenizer.model_max_length, 1 << 20))
+        return context_length_of(self.model.config, self.tokenizer)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -63,34 +60,25 @@ class ChatModel:
         return frozenset(end_ids(self.generation_config.eos_token_id)) | {self.prompts.end_id}
 
 
-def load_for_chat(name: str, *, base: str | None = None, allow_changed: bool = False) -> ChatModel:
-    """Load a run folder or any model with a chat template.
+def context_length_of(config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the most tokens of prompt and answer together."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # A tokenizer without a limit has a number larger than any model's.
+    return int(longest or min(tokenizer.model_max_length, 1 << 20))
+
+
+def open_for_chat(
+    name: str, *, base: str | None = None, needs_template: bool = True
+) -> "tuple[ModelSource, PreTrainedTokenizerBase]":
+    """Check what can be checked of a model without its weights, and return its tokenizer.
 
     Args:
         name: a folder or a hub id.
         base: folder or hub id of an adapter's base; None for the one that it was trained on.
-        allow_changed: load although base, tokenizer or template changed since the run.
+        needs_template: whether the model must have a chat template.
 
     Raises:
-        UserError: the model cannot be loaded, or has no usable chat template.
-    """
-    source = open_source(name, base=base)
-    tokenizer = source.tokenizer()
-    _check_template(tokenizer, name)
-    model = load_with_adapter(source, allow_changed=allow_changed)
-    check_vocabulary(tokenizer, model, name)
-    return ChatModel(name, model, tokenizer, source.generation_config())
-
-
-def open_source(name: str, *, base: str | None = None) -> ModelSource:
-    """Open a run folder or a model, and check that there is something to load.
-
-    Args:
-        name: a folder or a hub id.
-        base: folder or hub id of an adapter's base; None for the one that it was trained on.
-
-    Raises:
-        UserError: there is not, or a complete model is given a base.
+        UserError: there is no such model, or it has no usable chat template.
     """
     source = ModelSource.open(name, base=base)
     source.require_model()
@@ -98,7 +86,30 @@ def open_source(name: str, *, base: str | None = None) -> ModelSource:
         raise UserError("the model is complete and needs no base", where=f"--base {base}", hint="Leave the option out.")
     if source.kind is not ModelKind.ADAPTER:
         source.check_weights()
-    return source
+    tokenizer = source.tokenizer()
+    if needs_template:
+        _check_template(tokenizer, name)
+    return source, tokenizer
+
+
+def load_for_chat(
+    name: str, *, base: str | None = None, allow_changed: bool = False, needs_template: bool = True
+) -> ChatModel:
+    """Load a run folder or any model with a chat template.
+
+    Args:
+        name: a folder or a hub id.
+        base: folder or hub id of an adapter's base; None for the one that it was trained on.
+        allow_changed: load although base, tokenizer or template changed since the run.
+        needs_template: whether the model must have a chat template.
+
+    Raises:
+        UserError: the model cannot be loaded, or has no usable chat template.
+    """
+    source, tokenizer = open_for_chat(name, base=base, needs_template=needs_template)
+    model = load_with_adapter(source, allow_changed=allow_changed)
+    _check_vocabulary(tokenizer, model, name)
+    return ChatModel(name, model, tokenizer, source.generation_config())
 
 
 def load_with_adapter(source: ModelSource, *, allow_changed: bool = False) -> "PreTrainedModel | PeftModel":
@@ -107,7 +118,7 @@ def load_with_adapter(source: ModelSource, *, allow_changed: bool = False) -> "P
     The base of a run has the run's dtype and quantization.
 
     Args:
-        source: from `open_source`.
+        source: from `open_for_chat`.
         allow_changed: load although base, tokenizer or template changed since the run.
 
     Raises:
@@ -234,12 +245,7 @@ def _check_template(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     PromptEncoder(tokenizer).check(name)
 
 
-def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", model: Any, name: str) -> None:
-    """Check that the model has an embedding for every token.
-
-    Raises:
-        UserError: it has not.
-    """
+def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", model: Any, name: str) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(

@@ -1,5 +1,6 @@
 """Packs: the batches of a run's splits, from the examples that share a pack to their collator."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from peftchat.dataset.collator import ChatCollator
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
     from peftchat.dataset.cache import Split
     from peftchat.dataset.collator import BatchLayout
+    from peftchat.recipe import TrainingSection
 
 
 def make_collator(context: TrainContext, split: "Split", layout: "BatchLayout") -> ChatCollator:
@@ -37,3 +39,30 @@ def make_packs(context: TrainContext, split: "Split", layout: "BatchLayout") -> 
     if layout == "padded":
         columns["length"] = store.lengths
     return Dataset.from_dict(columns)
+
+
+def optimizer_steps(training: "TrainingSection", sequences: int, processes: int) -> int:
+    """Return the optimizer steps of a run.
+
+    Args:
+        training: the recipe's section.
+        sequences: examples or packs of an epoch.
+        processes: those of the run, on all machines.
+    """
+    if training.max_steps > 0:
+        return training.max_steps
+    per_epoch = steps_per_epoch(
+        sequences, training.per_device_train_batch_size * processes, training.gradient_accumulation_steps
+    )
+    return math.ceil(per_epoch * training.num_train_epochs)
+
+
+def steps_per_epoch(sequences: int, per_pass: int, accumulation: int) -> int:
+    """Return the optimizer steps of an epoch, as transformers' trainer counts them.
+
+    Args:
+        sequences: examples or packs of an epoch.
+        per_pass: those of a forward pass of all processes.
+        accumulation: forward passes of an optimizer step.
+    """
+    return max(1, math.ceil(math.ceil(sequences / per_pass) / accumulation))

@@ -107,14 +107,30 @@ def load_for_chat(
         UserError: the model cannot be loaded, or has no usable chat template.
     """
     source, tokenizer = open_for_chat(name, base=base, needs_template=needs_template)
+    model = load_with_adapter(source, allow_changed=allow_changed)
+    _check_vocabulary(tokenizer, model, name)
+    return ChatModel(name, model, tokenizer, source.generation_config())
+
+
+def load_with_adapter(source: ModelSource, *, allow_changed: bool = False) -> "PreTrainedModel | PeftModel":
+    """Load a model, or base and adapter without merging, in evaluation mode on the machine's accelerator.
+
+    The base of a run has the run's dtype and quantization.
+
+    Args:
+        source: from `open_for_chat`.
+        allow_changed: load although base, tokenizer or template changed since the run.
+
+    Raises:
+        UserError: it cannot be loaded, or something changed.
+    """
     if source.kind is ModelKind.ADAPTER:
         check_run(source, source.base(), allow_changed=allow_changed, exact=False)
         model: Any = _load_with_adapter(source)
     else:
         model = source.load_model(dtype="auto").to(best_device())
     model.eval()
-    _check_vocabulary(tokenizer, model, name)
-    return ChatModel(name, model, tokenizer, source.generation_config())
+    return model
 
 
 def best_device() -> torch.device:
@@ -164,7 +180,7 @@ def _load_with_adapter(source: ModelSource) -> "PeftModel":
     if recipe is None:
         base = source_of_base.load_model(dtype="auto")
     else:
-        base = _load_trained_base(recipe.recipe, source_of_base)
+        base = load_trained_base(recipe.recipe, source_of_base)
     if vocabulary_size > base.get_input_embeddings().weight.shape[0]:
         _resize_embeddings(base, vocabulary_size)
     quantized = recipe is not None and recipe.recipe.quantization is not None
@@ -196,10 +212,17 @@ def _resize_embeddings(base: "PreTrainedModel", vocabulary_size: int) -> None:
         base.get_output_embeddings().bias.data[before:] = mean
 
 
-def _load_trained_base(recipe: Recipe, base: ModelSource) -> "PreTrainedModel":
-    """Load the base with the run's dtype and quantization.
+def load_trained_base(recipe: Recipe, base: ModelSource) -> "PreTrainedModel":
+    """Load a run's base, with the run's dtype and quantization.
 
-    It is unquantized if bitsandbytes is not installed.
+    It is unquantized if bitsandbytes is not installed. A quantized base is put on the machine's accelerator.
+
+    Args:
+        recipe: of the run.
+        base: where the base is.
+
+    Raises:
+        UserError: it cannot be loaded.
     """
     place = {"name": base.name, "revision": base.revision}
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=place)})

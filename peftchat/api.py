@@ -214,6 +214,7 @@ def compare(
     prompts: Sequence[str] = (),
     num_samples: int = 3,
     merge: bool = True,
+    equal_within: float = 0.005,
 ) -> "ComparisonResult":
     """Train variants of a recipe on the same data, measure them, and recommend one.
 
@@ -234,6 +235,7 @@ def compare(
         prompts: prompts that all candidates answer; by default the first `num_samples` held-out ones.
         num_samples: number of held-out prompts.
         merge: whether to merge each run and verify the result.
+        equal_within: fraction of the lowest held-out loss up to which differences count as ties.
 
     Raises:
         UserError: a candidate cannot be trained; raised before the first run.
@@ -258,6 +260,7 @@ def compare(
             search_lr,
             trials,
             [parse_range(text) for text in ranges],
+            equal_within,
         )
     )
     # Only now, because it imports torch: a wrong option is reported at once.

@@ -105,7 +105,7 @@ class AnswerRenderer:
             closed = self._renderer.render(history, self._tools, generation_prompt=False)
         except UserError:
             return prompt, 0
-        shared = _shared_length(prompt, closed)
+        shared = shared_length(prompt, closed)
         for match in self._renderer.special.finditer(prompt):
             if match.start() < shared < match.end():
                 shared = match.start()
@@ -156,7 +156,7 @@ class AnswerRenderer:
         """Return the text that the template writes behind the prompt; None if the two differ."""
         if full.startswith(prompt):
             return full[len(prompt) :]
-        shared = _shared_length(prompt, full)
+        shared = shared_length(prompt, full)
         if not prompt[shared:].strip() and _OPENED.search(prompt, 0, shared):
             # The prompt opens a reasoning and breaks the line, where the conversation goes on at once.
             return full[shared:]
@@ -199,7 +199,7 @@ class AnswerRenderer:
             if following is None:
                 # The template rewrites this answer; a plain one may tell what stands before a next turn.
                 following = behind[:start] + self._behind_plain_answer()
-            shared = _shared_length(behind, following)
+            shared = shared_length(behind, following)
             continued = [end for end in ends if end <= shared]
             end = continued[-1] if continued else _end_of_run(special, behind, start)
             return behind[:end], behind[end:]
@@ -246,7 +246,7 @@ class AnswerRenderer:
 
     def _not_a_beginning(self, prompt: str, opening: int, full: str, index: int) -> UserError:
         """Return the error for an answer that does not stand behind its prompt, with the setting that mends it."""
-        shared = _shared_length(prompt, full)
+        shared = shared_length(prompt, full)
         # From the last special token on, so that no token is shown in part.
         cut = max((match.start() for match in self._renderer.special.finditer(prompt[:shared])), default=0)
         cut = max(cut, shared - _SHOWN)
@@ -304,7 +304,7 @@ def _holds(text: str, value: str) -> bool:
     return "".join(value.split()) in "".join(text.split())
 
 
-def _shared_length(one: str, other: str) -> int:
+def shared_length(one: str, other: str) -> int:
     """Return how many characters two texts have in common at the start."""
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftchat.chat_template.answer_rendering import MARK, AnswerRenderer
+from peftchat.chat_template.answer_rendering import MARK, AnswerRenderer, shared_length
 from peftchat.chat_template.template_renderer import (
     PROBE_TOOL,
     TemplateMessage,
@@ -85,6 +85,35 @@ def _writes_reasoning(renderer: TemplateRenderer) -> list[bool]:
             text = ""
         # A template that knows no parts writes them as Python does.
         found.append(_REASONING in text and not re.search(r"""["'](?:type|thinking)["']""", text))
+    return found
+
+
+def turn_headers(renderer: TemplateRenderer, end_tokens: Sequence[str]) -> dict[str, str]:
+    """Return what the template writes in front of the content of a user and of an answer, as far as that is sure.
+
+    It is what precedes a content that begins a conversation and also one behind other turns.
+    """
+    marked = {"content": MARK}
+    user, answer = {"role": "user", **marked}, {"role": "assistant", **marked}
+    tried = {"user": (user, [_QUESTION, _ANSWER]), "assistant": (answer, [_QUESTION])}
+    found = {}
+    for role, (message, history) in tried.items():
+        try:
+            first, behind = (
+                renderer.render(messages, None, generation_prompt=False).rpartition(MARK)[0]
+                for messages in ([message], [*history, message])
+            )
+        except UserError:
+            continue
+        header = first[len(first) - shared_length(first[::-1], behind[::-1]) :]
+        for end in end_tokens:
+            # The end of the turn before; where the next role's token ends a turn, it belongs to the header.
+            *_, last = header.split(end)
+            if last != header and renderer.special.search(last):
+                header = last
+        # Different tokens in front may end in the same characters.
+        start = renderer.special.search(header)
+        found[role] = header[start.start() :] if start else ""
     return found
 
 

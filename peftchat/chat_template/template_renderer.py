@@ -45,6 +45,7 @@ class TemplateRenderer:
 
     Attributes:
         special: matches one special token.
+        bos_token: what the tokenizer's `bos_token` is spelled like; "" without one.
         jinja: the template.
         variables: further variables of the template.
         reasoning_in_parts: whether the template reads reasoning as a part of the content.
@@ -58,6 +59,7 @@ class TemplateRenderer:
         variables: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self.bos_token = str(tokenizer.bos_token or "")
         self.jinja = jinja
         self.variables = dict(variables or {})
         self.reasoning_in_parts = False

@@ -18,6 +18,7 @@ from peftchat.chat_template.template_probes import (
     find_end_tokens,
     has_place_for_reasoning,
     missing_roles,
+    turn_headers,
     wants_reasoning_parts,
     wants_text_arguments,
     with_text_arguments,
@@ -120,6 +121,7 @@ class TokenizerTemplate:
         self._arguments_as_text = wants_text_arguments(self._renderer)
         self._renderer.reasoning_in_parts = wants_reasoning_parts(self._renderer)
         self.end_tokens = find_end_tokens(self._renderer, tokenizer, end_token)
+        self._headers = turn_headers(self._renderer, self.end_tokens)
         # Settings that change messages look into their contents.
         changes = bool(self.missing_roles) or settings.reasoning_history != "template"
         self._conditions = None if changes else content_conditions(source_of(written))
@@ -311,7 +313,8 @@ class TokenizerTemplate:
             index + added for index, message in enumerate(conversation.messages) if message.train is False
         )
         last = last_answer_index(conversation)
-        builder = ExampleBuilder(self._renderer, messages, untrained, last + added if last >= 0 else -1)
+        last = last + added if last >= 0 else -1
+        builder = ExampleBuilder(self._renderer, messages, untrained, last, self._headers, bool(tools))
         rendering = self._renderer_of(conversation)
         renderer = AnswerRenderer(rendering, messages, tools, self._end_token)
         trained = [

@@ -14,6 +14,7 @@ from peftchat.comparing.candidates import Candidate, Settings
 from peftchat.comparing.compare_plan import TrainingJob
 from peftchat.comparing.hyperparameter_search import LEARNING_RATE
 from peftchat.files import write_text
+from peftchat.runs.eval_losses import ConversationLoss, read_eval_losses
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from peftchat.student import t_quantile
@@ -57,6 +58,7 @@ class RunResult:
         steps, tokens, seconds: of training, without evaluation.
         weights_bytes: size of the files it wrote: the adapter, or all weights.
         curve: pairs of step and held-out loss.
+        held_out: the losses by conversation; empty where an older version kept none.
     """
 
     job: TrainingJob
@@ -71,6 +73,7 @@ class RunResult:
     trainable_parameters: int = 0
     weights_bytes: int = 0
     curve: Curve = ()
+    held_out: Sequence[ConversationLoss] = ()
 
     @property
     def loss_by_tokens(self) -> Curve:
@@ -106,6 +109,7 @@ def read_run_result(job: TrainingJob, run: Path) -> RunResult:
         trainable_parameters=summary.trainable_parameters or 0,
         weights_bytes=folder.weights_bytes() or 0,
         curve=tuple(_curve_points(folder.metrics.read())),
+        held_out=read_eval_losses(folder.eval_losses),
     )
 
 
@@ -127,6 +131,7 @@ class Evaluation(BaseModel):
     Attributes:
         error: why it could not be evaluated.
         general_loss: loss on text unrelated to the training data, in nats per token.
+        general_parts: the same by parts of the text: the summed loss and the number of tokens of each.
         merge: the result of merging; None if it was not tried.
         merge_message: the message of the merge's verification, or of its error.
         answers: answers to the prompts.
@@ -136,6 +141,7 @@ class Evaluation(BaseModel):
 
     error: str | None = None
     general_loss: float | None = None
+    general_parts: tuple[tuple[float, int], ...] = ()
     merge: MergeResult | None = None
     merge_message: str = ""
     answers: tuple[SampleAnswer, ...] = ()

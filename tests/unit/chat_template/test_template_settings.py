@@ -1,14 +1,16 @@
 """Settings of a recipe are part of the template: stock `apply_chat_template` writes the prompts that were trained."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import Environment, nodes
 
 from peftchat.chat_template.chat_format import ChatFormat, make_format
-from peftchat.chat_template.loss_mask import TurnPart, loss_mask_table, part_of
+from peftchat.chat_template.loss_mask import TurnPart, loss_mask_table, part_of, role_of
 from peftchat.chat_template.template_settings import TemplateSettings
 from peftchat.conversation import Conversation, Message, ToolCall
 from peftchat.errors import UserError
@@ -201,6 +203,35 @@ def test_no_setting_is_named_that_would_not_help() -> None:
     with pytest.raises(UserError, match="does not write the reasoning") as refused:
         make_format("model", None, tokenizer).encoder().encode([THOUGHT])
     assert "`chat.template_kwargs: {enable_thinking: true}`" in str(refused.value.hint)
+
+
+def test_definitions_of_tools_count_as_text_of_the_system() -> None:
+    """As in the fast path of the templates of the registry, and where the template puts its own text in front."""
+    counts = {}
+    for policy in ("template", "drop"):
+        chat = format_of("chatml", "chatml", reasoning_history=policy)
+        for conversation in (TALK, Conversation(TALK.messages[1:], tools=TALK.tools)):
+            (example,) = chat.encoder().encode([conversation])
+            roles = Counter(role_of(tag) for tag in example.token_tags.tolist())
+            counts.setdefault(len(conversation.messages), []).append(roles)
+    assert all(one == other and one["system"] > 200 for one, other in counts.values())
+    for settings in ({}, {"unsupported_roles": "merge_into_user"}):
+        chat = format_of("phi" if settings else "chatml", **settings)
+        (example,) = chat.encoder().encode([Conversation(TALK.messages[1:], tools=TALK.tools)])
+        of_user = example.ids[[role_of(tag) == "user" for tag in example.token_tags.tolist()]]
+        assert "Finds." not in chat.tokenizer.decode(of_user) and "Who is 7?" in chat.tokenizer.decode(of_user)
+
+
+def test_settings_use_what_llama_cpp_reads() -> None:
+    """Its `selectattr` and `rejectattr` take an attribute's name, not a place in a pair (`common/jinja/value.cpp`)."""
+    everything = [
+        {"reasoning_format": "inline", "reasoning_history": "drop", "unsupported_roles": policy}
+        for policy in ("merge_into_user", "drop")
+    ]
+    for settings in everything:
+        tree = Environment(extensions=["jinja2.ext.do"]).parse(str(format_of("gemma", **settings).template.jinja))
+        for filtered in tree.find_all((nodes.Filter, nodes.Test)):
+            assert filtered.name in {"list", "tojson", "trim", "string", "defined", "none"}, filtered
 
 
 def test_a_template_that_writes_reasoning_is_not_given_it_inline() -> None:

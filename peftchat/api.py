@@ -19,6 +19,8 @@ from peftchat.recipe import LoadedRecipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
     from peftchat.comparing.results import ComparisonResult
+    from peftchat.evaluating.run_evaluation import EvaluateOptions, Watch
+    from peftchat.evaluating.side_by_side import Evaluation
     from peftchat.merging import MergeOptions, MergeResult
     from peftchat.planning.plan import TrainingPlan
     from peftchat.runs.run_summary import AutoSetting, RunSummary
@@ -212,6 +214,7 @@ def compare(
     prompts: Sequence[str] = (),
     num_samples: int = 3,
     merge: bool = True,
+    equal_within: float = 0.005,
 ) -> "ComparisonResult":
     """Train variants of a recipe on the same data, measure them, and recommend one.
 
@@ -232,6 +235,7 @@ def compare(
         prompts: prompts that all candidates answer; by default the first `num_samples` held-out ones.
         num_samples: number of held-out prompts.
         merge: whether to merge each run and verify the result.
+        equal_within: fraction of the lowest held-out loss up to which differences count as ties.
 
     Raises:
         UserError: a candidate cannot be trained; raised before the first run.
@@ -256,6 +260,7 @@ def compare(
             search_lr,
             trials,
             [parse_range(text) for text in ranges],
+            equal_within,
         )
     )
     # Only now, because it imports torch: a wrong option is reported at once.
@@ -265,6 +270,35 @@ def compare(
     evaluation = EvalOptions(forgetting_text, prompts or None, num_samples, merge)
     result, _ = compare_candidates(comparison, comparison_folder(recipe, output), evaluation)
     return result
+
+
+def evaluate(
+    model: Path | str, options: "EvaluateOptions | None" = None, watch: "Watch | None" = None
+) -> "tuple[Evaluation, Path]":
+    """Score a run or a model on tasks of EleutherAI's harness, beside the base of the run or beside other models.
+
+    Repeat the call to resume an interrupted evaluation: answers are kept.
+
+    Args:
+        model: a run folder, a model folder or a hub id.
+        options: the tasks, the other models and how they are asked; None for the four default tasks.
+        watch: who is told about the progress.
+
+    Returns:
+        The result, and the folder that it is in.
+
+    Raises:
+        UserError: a model or a task cannot be used; mostly raised before a model is loaded.
+        VerificationError: a model computes no numbers.
+
+    Example:
+        >>> import peftchat
+        >>> from peftchat.evaluating.run_evaluation import EvaluateOptions
+        >>> peftchat.evaluate("runs/assistant", EvaluateOptions(tasks="arc_easy"))  # doctest: +SKIP
+    """
+    from peftchat.evaluating.run_evaluation import Watch, evaluate_models
+
+    return evaluate_models(str(model), options, watch or Watch())
 
 
 def merge(run: Path | str, options: "MergeOptions | None" = None) -> "MergeResult":
@@ -332,7 +366,8 @@ def chat(
     Raises:
         UserError: the conversation does not fit into the model's context.
     """
-    from peftchat.serving.generate import Sampling, apply_sampling, generate_answer
+    from peftchat.serving.generate import generate_answer
+    from peftchat.serving.sampling import Sampling, apply_sampling
 
     history = [Message("user", messages)] if isinstance(messages, str) else list(messages)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, greedy=greedy)

@@ -42,6 +42,13 @@ from peftchat.cli.common import Command, PathType, echo_json, json_option, note,
     "--samples", type=click.IntRange(0), default=3, show_default=True, help="Held-out prompts, without --prompt."
 )
 @click.option("--merge/--no-merge", default=True, help="Merge each variant and verify the merge.  [default: on]")
+@click.option(
+    "--equal-within",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.005,
+    show_default=True,
+    help="Part of the loss up to which differences are ties.",
+)
 @output_option("Folder of the comparison.  [default: runs/compare-RECIPE]")
 @json_option("Print the results as one JSON object.")
 def command(
@@ -58,6 +65,7 @@ def command(
     prompts: tuple[str, ...],
     samples: int,
     merge: bool,
+    equal_within: float,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -97,6 +105,7 @@ def command(
         prompts=prompts,
         num_samples=samples,
         merge=merge,
+        equal_within=equal_within,
     )
     from peftchat.comparing.compare_report import print_comparison
     from peftchat.comparing.comparison_folder import ComparisonFolder

@@ -16,6 +16,7 @@ from peftchat.comparing.hyperparameter_search import (
     TPESearch,
     check_optuna,
 )
+from peftchat.comparing.paired_statistics import NEGLIGIBLE
 from peftchat.errors import UserError
 from peftchat.paths import escape_path
 from peftchat.recipe import load_recipe
@@ -137,6 +138,7 @@ class CompareOptions:
         search_lr: whether to try learning rates other than the expected one.
         num_trials: settings that optuna tries for each candidate; 0 for the grid of learning rates.
         ranges: the ranges that optuna searches.
+        negligible: fraction of the lowest loss up to which losses count as equal.
     """
 
     recipe: Path
@@ -148,6 +150,7 @@ class CompareOptions:
     search_lr: bool = True
     num_trials: int = 0
     ranges: Sequence[Range] = ()
+    negligible: float = NEGLIGIBLE
 
 
 @dataclass(frozen=True)

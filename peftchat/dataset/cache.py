@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval"]
 
-_FORMAT = 11
+_FORMAT = 12
 """Version of the cache: to be raised when the same settings give other examples or other files."""
 
 
@@ -233,6 +233,12 @@ def _check(recipe: "Recipe", split: Split, stats: EncodingStats) -> None:
             hint="Check the source, data.max_length and chat.loss_on.",
         )
     _check_length(recipe, split, stats)
+    if stats.ends_only == stats.examples:
+        raise UserError(
+            f"only the tokens that end answers would be trained, by chat.loss_on: {recipe.chat.loss_policy}",
+            where=f"data.{split}",
+            hint="The answers hold nothing else than what these keys leave out. Remove the key that is false.",
+        )
     if untrainable > (stats.examples + dropped) / 2:
         raise UserError(
             f"{untrainable} of {stats.examples + dropped} examples have nothing to learn, the first is "

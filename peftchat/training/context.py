@@ -187,7 +187,11 @@ def chat_format_of(recipe: "Recipe", tokenizer: "PreTrainedTokenizerBase") -> Ch
         section.system,
         tokenizer,
         settings=TemplateSettings(
-            section.template_kwargs, section.end_token, section.reasoning_history, section.unsupported_roles
+            section.template_kwargs,
+            section.end_token,
+            section.reasoning_history,
+            section.unsupported_roles,
+            section.reasoning_format,
         ),
         today=date.fromisoformat(section.template_date) if section.template_date else None,
     )

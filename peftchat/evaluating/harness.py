@@ -87,6 +87,9 @@ class ModelScores:
     requests: int
 
 
+OtherTask = tuple[str, Callable[[Any, bool], TaskScores]]
+
+
 @dataclass(frozen=True, slots=True)
 class AskOptions:
     """How a model is asked.
@@ -112,6 +115,7 @@ def score_model(
     on_task: Callable[[str], None] = lambda task: None,
     on_answer: Callable[[int], None] = lambda count: None,
     on_finished: Callable[[TaskScores], None] = lambda scores: None,
+    others: Sequence[OtherTask] = (),
 ) -> ModelScores:
     """Load a model, ask it the questions of all tasks, and free it.
 
@@ -123,6 +127,8 @@ def score_model(
         on_task: called with the name of each task before it.
         on_answer: called with the number of new answers.
         on_finished: called with the scores of each task and group.
+        others: tasks that the harness does not have, by name; each is given the harness's model, and whether to ask
+            through the chat template.
 
     Raises:
         UserError: the model cannot be loaded, or a question does not fit into its context.
@@ -133,6 +139,8 @@ def score_model(
     tokenizer = model.tokenizer()
     through_template = options.chat_template and bool(tokenizer.chat_template)
     loaded = model.load()
+    # PEFT keeps the base's settings, and only the run's name the token that ends an answer.
+    loaded.generation_config = model.source.generation_config()
     scores: dict[str, TaskScores] = {}
     requests = 0
 
@@ -149,6 +157,10 @@ def score_model(
             for found in _score(harness, task, options, through_template):
                 scores[found.task] = found
                 on_finished(found)
+        for name, score in others:
+            on_task(name)
+            scores[name] = score(harness, through_template)
+            on_finished(scores[name])
     sizes = tuple(sorted({int(size) for size in harness.batch_sizes.values()} or _fixed(options.batch_size)))
     return ModelScores(
         scores, through_template, str(harness.device), int(harness.max_length), sizes, harness.cut, requests

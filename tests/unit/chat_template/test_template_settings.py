@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import Environment, nodes
 
 from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.chat_template.loss_mask import TurnPart, loss_mask_table, part_of, role_of
@@ -219,6 +220,18 @@ def test_definitions_of_tools_count_as_text_of_the_system() -> None:
         (example,) = chat.encoder().encode([Conversation(TALK.messages[1:], tools=TALK.tools)])
         of_user = example.ids[[role_of(tag) == "user" for tag in example.token_tags.tolist()]]
         assert "Finds." not in chat.tokenizer.decode(of_user) and "Who is 7?" in chat.tokenizer.decode(of_user)
+
+
+def test_settings_use_what_llama_cpp_reads() -> None:
+    """Its `selectattr` and `rejectattr` take an attribute's name, not a place in a pair (`common/jinja/value.cpp`)."""
+    everything = [
+        {"reasoning_format": "inline", "reasoning_history": "drop", "unsupported_roles": policy}
+        for policy in ("merge_into_user", "drop")
+    ]
+    for settings in everything:
+        tree = Environment(extensions=["jinja2.ext.do"]).parse(str(format_of("gemma", **settings).template.jinja))
+        for filtered in tree.find_all((nodes.Filter, nodes.Test)):
+            assert filtered.name in {"list", "tojson", "trim", "string", "defined", "none"}, filtered
 
 
 def test_a_template_that_writes_reasoning_is_not_given_it_inline() -> None:

@@ -221,6 +221,8 @@ def _basis(evidence: Evidence) -> str:
     equal = f"Differences up to {format_loss(evidence.threshold)} ({share}) count as equal."
     if not evidence.by_conversation:
         return f"The runs keep no losses by conversation, so that there is no interval. {equal}"
+    if paired.num_clusters < 2:
+        return f"All held-out conversations belong together, so that there is no interval. {equal}"
     conversations = (
         f"{format_count(paired.num_conversations)} held-out conversations in {format_count(paired.num_clusters)} "
         "independent groups"

@@ -82,7 +82,9 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
     # The recipe in the folder is the comparison's own, unless the folder holds nothing else of it.
     own = os.path.realpath(folder.base) if folder.is_comparison else None
     check_output(folder.path, [entry for entry in inputs if os.path.realpath(entry.path) != own], f"-o {out}")
-    message = f"{len(plan.candidates)} candidates, {plan.num_runs} runs, in {out}"
+    named = "1 candidate" if len(plan.candidates) == 1 else f"{len(plan.candidates)} candidates"
+    runs = "1 run" if plan.num_runs == 1 else f"{plan.num_runs} runs"
+    message = f"{named}, {runs}, in {out}"
     stderr.print(message, markup=False, highlight=False)
     with (
         folder.locked(plan.base.recipe),

@@ -423,6 +423,9 @@ def _prepare_inputs(
     from peftchat.training.distributed import resolve_distributed
 
     quiet_libraries()
+    from peftchat.training.questions import read_questions
+
+    read_questions(loaded)
     distributed = resolve_distributed(loaded)
     recipe = loaded.recipe
     for source in (*recipe.data.train, *(recipe.data.eval or ())):

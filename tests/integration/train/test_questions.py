@@ -1,10 +1,14 @@
-"""Questions that are answered at each evaluation: kept, shown, and without any effect on training."""
+"""Questions that are answered at each evaluation, without any effect on training; the losses of a finished run."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from peftchat.evaluating.run_evaluation import EvaluateOptions, evaluate_data
 from peftchat.recipe import load_recipe
+from peftchat.runs.eval_losses import read_eval_losses
 from peftchat.training.questions import read_questions
 from tests.support.cli import peftchat
 from tests.support.data import write_small_talk
@@ -23,9 +27,13 @@ def train(folder: Path, name: str, **sections: Any) -> Path:
     return folder / name
 
 
-def test_answers_are_kept_and_change_nothing(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("run"), "with", evaluation={"questions": QUESTIONS, "max_new_tokens": 8})
+
+
+def test_answers_are_kept_and_change_nothing(run: Path, tmp_path: Path) -> None:
     without = train(tmp_path, "without")
-    run = train(tmp_path, "with", evaluation={"questions": QUESTIONS, "max_new_tokens": 8})
     name = "adapter_model.safetensors"
     assert (run / name).read_bytes() == (without / name).read_bytes()
     lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
@@ -43,6 +51,24 @@ def test_answers_are_kept_and_change_nothing(tmp_path: Path) -> None:
     assert [one["answer"] for one in summary["samples_after"]] == last
     assert "Answers while it was trained" in (run / "report.html").read_text()
     assert not (without / "samples.jsonl").exists()
+
+
+def test_losses_of_data_are_those_of_training(run: Path, tmp_path: Path) -> None:
+    """The run and its base, loaded again, have the losses that the run wrote after and before training."""
+    options = EvaluateOptions(output=tmp_path / "out")
+    found, folder = evaluate_data(str(run), run.parent / "talk.jsonl", options)
+    written = read_eval_losses(run / "eval_losses.jsonl")
+    ours, base = (read_eval_losses(folder / f"losses-{number}.jsonl") for number in (1, 2))
+    assert [one.source for one in ours] == [one.source for one in base] == [one.source for one in written]
+    assert [one.loss for one in ours] == pytest.approx([one.loss for one in written], rel=1e-5)
+    assert [one.loss for one in base] == pytest.approx([one.loss_before for one in written], rel=1e-5)
+    summary = json.loads((run / "run.json").read_text())
+    rows = {(row.by, row.group): row for row in found.rows}
+    assert rows["all", ""].losses == pytest.approx((summary["eval_loss"], summary["eval_loss_before"]), rel=1e-5)
+    for by, groups in summary["eval_by"].items():
+        for group, values in groups.items() if len(groups) > 1 else ():
+            assert rows[by, group].tokens == values["tokens"]
+            assert rows[by, group].losses == pytest.approx((values["after"], values["before"]), rel=1e-4)
 
 
 def test_questions_of_a_file(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from peftchat.console import stderr
+from peftchat.dataset.mixture import examples_per_epoch
 from peftchat.errors import UserError
 from peftchat.interruption import DeferredSignals
 from peftchat.malloc import keep_large_blocks
@@ -89,6 +90,7 @@ def tell_hints(trainer: ChatTrainer, context: TrainContext) -> None:
     }
     training, stats = context.recipe.training, context.splits["train"].stats
     sequences = len(trainer.train_dataset)
+    examples = examples_per_epoch(context.recipe, stats)
     per_pass = training.per_device_train_batch_size * context.distributed.world_size
     steps = training.max_steps
     if steps <= 0:
@@ -96,8 +98,8 @@ def tell_hints(trainer: ChatTrainer, context: TrainContext) -> None:
     size = RunSize.of_steps(
         sum(own.values()),
         attention_only=all_in_attention(own),
-        supervised_tokens=stats.supervised,
-        conversations=len(context.splits["train"].store),
+        supervised_tokens=round(stats.supervised * examples / stats.examples),
+        conversations=examples,
         sequences=sequences,
         sequences_per_step=per_pass * training.gradient_accumulation_steps,
         steps=steps,

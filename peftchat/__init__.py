@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftchat.api import chat, compare, load_chat_model, merge, plan, train
+    from peftchat.api import chat, compare, evaluate, load_chat_model, merge, plan, train
     from peftchat.conversation import Conversation, Message
     from peftchat.conversations import read_conversations
     from peftchat.errors import UserError, VerificationError
@@ -28,6 +28,7 @@ _MODULES = {
     "VerificationError": "peftchat.errors",
     "chat": "peftchat.api",
     "compare": "peftchat.api",
+    "evaluate": "peftchat.api",
     "load_chat_model": "peftchat.api",
     "load_recipe": "peftchat.recipe",
     "merge": "peftchat.api",
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "chat",
     "compare",
+    "evaluate",
     "load_chat_model",
     "load_recipe",
     "merge",

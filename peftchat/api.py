@@ -8,7 +8,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ from peftchat.recipe import LoadedRecipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
     from peftchat.comparing.results import ComparisonResult
+    from peftchat.evaluating.run_evaluation import EvaluateOptions, Watch
+    from peftchat.evaluating.side_by_side import Evaluation
     from peftchat.merging import MergeOptions, MergeResult
     from peftchat.planning.plan import TrainingPlan
     from peftchat.runs.run_summary import AutoSetting, RunSummary
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from peftchat.serving.generate import ChatAnswer
     from peftchat.training.context import TrainOptions
     from peftchat.training.distributed import DistributedSetup
+    from peftchat.training.rate_trials import RateSearch
 
 RecipeSource = LoadedRecipe | Path | str
 """A loaded recipe, or the path of its file."""
@@ -109,6 +112,54 @@ def train(
     return summary
 
 
+def find_learning_rate(
+    recipe: RecipeSource, *, overrides: Sequence[str] = (), steps: int | None = None
+) -> "tuple[RateSearch, Path]":
+    """Search the learning rate of a recipe with short runs, and write the result to `find_lr.json` in its folder.
+
+    Args:
+        recipe: the path of a recipe, or a loaded one.
+        overrides: `section.key=value` texts, as for `--set`; for a path only.
+        steps: optimizer steps of each short run; None for 40, at most those of the run.
+
+    Returns:
+        The rates with their losses and the advised rate, and the file.
+
+    Raises:
+        UserError: an input cannot be used, or the recipe needs several processes.
+        VerificationError: no rate gave a finite loss.
+
+    Example:
+        >>> import peftchat
+        >>> search, file = peftchat.api.find_learning_rate("my.yaml", steps=5)
+        >>> search.setting.startswith("training.learning_rate: ")
+        True
+    """
+    from peftchat.console import stderr
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.training.rate_search import find_rate, refuse_processes
+
+    settle_processes()
+    loaded = _load(recipe, overrides)
+    file = RunFolder(Path(loaded.recipe.output_dir)).rate_search
+    _check_rate_file(loaded, file)
+    refuse_processes(loaded)
+    # The rule is where the search begins, whatever the recipe says.
+    training = loaded.recipe.training.model_copy(update={"learning_rate": "auto"})
+    loaded = dataclasses.replace(loaded, recipe=loaded.recipe.model_copy(update={"training": training}))
+    distributed = _prepare_inputs(loaded, download=True)
+    loaded, _ = choose_settings(loaded, distributed)
+
+    def tell(line: str) -> None:
+        stderr.print(line, markup=False, highlight=False)
+
+    with contextlib.redirect_stdout(sys.stderr):
+        search = find_rate(loaded, distributed, steps=steps, tell=tell)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    search.write(file)
+    return search, file
+
+
 def plan(
     recipe: RecipeSource,
     *,
@@ -163,6 +214,9 @@ def compare(
     prompts: Sequence[str] = (),
     num_samples: int = 3,
     merge: bool = True,
+    equal_within: float = 0.005,
+    halving: bool = True,
+    fork: bool = True,
 ) -> "ComparisonResult":
     """Train variants of a recipe on the same data, measure them, and recommend one.
 
@@ -183,6 +237,9 @@ def compare(
         prompts: prompts that all candidates answer; by default the first `num_samples` held-out ones.
         num_samples: number of held-out prompts.
         merge: whether to merge each run and verify the result.
+        halving: whether short runs select among more than three learning rates; otherwise all get full runs.
+        fork: whether runs may be forks of one process that has imported the libraries.
+        equal_within: fraction of the lowest held-out loss up to which differences count as ties.
 
     Raises:
         UserError: a candidate cannot be trained; raised before the first run.
@@ -205,17 +262,48 @@ def compare(
             parse_budget(budget) if budget is not None else None,
             learning_rates,
             search_lr,
+            halving,
             trials,
             [parse_range(text) for text in ranges],
+            equal_within,
         )
     )
     # Only now, because it imports torch: a wrong option is reported at once.
     from peftchat.comparing.compare import EvalOptions
     from peftchat.comparing.compare import compare as compare_candidates
 
-    evaluation = EvalOptions(forgetting_text, prompts or None, num_samples, merge)
+    evaluation = EvalOptions(forgetting_text, prompts or None, num_samples, merge, fork)
     result, _ = compare_candidates(comparison, comparison_folder(recipe, output), evaluation)
     return result
+
+
+def evaluate(
+    model: Path | str, options: "EvaluateOptions | None" = None, watch: "Watch | None" = None
+) -> "tuple[Evaluation, Path]":
+    """Score a run or a model on tasks of EleutherAI's harness, beside the base of the run or beside other models.
+
+    Repeat the call to resume an interrupted evaluation: answers are kept.
+
+    Args:
+        model: a run folder, a model folder or a hub id.
+        options: the tasks, the other models and how they are asked; None for the four default tasks.
+        watch: who is told about the progress.
+
+    Returns:
+        The result, and the folder that it is in.
+
+    Raises:
+        UserError: a model or a task cannot be used; mostly raised before a model is loaded.
+        VerificationError: a model computes no numbers.
+
+    Example:
+        >>> import peftchat
+        >>> from peftchat.evaluating.run_evaluation import EvaluateOptions
+        >>> peftchat.evaluate("runs/assistant", EvaluateOptions(tasks="arc_easy"))  # doctest: +SKIP
+    """
+    from peftchat.evaluating.run_evaluation import Watch, evaluate_models
+
+    return evaluate_models(str(model), options, watch or Watch())
 
 
 def merge(run: Path | str, options: "MergeOptions | None" = None) -> "MergeResult":
@@ -283,7 +371,8 @@ def chat(
     Raises:
         UserError: the conversation does not fit into the model's context.
     """
-    from peftchat.serving.generate import Sampling, apply_sampling, generate_answer
+    from peftchat.serving.generate import generate_answer
+    from peftchat.serving.sampling import Sampling, apply_sampling
 
     history = [Message("user", messages)] if isinstance(messages, str) else list(messages)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, greedy=greedy)
@@ -319,6 +408,16 @@ def prepare_training(
         UserError: a path does not exist, the base is incomplete or cannot be trained, the run folder is occupied, or
             the machine lacks what the recipe requests.
     """
+    return _prepare_inputs(
+        loaded,
+        lambda: _check_run_folder(loaded, resume=resume, allow_changed=allow_changed),
+        download=download,
+    )
+
+
+def _prepare_inputs(
+    loaded: LoadedRecipe, check_folder: Callable[[], None] = lambda: None, *, download: bool
+) -> "DistributedSetup":
     from peftchat.conversations.readers import find_files
     from peftchat.logging_setup import quiet_libraries
     from peftchat.training.distributed import resolve_distributed
@@ -328,12 +427,30 @@ def prepare_training(
     recipe = loaded.recipe
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(source.path, source.split)
-    _check_run_folder(loaded, resume=resume, allow_changed=allow_changed)
+    check_folder()
     # Last, because it imports the model's code.
     from peftchat.models.base_check import check_base
 
     check_base(loaded, download=download)
     return distributed
+
+
+def _check_rate_file(loaded: LoadedRecipe, file: Path) -> None:
+    """Check that a search may write its file into the run folder, which may hold a run.
+
+    Raises:
+        UserError: it may not.
+    """
+    folder = file.parent
+    where = f"output_dir: {folder}"
+    check_output(folder, [entry for entry in loaded.inputs() if entry.path.parent != folder], where, continues=True)
+    if folder.exists() and not folder.is_dir():
+        raise UserError("the run folder cannot be created: a file has its name", where=where)
+    parent = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{parent} is not writable", where=where)
+    if file.is_dir():
+        raise UserError("a folder has the name of the search's file", where=str(file), hint="Move it away.")
 
 
 def _check_run_folder(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool) -> None:

@@ -11,9 +11,9 @@ _PARENT = "PEFTCHAT_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
 
 
-def child_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment for a child that must not outlive this process."""
-    return {**environment, _PARENT: str(os.getpid())}
+def child_environment(environment: Mapping[str, str] = os.environ, parent: int | None = None) -> dict[str, str]:
+    """Return the environment for a child that must not outlive its parent, which is this process by default."""
+    return {**environment, _PARENT: str(os.getpid() if parent is None else parent)}
 
 
 def end_with_parent(environment: Mapping[str, str] = os.environ) -> None:

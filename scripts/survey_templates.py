@@ -6,6 +6,8 @@
 
 The sdist of llama-cpp-python on PyPI carries 70 published templates (`vendor/llama.cpp/models/templates`). Each gets a
 small byte-level tokenizer that has its special tokens. What is right comes from `template_oracle.py`.
+
+Where a refusal names a setting, the conversation is tried again with it, as a user would: such cells are counted apart.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,21 +28,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from template_cases import Record, conversations, make_tokenizer, write_record
-from template_oracle import Example, Oracle, RenderError, compare
+from template_oracle import Example, Oracle, RenderError, compare, saved_fault, with_settings
 
 RIGHT = "right"
+ADVISED = "right with the setting that the refusal names"
 REFUSED = "refused rightly"
 NEEDLESS = "refused without need"
 UNCLEAR = "unclear"
 WRONG = "wrong"
 CRASH = "crash"
-VERDICTS = {RIGHT: "+", REFUSED: "r", NEEDLESS: "n", UNCLEAR: "?", WRONG: "W", CRASH: "!"}
+VERDICTS = {RIGHT: "+", ADVISED: "s", REFUSED: "r", NEEDLESS: "n", UNCLEAR: "?", WRONG: "W", CRASH: "!"}
 
 # How Python and Jinja word an accident within a template. Nobody can act on such words alone.
 _ACCIDENT = re.compile(
     r"is undefined|object is not|has no (attribute|element)|unsupported operand|can only concatenate|not iterable"
     r"|unexpected keyword|positional argument|must be str|is not JSON serializable|no filter named|is unsafe"
 )
+_ADVICE = re.compile(
+    r"chat\.(?P<key>reasoning_format|unsupported_roles): (?P<value>inline|merge_into_user)\b"
+    r"|chat\.template_kwargs: \{(?P<name>\w+): (?P<flag>true|false)\}"
+    r"|(?P<end>chat\.end_token)"
+)
+_MOST_SETTINGS = 4
 _EXPLAINED = re.compile(r"wants|needs|without tools|cannot write|fails on|fails for", re.IGNORECASE)
 
 
@@ -57,6 +66,7 @@ class Cell:
         found: the example, likewise.
         reasons: why the oracle holds a refusal for justified.
         examples: how many examples the product made.
+        settings: those of `chat` that refusals named, and that were tried.
     """
 
     template: str
@@ -67,6 +77,7 @@ class Cell:
     found: str = ""
     reasons: list[str] = field(default_factory=list)
     examples: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 class Refusal(Exception):
@@ -82,10 +93,15 @@ class Refusal(Exception):
 
 
 class Product:
-    """peftchat with one tokenizer."""
+    """peftchat with one tokenizer and settings of `chat`.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    Attributes:
+        tokenizer: as a run would save it.
+    """
+
+    def __init__(self, tokenizer: Any, settings: dict[str, Any] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self._settings = settings or {}
         self._encoder: Any = None
 
     def encode(self, path: Path) -> list[Example]:
@@ -96,6 +112,7 @@ class Product:
         """
         from peftchat.chat_template.chat_format import make_format
         from peftchat.chat_template.loss_mask import loss_mask_table
+        from peftchat.chat_template.template_settings import TemplateSettings
         from peftchat.conversations import read_conversations
         from peftchat.conversations.problems import ReadOptions
         from peftchat.errors import UserError
@@ -104,7 +121,9 @@ class Product:
             # The template has the say in which order roles may follow each other.
             found = list(read_conversations(path, options=ReadOptions(consecutive="keep")))
             if self._encoder is None:
-                self._encoder = make_format("model", None, self._tokenizer).encoder()
+                names = {"template_kwargs": "variables"}
+                settings = TemplateSettings(**{names.get(key, key): one for key, one in self._settings.items()})
+                self._encoder = make_format("model", None, self.tokenizer, settings=settings).encoder()
             examples = self._encoder.encode(found)
         except UserError as error:
             raise Refusal(str(error), error.message) from error
@@ -127,20 +146,70 @@ def survey(path: Path, kinds: Sequence[str]) -> list[Cell]:
     plain = make_tokenizer(name, source)
     texts = list(_rendered(Oracle(plain), list(conversations([], plain.eos_token).values())))
     oracle = Oracle(make_tokenizer(name, source, texts))
-    product = Product(make_tokenizer(name, source, texts))
+    products: dict[str, tuple[Oracle, Product]] = {}
+
+    def given(settings: dict[str, Any]) -> tuple[Oracle, Product]:
+        """Return oracle and product with settings."""
+        key = json.dumps(settings)
+        if key not in products:
+            own = Oracle(make_tokenizer(name, source, texts), settings.get("template_kwargs"))
+            products[key] = own, Product(make_tokenizer(name, source, texts), settings)
+        return products[key]
+
     own = [token for token in oracle.special if token in "".join(texts)]
     cells = []
     with tempfile.TemporaryDirectory(prefix="survey-") as folder:
         for kind, record in conversations(own, oracle.tokenizer.eos_token).items():
             if not kinds or kind in kinds:
                 file = write_record(record, Path(folder, f"{kind}.jsonl"))
-                cells.append(judge(Cell(name, kind, CRASH), oracle, product, record, file))
+                cell = judge(Cell(name, kind, CRASH), *given({}), record, file)
+                cells.append(with_advice(cell, given, record, file) if cell.verdict == REFUSED else cell)
     return cells
 
 
-def judge(cell: Cell, oracle: Oracle, product: Product, record: Record, file: Path) -> Cell:
+def with_advice(
+    refused: Cell, given: Callable[[dict[str, Any]], tuple[Oracle, Product]], record: Record, file: Path
+) -> Cell:
+    """Return a refused cell as it is with the settings that its words name, one after the other."""
+    cell, settings = refused, dict[str, Any]()
+    for _ in range(_MOST_SETTINGS):
+        found = next((one for one in advised(cell.words, given({})[0]) if one[0] not in settings), None)
+        if found is None:
+            break
+        settings = {**settings, found[0]: found[1]}
+        oracle, product = given(settings)
+        cell = judge(Cell(refused.template, refused.kind, CRASH), oracle, product, record, file, settings)
+        cell.settings = settings
+        if cell.verdict == RIGHT:
+            cell.verdict = ADVISED
+            return cell
+        if cell.verdict != REFUSED:
+            return cell  # whatever is wrong with a setting is wrong
+    refused.settings = settings
+    return refused
+
+
+def advised(words: str, oracle: Oracle) -> Iterator[tuple[str, Any]]:
+    """Yield the settings that a refusal names, with their values."""
+    for match in _ADVICE.finditer(words):
+        if match["key"]:
+            yield match["key"], match["value"]
+        elif match["name"]:
+            yield "template_kwargs", {match["name"]: match["flag"] == "true"}
+        else:
+            yield "end_token", oracle.tokenizer.eos_token
+
+
+def judge(
+    cell: Cell,
+    oracle: Oracle,
+    product: Product,
+    record: Record,
+    file: Path,
+    settings: dict[str, Any] | None = None,
+) -> Cell:
     """Fill in a cell's verdict."""
-    expected = oracle.expectations(record)
+    expected = oracle.expectations(with_settings(oracle, record, settings or {}))
     cell.reasons = list(dict.fromkeys(f"{kind}: {text}" for one in expected for kind, text in one.reasons))
     try:
         examples = product.encode(file)
@@ -155,8 +224,13 @@ def judge(cell: Cell, oracle: Oracle, product: Product, record: Record, file: Pa
         return cell
     cell.examples = len(examples)
     faults = [(one, compare(oracle, one, examples)) for one in expected]
-    if any(fault is None for _, fault in faults):
-        cell.verdict = RIGHT
+    right = [one for one, fault in faults if fault is None]
+    if right and settings:
+        # At inference the template that the run saves must give the same prompts, without any argument.
+        saved = [saved_fault(one, product.tokenizer, record) for one in right]
+        cell.words = "" if "" in saved else saved[0]
+    if right:
+        cell.verdict = WRONG if cell.words else RIGHT
         return cell
     _, fault = next(((one, fault) for one, fault in faults if one.possible), faults[0])
     cell.verdict, cell.words, cell.expected, cell.found = WRONG, fault.words, fault.expected, fault.found

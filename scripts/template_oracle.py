@@ -4,6 +4,8 @@ It shares no code with peftchat. For each trained answer it renders the prompt (
 `add_generation_prompt`) and the text up to the answer, and takes the difference up to the token that ends the turn. It
 also looks whether everything that the conversation says is in these texts, and says when a refusal is justified.
 
+Where a recipe has settings, `with_settings` says what the record then is, from their description in docs/templates.md.
+
 A record can be given to a template in several ways: a call's arguments as an object or as JSON text, no content as a
 missing or an empty one. Every way counts in which the template writes no Python values.
 """
@@ -107,10 +109,12 @@ class Oracle:
 
     Args:
         tokenizer: with the template as `chat_template`; it is not changed.
+        variables: further variables of the template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, variables: dict[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
+        self._variables = variables or {}
         names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special = names | set(tokenizer.all_special_tokens)
         self.special_ids = set(tokenizer.convert_tokens_to_ids(sorted(self.special)))
@@ -130,7 +134,7 @@ class Oracle:
         try:
             # transformers refuses no messages at all, and takes them in a batch.
             text = self.tokenizer.apply_chat_template(
-                given or [[]], tools=tools, add_generation_prompt=prompt, tokenize=False
+                given or [[]], tools=tools, add_generation_prompt=prompt, tokenize=False, **self._variables
             )
         except Exception as error:  # a template is code: it may fail in any way
             raise RenderError(f"{type(error).__name__}: {error}") from error
@@ -524,6 +528,129 @@ def _apart(message: Message) -> Message:
     if match is None or not isinstance(content, str):
         return message
     return {**message, "reasoning_content": match[1].strip(), "content": content[match.end() :].lstrip()}
+
+
+# The text by which Hermes and Qwen's models are told of their tools.
+_TOOLS = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{definitions}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+def with_settings(oracle: Oracle, record: Record, settings: dict[str, Any]) -> Record:
+    """Return the record as a recipe's settings change it before the template sees it.
+
+    Args:
+        oracle: of the template, which tells the roles that it cannot write.
+        record: the data.
+        settings: keys of `chat`; `unsupported_roles: merge_into_user` and `reasoning_format: inline` change records.
+    """
+    if settings.get("unsupported_roles") == "merge_into_user":
+        record = _merged(record, _missing(oracle))
+    if settings.get("reasoning_format") == "inline":
+        record = {**record, "messages": [_inline(message) for message in record["messages"]]}
+    return record
+
+
+def _missing(oracle: Oracle) -> set[str]:
+    """Return the roles whose content is not in a prompt, in whatever way it is given; for results also their calls."""
+    question = {"role": "user", "content": "Zebra asks"}
+    call = {"role": "assistant", "content": "", "tool_calls": [
+        {"id": "abcde1234", "type": "function", "function": {"name": "find", "arguments": {"a": "Quagga"}}}
+    ]}  # fmt: skip
+    result = {"role": "tool", "tool_call_id": "abcde1234", "name": "find", "content": "Okapi"}
+    tool = {"type": "function", "function": {"name": "find", "description": "Finds.", "parameters": {
+        "type": "object", "properties": {"a": {"type": "string", "description": "A number."}}
+    }}}  # fmt: skip
+    tried = {"system": [{"role": "system", "content": "Okapi"}, question], "tool": [question, call, result]}
+    return {role for role, messages in tried.items() if not _shows(oracle, messages, tool)}
+
+
+def _shows(oracle: Oracle, messages: list[Message], tool: Record) -> bool:
+    for _, written in _ways(messages):
+        for tools in (None, [tool]):
+            try:
+                text = oracle.render(written, tools, prompt=True)
+                if "Okapi" in text and ("Quagga" in text or messages[-1]["role"] != "tool"):
+                    return True
+            except RenderError:
+                continue
+    return False
+
+
+def _merged(record: Record, missing: set[str]) -> Record:
+    """Return the record with what the template cannot write as text of the user's next turn."""
+    messages = [dict(message) for message in record["messages"]]
+    record = dict(record)
+    tools = record.pop("tools", None) if "tool" in missing else None
+    if tools:
+        text = _TOOLS.format(definitions="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        if messages[0]["role"] == "system":
+            messages[0]["content"] += f"\n\n{text}"
+        else:
+            messages.insert(0, {"role": "system", "content": text})
+    done: list[Message] = []
+    waiting: list[str] = []
+    for message in [*messages, None]:
+        if message and message["role"] in missing:
+            waiting.append(message["content"])
+            continue
+        if message and message["role"] == "user":
+            done.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
+            waiting = []
+            continue
+        if waiting and done and done[-1]["role"] == "user":
+            done[-1]["content"] = "\n\n".join([done[-1]["content"], *waiting])
+        elif waiting:
+            done.append({"role": "user", "content": "\n\n".join(waiting)})
+        waiting = []
+        if message:
+            done.append(_calls_as_text(message) if "tool" in missing else message)
+    return {**record, "messages": done}
+
+
+def _calls_as_text(message: Message) -> Message:
+    calls = message.pop("tool_calls", None)
+    if not calls:
+        return message
+    blocks = []
+    for call in calls:
+        arguments = call["function"]["arguments"]
+        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        blocks.append(f'<tool_call>\n{{"name": "{call["function"]["name"]}", "arguments": {written}}}\n</tool_call>')
+    content = [message["content"]] if message.get("content") else []
+    return {**message, "content": "\n".join([*content, *blocks])}
+
+
+def saved_fault(expected: Expectation, tokenizer: PreTrainedTokenizerFast, record: Record) -> str:
+    """Return the first answer whose prompt a run's saved template writes otherwise; "" if there is none.
+
+    Args:
+        expected: what is right.
+        tokenizer: with the template that the run saves.
+        record: the data, as it came.
+    """
+    saved = Oracle(tokenizer)
+    trained = [index for index, message in enumerate(record["messages"]) if is_trained(message)]
+    for index, answer in zip(trained, expected.answers, strict=True):
+        found = set()
+        for _, messages in _ways(record["messages"]):
+            try:
+                found.add(saved.render(messages[:index], record.get("tools"), prompt=True))
+            except RenderError:
+                continue
+        if not answer.optional and found.isdisjoint(target.prompt for target in answer.targets):
+            return f"the saved template gives answer {index} another prompt"
+    return ""
 
 
 @dataclass

@@ -5,28 +5,13 @@ The answer's text is what the template writes behind that prompt once the answer
 the turn. Nothing is searched for, and a template may rewrite earlier turns: the next answer then has another prompt.
 """
 
-import copy
 import re
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peftchat.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from peftchat.conversation import Role
-
-TemplateMessage = Mapping[str, Any]
-"""A message in the form of `apply_chat_template`."""
-
-Tools = Sequence[Any] | None
-"""JSON schemas of tools, in the form of `apply_chat_template`."""
-
-_ACCIDENTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What a template raises besides jinja2's own errors."""
+from peftchat.chat_template.template_renderer import TemplateMessage, TemplateRenderer, Tools, probe_turn
+from peftchat.errors import UserError
 
 # Reasoning that a generation prompt opens and closes, so that the answer follows at once.
 _CLOSED_REASONING = re.compile(
@@ -51,22 +36,11 @@ _KEEPS_REASONING: tuple[dict[str, Any], ...] = (
 )
 """Variables by which templates keep the reasoning of earlier answers."""
 
-_MARK = "peftchat answer"
+MARK = "peftchat answer"
 _SHOWN = 60
 """Characters of a rendering in an error message."""
 
 _OPEN_REASONING = re.compile(r"<[\w:]*think\w*>|START_THINKING|\[THINK\]|<\|channel>thought|reasoning", re.IGNORECASE)
-
-
-PROBE_TOOL: Mapping[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "find",
-        "description": "Finds a text.",
-        "parameters": {"type": "object", "properties": {"text": {"type": "string", "description": "The text."}}},
-    },
-}
-"""The definition of a tool, to learn what a template does with one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,157 +60,6 @@ class RenderedAnswer:
     opening: int
     text: str
     trailer: str
-
-
-class TemplateRenderer:
-    """Renders messages by a tokenizer's template, with special tokens in their text kept apart.
-
-    Text in a message that is spelled like a special token is replaced by a placeholder before rendering (`protect`).
-    Every special token in the rendered text is then the template's own. `restore` puts the text back.
-
-    Args:
-        tokenizer: gives the template its special tokens.
-        jinja: the template, or several by name, as `chat_template` holds them.
-        special: the texts of its special tokens.
-        variables: further variables of the template.
-
-    Attributes:
-        special: matches one special token.
-        variables: further variables of the template.
-        reasoning_in_parts: whether the template reads reasoning as a part of the content.
-    """
-
-    def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        jinja: str | Mapping[str, str],
-        special: Sequence[str],
-        variables: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._jinja = jinja
-        self.variables = dict(variables or {})
-        self.reasoning_in_parts = False
-        by_length = sorted(special, key=len, reverse=True)
-        # `(?!)` matches nothing.
-        self.special = re.compile("(" + ("|".join(map(re.escape, by_length)) or "(?!)") + ")")
-        nonce = secrets.token_hex(6)
-        self._placeholders = {token: f"x{nonce}n{number}x" for number, token in enumerate(by_length)}
-        self._texts = {placeholder: token for token, placeholder in self._placeholders.items()}
-        self._placeholder = re.compile(rf"x{nonce}n\d+x")
-
-    def render(self, messages: Sequence[TemplateMessage], tools: Tools, *, generation_prompt: bool) -> str:
-        """Return the rendered text.
-
-        Raises:
-            UserError: the template raised an error.
-        """
-        from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
-
-        try:
-            return self._apply(messages, tools, generation_prompt=generation_prompt)
-        # A template is code by the model's authors. It may raise an error of its own or fail by accident.
-        except (SecurityError, UndefinedError, *_ACCIDENTS) as error:
-            message = f"the chat template fails on the conversation: {first_line(error)}"
-            unset = re.fullmatch(r"'(\w+)' is undefined", first_line(error))
-            if unset and isinstance(error, UndefinedError):
-                raise UserError(
-                    f"the chat template needs the variable `{unset[1]}`, and nothing sets it",
-                    hint=f"Set `chat.template_kwargs: {{{unset[1]}: …}}` to what the model's makers give it.",
-                ) from error
-            if not tools and self._renders([_turn("user")], [PROBE_TOOL]) and not self._renders([_turn("user")], None):
-                message = "the chat template needs tools, and the conversation defines none"
-            raise UserError(message) from error
-        except TemplateError as error:
-            raise UserError(f"the chat template cannot write the conversation: {first_line(error)}") from error
-
-    def render_all(self, conversations: Sequence[Sequence[TemplateMessage]]) -> list[str]:
-        """Return the renderings of conversations without tools and without generation prompts.
-
-        Raises:
-            UserError: the template refuses one of them.
-        """
-        try:
-            # A list of conversations is a batch, and its renderings a list.
-            return list(
-                self._tokenizer.apply_chat_template(
-                    [list(messages) for messages in conversations],
-                    chat_template=self._template(None),
-                    tokenize=False,
-                    **self.variables,
-                )
-            )
-        except Exception as error:  # a template is code; each conversation is told for itself
-            raise UserError(f"the chat template refuses a conversation: {first_line(error)}") from error
-
-    def _apply(self, messages: Sequence[TemplateMessage], tools: Tools, *, generation_prompt: bool) -> str:
-        if self.reasoning_in_parts:
-            messages = [with_reasoning_parts(message) for message in messages]
-        return str(
-            self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools or None,
-                chat_template=self._template(tools),
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self.variables,
-            )
-        )
-
-    def _renders(self, messages: Sequence[TemplateMessage], tools: Tools) -> bool:
-        """Return whether the template takes these messages."""
-        try:
-            self._apply(messages, tools, generation_prompt=True)
-        except Exception:
-            return False
-        return True
-
-    def writes(self, text: str, messages: Sequence[TemplateMessage]) -> bool:
-        """Return whether the prompt behind these messages has a text, with tools or without."""
-        for tools in (None, [PROBE_TOOL]):
-            try:
-                if text in self._apply(messages, tools, generation_prompt=True):
-                    return True
-            except Exception:
-                continue
-        return False
-
-    def with_variables(self, variables: Mapping[str, Any]) -> "TemplateRenderer":
-        """Return a renderer of the same template with these variables on top; placeholders stay the same."""
-        other = copy.copy(self)
-        other.variables = {**self.variables, **variables}
-        return other
-
-    def _template(self, tools: Tools) -> str:
-        """Return the source to render with: models may have one of their own for tools."""
-        if isinstance(self._jinja, str):
-            return self._jinja
-        name = "tool_use" if tools and "tool_use" in self._jinja else "default"
-        return self._jinja[name]
-
-    def protect(self, value: Any) -> Any:
-        """Return a message, or a part of one, with placeholders for text spelled like special tokens."""
-        if isinstance(value, str):
-            return self.special.sub(lambda match: self._placeholders[match[0]], value)
-        if isinstance(value, Mapping):
-            return {self.protect(key): self.protect(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.protect(item) for item in value]
-        return value
-
-    def restore(self, text: str) -> str:
-        """Return a rendered text with the placeholders replaced by what stands in the messages."""
-        return self._placeholder.sub(lambda match: self._texts[match[0]], text)
-
-
-def with_reasoning_parts(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message whose reasoning is a part of its content."""
-    if not message.get("reasoning_content"):
-        return dict(message)
-    parts = [{"type": "thinking", "thinking": message["reasoning_content"]}]
-    if message.get("content"):
-        parts.append({"type": "text", "text": message.get("content")})
-    return {**{key: value for key, value in message.items() if key != "reasoning_content"}, "content": parts}
 
 
 class AnswerRenderer:
@@ -282,7 +105,7 @@ class AnswerRenderer:
             closed = self._renderer.render(history, self._tools, generation_prompt=False)
         except UserError:
             return prompt, 0
-        shared = _shared_length(prompt, closed)
+        shared = shared_length(prompt, closed)
         for match in self._renderer.special.finditer(prompt):
             if match.start() < shared < match.end():
                 shared = match.start()
@@ -333,7 +156,7 @@ class AnswerRenderer:
         """Return the text that the template writes behind the prompt; None if the two differ."""
         if full.startswith(prompt):
             return full[len(prompt) :]
-        shared = _shared_length(prompt, full)
+        shared = shared_length(prompt, full)
         if not prompt[shared:].strip() and _OPENED.search(prompt, 0, shared):
             # The prompt opens a reasoning and breaks the line, where the conversation goes on at once.
             return full[shared:]
@@ -347,7 +170,7 @@ class AnswerRenderer:
 
     def _simple_answer(self, index: int) -> str | None:
         """Return what the template writes for the answer behind one short question; None if that has no prompt."""
-        messages = [_turn("user"), self._messages[index]]
+        messages = [probe_turn("user"), self._messages[index]]
         try:
             prompt = self._renderer.render(messages[:1], self._tools, generation_prompt=True)
             full = self._renderer.render(messages, self._tools, generation_prompt=False)
@@ -376,7 +199,7 @@ class AnswerRenderer:
             if following is None:
                 # The template rewrites this answer; a plain one may tell what stands before a next turn.
                 following = behind[:start] + self._behind_plain_answer()
-            shared = _shared_length(behind, following)
+            shared = shared_length(behind, following)
             continued = [end for end in ends if end <= shared]
             end = continued[-1] if continued else _end_of_run(special, behind, start)
             return behind[:end], behind[end:]
@@ -400,7 +223,7 @@ class AnswerRenderer:
         messages = list(self._messages[: index + 2])
         if len(messages) < index + 2 or messages[-1]["role"] == "assistant":
             calls = messages[index].get("tool_calls")
-            probe = _turn("tool", calls[0]) if calls else _turn("user")
+            probe = probe_turn("tool", calls[0]) if calls else probe_turn("user")
             messages = [*messages[: index + 1], probe]
         try:
             full = self._renderer.render(messages, self._tools, generation_prompt=False)
@@ -415,15 +238,15 @@ class AnswerRenderer:
 
     def _behind_plain_answer(self) -> str:
         """Return what stands behind a plain answer before another turn; "" if the template refuses these turns."""
-        messages = [_turn("user"), {"role": "assistant", "content": _MARK}, _turn("user")]
+        messages = [probe_turn("user"), {"role": "assistant", "content": MARK}, probe_turn("user")]
         try:
-            return self._renderer.render(messages, None, generation_prompt=False).partition(_MARK)[2]
+            return self._renderer.render(messages, None, generation_prompt=False).partition(MARK)[2]
         except UserError:
             return ""
 
     def _not_a_beginning(self, prompt: str, opening: int, full: str, index: int) -> UserError:
         """Return the error for an answer that does not stand behind its prompt, with the setting that mends it."""
-        shared = _shared_length(prompt, full)
+        shared = shared_length(prompt, full)
         # From the last special token on, so that no token is shown in part.
         cut = max((match.start() for match in self._renderer.special.finditer(prompt[:shared])), default=0)
         cut = max(cut, shared - _SHOWN)
@@ -446,32 +269,6 @@ class AnswerRenderer:
             )
             return UserError(message, hint=hint)
         return UserError(message, hint="Choose another `chat.template`, or remove such conversations.")
-
-
-def missing_roles(renderer: TemplateRenderer) -> frozenset["Role"]:
-    """Return the roles beside user and assistant that a template refuses, or leaves out without a word."""
-    call = {"id": "abcde1234", "type": "function", "function": {"name": "find", "arguments": {"text": "answer"}}}
-    as_text = {**call, "function": {"name": "find", "arguments": '{"text": "answer"}'}}
-    question, system = _turn("user"), {"role": "system", "content": _MARK}
-    result = {"role": "tool", "content": _MARK, "name": "find", "tool_call_id": "abcde1234"}
-    calling = [{"role": "assistant", "content": "", "tool_calls": [one]} for one in (call, as_text)]
-    tried: dict[Role, Sequence[Sequence[TemplateMessage]]] = {
-        "system": [[system, question]],
-        "tool": [[question, answer, result] for answer in calling],
-    }
-    return frozenset(
-        role
-        for role, conversations in tried.items()
-        if not any(renderer.writes(_MARK, messages) for messages in conversations)
-    )
-
-
-def _turn(role: str, call: Mapping[str, Any] | None = None) -> TemplateMessage:
-    """Return a message of one word, for a result with the id and the name of its call."""
-    if call is None:
-        return {"role": role, "content": "next"}
-    found = {"role": role, "content": "next", "name": call["function"]["name"]}
-    return {**found, "tool_call_id": call["id"]} if "id" in call else found
 
 
 def _behind_reasoning(opened: str, written: str) -> str | None:
@@ -507,7 +304,7 @@ def _holds(text: str, value: str) -> bool:
     return "".join(value.split()) in "".join(text.split())
 
 
-def _shared_length(one: str, other: str) -> int:
+def shared_length(one: str, other: str) -> int:
     """Return how many characters two texts have in common at the start."""
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:

@@ -7,13 +7,14 @@ them say whose turn it is, for reports and for `chat.loss_on: everything`.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from peftchat.chat_template.answer_rendering import RenderedAnswer, TemplateMessage, TemplateRenderer
+from peftchat.chat_template.answer_rendering import RenderedAnswer
 from peftchat.chat_template.loss_mask import TurnPart, token_tag
 from peftchat.chat_template.message_text import content_parts
+from peftchat.chat_template.template_renderer import TemplateMessage, TemplateRenderer
 from peftchat.chat_template.templates import TemplateSpan
 
 if TYPE_CHECKING:
@@ -42,12 +43,16 @@ class ExampleBuilder:
         messages: the conversation, protected.
         untrained: the messages that must not be trained (`Message.train` is False).
         last_answer: index of the last assistant message; -1 without one.
+        headers: what the template writes in front of a content of each role, as far as it is known.
+        has_tools: whether the conversation defines tools, which templates write as text of the system message.
     """
 
     renderer: TemplateRenderer
     messages: Sequence[TemplateMessage]
     untrained: frozenset[int]
     last_answer: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    has_tools: bool = False
 
     def spans(self, answers: Sequence[RenderedAnswer], *, repeated: bool) -> Iterator[TemplateSpan]:
         """Yield the spans of an example with these answers, each of which continues the one before.
@@ -153,6 +158,17 @@ class ExampleBuilder:
 
     def _between(self, text: str, before: int | None, after: int | None, repeated: bool) -> Iterator[TemplateSpan]:
         """Yield the text between two contents: the end of one turn and the header of the next."""
+        header = "" if after is None else self.headers.get(self.messages[after]["role"], "")
+        own = text[: len(text) - len(header)] if header and text.endswith(header) else ""
+        if before is None and own:
+            yield from self._in_front(own, repeated)
+            text = text[len(own) :]
+        elif before is not None and self.has_tools and self.messages[before]["role"] == "system" and own:
+            # Definitions of tools stand behind the system message, in its turn.
+            close = re.compile(rf"{self.renderer.special.pattern}+\s*\Z").search(own)
+            stop = close.start() if close else len(own)
+            yield from self._template_text(own[:stop], self._context_tag(TurnPart.CONTENT, before, repeated))
+            text = text[stop:]
         end = 0
         if before is not None:
             match = re.compile(rf"[^\S\n]*{self.renderer.special.pattern}+|").match(text)
@@ -165,6 +181,15 @@ class ExampleBuilder:
         if after is not None:
             tag = self._context_tag(TurnPart.HEADER, after, repeated)
         yield from self._template_text(text[end:], tag)
+
+    def _in_front(self, text: str, repeated: bool) -> Iterator[TemplateSpan]:
+        """Yield the template's own text in front of all turns, such as a system prompt by default."""
+        outside = token_tag(TurnPart.OUTSIDE, context=repeated)
+        bos = self.renderer.bos_token
+        start = len(bos) if bos and text.startswith(bos) else 0
+        yield from self._template_text(text[:start], outside)
+        system = token_tag(TurnPart.CONTENT, "system", context=repeated)
+        yield from self._template_text(text[start:], system if self.has_tools else outside)
 
     def _context_tag(self, part: TurnPart, index: int, repeated: bool) -> int:
         """Return the tag of text in a prompt: an answer there is trained elsewhere, or not at all."""

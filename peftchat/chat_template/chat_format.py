@@ -87,6 +87,8 @@ def make_format(
     if not _changes(template, settings):
         return ChatFormat(tokenizer, template, new_tokens)
     # The template's own Jinja source, with the settings in front, as a model would bring it.
+    # It writes reasoning inline by itself.
+    settings = replace(settings, reasoning_format="template")
     changed = TokenizerTemplate(tokenizer, settings=settings, name=name)
     tokenizer.chat_template = changed.jinja
     return ChatFormat(tokenizer, changed, new_tokens)

@@ -155,6 +155,17 @@ def loss_mask_table(policy: LossPolicy | LossOn) -> "npt.NDArray[np.bool_]":
     return np.array([_is_trained(policy, tag) for tag in range(256)])
 
 
+def text_table() -> "npt.NDArray[np.bool_]":
+    """Return for each of the 256 tags whether it is of text that a turn says, and not of its header or its end.
+
+    bool, shape (256,).
+    """
+    import numpy as np
+
+    around = (TurnPart.OUTSIDE, TurnPart.HEADER, TurnPart.END, TurnPart.TRAILER)
+    return np.array([part_of(tag) not in around for tag in range(256)])
+
+
 TARGET_KINDS: dict[str, tuple[TurnPart, ...]] = {
     "content": (TurnPart.CONTENT,),
     "reasoning": (TurnPart.REASONING,),

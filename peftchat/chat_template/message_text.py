@@ -144,6 +144,9 @@ CONTENT_JINJA = (
 )
 """Jinja that writes content and calls of the message `message`."""
 
+REASONING_JINJA = f"{_literal(_THINK_START)} + thought + {_literal(_THINK_END)}"
+"""A Jinja expression: the reasoning `thought` as it stands in front of a content."""
+
 ANSWER_JINJA = (
     "{% if message.reasoning_content %}"
     f"{{{{ {_literal(_THINK_START)} + message.reasoning_content + {_literal(_THINK_END)} }}}}{{% endif %}}"

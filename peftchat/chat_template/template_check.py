@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftchat.chat_template.answer_rendering import PROBE_TOOL
 from peftchat.chat_template.chat_format import ChatFormat
 from peftchat.chat_template.examples import EncodedExample
 from peftchat.chat_template.loss_mask import loss_mask_table
+from peftchat.chat_template.template_renderer import PROBE_TOOL
 from peftchat.conversation import Conversation, Message, ToolCall
 from peftchat.errors import UserError
 from peftchat.json_text import write_json

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from peftchat.chat_template.message_text import CONTENT_JINJA, TOOLS_JINJA
+from peftchat.chat_template.message_text import CONTENT_JINJA, REASONING_JINJA, TOOLS_JINJA
 from peftchat.conversation import Role
 from peftchat.errors import UserError
 
 ReasoningHistory = Literal["template", "keep", "drop"]
 """The values of `chat.reasoning_history`."""
+
+ReasoningFormat = Literal["template", "inline"]
+"""The values of `chat.reasoning_format`."""
 
 UnsupportedRoles = Literal["error", "merge_into_user", "drop"]
 """The values of `chat.unsupported_roles`."""
@@ -31,12 +34,14 @@ class TemplateSettings:
         end_token: ends an answer where the template writes no token behind it.
         reasoning_history: whether earlier reasoning is in a prompt.
         unsupported_roles: what happens to messages that the template cannot write.
+        reasoning_format: whether the template writes reasoning, or it stands in the content as `<think>…</think>`.
     """
 
     variables: Mapping[str, Any] = field(default_factory=dict)
     end_token: str | None = None
     reasoning_history: ReasoningHistory = "template"
     unsupported_roles: UnsupportedRoles = "error"
+    reasoning_format: ReasoningFormat = "template"
 
 
 _GIVEN = frozenset(
@@ -117,6 +122,8 @@ def _prologue(settings: TemplateSettings, system: str | None, missing_roles: fro
             )
     if settings.reasoning_history == "drop":
         yield _DROP_REASONING
+    if settings.reasoning_format == "inline":
+        yield _INLINE_REASONING
 
 
 def _literal(value: Any) -> str:
@@ -128,12 +135,28 @@ def _literal(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
+def _without(names: str, content: str) -> str:
+    """Return Jinja that appends `message` to `kept.messages` without some fields, and with another content.
+
+    The fields are left out one by one: llama.cpp's `rejectattr` takes no number of a place in a pair.
+    """
+    return (
+        "{% set kept.pairs = [] %}{% for name, value in message.items() %}"
+        f"{{% if name not in {names} %}}{{% set kept.pairs = kept.pairs + [[name, value]] %}}{{% endif %}}"
+        "{% endfor %}"
+        f"{{% set kept.messages = kept.messages + [dict(kept.pairs, content={content})] %}}"
+    )
+
+
 _SYSTEM = (
     "{% if not (messages and messages[0]['role'] == 'system') %}"
     "{% set messages = [{'role': 'system', 'content': SYSTEM}] + (messages | list) %}{% endif %}"
 )
-_DROP = "{% set messages = messages | rejectattr('role', 'in', ROLES) | list %}"
-_DROP_CALLS = _DROP.replace(" | list", " | rejectattr('tool_calls') | list")
+_DROP = (
+    "{% set kept = namespace(messages=[]) %}{% for message in messages %}{% if message['role'] not in ROLES %}"
+    "{% set kept.messages = kept.messages + [message] %}{% endif %}{% endfor %}{% set messages = kept.messages %}"
+)
+_DROP_CALLS = _DROP.replace("not in ROLES", "not in ROLES and not message['tool_calls']")
 _TOOLS_AS_TEXT = (
     TOOLS_JINJA
     + "{% if listed.text %}{% if messages[0]['role'] == 'system' %}"
@@ -151,12 +174,11 @@ _FLUSH = (
 _AS_IT_IS = "{% set kept.messages = kept.messages + [message] %}"
 _CALLS_AS_TEXT = (
     f"{{% if message['tool_calls'] %}}{{% set folded %}}{CONTENT_JINJA}{{% endset %}}"
-    "{% set kept.messages = kept.messages + "
-    "[dict(message.items() | rejectattr(0, 'equalto', 'tool_calls'), content=folded)] %}"
-    f"{{% else %}}{_AS_IT_IS}{{% endif %}}"
+    + _without("['tool_calls']", "folded")
+    + f"{{% else %}}{_AS_IT_IS}{{% endif %}}"
 )
 _MERGE = (
-    "{% set kept = namespace(messages=[], text='', waiting=false) %}{% for message in messages %}"
+    "{% set kept = namespace(messages=[], pairs=[], text='', waiting=false) %}{% for message in messages %}"
     "{% if message['role'] in ROLES %}"
     "{% set kept.text = kept.text + ('\\n\\n' if kept.text else '') + message['content'] %}"
     "{% set kept.waiting = true %}"
@@ -165,15 +187,28 @@ _MERGE = (
     "{% set kept.waiting = false %}{% set kept.text = '' %}"
     f"{{% else %}}{_FLUSH}FOLD{{% endif %}}{{% endfor %}}{_FLUSH}{{% set messages = kept.messages %}}"
 )
+_REASONING_NAMES = "['reasoning_content', 'reasoning', 'thinking']"
+"""The names of the field in which servers and records hold reasoning."""
+
 _DROP_REASONING = (
-    "{% set kept = namespace(messages=[], last=-1) %}{% for message in messages %}"
+    "{% set kept = namespace(messages=[], pairs=[], last=-1) %}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{% set kept.last = loop.index0 %}{% endif %}{% endfor %}"
     "{% for message in messages %}{% if message['role'] == 'assistant' and loop.index0 < kept.last %}"
     "{% set content = message['content'] %}"
     "{% if content is string and content.strip().startswith('<think>') and '</think>' in content %}"
     "{% set content = content.split('</think>', 1)[1].lstrip() %}{% endif %}"
-    "{% set kept.messages = kept.messages + [dict(message.items() | "
-    "rejectattr(0, 'in', ['reasoning_content', 'reasoning', 'thinking']), content=content)] %}"
+    f"{_without(_REASONING_NAMES, 'content')}"
+    "{% else %}{% set kept.messages = kept.messages + [message] %}{% endif %}{% endfor %}"
+    "{% set messages = kept.messages %}"
+)
+_INLINE_REASONING = (
+    "{% set kept = namespace(messages=[], pairs=[]) %}{% for message in messages %}"
+    "{% set thought = message['reasoning_content'] or message['reasoning'] or message['thinking'] %}"
+    "{% if message['role'] == 'assistant' and thought %}"
+    f"{{% set thought = {REASONING_JINJA} %}}"
+    "{% set content = message['content'] or '' %}"
+    "{% set content = thought + content if content is string else [{'type': 'text', 'text': thought}] + content %}"
+    f"{_without(_REASONING_NAMES, 'content')}"
     "{% else %}{% set kept.messages = kept.messages + [message] %}{% endif %}{% endfor %}"
     "{% set messages = kept.messages %}"
 )

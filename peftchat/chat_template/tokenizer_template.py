@@ -5,7 +5,6 @@ earlier turns, such as one that takes reasoning out of them, makes an example fo
 """
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,17 +12,18 @@ from datetime import date
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from peftchat.chat_template.answer_rendering import (
-    PROBE_TOOL,
-    AnswerRenderer,
-    RenderedAnswer,
-    TemplateMessage,
-    TemplateRenderer,
-    Tools,
-    missing_roles,
-    with_reasoning_parts,
-)
+from peftchat.chat_template.answer_rendering import AnswerRenderer, RenderedAnswer
 from peftchat.chat_template.answer_spans import ExampleBuilder
+from peftchat.chat_template.template_probes import (
+    find_end_tokens,
+    has_place_for_reasoning,
+    missing_roles,
+    turn_headers,
+    wants_reasoning_parts,
+    wants_text_arguments,
+    with_text_arguments,
+)
+from peftchat.chat_template.template_renderer import TemplateRenderer, Tools
 from peftchat.chat_template.template_settings import TemplateSettings, check_variables, with_settings
 from peftchat.chat_template.template_shapes import (
     FilledText,
@@ -47,14 +47,6 @@ if TYPE_CHECKING:
 
 _OTHERS = f"Set `chat.template` to {' or '.join(f'`{name}`' for name in CHAT_TEMPLATES)}."
 
-_QUESTION: TemplateMessage = {"role": "user", "content": "question"}
-_ANSWER: TemplateMessage = {"role": "assistant", "content": "answer"}
-_CALL: dict[str, Any] = {
-    "id": "abcde1234",
-    "type": "function",
-    "function": {"name": "find", "arguments": {"text": "answer"}},
-}
-_REASONING = "peftchat reasoning"
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 _BOUNDARY_CHARACTERS = 48
@@ -108,9 +100,14 @@ class TokenizerTemplate:
         today = today or date.today()
         special, variables = list(self._text.special), settings.variables
         self.missing_roles: frozenset[Role] = frozenset()
+        own = TemplateRenderer(tokenizer, _with_date(tokenizer.chat_template, today), special, variables)
         if settings.unsupported_roles != "error":
-            self.missing_roles = missing_roles(
-                TemplateRenderer(tokenizer, _with_date(tokenizer.chat_template, today), special, variables)
+            self.missing_roles = missing_roles(own)
+        if settings.reasoning_format == "inline" and has_place_for_reasoning(own):
+            raise UserError(
+                "the chat template has a place for reasoning, so it must not stand in the content",
+                where="chat.reasoning_format: inline",
+                hint="Remove the key: the template writes `reasoning_content` where the model expects it.",
             )
         dropped = settings.unsupported_roles == "drop" and "system" in self.missing_roles
         self._system = None if dropped else system
@@ -121,9 +118,10 @@ class TokenizerTemplate:
         self.reads_documents = "documents" in variables_of(source_of(tokenizer.chat_template))
         self.written_date = None if written == self.jinja else today.isoformat()
         self._renderer = TemplateRenderer(tokenizer, written, special, variables)
-        self._arguments_as_text = self._wants_text_arguments()
-        self._renderer.reasoning_in_parts = self._wants_reasoning_parts()
-        self.end_tokens = self._find_end_tokens(tokenizer)
+        self._arguments_as_text = wants_text_arguments(self._renderer)
+        self._renderer.reasoning_in_parts = wants_reasoning_parts(self._renderer)
+        self.end_tokens = find_end_tokens(self._renderer, tokenizer, end_token)
+        self._headers = turn_headers(self._renderer, self.end_tokens)
         # Settings that change messages look into their contents.
         changes = bool(self.missing_roles) or settings.reasoning_history != "template"
         self._conditions = None if changes else content_conditions(source_of(written))
@@ -147,7 +145,7 @@ class TokenizerTemplate:
     def _hint(self, error: UserError, conversation: Conversation) -> str:
         """Return what mends an error, with the setting for messages that the template cannot write."""
         hint = error.hint or _OTHERS
-        if self._settings.unsupported_roles != "error":
+        if self._settings.unsupported_roles != "error" or "needs the variable" in error.message:
             return hint
         missing = missing_roles(self._renderer) & {message.role for message in conversation.messages}
         if not missing:
@@ -182,7 +180,7 @@ class TokenizerTemplate:
         """Return messages and tools for the template, protected, and how many messages were put in front."""
         dicts = conversation.as_dicts()
         if self._arguments_as_text:
-            dicts = [_with_text_arguments(message) for message in dicts]
+            dicts = [with_text_arguments(message) for message in dicts]
         added = self._system is not None and not (dicts and dicts[0]["role"] == "system")
         if added:
             dicts.insert(0, {"role": "system", "content": self._system})
@@ -315,7 +313,8 @@ class TokenizerTemplate:
             index + added for index, message in enumerate(conversation.messages) if message.train is False
         )
         last = last_answer_index(conversation)
-        builder = ExampleBuilder(self._renderer, messages, untrained, last + added if last >= 0 else -1)
+        last = last + added if last >= 0 else -1
+        builder = ExampleBuilder(self._renderer, messages, untrained, last, self._headers, bool(tools))
         rendering = self._renderer_of(conversation)
         renderer = AnswerRenderer(rendering, messages, tools, self._end_token)
         trained = [
@@ -324,7 +323,7 @@ class TokenizerTemplate:
             # Nothing asks for an answer that begins a conversation: it is context.
             if index and message["role"] == "assistant" and index not in untrained
         ]
-        check = WrittenCheck(rendering, messages, tools)
+        check = WrittenCheck(rendering, messages, tools, self._end_token)
         answers: list[RenderedAnswer] = []
         for index in trained:
             answer = renderer.answer(index)
@@ -364,88 +363,11 @@ class TokenizerTemplate:
                 pairs[key] = whole == before + behind
         return [pairs[pair] for pair in borders]
 
-    def _wants_text_arguments(self) -> bool:
-        """Return whether the template takes the arguments of a call as JSON text only."""
-        calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-        found = []
-        for messages in ([_QUESTION, calling], [_QUESTION, _with_text_arguments(calling)]):
-            try:
-                self._renderer.render(messages, [PROBE_TOOL], generation_prompt=False)
-            except UserError:
-                found.append(False)
-            else:
-                found.append(True)
-        return found == [False, True]
-
-    def _wants_reasoning_parts(self) -> bool:
-        """Return whether the template reads reasoning from a part of the content only, as Mistral's newer ones do."""
-        answer = {**_ANSWER, "reasoning_content": _REASONING}
-        found = []
-        for message in (answer, with_reasoning_parts(answer)):
-            try:
-                text = self._renderer.render([_QUESTION, message], None, generation_prompt=False)
-            except UserError:
-                text = ""
-            # A template that knows no parts writes them as Python does.
-            found.append(_REASONING in text and not re.search(r"""["'](?:type|thinking)["']""", text))
-        return found == [False, True]
-
-    def _find_end_tokens(self, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
-        """Return the tokens that end an answer, and an answer that calls a tool, where the template writes one.
-
-        Raises:
-            UserError: nothing ends an answer.
-        """
-        calling = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-        found: list[str] = []
-        refusal: UserError | None = None
-        for answer, tools in ((_ANSWER, None), (_ANSWER, [PROBE_TOOL]), (calling, [PROBE_TOOL])):
-            if found and answer is _ANSWER:
-                continue
-            try:
-                text = AnswerRenderer(self._renderer, [_QUESTION, answer], tools, self._end_token).answer(1).text
-            except UserError as error:
-                refusal = refusal or error
-                continue
-            token = self._renderer.special.split(text)[-2]
-            if token not in found:
-                found.append(token)
-        if found:
-            return tuple(found)
-        if refusal is not None and refusal.where is not None:
-            raise refusal
-        # A template that refuses these conversations may still take those of the data.
-        usual = self._end_token or tokenizer.eos_token
-        if usual is None:
-            raise UserError(
-                "nothing ends an answer: the tokenizer has no end token, and the chat template writes none",
-                where="chat.template: model",
-                hint="Set `chat.end_token`, or choose another template.",
-            )
-        return (str(usual),)
-
 
 def _all_variables(jinja: str | Mapping[str, str]) -> frozenset[str]:
     """Return the variables that a template, or one of several, reads."""
     sources = [jinja] if isinstance(jinja, str) else list(jinja.values())
     return frozenset[str]().union(*map(variables_of, sources))
-
-
-def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message whose calls have their arguments as JSON text."""
-    if not message.get("tool_calls"):
-        return dict(message)
-    calls = [
-        {
-            **call,
-            "function": {
-                **call["function"],
-                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-            },
-        }
-        for call in message["tool_calls"]
-    ]
-    return {**message, "tool_calls": calls}
 
 
 def _with_date(jinja: Any, today: date) -> Any:

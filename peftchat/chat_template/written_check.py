@@ -7,11 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftchat.chat_template.answer_rendering import RenderedAnswer, TemplateMessage, TemplateRenderer, Tools
+from peftchat.chat_template.answer_rendering import AnswerRenderer, RenderedAnswer
+from peftchat.chat_template.template_renderer import TemplateMessage, TemplateRenderer, Tools
+from peftchat.chat_template.template_settings import TemplateSettings, with_settings
 from peftchat.errors import UserError
 
 _REASONING_TAG = re.compile(r"</?[\w:]*think\w*>|\[/?THINK\]")
 _REASONING_END = re.compile(r"</[\w:]*think\w*>|\[/THINK\]")
+
+_WITH_REASONING: tuple[dict[str, Any], ...] = ({"enable_thinking": True}, {"thinking": True}, {"reasoning": True})
+"""Variables by which templates turn reasoning on."""
 
 _TELLING = 24
 """A text of fewer characters may stand in a rendering by accident, as a part of something else."""
@@ -30,11 +35,13 @@ class WrittenCheck:
         renderer: rendered the answers.
         messages: the conversation, protected.
         tools: its tools, protected.
+        end_token: of the recipe, for the setting that an error names.
     """
 
     renderer: TemplateRenderer
     messages: Sequence[TemplateMessage]
     tools: Tools
+    end_token: str | None = None
 
     def check(self, answer: RenderedAnswer, first: int) -> None:
         """Check an answer and what precedes it.
@@ -118,13 +125,36 @@ class WrittenCheck:
         return str(self.messages[index].get("content") or "").strip()
 
     def _not_written(self, index: int, what: str, value: str) -> UserError:
+        """Return the error for a part that is not in the text, with the setting that mends it."""
         shown = self.renderer.restore(value).strip()
         shown = shown if len(shown) <= 60 else f"{shown[:57]}…"
         return UserError(
             f"the chat template does not write the {what} of message {index + 1} "
             f"({self.messages[index]['role']}): {shown!r}",
-            hint="Choose a template that writes it, such as `chat.template: chatml`, or remove it from the data.",
+            hint=f"{self._setting(index) if what == 'reasoning' else ''}"
+            "Choose a template that writes it, such as `chat.template: chatml`, or remove it from the data.",
         )
+
+    def _setting(self, index: int) -> str:
+        """Return the setting by which the reasoning of an answer is written, as a sentence; "" if there is none."""
+        for variables in _WITH_REASONING:
+            if self._writes_reasoning(self.renderer.with_variables(variables), index):
+                ((name, value),) = variables.items()
+                return f"Set `chat.template_kwargs: {{{name}: {str(value).lower()}}}`, with which it writes reasoning. "
+        inline = with_settings(self.renderer.jinja, TemplateSettings(reasoning_format="inline"), None, frozenset())
+        if self._writes_reasoning(self.renderer.with_template(inline), index):
+            return "Set `chat.reasoning_format: inline`, which puts it into the content as `<think>…</think>`. "
+        return ""
+
+    def _writes_reasoning(self, renderer: TemplateRenderer, index: int) -> bool:
+        """Return whether an answer with a mark as its reasoning stands behind its prompt, and holds the mark."""
+        mark = _mark()
+        messages = [*self.messages[:index], {**self.messages[index], "reasoning_content": mark}]
+        try:
+            answer = AnswerRenderer(renderer, messages, self.tools, self.end_token).answer(index)
+        except UserError:
+            return False
+        return mark in answer.text
 
 
 def _mark() -> str:
@@ -160,14 +190,15 @@ def _parts(message: TemplateMessage, *, reasoning: bool) -> Iterator[tuple[str, 
         *_, content = _REASONING_END.split(content)
     if content.strip():
         yield "content", content
-    if reasoning and message.get("reasoning_content"):
-        yield "reasoning", str(message["reasoning_content"])
     for call in message.get("tool_calls") or ():
         function = call["function"]
         yield "tool call", str(function["name"])
         arguments = function["arguments"]
         for value in _leaves(json.loads(arguments) if isinstance(arguments, str) and arguments else arguments):
             yield "arguments of a tool call", value
+    # A setting mends this one, and none of the others.
+    if reasoning and message.get("reasoning_content"):
+        yield "reasoning", str(message["reasoning_content"])
 
 
 def _texts(value: Any) -> Iterator[str]:

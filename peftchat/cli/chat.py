@@ -47,7 +47,7 @@ def command(
     git diff | peftchat chat runs/assistant --system "Explain this change." --prompt -
     """
     from peftchat.errors import UserError
-    from peftchat.serving.generate import Sampling, apply_sampling
+    from peftchat.serving.sampling import Sampling, apply_sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, greedy, seed)
     prompt = sys.stdin.read().strip() if prompt == "-" else prompt

@@ -62,6 +62,35 @@ class Command(click.Command):
         return current
 
 
+class VariadicCommand(click.Command):
+    """A command with options that take all words up to the next option: `--models A B`.
+
+    Args:
+        variadic: these options; each is declared with `multiple=True`.
+    """
+
+    def __init__(self, *args: Any, variadic: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.variadic = frozenset(variadic)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, with the option's name repeated before each of its words."""
+        repeated: list[str] = []
+        current: str | None = None
+        count = 0
+        for index, argument in enumerate(args):
+            if argument == "--":
+                repeated += args[index:]
+                break
+            if argument.startswith("-"):
+                current, count = (argument if argument in self.variadic else None), 0
+            elif current is not None:
+                repeated += [current] * (count > 0)
+                count += 1
+            repeated.append(argument)
+        return super().parse_args(ctx, repeated)
+
+
 class PathType(click.ParamType):
     """A path, in which `~` and environment variables are replaced, whether or not the shell has done so.
 

@@ -32,8 +32,9 @@ from peftchat.cli.common import Command, PathType, echo_json, json_option, note,
     "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs per candidate at its best settings."
 )
 @click.option("--budget", metavar="steps|tokens|minutes=N", help="Length of a run.  [default: the recipe's]")
-@click.option("--learning-rates", metavar="A,B,...", help="Rates to try.  [default: three around the variant's]")
+@click.option("--learning-rates", metavar="A,B,...", help="Rates to try.  [default: seven around the variant's]")
 @click.option("--no-lr-search", is_flag=True, help="Try each variant at its default learning rate only.")
+@click.option("--halving/--no-halving", default=True, help="Select among rates by short runs.  [default: on]")
 @click.option("--trials", type=click.IntRange(1), help="Let optuna try this many settings per candidate.")
 @click.option("--search", multiple=True, metavar="KEY=LOW..HIGH[:log]", help="A range for --trials. Repeatable.")
 @click.option("--forgetting-text", type=PathType(), help="Text to measure forgetting on.")
@@ -42,6 +43,13 @@ from peftchat.cli.common import Command, PathType, echo_json, json_option, note,
     "--samples", type=click.IntRange(0), default=3, show_default=True, help="Held-out prompts, without --prompt."
 )
 @click.option("--merge/--no-merge", default=True, help="Merge each variant and verify the merge.  [default: on]")
+@click.option(
+    "--equal-within",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.005,
+    show_default=True,
+    help="Part of the loss up to which differences are ties.",
+)
 @output_option("Folder of the comparison.  [default: runs/compare-RECIPE]")
 @json_option("Print the results as one JSON object.")
 def command(
@@ -52,12 +60,14 @@ def command(
     budget: str | None,
     learning_rates: str | None,
     no_lr_search: bool,
+    halving: bool,
     trials: int | None,
     search: tuple[str, ...],
     forgetting_text: Path | None,
     prompts: tuple[str, ...],
     samples: int,
     merge: bool,
+    equal_within: float,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -97,6 +107,8 @@ def command(
         prompts=prompts,
         num_samples=samples,
         merge=merge,
+        equal_within=equal_within,
+        halving=halving,
     )
     from peftchat.comparing.compare_report import print_comparison
     from peftchat.comparing.comparison_folder import ComparisonFolder

@@ -10,7 +10,21 @@ import click
 from click.utils import PacifyFlushWrapper
 
 from peftchat import __version__
-from peftchat.cli import chat, compare, data, export, init, mask, merge, plan, template, train, variants
+from peftchat.cli import (
+    chat,
+    compare,
+    data,
+    evaluate,
+    export,
+    generate,
+    init,
+    mask,
+    merge,
+    plan,
+    template,
+    train,
+    variants,
+)
 from peftchat.cli.common import OrderedGroup
 from peftchat.errors import UserError, VerificationError, first_line
 from peftchat.interruption import end, interruptible, interruption, leave
@@ -59,7 +73,7 @@ def cli(context: click.Context) -> None:
 
 
 # In the order of the work.
-for _module in (init, data, mask, template, variants, plan, train, compare, merge, chat, export):
+for _module in (init, data, mask, template, variants, plan, train, compare, evaluate, merge, chat, generate, export):
     cli.add_command(_module.command)
 
 

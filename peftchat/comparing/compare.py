@@ -1,32 +1,27 @@
 """Comparison run: train every candidate, evaluate, and write the results.
 
-Each training and each evaluation runs in a child process. Its memory is therefore measured alone, and its failure ends
-nothing else. Finished work in the folder is kept, so an interrupted comparison continues where it stopped.
+Each training and each evaluation runs in a process of its own (`run_processes`). Its memory is therefore measured
+alone, and its failure ends nothing else. Finished work in the folder is kept, so an interrupted comparison continues
+where it stopped.
 """
 
 import hashlib
 import os
-import re
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
-from peftchat.child_process import child_environment
 from peftchat.comparing.compare_plan import ComparePlan, TrainingJob
 from peftchat.comparing.compare_progress import CompareProgress
 from peftchat.comparing.compare_report import write_comparison_files
 from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.evaluate import EvaluationRequest
+from peftchat.comparing.evidence import read_clusters
 from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult, read_run_result
 from peftchat.comparing.results import ComparisonResult
+from peftchat.comparing.run_processes import RunProcesses
 from peftchat.console import stderr
 from peftchat.conversations.dataset_card import SplitCount
 from peftchat.conversations.messages_file import ConversationFile
@@ -49,10 +44,6 @@ GENERAL_TEXT = Path(__file__).with_name("general_text.txt")
 _MAX_PROMPT_CHARACTERS = 600
 """Longer prompts do not fit the report."""
 
-_POLL_SECONDS = 0.5
-_TERMINATE_SECONDS = 30.0
-_ANSI_CODE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-
 
 @dataclass(frozen=True)
 class EvalOptions:
@@ -63,12 +54,14 @@ class EvalOptions:
         prompts: prompts that every variant answers; None for the first `num_samples` held-out ones.
         num_samples: how many of those.
         merge: whether to merge each variant and verify the result.
+        fork: whether runs may be forks of one process that has imported the libraries.
     """
 
     general_text: Path | None = None
     prompts: Sequence[str] | None = None
     num_samples: int = 3
     merge: bool = True
+    fork: bool = True
 
 
 def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[ComparisonResult, ComparisonFolder]:
@@ -90,20 +83,26 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
     check_output(folder.path, [entry for entry in inputs if os.path.realpath(entry.path) != own], f"-o {out}")
     message = f"{len(plan.candidates)} candidates, {plan.num_runs} runs, in {out}"
     stderr.print(message, markup=False, highlight=False)
-    with folder.locked(plan.base.recipe), CompareProgress(plan.num_runs) as progress:
+    with (
+        folder.locked(plan.base.recipe),
+        CompareProgress(plan.num_runs) as progress,
+        RunProcesses(fork=options.fork) as processes,
+    ):
         write_splits(plan.base.recipe, folder)
-        trainer = _RunTrainer(plan, folder, progress)
+        clusters = read_clusters(folder.data / "eval.jsonl")
+        trainer = _RunTrainer(plan, folder, progress, processes)
         candidates = trainer.run_trials()
-        write_comparison_files(ComparisonResult.of(plan, candidates), folder)
+        write_comparison_files(ComparisonResult.of(plan, candidates, clusters=clusters), folder)
         candidates = trainer.run_seeds(candidates)
-        write_comparison_files(ComparisonResult.of(plan, candidates), folder)
+        write_comparison_files(ComparisonResult.of(plan, candidates, clusters=clusters), folder)
         prompts = options.prompts
         if prompts is None:
             prompts = first_prompts(folder, options.num_samples)
-        evaluator = _RunEvaluator(folder, progress, text.absolute(), tuple(prompts), options.merge)
+        evaluator = _RunEvaluator(folder, progress, processes, text.absolute(), tuple(prompts), options.merge)
         candidates = [replace(candidate, evaluation=evaluator.evaluate(candidate)) for candidate in candidates]
         trained = any(candidate.best for candidate in candidates)
-        result = ComparisonResult.of(plan, candidates, evaluator.base_general_loss() if trained else None)
+        base_loss = evaluator.base_general_loss() if trained else None
+        result = ComparisonResult.of(plan, candidates, base_loss, clusters)
         write_comparison_files(result, folder)
     return result, folder
 
@@ -148,8 +147,11 @@ def first_prompts(folder: ComparisonFolder, count: int) -> list[str]:
 class _RunTrainer:
     """Trains the runs that are not finished yet."""
 
-    def __init__(self, plan: ComparePlan, folder: ComparisonFolder, progress: CompareProgress) -> None:
+    def __init__(
+        self, plan: ComparePlan, folder: ComparisonFolder, progress: CompareProgress, processes: RunProcesses
+    ) -> None:
         self._plan = plan
+        self._processes = processes
         self._folder = folder
         self._progress = progress
 
@@ -173,12 +175,14 @@ class _RunTrainer:
         return [replace(candidate, seed_runs=runs) for candidate, runs in zip(candidates, seed_runs, strict=True)]
 
     def _trials(self, candidate: CandidateResult) -> list[RunResult]:
-        trials = []
+        trials: list[RunResult] = []
         search = self._plan.search(candidate.candidate)
+        expected = search.num_trials
         while (settings := search.ask()) is not None:
-            result = self._train(TrainingJob(candidate.candidate, settings, self._plan.seeds[0]))
+            result = self._train(TrainingJob(candidate.candidate, settings, self._plan.seeds[0], search.share))
             search.tell(result.loss if result.failure is None else None)
             trials.append(result)
+        self._progress.skip_runs(expected - len(trials))
         return trials
 
     def _train(self, job: TrainingJob) -> RunResult:
@@ -190,7 +194,7 @@ class _RunTrainer:
         write_text(recipe_file, text)
         failure = None
         if not kept:
-            failure = run_python(
+            failure = self._processes.run(
                 ["peftchat", "train", str(recipe_file), "--resume"],
                 self._folder.log(job.name),
                 lambda: self._progress.show_run(job, run.path),
@@ -210,8 +214,15 @@ class _RunEvaluator:
     """Evaluates runs; a result in the folder is kept if its request is the same."""
 
     def __init__(
-        self, folder: ComparisonFolder, progress: CompareProgress, text: Path, prompts: tuple[str, ...], merge: bool
+        self,
+        folder: ComparisonFolder,
+        progress: CompareProgress,
+        processes: RunProcesses,
+        text: Path,
+        prompts: tuple[str, ...],
+        merge: bool,
     ) -> None:
+        self._processes = processes
         self._folder = folder
         self._progress = progress
         self._text = text
@@ -247,77 +258,5 @@ class _RunEvaluator:
         write_text(request_file, content)
         self._progress.start_evaluation(title)
         arguments = ["peftchat.comparing.evaluate", str(request_file), str(result_file)]
-        error = run_python(arguments, self._folder.log(f"{name}.evaluation"), lambda: None)
+        error = self._processes.run(arguments, self._folder.log(f"{name}.evaluation"), lambda: None)
         return Evaluation(error=error) if error is not None else Evaluation.read(result_file)
-
-
-def run_python(arguments: Sequence[str], log: Path, watch: Callable[[], None]) -> str | None:
-    """Run `python -m ARGUMENTS` until it ends, with its output in `log`.
-
-    Args:
-        arguments: the module and its arguments.
-        log: the file for standard output and standard error.
-        watch: called about twice per second while the process runs.
-
-    Returns:
-        None if it succeeded, else the reason in one line.
-    """
-    pid_file = log.with_suffix(".pid")
-    _end_leftover(pid_file)
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=child_environment(),
-        )
-    write_text(pid_file, f"{process.pid} {psutil.Process(process.pid).create_time()}")
-    try:
-        while process.poll() is None:
-            watch()
-            time.sleep(_POLL_SECONDS)
-    finally:
-        if process.poll() is None:
-            _end(psutil.Process(process.pid))
-            process.wait()
-        pid_file.unlink(missing_ok=True)
-    return None if process.returncode == 0 else _failure_reason(process.returncode, log)
-
-
-def _end_leftover(pid_file: Path) -> None:
-    """End the child process of an earlier comparison that was killed.
-
-    Two processes must not write one run.
-    """
-    if not pid_file.is_file():
-        return
-    pid, _, created = pid_file.read_text(encoding="utf-8").partition(" ")
-    with suppress(psutil.NoSuchProcess, ValueError):
-        process = psutil.Process(int(pid))
-        # The number may belong to another process by now.
-        if f"{process.create_time()}" == created:
-            _end(process)
-    pid_file.unlink()
-
-
-def _end(process: psutil.Process) -> None:
-    with suppress(psutil.NoSuchProcess):
-        family = [*process.children(recursive=True), process]
-        for member in family:
-            member.terminate()
-        _, alive = psutil.wait_procs(family, timeout=_TERMINATE_SECONDS)
-        for member in alive:
-            member.kill()
-
-
-def _failure_reason(status: int, log: Path) -> str:
-    if status < 0:
-        return f"ended by signal {-status}" + (" (out of memory?)" if status == -9 else "")
-    lines = _ANSI_CODE.sub("", log.read_text(encoding="utf-8", errors="replace")).splitlines()
-    for line in reversed(lines):
-        for prefix in ("Error: ", "Failed: "):
-            if line.startswith(prefix):
-                return line.removeprefix(prefix)
-    # A traceback ends with the exception.
-    return next((line.strip() for line in reversed(lines) if line.strip()), f"ended with status {status}")

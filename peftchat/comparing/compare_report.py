@@ -1,5 +1,6 @@
 """Comparison report: the files, the table in the terminal and the HTML page."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from rich.text import Text
 
 from peftchat.comparing.candidates import describe
 from peftchat.comparing.comparison_folder import ComparisonFolder
-from peftchat.comparing.outcomes import CandidateResult, Estimate
-from peftchat.comparing.recommend import format_estimate, format_loss, loss_gap
+from peftchat.comparing.hyperparameter_search import LEARNING_RATE
+from peftchat.comparing.outcomes import CandidateResult
+from peftchat.comparing.recommend import Recommendation, format_estimate, format_gap
 from peftchat.comparing.results import ComparisonResult, ComparisonSummary
 from peftchat.files import write_text
 from peftchat.formatting import (
@@ -83,12 +85,12 @@ def _table_row(result: ComparisonResult, candidate: CandidateResult) -> TableRow
         failures = [run.failure for run in candidate.failures if run.failure]
         blank = [""] * (len(HEADERS) - 1)
         return TableRow((candidate.candidate.name, *blank), failures[0] if failures else "not run yet")
-    gap = loss_gap(recommendation.lowest, candidate)
+    gap = recommendation.evidence.gap(recommendation.lowest, candidate)
     cells = (
         candidate.candidate.name,
         describe(candidate.settings),
         format_estimate(loss),
-        "" if candidate is recommendation.lowest else _format_gap(gap),
+        "" if candidate is recommendation.lowest or gap is None else format_gap(gap),
         format_general_loss(candidate, result.base_general_loss),
         format_count(candidate.tokens_per_second),
         format_duration(candidate.seconds),
@@ -98,10 +100,6 @@ def _table_row(result: ComparisonResult, candidate: CandidateResult) -> TableRow
         candidate.evaluation.merge or "",
     )
     return TableRow(cells, recommended=candidate is recommendation.recommended, tied=candidate in recommendation.tied)
-
-
-def _format_gap(gap: Estimate) -> str:
-    return f"{gap.mean:+.3f}" + ("" if gap.margin is None else f" ± {format_loss(gap.margin)}")
 
 
 def format_general_loss(candidate: CandidateResult, base: float | None) -> str:
@@ -217,7 +215,8 @@ def write_comparison_page(path: Path, result: ComparisonResult, recommended: Pat
         lines=[lines[candidate.candidate.name] for candidate in finished],
         colors=COLORS,
         plots=_plots(finished, lines),
-        intervals=_intervals(finished, lines),
+        intervals=_intervals(recommendation, finished, lines),
+        search=_search_plot(finished, lines),
         trials=[(candidate.candidate.name, _trials(candidate)) for candidate in result.candidates],
         merges=[(one.candidate.name, one.evaluation) for one in finished if one.evaluation.merge is not None],
         answers=_answers(finished),
@@ -241,14 +240,20 @@ def _introduction(result: ComparisonResult, finished: Sequence[CandidateResult])
         f"Settings were selected on seed {plan.seeds[0]} by held-out loss"
         + (f"; the best settings of each variant were trained on seeds {seeds}." if len(plan.seeds) > 1 else "."),
     ]
-    if len(plan.seeds) > 1:
+    shares = {run.job.share for one in result.candidates for run in one.trials if run.job.share < 1}
+    if shares:
+        times = ", ".join(f"{1 / share:.3g}" for share in sorted(shares))
         paragraphs.append(
-            "± is half of Student's 95 % interval over the seeds. The seed sets the order of the data, the adapter's "
-            "initialization and dropout. All variants see the data of one seed in the same order. The loss gap "
-            "compares them seed by seed, so it is more precise than two separate intervals."
+            f"Learning rates were tried in runs {times} times shorter, each with the whole schedule. The best of a "
+            "variant and its better neighbor were trained in full."
         )
-    else:
-        paragraphs.append("One seed gives no interval.")
+    paragraphs.append(
+        "The loss gap compares each variant with the lowest, conversation by conversation and seed by seed. Its ± is "
+        "half of the 95 % interval that holds for all pairs of variants at once, so that it may be read after the "
+        "lowest has been picked."
+    )
+    if len(plan.seeds) > 1:
+        paragraphs.append("The ± of the held-out loss is half of Student's 95 % interval over the seeds alone.")
     before = {format_decimal(one.best.loss_before) for one in finished if one.best and one.best.loss_before is not None}
     if before:
         ends = sorted((min(before), max(before))[: len(before)])
@@ -274,28 +279,56 @@ def _plots(finished: Sequence[CandidateResult], lines: dict[str, LineStyle]) -> 
     return [(title, drawn) for title, drawn in plots if drawn]
 
 
-def _intervals(finished: Sequence[CandidateResult], lines: dict[str, LineStyle]) -> Markup:
-    marks = [
-        Mark(
-            candidate.candidate.name,
-            candidate.loss.mean,
-            candidate.loss.margin,
-            [run.loss for run in candidate.runs],
-            lines[candidate.candidate.name].color,
-            format_estimate(candidate.loss),
-        )
-        for candidate in finished
-        if candidate.loss is not None
-    ]
+def _intervals(
+    recommendation: Recommendation | None, finished: Sequence[CandidateResult], lines: dict[str, LineStyle]
+) -> Markup:
+    if recommendation is None:
+        return Markup()
+    lowest, marks = recommendation.lowest, []
+    for candidate in finished:
+        gap, loss = recommendation.evidence.gap(lowest, candidate), candidate.loss
+        if gap is None or loss is None:
+            continue
+        name, seeds = candidate.candidate.name, candidate.losses.keys() & lowest.losses.keys()
+        singles = [candidate.losses[seed] - lowest.losses[seed] for seed in sorted(seeds)]
+        margin = None if candidate is lowest else gap.margin_together
+        text = "lowest" if candidate is lowest else format_gap(gap)
+        marks.append(Mark(name, gap.mean, margin, singles, lines[name].color, text))
     marks.sort(key=lambda mark: mark.value)
-    return interval_plot(marks, label="Held-out loss of each variant", x_name="held-out loss")
+    return interval_plot(
+        marks, label="Loss gap of each variant", x_name="held-out loss above the lowest, nats per token"
+    )
+
+
+def _search_plot(finished: Sequence[CandidateResult], lines: dict[str, LineStyle]) -> Markup:
+    """Draw the loss of every rate tried; short runs where there are any, as they are of one length.
+
+    Rates at which a run ends no better than it began are left out: they would hide the differences between the others.
+    """
+    series = []
+    for candidate in finished:
+        short = [run for run in candidate.trials if run.job.share < 1]
+        points = sorted(
+            (math.log10(rate), run.loss)
+            for run in short or candidate.trials
+            if run.failure is None and isinstance(rate := run.job.settings.get(LEARNING_RATE), float)
+        )
+        start = candidate.best.loss_before if candidate.best is not None else None
+        kept = [(rate, loss) for rate, loss in points if start is None or loss < start]
+        if len(kept) > 1:
+            line = lines[candidate.candidate.name]
+            series.append(Series(line.name, kept, line.color, dashed=line.dashed))
+    title = "Held-out loss by learning rate"
+    return (
+        line_plot(series, label=title, x_name="learning rate, as a power of ten", legend=False) if series else Markup()
+    )
 
 
 def _trials(candidate: CandidateResult) -> list[tuple[str, str, bool]]:
     """Return the settings of each trial, its loss, and whether it is the best."""
     return [
         (
-            describe(run.job.settings),
+            describe(run.job.settings) + (" (short)" if run.job.share < 1 else ""),
             "failed" if run.failure is not None else format_decimal(run.loss),
             run is candidate.best,
         )

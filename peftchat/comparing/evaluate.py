@@ -8,6 +8,7 @@ import contextlib
 import math
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _WINDOW = 512
 _MAX_WINDOWS = 64
+_PART = 64
 
 
 class EvaluationRequest(BaseModel):
@@ -48,10 +50,11 @@ class EvaluationRequest(BaseModel):
     merge: bool
 
 
-def general_loss(model: Any, tokenizer: Any, text: str) -> float:
-    """Return the mean negative log-likelihood of a text, in nats per token.
+def general_losses(model: Any, tokenizer: Any, text: str) -> list[tuple[float, int]]:
+    """Return the negative log-likelihood of the parts of a text, in nats, and the number of tokens of each.
 
-    The text is split into windows of equal length. The model sees each window without the ones before it.
+    The text is split into windows of equal length. The model sees each window without the ones before it. A part is 64
+    tokens of a window, so that a short text also has several, from which an interval follows.
 
     Args:
         model: a causal language model in evaluation mode, wrapped by PEFT or not.
@@ -64,16 +67,20 @@ def general_loss(model: Any, tokenizer: Any, text: str) -> float:
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor(tokenizer(text)["input_ids"], device=device)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _WINDOW
-    total, count = 0.0, 0
+    parts = []
     for window in ids.split(min(_WINDOW, positions))[:_MAX_WINDOWS]:
         if len(window) < 2:
             continue
         with torch.no_grad():
             # Virtual tokens of a prompt adapter have logits in front of those of the text.
             logits = model(input_ids=window[None], use_cache=False).logits[0, -len(window) : -1]
-        total += float(F.cross_entropy(logits.float(), window[1:], reduction="sum"))
-        count += len(window) - 1
-    return total / count
+        losses = F.cross_entropy(logits.float(), window[1:], reduction="none")
+        parts += [(float(part.sum()), len(part)) for part in losses.split(_PART)]
+    return parts
+
+
+def _mean(parts: Sequence[tuple[float, int]]) -> float:
+    return sum(loss for loss, _ in parts) / sum(count for _, count in parts)
 
 
 def evaluate(request: EvaluationRequest) -> Evaluation:
@@ -83,37 +90,41 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
     recipe = load_recipe(request.recipe, to_train=False, upgrade=True).recipe
     text = request.general_text.read_text(encoding="utf-8")
     if request.run is None:
-        return Evaluation(general_loss=_finite(_base_loss(recipe, text)))
-    loss, answers = _evaluate_run(request.run, recipe, text, request.prompts)
+        return _with_general_loss(Evaluation(), _base_losses(recipe, text))
+    parts, answers = _evaluate_run(request.run, recipe, text, request.prompts)
     merge, message = _merge(request.run, recipe) if request.merge else (None, "not tried")
-    return Evaluation(general_loss=_finite(loss), merge=merge, merge_message=message, answers=tuple(answers))
+    return _with_general_loss(Evaluation(merge=merge, merge_message=message, answers=tuple(answers)), parts)
 
 
-def _finite(loss: float) -> float | None:
-    return loss if math.isfinite(loss) else None
+def _with_general_loss(evaluation: Evaluation, parts: Sequence[tuple[float, int]]) -> Evaluation:
+    """Return the evaluation with the loss on general text, if that is finite."""
+    mean = _mean(parts)
+    if not math.isfinite(mean):
+        return evaluation
+    return evaluation.model_copy(update={"general_loss": mean, "general_parts": tuple(parts)})
 
 
-def _base_loss(recipe: "Recipe", text: str) -> float:
+def _base_losses(recipe: "Recipe", text: str) -> list[tuple[float, int]]:
     from peftchat.models.loading import load_base
     from peftchat.models.source import ModelSource
     from peftchat.serving.chat_model import best_device
 
     unquantized = recipe.model_copy(update={"quantization": None})
     model: Any = load_base(unquantized, dtype=recipe.model.dtype).to(best_device())
-    return general_loss(model.eval(), ModelSource.of_recipe(recipe).tokenizer(), text)
+    return general_losses(model.eval(), ModelSource.of_recipe(recipe).tokenizer(), text)
 
 
 def _evaluate_run(
     run: Path, recipe: "Recipe", text: str, prompts: tuple[str, ...]
-) -> "tuple[float, list[SampleAnswer]]":
+) -> "tuple[list[tuple[float, int]], list[SampleAnswer]]":
     from peftchat.serving.chat_model import load_for_chat
     from peftchat.training.context import load_chat_format
     from peftchat.training.summary import sample_answers
 
     chat = load_for_chat(str(run))
-    loss = general_loss(chat.model, chat.tokenizer, text)
+    parts = general_losses(chat.model, chat.tokenizer, text)
     chat.model.generation_config = chat.generation_config
-    return loss, sample_answers(chat.model, load_chat_format(recipe), prompts)
+    return parts, sample_answers(chat.model, load_chat_format(recipe), prompts)
 
 
 def _merge(run: Path, recipe: "Recipe") -> tuple[MergeResult, str]:

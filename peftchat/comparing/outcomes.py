@@ -14,16 +14,10 @@ from peftchat.comparing.candidates import Candidate, Settings
 from peftchat.comparing.compare_plan import TrainingJob
 from peftchat.comparing.hyperparameter_search import LEARNING_RATE
 from peftchat.files import write_text
+from peftchat.runs.eval_losses import ConversationLoss, read_eval_losses
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
-
-_T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""Student's t for a two-sided 95 % interval, for 1 to 30 degrees of freedom."""
-
-_NORMAL95 = 1.959964
+from peftchat.student import t_quantile
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +40,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean, seeds = fmean(values), len(values)
     if seeds < 2:
         return Estimate(mean, None, seeds)
-    return Estimate(mean, _t_quantile(seeds - 1) * stdev(values) / math.sqrt(seeds), seeds)
-
-
-def _t_quantile(degrees: int) -> float:
-    """Return Student's t for a two-sided 95 % interval.
-
-    Beyond the table it is the normal quantile with two correction terms. They are the first of its expansion in the
-    inverse degrees of freedom (Abramowitz and Stegun, 26.7.5).
-    """
-    if degrees <= len(_T95):
-        return _T95[degrees - 1]
-    z = _NORMAL95
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    return Estimate(mean, t_quantile(seeds - 1) * stdev(values) / math.sqrt(seeds), seeds)
 
 
 Curve = tuple[tuple[float, float], ...]
@@ -76,6 +58,7 @@ class RunResult:
         steps, tokens, seconds: of training, without evaluation.
         weights_bytes: size of the files it wrote: the adapter, or all weights.
         curve: pairs of step and held-out loss.
+        held_out: the losses by conversation; empty where an older version kept none.
     """
 
     job: TrainingJob
@@ -90,6 +73,7 @@ class RunResult:
     trainable_parameters: int = 0
     weights_bytes: int = 0
     curve: Curve = ()
+    held_out: Sequence[ConversationLoss] = ()
 
     @property
     def loss_by_tokens(self) -> Curve:
@@ -125,6 +109,7 @@ def read_run_result(job: TrainingJob, run: Path) -> RunResult:
         trainable_parameters=summary.trainable_parameters or 0,
         weights_bytes=folder.weights_bytes() or 0,
         curve=tuple(_curve_points(folder.metrics.read())),
+        held_out=read_eval_losses(folder.eval_losses),
     )
 
 
@@ -146,6 +131,7 @@ class Evaluation(BaseModel):
     Attributes:
         error: why it could not be evaluated.
         general_loss: loss on text unrelated to the training data, in nats per token.
+        general_parts: the same by parts of the text: the summed loss and the number of tokens of each.
         merge: the result of merging; None if it was not tried.
         merge_message: the message of the merge's verification, or of its error.
         answers: answers to the prompts.
@@ -155,6 +141,7 @@ class Evaluation(BaseModel):
 
     error: str | None = None
     general_loss: float | None = None
+    general_parts: tuple[tuple[float, int], ...] = ()
     merge: MergeResult | None = None
     merge_message: str = ""
     answers: tuple[SampleAnswer, ...] = ()
@@ -177,7 +164,7 @@ class CandidateResult:
 
     Attributes:
         candidate: the candidate.
-        trials: one run per settings tried, on the first seed.
+        trials: one run per settings tried, on the first seed; short runs of a search are among them.
         seed_runs: runs with the best settings on the other seeds.
         evaluation: the evaluation of the best trial.
     """
@@ -189,8 +176,8 @@ class CandidateResult:
 
     @property
     def best(self) -> RunResult | None:
-        """The trial with the lowest held-out loss; None if all failed."""
-        finished = [run for run in self.trials if run.failure is None]
+        """The trial of full length with the lowest held-out loss; None if all failed."""
+        finished = [run for run in self.trials if run.failure is None and run.job.share == 1]
         return min(finished, key=lambda run: run.loss, default=None)
 
     @property
@@ -250,8 +237,12 @@ class CandidateResult:
 
     @property
     def lr_at_grid_end(self) -> Literal["lowest", "highest"] | None:
-        """Which end of the learning rates tried the best one is at, if any."""
-        rates = sorted(rate for run in self.trials if isinstance(rate := run.job.settings.get(LEARNING_RATE), float))
+        """Which end of the learning rates tried the best one is at, if any.
+
+        A rate whose run failed was tried, so that a best rate next to it is at no end.
+        """
+        tried = {rate for run in self.trials if isinstance(rate := run.job.settings.get(LEARNING_RATE), float)}
+        rates = sorted(tried)
         if len(rates) < 2 or self.best is None:
             return None
         best = self.settings[LEARNING_RATE]

@@ -4,23 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peftchat.comparing.candidates import describe
-from peftchat.comparing.outcomes import CandidateResult, Estimate, estimate
+from peftchat.comparing.evidence import Clusters, Evidence, forgetting_gap
+from peftchat.comparing.outcomes import CandidateResult, Estimate
+from peftchat.comparing.paired_statistics import NEGLIGIBLE, Gap
 from peftchat.formatting import format_count, format_percent
-
-NEGLIGIBLE = 0.005
-"""Fraction of the lower loss below which a difference counts as a tie, however certain it is."""
-
-_SINGLE_SEED_NEGLIGIBLE = 0.01
-"""The same for a single seed, which has no interval."""
 
 _EQUAL_COST = 0.95
 """Costs whose ratio is above this count as equal, since timings vary by as much."""
 
-_MAX_FORGETTING = 0.05
-"""Relative rise of the general loss above which a warning is given."""
+MAX_FORGETTING = 0.05
+"""Relative rise of the loss on plain text from which on forgetting counts."""
 
 _MAX_TOKEN_RATIO = 1.1
 """Ratio of the most to the fewest tokens of a run above which a warning is given."""
+
+_FEW_CLUSTERS = 20
+"""Independent groups of held-out conversations below which a warning is given."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Recommendation:
         recommended: the candidate to use.
         lowest: the candidate with the lowest mean loss.
         tied: the candidates statistically tied with it; includes `recommended`.
+        evidence: the paired losses.
         headline: one sentence.
         reasons: one sentence each.
         warnings: reasons not to rely on it, one sentence each.
@@ -39,61 +39,75 @@ class Recommendation:
     recommended: CandidateResult
     lowest: CandidateResult
     tied: Sequence[CandidateResult]
+    evidence: Evidence
     headline: str
     reasons: Sequence[str]
     warnings: Sequence[str]
 
 
-def recommend(candidates: Sequence[CandidateResult], base_general_loss: float | None = None) -> Recommendation | None:
-    """Return the cheapest of the candidates that are tied with the lowest loss.
+def recommend(
+    candidates: Sequence[CandidateResult],
+    base_general_loss: float | None = None,
+    clusters: Clusters | None = None,
+    negligible: float = NEGLIGIBLE,
+) -> Recommendation | None:
+    """Return plain LoRA if no other candidate is certainly better, else the cheapest of those that are tied.
+
+    Of the tied candidates, those that certainly forget more than another one of them are set aside first.
 
     Args:
         candidates: the results.
         base_general_loss: the base model's loss on general text.
+        clusters: which held-out conversations belong together; None if none do.
+        negligible: fraction of the lowest loss up to which losses count as equal.
 
     Returns:
         The recommendation; None if no run has finished.
     """
-    finished = [candidate for candidate in candidates if candidate.best is not None]
-    if not finished:
+    evidence = Evidence.of(candidates, clusters, negligible)
+    if evidence is None:
         return None
-    lowest = min(finished, key=_mean_loss)
-    tied = [candidate for candidate in finished if is_tied(lowest, candidate)]
-    cheapest = min(candidate.cost for candidate in tied)
-    recommended = min((one for one in tied if _EQUAL_COST * one.cost <= cheapest), key=_mean_loss)
+    tied = evidence.tied
+    remembering = [one for one in tied if not _forgets_more(one, tied, base_general_loss)]
+    plain = [one for one in remembering if _is_plain_lora(one)]
+    recommended = _cheapest(plain or remembering, evidence)
+    forgetful = [one for one in tied if one not in remembering]
     return Recommendation(
         recommended,
-        lowest,
+        evidence.lowest,
         tied,
+        evidence,
         f"Recommended: {name_with_settings(recommended)}",
-        _reasons(recommended, lowest, tied, finished),
-        _warnings(recommended, lowest, candidates, base_general_loss),
+        _reasons(recommended, evidence, tied, forgetful, candidates),
+        _warnings(recommended, evidence, candidates, base_general_loss),
     )
 
 
-def is_tied(lowest: CandidateResult, other: CandidateResult) -> bool:
-    """Return whether the loss of `other` is statistically tied with the lowest.
-
-    Runs of one seed see the same examples in the same order, so the interval is that of their paired differences.
-    """
-    gap = loss_gap(lowest, other)
-    if gap.margin is None:
-        return gap.mean <= _SINGLE_SEED_NEGLIGIBLE * abs(_mean_loss(lowest))
-    return gap.mean <= max(gap.margin, NEGLIGIBLE * abs(_mean_loss(lowest)))
+def _is_plain_lora(result: CandidateResult) -> bool:
+    return result.candidate.variant == "lora" and result.candidate.settings.get("method") != "qlora"
 
 
-def loss_gap(lowest: CandidateResult, other: CandidateResult) -> Estimate:
-    """Return how far the loss of `other` is above the lowest.
+def _cheapest(candidates: Sequence[CandidateResult], evidence: Evidence) -> CandidateResult:
+    """Return the cheapest candidate; of those that cost about the same, the one with the lowest loss."""
+    cheapest = min(one.cost for one in candidates)
+    return min((one for one in candidates if _EQUAL_COST * one.cost <= cheapest), key=evidence.loss)
 
-    The seeds that both candidates have are paired.
-    """
-    seeds = lowest.losses.keys() & other.losses.keys()
-    return estimate([other.losses[seed] - lowest.losses[seed] for seed in sorted(seeds)])
+
+def _forgets_more(result: CandidateResult, others: Sequence[CandidateResult], base: float | None) -> bool:
+    """Return whether a candidate certainly forgets more than another one, by more than a rise that is allowed."""
+    for other in others:
+        gap = forgetting_gap(other, result)
+        if gap is None or gap.margin is None or base is None:
+            continue
+        if gap.mean > max(gap.margin, MAX_FORGETTING * abs(base)):
+            return True
+    return False
 
 
 def name_with_settings(result: CandidateResult) -> str:
     """Return a candidate's name with its settings: `dora (lr 2e-4)`."""
-    return f"{result.candidate.name} ({describe(result.settings)})"
+    settings = describe(result.settings)
+    return f"{result.candidate.name} ({settings})" if settings else result.candidate.name
 
 
 def format_estimate(loss: Estimate) -> str:
@@ -106,60 +120,123 @@ def format_loss(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _mean_loss(result: CandidateResult) -> float:
-    loss = result.loss
-    assert loss is not None
-    return loss.mean
+def format_gap(gap: Gap) -> str:
+    """Format a difference with the interval that holds for all pairs at once: `+0.021 ± 0.004`."""
+    return f"{gap.mean:+.3f}" + ("" if gap.margin_together is None else f" ± {gap.margin_together:.3f}")
 
 
 def _reasons(
     recommended: CandidateResult,
-    lowest: CandidateResult,
+    evidence: Evidence,
     tied: Sequence[CandidateResult],
-    finished: Sequence[CandidateResult],
+    forgetful: Sequence[CandidateResult],
+    candidates: Sequence[CandidateResult],
 ) -> list[str]:
-    loss, best = recommended.loss, recommended.best
-    assert loss is not None and best is not None
+    best, lowest = recommended.best, evidence.lowest
+    assert best is not None
     before = "" if best.loss_before is None else f", from {format_loss(best.loss_before)} before training"
-    reasons = [f"Its held-out loss is {format_estimate(loss)}{before}."]
-    if recommended is lowest:
-        reasons.append("It is the lowest." if len(finished) > 1 else "No other candidate has finished.")
+    reasons = [f"Its held-out loss is {format_loss(evidence.loss(recommended))}{before}."]
+    others = [one for one in tied if one is not recommended]
+    if len(evidence.candidates) == 1:
+        reasons.append("No other candidate has finished.")
+    elif not others:
+        reasons.append("It is lower than that of every other candidate, by more than the noise.")
     else:
-        reasons.append(_tie_reason(recommended, lowest))
-    others = [result for result in tied if result not in (recommended, lowest)]
-    if recommended is lowest and (costly := [result for result in others if result.cost > recommended.cost]):
-        costs = "; ".join(f"{result.candidate.name} {_relative_cost(result, recommended)}" for result in costly)
-        reasons.append(f"Statistically tied, but more expensive: {costs}.")
-    elif others:
-        reasons.append(f"Also tied with the lowest: {', '.join(result.candidate.name for result in others)}.")
-    behind = sorted((result for result in finished if result not in tied), key=_mean_loss)
+        names = ", ".join(one.candidate.name for one in tied)
+        everything = " All candidates tie." if len(tied) == len(evidence.candidates) else ""
+        reasons.append(f"These tie: {names}.{everything}")
+        if recommended is not lowest:
+            reasons.append(_tie_reason(recommended, evidence))
+        if _is_plain_lora(recommended):
+            reasons.append(
+                "Of candidates that tie, plain LoRA is recommended: every tool can load, merge and serve it."
+            )
+        cheaper = [one for one in others if one.cost < _EQUAL_COST * recommended.cost]
+        if cheaper:
+            costs = "; ".join(f"{one.candidate.name} {_relative_cost(one, recommended)}" for one in cheaper)
+            reasons.append(f"Tied with it and cheaper: {costs}.")
+    reasons += [_forgetful_reason(one, recommended) for one in forgetful]
+    if trade := _trade_off(recommended, evidence):
+        reasons.append(trade)
+    behind = sorted((one for one in evidence.candidates if one not in tied), key=evidence.loss)
     if behind:
-        gaps = ", ".join(f"{result.candidate.name} ({loss_gap(lowest, result).mean:+.3f})" for result in behind)
-        limit = format_percent(_SINGLE_SEED_NEGLIGIBLE) if loss.margin is None else "the noise"
-        reasons.append(f"Higher by more than {limit}: {gaps}.")
-    return reasons
+        gaps = ", ".join(f"{one.candidate.name} ({_shown_gap(evidence, one)})" for one in behind)
+        reasons.append(f"Higher by more than the noise: {gaps}.")
+    return [*reasons, _basis(evidence)]
 
 
-def _tie_reason(recommended: CandidateResult, lowest: CandidateResult) -> str:
+def _shown_gap(evidence: Evidence, result: CandidateResult) -> str:
+    gap = evidence.gap(evidence.lowest, result)
+    return "" if gap is None else format_gap(gap)
+
+
+def _tie_reason(recommended: CandidateResult, evidence: Evidence) -> str:
     """Explain why a candidate is recommended although another has a lower loss."""
-    gap = _mean_loss(recommended) - _mean_loss(lowest)
-    noise = loss_gap(lowest, recommended).margin
-    if noise is None:
-        limit = "too little to tell apart with one seed"
-    elif gap <= noise:
-        limit = f"within the noise (± {format_loss(noise)})"
+    lowest = evidence.lowest
+    gap = evidence.gap(lowest, recommended)
+    assert gap is not None
+    if gap.margin_together is None:
+        limit = "which too few conversations cannot tell from noise"
+    elif gap.mean <= gap.margin_together:
+        limit = f"within the noise (± {format_loss(gap.margin_together)})"
     else:
-        limit = f"less than {format_percent(NEGLIGIBLE)}"
+        limit = f"less than the {format_loss(evidence.threshold)} that count as equal"
     return (
-        f"{name_with_settings(lowest)} is lower by {format_loss(gap)}, {limit}; "
+        f"{name_with_settings(lowest)} is lower by {format_loss(gap.mean)}, {limit}; "
         f"{recommended.candidate.name} {_relative_cost(recommended, lowest)}."
     )
+
+
+def _forgetful_reason(result: CandidateResult, recommended: CandidateResult) -> str:
+    gap = forgetting_gap(recommended, result)
+    assert gap is not None
+    margin = "" if gap.margin is None else f" ± {format_loss(gap.margin)}"
+    return f"{result.candidate.name} is set aside: its loss on plain text is {gap.mean:+.3f}{margin} against that."
+
+
+def _trade_off(recommended: CandidateResult, evidence: Evidence) -> str | None:
+    """State what another candidate would keep of the base's knowledge, and what that costs on the held-out data."""
+    least: tuple[float, CandidateResult, Gap] | None = None
+    for other in evidence.candidates:
+        gap = forgetting_gap(other, recommended)
+        if other is recommended or gap is None or gap.margin is None or gap.mean <= gap.margin:
+            continue
+        if least is None or gap.mean > least[0]:
+            least = gap.mean, other, gap
+    if least is None:
+        return None
+    _, other, forgotten = least
+    cost = evidence.gap(recommended, other)
+    assert cost is not None and forgotten.margin is not None
+    return (
+        f"Trade-off: {other.candidate.name} forgets less. Its loss on plain text is lower by {forgotten.mean:.3f} ± "
+        f"{format_loss(forgotten.margin)}, and its held-out loss differs by {format_gap(cost)}."
+    )
+
+
+def _basis(evidence: Evidence) -> str:
+    """Say what the intervals contain and what they do not."""
+    paired = evidence.paired
+    share = format_percent(evidence.threshold / abs(float(paired.losses.min())))
+    equal = f"Differences up to {format_loss(evidence.threshold)} ({share}) count as equal."
+    if not evidence.by_conversation:
+        return f"The runs keep no losses by conversation, so that there is no interval. {equal}"
+    conversations = (
+        f"{format_count(paired.num_conversations)} held-out conversations in {format_count(paired.num_clusters)} "
+        "independent groups"
+    )
+    if paired.num_seeds == 1:
+        return (
+            f"Intervals (95 %, for all pairs at once) are over {conversations}. They do not contain the noise of runs, "
+            f"which one seed does not show; {format_loss(evidence.threshold)} ({share} of the loss) is added for it."
+        )
+    return f"Intervals (95 %, for all pairs at once) are over {conversations} and {paired.num_seeds} seeds. {equal}"
 
 
 def _relative_cost(result: CandidateResult, other: CandidateResult) -> str:
     """Compare the time and memory of `result` with those of `other`."""
     time = result.seconds_per_token / other.seconds_per_token
-    memory = result.peak_memory_bytes / other.peak_memory_bytes
+    memory = result.peak_memory_bytes / max(1, other.peak_memory_bytes)
     return f"takes {_ratio(time, 'time')} and {_ratio(memory, 'memory')}"
 
 
@@ -169,28 +246,40 @@ def _ratio(value: float, quantity: str) -> str:
 
 def _warnings(
     recommended: CandidateResult,
-    lowest: CandidateResult,
+    evidence: Evidence,
     candidates: Sequence[CandidateResult],
     base_general_loss: float | None,
 ) -> list[str]:
     warnings = []
-    best, loss = recommended.best, recommended.loss
-    assert best is not None and loss is not None
-    if loss.seeds == 1:
-        warnings.append("One seed gives no interval; differences below 1 % count as ties.")
-    elif loss.seeds == 2:
-        warnings.append("Two seeds give wide intervals; use three or more to tell close candidates apart.")
+    best, paired = recommended.best, evidence.paired
+    assert best is not None
+    if len(evidence.candidates) > 1:
+        if not evidence.by_conversation:
+            warnings.append("Runs of an older version keep no losses by conversation; compare in another folder.")
+        elif paired.num_clusters < 2:
+            warnings.append("All held-out conversations belong together: nothing can be told apart. Hold out more.")
+        elif paired.effective_clusters < _FEW_CLUSTERS:
+            warnings.append(
+                f"The held-out conversations say as much as {paired.effective_clusters:.0f} independent ones of equal "
+                "length. Hold out more to tell closer candidates apart."
+            )
+        if paired.num_seeds == 1:
+            warnings.append("One seed does not show the noise of runs; use `--seeds 3` or more.")
+    incomplete = [one for one in candidates if one.runs and one not in evidence.candidates]
+    if incomplete:
+        names = ", ".join(one.candidate.name for one in incomplete)
+        warnings.append(f"Not compared, as a seed of theirs failed: {names}.")
     tokens = [result.best.tokens for result in candidates if result.best is not None]
     if max(tokens) > _MAX_TOKEN_RATIO * min(tokens):
         warnings.append(
             f"The runs trained on between {format_count(min(tokens))} and {format_count(max(tokens))} tokens. "
             "Use `--budget tokens=N` to give every run the same number."
         )
-    if best.loss_before is not None and loss.mean >= best.loss_before:
+    if best.loss_before is not None and evidence.loss(recommended) >= best.loss_before:
         warnings.append("Its held-out loss did not fall: no candidate learned from this data within the budget.")
     for result in candidates:
         end = result.lr_at_grid_end
-        if end is not None and result in (recommended, lowest):
+        if end is not None and (result is recommended or result in evidence.tied):
             direction = "lower" if end == "lowest" else "higher"
             warnings.append(
                 f"The best learning rate of {result.candidate.name} is the {end} tried; "
@@ -202,7 +291,7 @@ def _warnings(
                 f"{result.candidate.name} failed: {result.failures[0].failure}"
             )
     general_loss = recommended.evaluation.general_loss
-    if general_loss is not None and base_general_loss and general_loss > (1 + _MAX_FORGETTING) * base_general_loss:
+    if general_loss is not None and base_general_loss and general_loss > (1 + MAX_FORGETTING) * base_general_loss:
         rise = format_percent(general_loss / base_general_loss - 1)
         warnings.append(f"Its loss on general text rose by {rise}: it forgot some of what the base model knew.")
     if recommended.evaluation.merge == "differs":

@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict
 
 from peftchat.comparing.compare_plan import ComparePlan
 from peftchat.comparing.comparison_folder import ComparisonFolder
+from peftchat.comparing.evidence import Clusters, Evidence, forgetting_gap
 from peftchat.comparing.outcomes import CandidateResult, Estimate, MergeResult, RunResult
-from peftchat.comparing.recommend import Recommendation, is_tied, loss_gap, recommend
+from peftchat.comparing.recommend import Recommendation, recommend
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe
 from peftchat.runs.run_summary import SampleAnswer
@@ -34,10 +35,15 @@ class ComparisonResult:
 
     @classmethod
     def of(
-        cls, plan: ComparePlan, candidates: Sequence[CandidateResult], base_general_loss: float | None = None
+        cls,
+        plan: ComparePlan,
+        candidates: Sequence[CandidateResult],
+        base_general_loss: float | None = None,
+        clusters: Clusters | None = None,
     ) -> "ComparisonResult":
         """Return the result with its recommendation."""
-        return cls(plan, candidates, base_general_loss, recommend(candidates, base_general_loss))
+        advice = recommend(candidates, base_general_loss, clusters, plan.options.negligible)
+        return cls(plan, candidates, base_general_loss, advice)
 
     def recommended_recipe(self, folder: ComparisonFolder) -> str:
         """Return the recommended recipe as YAML, with the reasons as a comment on top."""
@@ -62,6 +68,7 @@ class TrialSummary(_Summary):
     Attributes:
         run: the run folder.
         settings: the settings that this run tried.
+        share: its length as a part of a full run's.
         loss: held-out loss in nats per supervised token; None if the run failed.
         seconds, tokens: of training.
         failure: why it failed, in one line.
@@ -71,6 +78,7 @@ class TrialSummary(_Summary):
     run: str
     settings: dict[str, Any]
     seed: int
+    share: float = 1.0
     loss: float | None = None
     seconds: float | None = None
     tokens: int | None = None
@@ -81,7 +89,7 @@ class TrialSummary(_Summary):
     def of(cls, result: RunResult, folder: ComparisonFolder) -> Self:
         """Summarize the result of a run."""
         job = result.job
-        summary = cls(run=str(folder.run(job.name)), settings=dict(job.settings), seed=job.seed)
+        summary = cls(run=str(folder.run(job.name)), settings=dict(job.settings), seed=job.seed, share=job.share)
         if result.failure is not None:
             return summary.model_copy(update={"failure": result.failure, "log": str(folder.log(job.name))})
         return summary.model_copy(update={"loss": result.loss, "seconds": result.seconds, "tokens": result.tokens})
@@ -96,7 +104,9 @@ class CandidateSummary(_Summary):
         loss: held-out loss over the seeds.
         trials: one run per settings tried, on the first seed.
         seed_runs: runs with the best settings on the other seeds.
-        loss_gap: how much its loss is above the lowest.
+        loss_gap: how much its loss is above the lowest, with the interval of this pair alone.
+        loss_gap_margin_together: half the interval that holds for all pairs at once.
+        forgetting_gap: how much its loss on general text is above that of the recommended candidate.
         tied: whether it is statistically tied with the lowest.
         loss_before: held-out loss before training.
         general_loss: loss on general text after training.
@@ -110,6 +120,8 @@ class CandidateSummary(_Summary):
     trials: tuple[TrialSummary, ...]
     seed_runs: tuple[TrialSummary, ...]
     loss_gap: Estimate | None = None
+    loss_gap_margin_together: float | None = None
+    forgetting_gap: Estimate | None = None
     tied: bool | None = None
     loss_before: float | None = None
     tokens: int | None = None
@@ -125,8 +137,8 @@ class CandidateSummary(_Summary):
     evaluation_error: str | None = None
 
     @classmethod
-    def of(cls, result: CandidateResult, lowest: CandidateResult | None, folder: ComparisonFolder) -> Self:
-        """Summarize the result of a candidate; `lowest` is the one with the lowest loss."""
+    def of(cls, result: CandidateResult, recommendation: Recommendation | None, folder: ComparisonFolder) -> Self:
+        """Summarize the result of a candidate."""
         summary = cls(
             name=result.candidate.name,
             settings={**result.candidate.settings, **result.settings},
@@ -135,12 +147,16 @@ class CandidateSummary(_Summary):
             seed_runs=tuple(TrialSummary.of(run, folder) for run in result.seed_runs),
         )
         best, evaluation = result.best, result.evaluation
-        if best is None or lowest is None:
+        if best is None or recommendation is None:
             return summary
+        evidence = recommendation.evidence
+        gap, forgotten = evidence.gap(evidence.lowest, result), forgetting_gap(recommendation.recommended, result)
         return summary.model_copy(
             update={
-                "loss_gap": loss_gap(lowest, result),
-                "tied": is_tied(lowest, result),
+                "loss_gap": None if gap is None else Estimate(gap.mean, gap.margin, evidence.paired.num_seeds),
+                "loss_gap_margin_together": None if gap is None else gap.margin_together,
+                "forgetting_gap": None if forgotten is None else Estimate(forgotten.mean, forgotten.margin, 1),
+                "tied": any(result is one for one in recommendation.tied),
                 "loss_before": best.loss_before,
                 "tokens": best.tokens,
                 "seconds": result.seconds,
@@ -192,6 +208,36 @@ class RecommendationSummary(_Summary):
         )
 
 
+class EvidenceSummary(_Summary):
+    """What the statistics are based on.
+
+    Attributes:
+        conversations: held-out conversations.
+        clusters: independent groups of them.
+        effective_clusters: groups of equal length that would say as much.
+        seeds: seeds that all candidates have.
+        threshold: the difference in nats per token up to which losses count as equal.
+    """
+
+    conversations: int
+    clusters: int
+    effective_clusters: float
+    seeds: int
+    threshold: float
+
+    @classmethod
+    def of(cls, evidence: Evidence) -> Self:
+        """Summarize the evidence."""
+        paired = evidence.paired
+        return cls(
+            conversations=paired.num_conversations if evidence.by_conversation else 0,
+            clusters=paired.num_clusters if evidence.by_conversation else 0,
+            effective_clusters=paired.effective_clusters if evidence.by_conversation else 0.0,
+            seeds=paired.num_seeds,
+            threshold=evidence.threshold,
+        )
+
+
 class ComparisonSummary(_Summary):
     """The summary of a comparison; `comparison.json` on disk."""
 
@@ -203,12 +249,12 @@ class ComparisonSummary(_Summary):
     base_general_loss: float | None
     candidates: tuple[CandidateSummary, ...]
     recommendation: RecommendationSummary | None
+    evidence: EvidenceSummary | None = None
 
     @classmethod
     def of(cls, result: ComparisonResult, folder: ComparisonFolder) -> Self:
         """Summarize the result of a comparison in a folder."""
         recommendation, budget = result.recommendation, result.plan.options.budget
-        lowest = None if recommendation is None else recommendation.lowest
         return cls(
             folder=str(folder.path),
             report=str(folder.report),
@@ -216,8 +262,9 @@ class ComparisonSummary(_Summary):
             budget=None if budget is None else str(budget),
             seeds=tuple(result.plan.seeds),
             base_general_loss=result.base_general_loss,
-            candidates=tuple(CandidateSummary.of(candidate, lowest, folder) for candidate in result.candidates),
+            candidates=tuple(CandidateSummary.of(candidate, recommendation, folder) for candidate in result.candidates),
             recommendation=None if recommendation is None else RecommendationSummary.of(recommendation, folder),
+            evidence=None if recommendation is None else EvidenceSummary.of(recommendation.evidence),
         )
 
     @classmethod

@@ -255,6 +255,12 @@ def _check(recipe: "Recipe", split: Split, stats: EncodingStats) -> None:
             hint="Check the source, data.max_length and chat.loss_on.",
         )
     _check_length(recipe, split, stats)
+    if stats.ends_only == stats.examples:
+        raise UserError(
+            f"only the tokens that end answers would be trained, by chat.loss_on: {recipe.chat.loss_policy}",
+            where=f"data.{split}",
+            hint="The answers hold nothing else than what these keys leave out. Remove the key that is false.",
+        )
     if untrainable > (stats.examples + dropped) / 2:
         raise UserError(
             f"{untrainable} of {stats.examples + dropped} examples have nothing to learn, the first is "

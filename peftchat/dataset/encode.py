@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from peftchat.chat_template.encoder import ChatEncoder
 from peftchat.chat_template.examples import EncodedExample, ExampleBatch
-from peftchat.chat_template.loss_mask import loss_mask_table
+from peftchat.chat_template.loss_mask import loss_mask_table, text_table
 from peftchat.chat_template.message_text import message_text
 from peftchat.conversation import Conversation, Role
 from peftchat.conversations.dataset_card import SKIPPED, printable_name
@@ -46,6 +46,7 @@ class EncodingStats:
         expanded_examples: those examples.
         special_token_text: stretches of text spelled like a special token, encoded as ordinary text.
         unsupported_roles: messages that the template cannot write, by role and what was done with them.
+        ends_only: examples in which the recipe leaves nothing but end tokens to train.
         formats: the format of each source file.
         notes: records that reading changed, by kind of change.
         left_out: records and conversations that a rule of the recipe or a flag of their own leaves out, by rule.
@@ -67,6 +68,7 @@ class EncodingStats:
     expanded_examples: int = 0
     special_token_text: int = 0
     unsupported_roles: dict[str, int] = field(default_factory=dict)
+    ends_only: int = 0
     formats: dict[str, str] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
@@ -88,6 +90,8 @@ class EncodingStats:
         for kind, number in self.unsupported_roles.items():
             who, policy = kind.rsplit(maxsplit=1)
             yield f"{_ROLE_NOTES[policy]}: {number} {who}, which the template cannot write"
+        if self.ends_only:
+            yield f"only end tokens are trained in {self.ends_only:,} of {self.examples:,} examples"
         yield from self.remarks
 
     def count_dropped(self, reason: str, source: str) -> None:
@@ -152,6 +156,7 @@ def encode_conversations(
         UserError: a conversation has something that the recipe makes an error.
     """
     loss_mask = loss_mask_table(recipe.chat.loss_policy)
+    text_mask = loss_mask & text_table()
     for batch, examples in _encode_ahead(encoder, conversations):
         if recipe.chat.special_token_text == "error" and examples.special_token_text.any():
             raise _special_token_text(examples.sources[int(examples.special_token_text.argmax())])
@@ -162,6 +167,8 @@ def encode_conversations(
         if examples.lengths.max() > recipe.data.max_length:
             examples = _fit_max_length(recipe, encoder, batch, examples, stats)
         supervised = examples.counts(loss_mask)
+        if recipe.chat.loss_policy.untrained_parts:
+            stats.ends_only += int(((supervised > 0) & (examples.counts(text_mask) == 0)).sum())
         if not supervised.all():
             examples = _keep_trainable(recipe, examples, supervised > 0, stats)
         stats.examples += len(examples)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from peftchat.chat_template.templates import added_token_count
 from peftchat.errors import UserError
 from peftchat.planning.hardware import Device, Hardware
+from peftchat.training import packs
 from peftchat.training.distributed import is_sharded, weight_dtype
 
 if TYPE_CHECKING:
@@ -170,8 +171,7 @@ def total_steps(recipe: "Recipe", dataset: DatasetSize | None, settings: "PlanSe
 
 def steps_per_epoch(dataset: DatasetSize, settings: "PlanSettings") -> int:
     """Return the optimizer steps per epoch, as the trainer counts them."""
-    passes = math.ceil(dataset.sequences / (settings.batch * settings.processes))
-    return max(1, math.ceil(passes / settings.accumulation))
+    return packs.steps_per_epoch(dataset.sequences, settings.batch * settings.processes, settings.accumulation)
 
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -6,7 +6,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from peftchat.chat_template.loss_mask import LossOn, LossPolicy
-from peftchat.chat_template.template_settings import ReasoningHistory, UnsupportedRoles
+from peftchat.chat_template.template_settings import ReasoningFormat, ReasoningHistory, UnsupportedRoles
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, is_template_name, template_summaries
 from peftchat.conversation import Role
 from peftchat.strict_model import StrictModel, list_to_tuple
@@ -171,6 +171,11 @@ class ChatSection(StrictModel):
         True,
         description="Train the marks of an empty reasoning, such as `<think>\\n\\n</think>`, that a template writes "
         "before an answer without reasoning.",
+    )
+    reasoning_format: ReasoningFormat = Field(
+        "template",
+        description="Reasoning of answers: where the `template` writes it, or `inline` in front of the content, as "
+        "`<think>\\n…\\n</think>\\n\\n`, for a template that has no place for it. The saved template does the same.",
     )
     reasoning_history: ReasoningHistory = Field(
         "template",

@@ -22,6 +22,22 @@ _LABEL_GAP = 8
 _HALF_DIGIT = 3.4
 
 
+_FILE_COLORS = (
+    "background: #ffffff; --rule: #e1e5ea; --soft: #5c6773; "
+    "--line-0: #2563c9; --line-1: #d1590c; --line-2: #17794a; --line-3: #8a3fc2"
+)
+_FILE_STYLE = (
+    "<style>.grid { stroke: var(--rule); } text { fill: var(--soft); font: 11.5px sans-serif; } "
+    "polyline, line[class^='line-'] { fill: none; stroke-width: 2; } circle.mark { stroke: none; } "
+    + " ".join(
+        f".line-{number} {{ stroke: {color}; }} circle.mark.line-{number} {{ fill: {color}; }}"
+        for number, color in enumerate(f"var(--line-{number})" for number in range(4))
+    )
+    + "</style>"
+)
+"""What a page's style sheet says about plots (`page.html.jinja`), for a file of its own."""
+
+
 @dataclass(frozen=True)
 class _Frame:
     """The area of a plot inside its margins, and the values at its edges; lengths in pixels."""
@@ -201,6 +217,15 @@ def _scientific(value: float, finest: int) -> str:
     return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
 
 
+def as_file(plot: Markup) -> str:
+    """Return a plot as an SVG file of its own, with the light colors of the pages."""
+    return (
+        str(plot)
+        .replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" style="{_FILE_COLORS}" ', 1)
+        .replace(">", f">{_FILE_STYLE}", 1)
+    )
+
+
 @dataclass(frozen=True)
 class Bar:
     """One bar: lengths from `first` to `last`, and how many values lie in that range."""
@@ -259,6 +284,7 @@ class Mark:
         single: the values behind it, drawn small.
         color: which of the page's line colors.
         text: the numbers on its right.
+        interval: both ends of an interval that does not lie evenly around the dot; in place of `margin`.
     """
 
     name: str
@@ -267,19 +293,33 @@ class Mark:
     single: Sequence[float]
     color: int
     text: str
+    interval: tuple[float, float] | None = None
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Both ends of its interval, if it has one."""
+        if self.interval is not None or self.margin is None:
+            return self.interval
+        return self.value - self.margin, self.value + self.margin
 
 
-def interval_plot(marks: Sequence[Mark], *, label: str, x_name: str) -> Markup:
+def interval_plot(marks: Sequence[Mark], *, label: str, x_name: str, around_zero: bool = False) -> Markup:
     """Draw dots with intervals in the order given, on one axis; empty without marks.
 
     Intervals that reach far beyond all values are cut at the edge: they would squeeze everything else together.
+
+    Args:
+        marks: one per row.
+        label: of the picture, for screen readers.
+        x_name: of the axis.
+        around_zero: the values are differences: show zero, and all of every interval.
     """
     if not marks:
         return Markup()
-    values = [value for mark in marks for value in (mark.value, *mark.single)]
-    reach = ((max(values) - min(values)) or abs(values[0]) or 1.0) / 2
+    values = [value for mark in marks for value in (mark.value, *mark.single)] + ([0.0] if around_zero else [])
+    reach = math.inf if around_zero else ((max(values) - min(values)) or abs(values[0]) or 1.0) / 2
     low, high = min(values) - reach, max(values) + reach
-    ends = [end for mark in marks if mark.margin for end in (mark.value - mark.margin, mark.value + mark.margin)]
+    ends = [end for mark in marks if mark.ends is not None for end in mark.ends]
     ticks = axis([*values, *(min(max(end, low), high) for end in ends)], most=6)
     frame = _Frame(720, 48 + _ROW_HEIGHT * len(marks), 190, 120, 8, 40, x_range=(ticks[0], ticks[-1]))
     parts = [frame.vertical_line(value, text) for value, text in zip(ticks, tick_texts(ticks), strict=True)]
@@ -291,8 +331,8 @@ def _mark(frame: _Frame, mark: Mark, y: float) -> Markup:
     style = f"line-{mark.color}"
     name = mark.name if len(mark.name) <= _MAX_NAME_LENGTH else f"{mark.name[: _MAX_NAME_LENGTH - 1]}…"
     parts = []
-    if mark.margin is not None:
-        parts.append(_line(style, frame.x(mark.value - mark.margin), frame.x(mark.value + mark.margin), y, y))
+    if mark.ends is not None:
+        parts.append(_line(style, frame.x(mark.ends[0]), frame.x(mark.ends[1]), y, y))
     if len(mark.single) > 1:
         small = Markup('<circle class="{} mark faint" cx="{}" cy="{}" r="2.5"/>')
         parts += [small.format(style, frame.x(value), y) for value in mark.single]

@@ -67,6 +67,11 @@ class RunFolder:
         return self.path / "data_digests.npz"
 
     @property
+    def rate_search(self) -> Path:
+        """What `train --find-lr` found, in a folder that may hold no run yet."""
+        return self.path / "find_lr.json"
+
+    @property
     def report(self) -> Path:
         """The HTML report."""
         return self.path / "report.html"
@@ -192,7 +197,12 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _is_leftover(self, path: Path) -> bool:
-        """Return whether a run that was interrupted before it began can have left this, and nothing of a user's."""
+        """Return whether a run that was interrupted before it began can have left this, and nothing of a user's.
+
+        What a search of the learning rate wrote stays beside the run.
+        """
+        if path == self.rate_search:
+            return True
         if is_claim(path) or path.name == _MODEL or (path.name.startswith(".") and path.suffix == ".tmp"):
             return True
         return path in (self.checkpoints, self.tensorboard) and path.is_dir() and not any(path.iterdir())

@@ -17,7 +17,7 @@ from peftchat.serving.prompt import PromptEncoder
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ class ChatModel:
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
-        text_config = self.model.config.get_text_config()
-        longest = getattr(text_config, "max_position_embeddings", None)
-        # A tokenizer without a limit has a number larger than any model's.
-        return int(longest or min(self.tokenizer.model_max_length, 1 << 20))
+        return context_length_of(self.model.config, self.tokenizer)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -63,16 +60,25 @@ class ChatModel:
         return frozenset(end_ids(self.generation_config.eos_token_id)) | {self.prompts.end_id}
 
 
-def load_for_chat(name: str, *, base: str | None = None, allow_changed: bool = False) -> ChatModel:
-    """Load a run folder or any model with a chat template.
+def context_length_of(config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the most tokens of prompt and answer together."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # A tokenizer without a limit has a number larger than any model's.
+    return int(longest or min(tokenizer.model_max_length, 1 << 20))
+
+
+def open_for_chat(
+    name: str, *, base: str | None = None, needs_template: bool = True
+) -> "tuple[ModelSource, PreTrainedTokenizerBase]":
+    """Check what can be checked of a model without its weights, and return its tokenizer.
 
     Args:
         name: a folder or a hub id.
         base: folder or hub id of an adapter's base; None for the one that it was trained on.
-        allow_changed: load although base, tokenizer or template changed since the run.
+        needs_template: whether the model must have a chat template.
 
     Raises:
-        UserError: the model cannot be loaded, or has no usable chat template.
+        UserError: there is no such model, or it has no usable chat template.
     """
     source = ModelSource.open(name, base=base)
     source.require_model()
@@ -81,15 +87,50 @@ def load_for_chat(name: str, *, base: str | None = None, allow_changed: bool = F
     if source.kind is not ModelKind.ADAPTER:
         source.check_weights()
     tokenizer = source.tokenizer()
-    _check_template(tokenizer, name)
+    if needs_template:
+        _check_template(tokenizer, name)
+    return source, tokenizer
+
+
+def load_for_chat(
+    name: str, *, base: str | None = None, allow_changed: bool = False, needs_template: bool = True
+) -> ChatModel:
+    """Load a run folder or any model with a chat template.
+
+    Args:
+        name: a folder or a hub id.
+        base: folder or hub id of an adapter's base; None for the one that it was trained on.
+        allow_changed: load although base, tokenizer or template changed since the run.
+        needs_template: whether the model must have a chat template.
+
+    Raises:
+        UserError: the model cannot be loaded, or has no usable chat template.
+    """
+    source, tokenizer = open_for_chat(name, base=base, needs_template=needs_template)
+    model = load_with_adapter(source, allow_changed=allow_changed)
+    _check_vocabulary(tokenizer, model, name)
+    return ChatModel(name, model, tokenizer, source.generation_config())
+
+
+def load_with_adapter(source: ModelSource, *, allow_changed: bool = False) -> "PreTrainedModel | PeftModel":
+    """Load a model, or base and adapter without merging, in evaluation mode on the machine's accelerator.
+
+    The base of a run has the run's dtype and quantization.
+
+    Args:
+        source: from `open_for_chat`.
+        allow_changed: load although base, tokenizer or template changed since the run.
+
+    Raises:
+        UserError: it cannot be loaded, or something changed.
+    """
     if source.kind is ModelKind.ADAPTER:
         check_run(source, source.base(), allow_changed=allow_changed, exact=False)
         model: Any = _load_with_adapter(source)
     else:
         model = source.load_model(dtype="auto").to(best_device())
     model.eval()
-    _check_vocabulary(tokenizer, model, name)
-    return ChatModel(name, model, tokenizer, source.generation_config())
+    return model
 
 
 def best_device() -> torch.device:
@@ -139,7 +180,7 @@ def _load_with_adapter(source: ModelSource) -> "PeftModel":
     if recipe is None:
         base = source_of_base.load_model(dtype="auto")
     else:
-        base = _load_trained_base(recipe.recipe, source_of_base)
+        base = load_trained_base(recipe.recipe, source_of_base)
     if vocabulary_size > base.get_input_embeddings().weight.shape[0]:
         _resize_embeddings(base, vocabulary_size)
     quantized = recipe is not None and recipe.recipe.quantization is not None
@@ -171,10 +212,17 @@ def _resize_embeddings(base: "PreTrainedModel", vocabulary_size: int) -> None:
         base.get_output_embeddings().bias.data[before:] = mean
 
 
-def _load_trained_base(recipe: Recipe, base: ModelSource) -> "PreTrainedModel":
-    """Load the base with the run's dtype and quantization.
+def load_trained_base(recipe: Recipe, base: ModelSource) -> "PreTrainedModel":
+    """Load a run's base, with the run's dtype and quantization.
 
-    It is unquantized if bitsandbytes is not installed.
+    It is unquantized if bitsandbytes is not installed. A quantized base is put on the machine's accelerator.
+
+    Args:
+        recipe: of the run.
+        base: where the base is.
+
+    Raises:
+        UserError: it cannot be loaded.
     """
     place = {"name": base.name, "revision": base.revision}
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=place)})

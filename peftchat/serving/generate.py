@@ -1,6 +1,5 @@
-"""Generate an answer: sampling settings, the streamed text and why it ended."""
+"""Generate an answer: the streamed text and why it ended."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -10,71 +9,10 @@ import torch
 from torch import Tensor
 
 from peftchat.conversation import Message
-from peftchat.errors import UserError
 from peftchat.serving.chat_model import ChatModel
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
-
-
-DEFAULT_NEW_TOKENS = 1024
-"""Most tokens of an answer if neither the model nor the user sets a limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """The user's sampling settings.
-
-    None keeps the value of the model's `generation_config.json`.
-
-    Attributes:
-        max_new_tokens: most tokens of an answer.
-        temperature: sampling temperature; 0 is greedy.
-        top_p: nucleus sampling (Holtzman et al., 2020).
-        top_k: sample from the `top_k` most likely tokens.
-        greedy: always take the most likely token.
-        seed: makes sampling reproducible.
-    """
-
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    greedy: bool = False
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        """Reject settings that contradict each other."""
-        flags = {"--temperature": self.temperature, "--top-p": self.top_p, "--top-k": self.top_k}
-        first = next((flag for flag, value in flags.items() if value), None)
-        if self.greedy and first is not None:
-            raise UserError(
-                f"{first} sets how to sample, but --greedy does not sample", where=first, hint="Remove one of them."
-            )
-
-
-def apply_sampling(settings: "GenerationConfig", sampling: Sampling) -> "GenerationConfig":
-    """Return a copy of the model's settings with the user's in it.
-
-    They are for one answer, without beam search.
-    """
-    chosen = copy.deepcopy(settings)
-    chosen.max_new_tokens = sampling.max_new_tokens or settings.max_new_tokens or DEFAULT_NEW_TOKENS
-    chosen.max_length = None
-    chosen.num_beams = 1
-    chosen.num_return_sequences = 1
-    if sampling.temperature or sampling.top_p is not None or sampling.top_k is not None:
-        chosen.do_sample = True
-    if sampling.greedy or sampling.temperature == 0:
-        chosen.do_sample = False
-    if not chosen.do_sample:
-        chosen.temperature = chosen.top_p = chosen.top_k = None
-        return chosen
-    for name in ("temperature", "top_p", "top_k"):
-        value = getattr(sampling, name)
-        if value is not None:
-            setattr(chosen, name, value)
-    return chosen
 
 
 Finish = Literal["end", "turn", "length", "interrupted"]
@@ -121,7 +59,7 @@ def generate_answer(
 
     Args:
         messages: the conversation, the user's message last.
-        settings: from `apply_sampling`.
+        settings: from `sampling.apply_sampling`.
         on_text: receives each new part of the answer; joined, the parts are `ChatAnswer.text`.
 
     Raises:
@@ -138,14 +76,7 @@ def generate_answer(
     except KeyboardInterrupt:
         interrupted = True
     streamer.end()
-    last = streamer.last
-    finish: Finish = "length"
-    if interrupted:
-        finish = "interrupted"
-    elif last in ends:
-        finish = "end"
-    elif last in turns:
-        finish = "turn"
+    finish = "interrupted" if interrupted else finish_of(streamer.last, ends, turns)
     return ChatAnswer(
         streamer.text,
         finish,
@@ -155,6 +86,19 @@ def generate_answer(
         prompt.special_token_text,
         monotonic() - started,
     )
+
+
+def finish_of(last: int | None, ends: frozenset[int], turns: frozenset[int]) -> Finish:
+    """Return why an answer ended, by its last token."""
+    if last in ends:
+        return "end"
+    return "turn" if last in turns else "length"
+
+
+def decode_answer(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """Return the text of an answer without special tokens and surrounding white space."""
+    arguments: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(list(ids), **arguments)).strip()
 
 
 def _generate(
@@ -210,8 +154,7 @@ class _TextStreamer:
         self._pass_on(self._decoded())
 
     def _decoded(self) -> str:
-        arguments: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return str(self._tokenizer.decode(self.ids, **arguments)).strip()
+        return decode_answer(self._tokenizer, self.ids)
 
     def _pass_on(self, text: str) -> None:
         if len(text) > len(self.text):

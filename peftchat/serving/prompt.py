@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from peftchat.chat_template.encoder import ChatEncoder
@@ -11,6 +12,7 @@ from peftchat.chat_template.text_encoder import TextEncoder
 from peftchat.chat_template.tokenizer_template import TokenizerTemplate
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
+from peftchat.serving.reasoning import opens_reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +50,7 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
         self._text = TextEncoder(tokenizer)
         self._template = TokenizerTemplate(tokenizer)
         self._encoder = ChatEncoder(tokenizer, self._template)
@@ -66,6 +69,11 @@ class PromptEncoder:
         spans = self._template.prompt(Conversation((*_PROBE, *_PROBE[:1])))
         headers = (span.text for span in spans if span.special and part_of(span.tag) == TurnPart.HEADER)
         return frozenset(self._text.special[text] for text in headers) - {self.end_id}
+
+    @cached_property
+    def opens_reasoning(self) -> bool:
+        """Whether the generation prompt opens a reasoning, which the answer then only closes."""
+        return opens_reasoning(self._tokenizer.decode(self.encode(_PROBE[:1]).ids))
 
     def check(self, where: str) -> None:
         """Check that the tokenizer has the special tokens that its template writes.

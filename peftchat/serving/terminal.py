@@ -1,6 +1,7 @@
 """Terminal chat: history, slash commands, input and output."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from peftchat.output_paths import check_output
 from peftchat.paths import expand_path
 from peftchat.serving.chat_model import ChatModel
 from peftchat.serving.generate import ChatAnswer, generate_answer
+from peftchat.serving.reasoning import ReasoningStream, split_reasoning
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -198,10 +200,14 @@ class Chat:
         Raises:
             UserError: the question does not fit into the model's context.
         """
-        answer = generate_answer(self.model, self.conversation.with_question(question), self.settings, self._show)
+        show = _Shown(self.model.prompts.opens_reasoning)
+        on_text = (lambda text: None) if self.as_json else show.write
+        answer = generate_answer(self.model, self.conversation.with_question(question), self.settings, on_text)
+        show.end()
         self.conversation.add(question, answer.text)
         if self.as_json:
-            print(json.dumps(as_record(question, answer), ensure_ascii=False), flush=True)
+            record = as_record(question, answer, opened=self.model.prompts.opens_reasoning)
+            print(json.dumps(record, ensure_ascii=False), flush=True)
         else:
             print(flush=True)
         return answer
@@ -230,17 +236,48 @@ class Chat:
                 stderr.print(f"[the first {answer.dropped} rounds no longer fit into the context]", style="dim")
             reported_drops = answer.dropped
 
-    def _show(self, text: str) -> None:
-        if not self.as_json:
-            sys.stdout.write(_escape_control_chars(text) if sys.stdout.isatty() else text)
+
+class _Shown:
+    """Writes an answer to standard output as it comes; on a terminal its reasoning is dim.
+
+    Args:
+        opened: whether the prompt opened a reasoning.
+    """
+
+    def __init__(self, opened: bool) -> None:
+        self._stream = ReasoningStream(opened)
+        self._color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def write(self, text: str) -> None:
+        if sys.stdout.isatty():
+            self._write(self._stream.feed(text))
+        else:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def end(self) -> None:
+        self._write(self._stream.end())
+
+    def _write(self, pieces: Iterator[tuple[str, bool]]) -> None:
+        for piece, is_reasoning in pieces:
+            shown = _escape_control_chars(piece)
+            sys.stdout.write(f"\x1b[2m{shown}\x1b[0m" if is_reasoning and self._color else shown)
             sys.stdout.flush()
 
 
-def as_record(question: str, answer: ChatAnswer) -> dict[str, object]:
-    """Return an answer as the JSON object that `--json` prints."""
+def as_record(question: str, answer: ChatAnswer, *, opened: bool = False) -> dict[str, object]:
+    """Return an answer as the JSON object that `--json` prints.
+
+    Args:
+        question: the user's.
+        answer: the model's.
+        opened: whether the prompt opened a reasoning.
+    """
+    reasoning, content = split_reasoning(answer.text, opened=opened)
     return {
         "prompt": question,
-        "answer": answer.text,
+        "answer": content,
+        "reasoning": reasoning,
         "stopped": answer.stopped,
         "finish": answer.finish,
         "tokens": answer.tokens,

@@ -53,16 +53,18 @@ class RunNotes:
 
     Attributes:
         lines: the lines so far.
+        silent: whether they are kept and not told.
     """
 
     lines: list[str] = field(default_factory=list)
+    silent: bool = False
 
     def tell(self, line: str) -> None:
         """Tell and keep a line; only the main process writes it."""
         if line in self.lines:
             return
         self.lines.append(line)
-        if is_main_process():
+        if is_main_process() and not self.silent:
             stderr.print(f"Note: {line}", markup=False, highlight=False)
 
 
@@ -186,7 +188,11 @@ def chat_format_of(recipe: "Recipe", tokenizer: "PreTrainedTokenizerBase") -> Ch
         section.system,
         tokenizer,
         settings=TemplateSettings(
-            section.template_kwargs, section.end_token, section.reasoning_history, section.unsupported_roles
+            section.template_kwargs,
+            section.end_token,
+            section.reasoning_history,
+            section.unsupported_roles,
+            section.reasoning_format,
         ),
         today=date.fromisoformat(section.template_date) if section.template_date else None,
     )

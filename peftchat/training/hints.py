@@ -4,14 +4,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peftchat.console import stderr
+from peftchat.dataset.mixture import examples_per_epoch
 from peftchat.errors import UserError
 from peftchat.formatting import format_count, format_rate, format_short_count
+from peftchat.models.added_tokens import find_added_tokens
+from peftchat.training.packs import optimizer_steps
 from peftchat.training.rate_rule import SOURCE, rule_rate
+from peftchat.training.throughput import unsharded_numel
 from peftchat.variants.base import TargetedAdapter
 from peftchat.variants.model_shape import in_attention
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
+    from peftchat.training.context import TrainContext
+    from peftchat.training.model import TrainableModel
 
 _LORA_SOURCE = "https://thinkingmachines.ai/blog/lora/"
 
@@ -73,6 +80,39 @@ def all_in_attention(parameters: Iterable[str]) -> bool:
     """Return whether there are parameters and all of them lie in attention, by their names."""
     names = list(parameters)
     return bool(names) and all(in_attention(name) for name in names)
+
+
+def tell_hints(context: "TrainContext", model: "TrainableModel", *, sequences: int) -> None:
+    """Tell what published evidence warns of, one line each, in the main process.
+
+    Args:
+        context: the run.
+        model: what it trains.
+        sequences: examples or packs of an epoch.
+    """
+    if not context.is_main:
+        return
+    added = find_added_tokens(model.causal_model)
+    added_ids = set() if added is None else {id(parameter) for parameter in added.parameters()}
+    own = {
+        name: unsharded_numel(one)
+        for name, one in model.model.named_parameters()
+        if one.requires_grad and id(one) not in added_ids
+    }
+    training, split = context.recipe.training, context.splits["train"]
+    processes = context.distributed.world_size
+    examples = examples_per_epoch(context.recipe, split.stats)
+    size = RunSize.of_steps(
+        sum(own.values()),
+        attention_only=all_in_attention(own),
+        supervised_tokens=round(split.stats.supervised * examples / split.stats.examples),
+        conversations=examples,
+        sequences=sequences,
+        sequences_per_step=training.per_device_train_batch_size * processes * training.gradient_accumulation_steps,
+        steps=optimizer_steps(training, sequences, processes),
+    )
+    for hint in find_hints(context.recipe, size):
+        stderr.print(f"Hint: {hint}", markup=False, highlight=False)
 
 
 def find_hints(recipe: "Recipe", size: RunSize) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Training: from a recipe to a finished run folder."""
 
 import errno
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from peftchat.console import stderr
-from peftchat.dataset.mixture import examples_per_epoch
 from peftchat.errors import UserError
 from peftchat.interruption import DeferredSignals
 from peftchat.malloc import keep_large_blocks
-from peftchat.models.added_tokens import find_added_tokens, snapshot_embeddings
+from peftchat.models.added_tokens import snapshot_embeddings
 from peftchat.models.saving import save_model_files
 from peftchat.models.source import ModelSource
 from peftchat.runs.claim import claimed
@@ -23,7 +20,7 @@ from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from peftchat.training.best_checkpoint import best_callbacks, load_best
 from peftchat.training.context import TrainContext, TrainOptions, open_context
-from peftchat.training.hints import RunSize, all_in_attention, find_hints
+from peftchat.training.hints import tell_hints
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
 from peftchat.training.preflight import is_disk_full, preflight
@@ -31,7 +28,6 @@ from peftchat.training.progress import ProgressCallback
 from peftchat.training.several_processes import is_main_process
 from peftchat.training.stopping import EvaluationStopped, StopCallback
 from peftchat.training.summary import FitResult, added_tokens, sample_answers, seconds_since_start, summarize
-from peftchat.training.throughput import unsharded_numel
 from peftchat.training.trainer import ChatTrainer, build_trainer, sft_config
 
 if TYPE_CHECKING:
@@ -63,7 +59,7 @@ def train(
         config = sft_config(context)  # Before the model is loaded: transformers has to know about ZeRO-3.
         model = load_trainable_model(context)
         trainer = build_trainer(context, model, config)
-        tell_hints(trainer, context)
+        tell_hints(context, model, sequences=len(trainer.train_dataset))
 
         def start() -> list[SampleAnswer]:
             preflight(trainer, context)
@@ -75,37 +71,6 @@ def train(
         samples_after = sample_answers(trainer.causal_model, context.chat, options.prompts)
         save(trainer, context)
         return summarize(context, trainer, model, fitted, samples_after)
-
-
-def tell_hints(trainer: ChatTrainer, context: TrainContext) -> None:
-    """Tell what published evidence warns of, one line each, in the main process."""
-    if not context.is_main:
-        return
-    added = find_added_tokens(trainer.causal_model)
-    added_ids = set() if added is None else {id(parameter) for parameter in added.parameters()}
-    own = {
-        name: unsharded_numel(one)
-        for name, one in trainer.model.named_parameters()
-        if one.requires_grad and id(one) not in added_ids
-    }
-    training, stats = context.recipe.training, context.splits["train"].stats
-    sequences = len(trainer.train_dataset)
-    examples = examples_per_epoch(context.recipe, stats)
-    per_pass = training.per_device_train_batch_size * context.distributed.world_size
-    steps = training.max_steps
-    if steps <= 0:
-        steps = math.ceil(sequences / per_pass / training.gradient_accumulation_steps * training.num_train_epochs)
-    size = RunSize.of_steps(
-        sum(own.values()),
-        attention_only=all_in_attention(own),
-        supervised_tokens=round(stats.supervised * examples / stats.examples),
-        conversations=examples,
-        sequences=sequences,
-        sequences_per_step=per_pass * training.gradient_accumulation_steps,
-        steps=steps,
-    )
-    for hint in find_hints(context.recipe, size):
-        stderr.print(f"Hint: {hint}", markup=False, highlight=False)
 
 
 @contextmanager

@@ -35,12 +35,13 @@ from peftchat.runs.checkpoint import Checkpoint, keep_newest
 from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.training.context import TrainContext
 from peftchat.training.distributed import deepspeed_config
+from peftchat.training.epoch_sampler import EpochCallback, EpochDataset, EpochSampler
 from peftchat.training.held_out import HeldOutLosses, write_losses
 from peftchat.training.learning_rate import ContinuedScheduleCallback, begin_above_zero
 from peftchat.training.loss import install_supervised_forward
 from peftchat.training.model import TrainableModel, select_attention
 from peftchat.training.number_checks import NumberChecks
-from peftchat.training.packs import EpochCallback, EpochDataset, EpochSampler, make_collator, make_packs
+from peftchat.training.packs import make_collator, make_packs
 from peftchat.training.progress import MetricsCallback, memory_in_use
 from peftchat.training.throughput import BudgetCallback, Throughput, TokenCounts, has_budget
 from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs, trainer_hooks

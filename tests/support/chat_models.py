@@ -36,14 +36,19 @@ def save_model(folder: Path, kind: str = "llama", tokenizer: Any = None, **chang
     return folder
 
 
-def save_scripted(folder: Path, answer: str, after: str = "<|end|>", context: int = 256) -> Path:
+def save_scripted(
+    folder: Path, answer: str, after: str | None = "<|end|>", context: int = 256, before: str = "\n"
+) -> Path:
     """A model that answers every question with `answer`, a text of distinct bytes, and then writes `after`.
+
+    The prompt ends with `before`. Without `after`, the last byte of the answer is `before`, and the answer repeats.
 
     Its layers add nothing, its embedding is the identity and its head a table from each token to the next.
     """
     tokenizer = in_format(byte_level(merges=0))
-    ids = [*tokenizer.encode("\n" + answer, add_special_tokens=False), tokenizer.convert_tokens_to_ids(after)]
-    assert len(set(ids)) == len(ids), "every token must have one successor"
+    ids = tokenizer.encode(before + answer, add_special_tokens=False)
+    ids += [] if after is None else [tokenizer.convert_tokens_to_ids(after)]
+    assert all(dict(pairwise(ids))[one] == next for one, next in pairwise(ids)), "every token must have one successor"
     size = len(tokenizer)
     config = LlamaConfig(
         vocab_size=size,

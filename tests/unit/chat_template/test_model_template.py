@@ -176,10 +176,10 @@ def test_a_turn_without_an_end_token_does_not_take_the_next_header() -> None:
 def test_an_answer_that_nothing_asks_for_is_context() -> None:
     found = parts_of(chat_of("llama2", TEMPLATES["llama3"]), ("assistant", "0"), ("user", "q"))
     header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    assert found[:2] == [("HEADER", "assistant", f"<s>{header}"), ("CONTENT", "assistant", "0")]
+    assert found[:3] == [("OUTSIDE", None, "<s>"), ("HEADER", "assistant", header), ("CONTENT", "assistant", "0")]
     found = parts_of(chat_of("llama2", TEMPLATES["default-system"]), ("assistant", "0"))
     default = "<|im_start|>system\nBe kind.<|im_end|>\n"
-    assert found[:2] == [("HEADER", "assistant", f"{default}<|im_start|>assistant\n"), ("CONTENT", "assistant", "0")]
+    assert found[:2] == [("OUTSIDE", None, default), ("HEADER", "assistant", "<|im_start|>assistant\n")]
 
 
 def test_a_default_system_prompt_is_used_where_there_is_none() -> None:
@@ -291,7 +291,11 @@ def test_smollms_own_template(demo_model: Path) -> None:
         labels = labels_for(row.ids, row.token_tags, loss_mask_table("answers"))
         assert np.array_equal(labels, np.where(mask, ids, -100))
     parts = {part_of(int(value)) for row in rows for value in row.token_tags}
-    assert parts >= {TurnPart.HEADER, TurnPart.CONTENT, TurnPart.END, TurnPart.TRAILER}
+    assert parts == {TurnPart.OUTSIDE, TurnPart.HEADER, TurnPart.CONTENT, TurnPart.END, TurnPart.TRAILER}
+    for row in rows:
+        outside = row.ids[[part_of(tag) == TurnPart.OUTSIDE for tag in row.token_tags.tolist()]]
+        default = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        assert chat.tokenizer.decode(outside) == default
 
 
 @pytest.mark.parametrize("reasoning", ["2", "assistant", "user", "a"])

@@ -1,14 +1,16 @@
 """Settings of a recipe are part of the template: stock `apply_chat_template` writes the prompts that were trained."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import Environment, nodes
 
 from peftchat.chat_template.chat_format import ChatFormat, make_format
-from peftchat.chat_template.loss_mask import loss_mask_table
+from peftchat.chat_template.loss_mask import TurnPart, loss_mask_table, part_of, role_of
 from peftchat.chat_template.template_settings import TemplateSettings
 from peftchat.conversation import Conversation, Message, ToolCall
 from peftchat.errors import UserError
@@ -51,6 +53,17 @@ def without_reasoning(messages: Dicts) -> Dicts:
     ]
 
 
+def with_reasoning_inline(messages: Dicts) -> Dicts:
+    changed = []
+    for message in messages:
+        reasoning = message.get("reasoning_content")
+        if message["role"] == "assistant" and reasoning:
+            message = {key: value for key, value in message.items() if key != "reasoning_content"}
+            message["content"] = f"<think>\n{reasoning}\n</think>\n\n{message['content']}"
+        changed.append(message)
+    return changed
+
+
 def without_system(messages: Dicts) -> Dicts:
     return [message for message in messages if message["role"] != "system"]
 
@@ -67,6 +80,12 @@ def system_merged(messages: Dicts) -> Dicts:
     [
         ("keeping", {"reasoning_history": "drop"}, without_reasoning),
         ("qwen3", {"reasoning_history": "drop"}, without_reasoning),
+        ("chatml", {"reasoning_format": "inline"}, with_reasoning_inline),
+        (
+            "chatml",
+            {"reasoning_format": "inline", "reasoning_history": "drop"},
+            lambda messages: with_reasoning_inline(without_reasoning(messages)),
+        ),
         ("gemma", {"unsupported_roles": "merge_into_user"}, system_merged),
         ("gemma", {"unsupported_roles": "drop"}, without_system),
         ("zephyr", {"unsupported_roles": "drop"}, lambda messages: messages),
@@ -156,6 +175,91 @@ def test_reasoning_that_the_template_drops_cannot_be_kept() -> None:
         Conversation(turns).as_dicts()[:3], tokenize=False, add_generation_prompt=True
     )
     assert "One and one." in prompt and chat.tokenizer.decode(example.ids).startswith(prompt)
+
+
+THOUGHT = Conversation((Message("user", "1+1?"), Message("assistant", "2.", reasoning="One and one.")))
+INLINE = "<think>\nOne and one.\n</think>\n\n2."
+
+
+def test_a_refusal_names_the_setting_that_writes_reasoning() -> None:
+    with pytest.raises(UserError, match="does not write the reasoning of message 2") as refused:
+        format_of("llama3").encoder().encode([THOUGHT])
+    assert "`chat.reasoning_format: inline`" in str(refused.value.hint)
+    chat = format_of("llama3", reasoning_format="inline")
+    (example,) = chat.encoder().encode([THOUGHT])
+    assert chat.tokenizer.decode(example.ids[loss_mask_table("answers")[example.token_tags]]) == f"{INLINE}<|eot_id|>"
+    parts = [part_of(tag) for tag in example.token_tags.tolist()]
+    reasoning = example.ids[[part == TurnPart.REASONING for part in parts]]
+    assert chat.tokenizer.decode(reasoning) == "<think>\nOne and one.\n</think>\n\n"
+
+
+def test_no_setting_is_named_that_would_not_help() -> None:
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = FAMILIES["chatml"].replace("m.content", "m.content.split('</think>')[-1]")
+    with pytest.raises(UserError, match="does not write the reasoning") as refused:
+        make_format("model", None, tokenizer).encoder().encode([THOUGHT])
+    assert "reasoning_format" not in str(refused.value.hint)
+    tokenizer.chat_template = FAMILIES["qwen3"].replace("m.role == 'assistant' and", "enable_thinking and")
+    with pytest.raises(UserError, match="does not write the reasoning") as refused:
+        make_format("model", None, tokenizer).encoder().encode([THOUGHT])
+    assert "`chat.template_kwargs: {enable_thinking: true}`" in str(refused.value.hint)
+
+
+def test_definitions_of_tools_count_as_text_of_the_system() -> None:
+    """As in the fast path of the templates of the registry, and where the template puts its own text in front."""
+    counts = {}
+    for policy in ("template", "drop"):
+        chat = format_of("chatml", "chatml", reasoning_history=policy)
+        for conversation in (TALK, Conversation(TALK.messages[1:], tools=TALK.tools)):
+            (example,) = chat.encoder().encode([conversation])
+            roles = Counter(role_of(tag) for tag in example.token_tags.tolist())
+            counts.setdefault(len(conversation.messages), []).append(roles)
+    assert all(one == other and one["system"] > 200 for one, other in counts.values())
+    for settings in ({}, {"unsupported_roles": "merge_into_user"}):
+        chat = format_of("phi" if settings else "chatml", **settings)
+        (example,) = chat.encoder().encode([Conversation(TALK.messages[1:], tools=TALK.tools)])
+        of_user = example.ids[[role_of(tag) == "user" for tag in example.token_tags.tolist()]]
+        assert "Finds." not in chat.tokenizer.decode(of_user) and "Who is 7?" in chat.tokenizer.decode(of_user)
+
+
+def test_settings_use_what_llama_cpp_reads() -> None:
+    """Its `selectattr` and `rejectattr` take an attribute's name, not a place in a pair (`common/jinja/value.cpp`)."""
+    everything = [
+        {"reasoning_format": "inline", "reasoning_history": "drop", "unsupported_roles": policy}
+        for policy in ("merge_into_user", "drop")
+    ]
+    for settings in everything:
+        tree = Environment(extensions=["jinja2.ext.do"]).parse(str(format_of("gemma", **settings).template.jinja))
+        for filtered in tree.find_all((nodes.Filter, nodes.Test)):
+            assert filtered.name in {"list", "tojson", "trim", "string", "defined", "none"}, filtered
+
+
+def test_a_template_that_writes_reasoning_is_not_given_it_inline() -> None:
+    with pytest.raises(UserError, match="has a place for reasoning") as refused:
+        format_of("qwen3", reasoning_format="inline")
+    assert refused.value.where == "chat.reasoning_format: inline"
+    for history in ("template", "drop"):
+        chat = format_of("chatml", "chatml", reasoning_format="inline", reasoning_history=history)
+        (example,) = chat.encoder().encode([THOUGHT])
+        assert INLINE in chat.tokenizer.decode(example.ids)
+
+
+def test_the_saved_template_takes_reasoning_under_every_name_and_contents_of_every_kind() -> None:
+    chat = format_of("chatml", reasoning_format="inline")
+    call = {"type": "function", "function": {"name": "find", "arguments": {}}}
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        messages = [
+            {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "content": None, name: "One and one.", "tool_calls": [call]},
+            {"role": "assistant", "content": "2.", name: None},
+            {"role": "user", "content": "x", name: "not an answer's"},
+        ]
+        text = rendered(str(chat.tokenizer.chat_template), chat.tokenizer, messages)
+        assert "assistant\n<think>\nOne and one.\n</think>\n\n<tool_call>find {}</tool_call><|im_end|>" in text
+        assert "assistant\n2.<|im_end|>" in text and "not an answer" not in text
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "2."}], "reasoning": "One and one."}]
+    source = str(chat.tokenizer.chat_template).replace("m.content", "m.content | map(attribute='text') | join")
+    assert INLINE in rendered(source, chat.tokenizer, parts)
 
 
 @pytest.mark.parametrize("name", ["starchat", "phi", "zephyr"])

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
 from peftchat.serving.chat_model import load_for_chat
-from peftchat.serving.generate import Sampling, apply_sampling, generate_answer
+from peftchat.serving.generate import generate_answer
 from peftchat.serving.prompt import PromptEncoder
+from peftchat.serving.sampling import Sampling, apply_sampling
 from tests.support.chat_models import QUESTIONS, in_format, save_adapter_run, save_model, save_scripted
 from tests.support.tokenizers import byte_level
 

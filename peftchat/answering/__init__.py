@@ -1,0 +1,1 @@
+"""Answers of models to the questions of a file."""

@@ -37,6 +37,21 @@ class _BatchSize(click.ParamType):
     "truthfulqa_mc1 and truthfulqa_mc2]",
 )
 @click.option("--include", type=PathType(), multiple=True, help="Folder with task files of your own. Repeatable.")
+@click.option(
+    "--code", type=PathType(), multiple=True, help="Problems of HumanEval's or MBPP's form (JSON lines). Repeatable."
+)
+@click.option("--run-code", is_flag=True, help="Run what the model writes for --code, in a sandbox on this machine.")
+@click.option("--open-sandbox", is_flag=True, help="Run it even where the sandbox does not hold programs.")
+@click.option(
+    "--code-samples", type=click.IntRange(min=1), default=1, show_default=True, help="Programs of each problem."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, min_open=True),
+    default=0.2,
+    show_default=True,
+    help="Of several programs; a single one is greedy.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Ask only the first N questions of each task.")
 @click.option(
     "--chat-template/--no-chat-template",
@@ -58,6 +73,11 @@ def command(
     allow_changed: bool,
     tasks: str | None,
     include: tuple[Path, ...],
+    code: tuple[Path, ...],
+    run_code: bool,
+    open_sandbox: bool,
+    code_samples: int,
+    temperature: float,
     limit: int | None,
     chat_template: bool,
     system: str | None,
@@ -76,14 +96,15 @@ def command(
     peftchat evaluate runs/assistant
     peftchat evaluate runs/assistant --tasks arc_challenge@25,hellaswag@10 --limit 200
     peftchat evaluate runs/assistant --against runs/other --include tasks --tasks my_task
+    peftchat evaluate runs/assistant --code HumanEval.jsonl.gz --run-code
     """
     from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
-    from peftchat.evaluating.task_catalog import DEFAULT_TASKS, parse_tasks, require_harness
+    from peftchat.evaluating.task_catalog import parse_tasks, require_harness
 
-    tasks = DEFAULT_TASKS if tasks is None else tasks
-    parse_tasks(tasks)
+    if tasks is not None:
+        parse_tasks(tasks)
     require_harness()
     from transformers.utils.logging import disable_progress_bar
 
@@ -93,13 +114,14 @@ def command(
     from peftchat.evaluating.evaluation_progress import EvaluationProgress
     from peftchat.evaluating.evaluation_report import evaluation_table, notes
     from peftchat.evaluating.harness import AskOptions
-    from peftchat.evaluating.run_evaluation import EvaluateOptions
+    from peftchat.evaluating.run_evaluation import CodeOptions, EvaluateOptions
 
     disable_progress_bar()
     options = EvaluateOptions(
         against=against,
         alone=alone,
         tasks=tasks,
+        code=CodeOptions(code, run_code, open_sandbox, code_samples, temperature),
         include=include,
         ask=AskOptions(chat_template, system, batch_size, limit),
         cluster=cluster,

@@ -49,7 +49,7 @@ def notes(evaluation: Evaluation) -> list[str]:
         if model.cut:
             found.append(
                 f"{model.name}: {format_count(model.cut)} of {format_count(model.requests)} requests did not fit into "
-                f"the context of {format_count(model.context)} tokens and lost their beginning. Ask with fewer shots."
+                f"the context of {format_count(model.context)} tokens and lost their beginning."
             )
     return found
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import random
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class TaskScores:
         clusters: the group of related questions that each belongs to; None where each stands alone.
         samples: what is kept of each question, as JSON values.
         members: the tasks of a group; empty for a task.
+        dataset: the hub id of its data; None for local files.
         weighted: for a group, the metrics (`NAME`, or `NAME,FILTER`) in which each question counts the same; in others
             each task does.
     """
@@ -61,6 +63,7 @@ class TaskScores:
     clusters: tuple[Hashable, ...] | None = None
     samples: tuple[dict[str, Any], ...] = ()
     members: tuple[str, ...] = ()
+    dataset: str | None = None
     weighted: frozenset[str] = frozenset()
 
 
@@ -85,6 +88,9 @@ class ModelScores:
     batch_sizes: tuple[int, ...]
     cut: int
     requests: int
+
+
+OtherTask = tuple[str, Callable[[Any, bool], TaskScores]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,7 @@ def score_model(
     on_task: Callable[[str], None] = lambda task: None,
     on_answer: Callable[[int], None] = lambda count: None,
     on_finished: Callable[[TaskScores], None] = lambda scores: None,
+    others: Sequence[OtherTask] = (),
 ) -> ModelScores:
     """Load a model, ask it the questions of all tasks, and free it.
 
@@ -123,6 +130,8 @@ def score_model(
         on_task: called with the name of each task before it.
         on_answer: called with the number of new answers.
         on_finished: called with the scores of each task and group.
+        others: tasks that the harness does not have, by name; each is given the harness's model, and whether to ask
+            through the chat template.
 
     Raises:
         UserError: the model cannot be loaded, or a question does not fit into its context.
@@ -133,6 +142,8 @@ def score_model(
     tokenizer = model.tokenizer()
     through_template = options.chat_template and bool(tokenizer.chat_template)
     loaded = model.load()
+    # PEFT keeps the base's settings, and only the run's name the token that ends an answer.
+    loaded.generation_config = model.source.generation_config()
     scores: dict[str, TaskScores] = {}
     requests = 0
 
@@ -149,6 +160,10 @@ def score_model(
             for found in _score(harness, task, options, through_template):
                 scores[found.task] = found
                 on_finished(found)
+        for name, score in others:
+            on_task(name)
+            scores[name] = score(harness, through_template)
+            on_finished(scores[name])
     sizes = tuple(sorted({int(size) for size in harness.batch_sizes.values()} or _fixed(options.batch_size)))
     return ModelScores(
         scores, through_template, str(harness.device), int(harness.max_length), sizes, harness.cut, requests
@@ -215,7 +230,14 @@ def _task_scores(name: str, chosen: ChosenTask, found: Mapping[str, Any]) -> Tas
         tuple(str(question["doc_hash"]) for question in questions),
         None if field is None else tuple(str(question["doc"].get(field)) for question in questions),
         tuple(_kept(name, sample) for one in filters for sample in by_filter[one]),
+        dataset=_hub_id(task.get_config("dataset_path")),
     )
+
+
+def _hub_id(dataset: Any) -> str | None:
+    """Return the hub id of a task's data; None for files, whose paths belong to this machine."""
+    is_id = isinstance(dataset, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) and not Path(dataset).exists()
+    return dataset if is_id else None
 
 
 def _group_scores(group: Any, chosen: ChosenTask, found: Mapping[str, Any], scores: Sequence[TaskScores]) -> TaskScores:
@@ -231,7 +253,7 @@ def _group_scores(group: Any, chosen: ChosenTask, found: Mapping[str, Any], scor
     metrics = {
         key: MetricScore(float(value), error, better, None) for key, value, error, better in _metrics(group.name, found)
     }
-    shots = {part.shots for part in parts}
+    shots, datasets = {part.shots for part in parts}, {part.dataset for part in parts}
     return TaskScores(
         group.name,
         chosen.name,
@@ -241,6 +263,7 @@ def _group_scores(group: Any, chosen: ChosenTask, found: Mapping[str, Any], scor
         sum(part.available for part in parts),
         metrics,
         members=tuple(part.task for part in parts),
+        dataset=datasets.pop() if len(datasets) == 1 else None,
         weighted=weighted,
     )
 

@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftchat.console import stderr
 from peftchat.errors import UserError
+from peftchat.evaluating.card_results import write_results
 from peftchat.evaluating.evaluated_model import EvaluatedModel
 from peftchat.evaluating.evaluation_report import difference_plot, markdown
 from peftchat.evaluating.harness import AskOptions, ModelScores, TaskScores, score_model
+from peftchat.evaluating.sandbox import require_sandbox
+from peftchat.evaluating.score_programs import ProgramTask, load_program_task, score_programs
 from peftchat.evaluating.side_by_side import Evaluation, ModelRow, side_by_side
 from peftchat.evaluating.task_catalog import DEFAULT_TASKS, ChosenTask, TaskSpec, load_tasks, parse_tasks
 from peftchat.files import write_text
@@ -24,6 +28,54 @@ RESULTS = "results.json"
 _SEED = 1234
 
 
+@dataclass(frozen=True, slots=True)
+class CodeOptions:
+    """Problems that are solved by a program.
+
+    Attributes:
+        files: HumanEval's or MBPP's, or of their form.
+        run: run what a model wrote; without it, files are refused.
+        open_sandbox: go on where the sandbox does not hold programs.
+        samples: programs of each problem.
+        temperature: of several samples.
+    """
+
+    files: Sequence[Path] = ()
+    run: bool = False
+    open_sandbox: bool = False
+    samples: int = 1
+    temperature: float = 0.2
+
+    def load(self, limit: int | None) -> list[ProgramTask]:
+        """Read the files and try the sandbox.
+
+        Raises:
+            UserError: programs are not to be run, or are not held, or a file cannot be used.
+        """
+        if self.files and not self.run:
+            raise UserError(
+                "these problems are solved by programs: what the model writes is run on this machine",
+                where="--code",
+                hint="Add `--run-code` if you want that. Each program gets a process without network and files.",
+            )
+        if not self.files:
+            if self.run:
+                raise UserError("there is no code to run", where="--run-code", hint="Name problems with `--code FILE`.")
+            return []
+        tasks = [
+            load_program_task(file, limit=limit, samples=self.samples, temperature=self.temperature)
+            for file in self.files
+        ]
+        names = [task.name for task in tasks]
+        if len(set(names)) < len(names):
+            raise UserError(f"two files have one name: {', '.join(names)}", where="--code", hint="Rename one of them.")
+        doors = require_sandbox(allow_open=self.open_sandbox)
+        if doors:
+            what = ", ".join(doors)
+            stderr.print(f"Warning: a program of the model can {what} on this machine.", style="yellow", markup=False)
+        return tasks
+
+
 @dataclass(frozen=True)
 class EvaluateOptions:
     """What to evaluate and how.
@@ -31,7 +83,8 @@ class EvaluateOptions:
     Attributes:
         against: other models; empty for the base of a run.
         alone: do not compare a run with its base.
-        tasks: `NAME[@SHOTS],…`.
+        tasks: `NAME[@SHOTS],…`; None for the default ones, or for none beside `code`.
+        code: problems that are solved by a program.
         include: folders with task files.
         ask: how a model is asked.
         cluster: the field by which questions are related; None for what the tasks say.
@@ -42,7 +95,8 @@ class EvaluateOptions:
 
     against: Sequence[str] = ()
     alone: bool = False
-    tasks: str = DEFAULT_TASKS
+    tasks: str | None = None
+    code: CodeOptions = field(default_factory=CodeOptions)
     include: Sequence[Path] = ()
     ask: AskOptions = field(default_factory=AskOptions)
     cluster: str | None = None
@@ -89,24 +143,51 @@ def evaluate_models(
         VerificationError: a model computes no numbers.
     """
     options = options or EvaluateOptions()
-    specs = parse_tasks(options.tasks)
+    specs = _specs(options)
+    programs = options.code.load(options.ask.limit)
     models = _models(name, options)
-    folder, answers = _folders(models, specs, options)
+    folder, answers = _folders(models, specs, programs, options)
     _check_templates(models, options)
-    tasks = load_tasks(specs, options.include, limit=options.ask.limit, cluster=options.cluster)
+    tasks = load_tasks(specs, options.include, cluster=options.cluster) if specs else []
+    clash = {name for task in tasks for name in task.tasks} & {task.name for task in programs}
+    if clash:
+        raise UserError(f"{min(clash)} is a task and a file of problems", where="--code", hint="Rename the file.")
+    others = [(task.name, _scorer(task, options.ask.system)) for task in programs]
     rows, scores = [], []
     for model in models:
         watch.on_model(model)
         key = model.key()
         found = score_model(
-            model, tasks, options.ask, answers / f"{key}.jsonl", watch.on_task, watch.on_answer, watch.on_finished
+            model,
+            tasks,
+            options.ask,
+            answers / f"{key}.jsonl",
+            watch.on_task,
+            watch.on_answer,
+            watch.on_finished,
+            others,
         )
         gc.collect()
         scores.append(found)
         rows.append(_model_row(model, found, key))
-    evaluation = Evaluation(tuple(rows), side_by_side(scores), _settings(tasks, options))
+    evaluation = Evaluation(tuple(rows), side_by_side(scores), _settings([*tasks, *programs], options))
     _write(evaluation, scores, folder)
+    run = RunFolder(models[0].source.path)
+    if models[0].recipe is not None and run.is_finished and run.model_card.is_file():
+        write_results(run.model_card, evaluation)
     return evaluation, folder
+
+
+def _specs(options: EvaluateOptions) -> list[TaskSpec]:
+    if options.tasks is None:
+        return [] if options.code.files or options.code.run else parse_tasks(DEFAULT_TASKS)
+    return parse_tasks(options.tasks)
+
+
+def _scorer(task: ProgramTask, system: str | None) -> Callable[[Any, bool], TaskScores]:
+    return lambda harness, through_template: score_programs(
+        harness, task, through_template=through_template, system=system
+    )
 
 
 def _models(name: str, options: EvaluateOptions) -> list[EvaluatedModel]:
@@ -137,7 +218,10 @@ def _check_templates(models: Sequence[EvaluatedModel], options: EvaluateOptions)
 
 
 def _folders(
-    models: Sequence[EvaluatedModel], specs: Sequence[TaskSpec], options: EvaluateOptions
+    models: Sequence[EvaluatedModel],
+    specs: Sequence[TaskSpec],
+    programs: Sequence[ProgramTask],
+    options: EvaluateOptions,
 ) -> tuple[Path, Path]:
     """Return the folder of the results, and that of the kept answers."""
     first = models[0]
@@ -150,7 +234,8 @@ def _folders(
     root = Path("evaluations")
     if first.recipe is not None and RunFolder(first.source.path).is_run:
         root = RunFolder(first.source.path).path / "evaluations"
-    names = "+".join(spec.name if spec.shots is None else f"{spec.name}@{spec.shots}" for spec in specs)
+    asked = [spec.name if spec.shots is None else f"{spec.name}@{spec.shots}" for spec in specs]
+    names = "+".join([*asked, *(f"{task.name}@{task.samples}" for task in programs)])
     settings = [[model.name for model in models], names, options.ask.limit, options.ask.chat_template,
                 options.ask.system, options.cluster]  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:6]
@@ -189,10 +274,11 @@ def _model_row(model: EvaluatedModel, scores: ModelScores, key: str) -> ModelRow
     )
 
 
-def _settings(tasks: Sequence[ChosenTask], options: EvaluateOptions) -> dict[str, Any]:
+def _settings(tasks: Sequence[ChosenTask | ProgramTask], options: EvaluateOptions) -> dict[str, Any]:
     return {
         "tasks": [task.name for task in tasks],
         "include": [str(folder) for folder in options.include],
+        "code_samples": options.code.samples if options.code.files else None,
         "limit": options.ask.limit,
         "chat_template": options.ask.chat_template,
         "system": options.ask.system,

@@ -103,14 +103,13 @@ def require_harness() -> None:
 
 
 def load_tasks(
-    specs: Sequence[TaskSpec], include: Sequence[Path] = (), *, limit: int | None = None, cluster: str | None = None
+    specs: Sequence[TaskSpec], include: Sequence[Path] = (), *, cluster: str | None = None
 ) -> list[ChosenTask]:
     """Load tasks with their data.
 
     Args:
         specs: the tasks that were asked for.
         include: folders with task files (YAML) of one's own; they come before tasks of the harness of the same name.
-        limit: the most questions of a task.
         cluster: the field of every question by which questions are related; None for what the tasks say.
 
     Raises:
@@ -177,6 +176,8 @@ def unknown_task(name: str, known: Iterable[str]) -> UserError:
 
 def _load(manager: "TaskManager", spec: TaskSpec, include: Sequence[Path], cluster: str | None) -> ChosenTask:
     where = f"task {spec.name}"
+    if (manager.task_index[spec.name].cfg or {}).get("unsafe_code"):
+        raise _runs_code(where)
     try:
         found = manager.load([spec.name])
     except (ConnectionError, FileNotFoundError) as error:
@@ -217,14 +218,15 @@ def _missing_data(where: str, error: Exception, include: Sequence[Path]) -> User
     )
 
 
+def _runs_code(where: str) -> UserError:
+    what = "the harness would run the model's code in this process, without a sandbox"
+    return UserError(what, where=where, hint="Evaluate programs with `--code FILE --run-code`.")
+
+
 def _check_task(name: str, task: Any) -> None:
     where = f"task {name}"
     if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(
-            "the harness would run the model's code in this process, without a sandbox",
-            where=where,
-            hint="Evaluate programs with `--code FILE --run-code`.",
-        )
+        raise _runs_code(where)
     if getattr(task, "MULTIMODAL", False):
         raise UserError("the task has images or sound, and only texts are evaluated", where=where)
     try:

@@ -130,8 +130,6 @@ def expert_notes(recipe: "Recipe", model: "PreTrainedModel") -> tuple[str, ...]:
     if len(adapted) < len(shape.experts):
         frozen = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in shape.experts if name not in adapted))
         notes.append(f"The experts' {frozen} stay frozen, as adapter.{_why_frozen(recipe.adapter)} says.")
-    if targets and getattr(recipe.adapter, "dropout", None):
-        notes.append("LoRA's dropout is 0 here, not the default: PEFT has none for adapted parameters such as experts.")
     if recipe.method == "qlora":
         notes.append("The experts stay in 16 bits: bitsandbytes quantizes linear layers alone.")
     return tuple(notes)

@@ -298,6 +298,11 @@ class DataSection(StrictModel):
         description="The sources trained on; several are mixed by weight.",
         examples=["[{path: conversations.jsonl}]"],
     )
+    resample: bool = Field(
+        False,
+        description="Draw the shares of the sources anew in each epoch: with `weight: 0.5` another half, until every "
+        "example had its turn. Needs a weight that is no whole number.",
+    )
     eval: Entries | None = Field(
         None,
         description="Held-out sources. Give these or `eval_fraction`, not both; with neither nothing is evaluated.",

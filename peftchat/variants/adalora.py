@@ -50,7 +50,7 @@ class Adalora(TargetedAdapter):
     init_r: int = Field(12, ge=1, description="Initial rank of every layer.")
     target_r: int = Field(8, ge=1, description="Mean rank of a layer at the end.")
     alpha: int = Field(32, ge=1, description="Scale of the update: `alpha` over the current rank.")
-    dropout: Dropout = 0.05
+    dropout: Dropout = 0.0
     tinit: NotInConfig[float] = Field(
         0.1, ge=0, description="Steps before ranks begin to fall. Below 1 it is a fraction of all steps."
     )

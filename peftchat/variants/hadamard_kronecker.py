@@ -72,7 +72,7 @@ class Gralora(LowRankAdapter):
     peft_dropout = "gralora_dropout"
 
     variant: Literal["gralora"] = "gralora"
-    dropout: Dropout = 0.05
+    dropout: Dropout = 0.0
     gralora_k: Annotated[int, Formerly("blocks")] = Field(
         2, ge=1, description="Each weight is split into `gralora_k` times `gralora_k` blocks; it must divide `r`."
     )

@@ -284,7 +284,7 @@ class Eva(LoraAdapter):
     vllm = "merged"
 
     variant: Literal["eva"] = "eva"
-    dropout: Dropout = 0.05
+    dropout: Dropout = 0.0
     rho: NotInConfig[float] = Field(
         2.0, ge=1, description="How uneven ranks may become: at most `rho * r` in a layer. 1 keeps them equal."
     )

@@ -50,26 +50,23 @@ class LoraAdapter(LowRankAdapter):
 class DropoutLoraAdapter(LoraAdapter):
     """An adapter of PEFT's LoRA class that can drop inputs during training."""
 
-    dropout: Dropout = 0.05
+    dropout: Dropout = 0.0
 
     def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
-        """Return the keyword arguments of LoraConfig, without a default dropout where experts are adapted.
+        """Return the keyword arguments of LoraConfig.
 
         Raises:
             UserError: the recipe sets a dropout, and PEFT has none for experts.
         """
         settings = super().peft_settings(shape)
         if settings.get("target_parameters") and self.dropout:
-            # Written recipes of runs name every key, so the default's value says nothing.
-            if self.dropout != type(self).model_fields["dropout"].default:
-                raise UserError(
-                    "PEFT adds the update to the weights of experts themselves, so no inputs can be dropped: "
-                    f"got {self.dropout:g}, expected 0",
-                    where=f"adapter.dropout: {self.dropout:g}",
-                    hint="Remove the key or set it to 0. With target_modules: attention the experts stay frozen, and "
-                    "dropout works.",
-                )
-            settings[self.peft_dropout] = 0.0
+            raise UserError(
+                "PEFT adds the update to the weights of experts themselves, so no inputs can be dropped: "
+                f"got {self.dropout:g}, expected 0",
+                where=f"adapter.dropout: {self.dropout:g}",
+                hint="Remove the key or set it to 0. With target_modules: attention the experts stay frozen, and "
+                "dropout works.",
+            )
         return settings
 
 

@@ -186,6 +186,7 @@ def test_a_mapping_that_does_not_fit_is_one_error(tmp_path: Path, row: Any, opti
         (("--columns", "promptt=ask"), "unknown field `promptt`; known: prompt, completion,"),
         (("--columns", "prompt"), "'prompt' is not NAME=NAME"),
         (("--columns", "prompt=ask,prompt=answer"), "`prompt` is there twice"),
+        (("--columns", "prompt=ask", "--columns", "prompt=answer"), "`prompt` is there twice"),
         (("--roles", "agent=assistantt"), "unknown role `assistantt`; known: system, user, assistant, tool"),
         (("--subset", "main"), "subset"),
     ],
@@ -206,8 +207,8 @@ def test_options_mean_what_the_recipe_keys_mean(tmp_path: Path, capsys: pytest.C
     path = tmp_path / "rows.jsonl"
     turns = [("customer", "Hi"), ("customer", "Hello?"), ("agent", "Yes?")]
     path.write_text(json.dumps({"talk": [{"by": by, "says": says} for by, says in turns]}) + "\n")
-    options = ["--columns", "messages=talk,role=by,content=says", "--roles", "customer=user,agent=assistant"]
-    options += ["--consecutive", "merge"]
+    options = ["--columns", "messages=talk,role=by", "--roles", "customer=user", "--consecutive", "merge"]
+    options += ["--columns", "content=says", "--roles", "agent=assistant"]
     done = run(capsys, "data", "prepare", str(path), "-o", str(tmp_path / "out"), "--eval-fraction", "0", *options)
     assert done.returncode == 0, done.stderr
     (one,) = read_conversations(tmp_path / "out" / "train.jsonl")

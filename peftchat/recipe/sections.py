@@ -6,7 +6,12 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from peftchat.chat_template.loss_mask import LossOn, LossPolicy
-from peftchat.chat_template.template_settings import ReasoningFormat, ReasoningHistory, UnsupportedRoles
+from peftchat.chat_template.template_settings import (
+    ReasoningFormat,
+    ReasoningHistory,
+    TemplateSettings,
+    UnsupportedRoles,
+)
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, is_template_name, template_summaries
 from peftchat.conversation import Role
 from peftchat.strict_model import StrictModel, list_to_tuple
@@ -204,6 +209,13 @@ class ChatSection(StrictModel):
         description="What to do with an example in which no token is trained: `drop` it and count it, or stop with an "
         "`error`.",
     )
+
+    @property
+    def template_settings(self) -> TemplateSettings:
+        """What is written into the template."""
+        return TemplateSettings(
+            self.template_kwargs, self.end_token, self.reasoning_history, self.unsupported_roles, self.reasoning_format
+        )
 
     @property
     def loss_policy(self) -> LossPolicy:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftchat.chat_template.chat_format import ChatFormat, make_format
-from peftchat.chat_template.template_settings import TemplateSettings
 from peftchat.console import stderr
 from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.dataset.mixture import data_notes
@@ -187,12 +186,6 @@ def chat_format_of(recipe: "Recipe", tokenizer: "PreTrainedTokenizerBase") -> Ch
         section.template,
         section.system,
         tokenizer,
-        settings=TemplateSettings(
-            section.template_kwargs,
-            section.end_token,
-            section.reasoning_history,
-            section.unsupported_roles,
-            section.reasoning_format,
-        ),
+        settings=section.template_settings,
         today=date.fromisoformat(section.template_date) if section.template_date else None,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from peftchat.formatting import format_count, format_decimal
+from peftchat.formatting import format_count
 
 if TYPE_CHECKING:
     from peftchat.dataset.cache import Split
@@ -54,7 +54,7 @@ class SourceShare:
             return f"all {format_count(self.examples)} of {self.path}{times}"
         drawn = f"{format_count(self.drawn)} of {format_count(self.examples)} of {self.path}"
         more = {0: "", 1: " besides all of them"}.get(self.whole, f" besides all of them {self.whole} times")
-        return f"{drawn}{more} (weight {format_decimal(self.weight)})"
+        return f"{drawn}{more} (weight {self.weight:g})"
 
 
 @dataclass(frozen=True, slots=True)

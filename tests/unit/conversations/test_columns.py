@@ -241,3 +241,17 @@ def test_arguments_with_a_number_beyond_a_double_stay_text(number: str) -> None:
     text = f'{{"x": {number}}}'
     assert ToolCall("f", text).parsed() == text
     assert ToolCall("f", '{"x": 1e300}').parsed() == {"x": 1e300}
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1E999"])
+def test_a_number_beyond_a_double_in_a_definition_reaches_templates_as_json(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "calls.jsonl"
+    schema = f'{{"name": "find", "parameters": {{"maximum": {number}, "minimum": 1.5}}}}'
+    turns = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+    path.write_text(f'{{"messages": {turns}, "tools": [{schema}]}}\n')
+    (one,) = read_conversations(path)
+    assert one.tools is not None
+    assert number in one.tools
+    (tool,) = one.tool_schemas() or ()
+    assert tool["function"]["parameters"] == {"maximum": number, "minimum": 1.5}
+    json.dumps(tool, allow_nan=False)

@@ -115,7 +115,7 @@ def test_all_conversations_are_encoded_once(tmp_path: Path, own_cache: None) -> 
         assert by_file == {"a": 15, "b": 40}
     (note,) = data_notes(recipe, "train", splits["train"].stats)
     assert "55 examples (15 of 30 of " in note
-    assert "a.jsonl (weight 0.5000); all 20 of " in note
+    assert "a.jsonl (weight 0.5); all 20 of " in note
     assert note.endswith("b.jsonl twice)")
 
 

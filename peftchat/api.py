@@ -220,6 +220,8 @@ def compare(
     num_samples: int = 3,
     merge: bool = True,
     equal_within: float = 0.005,
+    halving: bool = True,
+    fork: bool = True,
 ) -> "ComparisonResult":
     """Train variants of a recipe on the same data, measure them, and recommend one.
 
@@ -240,6 +242,8 @@ def compare(
         prompts: prompts that all candidates answer; by default the first `num_samples` held-out ones.
         num_samples: number of held-out prompts.
         merge: whether to merge each run and verify the result.
+        halving: whether short runs select among more than three learning rates; otherwise all get full runs.
+        fork: whether runs may be forks of one process that has imported the libraries.
         equal_within: fraction of the lowest held-out loss up to which differences count as ties.
 
     Raises:
@@ -263,6 +267,7 @@ def compare(
             parse_budget(budget) if budget is not None else None,
             learning_rates,
             search_lr,
+            halving,
             trials,
             [parse_range(text) for text in ranges],
             equal_within,
@@ -272,7 +277,7 @@ def compare(
     from peftchat.comparing.compare import EvalOptions
     from peftchat.comparing.compare import compare as compare_candidates
 
-    evaluation = EvalOptions(forgetting_text, prompts or None, num_samples, merge)
+    evaluation = EvalOptions(forgetting_text, prompts or None, num_samples, merge, fork)
     result, _ = compare_candidates(comparison, comparison_folder(recipe, output), evaluation)
     return result
 

@@ -171,7 +171,7 @@ def count_worlds(scenario: Scenario, worlds: int, seed: int) -> Counts:
                 else:
                     counts.different_pairs += 1
                     counts.told_apart += told
-                    counts.wrong += told and gap.mean * (levels[other] - levels[one]) < 0
+                    counts.wrong += told and gap.mean * true_gap < 0
         counts.any_false += false
     return counts
 

@@ -32,8 +32,9 @@ from peftchat.cli.common import Command, PathType, echo_json, json_option, note,
     "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs per candidate at its best settings."
 )
 @click.option("--budget", metavar="steps|tokens|minutes=N", help="Length of a run.  [default: the recipe's]")
-@click.option("--learning-rates", metavar="A,B,...", help="Rates to try.  [default: three around the variant's]")
+@click.option("--learning-rates", metavar="A,B,...", help="Rates to try.  [default: seven around the variant's]")
 @click.option("--no-lr-search", is_flag=True, help="Try each variant at its default learning rate only.")
+@click.option("--halving/--no-halving", default=True, help="Select among rates by short runs.  [default: on]")
 @click.option("--trials", type=click.IntRange(1), help="Let optuna try this many settings per candidate.")
 @click.option("--search", multiple=True, metavar="KEY=LOW..HIGH[:log]", help="A range for --trials. Repeatable.")
 @click.option("--forgetting-text", type=PathType(), help="Text to measure forgetting on.")
@@ -59,6 +60,7 @@ def command(
     budget: str | None,
     learning_rates: str | None,
     no_lr_search: bool,
+    halving: bool,
     trials: int | None,
     search: tuple[str, ...],
     forgetting_text: Path | None,
@@ -106,6 +108,7 @@ def command(
         num_samples=samples,
         merge=merge,
         equal_within=equal_within,
+        halving=halving,
     )
     from peftchat.comparing.compare_report import print_comparison
     from peftchat.comparing.comparison_folder import ComparisonFolder

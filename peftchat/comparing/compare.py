@@ -175,12 +175,14 @@ class _RunTrainer:
         return [replace(candidate, seed_runs=runs) for candidate, runs in zip(candidates, seed_runs, strict=True)]
 
     def _trials(self, candidate: CandidateResult) -> list[RunResult]:
-        trials = []
+        trials: list[RunResult] = []
         search = self._plan.search(candidate.candidate)
+        expected = search.num_trials
         while (settings := search.ask()) is not None:
-            result = self._train(TrainingJob(candidate.candidate, settings, self._plan.seeds[0]))
+            result = self._train(TrainingJob(candidate.candidate, settings, self._plan.seeds[0], search.share))
             search.tell(result.loss if result.failure is None else None)
             trials.append(result)
+        self._progress.skip_runs(expected - len(trials))
         return trials
 
     def _train(self, job: TrainingJob) -> RunResult:

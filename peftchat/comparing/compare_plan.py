@@ -12,11 +12,13 @@ from peftchat.comparing.hyperparameter_search import (
     LEARNING_RATE,
     LearningRateGrid,
     Range,
+    RateHalving,
     Search,
     TPESearch,
     check_optuna,
 )
 from peftchat.comparing.paired_statistics import NEGLIGIBLE
+from peftchat.comparing.short_runs import short_settings, short_share
 from peftchat.errors import UserError
 from peftchat.paths import escape_path
 from peftchat.recipe import load_recipe
@@ -77,8 +79,11 @@ def parse_budget(text: str) -> Budget:
     return Budget(kind, number)  # type: ignore[arg-type]
 
 
-LR_FACTORS = (1 / 3, 1.0, 3.0)
-"""Factors around the expected learning rate."""
+_RATES_PER_SIDE = 3
+"""Learning rates tried below and above the expected one."""
+
+_MOST_FULL_RATES = 3
+"""Learning rates that are all tried in full runs; of more, short runs select."""
 
 
 def expected_lr(
@@ -109,8 +114,11 @@ def expected_lr(
 
 
 def lr_grid(rate: float) -> tuple[float, ...]:
-    """Return three learning rates around `rate`, with two digits, in rising order."""
-    return tuple(_round_lr(rate * factor) for factor in LR_FACTORS)
+    """Return seven learning rates around `rate` that span a factor of 100, with two digits, in rising order."""
+    from peftchat.training.rate_trials import GRID_STEP
+
+    steps = range(-_RATES_PER_SIDE, _RATES_PER_SIDE + 1)
+    return tuple(_round_lr(rate * GRID_STEP**step) for step in steps)
 
 
 def _round_lr(rate: float) -> float:
@@ -136,6 +144,7 @@ class CompareOptions:
         budget: the length of a run; None for the recipe's own.
         learning_rates: learning rates to try; None for a grid around each candidate's expected rate.
         search_lr: whether to try learning rates other than the expected one.
+        halving: whether short runs select among more than three learning rates; otherwise all get full runs.
         num_trials: settings that optuna tries for each candidate; 0 for the grid of learning rates.
         ranges: the ranges that optuna searches.
         negligible: fraction of the lowest loss up to which losses count as equal.
@@ -148,6 +157,7 @@ class CompareOptions:
     budget: Budget | None = None
     learning_rates: Sequence[float] | None = None
     search_lr: bool = True
+    halving: bool = True
     num_trials: int = 0
     ranges: Sequence[Range] = ()
     negligible: float = NEGLIGIBLE
@@ -155,16 +165,22 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training run of a candidate with the settings of a trial and a seed."""
+    """One training run of a candidate with the settings of a trial and a seed.
+
+    Attributes:
+        share: its length as a part of a full run's.
+    """
 
     candidate: Candidate
     settings: Settings
     seed: int
+    share: float = 1.0
 
     @property
     def name(self) -> str:
         """The name of its files."""
-        return f"{self.candidate.slug}-{slug(self.settings)}-seed{self.seed}"
+        short = f"-short{1 / self.share:g}" if self.share < 1 else ""
+        return f"{self.candidate.slug}-{slug(self.settings)}-seed{self.seed}{short}"
 
 
 @dataclass(frozen=True)
@@ -210,9 +226,14 @@ class ComparePlan:
             fixed = {} if LEARNING_RATE in searched else {LEARNING_RATE: self._expected_lr(candidate)}
             return TPESearch(options.num_trials, options.ranges, fixed, self.seeds[0])
         if options.learning_rates is not None:
-            return LearningRateGrid(options.learning_rates)
+            return self._rate_search(options.learning_rates)
         rate = self._expected_lr(candidate)
-        return LearningRateGrid(lr_grid(rate) if options.search_lr else [rate])
+        return self._rate_search(lr_grid(rate) if options.search_lr else [rate])
+
+    def _rate_search(self, rates: Sequence[float]) -> Search:
+        if self.options.halving and len(rates) > _MOST_FULL_RATES:
+            return RateHalving(rates, short_share(self.base.recipe))
+        return LearningRateGrid(rates)
 
     def run_recipe(self, job: TrainingJob, output_dir: Path, data: Path) -> "Recipe":
         """Return the recipe of one run on the conversations in the folder `data`."""
@@ -224,7 +245,12 @@ class ComparePlan:
         settings = {key: value for key, value in requested.items() if not key.startswith(_DATA_KEYS)}
         settings |= {"data.max_train_samples": None, "data.max_eval_samples": None, **files}
         settings |= {**job.settings, "training.seed": job.seed, "output_dir": escape_path(str(output_dir))}
-        return load_recipe(self.options.recipe, override_flags(settings)).recipe
+        recipe = load_recipe(self.options.recipe, override_flags(settings)).recipe
+        if job.share == 1:
+            return recipe
+        return load_recipe(
+            self.options.recipe, override_flags({**settings, **short_settings(recipe, job.share)})
+        ).recipe
 
     def recommended_recipe(self, candidate: Candidate, settings: Settings) -> "Recipe":
         """Return the user's recipe with a candidate's settings.
@@ -272,6 +298,12 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
             "a comparison needs held-out conversations, and the recipe has none",
             where=base.where("data"),
             hint="Add `--set data.eval_fraction=0.1`, or name files in data.eval.",
+        )
+    if base.recipe.data.resample:
+        raise UserError(
+            "a comparison draws the shares of the sources once, so that all candidates have the same data",
+            where=base.where("data", "resample"),
+            hint="Add `--set data.resample=false`.",
         )
     _check_sources(base.recipe)
     plan = ComparePlan(options, base, make_candidates(options.variants, options.axes))

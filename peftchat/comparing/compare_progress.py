@@ -91,7 +91,7 @@ class CompareProgress:
         )
 
     def skip_runs(self, runs: int) -> None:
-        """Subtract runs that will not start from the total."""
+        """Subtract runs that will not start from the total; a negative number adds some."""
         self._total -= runs
 
     def _seconds_left(self) -> float | None:
@@ -114,4 +114,5 @@ class CompareProgress:
 
 
 def _title(job: TrainingJob) -> str:
-    return f"{job.candidate.name}, {describe(job.settings)}, seed {job.seed}"
+    short = f", {1 / job.share:.3g} times shorter" if job.share < 1 else ""
+    return f"{job.candidate.name}, {describe(job.settings)}, seed {job.seed}{short}"

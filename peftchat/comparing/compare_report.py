@@ -1,5 +1,6 @@
 """Comparison report: the files, the table in the terminal and the HTML page."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from peftchat.comparing.candidates import describe
 from peftchat.comparing.comparison_folder import ComparisonFolder
+from peftchat.comparing.hyperparameter_search import LEARNING_RATE
 from peftchat.comparing.outcomes import CandidateResult
 from peftchat.comparing.recommend import Recommendation, format_estimate, format_gap
 from peftchat.comparing.results import ComparisonResult, ComparisonSummary
@@ -214,6 +216,7 @@ def write_comparison_page(path: Path, result: ComparisonResult, recommended: Pat
         colors=COLORS,
         plots=_plots(finished, lines),
         intervals=_intervals(recommendation, finished, lines),
+        search=_search_plot(finished, lines),
         trials=[(candidate.candidate.name, _trials(candidate)) for candidate in result.candidates],
         merges=[(one.candidate.name, one.evaluation) for one in finished if one.evaluation.merge is not None],
         answers=_answers(finished),
@@ -237,6 +240,13 @@ def _introduction(result: ComparisonResult, finished: Sequence[CandidateResult])
         f"Settings were selected on seed {plan.seeds[0]} by held-out loss"
         + (f"; the best settings of each variant were trained on seeds {seeds}." if len(plan.seeds) > 1 else "."),
     ]
+    shares = {run.job.share for one in result.candidates for run in one.trials if run.job.share < 1}
+    if shares:
+        times = ", ".join(f"{1 / share:.3g}" for share in sorted(shares))
+        paragraphs.append(
+            f"Learning rates were tried in runs {times} times shorter, each with the whole schedule. The best of a "
+            "variant and its better neighbor were trained in full."
+        )
     paragraphs.append(
         "The loss gap compares each variant with the lowest, conversation by conversation and seed by seed. Its ± is "
         "half of the 95 % interval that holds for all pairs of variants at once, so that it may be read after the "
@@ -290,11 +300,35 @@ def _intervals(
     )
 
 
+def _search_plot(finished: Sequence[CandidateResult], lines: dict[str, LineStyle]) -> Markup:
+    """Draw the loss of every rate tried; short runs where there are any, as they are of one length.
+
+    Rates at which a run ends no better than it began are left out: they would hide the differences between the others.
+    """
+    series = []
+    for candidate in finished:
+        short = [run for run in candidate.trials if run.job.share < 1]
+        points = sorted(
+            (math.log10(rate), run.loss)
+            for run in short or candidate.trials
+            if run.failure is None and isinstance(rate := run.job.settings.get(LEARNING_RATE), float)
+        )
+        start = candidate.best.loss_before if candidate.best is not None else None
+        kept = [(rate, loss) for rate, loss in points if start is None or loss < start]
+        if len(kept) > 1:
+            line = lines[candidate.candidate.name]
+            series.append(Series(line.name, kept, line.color, dashed=line.dashed))
+    title = "Held-out loss by learning rate"
+    return (
+        line_plot(series, label=title, x_name="learning rate, as a power of ten", legend=False) if series else Markup()
+    )
+
+
 def _trials(candidate: CandidateResult) -> list[tuple[str, str, bool]]:
     """Return the settings of each trial, its loss, and whether it is the best."""
     return [
         (
-            describe(run.job.settings),
+            describe(run.job.settings) + (" (short)" if run.job.share < 1 else ""),
             "failed" if run.failure is not None else format_decimal(run.loss),
             run is candidate.best,
         )

@@ -52,14 +52,12 @@ class Evidence:
         candidates: those with a run of every seed, or of the most seeds that any candidate has.
         paired: the comparison of every pair, in the same order.
         threshold: the difference in nats per token up to which losses count as equal.
-        negligible: the same as a fraction of the lowest loss.
         by_conversation: whether the losses of single conversations are known.
     """
 
     candidates: Sequence[CandidateResult]
     paired: PairedComparison
     threshold: float
-    negligible: float
     by_conversation: bool
 
     @classmethod
@@ -82,7 +80,7 @@ class Evidence:
             losses = PairedLosses(means[..., None], np.ones(1), np.zeros(1, np.int64))
         paired = compare_paired(losses)
         threshold = practical_threshold(float(paired.losses.min()), len(seeds), negligible)
-        return cls(complete, paired, threshold, negligible, by_conversation)
+        return cls(complete, paired, threshold, by_conversation)
 
     @property
     def lowest(self) -> CandidateResult:

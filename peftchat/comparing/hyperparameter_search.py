@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +20,10 @@ class Search(Protocol):
     def num_trials(self) -> int:
         """The number of settings it proposes."""
 
+    @property
+    def share(self) -> float:
+        """The part of a run's full length that the settings returned last are to be trained for."""
+
     def ask(self) -> Settings | None:
         """Return the next settings to try; None after the last."""
 
@@ -33,6 +38,8 @@ class LearningRateGrid:
         learning_rates: at least one.
     """
 
+    share = 1.0
+
     def __init__(self, learning_rates: Sequence[float]) -> None:
         self._remaining = list(learning_rates)
         self.num_trials = len(self._remaining)
@@ -43,6 +50,69 @@ class LearningRateGrid:
 
     def tell(self, loss: float | None) -> None:
         """Ignore the loss: a grid does not depend on it."""
+
+
+SHORT_SHARE = 1 / 8
+"""Length of a short run: seven of them and two full ones cost less than three full ones."""
+
+
+class RateHalving:
+    """Learning rates in two rounds: all of them in short runs, then the best and its better neighbor in full ones.
+
+    It is successive halving (Jamieson and Talwalkar, 2016, https://arxiv.org/abs/1502.07943) with runs that start anew:
+    a short run has the whole schedule, warm-up and decay included, as a run that is cut off at a high rate would be
+    judged by the noise that the decay removes. Short runs favor rates that are somewhat too high or too low for long
+    ones, so a neighbor always goes on with the best. If the best short run is at an end of the range, one more rate
+    beyond it is tried first.
+
+    Args:
+        learning_rates: at least two, in rising order.
+        share: the length of a short run as a part of a full one.
+    """
+
+    def __init__(self, learning_rates: Sequence[float], share: float = SHORT_SHARE) -> None:
+        self.num_trials = len(learning_rates) + _FINALISTS
+        self.share = share
+        self._remaining = list(learning_rates)
+        self._asked = 0.0
+        self._losses: dict[float, float] = {}
+        self._step = (learning_rates[-1] / learning_rates[0]) ** (1 / (len(learning_rates) - 1))
+        self._can_widen = True
+
+    def ask(self) -> Settings | None:
+        """Return the next learning rate."""
+        if not self._remaining and self.share < 1:
+            self._end_round()
+        if not self._remaining:
+            return None
+        self._asked = self._remaining.pop(0)
+        return {LEARNING_RATE: self._asked}
+
+    def tell(self, loss: float | None) -> None:
+        """Record the loss of a short run."""
+        if loss is not None and math.isfinite(loss) and self.share < 1:
+            self._losses[self._asked] = loss
+
+    def _end_round(self) -> None:
+        """Widen the range, or go on to the full runs."""
+        rates = sorted(self._losses)
+        if not rates:
+            return
+        best = min(rates, key=self._losses.__getitem__)
+        beyond = {rates[0]: best / self._step, rates[-1]: best * self._step}.get(best)
+        if self._can_widen and beyond is not None:
+            self._can_widen = False
+            self.num_trials += 1
+            self._remaining = [float(f"{beyond:.1e}")]
+            return
+        self.share = 1.0
+        place = rates.index(best)
+        near = rates[max(0, place - 1) : place] + rates[place + 1 : place + 2]
+        self._remaining = [best, *sorted(near, key=self._losses.__getitem__)][:_FINALISTS]
+
+
+_FINALISTS = 2
+"""Rates that get a full run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +184,8 @@ class TPESearch:
         fixed: settings that every trial shares.
         seed: of the sampler.
     """
+
+    share = 1.0
 
     def __init__(self, num_trials: int, ranges: Sequence[Range], fixed: Settings, seed: int) -> None:
         import optuna

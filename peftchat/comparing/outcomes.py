@@ -164,7 +164,7 @@ class CandidateResult:
 
     Attributes:
         candidate: the candidate.
-        trials: one run per settings tried, on the first seed.
+        trials: one run per settings tried, on the first seed; short runs of a search are among them.
         seed_runs: runs with the best settings on the other seeds.
         evaluation: the evaluation of the best trial.
     """
@@ -176,8 +176,8 @@ class CandidateResult:
 
     @property
     def best(self) -> RunResult | None:
-        """The trial with the lowest held-out loss; None if all failed."""
-        finished = [run for run in self.trials if run.failure is None]
+        """The trial of full length with the lowest held-out loss; None if all failed."""
+        finished = [run for run in self.trials if run.failure is None and run.job.share == 1]
         return min(finished, key=lambda run: run.loss, default=None)
 
     @property
@@ -237,8 +237,12 @@ class CandidateResult:
 
     @property
     def lr_at_grid_end(self) -> Literal["lowest", "highest"] | None:
-        """Which end of the learning rates tried the best one is at, if any."""
-        rates = sorted(rate for run in self.trials if isinstance(rate := run.job.settings.get(LEARNING_RATE), float))
+        """Which end of the learning rates tried the best one is at, if any.
+
+        A rate whose run failed was tried, so that a best rate next to it is at no end.
+        """
+        tried = {rate for run in self.trials if isinstance(rate := run.job.settings.get(LEARNING_RATE), float)}
+        rates = sorted(tried)
         if len(rates) < 2 or self.best is None:
             return None
         best = self.settings[LEARNING_RATE]

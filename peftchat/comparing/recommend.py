@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from peftchat.comparing.candidates import describe
 from peftchat.comparing.evidence import Clusters, Evidence, forgetting_gap
 from peftchat.comparing.outcomes import CandidateResult, Estimate
-from peftchat.comparing.paired_statistics import NEGLIGIBLE, ONE_SEED_NOISE, Gap
+from peftchat.comparing.paired_statistics import NEGLIGIBLE, Gap
 from peftchat.formatting import format_count, format_percent
 
 _EQUAL_COST = 0.95
@@ -217,9 +217,8 @@ def _trade_off(recommended: CandidateResult, evidence: Evidence) -> str | None:
 def _basis(evidence: Evidence) -> str:
     """Say what the intervals contain and what they do not."""
     paired = evidence.paired
-    equal = (
-        f"Differences up to {format_loss(evidence.threshold)} ({format_percent(evidence.negligible)}) count as equal."
-    )
+    share = format_percent(evidence.threshold / abs(float(paired.losses.min())))
+    equal = f"Differences up to {format_loss(evidence.threshold)} ({share}) count as equal."
     if not evidence.by_conversation:
         return f"The runs keep no losses by conversation, so that there is no interval. {equal}"
     conversations = (
@@ -229,7 +228,7 @@ def _basis(evidence: Evidence) -> str:
     if paired.num_seeds == 1:
         return (
             f"Intervals (95 %, for all pairs at once) are over {conversations}. They do not contain the noise of runs, "
-            f"which one seed does not show; {format_percent(ONE_SEED_NOISE)} of the loss is added for it. {equal}"
+            f"which one seed does not show; {format_loss(evidence.threshold)} ({share} of the loss) is added for it."
         )
     return f"Intervals (95 %, for all pairs at once) are over {conversations} and {paired.num_seeds} seeds. {equal}"
 

@@ -68,6 +68,7 @@ class TrialSummary(_Summary):
     Attributes:
         run: the run folder.
         settings: the settings that this run tried.
+        share: its length as a part of a full run's.
         loss: held-out loss in nats per supervised token; None if the run failed.
         seconds, tokens: of training.
         failure: why it failed, in one line.
@@ -77,6 +78,7 @@ class TrialSummary(_Summary):
     run: str
     settings: dict[str, Any]
     seed: int
+    share: float = 1.0
     loss: float | None = None
     seconds: float | None = None
     tokens: int | None = None
@@ -87,7 +89,7 @@ class TrialSummary(_Summary):
     def of(cls, result: RunResult, folder: ComparisonFolder) -> Self:
         """Summarize the result of a run."""
         job = result.job
-        summary = cls(run=str(folder.run(job.name)), settings=dict(job.settings), seed=job.seed)
+        summary = cls(run=str(folder.run(job.name)), settings=dict(job.settings), seed=job.seed, share=job.share)
         if result.failure is not None:
             return summary.model_copy(update={"failure": result.failure, "log": str(folder.log(job.name))})
         return summary.model_copy(update={"loss": result.loss, "seconds": result.seconds, "tokens": result.tokens})

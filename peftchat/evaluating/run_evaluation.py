@@ -12,6 +12,7 @@ from typing import Any
 
 from peftchat.console import stderr
 from peftchat.errors import UserError
+from peftchat.evaluating.card_results import write_results
 from peftchat.evaluating.evaluated_model import EvaluatedModel
 from peftchat.evaluating.evaluation_report import difference_plot, markdown
 from peftchat.evaluating.harness import AskOptions, ModelScores, TaskScores, score_model
@@ -171,6 +172,9 @@ def evaluate_models(
         rows.append(_model_row(model, found, key))
     evaluation = Evaluation(tuple(rows), side_by_side(scores), _settings([*tasks, *programs], options))
     _write(evaluation, scores, folder)
+    run = RunFolder(models[0].source.path)
+    if models[0].recipe is not None and run.is_finished and run.model_card.is_file():
+        write_results(run.model_card, evaluation)
     return evaluation, folder
 
 

@@ -6,7 +6,12 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from peftchat.chat_template.loss_mask import LossOn, LossPolicy
-from peftchat.chat_template.template_settings import ReasoningFormat, ReasoningHistory, UnsupportedRoles
+from peftchat.chat_template.template_settings import (
+    ReasoningFormat,
+    ReasoningHistory,
+    TemplateSettings,
+    UnsupportedRoles,
+)
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, is_template_name, template_summaries
 from peftchat.conversation import Role
 from peftchat.strict_model import StrictModel, list_to_tuple
@@ -206,6 +211,13 @@ class ChatSection(StrictModel):
     )
 
     @property
+    def template_settings(self) -> TemplateSettings:
+        """What is written into the template."""
+        return TemplateSettings(
+            self.template_kwargs, self.end_token, self.reasoning_history, self.unsupported_roles, self.reasoning_format
+        )
+
+    @property
     def loss_policy(self) -> LossPolicy:
         """What is trained of a conversation."""
         return LossPolicy(self.loss_on, self.train_reasoning, self.train_tool_calls, self.train_empty_reasoning)
@@ -285,6 +297,11 @@ class DataSection(StrictModel):
     train: Entries = Field(
         description="The sources trained on; several are mixed by weight.",
         examples=["[{path: conversations.jsonl}]"],
+    )
+    resample: bool = Field(
+        False,
+        description="Draw the shares of the sources anew in each epoch: with `weight: 0.5` another half, until every "
+        "example had its turn. Needs a weight that is no whole number.",
     )
     eval: Entries | None = Field(
         None,

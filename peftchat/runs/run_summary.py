@@ -199,6 +199,7 @@ class RunSummary(BaseModel):
     Attributes:
         base_vocabulary_size: rows of the base model's embedding before tokens were added.
         train_examples: encoded conversations trained on.
+        examples_per_epoch: those of one epoch; others than `train_examples` where `data.resample` draws them anew.
         dropped: conversations left out, by reason.
         unused_fields: fields of records that nothing was trained on, with the number of records that have them.
         unsupported_roles: messages that the template cannot write, by role and what was done with them.
@@ -230,6 +231,7 @@ class RunSummary(BaseModel):
     steps: int | None = None
     epochs: float | None = None
     train_examples: int | None = Field(None, validation_alias=AliasChoices("train_examples", "rows"))
+    examples_per_epoch: int | None = None
     eval_examples: int | None = Field(None, validation_alias=AliasChoices("eval_examples", "eval_rows"))
     dropped: dict[str, int] | None = None
     unused_fields: dict[str, str] | None = None

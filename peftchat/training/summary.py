@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from peftchat.chat_template.chat_format import ChatFormat
+from peftchat.dataset.mixture import examples_per_epoch
 from peftchat.models.added_tokens import (
     MODULE_NAME,
     EmbeddingSnapshot,
@@ -125,6 +126,7 @@ def _summary(
         steps=trainer.state.global_step,
         epochs=trainer.state.epoch,
         train_examples=stats.examples,
+        examples_per_epoch=examples_per_epoch(context.recipe, stats),
         eval_examples=splits["eval"].stats.examples if "eval" in splits else None,
         dropped={**stats.left_out, **stats.dropped},
         unused_fields=stats.unused,

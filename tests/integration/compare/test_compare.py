@@ -183,6 +183,16 @@ def test_the_loss_is_what_stock_libraries_measure(comparison: Comparison, pretra
     assert not (run / "checkpoints").exists()
 
 
+def test_a_candidate_is_what_train_makes_of_its_recipe(
+    comparison: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, alone = "lora-max_length=256-lr3e-3-seed42", tmp_path / "alone"
+    recipe = comparison.out / "recipes" / f"{name}.yaml"
+    assert peftchat_in_process(capsys, "train", recipe, "--set", f"output_dir={alone}").returncode == 0
+    for file in ("adapter_model.safetensors", "eval_losses.jsonl"):
+        assert (alone / file).read_bytes() == (comparison.out / "runs" / name / file).read_bytes()
+
+
 class _Page(html.parser.HTMLParser):
     """Collects what a page would load, and checks that its tags close."""
 

@@ -1,6 +1,7 @@
 """Names, grids, budgets, ranges, intervals and the recommendation, without training anything."""
 
 import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -19,9 +20,16 @@ from peftchat.comparing.compare_plan import (
     parse_budget,
     plan_comparison,
 )
-from peftchat.comparing.hyperparameter_search import LEARNING_RATE, LearningRateGrid, TPESearch, parse_range
+from peftchat.comparing.hyperparameter_search import (
+    LEARNING_RATE,
+    LearningRateGrid,
+    RateHalving,
+    TPESearch,
+    parse_range,
+)
 from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult, estimate
 from peftchat.comparing.recommend import recommend
+from peftchat.comparing.short_runs import short_share
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
 from peftchat.recipe.document import parse_yaml
@@ -227,7 +235,9 @@ def test_each_variant_is_tried_around_its_own_rate(tmp_path: Path, name: str) ->
     # A recipe that trains LoRA at five times the customary rate wants that of every variant.
     times_five = load_recipe(write_rows_and_recipe(tmp_path, f"{DATA}training: {{learning_rate: {5 * 5e-4}}}"))
     assert expected_lr(candidate, times_five, width) == pytest.approx(5 * own, rel=0.05)
-    assert all(later / earlier == pytest.approx(3, rel=0.1) for earlier, later in pairwise(lr_grid(own)))
+    rates = lr_grid(own)
+    assert len(rates) == 7 and rates[3] == own and rates[-1] / rates[0] > 30
+    assert all(later / earlier == pytest.approx(2.15, rel=0.1) for earlier, later in pairwise(rates))
 
 
 def test_all_runs_of_a_seed_differ_in_nothing_but_what_is_compared(tmp_path: Path) -> None:
@@ -312,3 +322,63 @@ def test_the_search_finds_a_good_rate_and_repeats_itself() -> None:
     first = walk()
     assert len(first) == 25 and first == walk()
     assert min(loss for loss, _ in first) < 0.1
+
+
+def walk_halving(loss: Callable[[float], float | None], rates: Sequence[float]) -> list[tuple[float, float]]:
+    """The rates that are asked, each with the share of a full run."""
+    search = RateHalving(rates)
+    asked = []
+    while (settings := search.ask()) is not None:
+        asked.append((settings[LEARNING_RATE], search.share))
+        search.tell(loss(settings[LEARNING_RATE]))
+    return asked
+
+
+def test_short_runs_select_the_best_rate_and_its_better_neighbor() -> None:
+    rates = [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3]
+    asked = walk_halving(lambda rate: abs(math.log(rate / 3.5e-4)), rates)
+    assert asked == [*((rate, 1 / 8) for rate in rates), (4e-4, 1.0), (2e-4, 1.0)]
+    assert sum(share for _, share in walk_halving(lambda rate: abs(math.log(rate)), lr_grid(1e-3))) <= 3
+
+
+def test_a_best_rate_at_an_end_widens_the_range_once() -> None:
+    rates = [1e-4, 2e-4, 4e-4, 8e-4]
+    asked = walk_halving(lambda rate: rate, rates)
+    assert asked[4:] == [(5e-5, 1 / 8), (5e-5, 1.0), (1e-4, 1.0)]
+
+
+def test_rates_that_diverge_are_not_tried_in_full() -> None:
+    rates = [1e-4, 2e-4, 4e-4, 8e-4]
+    asked = walk_halving(lambda rate: None if rate > 2e-4 else math.nan if rate == 1e-4 else 1.0, rates)
+    assert asked[4:] == [(4e-4, 1 / 8), (2e-4, 1.0)]
+    assert walk_halving(lambda rate: None, rates) == [(rate, 1 / 8) for rate in rates]
+
+
+@pytest.mark.parametrize(
+    ("training", "short"),
+    [
+        ("{max_steps: 800, warmup_steps: 80}", {"max_steps": 100, "warmup_steps": 10}),
+        ("{max_steps: 20, warmup_steps: 0.1}", {"max_steps": 5, "warmup_steps": 0.1}),
+        ("{num_train_epochs: 2, warmup_steps: 8}", {"num_train_epochs": 0.25, "warmup_steps": 1}),
+        ("{max_train_tokens: 800}", {"max_train_tokens": 100}),
+        (
+            "{max_steps: 80, save_steps: 5, eval_steps: 5, load_best_model_at_end: true, early_stopping_patience: 3}",
+            {"max_steps": 10, "load_best_model_at_end": False, "early_stopping_patience": None},
+        ),
+        ("{max_steps: 80, save_strategy: 'no', eval_strategy: 'no'}", {"max_steps": 10}),
+        (
+            "{max_steps: 80, lr_scheduler_type: warmup_stable_decay, lr_scheduler_kwargs: {num_decay_steps: 40}}",
+            {"max_steps": 10, "lr_scheduler_kwargs": {"num_decay_steps": 5}},
+        ),
+    ],
+)
+def test_a_short_run_has_the_schedule_of_the_full_one(tmp_path: Path, training: str, short: dict[str, Any]) -> None:
+    path = write_rows_and_recipe(tmp_path, f"{DATA}training: {training}\n")
+    plan = plan_comparison(CompareOptions(path, ["lora"], learning_rates=[1e-4, 2e-4, 4e-4, 8e-4]))
+    share = short_share(plan.base.recipe)
+    jobs = [TrainingJob(plan.candidates[0], {LEARNING_RATE: 1e-4}, 7, part) for part in (1.0, share)]
+    full, shortened = (plan.run_recipe(job, tmp_path / job.name, tmp_path / "data").training for job in jobs)
+    assert {key: getattr(shortened, key) for key in short} == short
+    unlike = {"eval_on_start", "eval_steps", "eval_strategy", "save_strategy", "save_steps", *short}
+    assert {key for key, value in shortened if value != getattr(full, key)} <= unlike
+    assert shortened.eval_steps == shortened.save_steps == 10**9 and not shortened.eval_on_start

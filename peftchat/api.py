@@ -20,6 +20,7 @@ from peftchat.recipe import LoadedRecipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
     from peftchat.comparing.results import ComparisonResult
+    from peftchat.evaluating.data_losses import DataLosses
     from peftchat.evaluating.run_evaluation import EvaluateOptions, Watch
     from peftchat.evaluating.side_by_side import Evaluation
     from peftchat.merging import MergeOptions, MergeResult
@@ -311,6 +312,28 @@ def evaluate(
     return evaluate_models(str(model), options, watch or Watch())
 
 
+def evaluate_data(
+    run: Path | str, data: Path | str, options: "EvaluateOptions | None" = None, watch: "Watch | None" = None
+) -> "tuple[DataLosses, Path]":
+    """Compute the held-out loss of a run on a file of conversations, beside its base or other runs.
+
+    Args:
+        run: a run folder.
+        data: the file of conversations, in any format that `train` reads.
+        options: the other runs; tasks and code are left out.
+        watch: who is told about the progress.
+
+    Returns:
+        The losses by role, kind of text, turn and length, and the folder that they are in.
+
+    Raises:
+        UserError: an input cannot be used; raised before a model is loaded.
+    """
+    from peftchat.evaluating.run_evaluation import Watch, evaluate_data
+
+    return evaluate_data(str(run), Path(data), options, watch or Watch())
+
+
 def merge(run: Path | str, options: "MergeOptions | None" = None) -> "MergeResult":
     """Merge the adapter of a run into the weights of its base, and verify the result.
 
@@ -428,6 +451,9 @@ def _prepare_inputs(
     from peftchat.training.distributed import resolve_distributed
 
     quiet_libraries()
+    from peftchat.training.questions import read_questions
+
+    read_questions(loaded)
     distributed = resolve_distributed(loaded)
     recipe = loaded.recipe
     for source in (*recipe.data.train, *(recipe.data.eval or ())):

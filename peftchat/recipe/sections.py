@@ -346,6 +346,19 @@ class DataSection(StrictModel):
         return self.eval is not None or self.eval_fraction is not None
 
 
+class EvaluationSection(StrictModel):
+    """What is looked at beside the held-out loss."""
+
+    questions: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | str | None = Field(
+        None,
+        description="Questions that the model answers, greedily, before and after training and at each evaluation. A "
+        "list, or a file with one a line; lines of a `.jsonl` file are texts or objects with `prompt`. The answers are "
+        "in `samples.jsonl` and on the report page.",
+        examples=["[How do I read a file?]"],
+    )
+    max_new_tokens: int = Field(120, ge=1, description="Most tokens of such an answer.")
+
+
 class DistributedSection(StrictModel):
     """The processes of a run, and how they shard the model."""
 

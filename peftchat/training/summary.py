@@ -24,7 +24,6 @@ from peftchat.models.added_tokens import (
     vocabulary_size,
 )
 from peftchat.models.experts import active_shares
-from peftchat.models.loading import end_ids
 from peftchat.models.saving import is_adapted
 from peftchat.runs.eval_losses import ConversationLoss, group_losses
 from peftchat.runs.run_summary import AddedToken, KeptStep, MemoryParts, RunSummary, SampleAnswer
@@ -41,13 +40,8 @@ from peftchat.training.throughput import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from peftchat.training.trainer import ChatTrainer
 
-
-_MAX_NEW_TOKENS = 120
-"""Length limit of a sample answer."""
 
 _PACKAGES = (
     "peftchat",
@@ -249,35 +243,6 @@ def _tensors(nested: Any) -> Iterator[Tensor]:
 def seconds_since_start() -> float:
     """Return the age of this process."""
     return time.time() - float(psutil.Process(os.getpid()).create_time())
-
-
-def sample_answers(model: "PreTrainedModel", chat: ChatFormat, prompts: Sequence[str]) -> list[SampleAnswer]:
-    """Return greedy answers to single user messages; under ZeRO-3 every process must call it."""
-    was_training = model.training
-    model.eval()
-    answers = [_answer(model, chat, prompt) for prompt in prompts]
-    model.train(was_training)
-    return answers
-
-
-def _answer(model: "PreTrainedModel", chat: ChatFormat, prompt: str) -> SampleAnswer:
-    tokenizer = chat.tokenizer
-    messages = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = inputs["input_ids"].to(next(model.parameters()).device)
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=_MAX_NEW_TOKENS,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-        )[0, ids.shape[1] :].tolist()
-    stopped = bool(output) and output[-1] in end_ids(model.generation_config.eos_token_id)
-    text = tokenizer.decode(output[:-1] if stopped else output, skip_special_tokens=True)
-    return SampleAnswer(prompt, text.strip(), stopped)
 
 
 def _base_vocabulary(trainer: "ChatTrainer", chat: ChatFormat) -> int | None:

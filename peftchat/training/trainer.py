@@ -43,6 +43,7 @@ from peftchat.training.model import TrainableModel, select_attention
 from peftchat.training.number_checks import NumberChecks
 from peftchat.training.packs import make_collator, make_packs
 from peftchat.training.progress import MetricsCallback, memory_in_use
+from peftchat.training.questions import answer_questions
 from peftchat.training.throughput import BudgetCallback, Throughput, TokenCounts, has_budget
 from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs, trainer_hooks
 
@@ -275,6 +276,8 @@ class ChatTrainer(SFTTrainer):
         metrics = self.held_out_metrics(metric_key_prefix)
         if self.state.global_step == 0:
             self.write_held_out_losses()
+        with self.throughput.paused():
+            metrics |= answer_questions(self.causal_model, self._context, self.state.global_step)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

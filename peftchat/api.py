@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from peftchat.conversation import Message
 from peftchat.errors import UserError, VerificationError
+from peftchat.files import write_text
 from peftchat.output_paths import check_output
 from peftchat.recipe import LoadedRecipe, dump_recipe, load_recipe
 
@@ -143,7 +144,6 @@ def find_learning_rate(
     settle_processes()
     loaded = _load(recipe, overrides)
     file = RunFolder(Path(loaded.recipe.output_dir)).rate_search
-    _check_rate_file(loaded, file)
     refuse_processes(loaded)
     # The rule is where the search begins, whatever the recipe says.
     training = loaded.recipe.training.model_copy(update={"learning_rate": "auto"})
@@ -154,10 +154,15 @@ def find_learning_rate(
     def tell(line: str) -> None:
         stderr.print(line, markup=False, highlight=False)
 
-    with contextlib.redirect_stdout(sys.stderr):
-        search = find_rate(loaded, distributed, steps=steps, tell=tell)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    search.write(file)
+    if not loaded.recipe.data.has_eval:
+        tell("The recipe holds out no conversations, so the search holds out a tenth of those to train on.")
+    _check_rate_file(loaded, file)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            search = find_rate(loaded, distributed, steps=steps, tell=tell)
+        search.write(file)
+    finally:
+        RunFolder(file.parent).release()
     return search, file
 
 
@@ -462,21 +467,27 @@ def _prepare_inputs(
 
 
 def _check_rate_file(loaded: LoadedRecipe, file: Path) -> None:
-    """Check that a search may write its file into the run folder, which may hold a run.
+    """Check, by writing, that a search may write its file into the run folder, which may hold a run.
 
     Raises:
         UserError: it may not.
     """
+    from peftchat.runs.run_folder import RunFolder
+
     folder = file.parent
     where = f"output_dir: {folder}"
-    check_output(folder, [entry for entry in loaded.inputs() if entry.path.parent != folder], where, continues=True)
+    inputs = [entry for entry in loaded.inputs() if entry.path.parent != folder]
+    check_output(folder, inputs, where, continues=RunFolder(folder).has_started)
     if folder.exists() and not folder.is_dir():
         raise UserError("the run folder cannot be created: a file has its name", where=where)
-    parent = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{parent} is not writable", where=where)
     if file.is_dir():
         raise UserError("a folder has the name of the search's file", where=str(file), hint="Move it away.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file.with_name(".find_lr.tmp"), "")
+        file.with_name(".find_lr.tmp").unlink()
+    except OSError as error:
+        raise UserError(f"the folder is not writable: {error.strerror}", where=where) from error
 
 
 def _check_run_folder(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool) -> None:

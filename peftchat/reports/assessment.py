@@ -93,6 +93,14 @@ def run_warnings(summary: RunSummary) -> list[str]:
             f"Text that looks like a special token occurred {format_count(summary.special_token_text)} times "
             "in the conversations and was encoded as ordinary text."
         )
+    if summary.outliers:
+        highest = max(
+            summary.outliers, key=lambda source: summary.outliers[source].loss - summary.outliers[source].limit
+        )
+        warnings.append(
+            f"The training loss of {format_count(len(summary.outliers))} conversations was far above that of others of "
+            f"their length; look at {highest} first (`outliers` in run.json)."
+        )
     warnings += summary.warnings
     for token in summary.new_tokens:
         if token.verdict in ("not in the data", "did not move"):

@@ -145,6 +145,8 @@ def _summary(
         eval_loss=_final_loss(evaluations, fitted.kept),
         eval_by=group_losses(held_out) if held_out else None,
         spikes=tuple(trainer.checks.spikes),
+        outliers=trainer.checks.outliers,
+        train_by_source=trainer.checks.by_source.means() or None,
         kept=fitted.kept,
         model_flops_utilisation=_flops_utilization(context, trainer, counts),
         attention=trainer.causal_model.config._attn_implementation,

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftchat.api import chat, compare, evaluate, load_chat_model, merge, plan, train
+    from peftchat.api import chat, compare, evaluate, evaluate_data, load_chat_model, merge, plan, train
     from peftchat.conversation import Conversation, Message
     from peftchat.conversations import read_conversations
     from peftchat.errors import UserError, VerificationError
@@ -29,6 +29,7 @@ _MODULES = {
     "chat": "peftchat.api",
     "compare": "peftchat.api",
     "evaluate": "peftchat.api",
+    "evaluate_data": "peftchat.api",
     "load_chat_model": "peftchat.api",
     "load_recipe": "peftchat.recipe",
     "merge": "peftchat.api",
@@ -51,6 +52,7 @@ __all__ = [
     "chat",
     "compare",
     "evaluate",
+    "evaluate_data",
     "load_chat_model",
     "load_recipe",
     "merge",

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from peftchat.conversation import Message
 from peftchat.errors import UserError, VerificationError
+from peftchat.files import write_text
 from peftchat.output_paths import check_output
 from peftchat.recipe import LoadedRecipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
     from peftchat.comparing.results import ComparisonResult
+    from peftchat.evaluating.data_losses import DataLosses
     from peftchat.evaluating.run_evaluation import EvaluateOptions, Watch
     from peftchat.evaluating.side_by_side import Evaluation
     from peftchat.merging import MergeOptions, MergeResult
@@ -142,7 +144,6 @@ def find_learning_rate(
     settle_processes()
     loaded = _load(recipe, overrides)
     file = RunFolder(Path(loaded.recipe.output_dir)).rate_search
-    _check_rate_file(loaded, file)
     refuse_processes(loaded)
     # The rule is where the search begins, whatever the recipe says.
     training = loaded.recipe.training.model_copy(update={"learning_rate": "auto"})
@@ -153,10 +154,15 @@ def find_learning_rate(
     def tell(line: str) -> None:
         stderr.print(line, markup=False, highlight=False)
 
-    with contextlib.redirect_stdout(sys.stderr):
-        search = find_rate(loaded, distributed, steps=steps, tell=tell)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    search.write(file)
+    if not loaded.recipe.data.has_eval:
+        tell("The recipe holds out no conversations, so the search holds out a tenth of those to train on.")
+    _check_rate_file(loaded, file)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            search = find_rate(loaded, distributed, steps=steps, tell=tell)
+        search.write(file)
+    finally:
+        RunFolder(file.parent).release()
     return search, file
 
 
@@ -306,6 +312,28 @@ def evaluate(
     return evaluate_models(str(model), options, watch or Watch())
 
 
+def evaluate_data(
+    run: Path | str, data: Path | str, options: "EvaluateOptions | None" = None, watch: "Watch | None" = None
+) -> "tuple[DataLosses, Path]":
+    """Compute the held-out loss of a run on a file of conversations, beside its base or other runs.
+
+    Args:
+        run: a run folder.
+        data: the file of conversations, in any format that `train` reads.
+        options: the other runs; tasks and code are left out.
+        watch: who is told about the progress.
+
+    Returns:
+        The losses by role, kind of text, turn and length, and the folder that they are in.
+
+    Raises:
+        UserError: an input cannot be used; raised before a model is loaded.
+    """
+    from peftchat.evaluating.run_evaluation import Watch, evaluate_data
+
+    return evaluate_data(str(run), Path(data), options, watch or Watch())
+
+
 def merge(run: Path | str, options: "MergeOptions | None" = None) -> "MergeResult":
     """Merge the adapter of a run into the weights of its base, and verify the result.
 
@@ -423,6 +451,9 @@ def _prepare_inputs(
     from peftchat.training.distributed import resolve_distributed
 
     quiet_libraries()
+    from peftchat.training.questions import read_questions
+
+    read_questions(loaded)
     distributed = resolve_distributed(loaded)
     recipe = loaded.recipe
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
@@ -436,21 +467,27 @@ def _prepare_inputs(
 
 
 def _check_rate_file(loaded: LoadedRecipe, file: Path) -> None:
-    """Check that a search may write its file into the run folder, which may hold a run.
+    """Check, by writing, that a search may write its file into the run folder, which may hold a run.
 
     Raises:
         UserError: it may not.
     """
+    from peftchat.runs.run_folder import RunFolder
+
     folder = file.parent
     where = f"output_dir: {folder}"
-    check_output(folder, [entry for entry in loaded.inputs() if entry.path.parent != folder], where, continues=True)
+    inputs = [entry for entry in loaded.inputs() if entry.path.parent != folder]
+    check_output(folder, inputs, where, continues=RunFolder(folder).has_started)
     if folder.exists() and not folder.is_dir():
         raise UserError("the run folder cannot be created: a file has its name", where=where)
-    parent = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{parent} is not writable", where=where)
     if file.is_dir():
         raise UserError("a folder has the name of the search's file", where=str(file), hint="Move it away.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file.with_name(".find_lr.tmp"), "")
+        file.with_name(".find_lr.tmp").unlink()
+    except OSError as error:
+        raise UserError(f"the folder is not writable: {error.strerror}", where=where) from error
 
 
 def _check_run_folder(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool) -> None:

@@ -46,6 +46,11 @@ def _finite(spelling: str) -> float:
     return value
 
 
+def _finite_or_text(spelling: str) -> float | str:
+    value = float(spelling)
+    return spelling if math.isinf(value) else value
+
+
 class Message(NamedTuple):
     """One turn: who speaks, what they say, and what belongs to it.
 
@@ -125,11 +130,12 @@ class Conversation:
     def tool_schemas(self) -> list[dict[str, Any]] | None:
         """The tools in the form that chat templates use: each is `{"type": "function", "function": …}`.
 
-        Records also hold the bare function, which is put into that form here.
+        Records also hold the bare function, which is put into that form here. A number beyond those of a double is its
+        text (`"1e400"`), because templates would write `Infinity`, which is no JSON.
         """
         if self.tools is None:
             return None
-        return [as_tool_schema(tool) for tool in json.loads(self.tools)]
+        return [as_tool_schema(tool) for tool in json.loads(self.tools, parse_float=_finite_or_text)]
 
     def documents(self) -> list[Any] | None:
         """The record's `documents` in the form that chat templates use; None where it has no list of them.

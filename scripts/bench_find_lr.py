@@ -41,7 +41,7 @@ class Truth:
         """Return the loss at a rate: on the parabola through the three nearest rates, over the logarithm."""
         logs = np.log(self.rates)
         nearest = sorted(np.argsort(np.abs(logs - math.log(rate)))[:3])
-        found: float = np.polyval(np.polyfit(logs[nearest], np.array(self.losses)[nearest], 2), math.log(rate))
+        found = float(np.polyval(np.polyfit(logs[nearest], np.array(self.losses)[nearest], 2), math.log(rate)))
         return found
 
 

@@ -83,12 +83,32 @@ class AnswerRenderer:
         self._messages = messages
         self._tools = tools
         self._end_token = end_token
+        self._rendered: dict[tuple[int, bool], str | UserError] = {}
+
+    def _render(self, count: int, *, generation_prompt: bool) -> str:
+        """Return the rendering of the first messages, each of which is made once.
+
+        Raises:
+            UserError: the template refuses them.
+        """
+        key = (count, generation_prompt)
+        if key not in self._rendered:
+            try:
+                self._rendered[key] = self._renderer.render(
+                    self._messages[:count], self._tools, generation_prompt=generation_prompt
+                )
+            except UserError as error:
+                self._rendered[key] = error
+        found = self._rendered[key]
+        if isinstance(found, UserError):
+            raise found
+        return found
 
     def agrees(self, index: int) -> bool:
         """Return whether the rendering that ends with an answer begins with the answer's prompt."""
         try:
             prompt, opening = self.prompt(index)
-            full = self._renderer.render(self._messages[: index + 1], self._tools, generation_prompt=False)
+            full = self._render(index + 1, generation_prompt=False)
         except UserError:
             return False
         return self._find_behind(prompt, opening, full, index) is not None
@@ -99,10 +119,9 @@ class AnswerRenderer:
         Raises:
             UserError: the template refuses the messages before the answer.
         """
-        history = self._messages[:index]
-        prompt = self._renderer.render(history, self._tools, generation_prompt=True)
+        prompt = self._render(index, generation_prompt=True)
         try:
-            closed = self._renderer.render(history, self._tools, generation_prompt=False)
+            closed = self._render(index, generation_prompt=False)
         except UserError:
             return prompt, 0
         shared = shared_length(prompt, closed)
@@ -118,7 +137,7 @@ class AnswerRenderer:
             UserError: the template refuses the conversation, or the answer does not follow from its prompt.
         """
         prompt, opening = self.prompt(index)
-        full = self._renderer.render(self._messages[: index + 1], self._tools, generation_prompt=False)
+        full = self._render(index + 1, generation_prompt=False)
         behind = self._find_behind(prompt, opening, full, index)
         if behind is None:
             raise self._not_a_beginning(prompt, opening, full, index)
@@ -220,13 +239,18 @@ class AnswerRenderer:
 
     def _continued(self, before: str, index: int) -> str | None:
         """Return what stands behind `before` if another turn follows; None if the template rewrites that text."""
-        messages = list(self._messages[: index + 2])
-        if len(messages) < index + 2 or messages[-1]["role"] == "assistant":
+        followed = index + 1 < len(self._messages) and self._messages[index + 1]["role"] != "assistant"
+        messages = list(self._messages[: index + 1])
+        if not followed:
             calls = messages[index].get("tool_calls")
             probe = probe_turn("tool", calls[0]) if calls else probe_turn("user")
-            messages = [*messages[: index + 1], probe]
+            messages.append(probe)
         try:
-            full = self._renderer.render(messages, self._tools, generation_prompt=False)
+            full = (
+                self._render(index + 2, generation_prompt=False)
+                if followed
+                else self._renderer.render(messages, self._tools, generation_prompt=False)
+            )
         except UserError:
             return None
         return full[len(before) :] if full.startswith(before) else None

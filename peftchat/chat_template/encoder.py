@@ -130,8 +130,9 @@ class ChatEncoder:
         spans = self._template.examples_of(conversations)
         owners = [number for number, examples in enumerate(spans) for _ in examples]
         prepared = [
-            self._prepare(conversation, example)
+            self._prepare(conversation, example, count)
             for conversation, examples in zip(conversations, spans, strict=True)
+            for count in [sum(self._text.count_special_token_text(record_texts(conversation)))]
             for example in examples
         ]
         return ExampleBatch.of(self._encode_prepared(prepared), owners)
@@ -164,9 +165,15 @@ class ChatEncoder:
             )
         return examples
 
-    def _prepare(self, conversation: Conversation, spans: Iterable[TemplateSpan]) -> _Prepared:
-        """Return an example as special tokens and runs of text, without the white space that tokens strip."""
-        prepared = _Prepared(conversation.source, sum(self._text.count_special_token_text(record_texts(conversation))))
+    def _prepare(self, conversation: Conversation, spans: Iterable[TemplateSpan], count: int = 0) -> _Prepared:
+        """Return an example as special tokens and runs of text, without the white space that tokens strip.
+
+        Args:
+            conversation: of the example.
+            spans: the example.
+            count: how often a text of the conversation is spelled like a special token.
+        """
+        prepared = _Prepared(conversation.source, count)
         texts: list[str] = []
         tags: list[int] = []
         strips = False
@@ -223,23 +230,34 @@ class ChatEncoder:
                     joined.append(index)
                 else:
                     by_spans.append(index)
-            encoded = self._encode_texts(["".join(runs[index].texts) for index in joined], place)
-            for index, ids in zip(joined, encoded, strict=True):
+            # Examples of one conversation repeat what precedes their answers.
+            whole = {index: "".join(runs[index].texts) for index in joined}
+            distinct = list(dict.fromkeys(whole.values()))
+            encoded = dict(zip(distinct, self._encode_texts(distinct, place), strict=True))
+            for index in joined:
+                ids = encoded[whole[index]]
                 tags = self._tags_without_straddling(runs[index], ids)
                 if tags is None:
                     by_spans.append(index)
                 else:
                     done[index] = ids, tags
-            spans = [runs[index].texts for index in by_spans]
+            spans = list(dict.fromkeys(tuple(runs[index].texts) for index in by_spans))
             behind = place == "behind"
             located = (
                 self._text.encode_spans_behind(spans)
                 if behind
                 else self._text.encode_spans(spans, at_start=place == "start")
             )
-            for index, tokens in zip(by_spans, located, strict=True):
-                span_tags = runs[index].tags
-                done[index] = tokens.ids, bytes(tag_of(span_tags, first, last) for first, last in tokens.spans)
+            by_text = dict(zip(spans, located, strict=True))
+            for index in by_spans:
+                span_tags, tokens = runs[index].tags, by_text[tuple(runs[index].texts)]
+                done[index] = (
+                    tokens.ids,
+                    bytes(
+                        span_tags[first] if first == last else tag_of(span_tags, first, last)
+                        for first, last in tokens.spans
+                    ),
+                )
         return done
 
     def _encode_texts(self, texts: Sequence[str], place: Place) -> list[list[int]]:

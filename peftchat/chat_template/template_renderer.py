@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peftchat.chat_template.compiled_template import template_writer
 from peftchat.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class TemplateRenderer:
         variables: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._write = template_writer(tokenizer)
         self.bos_token = str(tokenizer.bos_token or "")
         self.jinja = jinja
         self.variables = dict(variables or {})
@@ -66,7 +68,7 @@ class TemplateRenderer:
         by_length = sorted(special, key=len, reverse=True)
         # `(?!)` matches nothing.
         self.special = re.compile("(" + ("|".join(map(re.escape, by_length)) or "(?!)") + ")")
-        nonce = secrets.token_hex(6)
+        self._nonce = nonce = secrets.token_hex(6)
         self._placeholders = {token: f"x{nonce}n{number}x" for number, token in enumerate(by_length)}
         self._texts = {placeholder: token for token, placeholder in self._placeholders.items()}
         self._placeholder = re.compile(rf"x{nonce}n\d+x")
@@ -122,15 +124,8 @@ class TemplateRenderer:
     def _apply(self, messages: Sequence[TemplateMessage], tools: Tools, *, generation_prompt: bool) -> str:
         if self.reasoning_in_parts:
             messages = [with_reasoning_parts(message) for message in messages]
-        return str(
-            self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools or None,
-                chat_template=self._template(tools),
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self.variables,
-            )
+        return self._write(
+            self._template(tools), messages, tools or None, add_generation_prompt=generation_prompt, **self.variables
         )
 
     def _renders(self, messages: Sequence[TemplateMessage], tools: Tools) -> bool:
@@ -183,6 +178,8 @@ class TemplateRenderer:
 
     def restore(self, text: str) -> str:
         """Return a rendered text with the placeholders replaced by what stands in the messages."""
+        if self._nonce not in text:
+            return text
         return self._placeholder.sub(lambda match: self._texts[match[0]], text)
 
 

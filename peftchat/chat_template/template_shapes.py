@@ -139,8 +139,11 @@ def content_conditions(source: str) -> ContentConditions | None:
         tree = _parse(source)
         parts: set[str] = set()
         whole: set[str] = set()
+        of_tools = _tool_names(tree)
         for compare in tree.find_all(nodes.Compare):
-            _add_comparison(compare, parts, whole)
+            # Plain conversations have no tools and no calls, so that nothing is asked of contents there.
+            if not _is_of_tools(compare.expr, of_tools):
+                _add_comparison(compare, parts, whole)
         for call in tree.find_all(nodes.Call):
             if isinstance(call.node, nodes.Getattr):
                 _add_method(call.node.attr, call.args, parts)
@@ -158,6 +161,45 @@ def content_conditions(source: str) -> ContentConditions | None:
     strips = any(call.attr in _STRIPS | {"split", "rsplit"} for call in tree.find_all(nodes.Getattr))
     strips = strips or any(filtered.name == "trim" for filtered in tree.find_all(nodes.Filter))
     return ContentConditions(re.compile(pattern, re.IGNORECASE), frozenset(whole), strips)
+
+
+def _tool_names(tree: Any) -> frozenset[str]:
+    """Return the variables of a template that hold nothing but tools, calls, and parts of them."""
+    from jinja2 import nodes
+
+    bound: dict[str, list[Any]] = {}
+    for node in tree.find_all((nodes.Assign, nodes.For)):
+        source = node.node if isinstance(node, nodes.Assign) else node.iter
+        for target in [node.target, *node.target.find_all(nodes.Name)]:
+            if isinstance(target, nodes.Name):
+                bound.setdefault(target.name, []).append(source)
+    other = {target.name for block in tree.find_all(nodes.AssignBlock) for target in [block.target]
+             if isinstance(target, nodes.Name)}  # fmt: skip
+    other |= {argument.name for macro in tree.find_all((nodes.Macro, nodes.CallBlock)) for argument in macro.args}
+    found = frozenset({"tools"} - other - bound.keys())
+    while True:
+        more = {
+            name for name, sources in bound.items()
+            if name not in other and all(_is_of_tools(source, found) for source in sources)
+        }  # fmt: skip
+        if more <= found:
+            return found
+        found |= more
+
+
+def _is_of_tools(node: Any, of_tools: frozenset[str]) -> bool:
+    """Return whether an expression is a part of tools or calls: `tools`, `message.tool_calls`, or what is within."""
+    from jinja2 import nodes
+
+    while not isinstance(node, nodes.Name):
+        if isinstance(node, nodes.Getattr) and node.attr == "tool_calls":
+            return True
+        if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "tool_calls":
+            return True
+        if not isinstance(node, nodes.Getattr | nodes.Getitem | nodes.Call | nodes.Filter) or node.node is None:
+            return False
+        node = node.node
+    return node.name in of_tools
 
 
 def _add_comparison(compare: Any, parts: set[str], whole: set[str]) -> None:

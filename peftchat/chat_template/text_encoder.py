@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import orjson
 
 if TYPE_CHECKING:
@@ -117,12 +118,14 @@ def _covered(spans: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[t
         spans: the text in spans.
         offsets: for each token its first character and one past its last.
     """
-    span_of_character = [index for index, span in enumerate(spans) for _ in span]
-    last = len(span_of_character) - 1
-    return [
-        (span_of_character[min(start, last)], span_of_character[min(max(stop - 1, start), last)])
-        for start, stop in offsets
-    ]
+    if not offsets:
+        return []
+    ends = np.cumsum([len(span) for span in spans])
+    places = np.array(offsets)
+    starts, stops = places[:, 0], np.maximum(places[:, 1] - 1, places[:, 0])
+    last = ends[-1] - 1
+    first, final = (np.searchsorted(ends, np.minimum(at, last), side="right").tolist() for at in (starts, stops))
+    return list(zip(first, final, strict=True))
 
 
 def _load(state: State) -> "Tokenizer":

@@ -136,11 +136,7 @@ class TokenizerTemplate:
             UserError: the template refuses the conversation, loses a part of it, or writes an answer that does not
                 follow from its prompt.
         """
-        try:
-            return self._examples(self._adapted(conversation))
-        except UserError as error:
-            where = conversation.source or error.where
-            raise UserError(error.message, where=where, hint=self._hint(error, conversation)) from error
+        return self._examples([conversation])[0]
 
     def _hint(self, error: UserError, conversation: Conversation) -> str:
         """Return what mends an error, with the setting for messages that the template cannot write."""
@@ -210,7 +206,8 @@ class TokenizerTemplate:
                     if shape is not None:
                         shapes[number] = shape
             found = self._fill(conversations, shapes)
-        return [found[number] if number in found else self.examples(one) for number, one in enumerate(conversations)]
+        others = iter(self._examples([one for number, one in enumerate(conversations) if number not in found]))
+        return [found[number] if number in found else next(others) for number in range(len(conversations))]
 
     def _make_shape(self, conversation: Conversation) -> Shape | None:
         """Return the shape of a conversation; None if the template refuses it, or it has no answer to train."""
@@ -292,19 +289,53 @@ class TokenizerTemplate:
             found.append(spans)
         return found
 
-    def _examples(self, conversation: Conversation) -> list[list[TemplateSpan]]:
-        builder, answers = self._answers(conversation)
-        if not answers:
-            messages, tools, _ = self._inputs(conversation)
-            rendered = self._renderer_of(conversation).render(messages, tools, generation_prompt=False)
-            return [list(builder.context_only(rendered))]
-        groups = [[answers[0]]]
-        for before, answer in itertools.pairwise(answers):
-            if self._continues(before, answer):
-                groups[-1].append(answer)
-            else:
-                groups.append([answer])
-        return [list(builder.spans(group, repeated=number > 0)) for number, group in enumerate(groups)]
+    def _examples(self, conversations: Sequence[Conversation]) -> list[list[list[TemplateSpan]]]:
+        """Return the examples of conversations that are rendered answer by answer.
+
+        Raises:
+            UserError: see `examples`.
+        """
+        answered = [self._answered(conversation) for conversation in conversations]
+        pairs = [pair for _, _, answers in answered for pair in itertools.pairwise(answers)]
+        following = [after.prompt.startswith(before.prompt + before.text) for before, after in pairs]
+        borders = [self._border(before) for (before, _), follows in zip(pairs, following, strict=True) if follows]
+        # The tokenizer gets the borders of all conversations as one batch.
+        kept = iter(
+            self._keep_borders([(tail[-_BOUNDARY_CHARACTERS:], head[:_BOUNDARY_CHARACTERS]) for tail, head in borders])
+        )
+        continues = iter([follows and next(kept) for follows in following])
+        examples = []
+        for adapted, builder, answers in answered:
+            if not answers:
+                messages, tools, _ = self._inputs(adapted)
+                rendered = self._renderer_of(adapted).render(messages, tools, generation_prompt=False)
+                examples.append([list(builder.context_only(rendered))])
+                continue
+            groups = [[answers[0]]]
+            for answer in answers[1:]:
+                if next(continues):
+                    groups[-1].append(answer)
+                else:
+                    groups.append([answer])
+            examples.append([list(builder.spans(group, repeated=number > 0)) for number, group in enumerate(groups)])
+        return examples
+
+    def _answered(self, conversation: Conversation) -> tuple[Conversation, ExampleBuilder, list[RenderedAnswer]]:
+        """Return a conversation as it is written, and its trained answers with what builds spans from them.
+
+        Raises:
+            UserError: see `examples`.
+        """
+        try:
+            adapted = self._adapted(conversation)
+            builder, answers = self._answers(adapted)
+            if not answers:
+                messages, tools, _ = self._inputs(adapted)
+                self._renderer_of(adapted).render(messages, tools, generation_prompt=False)
+        except UserError as error:
+            where = conversation.source or error.where
+            raise UserError(error.message, where=where, hint=self._hint(error, conversation)) from error
+        return adapted, builder, answers
 
     def _answers(self, conversation: Conversation) -> tuple[ExampleBuilder, list[RenderedAnswer]]:
         """Return the trained answers, checked, with what builds spans from them."""
@@ -333,13 +364,6 @@ class TokenizerTemplate:
                 renderer.check_reasoning_kept(answer)
             answers.append(answer)
         return builder, answers
-
-    def _continues(self, before: RenderedAnswer, answer: RenderedAnswer) -> bool:
-        """Return whether the tokens of an answer and its prompt begin the prompt of the next answer."""
-        if not answer.prompt.startswith(before.prompt + before.text):
-            return False
-        tail, head = self._border(before)
-        return self._keep_borders([(tail[-_BOUNDARY_CHARACTERS:], head[:_BOUNDARY_CHARACTERS])])[0]
 
     def _border(self, answer: RenderedAnswer) -> tuple[str, str]:
         """Return the text before and behind the border of a prompt and its answer, up to special tokens."""

@@ -52,6 +52,7 @@ class _BatchSize(click.ParamType):
     show_default=True,
     help="Of several programs; a single one is greedy.",
 )
+@click.option("--data", type=PathType(), help="Conversations: the loss by role, kind of text, turn and length.")
 @click.option("--limit", type=click.IntRange(min=1), help="Ask only the first N questions of each task.")
 @click.option(
     "--chat-template/--no-chat-template",
@@ -78,6 +79,7 @@ def command(
     open_sandbox: bool,
     code_samples: int,
     temperature: float,
+    data: Path | None,
     limit: int | None,
     chat_template: bool,
     system: str | None,
@@ -97,20 +99,27 @@ def command(
     peftchat evaluate runs/assistant --tasks arc_challenge@25,hellaswag@10 --limit 200
     peftchat evaluate runs/assistant --against runs/other --include tasks --tasks my_task
     peftchat evaluate runs/assistant --code HumanEval.jsonl.gz --run-code
+    peftchat evaluate runs/assistant --data data/eval.jsonl
     """
     from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
+    from peftchat.errors import UserError
     from peftchat.evaluating.task_catalog import parse_tasks, require_harness
 
     if tasks is not None:
         parse_tasks(tasks)
-    require_harness()
+    if data is None:
+        require_harness()
+    elif tasks is not None or code or chat_template or cluster is not None:
+        hint = "Evaluate tasks and code in a command of their own."
+        raise UserError("the loss on conversations has none of the settings of tasks", where="--data", hint=hint)
     from transformers.utils.logging import disable_progress_bar
 
     from peftchat import api
     from peftchat.cli.common import echo_json, note
     from peftchat.console import stdout
+    from peftchat.evaluating.data_losses import loss_table
     from peftchat.evaluating.evaluation_progress import EvaluationProgress
     from peftchat.evaluating.evaluation_report import evaluation_table, notes
     from peftchat.evaluating.harness import AskOptions
@@ -129,6 +138,16 @@ def command(
         allow_changed=allow_changed,
         output=output,
     )
+    if data is not None:
+        with EvaluationProgress() as progress:
+            losses, folder = api.evaluate_data(model, data, options, progress.watch)
+        if as_json:
+            echo_json({"folder": str(folder), **losses.as_dict()})
+            return
+        stdout.print(loss_table(losses), soft_wrap=False)
+        note("Losses in nats per target. Intervals of 95 % are paired by conversation.")
+        stdout.print(f"Results: {folder}", markup=False, soft_wrap=True)
+        return
     with EvaluationProgress() as progress:
         evaluation, folder = api.evaluate(model, options, progress.watch)
     if as_json:

@@ -21,6 +21,7 @@ from peftchat.cli import (
     mask,
     merge,
     plan,
+    push,
     template,
     train,
     variants,
@@ -73,7 +74,22 @@ def cli(context: click.Context) -> None:
 
 
 # In the order of the work.
-for _module in (init, data, mask, template, variants, plan, train, compare, evaluate, merge, chat, generate, export):
+for _module in (
+    init,
+    data,
+    mask,
+    template,
+    variants,
+    plan,
+    train,
+    compare,
+    evaluate,
+    merge,
+    chat,
+    generate,
+    export,
+    push,
+):
     cli.add_command(_module.command)
 
 

@@ -27,14 +27,16 @@ def reading_options(function: _Function) -> _Function:
         click.option(
             "--columns",
             callback=_parse_columns,
+            multiple=True,
             metavar="OURS=THEIRS,…",
-            help=f"The file's names of fields: {_FOLLOW['columns']}.",
+            help=f"The file's names of fields: {_FOLLOW['columns']}. Repeatable.",
         ),
         click.option(
             "--roles",
             callback=_parse_roles,
+            multiple=True,
             metavar="THEIRS=OURS,…",
-            help=f"The file's names of roles: {_FOLLOW['roles']}.",
+            help=f"The file's names of roles: {_FOLLOW['roles']}. Repeatable.",
         ),
         click.option(
             "--consecutive",
@@ -51,25 +53,25 @@ def reading_options(function: _Function) -> _Function:
     return function
 
 
-def _parse_columns(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, str]:
+def _parse_columns(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     from peftchat.recipe.sections import ColumnName
 
-    return _pairs("columns", value, ColumnName, ours_first=True)
+    return _pairs("columns", values, ColumnName, ours_first=True)
 
 
-def _parse_roles(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any]:
+def _parse_roles(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
     from peftchat.conversation import Role
     from peftchat.conversations.formats.names import normalize_role
 
-    return {normalize_role(name): role for name, role in _pairs("roles", value, Role, ours_first=False).items()}
+    return {normalize_role(name): role for name, role in _pairs("roles", values, Role, ours_first=False).items()}
 
 
-def _pairs(option: str, value: str | None, ours: Any, *, ours_first: bool) -> dict[str, str]:
+def _pairs(option: str, values: tuple[str, ...], ours: Any, *, ours_first: bool) -> dict[str, str]:
     """The pairs of an option, each side checked.
 
     Args:
         option: its name.
-        value: as given.
+        values: as given, one for each time that the option stands there.
         ours: the type of our own names.
         ours_first: whether the key of a pair is our name.
 
@@ -83,7 +85,8 @@ def _pairs(option: str, value: str | None, ours: Any, *, ours_first: bool) -> di
 
     known = get_args(ours)
     pairs: dict[str, str] = {}
-    for pair in (value or "").split(",") if value else []:
+    value = ",".join(values)
+    for pair in value.split(",") if value else []:
         key, equals, meaning = (part.strip() for part in pair.partition("="))
         where = f"--{option} {value}"
         if not (key and equals and meaning):

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +28,16 @@ _REFUSALS_SHOWN = 8
 @click.option("--data", type=PathType(), help=f"Check the first {_MOST:,} conversations of a file.")
 @click.option("--end-token", help="Ends an answer where the template writes no token (`chat.end_token`).")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A variable of `chat.template_kwargs`.")
+@click.option("--recipe", type=PathType(), help="Take the settings of `chat` and `data.consecutive` from a recipe.")
 @json_option("Print one JSON object a line: the template's ends, then each conversation.")
 def command(
-    name: str, model: str | None, data: Path | None, end_token: str | None, settings: tuple[str, ...], as_json: bool
+    name: str,
+    model: str | None,
+    data: Path | None,
+    end_token: str | None,
+    settings: tuple[str, ...],
+    recipe: Path | None,
+    as_json: bool,
 ) -> None:
     """Check that a template trains what the model will be asked for.
 
@@ -50,10 +57,17 @@ def command(
     from peftchat.chat_template.template_check import PLAIN, TemplateCheck, sample_conversations
     from peftchat.chat_template.template_settings import TemplateSettings
 
-    variables = dict(_variable(setting) for setting in settings)
+    chosen, system, consecutive = TemplateSettings(), None, "keep"
+    if recipe is not None:
+        from peftchat.recipe import load_recipe
+
+        loaded = load_recipe(recipe, to_train=False).recipe
+        chosen, system, consecutive = loaded.chat.template_settings, loaded.chat.system, loaded.data.consecutive
+    variables = {**chosen.variables, **dict(_variable(setting) for setting in settings)}
+    chosen = replace(chosen, variables=variables, end_token=end_token or chosen.end_token)
     tokenizer, template = _open(name, model)
     try:
-        chat = make_format(template, None, tokenizer, settings=TemplateSettings(variables, end_token))
+        chat = make_format(template, system, tokenizer, settings=chosen)
     except UserError as error:
         if tokenizer.chat_template and error.where == "chat.template: model":
             # The template itself is what is checked here.
@@ -66,7 +80,7 @@ def command(
         from peftchat.conversations import read_conversations
         from peftchat.conversations.problems import ReadOptions
 
-        found = read_conversations(data, options=ReadOptions(consecutive="keep"))
+        found = read_conversations(data, options=ReadOptions(consecutive=consecutive))
         conversations = ((one.source, one) for one in itertools.islice(found, _MOST))
     results = list(TemplateCheck(chat, variables).check(conversations))
     if as_json:

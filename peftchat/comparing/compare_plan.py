@@ -307,6 +307,12 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
             where=base.where("data"),
             hint="Add `--set data.eval_fraction=0.1`, or name files in data.eval.",
         )
+    if base.recipe.data.resample:
+        raise UserError(
+            "a comparison draws the shares of the sources once, so that all candidates have the same data",
+            where=base.where("data", "resample"),
+            hint="Add `--set data.resample=false`.",
+        )
     _check_sources(base.recipe)
     plan = ComparePlan(options, base, make_candidates(options.variants, options.axes))
     for candidate in plan.candidates:

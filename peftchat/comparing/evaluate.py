@@ -119,7 +119,7 @@ def _evaluate_run(
 ) -> "tuple[list[tuple[float, int]], list[SampleAnswer]]":
     from peftchat.serving.chat_model import load_for_chat
     from peftchat.training.context import load_chat_format
-    from peftchat.training.summary import sample_answers
+    from peftchat.training.questions import sample_answers
 
     chat = load_for_chat(str(run))
     parts = general_losses(chat.model, chat.tokenizer, text)

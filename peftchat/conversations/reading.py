@@ -42,6 +42,27 @@ def read_sources(
     Raises:
         UserError: as `read_conversations`; paths and formats of all entries are checked before the first conversation.
     """
+    numbered = read_numbered(entries, seed, problems=problems, consecutive=consecutive)
+    return (conversation for _, conversation in numbered)
+
+
+def read_numbered(
+    entries: "Sequence[DataEntry]",
+    seed: int = 0,
+    *,
+    problems: ProblemLog | None = None,
+    consecutive: str = "error",
+    weighted: bool = True,
+) -> Iterator[tuple[int, Conversation]]:
+    """What `read_sources` yields, each conversation with the number of its source.
+
+    Args:
+        entries: the sources.
+        seed: chooses what a weight leaves out.
+        problems: as in `read_conversations`.
+        consecutive: what becomes of two turns of one role.
+        weighted: whether the weights count; without them each conversation comes once.
+    """
     log = ProblemLog(strict=True) if problems is None else problems
     streams = [
         _weighted(
@@ -60,13 +81,13 @@ def read_sources(
                     roles={normalize_role(theirs): ours for theirs, ours in entry.roles.items()},
                 ),
             ),
-            entry.weight,
+            entry.weight if weighted else 1.0,
             f"{seed} {place}",
             log,
         )
         for place, entry in enumerate(entries)
     ]
-    return chain.from_iterable(streams)
+    return chain.from_iterable(zip(itertools.repeat(place), stream) for place, stream in enumerate(streams))
 
 
 def _weighted(

@@ -13,14 +13,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from peftchat.chat_template.chat_format import ChatFormat
 from peftchat.chat_template.examples import EncodedExample, ExampleStore, ExampleWriter
 from peftchat.conversation import Conversation
 from peftchat.conversations import ProblemLog
 from peftchat.conversations.readers import find_files
-from peftchat.conversations.reading import read_sources
+from peftchat.conversations.reading import read_numbered
 from peftchat.conversations.splitting import fit_split
 from peftchat.dataset.digests import tokenizer_digest
 from peftchat.dataset.encode import EncodingStats, encode_conversations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peftchat.recipe import DataEntry, Recipe
 
 
+T = TypeVar("T")
 Split = Literal["train", "eval"]
 
 _FORMAT = 12
@@ -145,13 +146,14 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
         for split in _splits(recipe):
             log = ProblemLog(strict=True)
             stats = EncodingStats()
-            stream = conversations(recipe, split, log)
-            if split == "train":
-                stream = leaks.watch(stream)
+            stats.by_source = [0] * len(_entries(recipe, split))
             with ExampleWriter(temporary / f"{split}.arrow") as writer:
-                for examples in encode_conversations(recipe, encoder, stream, stats):
-                    writer.write(examples)
-                    progress(done + stats.examples + sum(stats.dropped.values()))
+                for place, stream in _by_source(_numbered(recipe, split, log)):
+                    watched = leaks.watch(stream) if split == "train" else stream
+                    for examples in encode_conversations(recipe, encoder, watched, stats):
+                        writer.write(examples)
+                        stats.by_source[place] += len(examples)
+                        progress(done + stats.examples + sum(stats.dropped.values()))
             done += stats.examples + sum(stats.dropped.values())
             stats.formats, stats.notes, stats.left_out = dict(log.formats), dict(log.notes), dict(log.skipped)
             stats.unused = {
@@ -169,29 +171,49 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
 
 
 def conversations(recipe: "Recipe", split: Split, log: ProblemLog) -> Iterator[Conversation]:
-    """Yield the conversations of one split, before any is truncated or dropped."""
+    """Yield the conversations of one split, before any is truncated or dropped.
+
+    With `data.resample`, those to train on come once each, whatever the weights.
+    """
+    numbered = _numbered(recipe, split, log)
+    return (conversation for _, conversation in numbered)
+
+
+def _numbered(recipe: "Recipe", split: Split, log: ProblemLog) -> Iterator[tuple[int, Conversation]]:
+    """Yield the conversations of one split, each with the number of its source."""
     data, seed = recipe.data, recipe.training.seed
-    if split == "eval" and data.eval is not None:
-        selected = read_sources(data.eval, seed, problems=log, consecutive=data.consecutive)
-    elif data.eval_fraction is None:
-        selected = read_sources(data.train, seed, problems=log, consecutive=data.consecutive)
-    else:
-        splitter = fit_split(read_sources(data.train, seed, consecutive=data.consecutive), data.eval_fraction, seed)
-        everything = read_sources(data.train, seed, problems=log, consecutive=data.consecutive)
+    entries = _entries(recipe, split)
+    # The shares of an epoch are drawn from all conversations; what is held out is drawn once.
+    weighted = split == "eval" or not data.resample
+    selected = read_numbered(entries, seed, problems=log, consecutive=data.consecutive, weighted=weighted)
+    if data.eval_fraction is not None:
+        everything = read_numbered(data.train, seed, consecutive=data.consecutive, weighted=not data.resample)
+        splitter = fit_split((conversation for _, conversation in everything), data.eval_fraction, seed)
         if split == "eval":
             log.told += splitter.remarks
-        selected = (conversation for conversation in everything if splitter.is_eval(conversation) == (split == "eval"))
-    entries = data.eval if split == "eval" and data.eval is not None else data.train
+        selected = (one for one in selected if splitter.is_eval(one[1]) == (split == "eval"))
     limit = "max_train_samples" if split == "train" else "max_eval_samples"
     return _limited(selected, limit, getattr(data, limit), entries, log)
+
+
+def _entries(recipe: "Recipe", split: Split) -> "Sequence[DataEntry]":
+    """Return the sources of a split."""
+    data = recipe.data
+    return data.eval if split == "eval" and data.eval is not None else data.train
+
+
+def _by_source(numbered: Iterator[tuple[int, T]]) -> Iterator[tuple[int, Iterator[T]]]:
+    """Yield each source's number and what it has; each is to be read to its end before the next."""
+    for place, pairs in itertools.groupby(numbered, key=lambda pair: pair[0]):
+        yield place, (one for _, one in pairs)
 
 
 _MOST_COUNTED = 10_000
 
 
 def _limited(
-    stream: Iterator[Conversation], key: str, limit: int | None, entries: "Sequence[DataEntry]", log: ProblemLog
-) -> Iterator[Conversation]:
+    stream: Iterator[T], key: str, limit: int | None, entries: "Sequence[DataEntry]", log: ProblemLog
+) -> Iterator[T]:
     """Yield the first conversations, and count those that the limit leaves out.
 
     At most 10,000 are counted. A hub dataset, which would be downloaded for it, is not read on.

@@ -33,6 +33,7 @@ class EncodingStats:
 
     Attributes:
         examples: examples kept.
+        by_source: those of each source of the split, in the order of the recipe.
         tokens: their tokens.
         supervised: their tokens with a target.
         dropped: conversations and examples left out, by reason.
@@ -54,6 +55,7 @@ class EncodingStats:
     """
 
     examples: int = 0
+    by_source: list[int] = field(default_factory=list)
     tokens: int = 0
     supervised: int = 0
     dropped: dict[str, int] = field(default_factory=dict)

@@ -4,6 +4,8 @@ Best-fit decreasing: the longest examples first, each into the fullest pack that
 lengths this leaves well under one percent of a long sequence empty.
 """
 
+import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,13 +38,13 @@ class Packs(Sequence[list[int]]):
         return indices
 
 
-def pack(lengths: npt.NDArray[np.int64], capacity: int, seed: int) -> Packs:
+def pack(lengths: npt.NDArray[np.int64], capacity: int, seed: int | Sequence[int]) -> Packs:
     """Group examples into packs of at most `capacity` tokens.
 
     Args:
         lengths: tokens of each example, int64, shape (N,).
         capacity: tokens that fit into one pack.
-        seed: shuffles examples of equal length, and so decides which of them share a pack.
+        seed: one number or several; shuffles examples of equal length, and so decides which of them share a pack.
 
     Returns:
         The example indices of each pack; every example occurs exactly once.
@@ -83,6 +85,44 @@ def _numbers(lengths: npt.NDArray[np.int64], order: npt.NDArray[np.int32]) -> It
     """Yield the lengths in an order, converting a part of them at a time."""
     for start in range(0, len(order), _CHUNK):
         yield from lengths[order[start : start + _CHUNK]].tolist()
+
+
+def split_largest(packs: Packs, number: int) -> Packs:
+    """Split the packs of most examples in two until there are `number` of them, or each has one example."""
+    if len(packs) >= number:
+        return packs
+    # The second half of a pack becomes a pack behind all others.
+    parts = [packs.examples[start:stop] for start, stop in itertools.pairwise(packs.offsets.tolist())]
+    heap = [(-len(part), place) for place, part in enumerate(parts)]
+    heapq.heapify(heap)
+    while len(parts) < number and -heap[0][0] > 1:
+        _, place = heapq.heappop(heap)
+        first, second = np.array_split(parts[place], 2)
+        parts[place] = first
+        parts.append(second)
+        heapq.heappush(heap, (-len(first), place))
+        heapq.heappush(heap, (-len(second), len(parts) - 1))
+    return _joined(parts)
+
+
+def keep_fullest(packs: Packs, number: int, lengths: npt.NDArray[np.int64]) -> Packs:
+    """Leave out the packs with the fewest tokens, so that at most `number` are left, in their order.
+
+    Args:
+        packs: the packs.
+        number: how many may be left.
+        lengths: tokens of each example, int64, shape (N,).
+    """
+    if len(packs) <= number:
+        return packs
+    sums = np.add.reduceat(lengths[packs.examples], packs.offsets[:-1])
+    kept = np.sort(np.argsort(-sums, kind="stable")[:number])
+    return _joined([packs.examples[packs.offsets[place] : packs.offsets[place + 1]] for place in kept])
+
+
+def _joined(parts: Sequence[npt.NDArray[np.int32]]) -> Packs:
+    offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    return Packs(np.concatenate([np.zeros(0, np.int32), *parts]), offsets)
 
 
 def efficiency(packs: Sequence[Sequence[int]], lengths: npt.NDArray[np.int64], capacity: int) -> float:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import random
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class TaskScores:
         clusters: the group of related questions that each belongs to; None where each stands alone.
         samples: what is kept of each question, as JSON values.
         members: the tasks of a group; empty for a task.
+        dataset: the hub id of its data; None for local files.
         weighted: for a group, the metrics (`NAME`, or `NAME,FILTER`) in which each question counts the same; in others
             each task does.
     """
@@ -61,6 +63,7 @@ class TaskScores:
     clusters: tuple[Hashable, ...] | None = None
     samples: tuple[dict[str, Any], ...] = ()
     members: tuple[str, ...] = ()
+    dataset: str | None = None
     weighted: frozenset[str] = frozenset()
 
 
@@ -227,7 +230,14 @@ def _task_scores(name: str, chosen: ChosenTask, found: Mapping[str, Any]) -> Tas
         tuple(str(question["doc_hash"]) for question in questions),
         None if field is None else tuple(str(question["doc"].get(field)) for question in questions),
         tuple(_kept(name, sample) for one in filters for sample in by_filter[one]),
+        dataset=_hub_id(task.get_config("dataset_path")),
     )
+
+
+def _hub_id(dataset: Any) -> str | None:
+    """Return the hub id of a task's data; None for files, whose paths belong to this machine."""
+    is_id = isinstance(dataset, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) and not Path(dataset).exists()
+    return dataset if is_id else None
 
 
 def _group_scores(group: Any, chosen: ChosenTask, found: Mapping[str, Any], scores: Sequence[TaskScores]) -> TaskScores:
@@ -243,7 +253,7 @@ def _group_scores(group: Any, chosen: ChosenTask, found: Mapping[str, Any], scor
     metrics = {
         key: MetricScore(float(value), error, better, None) for key, value, error, better in _metrics(group.name, found)
     }
-    shots = {part.shots for part in parts}
+    shots, datasets = {part.shots for part in parts}, {part.dataset for part in parts}
     return TaskScores(
         group.name,
         chosen.name,
@@ -253,6 +263,7 @@ def _group_scores(group: Any, chosen: ChosenTask, found: Mapping[str, Any], scor
         sum(part.available for part in parts),
         metrics,
         members=tuple(part.task for part in parts),
+        dataset=datasets.pop() if len(datasets) == 1 else None,
         weighted=weighted,
     )
 

@@ -121,6 +121,30 @@ def mean_difference(parts: Sequence[Difference]) -> Difference:
     return Difference(mean, error, mean - margin, mean + margin, questions, None, higher, lower, None, "mean of tasks")
 
 
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float], sizes: Sequence[int]) -> Difference:
+    """Return the difference of two means over parts, such as the loss per token, with its 95 % interval.
+
+    The parts of an item depend on each other, so the items are what varies: Student's interval of the ratio of sums,
+    linearized (Cochran, Sampling Techniques, 6.4).
+
+    Args:
+        ours: the sum over the parts of each item, such as the loss of a conversation.
+        theirs: that of the other model.
+        sizes: the parts of each item, such as its tokens; more than none in all.
+    """
+    differences = [one - other for one, other in zip(ours, theirs, strict=True)]
+    count, total = len(sizes), sum(sizes)
+    mean = math.fsum(differences) / total
+    higher = sum(difference > 0 for difference in differences)
+    lower = sum(difference < 0 for difference in differences)
+    if count < 2:
+        return Difference(mean, None, None, None, count, None, higher, lower, None, "none")
+    residuals = [difference - mean * size for difference, size in zip(differences, sizes, strict=True)]
+    error = math.sqrt(math.fsum(value * value for value in residuals) * count / (count - 1)) / total
+    margin = t_quantile(count - 1) * error
+    return Difference(mean, error, mean - margin, mean + margin, count, None, higher, lower, None, "Student of a ratio")
+
+
 def mcnemar(higher: int, lower: int) -> float:
     """Return the p-value of McNemar's exact test: two-sided, from the questions on which two models differ.
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from peftchat.console import stderr
 from peftchat.errors import UserError
+from peftchat.evaluating.card_results import write_results
+from peftchat.evaluating.data_losses import DataLosses, data_losses
 from peftchat.evaluating.evaluated_model import EvaluatedModel
 from peftchat.evaluating.evaluation_report import difference_plot, markdown
 from peftchat.evaluating.harness import AskOptions, ModelScores, TaskScores, score_model
@@ -21,6 +23,7 @@ from peftchat.evaluating.side_by_side import Evaluation, ModelRow, side_by_side
 from peftchat.evaluating.task_catalog import DEFAULT_TASKS, ChosenTask, TaskSpec, load_tasks, parse_tasks
 from peftchat.files import write_text
 from peftchat.output_paths import InputPath, check_output
+from peftchat.reports.model_card import read_card
 from peftchat.runs.run_folder import RunFolder
 
 RESULTS = "results.json"
@@ -147,6 +150,9 @@ def evaluate_models(
     models = _models(name, options)
     folder, answers = _folders(models, specs, programs, options)
     _check_templates(models, options)
+    card = _card(models[0])
+    if card is not None:
+        read_card(card.read_text(encoding="utf-8", errors="replace"), str(card))
     tasks = load_tasks(specs, options.include, cluster=options.cluster) if specs else []
     clash = {name for task in tasks for name in task.tasks} & {task.name for task in programs}
     if clash:
@@ -171,7 +177,46 @@ def evaluate_models(
         rows.append(_model_row(model, found, key))
     evaluation = Evaluation(tuple(rows), side_by_side(scores), _settings([*tasks, *programs], options))
     _write(evaluation, scores, folder)
+    if card is not None:
+        write_results(card, evaluation)
     return evaluation, folder
+
+
+def evaluate_data(
+    name: str, data: Path, options: EvaluateOptions | None = None, watch: Watch = _NOBODY
+) -> tuple[DataLosses, Path]:
+    """Compute the held-out loss of a run on a file of conversations, beside its base or other runs.
+
+    Args:
+        name: a run folder.
+        data: the file.
+        options: what else to evaluate; tasks and code are left out.
+        watch: who is told about the progress.
+
+    Returns:
+        The losses, and the folder with `losses.json` and the losses of each conversation.
+
+    Raises:
+        UserError: an input cannot be used; raised before a model is loaded.
+    """
+    options = options or EvaluateOptions()
+    models = _models(name, options)
+    if options.output is not None:
+        inputs = [InputPath(data, "the data"), InputPath(Path(name), f"the model {name}")]
+        check_output(options.output, inputs, f"-o {options.output}")
+        _check_own(options.output)
+    watch.on_task(data.name)
+    found = data_losses(models, data, limit=options.ask.limit, on_model=watch.on_model, on_answer=watch.on_answer)
+    digest = hashlib.sha256(json.dumps([str(data.absolute()), found.models, options.ask.limit]).encode()).hexdigest()
+    folder = options.output or models[0].source.path / "evaluations" / f"losses-{data.stem[:40]}-{digest[:6]}"
+    found.write(folder)
+    return found, folder
+
+
+def _card(model: EvaluatedModel) -> Path | None:
+    """Return the model card of a finished run."""
+    run = RunFolder(model.source.path)
+    return run.model_card if model.recipe is not None and run.is_finished and run.model_card.is_file() else None
 
 
 def _specs(options: EvaluateOptions) -> list[TaskSpec]:
@@ -245,7 +290,11 @@ def _check_own(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError("the output is a file, expected a folder", where=f"-o {folder}", hint="Name another one.")
     own = {RESULTS, "results.md", "results.svg", "answers"}
-    foreign = [path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith("samples-")]
+    foreign = [
+        path.name
+        for path in folder.iterdir()
+        if path.name not in own and not path.name.startswith(("samples-", "losses"))
+    ]
     if foreign:
         what = f"the folder holds something else than an evaluation: {sorted(foreign)[0]}"
         raise UserError(what, where=f"-o {folder}", hint="Name another folder.")

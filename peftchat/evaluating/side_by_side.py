@@ -93,6 +93,7 @@ class TaskRow:
         available: how many the task has.
         clusters: groups of related questions; None where each question stands alone.
         members: the tasks of a group; empty for a task.
+        dataset: the hub id of its data; None for local files.
         metrics: its metrics.
     """
 
@@ -104,6 +105,7 @@ class TaskRow:
     available: int
     clusters: int | None
     members: tuple[str, ...]
+    dataset: str | None
     metrics: tuple[MetricRow, ...]
 
     @property
@@ -175,6 +177,7 @@ def _task_row(name: str, scores: Sequence[Mapping[str, TaskScores]]) -> TaskRow:
         first.available,
         _clusters(name, scores[0]),
         first.members,
+        first.dataset,
         tuple(_metric_row(key, scores, name) for key in keys),
     )
 

@@ -13,8 +13,9 @@ from rich.text import Text
 from peftchat.chat_template.chat_format import ChatFormat
 from peftchat.chat_template.loss_mask import loss_mask_table
 from peftchat.console import stdout
-from peftchat.dataset.cache import EncodedSplit, load_splits
+from peftchat.dataset.cache import EncodedSplit, Split, load_splits
 from peftchat.dataset.encode import EncodingStats
+from peftchat.dataset.mixture import data_notes
 from peftchat.formatting import format_bytes, format_count, format_duration, format_percent, format_short_count
 from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
@@ -338,8 +339,8 @@ def print_dry_run(loaded: "LoadedRecipe", distributed: DistributedSetup) -> None
         ("method", _method_text(recipe)),
         ("hardware", _hardware_text(distributed)),
         ("chat", _chat_text(recipe, chat)),
-        ("training", _split_text(recipe, splits["train"].stats)),
-        *([("held out", _split_text(recipe, splits["eval"].stats))] if "eval" in splits else ()),
+        ("training", _split_text(recipe, "train", splits["train"].stats)),
+        *([("held out", _split_text(recipe, "eval", splits["eval"].stats))] if "eval" in splits else ()),
         ("steps", _steps_text(recipe, settings, dataset)),
         *_expert_rows(planner, settings),
         ("memory", _peak_text(planner, settings, hardware.memory)),
@@ -385,7 +386,7 @@ def _chat_text(recipe: "Recipe", chat: ChatFormat) -> str:
     return f"{recipe.chat.template}, trains {recipe.chat.loss_policy}; new tokens: {new_tokens}"
 
 
-def _split_text(recipe: "Recipe", stats: EncodingStats) -> str:
+def _split_text(recipe: "Recipe", split: Split, stats: EncodingStats) -> str:
     text = (
         f"{format_count(stats.examples)} examples, {format_count(stats.tokens)} tokens, "
         f"{format_percent(stats.supervised / stats.tokens)} of them supervised"
@@ -401,7 +402,7 @@ def _split_text(recipe: "Recipe", stats: EncodingStats) -> str:
         text += f"; {stats.expanded} made {stats.expanded_examples} examples, as the template rewrites earlier turns"
     if stats.special_token_text:
         text += f"; {stats.special_token_text} stretches of special-token text encoded as ordinary text"
-    for note in stats.reading_notes():
+    for note in data_notes(recipe, split, stats):
         text += f"; {note}"
     formats = ", ".join(sorted(set(stats.formats.values())))
     return f"{text} ({formats})" if formats else text

@@ -106,11 +106,14 @@ def read_dataset_size(recipe: "Recipe") -> DatasetSize | str:
 
 def _read(recipe: "Recipe") -> DatasetSize:
     from peftchat.dataset.cache import load_splits
+    from peftchat.dataset.mixture import data_notes
     from peftchat.training.context import load_chat_format
 
     chat = load_chat_format(recipe)
     splits = load_splits(recipe, chat)
-    notes = tuple(f"{name} data: {note}" for name, split in splits.items() for note in split.stats.reading_notes())
+    notes = tuple(
+        f"{name} data: {note}" for name, split in splits.items() for note in data_notes(recipe, name, split.stats)
+    )
     return replace(dataset_size(recipe, chat, splits["train"]), notes=notes)
 
 
@@ -124,8 +127,7 @@ def dataset_size(recipe: "Recipe", chat: "ChatFormat", split: "EncodedSplit") ->
     """
     import numpy as np
 
-    lengths = np.asarray(split.store.lengths)
-    sequences = _sequences(recipe, lengths)
+    lengths, sequences = _of_an_epoch(recipe, split)
     return DatasetSize(
         conversations=len(lengths),
         sequences=len(sequences),
@@ -137,16 +139,21 @@ def dataset_size(recipe: "Recipe", chat: "ChatFormat", split: "EncodedSplit") ->
     )
 
 
-def _sequences(recipe: "Recipe", lengths: "np.ndarray") -> "np.ndarray":
-    """Return the tokens of each example or pack."""
+def _of_an_epoch(recipe: "Recipe", split: "EncodedSplit") -> "tuple[np.ndarray, np.ndarray]":
+    """Return the tokens of each example and of each pack, or example, of an epoch; of a mixture, of the first one."""
     import numpy as np
 
+    from peftchat.dataset.epochs import EpochPacks
     from peftchat.dataset.packing import pack
 
+    lengths = np.asarray(split.store.lengths)
+    epochs = EpochPacks.of(recipe, split)
+    if epochs is not None:
+        return lengths[epochs.of_epoch(0).examples], epochs.lengths_of(0)
     if not recipe.data.packing:
-        return lengths
+        return lengths, lengths
     packs = pack(lengths, recipe.data.max_length, recipe.training.seed)
-    return np.array([lengths[group].sum() for group in packs])
+    return lengths, np.array([lengths[group].sum() for group in packs])
 
 
 def total_steps(recipe: "Recipe", dataset: DatasetSize | None, settings: "PlanSettings") -> int | None:

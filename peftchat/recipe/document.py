@@ -222,6 +222,9 @@ def path_keys(values: dict[str, Any]) -> Iterator[Keys]:
         yield ("model", "name")
     if isinstance(values.get("distributed"), dict):
         yield ("distributed", "deepspeed_config")
+    evaluation = values.get("evaluation")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("questions"), str):
+        yield ("evaluation", "questions")
     chat = values.get("chat")
     if isinstance(chat, dict) and str(chat.get("template")).endswith(TEMPLATE_SUFFIX):
         yield ("chat", "template")

@@ -54,6 +54,8 @@ class LoadedRecipe:
         found.append(InputPath(Path(recipe.model.name), "the base model"))
         for entry in (*recipe.data.train, *(recipe.data.eval or ())):
             found.append(InputPath(Path(entry.path), "the data", is_read_recursively=True))
+        if isinstance(recipe.evaluation.questions, str):
+            found.append(InputPath(Path(recipe.evaluation.questions), "the file of questions"))
         if recipe.distributed.deepspeed_config is not None:
             found.append(InputPath(Path(recipe.distributed.deepspeed_config), "the DeepSpeed file"))
         return found

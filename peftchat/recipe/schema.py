@@ -16,6 +16,7 @@ from peftchat.recipe.sections import (
     DataSection,
     DistributedSection,
     EvalStrategy,
+    EvaluationSection,
     Method,
     ModelSection,
     Optimizer,
@@ -286,6 +287,9 @@ class Recipe(StrictModel):
         TrainingSection(),
         description="Optimization, evaluation, checkpoints and logging, by the names of transformers' "
         "TrainingArguments.",
+    )
+    evaluation: EvaluationSection = Field(
+        EvaluationSection(), description="Questions that are answered while the model is trained."
     )
     distributed: DistributedSection = Field(
         DistributedSection(), description="How many processes train, and what they share."

@@ -6,7 +6,12 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from peftchat.chat_template.loss_mask import LossOn, LossPolicy
-from peftchat.chat_template.template_settings import ReasoningFormat, ReasoningHistory, UnsupportedRoles
+from peftchat.chat_template.template_settings import (
+    ReasoningFormat,
+    ReasoningHistory,
+    TemplateSettings,
+    UnsupportedRoles,
+)
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, is_template_name, template_summaries
 from peftchat.conversation import Role
 from peftchat.strict_model import StrictModel, list_to_tuple
@@ -206,6 +211,13 @@ class ChatSection(StrictModel):
     )
 
     @property
+    def template_settings(self) -> TemplateSettings:
+        """What is written into the template."""
+        return TemplateSettings(
+            self.template_kwargs, self.end_token, self.reasoning_history, self.unsupported_roles, self.reasoning_format
+        )
+
+    @property
     def loss_policy(self) -> LossPolicy:
         """What is trained of a conversation."""
         return LossPolicy(self.loss_on, self.train_reasoning, self.train_tool_calls, self.train_empty_reasoning)
@@ -286,6 +298,11 @@ class DataSection(StrictModel):
         description="The sources trained on; several are mixed by weight.",
         examples=["[{path: conversations.jsonl}]"],
     )
+    resample: bool = Field(
+        False,
+        description="Draw the shares of the sources anew in each epoch: with `weight: 0.5` another half, until every "
+        "example had its turn. Needs a weight that is no whole number.",
+    )
     eval: Entries | None = Field(
         None,
         description="Held-out sources. Give these or `eval_fraction`, not both; with neither nothing is evaluated.",
@@ -327,6 +344,19 @@ class DataSection(StrictModel):
     def has_eval(self) -> bool:
         """Whether there are held-out conversations."""
         return self.eval is not None or self.eval_fraction is not None
+
+
+class EvaluationSection(StrictModel):
+    """What is looked at beside the held-out loss."""
+
+    questions: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | str | None = Field(
+        None,
+        description="Questions that the model answers, greedily, before and after training and at each evaluation. A "
+        "list, or a file with one a line; lines of a `.jsonl` file are texts or objects with `prompt`. The answers are "
+        "in `samples.jsonl` and on the report page.",
+        examples=["[How do I read a file?]"],
+    )
+    max_new_tokens: int = Field(120, ge=1, description="Most tokens of such an answer.")
 
 
 class DistributedSection(StrictModel):

@@ -52,6 +52,9 @@ def invalid_combinations(recipe: Recipe) -> Iterator[Problem]:
     if recipe.distributed.strategy == "zero3" and recipe.quantization and recipe.quantization.bits == 8:
         what = "ZeRO-3 cannot shard 8-bit weights, whose storage is an integer type"
         yield Problem(("quantization", "bits"), what, "Use 4 bits, or `distributed.strategy: ddp`.")
+    if recipe.data.resample and all(entry.weight == int(entry.weight) for entry in recipe.data.train):
+        what = "every `weight` is a whole number, so that each epoch has all conversations and nothing is drawn"
+        yield Problem(("data", "resample"), what, "Remove it, or give a source a weight such as 0.5.")
     yield from _of_the_variant(recipe)
 
 

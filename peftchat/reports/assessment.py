@@ -83,16 +83,23 @@ def run_warnings(summary: RunSummary) -> list[str]:
         warnings.append("No held-out conversations were used; it is unknown whether it improved.")
     elif summary.eval_loss_before is not None and summary.eval_loss >= summary.eval_loss_before:
         warnings.append("Its loss on held-out conversations did not fall.")
-    if summary.epochs is not None and summary.epochs > _MANY_EPOCHS:
-        warnings.append(
-            f"It saw each conversation about {format_decimal(summary.epochs)} times and may reproduce some of them."
-        )
+    times = _times_seen(summary)
+    if times is not None and times > _MANY_EPOCHS:
+        warnings.append(f"It saw each conversation about {format_decimal(times)} times and may reproduce some of them.")
     if summary.dropped_examples:
         warnings.append(f"{format_count(summary.dropped_examples)} conversations were dropped.")
     if summary.special_token_text:
         warnings.append(
             f"Text that looks like a special token occurred {format_count(summary.special_token_text)} times "
             "in the conversations and was encoded as ordinary text."
+        )
+    if summary.outliers:
+        highest = max(
+            summary.outliers, key=lambda source: summary.outliers[source].loss - summary.outliers[source].limit
+        )
+        warnings.append(
+            f"The training loss of {format_count(len(summary.outliers))} conversations was far above that of others of "
+            f"their length; look at {highest} first (`outliers` in run.json)."
         )
     warnings += summary.warnings
     for token in summary.new_tokens:
@@ -102,6 +109,13 @@ def run_warnings(summary: RunSummary) -> list[str]:
     if unstopped:
         warnings.append(f"{unstopped} of {len(summary.samples_after)} sample answers reached the length limit.")
     return warnings
+
+
+def _times_seen(summary: RunSummary) -> float | None:
+    """Return how often each conversation was trained on, in the mean."""
+    if summary.epochs is None or not summary.train_examples or summary.examples_per_epoch is None:
+        return summary.epochs
+    return summary.epochs * summary.examples_per_epoch / summary.train_examples
 
 
 _TOKEN_FAULTS = {

@@ -11,6 +11,8 @@ from peftchat.chat_template.examples import EncodedExample, TokenTags
 from peftchat.chat_template.loss_mask import LossOn, LossPolicy, TurnPart, loss_mask_table, part_of, role_of, token_tag
 from peftchat.conversation import ROLES, Role
 from peftchat.dataset.cache import EncodedSplit, Split
+from peftchat.dataset.epochs import EpochPacks
+from peftchat.dataset.mixture import data_notes
 from peftchat.dataset.packing import efficiency, pack
 from peftchat.formatting import format_count, format_percent
 from peftchat.recipe import Recipe
@@ -241,7 +243,7 @@ def summarize(recipe: Recipe, split: Split, examples: EncodedSplit, survey: Mask
         tuple((role or "template text", count) for role, count in survey.roles.items() if count.tokens),
         _answers(survey),
         total,
-        tuple(_details(recipe, examples, survey)),
+        tuple(_details(recipe, split, examples, survey)),
         tuple(_failures(recipe, examples, survey)),
     )
 
@@ -251,17 +253,17 @@ def _answers(survey: MaskSurvey) -> tuple[tuple[str, TokenCount], ...]:
     return () if [name for name, _ in found] in ([], [ANSWER_KINDS[TurnPart.CONTENT]]) else found
 
 
-def _details(recipe: Recipe, examples: EncodedSplit, survey: MaskSurvey) -> list[tuple[str, str, bool]]:
+def _details(recipe: Recipe, split: Split, examples: EncodedSplit, survey: MaskSurvey) -> list[tuple[str, str, bool]]:
     stats = examples.stats
     dropped = _dropped(examples)
     text = survey.special_token_text
     special = f"{format_count(text.count)} times in messages, as ordinary text (first {text.first})"
     return [
-        ("packing", _packing(recipe, examples), False),
+        ("packing", _packing(recipe, split, examples), False),
         ("truncated", _truncated(recipe, examples), False),
         *([("split", _split(examples), False)] if recipe.data.truncation == "split" else []),
         *([("template", _expanded(examples), False)] if stats.expanded else []),
-        *(("data", note, False) for note in stats.reading_notes()),
+        *(("data", note, False) for note in data_notes(recipe, split, stats)),
         ("dropped", dropped or "none", bool(stats.dropped) and not stats.examples),
         ("special-token text", special if text.count else "none", _rejects_text(recipe, survey)),
         (
@@ -318,11 +320,15 @@ def _plural(number: int) -> str:
     return "" if number == 1 else "s"
 
 
-def _packing(recipe: Recipe, examples: EncodedSplit) -> str:
+def _packing(recipe: Recipe, split: Split, examples: EncodedSplit) -> str:
     length = recipe.data.max_length
     if not recipe.data.packing:
         return "off: examples are padded to the longest of their batch"
     lengths = examples.store.lengths
+    epochs = EpochPacks.of(recipe, examples) if split == "train" else None
+    if epochs is not None:
+        filled = format_percent(float(epochs.lengths_of(0).mean()) / length)
+        return f"{format_count(len(epochs))} sequences of {format_count(length)} tokens an epoch, {filled} full"
     packs = pack(lengths, length, recipe.training.seed)
     filled = format_percent(efficiency(packs, lengths, length))
     return f"{format_count(len(packs))} sequences of {format_count(length)} tokens, {filled} full"

@@ -3,15 +3,19 @@
 import io
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE
+from peftchat.errors import UserError, first_line
 from peftchat.formatting import format_bytes, format_count, format_decimal, format_duration, format_percent
 from peftchat.recipe import QuantizationSection, Recipe
 from peftchat.reports.assessment import assess_run, run_warnings
 from peftchat.runs.run_summary import RunSummary
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 _EXAMPLE_PROMPT = """
 messages = [{"role": "user", "content": "How do I read a text file line by line?"}]
@@ -19,6 +23,26 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 output = model.generate(**inputs.to(model.device), generation_config=generation, max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
+
+
+def read_card(text: str, where: str) -> "ModelCard":
+    """Read a card as huggingface_hub does.
+
+    Args:
+        text: the card.
+        where: how error messages refer to it.
+
+    Raises:
+        UserError: its metadata cannot be read.
+    """
+    import yaml
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard(text, ignore_metadata_errors=False)
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        what = f"the card's metadata cannot be read: {first_line(error)}"
+        raise UserError(what, where=where, hint="Mend it, or remove the file.") from error
 
 
 def loading_code(recipe: Recipe, summary: RunSummary) -> str:

@@ -80,6 +80,7 @@ def write_report(run: Path) -> Path:
         left_out=SKIPPED,
         tiles=_tiles(summary),
         plots=_plots(folder.metrics.read()),
+        answers=_by_question(folder),
         samples=_paired(summary.samples_before, summary.samples_after),
         weights_size=folder.weights_bytes(),
         recipe=folder.recipe.read_text(encoding="utf-8") if folder.recipe.exists() else None,
@@ -137,6 +138,18 @@ def _smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[
         near = values[max(0, place - half) : place + half + 1]
         means.append((x, sum(near) / len(near)))
     return means
+
+
+def _by_question(folder: RunFolder) -> list[tuple[str, list[tuple[int, SampleAnswer]]]]:
+    """Return the answers at each evaluation by question; nothing where another program wrote the file."""
+    found: dict[str, list[tuple[int, SampleAnswer]]] = {}
+    try:
+        for line in folder.samples.read():
+            one = SampleAnswer(line["prompt"], line["answer"], line["stopped"])
+            found.setdefault(one.prompt, []).append((line["step"], one))
+    except (UserError, KeyError):
+        return []
+    return list(found.items())
 
 
 def _paired(

@@ -1,5 +1,7 @@
 """Run summary in the terminal: the assessment, the main numbers, and answers before and after training."""
 
+from pathlib import Path
+
 from rich import box
 from rich.panel import Panel
 from rich.table import Table
@@ -67,6 +69,7 @@ def _figures(summary: RunSummary) -> Table:
     table.add_column()
     rows = [
         ("training loss", format_decimal(summary.train_loss)),
+        *_training_by_file(summary),
         *_losses_by_group(summary),
         ("steps", format_count(summary.steps)),
         ("time", format_duration(summary.seconds)),
@@ -79,6 +82,19 @@ def _figures(summary: RunSummary) -> Table:
         if not value.startswith(UNKNOWN):
             table.add_row(name, value)
     return table
+
+
+def _training_by_file(summary: RunSummary) -> list[tuple[str, str]]:
+    """Return a row with the training loss of each file, if there are several."""
+    files = summary.train_by_source or {}
+    if len(files) < 2:
+        return []
+    shown = [
+        f"{Path(file).name} {format_decimal(loss.first)} → {format_decimal(loss.last)}"
+        for file, loss in list(files.items())[:_GROUPS_SHOWN]
+    ]
+    more = len(files) - len(shown)
+    return [("training, by file", ", ".join(shown) + (f" and {more} more" if more else ""))]
 
 
 def _losses_by_group(summary: RunSummary) -> list[tuple[str, str]]:

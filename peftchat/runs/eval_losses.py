@@ -147,6 +147,14 @@ def group_losses(conversations: Sequence[ConversationLoss]) -> dict[str, dict[st
 
     Turns are counted within their role, and lengths are those of the conversations, in tokens.
     """
+    return {
+        name: {group: _mean(parts) for group, parts in groups.items()}
+        for name, groups in grouped_parts(conversations).items()
+    }
+
+
+def grouped_parts(conversations: Sequence[ConversationLoss]) -> dict[str, dict[str, list[tuple[int, PartLoss]]]]:
+    """Return the targets of each group of `group_losses`, each with the number of its conversation."""
     files = _file_names(conversations)
     keys: dict[str, Callable[[ConversationLoss, PartLoss], tuple[int, str]]] = {
         "source": lambda one, part: files[_file(one)],
@@ -160,13 +168,13 @@ def group_losses(conversations: Sequence[ConversationLoss]) -> dict[str, dict[st
 
 def _grouped(
     conversations: Sequence[ConversationLoss], key: Callable[[ConversationLoss, PartLoss], tuple[int, str]]
-) -> dict[str, GroupLoss]:
+) -> dict[str, list[tuple[int, PartLoss]]]:
     groups: dict[tuple[int, str], list[tuple[int, PartLoss]]] = {}
     for number, one in enumerate(conversations):
         for part in one.parts:
             groups.setdefault(key(one, part), []).append((number, part))
     # Stable: groups of the same rank stay in the order in which they come.
-    return {name: _mean(groups[rank, name]) for rank, name in sorted(groups, key=lambda group: group[0])}
+    return {name: groups[rank, name] for rank, name in sorted(groups, key=lambda group: group[0])}
 
 
 def _mean(parts: Sequence[tuple[int, PartLoss]]) -> GroupLoss:

@@ -68,6 +68,8 @@ def fixed_settings(recipe: "Recipe", *, with_paths: bool) -> dict[str, Any]:
         with_paths: whether the places of base and data count, for runs whose content is not known.
     """
     values = recipe.model_dump(mode="json")
+    # What is looked at does not change what is trained.
+    values.pop("evaluation")
     if not with_paths:
         values["model"].pop("name")
         values["model"].pop("revision")

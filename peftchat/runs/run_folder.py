@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from peftchat.errors import UserError
 from peftchat.files import write_text
+from peftchat.kept_lines import KeptLines
 from peftchat.recipe import dump_recipe, load_recipe
 from peftchat.runs.checkpoint import Checkpoint, list_checkpoints
 from peftchat.runs.claim import is_claim
@@ -55,6 +56,11 @@ class RunFolder:
     def eval_losses(self) -> Path:
         """The held-out loss of each conversation."""
         return self.path / "eval_losses.jsonl"
+
+    @property
+    def samples(self) -> KeptLines:
+        """The answers to the recipe's questions at each evaluation."""
+        return KeptLines(self.path / "samples.jsonl")
 
     @property
     def fingerprints(self) -> Path:
@@ -174,6 +180,9 @@ class RunFolder:
         self.metrics.keep_through(checkpoint.step if checkpoint else -1)
         if checkpoint is None:
             self.eval_losses.unlink(missing_ok=True)
+            self.samples.path.unlink(missing_ok=True)
+        elif self.samples.path.is_file():
+            self.samples.rewrite([line for line in self.samples.read() if line["step"] <= checkpoint.step])
 
     def release(self) -> None:
         """Delete the empty folders that libraries create before the run begins."""

@@ -97,6 +97,44 @@ class SpikeRecord(BaseModel):
     conversations: dict[str, float] = {}
 
 
+class OutlierRecord(BaseModel):
+    """A conversation whose training loss was far above those of its length, in nats per target.
+
+    Attributes:
+        step: the step that it was part of, from 1 on.
+        loss: its loss.
+        typical: the median at that time for its length.
+        limit: what it exceeded.
+        tokens: its targets.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    step: int
+    loss: float
+    typical: float
+    limit: float
+    tokens: int
+
+
+class SourceLoss(BaseModel):
+    """The training loss on the conversations of one file, in nats per target.
+
+    Attributes:
+        conversations: how often one of them was trained.
+        tokens: targets that were trained.
+        first: the mean loss of the first third of the steps; None where the file had no target in them.
+        last: the same of the last third.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    conversations: int
+    tokens: int
+    first: float | None = None
+    last: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class KeptStep:
     """The step whose weights the run folder holds, where a run compares its evaluations.
@@ -161,6 +199,7 @@ class RunSummary(BaseModel):
     Attributes:
         base_vocabulary_size: rows of the base model's embedding before tokens were added.
         train_examples: encoded conversations trained on.
+        examples_per_epoch: those of one epoch; others than `train_examples` where `data.resample` draws them anew.
         dropped: conversations left out, by reason.
         unused_fields: fields of records that nothing was trained on, with the number of records that have them.
         unsupported_roles: messages that the template cannot write, by role and what was done with them.
@@ -174,6 +213,8 @@ class RunSummary(BaseModel):
         new_tokens: the tokens added to the vocabulary.
         warnings: what its numbers say against it, one sentence each.
         spikes: steps whose loss was far above those before, since the run was started or resumed.
+        outliers: `file:line` of conversations whose loss was far above those of their length, where they first were.
+        train_by_source: training losses by file, since the run was started or resumed.
         kept: the step whose weights the run folder holds, where evaluations were compared.
         notes: what it changed or found by itself, as told while it went on.
         auto_settings: settings chosen automatically.
@@ -190,6 +231,7 @@ class RunSummary(BaseModel):
     steps: int | None = None
     epochs: float | None = None
     train_examples: int | None = Field(None, validation_alias=AliasChoices("train_examples", "rows"))
+    examples_per_epoch: int | None = None
     eval_examples: int | None = Field(None, validation_alias=AliasChoices("eval_examples", "eval_rows"))
     dropped: dict[str, int] | None = None
     unused_fields: dict[str, str] | None = None
@@ -214,6 +256,8 @@ class RunSummary(BaseModel):
     eval_loss: float | None = None
     eval_by: dict[str, dict[str, GroupLoss]] | None = None
     spikes: tuple[SpikeRecord, ...] = ()
+    outliers: dict[str, OutlierRecord] = {}
+    train_by_source: dict[str, SourceLoss] | None = None
     kept: KeptStep | None = None
     model_flops_utilisation: float | None = None
     attention: str | None = None

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftchat.chat_template.chat_format import ChatFormat, make_format
-from peftchat.chat_template.template_settings import TemplateSettings
 from peftchat.console import stderr
 from peftchat.dataset.cache import EncodedSplit, Split, load_splits
+from peftchat.dataset.mixture import data_notes
 from peftchat.errors import UserError
 from peftchat.models.base_check import check_tokenizer
 from peftchat.models.source import ModelSource
@@ -142,7 +142,7 @@ def open_context(
             stderr.print(line, markup=False, highlight=False)
     context = TrainContext(pinned, options, distributed, run_folder, checkpoint, chat, splits, content, started)
     for split, encoded in splits.items():
-        for note in encoded.stats.reading_notes():
+        for note in data_notes(pinned.recipe, split, encoded.stats):
             context.notes.tell(f"{split} data: {note}")
     return context
 
@@ -186,12 +186,6 @@ def chat_format_of(recipe: "Recipe", tokenizer: "PreTrainedTokenizerBase") -> Ch
         section.template,
         section.system,
         tokenizer,
-        settings=TemplateSettings(
-            section.template_kwargs,
-            section.end_token,
-            section.reasoning_history,
-            section.unsupported_roles,
-            section.reasoning_format,
-        ),
+        settings=section.template_settings,
         today=date.fromisoformat(section.template_date) if section.template_date else None,
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftchat.console import stderr
+from peftchat.dataset.mixture import examples_per_epoch
 from peftchat.errors import UserError
 from peftchat.formatting import format_count, format_rate, format_short_count
 from peftchat.models.added_tokens import find_added_tokens
@@ -100,11 +101,12 @@ def tell_hints(context: "TrainContext", model: "TrainableModel", *, sequences: i
     }
     training, split = context.recipe.training, context.splits["train"]
     processes = context.distributed.world_size
+    examples = examples_per_epoch(context.recipe, split.stats)
     size = RunSize.of_steps(
         sum(own.values()),
         attention_only=all_in_attention(own),
-        supervised_tokens=split.stats.supervised,
-        conversations=len(split.store),
+        supervised_tokens=round(split.stats.supervised * examples / split.stats.examples),
+        conversations=examples,
         sequences=sequences,
         sequences_per_step=training.per_device_train_batch_size * processes * training.gradient_accumulation_steps,
         steps=optimizer_steps(training, sequences, processes),

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, set_seed
 from peftchat.chat_template.chat_format import ChatFormat
 from peftchat.console import stderr
 from peftchat.dataset.collator import BatchLayout, ChatCollator
+from peftchat.dataset.mixture import examples_per_epoch
 from peftchat.errors import UserError
 from peftchat.formatting import format_duration
 from peftchat.models import varlen_attention
@@ -265,7 +266,8 @@ def _min_training_seconds(
 ) -> float:
     """Return the training time on fast cores, in seconds."""
     training = recipe.training
-    tokens = stats.tokens * training.num_train_epochs
+    share = examples_per_epoch(recipe, stats) / stats.examples
+    tokens = stats.tokens * share * training.num_train_epochs
     if training.max_steps > 0:
         examples = training.per_device_train_batch_size * training.gradient_accumulation_steps * distributed.world_size
         length = recipe.data.max_length if recipe.data.packing else stats.tokens / stats.examples

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from peftchat.errors import VerificationError
 from peftchat.formatting import format_count, format_decimal
-from peftchat.runs.run_summary import SpikeRecord
+from peftchat.runs.run_summary import OutlierRecord, SpikeRecord
+from peftchat.training.outliers import OutlierDetector, in_step_order
+from peftchat.training.source_losses import SourceLosses
 from peftchat.training.step_numbers import BadStep, LossTrend, StepCounts, StepMonitor, first_not_finite, name_sources
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 _SPIKES_TOLD = 10
 """Spikes that are told while a run goes on; `run.json` has the others."""
+
+_OUTLIERS_TOLD = 10
+"""Conversations with high losses that are told while a run goes on; `run.json` has the others."""
 
 _SMALLEST_RATE = 1e-6
 """A sum of learning rates below this may round to nothing: Adam's steps are about as large as the rate."""
@@ -37,6 +42,8 @@ class NumberChecks:
 
     Attributes:
         spikes: the loss spikes so far.
+        outliers: the conversations so far whose loss is far above those of their length.
+        by_source: training losses by file.
     """
 
     def __init__(
@@ -50,6 +57,9 @@ class NumberChecks:
         self._gather = gather
         self._on_spike = context.recipe.training.on_spike
         self.spikes: list[SpikeRecord] = []
+        self.outliers: dict[str, OutlierRecord] = {}
+        self.by_source = SourceLosses()
+        self._outlier_detector = OutlierDetector()
         processes = context.distributed.world_size
         may_skip = context.recipe.model.dtype == "float16"
         self._monitor = StepMonitor(
@@ -85,6 +95,27 @@ class NumberChecks:
         """
         self._stop_at(self._monitor.check())
         self._report_spikes()
+        self._judge_conversations()
+
+    def _judge_conversations(self) -> None:
+        """Judge the conversations of all processes since the last call; all processes come to the same result."""
+        own, self._monitor.conversations = self._monitor.conversations, []
+        store: ExampleStore = self._context.splits["train"].store
+        steps = in_step_order(self._gather(own))
+        for step in steps:
+            self.by_source.add([store[int(index)].source for index in step.examples], step)
+        for found in self._outlier_detector.judge(steps):
+            source = store[found.example].source
+            if source in self.outliers:
+                continue
+            self.outliers[source] = OutlierRecord(
+                step=found.step, loss=found.loss, typical=found.level, limit=found.limit, tokens=found.tokens
+            )
+            if len(self.outliers) <= _OUTLIERS_TOLD:
+                self._context.notes.tell(
+                    f"Step {found.step}: the loss of {source} is {format_decimal(found.loss)} in "
+                    f"{format_count(found.tokens)} tokens; {format_decimal(found.level)} is usual for this length."
+                )
 
     def check_weights(self, model: nn.Module, step: int) -> None:
         """Check the steps, and that every trained weight is finite; every process must call it.

@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from peftchat.dataset.collator import ChatCollator
+from peftchat.dataset.epochs import EpochPacks
 from peftchat.dataset.packing import pack
 from peftchat.training.context import TrainContext
 
@@ -28,11 +29,22 @@ def make_collator(context: TrainContext, split: "Split", layout: "BatchLayout") 
     )
 
 
-def make_packs(context: TrainContext, split: "Split", layout: "BatchLayout") -> "Dataset":
-    """Return the packs of a split: the indices of the examples of each, as the collator takes them."""
+def make_packs(
+    context: TrainContext, split: "Split", layout: "BatchLayout", epochs: EpochPacks | None = None
+) -> "Dataset":
+    """Return the packs of a split: the indices of the examples of each, as the collator takes them.
+
+    Args:
+        context: the run.
+        split: the split.
+        layout: how batches are laid out.
+        epochs: where each epoch has packs of its own, those; the first epoch's are returned.
+    """
     from datasets import Dataset
 
     recipe, store = context.recipe, context.splits[split].store
+    if epochs is not None:
+        return Dataset.from_dict({"examples": epochs.of_epoch(0)})
     if recipe.data.packing:
         return Dataset.from_dict({"examples": pack(store.lengths, recipe.data.max_length, recipe.training.seed)})
     columns: dict[str, Any] = {"examples": [[index] for index in range(len(store))]}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from peftchat.dataset.epochs import EpochPacks
 from peftchat.errors import UserError, VerificationError
 from peftchat.training.context import RunNotes, TrainContext, TrainOptions, open_context
 from peftchat.training.distributed import resolve_distributed
@@ -223,7 +224,8 @@ def short_training(training: "TrainingSection", rate: float, steps: int, run_ste
 
 
 def _sequences(context: TrainContext) -> int:
-    return len(make_packs(context, "train", "packed" if context.recipe.data.packing else "padded"))
+    epochs = EpochPacks.of(context.recipe, context.splits["train"])
+    return len(make_packs(context, "train", "packed" if context.recipe.data.packing else "padded", epochs))
 
 
 def _select_held_out(trainer: ChatTrainer, steps: int) -> None:

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from peftchat.training.outliers import StepConversations
 from peftchat.training.spikes import Spike, SpikeDetector, example_losses, worst_first
 
 _MAX_SKIPPED = 30
@@ -75,10 +77,10 @@ class _Pending:
     values: Tensor
     event: Any = None
 
-    def read(self) -> list[float]:
+    def read(self) -> npt.NDArray[np.float64]:
         if self.event is not None:
             self.event.synchronize()
-        return [float(value) for value in self.values.tolist()]
+        return self.values.numpy().astype(np.float64)
 
 
 @dataclass
@@ -93,6 +95,7 @@ class StepMonitor:
         counts: of the steps that were read.
         waits: whether a step's values are read before its update, on a GPU too.
         spikes: of the steps that were read, until they are taken.
+        conversations: losses of this process's part of the steps that were read, until they are taken.
     """
 
     device: torch.device
@@ -102,6 +105,7 @@ class StepMonitor:
     counts: StepCounts = field(default_factory=StepCounts)
     waits: bool = False
     spikes: list[Spike] = field(default_factory=list)
+    conversations: list[StepConversations] = field(default_factory=list)
     _detector: SpikeDetector = field(default_factory=SpikeDetector)
     _target_losses: list[Tensor] = field(default_factory=list)
     _target_counts: list[Sequence[int]] = field(default_factory=list)
@@ -162,13 +166,12 @@ class StepMonitor:
         return None
 
     def _read(self, pending: _Pending) -> BadStep | None:
-        failing, loss, norm, *rest = pending.read()
-        losses, targets = rest[: len(pending.examples)], rest[len(pending.examples) :]
+        values = pending.read()
+        failing, loss, norm = (float(value) for value in values[:3])
+        losses, targets = values[3 : 3 + len(pending.examples)], values[3 + len(pending.examples) :]
         if failing:
-            bad = [not math.isfinite(loss) for loss in losses]
-            examples = [part for part, is_bad in zip(pending.examples, bad, strict=False) if is_bad]
-            value = next((loss for loss in losses if not math.isfinite(loss)), math.nan)
-            return BadStep(pending.step, f"the loss is {value}", _indices(examples))
+            value = next((float(loss) for loss in losses if not math.isfinite(loss)), math.nan)
+            return BadStep(pending.step, f"the loss is {value}", _failing_examples(pending, losses, targets))
         if not math.isfinite(norm):
             self._skipped += 1
             if self.may_skip and self._skipped < _MAX_SKIPPED:
@@ -181,6 +184,9 @@ class StepMonitor:
         counts = self.counts
         counts.steps += 1
         counts.losses.append(loss)
+        examples = _indices(pending.examples)
+        if pending.counts:
+            self.conversations.append(StepConversations.of(pending.step, examples, _indices(pending.counts), targets))
         spike = self._detector.judge(pending.step, loss)
         if spike is not None:
             self.spikes.append(_with_examples(spike, pending, targets))
@@ -193,12 +199,28 @@ class StepMonitor:
         return None
 
 
-def _with_examples(spike: Spike, pending: _Pending, targets: Sequence[float]) -> Spike:
+def _failing_examples(
+    pending: _Pending, losses: npt.NDArray[np.float64], targets: npt.NDArray[np.float64]
+) -> tuple[int, ...]:
+    """Return the examples with a loss that is not finite, or those of the micro-batches that have one."""
+    examples = _indices(pending.examples)
+    if pending.counts:
+        counts = _indices(pending.counts)
+        owners = np.repeat(np.arange(len(counts)), counts)
+        found = np.unique(owners[~np.isfinite(targets)])
+        # A penalty may fail alone; then no example does.
+        if len(found):
+            return tuple(examples[place] for place in found)
+    bad = ~np.isfinite(losses)
+    return _indices([part for part, is_bad in zip(pending.examples, bad, strict=False) if is_bad])
+
+
+def _with_examples(spike: Spike, pending: _Pending, targets: npt.NDArray[np.float64]) -> Spike:
     """Return a spike with this process's examples, by their losses where these are known."""
     examples = _indices(pending.examples)
     if not pending.counts:
         return replace(spike, examples=examples, losses=(spike.loss,) * len(examples))
-    worst = worst_first(spike, examples, example_losses(np.array(targets), _indices(pending.counts)))
+    worst = worst_first(spike, examples, example_losses(targets, _indices(pending.counts)))
     return replace(spike, examples=tuple(one for one, _ in worst), losses=tuple(loss for _, loss in worst))
 
 

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from peftchat.chat_template.chat_format import ChatFormat
+from peftchat.dataset.mixture import examples_per_epoch
 from peftchat.models.added_tokens import (
     MODULE_NAME,
     EmbeddingSnapshot,
@@ -23,7 +24,6 @@ from peftchat.models.added_tokens import (
     vocabulary_size,
 )
 from peftchat.models.experts import active_shares
-from peftchat.models.loading import end_ids
 from peftchat.models.saving import is_adapted
 from peftchat.runs.eval_losses import ConversationLoss, group_losses
 from peftchat.runs.run_summary import AddedToken, KeptStep, MemoryParts, RunSummary, SampleAnswer
@@ -40,13 +40,8 @@ from peftchat.training.throughput import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from peftchat.training.trainer import ChatTrainer
 
-
-_MAX_NEW_TOKENS = 120
-"""Length limit of a sample answer."""
 
 _PACKAGES = (
     "peftchat",
@@ -125,6 +120,7 @@ def _summary(
         steps=trainer.state.global_step,
         epochs=trainer.state.epoch,
         train_examples=stats.examples,
+        examples_per_epoch=examples_per_epoch(context.recipe, stats),
         eval_examples=splits["eval"].stats.examples if "eval" in splits else None,
         dropped={**stats.left_out, **stats.dropped},
         unused_fields=stats.unused,
@@ -149,6 +145,8 @@ def _summary(
         eval_loss=_final_loss(evaluations, fitted.kept),
         eval_by=group_losses(held_out) if held_out else None,
         spikes=tuple(trainer.checks.spikes),
+        outliers=trainer.checks.outliers,
+        train_by_source=trainer.checks.by_source.means() or None,
         kept=fitted.kept,
         model_flops_utilisation=_flops_utilization(context, trainer, counts),
         attention=trainer.causal_model.config._attn_implementation,
@@ -245,35 +243,6 @@ def _tensors(nested: Any) -> Iterator[Tensor]:
 def seconds_since_start() -> float:
     """Return the age of this process."""
     return time.time() - float(psutil.Process(os.getpid()).create_time())
-
-
-def sample_answers(model: "PreTrainedModel", chat: ChatFormat, prompts: Sequence[str]) -> list[SampleAnswer]:
-    """Return greedy answers to single user messages; under ZeRO-3 every process must call it."""
-    was_training = model.training
-    model.eval()
-    answers = [_answer(model, chat, prompt) for prompt in prompts]
-    model.train(was_training)
-    return answers
-
-
-def _answer(model: "PreTrainedModel", chat: ChatFormat, prompt: str) -> SampleAnswer:
-    tokenizer = chat.tokenizer
-    messages = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = inputs["input_ids"].to(next(model.parameters()).device)
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=_MAX_NEW_TOKENS,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-        )[0, ids.shape[1] :].tolist()
-    stopped = bool(output) and output[-1] in end_ids(model.generation_config.eos_token_id)
-    text = tokenizer.decode(output[:-1] if stopped else output, skip_special_tokens=True)
-    return SampleAnswer(prompt, text.strip(), stopped)
 
 
 def _base_vocabulary(trainer: "ChatTrainer", chat: ChatFormat) -> int | None:

@@ -25,9 +25,10 @@ from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
 from peftchat.training.preflight import is_disk_full, preflight
 from peftchat.training.progress import ProgressCallback
+from peftchat.training.questions import read_questions, sample_answers
 from peftchat.training.several_processes import is_main_process
 from peftchat.training.stopping import EvaluationStopped, StopCallback
-from peftchat.training.summary import FitResult, added_tokens, sample_answers, seconds_since_start, summarize
+from peftchat.training.summary import FitResult, added_tokens, seconds_since_start, summarize
 from peftchat.training.trainer import ChatTrainer, build_trainer, sft_config
 
 if TYPE_CHECKING:
@@ -59,16 +60,20 @@ def train(
         config = sft_config(context)  # Before the model is loaded: transformers has to know about ZeRO-3.
         model = load_trainable_model(context)
         trainer = build_trainer(context, model, config)
+        prompts = tuple(dict.fromkeys((*options.prompts, *read_questions(loaded))))
+        longest = loaded.recipe.evaluation.max_new_tokens
         tell_hints(context, model, sequences=len(trainer.train_dataset))
 
         def start() -> list[SampleAnswer]:
             preflight(trainer, context)
             begin(trainer, context)
-            return sample_answers(trainer.causal_model, context.chat, options.prompts)
+            return sample_answers(trainer.causal_model, context.chat, prompts, longest)
 
         fitted = fit(trainer, context, start, check_claim)
         check(trainer, context, model, fitted)
-        samples_after = sample_answers(trainer.causal_model, context.chat, options.prompts)
+        samples_after = sample_answers(
+            trainer.causal_model, context.chat, prompts, loaded.recipe.evaluation.max_new_tokens
+        )
         save(trainer, context)
         return summarize(context, trainer, model, fitted, samples_after)
 

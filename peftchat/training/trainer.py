@@ -18,6 +18,7 @@ from transformers.trainer import SCHEDULER_NAME
 from trl import SFTTrainer
 
 from peftchat.chat_template.loss_mask import TARGET_KINDS
+from peftchat.dataset.epochs import EpochPacks
 from peftchat.errors import UserError, first_line
 from peftchat.models.added_tokens import MODULE_NAME
 from peftchat.models.saving import (
@@ -34,6 +35,7 @@ from peftchat.runs.checkpoint import Checkpoint, keep_newest
 from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.training.context import TrainContext
 from peftchat.training.distributed import deepspeed_config
+from peftchat.training.epoch_sampler import EpochCallback, EpochDataset, EpochSampler
 from peftchat.training.held_out import HeldOutLosses, write_losses
 from peftchat.training.learning_rate import ContinuedScheduleCallback, begin_above_zero
 from peftchat.training.loss import install_supervised_forward
@@ -41,6 +43,7 @@ from peftchat.training.model import TrainableModel, select_attention
 from peftchat.training.number_checks import NumberChecks
 from peftchat.training.packs import make_collator, make_packs
 from peftchat.training.progress import MetricsCallback, memory_in_use
+from peftchat.training.questions import answer_questions
 from peftchat.training.throughput import BudgetCallback, Throughput, TokenCounts, has_budget
 from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs, trainer_hooks
 
@@ -148,7 +151,10 @@ class ChatTrainer(SFTTrainer):
         self._loads_best = context.recipe.training.load_best_model_at_end
         self._hooks = trainer_hooks(self._adapter, model.model)
         self._collators = {split: make_collator(context, split, layout) for split in context.splits}
-        packs = {split: make_packs(context, split, layout) for split in context.splits}
+        epochs = EpochPacks.of(context.recipe, context.splits["train"])
+        packs = {
+            split: make_packs(context, split, layout, epochs if split == "train" else None) for split in context.splits
+        }
         trained = {name: weight.data for name, weight in model.model.named_parameters() if weight.requires_grad}
         super().__init__(
             model=model.model,
@@ -164,6 +170,14 @@ class ChatTrainer(SFTTrainer):
         for name, parameter in self.model.named_parameters():
             if name in trained and parameter.dtype != trained[name].dtype:
                 parameter.data = trained[name].to(parameter.device)
+        self._epoch_sampler: EpochSampler | None = None
+        if epochs is not None:
+            # TRL's own constructor takes nothing but a data set of `datasets`.
+            self.train_dataset = EpochDataset(epochs)
+            size = config.train_batch_size * config.gradient_accumulation_steps if layout == "padded" else None
+            seed = config.seed if config.data_seed is None else config.data_seed
+            self._epoch_sampler = EpochSampler(epochs, seed, size, context.notes.tell)
+            self.add_callback(EpochCallback(self._epoch_sampler))
         self.remove_callback(PrinterCallback)
         install_supervised_forward(self.causal_model)
         self.model_accepts_loss_kwargs = True
@@ -191,6 +205,10 @@ class ChatTrainer(SFTTrainer):
         """
         for collator in self._collators.values():
             collator.layout = layout
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the sampler; one that knows the epoch where each epoch has packs of its own."""
+        return self._epoch_sampler or super()._get_train_sampler(train_dataset)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -258,6 +276,8 @@ class ChatTrainer(SFTTrainer):
         metrics = self.held_out_metrics(metric_key_prefix)
         if self.state.global_step == 0:
             self.write_held_out_losses()
+        with self.throughput.paused():
+            metrics |= answer_questions(self.causal_model, self._context, self.state.global_step)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

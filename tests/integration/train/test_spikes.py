@@ -109,3 +109,26 @@ def test_what_cannot_skip_is_refused(sections: dict[str, Any], says: str, tmp_pa
     assert done.returncode == 2 and done.stderr.count("Error:") == 1, done.stderr
     assert says in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_conversation_with_a_high_loss_is_named_inside_a_pack(tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    answers = ["Hello there, how are you?", "I am fine.", "It is a fine day, is it not?"] * 80
+    answers[-20] = "q7#Zk!x@9^Vw&J2*pL"
+    lines = [
+        {"messages": [{"role": "user", "content": f"Hi {number % 3}"}, {"role": "assistant", "content": answer}]}
+        for number, answer in enumerate(answers)
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings: dict[str, Any] = {**SETTINGS, "max_steps": 45}
+    file = write_training_recipe(
+        tmp_path / "recipe.yaml", small_model(tied=True), data, None, tmp_path / "run",
+        method="full", data={"packing": True, "max_length": 256}, training=settings,
+    )  # fmt: skip
+    summary = train(load_recipe(file))
+    assert not summary.spikes
+    assert list(summary.outliers) == [f"{data}:{len(answers) - 19}"]
+    assert any(f"{data}:{len(answers) - 19}" in note for note in summary.notes)
+    (losses,) = (summary.train_by_source or {}).values()
+    assert losses.tokens == summary.supervised_tokens
+    assert losses.first is not None and losses.last is not None and losses.last < losses.first

@@ -186,6 +186,7 @@ def test_a_mapping_that_does_not_fit_is_one_error(tmp_path: Path, row: Any, opti
         (("--columns", "promptt=ask"), "unknown field `promptt`; known: prompt, completion,"),
         (("--columns", "prompt"), "'prompt' is not NAME=NAME"),
         (("--columns", "prompt=ask,prompt=answer"), "`prompt` is there twice"),
+        (("--columns", "prompt=ask", "--columns", "prompt=answer"), "`prompt` is there twice"),
         (("--roles", "agent=assistantt"), "unknown role `assistantt`; known: system, user, assistant, tool"),
         (("--subset", "main"), "subset"),
     ],
@@ -206,8 +207,8 @@ def test_options_mean_what_the_recipe_keys_mean(tmp_path: Path, capsys: pytest.C
     path = tmp_path / "rows.jsonl"
     turns = [("customer", "Hi"), ("customer", "Hello?"), ("agent", "Yes?")]
     path.write_text(json.dumps({"talk": [{"by": by, "says": says} for by, says in turns]}) + "\n")
-    options = ["--columns", "messages=talk,role=by,content=says", "--roles", "customer=user,agent=assistant"]
-    options += ["--consecutive", "merge"]
+    options = ["--columns", "messages=talk,role=by", "--roles", "customer=user", "--consecutive", "merge"]
+    options += ["--columns", "content=says", "--roles", "agent=assistant"]
     done = run(capsys, "data", "prepare", str(path), "-o", str(tmp_path / "out"), "--eval-fraction", "0", *options)
     assert done.returncode == 0, done.stderr
     (one,) = read_conversations(tmp_path / "out" / "train.jsonl")
@@ -240,3 +241,17 @@ def test_arguments_with_a_number_beyond_a_double_stay_text(number: str) -> None:
     text = f'{{"x": {number}}}'
     assert ToolCall("f", text).parsed() == text
     assert ToolCall("f", '{"x": 1e300}').parsed() == {"x": 1e300}
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1E999"])
+def test_a_number_beyond_a_double_in_a_definition_reaches_templates_as_json(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "calls.jsonl"
+    schema = f'{{"name": "find", "parameters": {{"maximum": {number}, "minimum": 1.5}}}}'
+    turns = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+    path.write_text(f'{{"messages": {turns}, "tools": [{schema}]}}\n')
+    (one,) = read_conversations(path)
+    assert one.tools is not None
+    assert number in one.tools
+    (tool,) = one.tool_schemas() or ()
+    assert tool["function"]["parameters"] == {"maximum": number, "minimum": 1.5}
+    json.dumps(tool, allow_nan=False)

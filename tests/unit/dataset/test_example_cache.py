@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.dataset.cache import encode_splits, load_splits
+from peftchat.errors import UserError
 from peftchat.recipe import Recipe, load_recipe
 from tests.support.cli import Started, start
 from tests.support.data import CONVERSATIONS, write_conversations
@@ -129,3 +130,22 @@ def test_a_killed_build_leaves_nothing_that_is_used(recipe_file: Path) -> None:
     assert [path.suffix for path in cache().iterdir() if path.is_dir()] == [""]
     stats = json.loads((rows.store.path.parent / "train.json").read_text())
     assert stats["examples"] == 4500 and stats["tokens"] == int(rows.store.lengths.sum())
+
+
+def test_keys_that_leave_end_tokens_only_are_refused_and_single_examples_counted(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "model")
+    call = {"type": "function", "function": {"name": "find", "arguments": {"id": 7}}}
+    calling = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "tool_calls": [call]}]}
+    plain = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    for records in ([calling], [calling, plain]):
+        data = tmp_path / f"{len(records)}.jsonl"
+        data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        file = write_recipe(tmp_path / "r.yaml", tokenizer, data)
+        recipe, chat = of(file, "chat.train_tool_calls=false")
+        chat = make_format("chatml", None, chat.tokenizer)
+        if len(records) == 1:
+            with pytest.raises(UserError, match="only the tokens that end answers would be trained"):
+                load_splits(recipe, chat)
+        else:
+            notes = list(load_splits(recipe, chat)["train"].stats.reading_notes())
+            assert "only end tokens are trained in 1 of 2 examples" in notes

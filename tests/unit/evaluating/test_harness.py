@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from peftchat.errors import UserError
+from peftchat.evaluating.card_results import write_results
 from peftchat.evaluating.evaluated_model import EvaluatedModel
 from peftchat.evaluating.harness import AskOptions
 from peftchat.evaluating.kept_answers import KeptAnswers
 from peftchat.evaluating.run_evaluation import EvaluateOptions, Watch, evaluate_models
+from peftchat.evaluating.side_by_side import Evaluation
 from peftchat.evaluating.task_catalog import TaskSpec, load_tasks, parse_tasks, unknown_task
 from tests.support.chat_models import in_format, save_adapter_run, save_model
 from tests.support.cli import PROJECT
@@ -157,6 +161,27 @@ def test_a_run_is_compared_with_its_base_by_question(place: Path, tmp_path: Path
     assert difference.mean == pytest.approx((sum(ours) - sum(theirs)) / 16)
     for name in ("results.md", "results.svg"):
         assert "both" in (tmp_path / "out" / name).read_text()
+    check_card(tmp_path / "card" / "README.md", found, place)
+
+
+def check_card(card: Path, found: Evaluation, place: Path) -> None:
+    """The hub's own reader finds the results in the card; what a user wrote stays, and no path is written."""
+    card.parent.mkdir()
+    card.write_text("---\ntags:\n- chat\n---\n\n# My model\n\nMy words.\n\n## Limits\n\n- one\n")
+    write_results(card, found)
+    once = card.read_text()
+    write_results(card, found)
+    assert card.read_text() == once
+    read = ModelCard(once)
+    name, results = model_index_to_eval_results(read.data.to_dict()["model-index"])
+    row = next(row for row in found.tasks if row.task == "both")
+    assert name == "card"
+    assert [(one.metric_name, one.metric_value) for one in results] == [("acc", round(row.metrics[0].values[0], 6))]
+    assert "no chat template" in results[0].dataset_name
+    assert read.data.tags == ["chat"]
+    assert "My words." in read.text
+    assert read.text.index("## Evaluation") < read.text.index("## Limits")
+    assert str(place.parent) not in once
 
 
 def test_an_interrupted_evaluation_asks_only_what_is_missing(place: Path, tmp_path: Path) -> None:
@@ -219,6 +244,21 @@ def test_a_task_without_its_data_is_refused(tmp_path: Path) -> None:
     hub = CHOICE.format(name="own", data="x.jsonl", more="").replace("path: json", "path: nobody/nothing")
     (tmp_path / "own.yaml").write_text(hub)
     with pytest.raises(UserError, match="not on this disk"):
+        load_tasks([TaskSpec("own")], [tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("right", "said"),
+    [("5", "question 2 has 2 choices, and its right one is number 5"), ('"z"', "question 2 has no choice 'z'")],
+)
+def test_a_target_that_no_choice_has_is_refused(right: str, said: str, tmp_path: Path) -> None:
+    """The harness would count it as wrong for every model."""
+    data = tmp_path / "questions.jsonl"
+    first = "1" if right == "5" else '"x"'
+    rows = [json.dumps({"ask": "a", "options": ["x", "y"], "right": json.loads(part)}) for part in (first, right)]
+    data.write_text("\n".join(rows) + "\n")
+    (tmp_path / "own.yaml").write_text(CHOICE.format(name="own", data=data, more=""))
+    with pytest.raises(UserError, match=said):
         load_tasks([TaskSpec("own")], [tmp_path])
 
 

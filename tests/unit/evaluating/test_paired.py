@@ -7,7 +7,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from peftchat.evaluating.paired import mcnemar, mean_difference, paired_difference, standard_error
+from peftchat.evaluating.paired import mcnemar, mean_difference, paired_difference, paired_ratio, standard_error
 
 RUNS = 1500
 
@@ -92,3 +92,16 @@ def test_a_mean_of_tasks_adds_the_variances() -> None:
     found = mean_difference(parts)
     assert found.mean == pytest.approx(fmean(part.mean for part in parts))
     assert found.stderr == pytest.approx(math.hypot(*(part.stderr or 0 for part in parts)) / 2)
+
+
+def test_the_interval_of_a_loss_per_token_is_that_of_the_jackknife() -> None:
+    """Leaving out one conversation at a time needs no formula of its own."""
+    random = np.random.default_rng(11)
+    sizes = random.integers(5, 200, size=300)
+    ours, theirs = (sizes * shift + random.normal(size=300) * np.sqrt(sizes) * 3 for shift in (2.0, 2.1))
+    found = paired_ratio(ours.tolist(), theirs.tolist(), sizes.tolist())
+    assert found.mean == pytest.approx((ours.sum() - theirs.sum()) / sizes.sum())
+    without = (ours.sum() - theirs.sum() - ours + theirs) / (sizes.sum() - sizes)
+    jackknife = math.sqrt(299 / 300 * ((without - without.mean()) ** 2).sum())
+    assert found.stderr == pytest.approx(jackknife, rel=0.02)
+    assert paired_ratio([3.0], [2.0], [4]).low is None

@@ -30,6 +30,14 @@ def test_a_step_is_bad_at_once_and_only_its_bad_micro_batches_are_named(loss: fl
     assert monitor.counts.losses == [6.0]
 
 
+def test_only_the_examples_with_a_bad_target_are_named_where_targets_are_known() -> None:
+    monitor = StepMonitor(torch.device("cpu"))
+    monitor.add(torch.tensor(2.0), np.array([4, 5]), torch.tensor([1.0, 3.0, 2.0]), [1, 2])
+    monitor.add(torch.tensor(NAN), np.array([6, 7, 8]), torch.tensor([1.0, NAN, INF, 1.0]), [1, 2, 1])
+    bad = monitor.end_step(1, 1.0)
+    assert bad is not None and bad.examples == (7,)
+
+
 def test_a_gradient_that_is_not_finite_names_all_of_the_step() -> None:
     bad = step(StepMonitor(torch.device("cpu")), 7, [2.0, 1.0], INF)
     assert (bad.step, bad.examples) == (7, (0, 1, 10, 11))

@@ -1,0 +1,90 @@
+"""Rendering many conversations by one template: what `apply_chat_template` does, without doing it anew each time.
+
+Rendering answer by answer gives a template the same messages and tools again and again. Stock transformers copies all
+of them each time, and the template writes the same definitions of tools as JSON. Here each message is prepared once,
+and the JSON of each value is written once.
+https://github.com/huggingface/transformers/blob/main/src/transformers/utils/chat_template_utils.py
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_REMEMBERED = 2048
+"""The most values that are kept by their identity. Each is kept alive, so that no other can have its identity."""
+
+
+class _Memory:
+    """Results of a function by the identity of its argument, which nothing changes meanwhile."""
+
+    def __init__(self) -> None:
+        self._results: dict[Any, tuple[Any, Any]] = {}
+
+    def get(self, value: Any, make: Callable[[Any], Any], key: Any = None) -> Any:
+        found = self._results.get((id(value), key))
+        if found is not None and found[0] is value:
+            return found[1]
+        made = make(value)
+        if len(self._results) >= _REMEMBERED:
+            self._results.clear()
+        self._results[id(value), key] = value, made
+        return made
+
+
+@lru_cache(maxsize=64)
+def _compiled(source: str) -> Any:
+    """Return a template compiled as transformers does, whose `tojson` writes each value once."""
+    from transformers.utils import chat_template_utils
+
+    template = chat_template_utils._cached_compile_jinja_template(source)
+    written = template.environment.filters["tojson"]
+    memory = _Memory()
+
+    def tojson(value: Any, *args: Any, **kwargs: Any) -> str:
+        if type(value) not in (dict, list):
+            return str(written(value, *args, **kwargs))
+        key = (args, tuple(kwargs.items()))
+        return str(memory.get(value, lambda one: written(one, *args, **kwargs), key))
+
+    template.environment.filters["tojson"] = tojson
+    return template
+
+
+def template_writer(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., str]:
+    """Return a function that renders as the tokenizer's `apply_chat_template(tokenize=False)` does.
+
+    It takes the source, the messages, the tools and variables of the template. What it is given must not be changed
+    afterwards. A tokenizer with an `apply_chat_template` of its own is asked itself.
+    """
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils import chat_template_utils
+
+    def stock(source: str, messages: Sequence[Any], tools: Any, **variables: Any) -> str:
+        given = list(messages)
+        return str(tokenizer.apply_chat_template(given, tools=tools, chat_template=source, tokenize=False, **variables))
+
+    needed = ("_cached_compile_jinja_template", "_plain_template_data", "_alias_reasoning_fields")
+    own = type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+    if own or not all(hasattr(chat_template_utils, name) for name in needed):
+        return stock
+    plain, alias = chat_template_utils._plain_template_data, chat_template_utils._alias_reasoning_fields
+    memory = _Memory()
+
+    def prepared(message: Mapping[str, Any]) -> Any:
+        return alias([plain({key: value for key, value in message.items() if value is not None})])[0]
+
+    def write(source: str, messages: Sequence[Any], tools: Any, **variables: Any) -> str:
+        if not messages or not all(isinstance(message, dict) for message in messages):
+            return stock(source, messages, tools, **variables)
+        given = {"documents": None, **tokenizer.special_tokens_map, **plain(variables)}
+        written = _compiled(source).render(
+            messages=[memory.get(message, prepared) for message in messages],
+            tools=None if tools is None else memory.get(tools, plain),
+            **given,
+        )
+        return str(written)
+
+    return write

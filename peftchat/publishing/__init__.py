@@ -1,0 +1,1 @@
+"""Publishing a run or a model on the hub."""

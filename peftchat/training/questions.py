@@ -1,0 +1,128 @@
+"""The recipe's questions: read and checked before training, answered at each evaluation."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftchat.chat_template.chat_format import ChatFormat
+from peftchat.errors import UserError, first_line
+from peftchat.models.loading import end_ids
+from peftchat.runs.run_summary import SampleAnswer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peftchat.recipe import LoadedRecipe
+    from peftchat.training.context import TrainContext
+
+_MAX_NEW_TOKENS = 120
+
+_KEYS = ("evaluation", "questions")
+
+
+def read_questions(loaded: "LoadedRecipe") -> tuple[str, ...]:
+    """Return the recipe's questions, those of a file read.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no question.
+    """
+    given = loaded.recipe.evaluation.questions
+    if given is None:
+        return ()
+    where = loaded.where(*_KEYS)
+    questions = tuple(given) if isinstance(given, list) else _read(Path(given), where)
+    blank = next((number for number, question in enumerate(questions, 1) if not question.strip()), None)
+    if blank is not None:
+        raise UserError(f"question {blank} is empty", where=where, hint="Give it some text, or remove it.")
+    return tuple(dict.fromkeys(questions))
+
+
+def _read(file: Path, where: str) -> tuple[str, ...]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"the file of questions cannot be read: {first_line(error)}"
+        raise UserError(what, where=where, hint="Name a text file with a question on each line.") from error
+    found = [
+        _of_json(line, f"{file}:{number}") if file.suffix == ".jsonl" else line.strip()
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not found:
+        raise UserError("the file has no questions", where=where, hint="Write one on each line.")
+    return tuple(found)
+
+
+def _of_json(line: str, where: str) -> str:
+    try:
+        value: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the line is no JSON: {first_line(error)}", where=where) from error
+    question = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(question, str):
+        raise UserError("the line holds no question", where=where, hint='Write a text, or {"prompt": "…"}.')
+    return question
+
+
+def answer_questions(model: Any, context: "TrainContext", step: int) -> dict[str, float]:
+    """Answer the recipe's questions and keep the answers in `samples.jsonl`; every process must call it.
+
+    Training goes on as if it had not been called: answers are greedy, and the state of the random numbers is restored.
+
+    Args:
+        model: as training calls it.
+        context: the run.
+        step: the optimizer step after which it is called.
+
+    Returns:
+        What is logged: the share of answers that the model ended by itself; empty without questions.
+    """
+    questions = read_questions(context.loaded)
+    if not questions:
+        return {}
+    devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
+    kind = str(torch.accelerator.current_accelerator().type) if devices else "cuda"  # type: ignore[union-attr]
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        answers = sample_answers(model, context.chat, questions, context.recipe.evaluation.max_new_tokens)
+    if context.is_main:
+        lines = [{"step": step, "prompt": one.prompt, "answer": one.answer, "stopped": one.stopped} for one in answers]
+        kept = context.run_folder.samples
+        if any(line["step"] == step for line in kept.read()):
+            kept.rewrite([*(line for line in kept.read() if line["step"] != step), *lines])
+        else:
+            kept.append(lines)
+    return {"eval_answers_ended": sum(bool(one.stopped) for one in answers) / len(answers)}
+
+
+def sample_answers(
+    model: "PreTrainedModel", chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int = _MAX_NEW_TOKENS
+) -> list[SampleAnswer]:
+    """Return greedy answers to single user messages; under ZeRO-3 every process must call it."""
+    was_training = model.training
+    model.eval()
+    answers = [_answer(model, chat, prompt, max_new_tokens) for prompt in prompts]
+    model.train(was_training)
+    return answers
+
+
+def _answer(model: "PreTrainedModel", chat: ChatFormat, prompt: str, max_new_tokens: int) -> SampleAnswer:
+    tokenizer = chat.tokenizer
+    messages = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = inputs["input_ids"].to(next(model.parameters()).device)
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )[0, ids.shape[1] :].tolist()
+    stopped = bool(output) and output[-1] in end_ids(model.generation_config.eos_token_id)
+    text = tokenizer.decode(output[:-1] if stopped else output, skip_special_tokens=True)
+    return SampleAnswer(prompt, text.strip(), stopped)

@@ -31,10 +31,11 @@ from peftchat.dataset.cache import conversations
 from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.output_paths import InputPath, check_output
-from peftchat.recipe import dump_recipe
+from peftchat.recipe import dump_recipe, load_recipe
 from peftchat.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from peftchat.comparing.candidates import Settings
     from peftchat.recipe import Recipe
 
 
@@ -81,7 +82,9 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
     # The recipe in the folder is the comparison's own, unless the folder holds nothing else of it.
     own = os.path.realpath(folder.base) if folder.is_comparison else None
     check_output(folder.path, [entry for entry in inputs if os.path.realpath(entry.path) != own], f"-o {out}")
-    message = f"{len(plan.candidates)} candidates, {plan.num_runs} runs, in {out}"
+    named = "1 candidate" if len(plan.candidates) == 1 else f"{len(plan.candidates)} candidates"
+    runs = "1 run" if plan.num_runs == 1 else f"{plan.num_runs} runs"
+    message = f"{named}, {runs}, in {out}"
     stderr.print(message, markup=False, highlight=False)
     with (
         folder.locked(plan.base.recipe),
@@ -154,6 +157,7 @@ class _RunTrainer:
         self._processes = processes
         self._folder = folder
         self._progress = progress
+        self._chosen: dict[str, Settings] = {}
 
     def run_trials(self) -> list[CandidateResult]:
         """Train every candidate with all settings to try, on the first seed."""
@@ -187,8 +191,8 @@ class _RunTrainer:
 
     def _train(self, job: TrainingJob) -> RunResult:
         run = RunFolder(self._folder.run(job.name))
-        text = dump_recipe(self._plan.run_recipe(job, run.path, self._folder.data))
         recipe_file = self._folder.recipe(job.name)
+        text = self._recipe(job, run, recipe_file)
         kept = run.is_finished
         self._folder.check_unchanged(recipe_file, text, run.path)
         write_text(recipe_file, text)
@@ -202,12 +206,31 @@ class _RunTrainer:
         # The summary is written last: a process that fails after it has finished its run.
         if run.is_finished:
             result = read_run_result(job, run.path)
+            self._note_choices(job, run)
             # Checkpoints are large, and a finished run does not need them.
             shutil.rmtree(run.checkpoints, ignore_errors=True)
         else:
             result = RunResult(job, failure=failure)
         self._progress.finish_run(result, kept=kept)
         return result
+
+    def _recipe(self, job: TrainingJob, run: RunFolder, recipe_file: Path) -> str:
+        """Return the recipe of a run; a run that has begun goes on with what was left open then."""
+        chosen = self._chosen.get(job.candidate.name)
+        if chosen and recipe_file.is_file() and run.path.is_dir():
+            begun = load_recipe(recipe_file, to_train=False, upgrade=True).recipe
+            chosen = None if begun.training.gradient_checkpointing is None else chosen
+        return dump_recipe(self._plan.run_recipe(job, run.path, self._folder.data, chosen))
+
+    def _note_choices(self, job: TrainingJob, run: RunFolder) -> None:
+        """Keep what a finished run has chosen by its memory plan, which takes longer than a short run of a small model.
+
+        Neither the learning rate nor the seed nor the number of steps affects it.
+        """
+        shared = self._plan.base.recipe.training
+        if shared.gradient_checkpointing is None and shared.global_batch_size is None:
+            resolved = load_recipe(run.recipe, to_train=False, upgrade=True).recipe.training.gradient_checkpointing
+            self._chosen.setdefault(job.candidate.name, {"training.gradient_checkpointing": resolved})
 
 
 class _RunEvaluator:

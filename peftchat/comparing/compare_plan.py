@@ -235,8 +235,15 @@ class ComparePlan:
             return RateHalving(rates, short_share(self.base.recipe))
         return LearningRateGrid(rates)
 
-    def run_recipe(self, job: TrainingJob, output_dir: Path, data: Path) -> "Recipe":
-        """Return the recipe of one run on the conversations in the folder `data`."""
+    def run_recipe(self, job: TrainingJob, output_dir: Path, data: Path, chosen: Settings | None = None) -> "Recipe":
+        """Return the recipe of one run on the conversations in the folder `data`.
+
+        Args:
+            job: the run.
+            output_dir: its folder.
+            data: both splits.
+            chosen: settings that the recipe leaves open, as an earlier run of the candidate has chosen them.
+        """
         files = {
             "data.train": [{"path": escape_path(str(data / "train.jsonl")), "format": "messages"}],
             "data.eval": [{"path": escape_path(str(data / "eval.jsonl")), "format": "messages"}],
@@ -244,6 +251,7 @@ class ComparePlan:
         requested = {**_shared_settings(self.options), **self._evaluation_settings(), **job.candidate.settings}
         settings = {key: value for key, value in requested.items() if not key.startswith(_DATA_KEYS)}
         settings |= {"data.max_train_samples": None, "data.max_eval_samples": None, **files}
+        settings |= chosen or {}
         settings |= {**job.settings, "training.seed": job.seed, "output_dir": escape_path(str(output_dir))}
         recipe = load_recipe(self.options.recipe, override_flags(settings)).recipe
         if job.share == 1:

@@ -39,7 +39,7 @@ PRIOR_SEEDS = 4.0
 NEGLIGIBLE = 0.005
 """Fraction of the lowest loss below which a difference counts as a tie, however certain it is."""
 
-ONE_SEED_NOISE = 0.01
+ONE_SEED_NOISE = 0.015
 """Fraction of the lowest loss that stands for the noise of runs with a single seed."""
 
 _DRAWS = 4000

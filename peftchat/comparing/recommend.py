@@ -15,6 +15,9 @@ _EQUAL_COST = 0.95
 MAX_FORGETTING = 0.05
 """Relative rise of the loss on plain text from which on forgetting counts."""
 
+_SAME = 0.03
+"""Ratios this close to 1 are told as equal."""
+
 _MAX_TOKEN_RATIO = 1.1
 """Ratio of the most to the fewest tokens of a run above which a warning is given."""
 
@@ -138,7 +141,8 @@ def _reasons(
     reasons = [f"Its held-out loss is {format_loss(evidence.loss(recommended))}{before}."]
     others = [one for one in tied if one is not recommended]
     if len(evidence.candidates) == 1:
-        reasons.append("No other candidate has finished.")
+        others_ran = len(candidates) > 1
+        reasons.append("No other candidate has finished." if others_ran else "It is the only candidate.")
     elif not others:
         reasons.append("It is lower than that of every other candidate, by more than the noise.")
     else:
@@ -162,7 +166,7 @@ def _reasons(
     if behind:
         gaps = ", ".join(f"{one.candidate.name} ({_shown_gap(evidence, one)})" for one in behind)
         reasons.append(f"Higher by more than the noise: {gaps}.")
-    return [*reasons, _basis(evidence)]
+    return [*reasons, _basis(evidence)] if len(evidence.candidates) > 1 else reasons
 
 
 def _shown_gap(evidence: Evidence, result: CandidateResult) -> str:
@@ -221,6 +225,8 @@ def _basis(evidence: Evidence) -> str:
     equal = f"Differences up to {format_loss(evidence.threshold)} ({share}) count as equal."
     if not evidence.by_conversation:
         return f"The runs keep no losses by conversation, so that there is no interval. {equal}"
+    if paired.num_clusters < 2:
+        return f"All held-out conversations belong together, so that there is no interval. {equal}"
     conversations = (
         f"{format_count(paired.num_conversations)} held-out conversations in {format_count(paired.num_clusters)} "
         "independent groups"
@@ -241,6 +247,8 @@ def _relative_cost(result: CandidateResult, other: CandidateResult) -> str:
 
 
 def _ratio(value: float, quantity: str) -> str:
+    if abs(value - 1) < _SAME:
+        return f"as much {quantity}"
     return f"{value:.2g} times the {quantity}" if value >= 1 else f"{format_percent(value)} of the {quantity}"
 
 

@@ -190,6 +190,8 @@ def _load(manager: "TaskManager", spec: TaskSpec, include: Sequence[Path], clust
     clusters = {}
     for name, task in found["tasks"].items():
         _check_task(name, task)
+        if (entry := manager.task_index.get(name)) is not None and _is_own(entry, include):
+            _check_questions(name, task)
         _set_shots(name, task, spec)
         field_name = _cluster(name, task, cluster)
         if field_name is not None:
@@ -235,6 +237,31 @@ def _check_task(name: str, task: Any) -> None:
         raise UserError(f"the task's questions cannot be read: {_reason(error)}", where=where) from error
     if empty:
         raise UserError("the task has no questions", where=where)
+
+
+def _is_own(entry: Any, include: Sequence[Path]) -> bool:
+    file = entry.yaml_path
+    return file is not None and any(Path(file).resolve().is_relative_to(folder.resolve()) for folder in include)
+
+
+def _check_questions(name: str, task: Any) -> None:
+    """Check every question of a task file: the harness counts a wrong target as an answer that no model finds."""
+    where = f"task {name}"
+    for number, question in enumerate(task.eval_docs, start=1):
+        try:
+            task.doc_to_text(question)
+            target = task.doc_to_target(question)
+            choices = task.doc_to_choice(question) if task.OUTPUT_TYPE == "multiple_choice" else None
+        except Exception as error:  # The task file's own templates and functions.
+            what = f"question {number} does not fit the task file: {_reason(error)}"
+            raise UserError(what, where=where, hint=f"Its fields are {', '.join(map(str, question))}.") from error
+        is_place = isinstance(target, int) and not isinstance(target, bool)
+        if choices is not None and is_place and not 0 <= target < len(choices):
+            what = f"question {number} has {len(choices)} choices, and its right one is number {target}, from 0 on"
+            raise UserError(what, where=where, hint="Mend the question, or `doc_to_target`.")
+        if choices is not None and isinstance(target, str) and target not in choices:
+            what = f"question {number} has no choice {target!r}, which is its right one"
+            raise UserError(what, where=where, hint="Mend the question, or `doc_to_target`.")
 
 
 def _set_shots(name: str, task: Any, spec: TaskSpec) -> None:

@@ -247,6 +247,21 @@ def test_a_task_without_its_data_is_refused(tmp_path: Path) -> None:
         load_tasks([TaskSpec("own")], [tmp_path])
 
 
+@pytest.mark.parametrize(
+    ("right", "said"),
+    [("5", "question 2 has 2 choices, and its right one is number 5"), ('"z"', "question 2 has no choice 'z'")],
+)
+def test_a_target_that_no_choice_has_is_refused(right: str, said: str, tmp_path: Path) -> None:
+    """The harness would count it as wrong for every model."""
+    data = tmp_path / "questions.jsonl"
+    first = "1" if right == "5" else '"x"'
+    rows = [json.dumps({"ask": "a", "options": ["x", "y"], "right": json.loads(part)}) for part in (first, right)]
+    data.write_text("\n".join(rows) + "\n")
+    (tmp_path / "own.yaml").write_text(CHOICE.format(name="own", data=data, more=""))
+    with pytest.raises(UserError, match=said):
+        load_tasks([TaskSpec("own")], [tmp_path])
+
+
 def test_a_damaged_task_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("task: own\n  metric_list: [\n")
     with pytest.raises(UserError, match=r"own\.yaml: the task file cannot be read"):

@@ -346,10 +346,18 @@ class DataSection(StrictModel):
         return self.eval is not None or self.eval_fraction is not None
 
 
+def _questions(value: object) -> object:
+    """Return a list of questions or the name of a file; pydantic would tell what is wrong with both forms at once."""
+    is_list = isinstance(value, list | tuple) and all(isinstance(one, str) and one for one in value)
+    if value is None or (value and (isinstance(value, str) or is_list)):
+        return value
+    raise PydanticCustomError("questions", "expected a list of questions as texts, or the name of a file")
+
+
 class EvaluationSection(StrictModel):
     """What is looked at beside the held-out loss."""
 
-    questions: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | str | None = Field(
+    questions: Annotated[list[str] | str | None, BeforeValidator(_questions)] = Field(
         None,
         description="Questions that the model answers, greedily, before and after training and at each evaluation. A "
         "list, or a file with one a line; lines of a `.jsonl` file are texts or objects with `prompt`. The answers are "

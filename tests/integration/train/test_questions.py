@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from peftchat.errors import UserError
 from peftchat.evaluating.run_evaluation import EvaluateOptions, evaluate_data
 from peftchat.recipe import load_recipe
 from peftchat.runs.eval_losses import read_eval_losses
@@ -69,6 +70,17 @@ def test_losses_of_data_are_those_of_training(run: Path, tmp_path: Path) -> None
         for group, values in groups.items() if len(groups) > 1 else ():
             assert rows[by, group].tokens == values["tokens"]
             assert rows[by, group].losses == pytest.approx((values["after"], values["before"]), rel=1e-4)
+
+
+def test_something_else_than_questions_is_one_problem(tmp_path: Path) -> None:
+    data = write_small_talk(tmp_path / "talk.jsonl")
+    for wrong in ([], [3], "", {"a": "b"}):
+        recipe = write_training_recipe(
+            tmp_path / "r.yaml", small_model(), data, None, tmp_path / "run", evaluation={"questions": wrong}
+        )
+        with pytest.raises(UserError, match=r"evaluation\.questions: expected a list of questions as texts") as found:
+            load_recipe(recipe)
+        assert "problems" not in str(found.value)
 
 
 def test_questions_of_a_file(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def picture(summary: ComparisonSummary) -> str:
     """Return the SVG file."""
     recommendation, evidence = summary.recommendation, summary.evidence
     assert recommendation is not None and evidence is not None
-    ties = f"Tied: {', '.join(recommendation.tied)}."
+    ties = f"Tied: {', '.join(recommendation.tied)}." if len(recommendation.tied) > 1 else "No other candidate is tied."
     basis = (
         "Bars: 95 % intervals that hold for all pairs at once, over "
         f"{evidence.conversations} held-out conversations in {evidence.clusters} groups and {evidence.seeds} seeds. "

@@ -81,6 +81,10 @@ def train(
         >>> summary.steps
         2
     """
+    from peftchat.logging_setup import quiet_libraries
+
+    # First: the modules below import bitsandbytes, which logs while it is imported.
+    quiet_libraries()
     from peftchat.reports.run_report import try_model_card, write_summaries
     from peftchat.runs.run_folder import RunFolder
     from peftchat.runs.run_summary import RunSummary

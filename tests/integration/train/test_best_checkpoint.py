@@ -1,6 +1,5 @@
 """The weights of the best evaluation, and early stopping: kept exactly, over a resume too."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,32 @@ from peftchat.recipe import load_recipe
 from peftchat.training.context import TrainOptions
 from peftchat.training.train import train
 from tests.support.cli import peftchat
-from tests.support.data import read_json, read_json_lines, write_small_talk
+from tests.support.data import read_json, read_json_lines, write_conversations
 from tests.support.launch import peftchat_in_processes
 from tests.support.models import small_model
 from tests.support.recipes import write_training_recipe
 from tests.support.stock import stock_loss, stock_run
 
-# So high that the held-out loss of other conversations soon rises again.
-OVERFIT = {"max_steps": 12, "learning_rate": 3e-2, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+# The held-out loss falls for some steps, then rises by many times what rounding differs between processors.
+OVERFIT = {"max_steps": 12, "learning_rate": 6e-3, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
 BEST = {**OVERFIT, "load_best_model_at_end": True}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Few conversations to train on, and other ones to evaluate on."""
+    """One answer to train on; held-out answers of which that one is learned first, and the others are lost later."""
     folder = tmp_path_factory.mktemp("data")
-    other = [("Name a river.", "The Loire runs to the sea."), ("And a hill?", "Ben Nevis is one."), ("Bye", "So long!")]
-    held_out = folder / "eval.jsonl"
-    lines = [
-        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
-        for asked, answer in other
+    train_file = write_conversations(folder / "train.jsonl", [said(f"Say {number}", "a" * 12) for number in range(8)])
+    held_out = [
+        said("Name a river.", "The Loire runs to the sea."),
+        said("And a hill?", "Ben Nevis is one."),
+        said("Say it", "a" * 5),
     ]
-    held_out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return write_small_talk(folder / "train.jsonl", 4), held_out
+    return train_file, write_conversations(folder / "eval.jsonl", held_out)
+
+
+def said(question: str, answer: str) -> list[tuple[str, str]]:
+    return [("user", question), ("assistant", answer)]
 
 
 def trained(run: Path, data: tuple[Path, Path], method: str = "lora", *, resume: bool = False, **training: Any) -> Any:

@@ -106,6 +106,23 @@ class PathType(click.ParamType):
         return value if isinstance(value, Path) else Path(_expanded(value, param))
 
 
+class RecipeType(PathType):
+    """The path of a recipe; where no such file is, that of the recipe of this name that came with the package."""
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path."""
+        path = super().convert(value, param, ctx)
+        if path.exists() or path.is_symlink():
+            return path
+        from peftchat.recipe.shipped import find_shipped_recipe
+
+        shipped = find_shipped_recipe(path)
+        if shipped is None:
+            return path
+        note(f"{path} does not exist here; taking the recipe that came with peftchat: {shipped}")
+        return shipped
+
+
 class NameType(click.ParamType):
     """A path, as for `PathType`, or a name such as a hub id; it stays text."""
 

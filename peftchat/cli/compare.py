@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from peftchat.cli.common import Command, PathType, echo_json, json_option, note, output_option
+from peftchat.cli.common import Command, PathType, RecipeType, echo_json, json_option, note, output_option
 
 
 @click.command(
@@ -17,7 +17,7 @@ from peftchat.cli.common import Command, PathType, echo_json, json_option, note,
         "--fixed-learning-rate": "--no-lr-search",
     },
 )
-@click.argument("recipe", type=PathType())
+@click.argument("recipe", type=RecipeType())
 @click.option(
     "--variants", required=True, multiple=True, metavar="A,B,...", help="lora, dora, qlora, full, qlora+dora, ..."
 )

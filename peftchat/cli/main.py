@@ -22,6 +22,7 @@ from peftchat.cli import (
     merge,
     plan,
     push,
+    recipes,
     template,
     train,
     variants,
@@ -75,6 +76,7 @@ def cli(context: click.Context) -> None:
 
 # In the order of the work.
 for _module in (
+    recipes,
     init,
     data,
     mask,

@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from peftchat.cli.common import Command, PathType, conversation_progress, echo_json, json_option, note, set_option
+from peftchat.cli.common import (
+    Command,
+    PathType,
+    RecipeType,
+    conversation_progress,
+    echo_json,
+    json_option,
+    note,
+    set_option,
+)
 from peftchat.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
@@ -34,7 +43,7 @@ class _Limit(click.ParamType):
 
 
 @click.command("mask", cls=Command, renamed={"--side": "--split"})
-@click.argument("recipe", type=PathType())
+@click.argument("recipe", type=RecipeType())
 @set_option()
 @click.option(
     "--rows",

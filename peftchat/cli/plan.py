@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from peftchat.cli.common import Command, PathType, json_option, set_option
+from peftchat.cli.common import Command, RecipeType, json_option, set_option
 
 
 def _print_gpus(context: click.Context, _: click.Parameter, given: bool) -> None:
@@ -19,7 +19,7 @@ def _print_gpus(context: click.Context, _: click.Parameter, given: bool) -> None
 
 
 @click.command("plan", cls=Command, renamed={"--grid": "--alternatives", "--no-grid": "--no-alternatives"})
-@click.argument("recipe", type=PathType())
+@click.argument("recipe", type=RecipeType())
 @click.option("--gpu", metavar="NAME", help="A GPU such as a100-80gb, or cpu.  [default: this machine's]")
 @click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Number of GPUs.  [default: as in the recipe]")
 @click.option("--price", type=click.FloatRange(min=0), metavar="AMOUNT", help="Price of one GPU per hour.")

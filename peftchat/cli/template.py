@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from peftchat.cli.common import Command, NameType, PathType, echo_json, json_option, note
+from peftchat.cli.common import Command, NameType, PathType, RecipeType, echo_json, json_option, note
 from peftchat.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _REFUSALS_SHOWN = 8
 @click.option("--data", type=PathType(), help=f"Check the first {_MOST:,} conversations of a file.")
 @click.option("--end-token", help="Ends an answer where the template writes no token (`chat.end_token`).")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A variable of `chat.template_kwargs`.")
-@click.option("--recipe", type=PathType(), help="Take the settings of `chat` and `data.consecutive` from a recipe.")
+@click.option("--recipe", type=RecipeType(), help="Take the settings of `chat` and `data.consecutive` from a recipe.")
 @json_option("Print one JSON object a line: the template's ends, then each conversation.")
 def command(
     name: str,

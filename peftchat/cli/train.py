@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from peftchat.cli.common import Command, PathType, allow_changed_option, echo_json, json_option, note, set_option
+from peftchat.cli.common import Command, RecipeType, allow_changed_option, echo_json, json_option, note, set_option
 from peftchat.errors import UserError
 
 
 @click.command("train", cls=Command, renamed={"--ask": "--prompt"})
-@click.argument("recipe", type=PathType())
+@click.argument("recipe", type=RecipeType())
 @set_option()
 @click.option("--resume", is_flag=True, help="Resume from the last checkpoint; start from scratch if there is none.")
 @allow_changed_option()

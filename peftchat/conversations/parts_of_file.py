@@ -184,7 +184,7 @@ class _Reader:
         if not size or len(found) < size:
             hint = "The system ends processes when memory runs out; look at `dmesg`."
             raise UserError("a process that reads the file was ended from outside", where=self.name, hint=hint)
-        return pickle.loads(found)
+        return pickle.loads(found)  # noqa: S301 - from a fork of this process, through a pipe
 
     def end(self) -> None:
         """End the process, whatever it does."""

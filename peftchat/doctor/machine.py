@@ -116,7 +116,7 @@ def _examine_disk(subject: str, folder: Path, existing: Path) -> Finding:
     return Finding(subject, "ok", found)
 
 
-def examine_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
+def examine_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:  # noqa: S108 - examined, not used
     """Return the size of the memory that processes share; Linux alone has such a folder."""
     if not folder.is_dir():
         if sys.platform == "linux":

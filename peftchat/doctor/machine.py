@@ -53,7 +53,7 @@ def examine_devices() -> Iterator[Finding]:
                 yield Finding(f"GPU {index}", "ok", found)
         return
     if torch.backends.mps.is_available():
-        yield Finding("GPU", "note", "Apple's, through MPS: no bitsandbytes, DeepSpeed or several processes")
+        yield Finding("GPU", "note", "Apple's: `chat` uses it, training runs on the CPU")
     elif shutil.which("nvidia-smi") and torch.version.cuda is None:
         cure = "Install torch for your driver: https://pytorch.org/get-started/locally/"
         yield Finding(

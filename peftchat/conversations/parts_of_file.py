@@ -256,7 +256,7 @@ class _Reader:
         if not count:
             hint = "The system ends processes when memory runs out; look at `dmesg`."
             raise UserError("a process that reads the file was ended from outside", where=self.name, hint=hint)
-        return pickle.loads(blocks[0], buffers=blocks[1:])
+        return pickle.loads(blocks[0], buffers=blocks[1:])  # noqa: S301 - from a fork of this process, through a pipe
 
     def _number(self) -> int:
         return int.from_bytes(self.pipe.read(_BYTES_OF_SIZE))

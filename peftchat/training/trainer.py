@@ -210,6 +210,17 @@ class ChatTrainer(SFTTrainer):
         """Return the sampler; one that knows the epoch where each epoch has packs of its own."""
         return self._epoch_sampler or super()._get_train_sampler(train_dataset)
 
+    def _run_epoch(self, **arguments: Any) -> None:
+        """Train an epoch, or nothing if a run that was resumed has all its steps already.
+
+        transformers looks at the number of steps behind each step alone, and so takes one more:
+        https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer.py
+        """
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:

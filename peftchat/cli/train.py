@@ -8,6 +8,7 @@ import click
 
 from peftchat.cli.common import Command, RecipeType, allow_changed_option, echo_json, json_option, note, set_option
 from peftchat.errors import UserError
+from peftchat.interruption import CHECKPOINT
 
 
 @click.command("train", cls=Command, renamed={"--ask": "--prompt"})
@@ -49,6 +50,8 @@ def command(
     """
     given = {"--resume": resume, "--allow-changed": allow_changed, "--dry-run": dry_run, "--prompt": bool(prompts)}
     _check_search(given, find_lr=find_lr, steps=find_lr_steps, as_json=as_json)
+    if not (find_lr or dry_run):
+        CHECKPOINT.begin()
     from peftchat import api
     from peftchat.recipe import load_recipe
 

@@ -93,6 +93,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def checkpoint_request(self) -> Path:
+        """A file that asks for a checkpoint, and is deleted when one is begun."""
+        return self.path / "checkpoint.request"
+
+    @property
     def tensorboard(self) -> Path:
         """The folder of TensorBoard's logs."""
         return self.path / "tensorboard"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from peftchat.errors import UserError
-from peftchat.interruption import DeferredSignals
+from peftchat.interruption import CHECKPOINT, DeferredSignals
 from peftchat.malloc import keep_large_blocks
 from peftchat.models.added_tokens import snapshot_embeddings
 from peftchat.models.saving import save_model_files
@@ -119,6 +119,7 @@ def fit(
     checkpoint = context.checkpoint
     stopping = StopCallback(
         trainer,
+        context.run_folder,
         _resume_command(context),
         saves=context.recipe.training.save_strategy != "no",
         saved_step=checkpoint.step if checkpoint else 0,
@@ -193,6 +194,7 @@ class _StartCallback(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Call the function."""
         self.samples = self._start()
+        CHECKPOINT.begin()
         self._signals.begin()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:

@@ -5,10 +5,11 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,13 +114,40 @@ def train(
             resume, allow_changed, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings
         )
         # Standard output is for data; DeepSpeed prints to it while it compiles.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _advising_on_memory(loaded, distributed):
             summary = train_in_process(loaded, options, distributed)
         if is_main_process():
             write_summaries(run_folder.path)
     if distributed.world_size == 1:
         evaluate_recipe_tasks(loaded)
     return summary
+
+
+@contextlib.contextmanager
+def _advising_on_memory(loaded: LoadedRecipe, distributed: "DistributedSetup") -> Iterator[None]:
+    """Add to the message of a run that ran out of memory what the plan advises.
+
+    Raises:
+        OutOfMemory: with the advice.
+    """
+    from peftchat.planning.memory_advice import memory_advice
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.training.out_of_memory import OutOfMemory
+
+    try:
+        yield
+        return
+    except OutOfMemory as error:
+        position, message = error.position, str(error)
+    # Behind the `except`: the error holds the run's tensors. Planning needs memory too.
+    gc.collect()
+    advice = ""
+    with contextlib.suppress(Exception):
+        advice = memory_advice(loaded.recipe, distributed, position)
+    last = RunFolder(Path(loaded.recipe.output_dir)).latest_checkpoint()
+    if last is not None:
+        advice += f" `--resume` goes on from {last.path}."
+    raise OutOfMemory(f"{message}.{advice}", position)
 
 
 def find_learning_rate(

@@ -5,7 +5,8 @@
 `--kills` is the number for each kind of run. A run is killed by SIGKILL: its only process, its launcher, one of its
 processes, or all of them. It is then resumed, and the resumed run may be killed again. Once it has ended, the losses of
 all steps and every byte of the weights must be those of a run that was never killed. `--write` puts the table into
-docs/faults.md. A process of several starts an interpreter of its own, so that the whole takes about half an hour on two cores.
+docs/faults.md. A process of several starts an interpreter
+of its own, so that the whole takes about half an hour on two cores.
 """
 
 import argparse
@@ -36,7 +37,7 @@ KILLS_A_RUN = 4
 """A run that was killed this often is left to its end."""
 
 TRAINING = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "logging_steps": 1,
-            "eval_strategy": "steps", "eval_steps": 8, "eval_on_start": True, "lr_scheduler_type": "cosine"}  # fmt: skip
+            "eval_strategy": "steps", "eval_steps": 8, "eval_on_start": True}  # fmt: skip
 
 PHASES = ("before the first step", "in a step", "in a checkpoint", "while the model is written")
 

@@ -78,6 +78,8 @@ OWN_KEYS = (
     "early_stopping_patience",
     "early_stopping_threshold",
     "on_spike",
+    "on_oom",
+    "hang_timeout",
 )
 """The keys that transformers does not have, or that are not passed to it."""
 
@@ -228,6 +230,17 @@ class TrainingSection(StrictModel):
         "log",
         description="What to do at a step whose loss is far above those before. `log` names its conversations, `stop` "
         "ends the run, `skip` leaves the step's update out (on a GPU each step then waits for its loss).",
+    )
+    on_oom: Literal["stop", "halve"] = Field(
+        "stop",
+        description="What to do where memory runs out in a forward or backward pass. `stop` says what would need less, "
+        "`halve` does the step again with smaller micro-batches and the same update (one process only).",
+    )
+    hang_timeout: float = Field(
+        45.0,
+        ge=0,
+        description="Seconds without progress within a step after which the process that is stuck is named, with its "
+        "step, conversations and stack. 0 watches nothing.",
     )
     logging_steps: int = Field(10, ge=1, description="Optimizer steps between lines of `metrics.jsonl`.")
     report_to: Annotated[tuple[Reporter, ...], BeforeValidator(_reporter_list), _REPORTERS_SCHEMA] = Field(

@@ -23,6 +23,7 @@ from peftchat.training.context import TrainContext, TrainOptions, open_context
 from peftchat.training.hints import tell_hints
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
+from peftchat.training.out_of_memory import telling_out_of_memory
 from peftchat.training.preflight import is_disk_full, preflight
 from peftchat.training.progress import ProgressCallback
 from peftchat.training.questions import read_questions, sample_answers
@@ -57,25 +58,32 @@ def train(
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
     with claimed_by_run(run_folder) as check_claim, _released_on_failure(run_folder):
         context = open_context(loaded, options, distributed)
-        config = sft_config(context)  # Before the model is loaded: transformers has to know about ZeRO-3.
-        model = load_trainable_model(context)
-        trainer = build_trainer(context, model, config)
-        prompts = tuple(dict.fromkeys((*options.prompts, *read_questions(loaded))))
-        longest = loaded.recipe.evaluation.max_new_tokens
-        tell_hints(context, model, sequences=len(trainer.train_dataset))
+        with telling_out_of_memory(context.position, context.name_sources):
+            return _train(context, check_claim)
 
-        def start() -> list[SampleAnswer]:
-            preflight(trainer, context)
-            begin(trainer, context)
-            return sample_answers(trainer.causal_model, context.chat, prompts, longest)
 
-        fitted = fit(trainer, context, start, check_claim)
-        check(trainer, context, model, fitted)
-        samples_after = sample_answers(
-            trainer.causal_model, context.chat, prompts, loaded.recipe.evaluation.max_new_tokens
-        )
-        save(trainer, context)
-        return summarize(context, trainer, model, fitted, samples_after)
+def _train(context: TrainContext, check_claim: Callable[[], None]) -> RunSummary:
+    """Train, check and save a run whose folder is claimed."""
+    config = sft_config(context)  # Before the model is loaded: transformers has to know about ZeRO-3.
+    model = load_trainable_model(context)
+    trainer = build_trainer(context, model, config)
+    prompts = tuple(dict.fromkeys((*context.options.prompts, *read_questions(context.loaded))))
+    longest = context.recipe.evaluation.max_new_tokens
+    tell_hints(context, model, sequences=len(trainer.train_dataset))
+
+    def start() -> list[SampleAnswer]:
+        context.position.enter("the checks before the first step", 0)
+        preflight(trainer, context)
+        begin(trainer, context)
+        return sample_answers(trainer.causal_model, context.chat, prompts, longest)
+
+    fitted = fit(trainer, context, start, check_claim)
+    check(trainer, context, model, fitted)
+    context.position.enter("answering questions", trainer.state.global_step)
+    samples_after = sample_answers(trainer.causal_model, context.chat, prompts, longest)
+    context.position.enter("writing the model", trainer.state.global_step)
+    save(trainer, context)
+    return summarize(context, trainer, model, fitted, samples_after)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from peftchat.training.learning_rate import ContinuedScheduleCallback, begin_abo
 from peftchat.training.loss import install_supervised_forward
 from peftchat.training.model import TrainableModel, select_attention
 from peftchat.training.number_checks import NumberChecks
+from peftchat.training.out_of_memory import Halving
 from peftchat.training.packs import make_collator, make_packs
 from peftchat.training.progress import MetricsCallback, memory_in_use
 from peftchat.training.questions import answer_questions
@@ -185,6 +186,10 @@ class ChatTrainer(SFTTrainer):
         self._reported = TokenCounts(**self.throughput.counts.as_dict())
         self.held_out: HeldOutLosses | None = None
         self.checks = NumberChecks(context, self.args.device, self.gather_objects, self._sum_over_processes)
+        self.position = context.position
+        self._items_of_step: Tensor | int | None = None
+        self.current_gradient_accumulation_steps: int = config.gradient_accumulation_steps
+        self._halving = self._make_halving() if context.recipe.training.on_oom == "halve" else None
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -206,6 +211,26 @@ class ChatTrainer(SFTTrainer):
         for collator in self._collators.values():
             collator.layout = layout
 
+    def _make_halving(self) -> Halving:
+        """Return what redoes a step in smaller micro-batches.
+
+        Raises:
+            UserError: the update would not be the same.
+        """
+        if self.aux_loss_enabled:
+            raise UserError(
+                "the loss that balances a mixture of experts depends on how a step is cut into micro-batches",
+                where="training.on_oom: halve",
+                hint="Write `on_oom: stop`, or a smaller training.per_device_train_batch_size.",
+            )
+        return Halving(
+            self._collators["train"],
+            self._train_part,
+            lambda: self.model_wrapped.zero_grad(set_to_none=True),
+            self._context.notes.tell,
+            self._context.recipe.data.max_length,
+        )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the sampler; one that knows the epoch where each epoch has packs of its own."""
         return self._epoch_sampler or super()._get_train_sampler(train_dataset)
@@ -226,12 +251,36 @@ class ChatTrainer(SFTTrainer):
     ) -> Tensor:
         """Compute the gradient of a micro-batch, and note its loss and its examples."""
         examples, counts = inputs.pop("examples"), inputs.pop("target_counts")
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.checks.add(loss.detach(), examples, self._target_losses, counts)
+        self.position.enter("the forward pass", self.state.global_step + 1, examples)
+        self.throughput.add(
+            inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
+        )
+        self._items_of_step = num_items_in_batch
+        loss, losses = self._halving.run(inputs, examples) if self._halving else self._train_part(inputs, 1)
+        self.checks.add(loss, examples, losses, counts)
         return loss
+
+    def _train_part(self, inputs: dict[str, Any], parts: int) -> tuple[Tensor, Tensor]:
+        """Compute the gradient of one of so many parts of a micro-batch; return its loss and those of its targets."""
+        steps = self.current_gradient_accumulation_steps
+        # Penalties of a variant are divided by it.
+        self.current_gradient_accumulation_steps = steps * parts
+        try:
+            loss: Tensor = super().training_step(self.model_wrapped, inputs, self._items_of_step)
+        finally:
+            self.current_gradient_accumulation_steps = steps
+        return loss.detach(), self._target_losses
+
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
+        """Fetch the batches of an optimizer step."""
+        self.position.enter("waiting for the next batch", self.state.global_step + 1)
+        return super().get_batch_samples(*arguments, **named)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """Return the gradient norm of the optimizer step, and check the step's numbers."""
+        self.position.enter("the optimizer's update", self.state.global_step + 1)
+        if self._halving is not None:
+            self._halving.begin_step()
         norm: Tensor | float | None = super()._get_grad_norm(model, grad_norm)
         if self.checks.end_step(self.state.global_step + 1, norm, self._get_learning_rate()):
             # An optimizer leaves weights without a gradient alone, their moments and weight decay included.
@@ -250,9 +299,6 @@ class ChatTrainer(SFTTrainer):
         Dividing by the count of the step, not of the micro-batch, makes the update independent of how the step is
         split into micro-batches and processes.
         """
-        self.throughput.add(
-            inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
-        )
         outputs = model(**self._model_inputs(inputs), supervised=True)
         self._target_losses = outputs.losses.detach()
         count = (inputs["labels"] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
@@ -265,6 +311,7 @@ class ChatTrainer(SFTTrainer):
             loss = loss + penalty / self.current_gradient_accumulation_steps
         if outputs.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+        self.position.enter("the backward pass", self.state.global_step + 1, self.position.now.examples)
         return loss
 
     def _model_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -287,6 +334,7 @@ class ChatTrainer(SFTTrainer):
         metrics = self.held_out_metrics(metric_key_prefix)
         if self.state.global_step == 0:
             self.write_held_out_losses()
+        self.position.enter("answering questions", self.state.global_step)
         with self.throughput.paused():
             metrics |= answer_questions(self.causal_model, self._context, self.state.global_step)
         self.log(metrics)
@@ -324,6 +372,7 @@ class ChatTrainer(SFTTrainer):
                 # ZeRO-3 gathers weights in all processes at once, so a process without a batch repeats the last one.
                 of_batch = [packs[number] for number in batches[min(index, len(batches) - 1)]]
                 batch = collator(of_batch)
+                self.position.enter("the evaluation", self.state.global_step, batch["examples"], "eval")
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     outputs = model(**self._model_inputs(inputs), supervised=True)
@@ -435,6 +484,7 @@ class ChatTrainer(SFTTrainer):
         # TRL's own method also writes a model card into the folder of checkpoints.
         folder = Path(self.args.output_dir)
         checkpoint = Checkpoint.at_step(folder, self.state.global_step)
+        self.position.enter("writing a checkpoint", self.state.global_step)
         with self.throughput.paused():
             self.checks.check_weights(self.model, self.state.global_step)
             if self.args.should_save:

@@ -52,7 +52,7 @@ def memory_advice(recipe: "Recipe", distributed: "DistributedSetup", position: "
     saving = [one for one in changes(planner, settings) if one.memory.phases[phase] < before]
     if not saving:
         return (
-            f" By the plan, {position.part} takes {format_bytes(before)}, and no single change of settings lowers it."
+            f" By the plan, {position.part} takes {format_bytes(before)}, and no change of settings lowers it."
         )
     # Changes that hardly save anything, and those that do not suffice by the plan, come last.
     saving.sort(key=lambda one: one.memory.total > hardware.memory)
@@ -66,7 +66,8 @@ def memory_advice(recipe: "Recipe", distributed: "DistributedSetup", position: "
 
 def _told(change: Change, before: int, phase: "Phase") -> str:
     flags = " ".join(f"--set {flag}" for flag in change.flags)
+    after = format_bytes(change.memory.phases[phase])
     return (
-        f" By the plan the cheapest change is {change.name} ({change.costs}): {format_bytes(change.memory.phases[phase])} "
-        f"instead of {format_bytes(before)} there. Add `{flags}`."
+        f" By the plan the cheapest change is {change.name} ({change.costs}): {after} instead of {format_bytes(before)} "
+        f"there. Add `{flags}`."
     )

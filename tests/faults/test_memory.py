@@ -30,7 +30,7 @@ def recipe(folder: Path, name: str, **sections: Any) -> Path:
 
 
 def run_out(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
-    """Let each backward pass of more tokens fail behind the first layer; return the sizes of those that went through."""
+    """Let each backward pass of more tokens fail behind the first layer; return the sizes of the others."""
     build, seen = training.build_trainer, []
 
     def hooked(*arguments: Any) -> Any:

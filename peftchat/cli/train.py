@@ -1,5 +1,6 @@
 """`peftchat train`: fine-tune a model from a recipe."""
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,7 +81,8 @@ def command(
         sys.exit(error.status)
     from peftchat.training.several_processes import is_main_process
 
-    if is_main_process():
+    # Of several processes that this one has started, the first has told.
+    if is_main_process() and (summary.world_size == 1 or "RANK" in os.environ):
         from peftchat.reports.run_terminal import print_samples, print_summary
 
         print_summary(summary)

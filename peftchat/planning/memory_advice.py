@@ -51,9 +51,7 @@ def memory_advice(recipe: "Recipe", distributed: "DistributedSetup", position: "
     before = planner.memory(settings).phases[phase]
     saving = [one for one in changes(planner, settings) if one.memory.phases[phase] < before]
     if not saving:
-        return (
-            f" By the plan, {position.part} takes {format_bytes(before)}, and no change of settings lowers it."
-        )
+        return f" By the plan, {position.part} takes {format_bytes(before)}, and no change of settings lowers it."
     # Changes that hardly save anything, and those that do not suffice by the plan, come last.
     saving.sort(key=lambda one: one.memory.total > hardware.memory)
     worth = [one for one in saving if one.memory.phases[phase] < _WORTH * before]

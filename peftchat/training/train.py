@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from peftchat.console import stderr
 from peftchat.errors import UserError
 from peftchat.interruption import CHECKPOINT, DeferredSignals
 from peftchat.malloc import keep_large_blocks
@@ -20,6 +21,7 @@ from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from peftchat.training.best_checkpoint import best_callbacks, load_best
 from peftchat.training.context import TrainContext, TrainOptions, open_context
+from peftchat.training.hang_watch import HangWatch
 from peftchat.training.hints import tell_hints
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
@@ -139,6 +141,16 @@ def fit(
         trainer.add_callback(one)
     progress = ProgressCallback()
     trainer.add_callback(progress)
+    watch = HangWatch(
+        context.position,
+        context.run_folder.path,
+        context.recipe.training.hang_timeout,
+        rank=trainer.args.process_index,
+        processes=trainer.args.world_size,
+        sources=context.sources_at,
+        tell=lambda report: stderr.print(report, markup=False, highlight=False),
+    )
+    watch.start()
     trainer.add_callback(stopping)
     if not context.distributed.gpus:
         keep_large_blocks()
@@ -156,6 +168,7 @@ def fit(
             raise
         raise interrupted from error
     finally:
+        watch.stop()
         stopping.signals.end()
         progress.close()
     kept = load_best(trainer, context)

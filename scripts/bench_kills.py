@@ -36,6 +36,9 @@ STEPS = 24
 KILLS_A_RUN = 4
 """A run that was killed this often is left to its end."""
 
+IN_TRAINING = 0.75
+"""Share of the kills that wait until the run trains: processes spend most of their time on imports."""
+
 TRAINING = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "logging_steps": 1,
             "eval_strategy": "steps", "eval_steps": 8, "eval_on_start": True}  # fmt: skip
 
@@ -120,9 +123,10 @@ def try_kind(folder: Path, sections: Mapping[str, Any], kills: int, chance: rand
     undisturbed = scene(folder / "undisturbed", sections)
     process = begin(undisturbed)
     began = claimed(undisturbed, process)
+    trains = until_it_trains(undisturbed, process)
     if process.wait():
         raise SystemExit(process.communicate()[1])
-    span = time.monotonic() - began
+    spans = time.monotonic() - began, time.monotonic() - trains
     expected = result(undisturbed.run)
     while outcome.kills < kills and not outcome.lost:
         one = scene(folder / f"run{outcome.runs}", sections)
@@ -130,7 +134,10 @@ def try_kind(folder: Path, sections: Mapping[str, Any], kills: int, chance: rand
         while left and not outcome.lost:
             process = begin(one)
             claimed(one, process)
-            time.sleep(chance.uniform(0, span))
+            in_training = chance.random() < IN_TRAINING
+            if in_training:
+                until_it_trains(one, process)
+            time.sleep(chance.uniform(0, spans[in_training]))
             if kill(process, one.run, chance, outcome):
                 left -= 1
             elif process.wait():
@@ -177,6 +184,20 @@ def claimed(one: Scene, process: Started) -> float:
         if new not in (None, old):
             one.notes["claim"] = new
             break
+        time.sleep(0.002)
+    return time.monotonic()
+
+
+def until_it_trains(one: Scene, process: Started) -> float:
+    """Wait until the run logs a step; return when that was."""
+    metrics = one.run / "metrics.jsonl"
+    before = metrics.stat().st_size if metrics.is_file() else 0
+    while process.poll() is None:
+        # A resumed run first drops the steps behind its checkpoint.
+        size = metrics.stat().st_size if metrics.is_file() else 0
+        if size > before:
+            break
+        before = min(before, size)
         time.sleep(0.002)
     return time.monotonic()
 

@@ -64,8 +64,5 @@ def memory_advice(recipe: "Recipe", distributed: "DistributedSetup", position: "
 
 def _told(change: Change, before: int, phase: "Phase") -> str:
     flags = " ".join(f"--set {flag}" for flag in change.flags)
-    after = format_bytes(change.memory.phases[phase])
-    return (
-        f" By the plan the cheapest change is {change.name} ({change.costs}): {after} instead of {format_bytes(before)} "
-        f"there. Add `{flags}`."
-    )
+    bytes_there = f"{format_bytes(change.memory.phases[phase])} instead of {format_bytes(before)} there"
+    return f" By the plan the cheapest change is {change.name} ({change.costs}): {bytes_there}. Add `{flags}`."

@@ -5,8 +5,8 @@ Each process has a thread that looks at the process's position now and then, and
 changes. Where nothing moves, the first process that still lives writes one report for all.
 
 Time is counted in the looks of that thread, so a clock that jumps, a suspended machine or a stopped job (Ctrl-Z) is no
-hang. A thread that runs Python code sees nothing of a library that holds Python's lock; other processes then see that the
-file no longer changes.
+hang. The thread cannot look while a library holds Python's lock; other processes then see that the file no longer
+changes.
 """
 
 import contextlib
@@ -20,13 +20,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 
 from peftchat.files import write_text
 from peftchat.training.position import Position, RunPosition
 from peftchat.training.step_numbers import name_sources
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 FOLDER = ".heartbeats"
 

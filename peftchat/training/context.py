@@ -154,6 +154,10 @@ def open_context(
         for line in content.notes:
             stderr.print(line, markup=False, highlight=False)
     context = TrainContext(pinned, options, distributed, run_folder, checkpoint, chat, splits, content, started)
+    if checkpoint is not None:
+        for step, wrong in run_folder.resumable_checkpoint()[1].items():
+            context.notes.tell(f"The checkpoint of step {step} is damaged ({wrong}). The run goes on from step "
+                               f"{checkpoint.step}.")  # fmt: skip
     for split, encoded in splits.items():
         for note in data_notes(pinned.recipe, split, encoded.stats):
             context.notes.tell(f"{split} data: {note}")

@@ -1,4 +1,7 @@
-"""Files in messages format: how a conversation is written, so that it is the same one when it is read again."""
+"""Files in messages format: how a conversation is written, so that it is the same one when it is read again.
+
+A preference pair is written as two conversations, `chosen` and `rejected`.
+"""
 
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +13,7 @@ from peftchat.conversation import Conversation, Message, ToolCall
 from peftchat.conversations.dataset_card import SizeOf, SplitCount
 from peftchat.json_text import Number, write_json
 
-_OWN = ("messages", "tools")
+_OWN = ("messages", "tools", "chosen", "rejected")
 
 
 def record_line(conversation: Conversation) -> bytes:
@@ -18,7 +21,10 @@ def record_line(conversation: Conversation) -> bytes:
 
     `source` is where it came from, unless the record has a column of that name.
     """
-    record: dict[str, Any] = {"messages": list(map(_turn, conversation.messages))}
+    turns = list(map(_turn, conversation.messages))
+    record: dict[str, Any] = {"messages": turns}
+    if conversation.rejected is not None:
+        record = {"chosen": turns, "rejected": list(map(_turn, conversation.rejected))}
     if conversation.tools is not None:
         record["tools"] = orjson.Fragment(conversation.tools)
     record["source"] = conversation.source

@@ -17,6 +17,7 @@ from peftchat.conversations.formats import (
     xlam,
 )
 from peftchat.conversations.formats.base import Fields, Format
+from peftchat.conversations.formats.pairs import without_turns
 from peftchat.errors import UserError
 
 # In the order in which `auto` tries them: those whose fields nobody else uses come first.
@@ -62,8 +63,12 @@ def find_format(name: str) -> Format:
     raise UserError(f"unknown format {name!r}", hint=f"{hint}Known: auto, {', '.join(FORMATS)}.")
 
 
-def matching_format(fields: Fields) -> Format | None:
-    """The first format that a record's fields fit."""
+def matching_format(fields: Fields, *, pairs: bool = False) -> Format | None:
+    """The first format that a record's fields fit.
+
+    With `pairs`, a list of turns that repeats the chosen conversation does not count.
+    """
+    fields = without_turns(fields) if pairs else fields
     return next((data_format for data_format in FORMATS.values() if data_format.matches(fields)), None)
 
 

@@ -56,7 +56,7 @@ class PreferenceTrainer(ChatTrainer):
         self._sums = self._no_sums()
         self.pairs: list[PairResult] = []
         self.pair_summary: PairSummary | None = None
-        self._pairs_step = 0
+        self._pairs_step: int | None = None
 
     def _no_sums(self) -> Tensor:
         """Return the sums of the metrics and the number of pairs, all zero."""
@@ -131,7 +131,7 @@ class PreferenceTrainer(ChatTrainer):
         `eval_accuracy` is the share of pairs whose chosen answer has the higher reward. A pair counts a half where
         both have the same, as before the first step.
         """
-        loss_sum, token_sum = 0.0, 0
+        loss_sum, token_sum, chosen_tokens, likelihood_weight = 0.0, 0, 0, 0.0
         sums = self._no_sums()
         results: list[PairResult] = []
         not_finite: list[int] = []
@@ -144,27 +144,29 @@ class PreferenceTrainer(ChatTrainer):
             if of_batch is None:
                 continue
             policy, found = self._pair_loss(outputs.losses, counts, reference)
-            losses = found.losses.double()
-            if found.likelihood_weight:
-                losses = losses - found.likelihood_weight * policy.chosen / torch.as_tensor(counts[::2]).to(losses)
+            losses, likelihood_weight = found.losses.double(), found.likelihood_weight
             if not torch.isfinite(losses).all():
                 not_finite += batch["examples"].tolist()
             metrics = pair_metrics(found, policy)
             loss_sum += float(losses.sum())
             token_sum += int(counts.sum())
+            chosen_tokens += int(counts[::2].sum())
             sums += torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
             sources = [store[int(index)].source for index in batch["examples"][::2]]
             results += PairResult.of_batch(
                 batch["examples"][::2].tolist(), sources, counts.tolist(), losses.tolist(),
                 {name: row.tolist() for name, row in zip(PAIR_METRICS, metrics, strict=True)},
             )  # fmt: skip
-        totals = torch.tensor([loss_sum, token_sum], dtype=torch.float64, device=self.args.device)
-        loss, tokens, *means, count = self.accelerator.reduce(torch.cat([totals, sums]), "sum").tolist()
+        totals = torch.tensor([loss_sum, token_sum, chosen_tokens], dtype=torch.float64, device=self.args.device)
+        reduced = self._sum_over_processes(torch.cat([totals, sums]))
+        loss_sum, tokens, chosen_tokens, *means, count = reduced.tolist()
+        likelihood = means[PAIR_METRICS.index("logps/chosen")] / max(chosen_tokens, 1)
+        loss = loss_sum / max(count, 1) - likelihood_weight * likelihood
         self.pairs = results
         self._pairs_step = self.state.global_step
-        self.checks.check_evaluation(loss / max(count, 1), not_finite, self.state.global_step)
+        self.checks.check_evaluation(loss, not_finite, self.state.global_step)
         return {
-            f"{metric_key_prefix}_loss": loss / max(count, 1),
+            f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_tokens": int(tokens),
             f"{metric_key_prefix}_accuracy": means[PAIR_METRICS.index("rewards/accuracies")] / max(count, 1),
             f"{metric_key_prefix}_pairs": int(count),
@@ -178,7 +180,7 @@ class PreferenceTrainer(ChatTrainer):
         """Write the last evaluation's pairs into the run folder; every process must call it. Returns nothing."""
         if self.eval_dataset is None:
             return ()
-        if not self.pairs:
+        if self._pairs_step is None:
             self.held_out_metrics()
         gathered = self.gather_objects(self.pairs)
         if self._context.is_main:

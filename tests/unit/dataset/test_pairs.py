@@ -66,7 +66,7 @@ def test_pairs_are_left_out_whole_and_counted(tmp_path: Path) -> None:
     _, split = encoded(tmp_path, records)
     assert split.stats.dropped == {"too_long": 2}
     assert [one.source.rpartition(":")[2] for one in split.store] == ["1", "1", "4", "4"]
-    with pytest.raises(UserError, match="the pair has an answer that ends at .* tokens") as error:
+    with pytest.raises(UserError, match=r"the pair has an answer that ends at .* tokens") as error:
         encoded(tmp_path, records, data={"truncation": "error"})
     assert str(error.value.where).endswith("train.jsonl:2")
 

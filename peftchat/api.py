@@ -85,6 +85,7 @@ def train(
 
     # First: the modules below import bitsandbytes, which logs while it is imported.
     quiet_libraries()
+    from peftchat.evaluating.recipe_tasks import evaluate_recipe_tasks
     from peftchat.reports.run_report import try_model_card, write_summaries
     from peftchat.runs.run_folder import RunFolder
     from peftchat.runs.run_summary import RunSummary
@@ -102,6 +103,7 @@ def train(
         # With several machines there is a launcher on each, so the first of all processes claims the folder.
         with claimed_by_run(run_folder) if distributed.nodes == 1 else contextlib.nullcontext():
             _launch(loaded, distributed, arguments, TrainOptions(resume, allow_changed))
+        evaluate_recipe_tasks(loaded)
         return RunSummary.read(run_folder)
     with claimed_by_run(run_folder):
         loaded, auto_settings = choose_settings(loaded, distributed, resume=resume)
@@ -115,6 +117,8 @@ def train(
             summary = train_in_process(loaded, options, distributed)
         if is_main_process():
             write_summaries(run_folder.path)
+    if distributed.world_size == 1:
+        evaluate_recipe_tasks(loaded)
     return summary
 
 
@@ -460,10 +464,12 @@ def _prepare_inputs(
     from peftchat.training.distributed import resolve_distributed
 
     quiet_libraries()
+    from peftchat.evaluating.recipe_tasks import check_recipe_tasks
     from peftchat.training.questions import read_questions
 
     read_questions(loaded)
     distributed = resolve_distributed(loaded)
+    check_recipe_tasks(loaded, distributed)
     recipe = loaded.recipe
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(source.path, source.split)

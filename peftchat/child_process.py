@@ -16,6 +16,11 @@ def child_environment(environment: Mapping[str, str] = os.environ, parent: int |
     return {**environment, _PARENT: str(os.getpid() if parent is None else parent)}
 
 
+def is_child(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether peftchat started this process."""
+    return _PARENT in environment
+
+
 def end_with_parent(environment: Mapping[str, str] = os.environ) -> None:
     """Have the kernel kill this process when its parent has gone, if the parent asked for it or is torchrun's agent.
 

@@ -76,7 +76,7 @@ class Message(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether the turn is a role and a content and nothing else."""
-        return self[2:] == _PLAIN
+        return self[2:] == NOTHING_ELSE
 
     def as_dict(self) -> dict[str, Any]:
         """The message with the names of OpenAI and transformers, arguments as objects; `train` is not among them."""
@@ -101,7 +101,8 @@ class Message(NamedTuple):
         return turn
 
 
-_PLAIN: tuple[Any, ...] = ((), None, None, None, None)
+NOTHING_ELSE: tuple[Any, ...] = ((), None, None, None, None)
+"""What a plain message has behind its role and content."""
 
 
 @dataclass(frozen=True, slots=True)

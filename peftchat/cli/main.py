@@ -14,6 +14,7 @@ from peftchat.cli import (
     chat,
     compare,
     data,
+    doctor,
     evaluate,
     export,
     generate,
@@ -76,6 +77,7 @@ def cli(context: click.Context) -> None:
 
 # In the order of the work.
 for _module in (
+    doctor,
     recipes,
     init,
     data,

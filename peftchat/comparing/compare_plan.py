@@ -319,6 +319,12 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
             where=base.where("data", "resample"),
             hint="Add `--set data.resample=false`.",
         )
+    if base.recipe.evaluation.tasks:
+        raise UserError(
+            "a comparison chooses by held-out loss and asks no tasks",
+            where=base.where("evaluation", "tasks"),
+            hint="Add `--set evaluation.tasks=[]`, and run `peftchat evaluate` on the runs to choose from.",
+        )
     _check_sources(base.recipe)
     plan = ComparePlan(options, base, make_candidates(options.variants, options.axes))
     for candidate in plan.candidates:

@@ -54,6 +54,13 @@ class SplitCount:
         self.answers += size.answers
         self.characters += size.characters
 
+    def include(self, other: "SplitCount") -> None:
+        """Count what another has counted."""
+        self.conversations += other.conversations
+        self.messages += other.messages
+        self.answers += other.answers
+        self.characters += other.characters
+
 
 @dataclass(slots=True)
 class Card:

@@ -3,17 +3,19 @@
 A preference pair is written as two conversations, `chosen` and `rejected`.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import orjson
 
-from peftchat.conversation import Conversation, Message, ToolCall
+from peftchat.conversation import NOTHING_ELSE, Conversation, Message, ToolCall
 from peftchat.conversations.dataset_card import SizeOf, SplitCount
 from peftchat.json_text import Number, write_json
 
 _OWN = ("messages", "tools", "chosen", "rejected")
+_BUFFER = 2**17
 
 
 def record_line(conversation: Conversation) -> bytes:
@@ -21,22 +23,52 @@ def record_line(conversation: Conversation) -> bytes:
 
     `source` is where it came from, unless the record has a column of that name.
     """
-    turns = list(map(_turn, conversation.messages))
-    record: dict[str, Any] = {"messages": turns}
+    return turns_text(conversation) + columns_text(conversation)
+
+
+def turns_text(conversation: Conversation) -> bytes:
+    """The beginning of `record_line`: the turns and the tools. It is equal for conversations in which these are."""
+    turns = _turns(conversation.messages)
     if conversation.rejected is not None:
-        record = {"chosen": turns, "rejected": list(map(_turn, conversation.rejected))}
-    if conversation.tools is not None:
-        record["tools"] = orjson.Fragment(conversation.tools)
-    record["source"] = conversation.source
-    record |= {name: value for name, value in conversation.columns.items() if name not in _OWN}
+        tools = {} if conversation.tools is None else {"tools": orjson.Fragment(conversation.tools)}
+        return orjson.dumps({"chosen": turns, "rejected": _turns(conversation.rejected), **tools})[:-1]
+    if conversation.tools is None:
+        return written_turns(turns)
+    return orjson.dumps({"messages": turns, "tools": orjson.Fragment(conversation.tools)})[:-1]
+
+
+def _turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    return [
+        {"role": message.role, "content": message.content} if message[2:] == NOTHING_ELSE else _turn(message)
+        for message in messages
+    ]
+
+
+def written_turns(turns: Sequence[Mapping[str, Any]]) -> bytes:
+    """What `turns_text` returns for a conversation without tools, given its turns as they are written."""
+    return b'{"messages":%b' % orjson.dumps(turns)
+
+
+def written_place(source: str) -> bytes:
+    """What `columns_text` returns for a conversation without columns."""
+    return b',"source":%b}\n' % orjson.dumps(source)
+
+
+def columns_text(conversation: Conversation) -> bytes:
+    """The rest of `record_line`, from the comma behind the turns and tools on: the place and the other columns."""
+    if not conversation.columns:
+        return written_place(conversation.source)
+    columns = {name: value for name, value in conversation.columns.items() if name not in _OWN}
+    record = {"source": conversation.source, **columns}
     if record["source"] == "":  # an empty cell of a table
         record["source"] = conversation.source
     try:
-        return orjson.dumps(record, _other_value, orjson.OPT_APPEND_NEWLINE)
+        text = orjson.dumps(record, _other_value, orjson.OPT_APPEND_NEWLINE)
     except TypeError:
         # An integer of more than 64 bits, which orjson does not write.
-        columns = {name: _fragment(value) for name, value in conversation.columns.items() if name not in _OWN}
-        return orjson.dumps({**record, **columns}, _other_value, orjson.OPT_APPEND_NEWLINE)
+        fragments = {name: _fragment(value) for name, value in columns.items()}
+        text = orjson.dumps({**record, **fragments}, _other_value, orjson.OPT_APPEND_NEWLINE)
+    return b"," + text[1:]
 
 
 def _fragment(value: object) -> object:
@@ -48,8 +80,6 @@ def _fragment(value: object) -> object:
 
 def _turn(message: Message) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.is_plain:
-        return turn
     turn |= {
         "reasoning_content": message.reasoning,
         "tool_calls": [_call(call) for call in message.tool_calls] or None,
@@ -80,16 +110,18 @@ class ConversationFile:
 
     def __init__(self, path: Path, count: SplitCount) -> None:
         self.count = count
-        self._file = path.open("wb")
+        self._file = path.open("wb", buffering=_BUFFER)
 
     def write(self, conversation: Conversation) -> None:
         """Append one conversation: its messages, tools and columns, and where it came from."""
-        self.write_line(record_line(conversation), SizeOf.of(conversation))
+        self._file.write(record_line(conversation))
+        self.count.add(SizeOf.of(conversation))
 
-    def write_line(self, line: bytes, size: SizeOf) -> None:
-        """Append one conversation, given as `record_line` makes it."""
-        self._file.write(line)
-        self.count.add(size)
+    def write_lines(self, blocks: Iterable[memoryview], count: SplitCount) -> None:
+        """Append conversations, given as `record_line` makes them, and how many they are."""
+        for block in blocks:
+            self._file.write(block)
+        self.count.include(count)
 
     def __enter__(self) -> Self:
         return self

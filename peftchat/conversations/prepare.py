@@ -1,29 +1,28 @@
 """A folder that appears whole or not at all, and the files in it."""
 
-import io
+import itertools
 import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, Self
 
 import orjson
 
 from peftchat.conversation import Conversation
-from peftchat.conversations.dataset_card import SKIPPED, Card, SizeOf, SplitCount, card_text
-from peftchat.conversations.formats import find_format
-from peftchat.conversations.messages_file import ConversationFile, record_line
+from peftchat.conversations.dataset_card import SKIPPED, Card, SplitCount, card_text
+from peftchat.conversations.messages_file import ConversationFile
 from peftchat.conversations.problems import KINDS, Problem, ProblemLog, ReadOptions
-from peftchat.conversations.readers.jsonl import read_lines
 from peftchat.conversations.reading import read_and_make, read_conversations
-from peftchat.conversations.splitting import EvalSplit, SplitCensus, Start, conversation_fingerprint, start_of
+from peftchat.conversations.splitting import EvalSplit, SplitCensus
+from peftchat.conversations.written_batches import REREAD, Batch, batches
 from peftchat.errors import UserError, VerificationError
 from peftchat.output_paths import InputPath, check_output, free_name
 
@@ -96,27 +95,49 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-_CACHE_KIB = 32 * 1024
+_IN_MEMORY = 2**18
+_CACHE_KIB = 16 * 1024
 
 
 class FingerprintSet:
-    """A set of fingerprints on disk: a million of them cost a Python set 100 MB, and this its page cache.
+    """A set of fingerprints whose memory is bounded: the first ones are in memory, the others on disk.
+
+    A quarter of a million take 25 MB, and the page cache of the others at most 16 MB.
 
     Args:
-        file: where to keep it; removed at the end.
+        file: where to keep the others; removed at the end.
+        most: how many are in memory.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, most: int = _IN_MEMORY) -> None:
         self._file = file
-        self._base = sqlite3.connect(file, isolation_level=None)
-        self._base.execute("PRAGMA journal_mode = OFF")
-        self._base.execute("PRAGMA synchronous = OFF")
-        self._base.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        self._base.execute("CREATE TABLE seen (fingerprint BLOB PRIMARY KEY) WITHOUT ROWID")
-        self._base.execute("BEGIN")
+        self._most = most
+        self._first: set[bytes] = set()
+        self._base: sqlite3.Connection | None = None
 
-    def add(self, fingerprint: bytes) -> bool:
-        """Remember a fingerprint; True if it was new."""
+    def add(self, fingerprints: Sequence[bytes]) -> list[int]:
+        """Remember fingerprints; return the indexes of those that are new and not there twice."""
+        first, others = self._first, self._insert
+        new = []
+        for index, fingerprint in enumerate(fingerprints):
+            if fingerprint in first:
+                continue
+            if len(first) < self._most:
+                first.add(fingerprint)
+            elif not others(fingerprint):
+                continue
+            new.append(index)
+        return new
+
+    def _insert(self, fingerprint: bytes) -> bool:
+        """Remember a fingerprint on disk; return whether it was new there."""
+        if self._base is None:
+            self._base = sqlite3.connect(self._file, isolation_level=None)
+            self._base.execute("PRAGMA journal_mode = OFF")
+            self._base.execute("PRAGMA synchronous = OFF")
+            self._base.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+            self._base.execute("CREATE TABLE seen (fingerprint BLOB PRIMARY KEY) WITHOUT ROWID")
+            self._base.execute("BEGIN")
         return self._base.execute("INSERT OR IGNORE INTO seen VALUES (?)", (fingerprint,)).rowcount > 0
 
     def __enter__(self) -> Self:
@@ -125,12 +146,11 @@ class FingerprintSet:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._base.close()
+        if self._base is not None:
+            self._base.close()
         self._file.unlink(missing_ok=True)
 
 
-_REREAD = ReadOptions(consecutive="keep", max_record_bytes=2**62)
-"""How our own files are read."""
 _TRAIN, _EVAL = "train.jsonl", "eval.jsonl"
 
 
@@ -189,8 +209,8 @@ def prepare(
     with atomic_directory(folder) as draft:
         with Quarantine(draft / "quarantine.jsonl") as quarantine:
             log = ProblemLog(strict=settings.strict, quarantine=quarantine.write)
-            entries = _entries(source, settings, log, card)
-            split = _write_splits(_new_only(entries, draft, log, progress), draft, settings, card)
+            new = _new_only(_batches(source, settings, log, card), draft, log, progress)
+            split = _write_splits(new, draft, settings, card)
         card.take(log)
         bad = draft / "quarantine.jsonl"
         if log.problems["broken_file"] and not settings.keep_going:
@@ -235,87 +255,61 @@ def _kept_beside(bad: Path, folder: Path) -> str:
     return f" All bad records are in {kept}."
 
 
-class _Entry(NamedTuple):
-    """A conversation as it is written, and what must be known of it: far less than the conversation is.
-
-    Attributes:
-        line: of the file.
-        fingerprint: of what it says.
-        source: its place.
-        start: what the split is made by: the fields of `Start`.
-        size: how much is in it: the fields of `SizeOf`.
-    """
-
-    line: bytes
-    fingerprint: bytes
-    source: str
-    start: tuple[float, str]
-    size: tuple[int, int, int]
-
-    def conversation(self) -> Conversation:
-        """The conversation once more; of a pair, the chosen one."""
-        records = read_lines(io.BytesIO(self.line), "", _REREAD.max_record_bytes, ProblemLog())
-        data_format = "preference" if self.line.startswith(b'{"chosen"') else "messages"
-        return next(find_format(data_format).read(records, _REREAD, ProblemLog()))
-
-
-_Fields = tuple[bytes, bytes, str, tuple[float, str], tuple[int, int, int]]
-"""Those of an `_Entry`: plain tuples go from process to process in a fifth of the time of named ones."""
-
-
-def _entry_maker(seed: int) -> Callable[[Conversation], _Fields]:
-    def entry(conversation: Conversation) -> _Fields:
-        return (
-            record_line(conversation),
-            conversation_fingerprint(conversation),
-            conversation.source,
-            start_of(conversation, seed)[:],
-            SizeOf.of(conversation)[:],
-        )
-
-    return entry
-
-
-def _entries(source: str, settings: PrepareOptions, log: ProblemLog, card: Card) -> Iterator[_Entry]:
+def _batches(source: str, settings: PrepareOptions, log: ProblemLog, card: Card) -> Iterator[Batch]:
+    limit = settings.max_samples
     stream = read_and_make(
         source,
-        _entry_maker(settings.seed),
+        batches(settings.seed, None if limit is None else 1),
         format=settings.format,
         split=settings.split,
         subset=settings.subset,
         revision=settings.revision,
         problems=log,
         options=settings,
-        in_parts=settings.max_samples is None,
+        in_parts=limit is None,
+        takes_plain=True,
     )
-    yield from map(_Entry._make, islice(stream, settings.max_samples))
+    yield from itertools.islice(stream, limit)
     card.stopped_early = next(stream, None) is not None
 
 
 def _new_only(
-    stream: Iterator[_Entry], draft: Path, log: ProblemLog, progress: Callable[[int], None]
-) -> Iterator[_Entry]:
+    stream: Iterator[Batch], draft: Path, log: ProblemLog, progress: Callable[[int], None]
+) -> Iterator[tuple[Batch, list[int]]]:
+    """The batches, each with the indexes of the conversations that were not there before."""
+    number = 0
     with FingerprintSet(draft / ".seen") as seen:
-        for number, entry in enumerate(stream, start=1):
+        for batch in stream:
+            number += len(batch)
             progress(number)
-            if seen.add(entry.fingerprint):
-                yield entry
-            else:
-                log.skipped["duplicate"] += 1
+            new = seen.add(batch.fingerprints)
+            if len(new) < len(batch):
+                log.skipped["duplicate"] += len(batch) - len(new)
+            yield batch, new
 
 
-def _write_splits(stream: Iterator[_Entry], draft: Path, settings: PrepareOptions, card: Card) -> EvalSplit | None:
+def _write_splits(
+    stream: Iterator[tuple[Batch, list[int]]], draft: Path, settings: PrepareOptions, card: Card
+) -> EvalSplit | None:
     """Write both files by the split that most sets end with; return another if the set turns out to need it."""
     census = SplitCensus(settings.eval_fraction, settings.seed)
-    split = census.tentative
+    limit = census.tentative.threshold
     with ConversationFile(draft / _TRAIN, card.train) as train, ConversationFile(draft / _EVAL, card.eval) as held_out:
-        for entry in stream:
-            start = Start(*entry.start)
-            census.note(start, entry.source, entry.conversation)
-            (held_out if start.number < split.threshold else train).write_line(entry.line, SizeOf(*entry.size))
+        for batch, new in stream:
+            numbers = [batch.numbers[index] for index in new]
+            starts = [batch.starts[index] for index in new]
+            sources = [batch.sources[index] for index in new]
+            census.note(numbers, starts, sources, partial(_one_of, batch, new))
+            for file, held in ((train, False), (held_out, True)):
+                chosen = [index for index, number in zip(new, numbers, strict=True) if (number < limit) is held]
+                file.write_lines(batch.blocks(chosen), batch.count(chosen))
     final = census.final()
     card.remarks += final.remarks
-    return None if final == split else final
+    return None if final == census.tentative else final
+
+
+def _one_of(batch: Batch, indexes: Sequence[int], place: int) -> Conversation:
+    return batch.conversation(indexes[place])
 
 
 def _split_again(draft: Path, split: EvalSplit, card: Card, *, pairs: bool) -> None:
@@ -332,7 +326,7 @@ def _split_again(draft: Path, split: EvalSplit, card: Card, *, pairs: bool) -> N
 
 
 def _reread(path: Path, *, pairs: bool) -> Iterator[Conversation]:
-    data_format, options = "preference" if pairs else "messages", replace(_REREAD, pairs=pairs)
+    data_format, options = "preference" if pairs else "messages", replace(REREAD, pairs=pairs)
     for conversation in read_conversations(path, format=data_format, problems=ProblemLog(), options=options):
         # Its place is the column `source` of the file.
         columns = dict(conversation.columns)

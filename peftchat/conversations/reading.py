@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftchat.conversation import Conversation
 from peftchat.conversations.formats import FORMATS, Fields, Format, find_format, matching_format, names
@@ -144,7 +144,7 @@ def read_conversations(
     """
     return read_and_make(
         path,
-        _itself,
+        iter,
         format=format,
         split=split,
         subset=subset,
@@ -155,13 +155,9 @@ def read_conversations(
     )
 
 
-def _itself(conversation: Conversation) -> Conversation:
-    return conversation
-
-
 def read_and_make(
     path: str | Path,
-    make: Callable[[Conversation], T],
+    make: Callable[[Iterable[Any]], Iterator[T]],
     *,
     format: str = "auto",
     split: str | None = None,
@@ -170,13 +166,15 @@ def read_and_make(
     problems: ProblemLog | None = None,
     options: ReadOptions | None = None,
     in_parts: bool = True,
+    takes_plain: bool = False,
 ) -> Iterator[T]:
-    """What `make` makes of each conversation, in order; the other arguments are those of `read_conversations`.
+    """What `make` makes of the conversations, in order; the other arguments are those of `read_conversations`.
 
     Args:
-        make: what becomes of a conversation; it must depend on nothing else.
+        make: what becomes of the conversations of a file, or of a part of one; it must depend on nothing else.
         in_parts: several processes may read a large file, and call `make`. The log then runs ahead of what is
             returned by a part of the file, and all of a file is read, unless the reader stops.
+        takes_plain: where a file is read in parts, `make` takes a `PlainRecord` in place of a conversation.
     """
     log = ProblemLog(strict=True) if problems is None else problems
     settings = options or ReadOptions()
@@ -194,8 +192,10 @@ def read_and_make(
         check_no_hub_keys(str(path), subset, revision)
         split_up = in_parts and not log.strict and columns is None
         sources = [_records_of_file(file, settings, log, split_up) for file in found.files]
-    stream = _all_sources(str(path), sources, data_format, columns, settings, log, make)
-    return _until_problem(stream, log) if log.strict else stream
+    if log.strict:
+        read = _all_sources(str(path), sources, data_format, columns, settings, log, iter)
+        return make(_until_problem(read, log))
+    return _all_sources(str(path), sources, data_format, columns, settings, log, make, takes_plain)
 
 
 @dataclasses.dataclass(slots=True)
@@ -250,11 +250,12 @@ def _all_sources(
     columns: Columns | None,
     options: ReadOptions,
     problems: ProblemLog,
-    make: Callable[[Conversation], T],
+    make: Callable[[Iterable[Any]], Iterator[T]],
+    takes_plain: bool = False,
 ) -> Iterator[T]:
     before = problems.records + problems.total
     for source in sources:
-        yield from _source(source, data_format, columns, options, problems, make)
+        yield from _source(source, data_format, columns, options, problems, make, takes_plain)
     if problems.records + problems.total == before:
         raise UserError("there are no records", where=path, hint="Give a file with records.")
     if columns is not None:
@@ -267,7 +268,8 @@ def _source(
     columns: Columns | None,
     options: ReadOptions,
     problems: ProblemLog,
-    make: Callable[[Conversation], T],
+    make: Callable[[Iterable[Any]], Iterator[T]],
+    takes_plain: bool = False,
 ) -> Iterator[T]:
     """The conversations of one file, its format settled first."""
     name = source.name
@@ -299,9 +301,9 @@ def _source(
     problems.formats[name] = data_format.name
     if not data_format.by_record:
         source.as_one()
-    yield from map(make, data_format.read(_chain(first, source.now), options, problems))
+    yield from make(data_format.read(_chain(first, source.now), options, problems))
     if source.file is not None:
-        yield from read_rest(Work(source.file, data_format, options, make), problems)
+        yield from read_rest(Work(source.file, data_format, options, make, takes_plain), problems)
 
 
 def _check_rank_limit(name: str, data_format: Format, options: ReadOptions) -> None:
@@ -370,7 +372,7 @@ def _are_turns(fields: Fields) -> bool:
     return any(name in fields for name in names.ROLE) and any(name in fields for name in names.CONTENT)
 
 
-def _until_problem(stream: Iterator[T], problems: ProblemLog) -> Iterator[T]:
+def _until_problem(stream: Iterator[Conversation], problems: ProblemLog) -> Iterator[Conversation]:
     """The conversations up to the first problem, which becomes the error; a little further on others are counted."""
     for conversation in stream:
         if problems.first is not None:

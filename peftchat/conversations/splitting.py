@@ -1,9 +1,8 @@
 """A short name for what a conversation says, for finding exact duplicates and for seeded choices."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from peftchat.conversation import Conversation, Message
 
@@ -146,38 +145,42 @@ class SplitCensus:
         """The split before anything was seen; final for all but small sets, and sets with a greeting."""
         return EvalSplit(self.fraction, self.seed, self.fraction)
 
-    def see(self, conversation: Conversation) -> float:
-        """Take note of a conversation; return its number by the tentative split."""
-        start = start_of(conversation, self.seed)
-        self.note(start, conversation.source, lambda: conversation)
-        return start.number
+    def see(self, conversation: Conversation) -> None:
+        """Take note of a conversation."""
+        number, name = start_of_text(first_user_message(conversation), self.seed)
+        self.note([number], [name], [conversation.source], lambda _: conversation)
 
-    def note(self, start: "Start", source: str, conversation: Callable[[], Conversation]) -> None:
-        """Take note of a conversation of which the start is known.
+    def note(
+        self,
+        numbers: Sequence[float],
+        names: Sequence[str],
+        sources: Sequence[str],
+        conversation: Callable[[int], Conversation],
+    ) -> None:
+        """Take note of conversations of which the starts are known.
 
         Args:
-            start: its first user message.
-            source: its place.
-            conversation: returns it; called where many start alike.
+            numbers: for each, that of the tentative split (`start_of_text`).
+            names: for each, that of its first user message.
+            sources: their places.
+            conversation: returns one of them, given its index; called where many start alike.
         """
-        number = start.number
-        if not self.fraction:
+        if not self.fraction or not numbers:
             return
-        self.conversations += 1
-        if number < self.lowest:
-            self.lowest = number
-        if number > self.highest:
-            self.highest = number
-        counted = self._count(start.name, source)
-        if counted is not None and counted.count > _MOST_RELATIVES:
-            name = start.name
-            for name in _longer_starts(conversation()):
-                longer = self._count(name, source)
-                if longer is None or longer.count <= _MOST_RELATIVES:
-                    break
-            part = seeded_fraction(self.seed, name)
-            counted.lowest = min(counted.lowest, part)
-            counted.highest = max(counted.highest, part)
+        self.conversations += len(numbers)
+        self.lowest = min(self.lowest, *numbers)
+        self.highest = max(self.highest, *numbers)
+        for index, (start, source) in enumerate(zip(names, sources, strict=True)):
+            counted = self._count(start, source)
+            if counted is not None and counted.count > _MOST_RELATIVES:
+                name = start
+                for name in _longer_starts(conversation(index)):
+                    longer = self._count(name, source)
+                    if longer is None or longer.count <= _MOST_RELATIVES:
+                        break
+                part = seeded_fraction(self.seed, name)
+                counted.lowest = min(counted.lowest, part)
+                counted.highest = max(counted.highest, part)
 
     def _count(self, start: str, record: str) -> _Counted | None:
         """Count a start, once for all conversations of one record: the branches of a tree are relatives."""
@@ -255,22 +258,9 @@ def first_user_message(conversation: Conversation) -> str:
     return conversation.messages[0].content
 
 
-class Start(NamedTuple):
-    """What a census must know of a conversation.
-
-    Attributes:
-        number: of the tentative split, in [0, 1).
-        name: of the first user message.
-    """
-
-    number: float
-    name: str
-
-
-def start_of(conversation: Conversation, seed: int) -> Start:
-    """The start of a conversation."""
-    start = first_user_message(conversation)
-    return Start(seeded_fraction(seed, start), _name(start))
+def start_of_text(start: str, seed: int) -> tuple[float, str]:
+    """What a census must know of a first user message: its number in the tentative split, in [0, 1), and its name."""
+    return seeded_fraction(seed, start), _name(start)
 
 
 _LONGER = "\0longer "

@@ -223,8 +223,10 @@ def path_keys(values: dict[str, Any]) -> Iterator[Keys]:
     if isinstance(values.get("distributed"), dict):
         yield ("distributed", "deepspeed_config")
     evaluation = values.get("evaluation")
-    if isinstance(evaluation, dict) and isinstance(evaluation.get("questions"), str):
-        yield ("evaluation", "questions")
+    if isinstance(evaluation, dict):
+        yield ("evaluation", "include")
+        if isinstance(evaluation.get("questions"), str):
+            yield ("evaluation", "questions")
     chat = values.get("chat")
     if isinstance(chat, dict) and str(chat.get("template")).endswith(TEMPLATE_SUFFIX):
         yield ("chat", "template")

@@ -1,5 +1,6 @@
 """The sections of a recipe except `adapter` and `training`, and the values their keys accept."""
 
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -354,6 +355,19 @@ def _questions(value: object) -> object:
     raise PydanticCustomError("questions", "expected a list of questions as texts, or the name of a file")
 
 
+def _task_names(value: object) -> object:
+    """Return the names of a list, or of a text with commas as on the command line."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise PydanticCustomError("tasks", "expected a list of tasks, such as `[arc_easy@5, hellaswag]`")
+    names = tuple(name.strip() for name in names)
+    wrong = next((name for name in names if not re.fullmatch(r"[^@,\s]+(@\d+)?", name)), None)
+    if wrong is not None:
+        what = "{name} is not the name of a task; expected `NAME` or `NAME@SHOTS`"
+        raise PydanticCustomError("tasks", what, {"name": repr(wrong)})
+    return names
+
+
 class EvaluationSection(StrictModel):
     """What is looked at beside the held-out loss."""
 
@@ -365,6 +379,15 @@ class EvaluationSection(StrictModel):
         examples=["[How do I read a file?]"],
     )
     max_new_tokens: int = Field(120, ge=1, description="Most tokens of such an answer.")
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_task_names)] = Field(
+        (),
+        description="Tasks of EleutherAI's harness that the run and its base are asked after training, named as for "
+        "`peftchat evaluate --tasks`. They and their data are checked before training. Needs the extra `evaluate`.",
+        examples=["[arc_easy@5, hellaswag]"],
+    )
+    include: str | None = Field(None, min_length=1, description="A folder with task files of your own.")
+    limit: int | None = Field(None, ge=1, description="Most questions of each task.")
+    chat_template: bool = Field(False, description="Ask the tasks through the model's chat template.")
 
 
 class DistributedSection(StrictModel):

@@ -117,6 +117,7 @@ def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     yield from _saving(recipe)
     yield from _spikes(recipe)
     yield from _evaluation(recipe)
+    yield from _tasks(recipe)
     yield from _distributed(recipe)
 
 
@@ -209,6 +210,12 @@ def _evaluation(recipe: Recipe) -> Iterator[Conflict]:
         keys.append(("training", "eval_on_start"))
     for key in keys:
         yield Conflict(key, ("data", "eval_fraction"), why, others=(("data", "eval"),))
+
+
+def _tasks(recipe: Recipe) -> Iterator[Conflict]:
+    if not recipe.evaluation.tasks:
+        for key in ("include", "limit", "chat_template"):
+            yield Conflict(("evaluation", key), ("evaluation", "tasks"), "no task is named in `evaluation.tasks`")
 
 
 def _without_comparison(recipe: Recipe, comparing: Sequence[Keys]) -> Iterator[Conflict]:

@@ -189,4 +189,5 @@ def _page_span(token: ShownToken, *, removed: bool) -> Markup:
 
 def _page_text(token: ShownToken) -> Markup:
     """Return the token's text, with a sign at line breaks to point at."""
-    return Markup(str(escape(escape_control_chars(token.text))).replace("\n", f"<i>{_PAGE_BREAK}</i>\n"))
+    text = str(escape(escape_control_chars(token.text)))
+    return Markup(text.replace("\n", f"<i>{_PAGE_BREAK}</i>\n"))  # noqa: S704 - escaped above

@@ -83,12 +83,9 @@ class Holder:
 
     def has_ended(self) -> bool:
         """Return whether a process of this machine has ended."""
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
+        # Not by signal 0, which Windows takes for Ctrl-C.
+        if not psutil.pid_exists(self.pid):
             return True
-        except OSError:
-            return False  # It belongs to another user.
         start = _process_start(self.pid)
         return start is None or start != self.process_started
 

@@ -12,7 +12,7 @@ import pytest
 
 from peftchat.conversations import read_conversations
 from peftchat.conversations.languages import detect_language, matches_language
-from peftchat.conversations.prepare import PrepareOptions, prepare
+from peftchat.conversations.prepare import FingerprintSet, PrepareOptions, prepare
 from peftchat.errors import UserError
 from tests.support.cli import peftchat
 
@@ -199,7 +199,7 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", 200, 150)
 
     def stop(conversations: int) -> None:
-        if conversations == 100:
+        if conversations >= 100:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -226,6 +226,20 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
         return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
 
     assert peak(20_000) < peak(2_000) + 12_000
+
+
+def test_fingerprints_in_memory_and_on_disk_are_one_set(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    kept: set[bytes] = set()
+    with FingerprintSet(tmp_path / "seen", most=50) as seen:
+        for _ in range(40):
+            batch = [rng.randrange(300).to_bytes(16) for _ in range(rng.randrange(20))]
+            new = [index for index, one in enumerate(batch) if one not in kept and one not in batch[:index]]
+            assert seen.add(batch) == new
+            kept.update(batch)
+        assert (tmp_path / "seen").exists()
+    assert len(kept) > 100
+    assert not (tmp_path / "seen").exists()
 
 
 def test_region_tags_belong_to_their_language() -> None:

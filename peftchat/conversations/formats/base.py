@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peftchat.conversation import Conversation, Message, Role
+from peftchat.conversation import NOTHING_ELSE, Conversation, Message, Role
 from peftchat.conversations.formats.columns import IN_RECORDS, Columns
 from peftchat.conversations.formats.fields import Fields, Notes, field_names, optional_text, text_field, type_name
 from peftchat.conversations.formats.keys import LeftOut, RecordShape, complete, shape_of
@@ -61,6 +61,8 @@ class Format:
         ranked: whether its answers come with ranks, so that `ReadOptions.oasst_top_k` means something.
         fixed_fields: whether its fields always have the same names, so that `columns` means nothing.
         by_record: whether each record is read for itself, so that several processes can read parts of one file.
+        plain_turns: the turns of a record in which there is nothing to check, to change or to keep besides, written as
+            our own files are; None for any other record. It is asked in a hurry, and `read` makes the same of both.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Format:
     ranked: bool = False
     fixed_fields: bool = False
     by_record: bool = False
+    plain_turns: Callable[[Fields], list[dict[str, str]] | None] | None = None
 
     @property
     def summary(self) -> str:
@@ -95,6 +98,7 @@ def record_format(
     *,
     all_described: bool = False,
     fixed_fields: bool = False,
+    plain_turns: Callable[[Fields], list[dict[str, str]] | None] | None = None,
 ) -> Format:
     """A format in which each record is one conversation.
 
@@ -106,6 +110,7 @@ def record_format(
         used: the names of the fields that `parse` reads. All others are looked at in `keys`.
         all_described: the format comes with many fields of its own, none of which could be trained on.
         fixed_fields: its fields always have the same names.
+        plain_turns: as in `Format`.
     """
 
     def read(records: Iterable[RawRecord], options: ReadOptions, problems: ProblemLog) -> Iterator[Conversation]:
@@ -154,7 +159,7 @@ def record_format(
             notes.finish()
             yield conversation if kept is conversation.messages else replace(conversation, messages=kept)
 
-    return Format(name, description, matches, read, fixed_fields=fixed_fields, by_record=True)
+    return Format(name, description, matches, read, fixed_fields=fixed_fields, by_record=True, plain_turns=plain_turns)
 
 
 _MOST_SHAPES = 10_000
@@ -210,7 +215,7 @@ def validate_messages(
     before: Role | None = None
     strict = consecutive == "error"
     for number, message in enumerate(messages, start=1):
-        role, content, calls, call_id, name, reasoning, _ = message
+        role, content = message.role, message.content
         if strict:
             if role == before and role not in _MAY_REPEAT:
                 detail = f"two {role} turns in a record (turns {number - 1} and {number})"
@@ -218,7 +223,7 @@ def validate_messages(
             if role == "system" and before is not None:
                 detail = f"a system message behind other turns (turn {number})"
                 raise RecordError("system_not_first", f"{detail}; data.consecutive: keep reads such records")
-        if calls or reasoning or name or call_id:
+        if message[2:] != NOTHING_ELSE:
             _check_extras(message, number)
         elif not content.isascii() or not content or content.isspace() or "\x00" in content:
             _check_content(content, role, number)

@@ -16,6 +16,25 @@ def _parse_sharegpt(fields: Fields, notes: Notes) -> list[Message]:
     return parse_turns(turn_list(fields, _list_name(fields, _SHAREGPT) or "conversations"), notes)
 
 
+def _plain_turns(fields: Fields) -> list[dict[str, str]] | None:
+    if len(fields) != 1:
+        return None
+    turns: list[dict[str, str]] | None = fields.get("messages")
+    if type(turns) is not list or not turns:
+        return None
+    before = None
+    for turn in turns:
+        if type(turn) is not dict or tuple(turn) != ("role", "content"):
+            return None
+        role, content = turn.values()
+        if role == before or not (role in ("user", "assistant") or (role == "system" and before is None)):
+            return None
+        if type(content) is not str or not content or content.isspace() or "\x00" in content:
+            return None
+        before = role
+    return turns if before == "assistant" else None
+
+
 _SHAREGPT = (*names.TURNS[1:], names.TURNS[0])
 _COLUMNS = ("messages", "role", "content", "tool_calls", "reasoning_content")
 
@@ -67,6 +86,7 @@ FORMAT = record_format(
     lambda fields: "messages" in fields,
     lambda fields, notes: parse_turns(turn_list(fields, "messages"), notes),
     lambda fields: ("messages",),
+    plain_turns=_plain_turns,
 )
 
 

@@ -27,7 +27,7 @@ def turns(number: int, rng: random.Random) -> list[dict[str, object]]:
 def line_of(number: int, rng: random.Random) -> bytes:
     """A record of one of many kinds, good or bad."""
     record: dict[str, object] = {"messages": turns(number, rng)}
-    kind = rng.randrange(24)
+    kind = rng.randrange(28)
     if kind == 0:
         record |= {"id": number, "big": 10**30, "price": 1.5, f"field{number % 150}": "not known"}
     elif kind == 1:
@@ -52,7 +52,25 @@ def line_of(number: int, rng: random.Random) -> bytes:
         record["lang"] = rng.choice(["en", "de"])
     elif kind == 8:
         record["messages"] = [{"role": "user", "content": "long"}, {"role": "assistant", "content": "y" * 60_000}]
+    elif kind in (9, 10, 11):
+        record["messages"] = nearly_plain(number, rng)
     return json.dumps(record, ensure_ascii=rng.random() < 0.5).encode() + b"\n"
+
+
+def nearly_plain(number: int, rng: random.Random) -> list[dict[str, object]]:
+    """Turns of a role and a content, of which one may be what a reader has to look at."""
+    odd = ["", "  \n", "a\0b", None, 17, ["text"], [{"type": "text", "text": "part"}], " “kept” ", "\u2028", "#" * 300]
+    roles = rng.choice(["ua", "sua", "uau", "usa", "ssua", "uaau", "au", "sa", "s", "a", "u", "ta", "uata", "x", ""])
+    names = {"u": "user", "a": "assistant", "s": "system", "t": "tool", "x": "User "}
+    made = []
+    for letter in roles:
+        turn = {"role": names[letter], "content": rng.choice(odd) if rng.random() < 0.2 else f"{number % 400} says"}
+        if rng.random() < 0.1:
+            turn = dict(reversed(turn.items()))
+        if rng.random() < 0.1:
+            turn |= rng.choice([{"name": None}, {"train": True}, {"name": "Ada"}, {"weight": 0}, {"note": "x"}])
+        made.append(turn)
+    return made
 
 
 @pytest.fixture
@@ -117,7 +135,7 @@ def reading(file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Iterator[str |
 
     monkeypatch.setattr(os, "fork", noted)
     small_parts(monkeypatch, 2)
-    stream = read_and_make(file, lambda conversation: conversation.source, problems=parts_of_file.PartLog())
+    stream = read_and_make(file, lambda made: (one.source for one in made), problems=parts_of_file.PartLog())
     return stream, started
 
 
@@ -152,4 +170,4 @@ def test_what_fails_in_a_process_is_raised_here(mixed: Path, monkeypatch: pytest
         return place
 
     with pytest.raises(ZeroDivisionError, match=r"mixed\.jsonl:"):
-        list(read_and_make(mixed, make, problems=parts_of_file.PartLog()))
+        list(read_and_make(mixed, lambda made: map(make, made), problems=parts_of_file.PartLog()))

@@ -165,7 +165,7 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
 
     Returns:
         In nats, float32, shape (N,), differentiable in `hidden`, the head's weight and bias and the added tokens'
-        output embeddings. The gradients of the latter three need the head's product once more in the backward pass.
+        output embeddings. The gradients of a trained head need its product once more in the backward pass.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -207,6 +207,7 @@ class _HeadPass:
         losses: Tensor | None = None,
         scales: Tensor | None = None,
         count_correct: bool = False,
+        added_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the sum of the losses, the number of correct targets, and the gradients.
 
@@ -215,6 +216,7 @@ class _HeadPass:
             losses: filled with the loss of each target, shape (N,).
             scales: factor of each target's loss in the gradients, float32, shape (N,); 1 for all without it.
             count_correct: whether to count the targets that are the most likely token.
+            added_rows: filled with the gradients of the added tokens' logits, shape (N, n).
         """
         head, hidden = self.head, self.hidden
         grads: dict[str, Tensor] = {}
@@ -252,6 +254,8 @@ class _HeadPass:
                 factors = scales[start : start + step, None].to(grad_logits.dtype)
                 grad_logits = grad_logits * factors
                 grad_added = None if grad_added is None else grad_added * factors
+            if added_rows is not None and grad_added is not None:
+                added_rows[start : start + step] = grad_added
             if "added_weight" in grads and grad_added is not None:
                 grads["added_weight"] += grad_added.T @ states
             if "bias" in grads:
@@ -310,8 +314,9 @@ def _needed(ctx: Any) -> list[str]:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """The gradient of the hidden states alone is computed in the forward pass, row by row, and scaled in the backward
-    pass. The others sum over positions, whose scales are not known before that."""
+    """With a frozen head, the gradients of each position are computed in the forward pass and scaled in the backward
+    pass. Those of a trained head sum over positions, whose scales are not known before that: they need its product
+    twice."""
 
     @staticmethod
     def forward(
@@ -325,22 +330,30 @@ class _TokenLosses(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        ctx.needed = _needed(ctx)
-        ctx.head, ctx.dtype = head, dtype
-        now = [name for name in ctx.needed if ctx.needed == ["hidden"]]
+        ctx.needed, ctx.head, ctx.dtype = _needed(ctx), head, dtype
         head_pass = _HeadPass(hidden, targets, weight, bias, added_weight, head, dtype)
-        _, _, grads = head_pass.run(now, losses=losses)
-        kept = (grads["hidden"],) if now else (hidden, targets, weight, bias, added_weight)
-        ctx.save_for_backward(*kept)
+        ctx.is_frozen = "weight" not in ctx.needed and "bias" not in ctx.needed
+        if not ctx.is_frozen or not ctx.needed:
+            head_pass.run((), losses=losses)
+            ctx.save_for_backward(hidden, targets, weight, bias, added_weight)
+            return losses
+        added_rows = None if added_weight is None else hidden.new_empty(len(hidden), len(added_weight), dtype=dtype)
+        _, _, grads = head_pass.run(["hidden"], losses=losses, added_rows=added_rows)
+        ctx.save_for_backward(grads["hidden"], hidden if added_rows is not None else None, added_rows)
+        ctx.added_dtype = None if added_weight is None else added_weight.dtype
         return losses
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scales,) = outputs
         grads: list[Tensor | None] = [None] * 7
-        if len(ctx.saved_tensors) == 1:
-            (grad_hidden,) = ctx.saved_tensors
-            grads[0] = grad_hidden * scales[:, None].to(grad_hidden.dtype)
+        if ctx.is_frozen:
+            grad_hidden, hidden, added_rows = ctx.saved_tensors
+            if "hidden" in ctx.needed:
+                grads[_PLACES["hidden"]] = grad_hidden * scales[:, None].to(grad_hidden.dtype)
+            if "added_weight" in ctx.needed:
+                scaled = (added_rows * scales[:, None].to(added_rows.dtype)).float()
+                grads[_PLACES["added_weight"]] = (scaled.T @ hidden.float()).to(ctx.added_dtype)
             return tuple(grads)
         hidden, targets, weight, bias, added_weight = ctx.saved_tensors
         inputs = dict(zip(_INPUTS, (hidden, weight, bias, added_weight), strict=True))

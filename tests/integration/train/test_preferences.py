@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,13 +144,101 @@ def test_loss_and_gradients_are_those_of_trl(name: str, chatml_base: Path, pairs
     loss = loss_of(trainer, batch_of(trainer, 6))
     found = gradients(trainer.model)
     expected, wanted = trl_loss(chatml_base, trainer.model, rows_of(trainer, 6), **theirs)
+    check_equal(loss, found, expected, wanted)
+    # The reference took part: the rewards are not zero.
+    assert float(trainer._sums[3]) != 0.0
+
+
+def stock_log_probs(trainer: PreferenceTrainer, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the answers' log-probabilities and numbers of tokens, chosen and rejected, by the model's own logits."""
+    sums: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
+    lengths: dict[str, list[int]] = {"chosen": [], "rejected": []}
+    for row in rows_of(trainer, count):
+        for side in sums:
+            ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+            places = range(len(row["prompt_ids"]), ids.shape[1])
+            log_probs = trainer.model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+            sums[side].append(sum((log_probs[place - 1, ids[0, place]] for place in places), torch.zeros(())))
+            lengths[side].append(len(places))
+    return *map(torch.stack, sums.values()), *map(torch.tensor, lengths.values())
+
+
+def trl_formula(name: str, options: dict[str, Any], log_probs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """Return the loss by the methods of TRL's trainers; prompts are not in the likelihood, as everywhere here."""
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    chosen, rejected, chosen_tokens, rejected_tokens = log_probs
+    likelihood = -chosen.sum() / chosen_tokens.sum()
+    trl = SimpleNamespace(
+        alpha=0.0, label_smoothing=0.0, loss_type="sigmoid", accelerator=SimpleNamespace(device="cpu"), **options
+    )
+    if name == "orpo":
+        return (
+            likelihood - ORPOTrainer.odds_ratio_loss(trl, chosen / chosen_tokens, rejected / rejected_tokens)[0].mean()
+        )
+    if name == "simpo":
+        trl.loss_type, trl.simpo_gamma = "simpo", trl.gamma
+        return CPOTrainer.cpo_loss(trl, chosen / chosen_tokens, rejected / rejected_tokens)[0].mean()
+    return CPOTrainer.cpo_loss(trl, chosen, rejected)[0].mean() + 0.6 * likelihood
+
+
+FREE: dict[str, dict[str, Any]] = {
+    "orpo": {"beta": 0.3},
+    "simpo": {"beta": 2.5, "gamma": 0.7},
+    "cpo": {"beta": 0.2},
+}
+"""The objectives without a reference, and options of ours that TRL has under the same name."""
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("name", FREE)
+def test_objectives_without_a_reference_are_those_of_trl(
+    name: str, method: str, chatml_base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    ours = {**FREE[name], **({"alpha": 0.6} if name == "cpo" else {})}
+    sections: dict[str, Any] = {"objective": name, name: ours, "method": method}
+    sections |= {"adapter": ADAPTER} if method == "lora" else {}
+    trainer = open_trainer(pair_recipe(tmp_path, chatml_base, pairs, None, chat=CHATML, **sections))
+    move(trainer.model)
+    loss = loss_of(trainer, batch_of(trainer, 6))
+    found = gradients(trainer.model)
+    trainer.model.zero_grad()
+    expected = trl_formula(name, FREE[name], stock_log_probs(trainer, 6))
+    expected.backward()
+    check_equal(loss, found, expected.detach(), gradients(trainer.model))
+
+
+def test_full_fine_tuning_computes_the_reference_before_the_first_step(
+    chatml_base: Path, pairs: Path, held_out: Path, tmp_path: Path
+) -> None:
+    recipe = pair_recipe(tmp_path, chatml_base, pairs, held_out, chat=CHATML, method="full")
+    trainer = open_trainer(recipe)
+    trainer.model_wrapped = trainer.model
+    trainer.prepare()
+    with torch.no_grad():
+        reference = stock_log_probs(trainer, 6)
+    known = trainer.reference.known
+    assert not any(torch.isnan(torch.from_numpy(one)).any() for one in known.values())
+    for place, side in enumerate((known["train"][:12:2], known["train"][1:12:2])):
+        torch.testing.assert_close(torch.from_numpy(side), reference[place], rtol=1e-5, atol=1e-4)
+    move(trainer.model)
+    loss = loss_of(trainer, batch_of(trainer, 6))
+    found = gradients(trainer.model)
+    trainer.model.zero_grad()
+    policy = stock_log_probs(trainer, 6)
+    margin = policy[0] - reference[0] - policy[1] + reference[1]
+    expected = -torch.nn.functional.logsigmoid(0.1 * margin).mean()
+    expected.backward()
+    check_equal(loss, found, expected.detach(), gradients(trainer.model))
+
+
+def check_equal(loss: Tensor, found: dict[str, Tensor], expected: Tensor, wanted: dict[str, Tensor]) -> None:
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     assert found.keys() == wanted.keys()
     largest = max(float(one.abs().max()) for one in wanted.values())
     for key, gradient in wanted.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * largest)
-    # The reference took part: the rewards are not zero.
-    assert float(trainer._sums[3]) != 0.0
 
 
 def test_batches_and_layouts_do_not_matter(pairs: Path, tmp_path: Path) -> None:

@@ -36,12 +36,13 @@ def test_a_resolved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"objective": "dop"}, "expected one of `sft`, `dpo`.*Did you mean `dpo`"),
+        ({"objective": "dop"}, "expected one of `sft`, `dpo`, .*Did you mean `dpo`"),
+        ({"objective": "simpo", "dpo": {"beta": 0.2}}, "dpo: has no effect: `objective: simpo` has no such options"),
+        ({"objective": "orpo", "orpo": {"gamma": 0.2}}, "`gamma` belongs in the section `simpo`"),
         ({"dpo": {"beta": 0.2}}, "dpo: has no effect: `objective: sft` has no such options"),
-        ({"objective": "dpo", "dpo": {"gamma": 1.0}}, "unknown key.*`beta`, `loss_type`, `label_smoothing`"),
+        ({"objective": "dpo", "dpo": {"tau": 1.0}}, "unknown key.*`beta`, `loss_type`, `label_smoothing`"),
         ({"objective": "dpo", "dpo": {"beta": 0}}, "must be greater than 0"),
         ({"objective": "dpo", "dpo": {"label_smoothing": 0.1}}, "only `loss_type: robust` smooths labels"),
-        ({"objective": "dpo", "method": "full"}, "`full` has no adapter.*`method: lora`"),
         ({"objective": "dpo", "data": {"packing": True}}, "pairs are not packed"),
         ({"objective": "dpo", "data": {"truncation": "turns"}}, "take turns from one answer of a pair"),
         ({"objective": "dpo", "chat": {"loss_on": "everything"}}, "`everything` selects other text too"),

@@ -75,7 +75,7 @@ def test_equals_the_plain_formula(ids, bias, transform, chunk, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("ids", [None, [48, 50, 53]], ids=["none", "mixed"])
-@pytest.mark.parametrize("trains", ["hidden", "everything"])
+@pytest.mark.parametrize("trains", ["hidden", "adapter", "everything"])
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(2.0, 4.0)], ids=str)
 def test_single_losses_may_be_weighed(ids, trains, transform, monkeypatch: pytest.MonkeyPatch) -> None:
     """As pairs weigh them: the gradient of any function of the losses is that of the plain formula."""
@@ -89,7 +89,8 @@ def test_single_losses_may_be_weighed(ids, trains, transform, monkeypatch: pytes
     results = []
     for ours in (True, False):
         h, w, b, r = (None if one is None else one.clone() for one in inputs)
-        leaves = [h] if trains == "hidden" else [one for one in (h, w, b, r) if one is not None]
+        trained = {"hidden": (h,), "adapter": (h, r), "everything": (h, w, b, r)}[trains]
+        leaves = [one for one in trained if one is not None]
         for leaf in leaves:
             leaf.requires_grad_()
         if ours:

@@ -174,9 +174,8 @@ def trl_formula(name: str, options: dict[str, Any], log_probs: tuple[Tensor, Ten
         alpha=0.0, label_smoothing=0.0, loss_type="sigmoid", accelerator=SimpleNamespace(device="cpu"), **options
     )
     if name == "orpo":
-        return (
-            likelihood - ORPOTrainer.odds_ratio_loss(trl, chosen / chosen_tokens, rejected / rejected_tokens)[0].mean()
-        )
+        ratio = ORPOTrainer.odds_ratio_loss(trl, chosen / chosen_tokens, rejected / rejected_tokens)[0]
+        return likelihood - ratio.mean()
     if name == "simpo":
         trl.loss_type, trl.simpo_gamma = "simpo", trl.gamma
         return CPOTrainer.cpo_loss(trl, chosen / chosen_tokens, rejected / rejected_tokens)[0].mean()

@@ -87,19 +87,25 @@ class PreferenceTrainer(ChatTrainer):
         self.throughput.add(
             inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
         )
-        reference = self._reference_of("train", self._examples, inputs, self._target_counts)
-        outputs = model(**self._model_inputs(inputs), supervised=True, differentiable_losses=True)
-        policy, found = self._pair_loss(outputs.losses, self._target_counts, reference)
-        metrics = pair_metrics(found, policy)
-        self._sums += torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
+        counts = self._target_counts
+        reference = self._reference_of("train", self._examples, inputs, counts)
         if not isinstance(num_items_in_batch, Tensor):
-            counts = [len(policy.chosen), int(self._target_counts[::2].sum())]
-            num_pairs, num_tokens = torch.tensor(counts, device=metrics.device)
+            num_items = torch.tensor([len(counts) // 2, int(counts[::2].sum())], device=inputs["labels"].device)
         else:
-            num_pairs, num_tokens = num_items_in_batch
-        loss = found.losses.sum() / num_pairs
-        if found.likelihood_weight:
-            loss = loss - found.likelihood_weight * policy.chosen.sum() / num_tokens
+            num_items = num_items_in_batch
+
+        def weigh(losses: Tensor) -> Tensor:
+            """Return this batch's part of the loss of the step."""
+            policy, found = self._pair_loss(losses, counts, reference)
+            metrics = pair_metrics(found, policy)
+            self._sums += torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
+            loss = found.losses.sum() / num_items[0]
+            if found.likelihood_weight:
+                loss = loss - found.likelihood_weight * policy.chosen.sum() / num_items[1]
+            return loss
+
+        outputs = model(**self._model_inputs(inputs), supervised=True, weigh=weigh)
+        loss = outputs.loss
         return self._with_other_terms(loss, outputs, num_items_in_batch)
 
     def _note_loss(self, loss: Tensor) -> None:

@@ -18,6 +18,7 @@ from peftchat.training.preference_trainer import PreferenceTrainer
 from peftchat.training.reference import reference_model
 from peftchat.training.train import train
 from tests.support.data import WORDS, read_json, read_json_lines
+from tests.support.launch import peftchat_in_processes
 from tests.support.models import random_model, small_model
 from tests.support.pairs import open_trainer, pair_recipe, write_pairs
 from tests.support.tokenizers import train_byte_level
@@ -327,27 +328,53 @@ def test_a_rule_is_learned_and_told(pretrained: Path, held_out: Path, tmp_path: 
     assert read_json(run / "run.json")["eval_pairs"]["pairs"] == 7
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(pairs: Path, held_out: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_resumed_run_is_the_uninterrupted_one(method: str, pairs: Path, held_out: Path, tmp_path: Path) -> None:
     """Across the border of an epoch, where the reference is looked up and not computed."""
     settings = {
         "max_steps": 6, "per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 3,
         "save_total_limit": 9, "learning_rate": 5e-3,
     }  # fmt: skip
-    recipe = pair_recipe(tmp_path, small_model(tied=True), pairs, held_out, training=settings)
+    recipe = pair_recipe(tmp_path, small_model(tied=True), pairs, held_out, training=settings, method=method)
     run = tmp_path / "run"
     train(load_recipe(recipe))
+    weights = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
 
     def left() -> tuple[bytes, str, list[Any]]:
         lines = [
             {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second", "memory_bytes")}
             for line in read_json_lines(run / "metrics.jsonl")
         ]
-        return (run / "adapter_model.safetensors").read_bytes(), (run / "eval_pairs.jsonl").read_text(), lines
+        return (run / weights).read_bytes(), (run / "eval_pairs.jsonl").read_text(), lines
 
     whole = left()
-    for name in ("run.json", "adapter_model.safetensors"):
+    for name in ("run.json", weights):
         (run / name).unlink()
     shutil.rmtree(run / "checkpoints" / "checkpoint-6")
     train(load_recipe(recipe), TrainOptions(resume=True))
     assert left() == whole
     assert json.loads(whole[1].splitlines()[0])["chosen_logp_before"] is not None
+
+
+@pytest.mark.distributed
+def test_two_processes_that_share_all_weights_train_as_one(pairs: Path, tmp_path: Path) -> None:
+    """ZeRO-3 with a trained head: its weights are gathered for the loss of pairs, and are not in the backward pass."""
+    lines = []
+    for name, processes in (("one", 1), ("two", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        training = {"max_steps": 2, "gradient_accumulation_steps": 2 // processes, "learning_rate": 1e-3}
+        strategy = {"strategy": "single" if processes == 1 else "zero3", "processes": processes}
+        recipe = pair_recipe(
+            folder, small_model(tied=False), pairs, None, training=training, method="full", distributed=strategy,
+            dpo={"rpo_alpha": 0.5},
+        )  # fmt: skip
+        if processes == 1:
+            train(load_recipe(recipe))
+        else:
+            done = peftchat_in_processes(processes, "train", recipe)
+            assert done.returncode == 0, done.stderr
+        lines.append(read_json_lines(folder / "run" / "metrics.jsonl"))
+    for one, other in zip(*lines, strict=True):
+        for key in ("loss", "rewards/margins", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key

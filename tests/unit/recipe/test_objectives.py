@@ -48,7 +48,6 @@ def test_a_resolved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ({"objective": "dpo", "chat": {"loss_on": "everything"}}, "`everything` selects other text too"),
         ({"objective": "dpo", "training": {"torch_compile": True}}, "layers are not compiled"),
         ({"objective": "dpo", "training": {"global_batch_size": 8}}, "counts pairs"),
-        ({"objective": "dpo", "distributed": {"strategy": "zero3"}}, "was not run under `zero3`"),
         ({"beta": 0.1}, "`beta` belongs in the section `dpo`"),
         ({"rl": "dpo"}, "`rl` is called `objective` here"),
     ],

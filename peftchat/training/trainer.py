@@ -184,6 +184,7 @@ class ChatTrainer(SFTTrainer):
         self.throughput = Throughput(self._collators["train"].num_tracked, _resumed_counts(context.checkpoint))
         self._reported = TokenCounts(**self.throughput.counts.as_dict())
         self.held_out: HeldOutLosses | None = None
+        self.current_examples: Sequence[int] = ()
         self.checks = NumberChecks(context, self.args.device, self.gather_objects, self._sum_over_processes)
 
     @property
@@ -215,6 +216,7 @@ class ChatTrainer(SFTTrainer):
     ) -> Tensor:
         """Compute the gradient of a micro-batch, and note its loss and its examples."""
         examples, counts = inputs.pop("examples"), inputs.pop("target_counts")
+        self.current_examples = examples
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.checks.add(loss.detach(), examples, self._target_losses, counts)
         return loss

@@ -135,7 +135,9 @@ def _encode(model: EvaluatedModel, data: Path, limit: int | None) -> "tuple[Reci
         place = recipe.model.model_copy(update={"name": base.name, "revision": base.revision})
         recipe = recipe.model_copy(update={"model": place})
     entries = {"train": (DataEntry(path=str(data)),), "eval": None, "eval_fraction": None, "max_train_samples": limit}
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=entries)})
+    # A preference run is measured on conversations, or on the chosen answers of pairs, as any other.
+    objective = {"objective": "sft", "dpo": None}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=entries), **objective})
     chat = load_chat_format(recipe)
     try:
         return recipe, chat, load_splits(recipe, chat)["train"]

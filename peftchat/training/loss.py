@@ -10,6 +10,7 @@ import inspect
 import math
 import sys
 import types
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ class SupervisedOutput(ModelOutput):
         correct: supervised positions whose most likely token is the target, int64, shape (); counted only without
             gradients.
         losses: the negative log-likelihood of each supervised position in nats, in the order of the labels, float32,
-            shape (N,); not differentiable.
+            shape (N,); differentiable if the forward was asked for it, and `loss` is not then.
         aux_loss: load-balancing loss of a mixture of experts, float32, shape (), or None.
     """
 
@@ -47,7 +48,8 @@ class SupervisedOutput(ModelOutput):
 def install_supervised_forward(model: PreTrainedModel) -> None:
     """Let `model(..., labels=labels, supervised=True)` return a `SupervisedOutput`.
 
-    Without `supervised`, the forward is unchanged. If the model's layers are compiled, the loss is compiled too.
+    With `differentiable_losses=True`, gradients go through the single losses instead of their sum. Without
+    `supervised`, the forward is unchanged. If the model's layers are compiled, the loss is compiled too.
 
     Args:
         model: the causal language model itself, inside any PEFT wrapper.
@@ -58,7 +60,13 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
     logsumexp = torch.compile(logsumexp_and_grad, dynamic=True) if has_compiled_layers(model) else logsumexp_and_grad
 
     @functools.wraps(original)
-    def forward(self: PreTrainedModel, *args: Any, supervised: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        supervised: bool = False,
+        differentiable_losses: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         if not supervised:
             return original(*args, **kwargs)
         labels: Tensor = kwargs.pop("labels")
@@ -72,10 +80,14 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
             head = Head(layer.weight, layer.bias, None if added is None else added.head(), transform, logsumexp)
             states = backbone.last_hidden_state[:, :-1][supervised_positions]
             evaluates = not torch.is_grad_enabled()
-            losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
-            loss, correct = linear_cross_entropy(
-                states, targets[supervised_positions], head, count_correct=evaluates, losses=losses
-            )
+            if differentiable_losses and not evaluates:
+                losses = token_losses(states, targets[supervised_positions], head)
+                loss, correct = losses.detach().sum(), torch.zeros((), dtype=torch.int64, device=losses.device)
+            else:
+                losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
+                loss, correct = linear_cross_entropy(
+                    states, targets[supervised_positions], head, count_correct=evaluates, losses=losses
+                )
         return SupervisedOutput(loss=loss, correct=correct, losses=losses, aux_loss=_aux_loss(self, backbone, kwargs))
 
     model.forward = types.MethodType(forward, model)
@@ -143,6 +155,117 @@ def linear_cross_entropy(
     return total, correct
 
 
+def token_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """Return the negative log-likelihood of each target, for losses that weigh them by what they are.
+
+    Args:
+        hidden: hidden states at the supervised positions, float, shape (N, H).
+        targets: the tokens to predict there, int64, shape (N,).
+        head: the LM head.
+
+    Returns:
+        In nats, float32, shape (N,), differentiable in `hidden`, the head's weight and bias and the added tokens'
+        output embeddings. The gradients of the latter three need the head's product once more in the backward pass.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    added_weight = None if head.added_tokens is None else head.added_tokens.weight
+    with torch.autocast(device, enabled=False):
+        losses: Tensor = _TokenLosses.apply(hidden, targets, head.weight, head.bias, added_weight, head, dtype)
+    return losses
+
+
+_INPUTS = ("hidden", "weight", "bias", "added_weight")
+
+
+@dataclass(slots=True)
+class _HeadPass:
+    """One pass over the supervised positions, chunk by chunk: losses, and the gradients that are asked for.
+
+    Attributes:
+        hidden: hidden states, shape (N, H).
+        targets: int64, shape (N,).
+        weight: of the head.
+        bias: of the head, or None.
+        added_weight: output embeddings of added tokens, or None.
+        head: the LM head.
+        dtype: of the product.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    added_weight: Tensor | None
+    head: Head
+    dtype: torch.dtype
+
+    def run(
+        self,
+        needed: Collection[str],
+        *,
+        losses: Tensor | None = None,
+        scales: Tensor | None = None,
+        count_correct: bool = False,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the sum of the losses, the number of correct targets, and the gradients.
+
+        Args:
+            needed: names of `_INPUTS` whose gradients are computed.
+            losses: filled with the loss of each target, shape (N,).
+            scales: factor of each target's loss in the gradients, float32, shape (N,); 1 for all without it.
+            count_correct: whether to count the targets that are the most likely token.
+        """
+        head, hidden = self.head, self.hidden
+        grads: dict[str, Tensor] = {}
+        if "hidden" in needed:
+            grads["hidden"] = torch.empty_like(hidden)
+        # Sums over positions are accumulated in float32, whatever the dtype of the product.
+        for name, tensor in (("weight", self.weight), ("bias", self.bias), ("added_weight", self.added_weight)):
+            if name in needed and tensor is not None:
+                grads[name] = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+        cast_weight = self.weight.to(self.dtype)
+        cast_added_weight = None if self.added_weight is None else self.added_weight.to(self.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        step = chunk_size(len(hidden), head.size, hidden.device.type, trains_head="weight" in grads)
+        # One buffer for all chunks: allocating this much memory is slow.
+        buffer = torch.empty(step, len(self.weight), dtype=self.dtype, device=hidden.device)
+        logit_mask = mask_overridden_logits(head)
+        for start in range(0, hidden.shape[0], step):
+            states = hidden[start : start + step].to(self.dtype)
+            product = torch.mm(states, cast_weight.T, out=buffer[: len(states)])
+            chunk = Chunk.of(head, product, states, self.targets[start : start + step, None], cast_added_weight)
+            if count_correct:
+                correct += chunk.count_correct(logit_mask)
+            logsumexp, grad_logits = (head.logsumexp if grads else logsumexp_and_grad)(
+                product, chunk.added_logits, self.bias, logit_mask, head.transform, bool(grads)
+            )
+            each = logsumexp - chunk.target_logits
+            total += each.sum()
+            if losses is not None:
+                losses[start : start + step] = each.flatten()
+            if grad_logits is None:
+                continue
+            grad_added = chunk.subtract_targets(grad_logits, logsumexp)
+            if scales is not None:
+                factors = scales[start : start + step, None].to(grad_logits.dtype)
+                grad_logits = grad_logits * factors
+                grad_added = None if grad_added is None else grad_added * factors
+            if "added_weight" in grads and grad_added is not None:
+                grads["added_weight"] += grad_added.T @ states
+            if "bias" in grads:
+                grads["bias"] += grad_logits.sum(0, dtype=torch.float32)
+            if "weight" in grads:
+                grads["weight"] += grad_logits.T @ states
+            if "hidden" in grads:
+                grad_states = grad_logits @ cast_weight
+                if grad_added is not None and cast_added_weight is not None:
+                    grad_states.addmm_(grad_added, cast_added_weight)
+                grads["hidden"][start : start + step] = grad_states
+        return total, correct, grads
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -158,56 +281,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count_correct: bool,
         losses: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        needs_grad = ctx.needs_input_grad
-        grads: dict[str, Tensor] = {}
-        if differentiable and needs_grad[0]:
-            grads["hidden"] = torch.empty_like(hidden)
-        # Sums over positions are accumulated in float32, whatever the dtype of the product.
-        for name, tensor, needed in (
-            ("weight", weight, needs_grad[2]),
-            ("bias", bias, needs_grad[3]),
-            ("added_weight", added_weight, needs_grad[4]),
-        ):
-            if differentiable and needed and tensor is not None:
-                grads[name] = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
-        cast_weight = weight.to(dtype)
-        cast_added_weight = None if added_weight is None else added_weight.to(dtype)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        step = chunk_size(len(hidden), head.size, hidden.device.type, trains_head="weight" in grads)
-        # One buffer for all chunks: allocating this much memory is slow.
-        buffer = torch.empty(step, len(weight), dtype=dtype, device=hidden.device)
-        logit_mask = mask_overridden_logits(head)
-        for start in range(0, hidden.shape[0], step):
-            states = hidden[start : start + step].to(dtype)
-            product = torch.mm(states, cast_weight.T, out=buffer[: len(states)])
-            chunk = Chunk.of(head, product, states, targets[start : start + step, None], cast_added_weight)
-            if count_correct:
-                correct += chunk.count_correct(logit_mask)
-            logsumexp, grad_logits = (head.logsumexp if grads else logsumexp_and_grad)(
-                product, chunk.added_logits, bias, logit_mask, head.transform, bool(grads)
-            )
-            each = logsumexp - chunk.target_logits
-            total += each.sum()
-            if losses is not None:
-                losses[start : start + step] = each.flatten()
-            if grad_logits is None:
-                continue
-            grad_added = chunk.subtract_targets(grad_logits, logsumexp)
-            if "added_weight" in grads and grad_added is not None:
-                grads["added_weight"] += grad_added.T @ states
-            if "bias" in grads:
-                grads["bias"] += grad_logits.sum(0, dtype=torch.float32)
-            if "weight" in grads:
-                grads["weight"] += grad_logits.T @ states
-            if "hidden" in grads:
-                grad_states = grad_logits @ cast_weight
-                if grad_added is not None and cast_added_weight is not None:
-                    grad_states.addmm_(grad_added, cast_added_weight)
-                grads["hidden"][start : start + step] = grad_states
+        needed = _needed(ctx) if differentiable else ()
+        head_pass = _HeadPass(hidden, targets, weight, bias, added_weight, head, dtype)
+        total, correct, grads = head_pass.run(needed, losses=losses, count_correct=count_correct)
         ctx.mark_non_differentiable(correct)
         ctx.names = list(grads)
-        inputs = {"hidden": hidden, "weight": weight, "bias": bias, "added_weight": added_weight}
+        inputs = dict(zip(_INPUTS, (hidden, weight, bias, added_weight), strict=True))
         ctx.dtypes = {name: tensor.dtype for name, tensor in inputs.items() if tensor is not None}
         ctx.save_for_backward(*grads.values())
         return total, correct
@@ -217,9 +296,59 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = outputs[0]
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         grads: list[Tensor | None] = [None] * 10
-        for position, name in ((0, "hidden"), (2, "weight"), (3, "bias"), (4, "added_weight")):
-            if name in saved:
-                grads[position] = (saved[name] * scale.to(saved[name].dtype)).to(ctx.dtypes[name])
+        for name, grad in saved.items():
+            grads[_PLACES[name]] = (grad * scale.to(grad.dtype)).to(ctx.dtypes[name])
+        return tuple(grads)
+
+
+_PLACES = {"hidden": 0, "weight": 2, "bias": 3, "added_weight": 4}
+"""Where the inputs of `_INPUTS` stand among the arguments of both functions."""
+
+
+def _needed(ctx: Any) -> list[str]:
+    return [name for name, place in _PLACES.items() if ctx.needs_input_grad[place]]
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The gradient of the hidden states alone is computed in the forward pass, row by row, and scaled in the backward
+    pass. The others sum over positions, whose scales are not known before that."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        added_weight: Tensor | None,
+        head: Head,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        ctx.needed = _needed(ctx)
+        ctx.head, ctx.dtype = head, dtype
+        now = [name for name in ctx.needed if ctx.needed == ["hidden"]]
+        head_pass = _HeadPass(hidden, targets, weight, bias, added_weight, head, dtype)
+        _, _, grads = head_pass.run(now, losses=losses)
+        kept = (grads["hidden"],) if now else (hidden, targets, weight, bias, added_weight)
+        ctx.save_for_backward(*kept)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scales,) = outputs
+        grads: list[Tensor | None] = [None] * 7
+        if len(ctx.saved_tensors) == 1:
+            (grad_hidden,) = ctx.saved_tensors
+            grads[0] = grad_hidden * scales[:, None].to(grad_hidden.dtype)
+            return tuple(grads)
+        hidden, targets, weight, bias, added_weight = ctx.saved_tensors
+        inputs = dict(zip(_INPUTS, (hidden, weight, bias, added_weight), strict=True))
+        with torch.autocast(hidden.device.type, enabled=False):
+            head_pass = _HeadPass(hidden, targets, weight, bias, added_weight, ctx.head, ctx.dtype)
+            _, _, found = head_pass.run(ctx.needed, scales=scales)
+        for name, grad in found.items():
+            grads[_PLACES[name]] = grad.to(inputs[name].dtype)
         return tuple(grads)
 
 

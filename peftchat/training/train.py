@@ -19,6 +19,7 @@ from peftchat.runs.claim import claimed
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from peftchat.training.best_checkpoint import best_callbacks, load_best
+from peftchat.training.build_trainer import build_trainer, sft_config
 from peftchat.training.context import TrainContext, TrainOptions, open_context
 from peftchat.training.hang_watch import watch_hangs
 from peftchat.training.hints import tell_hints
@@ -30,7 +31,7 @@ from peftchat.training.questions import read_questions, sample_answers
 from peftchat.training.several_processes import is_main_process
 from peftchat.training.stopping import EvaluationStopped, StopCallback
 from peftchat.training.summary import FitResult, added_tokens, seconds_since_start, summarize
-from peftchat.training.trainer import ChatTrainer, build_trainer, sft_config
+from peftchat.training.trainer import ChatTrainer
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe

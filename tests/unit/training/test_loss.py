@@ -8,7 +8,7 @@ from torch import nn
 from peftchat.models.added_tokens import AddedTokenHead
 from peftchat.training import loss as loss_module
 from peftchat.training.lm_head import Head, LogitTransform
-from peftchat.training.loss import linear_cross_entropy
+from peftchat.training.loss import linear_cross_entropy, token_losses
 
 N, HIDDEN, VOCABULARY = 37, 16, 50
 
@@ -71,6 +71,38 @@ def test_equals_the_plain_formula(ids, bias, transform, chunk, monkeypatch: pyte
     torch.testing.assert_close(total, plain_total)
     assert correct == plain_correct
     for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ids", [None, [48, 50, 53]], ids=["none", "mixed"])
+@pytest.mark.parametrize("trains", ["hidden", "everything"])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(2.0, 4.0)], ids=str)
+def test_single_losses_may_be_weighed(ids, trains, transform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pairs weigh them: the gradient of any function of the losses is that of the plain formula."""
+    torch.manual_seed(0)
+    size = VOCABULARY if ids is None else max(ids) + 1
+    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", {"cpu": 16 * size})
+    rows = None if ids is None else torch.randn(len(ids), HIDDEN)
+    row_ids = None if ids is None else torch.tensor(ids)
+    targets = torch.randint(VOCABULARY, (N,))
+    inputs = [torch.randn(N, HIDDEN), torch.randn(VOCABULARY, HIDDEN), torch.randn(VOCABULARY), rows]
+    results = []
+    for ours in (True, False):
+        h, w, b, r = (None if one is None else one.clone() for one in inputs)
+        leaves = [h] if trains == "hidden" else [one for one in (h, w, b, r) if one is not None]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        if ours:
+            head = Head(w, b, None if r is None else AddedTokenHead(r, None, row_ids, size), transform)
+            losses = token_losses(h, targets, head)
+        else:
+            rest = w, b, r, row_ids, None, size, transform
+            losses = torch.stack([plain_nll(h[n : n + 1], targets[n : n + 1], *rest)[0] for n in range(N)])
+        torch.sigmoid(losses[: N // 2].sum() / 30 - losses[N // 2 :].sum() / 40).backward()
+        results.append((losses.detach(), [leaf.grad for leaf in leaves]))
+    (losses, found), (plain_losses, plain) = results
+    torch.testing.assert_close(losses, plain_losses, atol=1e-5, rtol=1e-5)
+    for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
 
 

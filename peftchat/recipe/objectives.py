@@ -1,0 +1,41 @@
+"""The objectives of a recipe: what is learned from, and the options of each."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from peftchat.strict_model import StrictModel
+
+Objective = Literal["sft", "dpo"]
+
+DpoLoss = Literal["sigmoid", "hinge", "ipo", "robust"]
+
+PAIR_OBJECTIVES: tuple[Objective, ...] = ("dpo",)
+"""The objectives that learn from pairs of a chosen and a rejected answer."""
+
+
+class DpoSection(StrictModel):
+    """Direct preference optimization (Rafailov et al., 2023, https://arxiv.org/abs/2305.18290)."""
+
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="How strongly the model is held to its reference: higher is closer. The default is TRL's.",
+    )
+    loss_type: DpoLoss = Field(
+        "sigmoid",
+        description="The loss of a pair: `sigmoid` (DPO), `hinge` (SLiC, https://arxiv.org/abs/2305.10425), `ipo` "
+        "(https://arxiv.org/abs/2310.12036, by token) or `robust` (https://arxiv.org/abs/2403.00409).",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Share of the pairs that may be the wrong way round, for `loss_type: robust`.",
+    )
+    rpo_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="Weight of the chosen answers' mean loss per token, which is added to that of the pairs "
+        "(https://arxiv.org/abs/2404.19733). It keeps their likelihood from falling.",
+    )

@@ -85,7 +85,7 @@ class PreferenceTrainer(ChatTrainer):
         self.throughput.add(
             inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
         )
-        reference = self._reference_of("train", self._examples, inputs, self._target_counts)
+        reference = self._reference_of("train", self.current_examples, inputs, self._target_counts)
         outputs = model(**self._model_inputs(inputs), supervised=True, differentiable_losses=True)
         policy, found = self._pair_loss(outputs.losses, self._target_counts, reference)
         metrics = pair_metrics(found, policy)
@@ -102,7 +102,7 @@ class PreferenceTrainer(ChatTrainer):
 
     def _note_loss(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch; that of single pairs is nothing to judge conversations by."""
-        self.checks.add(loss, self._examples[::2])
+        self.checks.add(loss, self.current_examples[::2])
 
     def _pair_loss(
         self, losses: Tensor, counts: Sequence[int], reference: AnswerLogProbs

@@ -87,6 +87,7 @@ OWN_KEYS = (
     "early_stopping_patience",
     "early_stopping_threshold",
     "on_spike",
+    "hang_timeout",
 )
 """The keys that transformers does not have, or that are not passed to it."""
 
@@ -237,6 +238,13 @@ class TrainingSection(StrictModel):
         "log",
         description="What to do at a step whose loss is far above those before. `log` names its conversations, `stop` "
         "ends the run, `skip` leaves the step's update out (on a GPU each step then waits for its loss).",
+    )
+    hang_timeout: float | None = Field(
+        60.0,
+        gt=0,
+        description="Seconds without progress after which a report says which process stands still: its step, its "
+        "conversations and its innermost calls. Ten times the longest wait so far, if that is more. The run goes on "
+        "waiting. `null` turns the watch off.",
     )
     logging_steps: int = Field(10, ge=1, description="Optimizer steps between lines of `metrics.jsonl`.")
     report_to: Annotated[tuple[Reporter, ...], BeforeValidator(_reporter_list), _REPORTERS_SCHEMA] = Field(

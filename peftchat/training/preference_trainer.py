@@ -88,7 +88,7 @@ class PreferenceTrainer(ChatTrainer):
             inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
         )
         counts = self._target_counts
-        reference = self._reference_of("train", self._examples, inputs, counts)
+        reference = self._reference_of("train", self.current_examples, inputs, counts)
         if not isinstance(num_items_in_batch, Tensor):
             num_items = torch.tensor([len(counts) // 2, int(counts[::2].sum())], device=inputs["labels"].device)
         else:
@@ -110,7 +110,7 @@ class PreferenceTrainer(ChatTrainer):
 
     def _note_loss(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch; that of single pairs is nothing to judge conversations by."""
-        self.checks.add(loss, self._examples[::2])
+        self.checks.add(loss, self.current_examples[::2])
 
     def _pair_loss(
         self, losses: Tensor, counts: Sequence[int], reference: AnswerLogProbs | None

@@ -21,6 +21,7 @@ from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from peftchat.training.best_checkpoint import best_callbacks, load_best
 from peftchat.training.build_trainer import build_trainer, sft_config
 from peftchat.training.context import TrainContext, TrainOptions, open_context
+from peftchat.training.hang_watch import watch_hangs
 from peftchat.training.hints import tell_hints
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
@@ -133,6 +134,7 @@ def fit(
     progress = ProgressCallback()
     trainer.add_callback(progress)
     trainer.add_callback(stopping)
+    hang_watch = watch_hangs(trainer, context)
     if not context.distributed.gpus:
         keep_large_blocks()
     try:
@@ -151,6 +153,8 @@ def fit(
     finally:
         stopping.signals.end()
         progress.close()
+        if hang_watch is not None:
+            hang_watch.end()
     kept = load_best(trainer, context)
     return FitResult(
         token_counts=trainer.gather_token_counts(),

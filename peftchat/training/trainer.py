@@ -112,6 +112,7 @@ class ChatTrainer(SFTTrainer):
         self.throughput = Throughput(self._collators["train"].num_tracked, _resumed_counts(context.checkpoint))
         self._reported = TokenCounts(**self.throughput.counts.as_dict())
         self.held_out: HeldOutLosses | None = None
+        self.current_examples: Sequence[int] = ()
         self.checks = NumberChecks(context, self.args.device, self.gather_objects, self._sum_over_processes)
 
     @property
@@ -145,14 +146,14 @@ class ChatTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Compute the gradient of a micro-batch, and note its loss and its examples."""
-        self._examples, self._target_counts = inputs.pop("examples"), inputs.pop("target_counts")
+        self.current_examples, self._target_counts = inputs.pop("examples"), inputs.pop("target_counts")
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._note_loss(loss.detach())
         return loss
 
     def _note_loss(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch and of its examples."""
-        self.checks.add(loss, self._examples, self._target_losses, self._target_counts)
+        self.checks.add(loss, self.current_examples, self._target_losses, self._target_counts)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """Return the gradient norm of the optimizer step, and check the step's numbers."""

@@ -66,7 +66,7 @@ def batch_of(trainer: PreferenceTrainer, count: int) -> dict[str, Any]:
 def loss_of(trainer: PreferenceTrainer, batch: dict[str, Any]) -> Tensor:
     """Return the loss of one batch as a whole optimizer step, with its gradients in the model."""
     items = trainer._get_num_items_in_batch([batch], trainer.args.device)
-    trainer._examples, trainer._target_counts = batch["examples"], batch["target_counts"]
+    trainer.current_examples, trainer._target_counts = batch["examples"], batch["target_counts"]
     inputs = {name: value for name, value in batch.items() if name not in ("examples", "target_counts")}
     loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=items)
     loss.backward()
@@ -262,7 +262,7 @@ def test_batches_and_layouts_do_not_matter(pairs: Path, tmp_path: Path) -> None:
         assert items[0] == 6
         total = 0.0
         for batch in made:
-            trainer._examples, trainer._target_counts = batch.pop("examples"), batch.pop("target_counts")
+            trainer.current_examples, trainer._target_counts = batch.pop("examples"), batch.pop("target_counts")
             loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
             loss.backward()
             total += float(loss.detach())

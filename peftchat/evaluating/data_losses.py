@@ -121,6 +121,7 @@ def _encode(model: EvaluatedModel, data: Path, limit: int | None) -> "tuple[Reci
     from peftchat.dataset.cache import load_splits
     from peftchat.models.source import ModelKind
     from peftchat.recipe import DataEntry
+    from peftchat.recipe.objectives import PAIR_OBJECTIVES
     from peftchat.training.context import load_chat_format
 
     if model.recipe is None:
@@ -136,8 +137,8 @@ def _encode(model: EvaluatedModel, data: Path, limit: int | None) -> "tuple[Reci
         recipe = recipe.model_copy(update={"model": place})
     entries = {"train": (DataEntry(path=str(data)),), "eval": None, "eval_fraction": None, "max_train_samples": limit}
     # A preference run is measured on conversations, or on the chosen answers of pairs, as any other.
-    objective = {"objective": "sft", "dpo": None}
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=entries), **objective})
+    others = {**dict.fromkeys(map(str, PAIR_OBJECTIVES)), "objective": "sft"}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=entries), **others})
     chat = load_chat_format(recipe)
     try:
         return recipe, chat, load_splits(recipe, chat)["train"]

@@ -17,15 +17,9 @@ _TRUNCATION = ("drop", "error")
 def objective_problems(recipe: "Recipe") -> Iterator[Problem]:
     """Return the settings that an objective with pairs cannot be combined with."""
     name = recipe.objective
-    if recipe.method == "full":
-        what = f"`objective: {name}` compares the model with its reference, the base with the adapter switched off"
-        yield Problem(("method",), f"{what}, and `full` has no adapter", "Use `method: lora` or `qlora`.")
     if recipe.chat.loss_on not in _LOSS_ON:
         what = f"`objective: {name}` compares answers, and `{recipe.chat.loss_on}` selects other text too"
         yield Problem(("chat", "loss_on"), what, "Use `answers`.")
-    if recipe.distributed.strategy in ("zero2", "zero3"):
-        what = f"`objective: {name}` was not run under `{recipe.distributed.strategy}`"
-        yield Problem(("distributed", "strategy"), what, "Use `ddp` or `single`.")
     training = recipe.training
     if training.global_batch_size is not None:
         what = f"`objective: {name}` counts pairs, and this key is not divided into batches of pairs"

@@ -9,7 +9,15 @@ from pydantic_core import PydanticCustomError
 
 from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.recipe.document import Document
-from peftchat.recipe.objectives import PAIR_OBJECTIVES, DpoSection, Objective
+from peftchat.recipe.objectives import (
+    PAIR_OBJECTIVES,
+    REFERENCE_OBJECTIVES,
+    CpoSection,
+    DpoSection,
+    Objective,
+    OrpoSection,
+    SimpoSection,
+)
 from peftchat.recipe.sections import (
     REPORTERS,
     BestMetric,
@@ -287,9 +295,18 @@ class Recipe(StrictModel):
     objective: Objective = Field(
         "sft",
         description="What is learned: the answers of conversations (`sft`), or to prefer the chosen answer of a pair "
-        "to the rejected one (`dpo`, docs/preferences.md).",
+        "to the rejected one (`dpo`, and without a reference `orpo`, `simpo`, `cpo`; docs/preferences.md).",
     )
     dpo: DpoSection | None = Field(None, description="Options of direct preference optimization, for `objective: dpo`.")
+    orpo: OrpoSection | None = Field(
+        None, description="Options of odds ratio preference optimization, for `objective: orpo`."
+    )
+    simpo: SimpoSection | None = Field(
+        None, description="Options of simple preference optimization, for `objective: simpo`."
+    )
+    cpo: CpoSection | None = Field(
+        None, description="Options of contrastive preference optimization, for `objective: cpo`."
+    )
     chat: ChatSection = Field(
         ChatSection(),
         description="How a conversation becomes tokens, and which of them are trained.",
@@ -337,6 +354,11 @@ class Recipe(StrictModel):
             implied |= {"consecutive": "keep"} if _has_other_template(filled) else {}
             filled["data"] = _with_implied(data, implied)
         return filled
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective compares the model with a reference."""
+        return self.objective in REFERENCE_OBJECTIVES
 
     @property
     def has_pairs(self) -> bool:

@@ -95,7 +95,7 @@ def run_warnings(summary: RunSummary) -> list[str]:
     if summary.eval_loss is None:
         warnings.append(f"No held-out {summary.unit} were used; it is unknown whether it improved.")
     elif summary.eval_pairs is not None:
-        warnings += _pair_warnings(summary.eval_pairs)
+        warnings += _pair_warnings(summary.eval_pairs, summary.objective)
     elif summary.eval_loss_before is not None and summary.eval_loss >= summary.eval_loss_before:
         warnings.append("Its loss on held-out conversations did not fall.")
     times = _times_seen(summary)
@@ -127,14 +127,15 @@ def run_warnings(summary: RunSummary) -> list[str]:
     return warnings
 
 
-def _pair_warnings(pairs: PairSummary) -> list[str]:
+def _pair_warnings(pairs: PairSummary, objective: str) -> list[str]:
     """Return what held-out pairs say against a run."""
     if not pairs.both_fell:
         return []
     fell = f"{format_decimal(pairs.chosen_logp_before)} to {format_decimal(pairs.chosen_logp)}"
+    cure = "a lower learning rate" + (", a higher `dpo.beta` or `dpo.rpo_alpha`" if objective == "dpo" else "")
     return [
-        f"The chosen answers became less likely too: their mean log-probability fell from {fell}. A lower learning "
-        "rate, a higher `dpo.beta` or `dpo.rpo_alpha` prevents it."
+        f"The chosen answers became less likely too: their mean log-probability fell from {fell}. Try {cure}, if they "
+        "are answers that the model should give."
     ]
 
 

@@ -10,7 +10,7 @@ import inspect
 import math
 import sys
 import types
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,11 @@ class SupervisedOutput(ModelOutput):
     """The output of the supervised forward.
 
     Attributes:
-        loss: sum of the negative log-likelihoods in nats, float32, shape ().
+        loss: sum of the negative log-likelihoods in nats, float32, shape (); or what `weigh` makes of them.
         correct: supervised positions whose most likely token is the target, int64, shape (); counted only without
             gradients.
         losses: the negative log-likelihood of each supervised position in nats, in the order of the labels, float32,
-            shape (N,); differentiable if the forward was asked for it, and `loss` is not then.
+            shape (N,); not differentiable.
         aux_loss: load-balancing loss of a mixture of experts, float32, shape (), or None.
     """
 
@@ -45,11 +45,15 @@ class SupervisedOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
+Weigh = Callable[[Tensor], Tensor]
+"""A differentiable function of the losses of all supervised positions, shape (N,), that returns a number, shape ()."""
+
+
 def install_supervised_forward(model: PreTrainedModel) -> None:
     """Let `model(..., labels=labels, supervised=True)` return a `SupervisedOutput`.
 
-    With `differentiable_losses=True`, gradients go through the single losses instead of their sum. Without
-    `supervised`, the forward is unchanged. If the model's layers are compiled, the loss is compiled too.
+    With `weigh=function`, its `loss` is a function of the single losses instead of their sum. Without `supervised`, the
+    forward is unchanged. If the model's layers are compiled, the loss is compiled too.
 
     Args:
         model: the causal language model itself, inside any PEFT wrapper.
@@ -64,7 +68,7 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
         self: PreTrainedModel,
         *args: Any,
         supervised: bool = False,
-        differentiable_losses: bool = False,
+        weigh: Weigh | None = None,
         **kwargs: Any,
     ) -> Any:
         if not supervised:
@@ -80,14 +84,10 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
             head = Head(layer.weight, layer.bias, None if added is None else added.head(), transform, logsumexp)
             states = backbone.last_hidden_state[:, :-1][supervised_positions]
             evaluates = not torch.is_grad_enabled()
-            if differentiable_losses and not evaluates:
-                losses = token_losses(states, targets[supervised_positions], head)
-                loss, correct = losses.detach().sum(), torch.zeros((), dtype=torch.int64, device=losses.device)
-            else:
-                losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
-                loss, correct = linear_cross_entropy(
-                    states, targets[supervised_positions], head, count_correct=evaluates, losses=losses
-                )
+            losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
+            loss, correct = linear_cross_entropy(
+                states, targets[supervised_positions], head, count_correct=evaluates, losses=losses, weigh=weigh
+            )
         return SupervisedOutput(loss=loss, correct=correct, losses=losses, aux_loss=_aux_loss(self, backbone, kwargs))
 
     model.forward = types.MethodType(forward, model)
@@ -121,7 +121,13 @@ _LARGER_FOR_WEIGHT = 4
 
 
 def linear_cross_entropy(
-    hidden: Tensor, targets: Tensor, head: Head, *, count_correct: bool = False, losses: Tensor | None = None
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    *,
+    count_correct: bool = False,
+    losses: Tensor | None = None,
+    weigh: Weigh | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the targets' negative log-likelihoods, and how many targets are the most likely token.
 
@@ -131,6 +137,8 @@ def linear_cross_entropy(
         head: the LM head.
         count_correct: whether to count the targets that are the most likely token.
         losses: filled with the negative log-likelihood of each target, float32, shape (N,); not differentiable.
+        weigh: what is returned instead of the sum. It is called here, so that the gradients need no weights of the head
+            in the backward pass, where ZeRO-3 has partitioned them. A trained head costs one more product.
 
     Returns:
         The sum, float32, shape (), differentiable in `hidden`, the head's weight and bias and the added tokens'
@@ -151,28 +159,9 @@ def linear_cross_entropy(
             differentiable,
             count_correct,
             losses,
+            weigh,
         )
     return total, correct
-
-
-def token_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
-    """Return the negative log-likelihood of each target, for losses that weigh them by what they are.
-
-    Args:
-        hidden: hidden states at the supervised positions, float, shape (N, H).
-        targets: the tokens to predict there, int64, shape (N,).
-        head: the LM head.
-
-    Returns:
-        In nats, float32, shape (N,), differentiable in `hidden`, the head's weight and bias and the added tokens'
-        output embeddings. The gradients of the latter three need the head's product once more in the backward pass.
-    """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    added_weight = None if head.added_tokens is None else head.added_tokens.weight
-    with torch.autocast(device, enabled=False):
-        losses: Tensor = _TokenLosses.apply(hidden, targets, head.weight, head.bias, added_weight, head, dtype)
-    return losses
 
 
 _INPUTS = ("hidden", "weight", "bias", "added_weight")
@@ -207,6 +196,7 @@ class _HeadPass:
         losses: Tensor | None = None,
         scales: Tensor | None = None,
         count_correct: bool = False,
+        added_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the sum of the losses, the number of correct targets, and the gradients.
 
@@ -215,6 +205,7 @@ class _HeadPass:
             losses: filled with the loss of each target, shape (N,).
             scales: factor of each target's loss in the gradients, float32, shape (N,); 1 for all without it.
             count_correct: whether to count the targets that are the most likely token.
+            added_rows: filled with the gradients of the added tokens' logits, shape (N, n).
         """
         head, hidden = self.head, self.hidden
         grads: dict[str, Tensor] = {}
@@ -252,6 +243,8 @@ class _HeadPass:
                 factors = scales[start : start + step, None].to(grad_logits.dtype)
                 grad_logits = grad_logits * factors
                 grad_added = None if grad_added is None else grad_added * factors
+            if added_rows is not None and grad_added is not None:
+                added_rows[start : start + step] = grad_added
             if "added_weight" in grads and grad_added is not None:
                 grads["added_weight"] += grad_added.T @ states
             if "bias" in grads:
@@ -264,6 +257,44 @@ class _HeadPass:
                     grad_states.addmm_(grad_added, cast_added_weight)
                 grads["hidden"][start : start + step] = grad_states
         return total, correct, grads
+
+    def run_weighed(
+        self, needed: Collection[str], weigh: Weigh, *, losses: Tensor | None = None, count_correct: bool = False
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return what `weigh` makes of the losses, the number of correct targets, and the gradients of the former.
+
+        With a frozen head, the gradients of each position are scaled once its loss is weighed. Those of a trained head
+        sum over positions, so the product is made once more.
+
+        Args:
+            needed: names of `_INPUTS` whose gradients are computed.
+            weigh: see `Weigh`.
+            losses: filled with the loss of each target, shape (N,).
+            count_correct: whether to count the targets that are the most likely token.
+        """
+        each = torch.empty(len(self.hidden), dtype=torch.float32, device=self.hidden.device)
+        is_frozen = "weight" not in needed and "bias" not in needed
+        added_rows = None
+        if needed and is_frozen and self.added_weight is not None:
+            added_rows = self.hidden.new_zeros(len(self.hidden), len(self.added_weight), dtype=self.dtype)
+        now = ["hidden"] if needed and is_frozen else []
+        _, correct, grads = self.run(now, losses=each, count_correct=count_correct, added_rows=added_rows)
+        if losses is not None:
+            losses.copy_(each)
+        with torch.enable_grad():
+            leaf = each.requires_grad_()
+            value = weigh(leaf)
+        if not needed:
+            return value.detach(), correct, {}
+        (scales,) = torch.autograd.grad(value, leaf)
+        if not is_frozen:
+            _, _, grads = self.run(needed, scales=scales)
+            return value.detach(), correct, grads
+        grads["hidden"] *= scales[:, None].to(grads["hidden"].dtype)
+        if "added_weight" in needed and added_rows is not None:
+            scaled = added_rows * scales[:, None].to(added_rows.dtype)
+            grads["added_weight"] = scaled.T.float() @ self.hidden.float()
+        return value.detach(), correct, {name: grads[name] for name in needed}
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -280,10 +311,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         differentiable: bool,
         count_correct: bool,
         losses: Tensor | None,
+        weigh: Weigh | None,
     ) -> tuple[Tensor, Tensor]:
-        needed = _needed(ctx) if differentiable else ()
+        needed = _needed(ctx) if differentiable else []
         head_pass = _HeadPass(hidden, targets, weight, bias, added_weight, head, dtype)
-        total, correct, grads = head_pass.run(needed, losses=losses, count_correct=count_correct)
+        if weigh is None:
+            total, correct, grads = head_pass.run(needed, losses=losses, count_correct=count_correct)
+        else:
+            total, correct, grads = head_pass.run_weighed(needed, weigh, losses=losses, count_correct=count_correct)
         ctx.mark_non_differentiable(correct)
         ctx.names = list(grads)
         inputs = dict(zip(_INPUTS, (hidden, weight, bias, added_weight), strict=True))
@@ -295,61 +330,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = outputs[0]
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        grads: list[Tensor | None] = [None] * 10
+        grads: list[Tensor | None] = [None] * 11
         for name, grad in saved.items():
             grads[_PLACES[name]] = (grad * scale.to(grad.dtype)).to(ctx.dtypes[name])
         return tuple(grads)
 
 
 _PLACES = {"hidden": 0, "weight": 2, "bias": 3, "added_weight": 4}
-"""Where the inputs of `_INPUTS` stand among the arguments of both functions."""
+"""Where the inputs of `_INPUTS` stand among the arguments."""
 
 
 def _needed(ctx: Any) -> list[str]:
     return [name for name, place in _PLACES.items() if ctx.needs_input_grad[place]]
-
-
-class _TokenLosses(torch.autograd.Function):
-    """The gradient of the hidden states alone is computed in the forward pass, row by row, and scaled in the backward
-    pass. The others sum over positions, whose scales are not known before that."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        targets: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        added_weight: Tensor | None,
-        head: Head,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        ctx.needed = _needed(ctx)
-        ctx.head, ctx.dtype = head, dtype
-        now = [name for name in ctx.needed if ctx.needed == ["hidden"]]
-        head_pass = _HeadPass(hidden, targets, weight, bias, added_weight, head, dtype)
-        _, _, grads = head_pass.run(now, losses=losses)
-        kept = (grads["hidden"],) if now else (hidden, targets, weight, bias, added_weight)
-        ctx.save_for_backward(*kept)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (scales,) = outputs
-        grads: list[Tensor | None] = [None] * 7
-        if len(ctx.saved_tensors) == 1:
-            (grad_hidden,) = ctx.saved_tensors
-            grads[0] = grad_hidden * scales[:, None].to(grad_hidden.dtype)
-            return tuple(grads)
-        hidden, targets, weight, bias, added_weight = ctx.saved_tensors
-        inputs = dict(zip(_INPUTS, (hidden, weight, bias, added_weight), strict=True))
-        with torch.autocast(hidden.device.type, enabled=False):
-            head_pass = _HeadPass(hidden, targets, weight, bias, added_weight, ctx.head, ctx.dtype)
-            _, _, found = head_pass.run(ctx.needed, scales=scales)
-        for name, grad in found.items():
-            grads[_PLACES[name]] = grad.to(inputs[name].dtype)
-        return tuple(grads)
 
 
 def chunk_size(positions: int, vocabulary: int, device: str, *, trains_head: bool) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peftchat.errors import UserError
 from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.runs.eval_pairs import PairResult, PairSummary, write_eval_pairs
 from peftchat.training.preference_loss import (
@@ -50,8 +51,9 @@ class PreferenceTrainer(ChatTrainer):
         self._recipe = context.recipe
         self._initial_embeddings = model.initial_embeddings
         self.reference = ReferenceLogProbs(context.content.digests)
-        # A base or data that changed, and may, makes the numbers of the checkpoint those of something else.
-        if context.checkpoint is not None and not context.content.record.allowed_changes:
+        # A base that changed, and may, makes the numbers of the checkpoint those of something else.
+        changed = context.content.record.allowed_changes and self._recipe.method != "full"
+        if context.checkpoint is not None and not changed:
             self.reference.load(context.checkpoint.path)
         self._sums = self._no_sums()
         self.pairs: list[PairResult] = []
@@ -85,19 +87,25 @@ class PreferenceTrainer(ChatTrainer):
         self.throughput.add(
             inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
         )
-        reference = self._reference_of("train", self.current_examples, inputs, self._target_counts)
-        outputs = model(**self._model_inputs(inputs), supervised=True, differentiable_losses=True)
-        policy, found = self._pair_loss(outputs.losses, self._target_counts, reference)
-        metrics = pair_metrics(found, policy)
-        self._sums += torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
+        counts = self._target_counts
+        reference = self._reference_of("train", self.current_examples, inputs, counts)
         if not isinstance(num_items_in_batch, Tensor):
-            counts = [len(policy.chosen), int(self._target_counts[::2].sum())]
-            num_pairs, num_tokens = torch.tensor(counts, device=metrics.device)
+            num_items = torch.tensor([len(counts) // 2, int(counts[::2].sum())], device=inputs["labels"].device)
         else:
-            num_pairs, num_tokens = num_items_in_batch
-        loss = found.losses.sum() / num_pairs
-        if found.likelihood_weight:
-            loss = loss - found.likelihood_weight * policy.chosen.sum() / num_tokens
+            num_items = num_items_in_batch
+
+        def weigh(losses: Tensor) -> Tensor:
+            """Return this batch's part of the loss of the step."""
+            policy, found = self._pair_loss(losses, counts, reference)
+            metrics = pair_metrics(found, policy)
+            self._sums += torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
+            loss = found.losses.sum() / num_items[0]
+            if found.likelihood_weight:
+                loss = loss - found.likelihood_weight * policy.chosen.sum() / num_items[1]
+            return loss
+
+        outputs = model(**self._model_inputs(inputs), supervised=True, weigh=weigh)
+        loss = outputs.loss
         return self._with_other_terms(loss, outputs, num_items_in_batch)
 
     def _note_loss(self, loss: Tensor) -> None:
@@ -105,7 +113,7 @@ class PreferenceTrainer(ChatTrainer):
         self.checks.add(loss, self.current_examples[::2])
 
     def _pair_loss(
-        self, losses: Tensor, counts: Sequence[int], reference: AnswerLogProbs
+        self, losses: Tensor, counts: Sequence[int], reference: AnswerLogProbs | None
     ) -> tuple[AnswerLogProbs, PairLoss]:
         """Return the model's log-probabilities of the answers, and the loss of each pair."""
         policy = AnswerLogProbs.of(answer_sums(losses, counts))
@@ -114,16 +122,48 @@ class PreferenceTrainer(ChatTrainer):
 
     def _reference_of(
         self, split: "Split", examples: Any, inputs: Mapping[str, Tensor], counts: Sequence[int]
-    ) -> AnswerLogProbs:
-        """Return the reference's log-probabilities of the answers of a batch."""
+    ) -> AnswerLogProbs | None:
+        """Return the reference's log-probabilities of the answers of a batch; None without a reference."""
+        if not self._recipe.has_reference:
+            return None
 
-        def compute() -> Tensor:
+        places = np.asarray(examples)
+        lacks = self.reference.lacks(split, places)
+        if self.is_deepspeed_enabled:
+            # ZeRO-3 gathers weights in all processes at once.
+            lacks = bool(self._sum_over_processes(torch.tensor(float(lacks), device=self.args.device)))
+        if lacks:
             with reference_model(self.model, self._initial_embeddings):
                 outputs = self.model(**self._model_inputs(inputs), supervised=True)
-            return answer_sums(outputs.losses, counts)
+            self.reference.add(split, places, answer_sums(outputs.losses, counts))
+        return AnswerLogProbs.of(self.reference.of(split, places).to(inputs["labels"].device))
 
-        known = self.reference.of(split, np.asarray(examples), compute)
-        return AnswerLogProbs.of(known.to(inputs["labels"].device))
+    def prepare(self) -> None:
+        """Compute the reference of all pairs where training changes its weights; every process must call it.
+
+        Raises:
+            UserError: a resumed run lacks the reference of some pairs, whose weights are gone.
+        """
+        if not self._recipe.has_reference or self._recipe.method != "full":
+            return
+        splits = [split for split in self._context.splits if self.reference.lacks(split)]
+        checkpoint = self._context.checkpoint
+        if splits and checkpoint is not None:
+            raise UserError(
+                "the checkpoint lacks the reference of some pairs, and the weights that it is made from are trained",
+                where=str(checkpoint.path),
+                hint="Resume with the data that the run was started with, or start a new run.",
+            )
+        for split in splits:
+            for of_batch, batch, inputs in self._evaluation_batches(split):
+                with self.compute_loss_context_manager():
+                    outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
+                if of_batch is not None:
+                    self.reference.add(split, batch["examples"], answer_sums(outputs.losses, batch["target_counts"]))
+        if splits:
+            self.reference.merge(self.gather_objects(self.reference.known))
+            pairs = sum(len(self.reference.known[split]) for split in splits) // 2
+            self._context.notes.tell(f"The reference of {pairs:,} pairs was computed before the first step.")
 
     def held_out_metrics(self, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return the mean loss of the held-out pairs, and their metrics; every process must call it.
@@ -136,7 +176,7 @@ class PreferenceTrainer(ChatTrainer):
         results: list[PairResult] = []
         not_finite: list[int] = []
         store = self._context.splits["eval"].store
-        for of_batch, batch, inputs in self._evaluation_batches():
+        for of_batch, batch, inputs in self._evaluation_batches("eval"):
             counts = batch["target_counts"]
             with self.compute_loss_context_manager():
                 reference = self._reference_of("eval", batch["examples"], inputs, counts)
@@ -200,6 +240,8 @@ class PreferenceTrainer(ChatTrainer):
 
     def _save_more(self, checkpoint: "Checkpoint") -> None:
         """Write the reference's log-probabilities, so that a resumed run has the same ones."""
-        gathered = self.gather_objects(self.reference.known)
+        if not self._recipe.has_reference:
+            return
+        self.reference.merge(self.gather_objects(self.reference.known))
         if self.args.should_save:
-            self.reference.save(checkpoint.path, gathered)
+            self.reference.save(checkpoint.path)

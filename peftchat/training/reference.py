@@ -1,6 +1,6 @@
 """Reference of a preference run: the base with its adapter switched off, and the log-probabilities it gave once."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,7 @@ def _initial_embeddings(model: nn.Module, initial: EmbeddingSnapshot | None) -> 
 
 
 class ReferenceLogProbs:
-    """The reference's log-probability of each answer, computed where it is first needed.
+    """The reference's log-probability of each answer, computed once.
 
     A later epoch and a later evaluation find the numbers of the first one, so the reference costs one pass over each
     pair, whatever the number of epochs.
@@ -82,32 +82,34 @@ class ReferenceLogProbs:
             split: np.full(len(found), np.nan, dtype=np.float32) for split, found in digests.items()
         }
 
-    def of(self, split: str, examples: npt.NDArray[np.int64], compute: Callable[[], Tensor]) -> Tensor:
-        """Return the log-probabilities of a batch's answers, float32, shape (examples,), on the CPU.
-
-        Args:
-            split: the split of the examples.
-            examples: their indices in its store, shape (examples,).
-            compute: computes them by the reference; called unless all of them are known.
-        """
+    def lacks(self, split: str, examples: npt.NDArray[np.int64] | None = None) -> bool:
+        """Return whether the log-probability of one of some examples is not known; by default, of one of all."""
         known = self._known[split]
-        if np.isnan(known[examples]).any():
-            known[examples] = compute().float().cpu().numpy()
-        return torch.from_numpy(known[examples])
+        return bool(np.isnan(known if examples is None else known[examples]).any())
 
-    def save(self, folder: Path, gathered: list[dict[str, LogProbs]]) -> None:
-        """Write what all processes know into a checkpoint.
+    def add(self, split: str, examples: npt.NDArray[np.int64], log_probs: Tensor) -> None:
+        """Take note of the log-probabilities of some examples, float32, shape (examples,)."""
+        self._known[split][examples] = log_probs.float().cpu().numpy()
+
+    def of(self, split: str, examples: npt.NDArray[np.int64]) -> Tensor:
+        """Return the known log-probabilities of some examples, float32, shape (examples,), on the CPU."""
+        return torch.from_numpy(self._known[split][examples])
+
+    def merge(self, gathered: "list[dict[str, LogProbs]]") -> None:
+        """Take over what other processes know.
 
         Args:
-            folder: the checkpoint.
             gathered: `known` of each process.
         """
+        for split, own in self._known.items():
+            for other in gathered:
+                np.copyto(own, other[split], where=np.isnan(own))
+
+    def save(self, folder: Path) -> None:
+        """Write what is known into a checkpoint."""
         arrays: dict[str, Any] = {}
         for split, digests in self._digests.items():
-            merged = gathered[0][split].copy()
-            for other in gathered[1:]:
-                merged = np.where(np.isnan(merged), other[split], merged)
-            arrays |= {split: merged, f"{split}_digests": digests}
+            arrays |= {split: self._known[split], f"{split}_digests": digests}
         np.savez(folder / FILE_NAME, **arrays)
 
     @property

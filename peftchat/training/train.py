@@ -69,6 +69,7 @@ def train(
         def start() -> list[SampleAnswer]:
             preflight(trainer, context)
             begin(trainer, context)
+            trainer.prepare()
             return sample_answers(trainer.causal_model, context.chat, prompts, longest)
 
         fitted = fit(trainer, context, start, check_claim)

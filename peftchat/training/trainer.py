@@ -48,6 +48,7 @@ from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+    from peftchat.dataset.cache import Split
     from peftchat.dataset.collator import Batch, BatchLayout
 
 
@@ -137,6 +138,9 @@ class ChatTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the sampler; one that knows the epoch where each epoch has packs of its own."""
         return self._epoch_sampler or super()._get_train_sampler(train_dataset)
+
+    def prepare(self) -> None:
+        """Do what needs the weights of the start, right before the first step; every process must call it."""
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -237,7 +241,7 @@ class ChatTrainer(SFTTrainer):
         sums = torch.zeros(3, dtype=torch.float64)
         held_out = HeldOutLosses(self.state.global_step)
         not_finite: list[int] = []
-        for of_batch, batch, inputs in self._evaluation_batches():
+        for of_batch, batch, inputs in self._evaluation_batches("eval"):
             with self.compute_loss_context_manager():
                 outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
             if of_batch is None:
@@ -265,15 +269,15 @@ class ChatTrainer(SFTTrainer):
                 metrics[f"{metric_key_prefix}_tokens_{kind}"] = int(kind_count)
         return metrics
 
-    def _evaluation_batches(self) -> "Iterator[tuple[list[Any] | None, Batch, Batch]]":
-        """Yield this process's part of the held-out batches, with the model set to evaluate.
+    def _evaluation_batches(self, split: "Split") -> "Iterator[tuple[list[Any] | None, Batch, Batch]]":
+        """Yield this process's part of the batches of a split, in order, with the model set to evaluate.
 
         Yields:
             The packs of the batch, the batch, and the same on the model's device. ZeRO-3 gathers weights in all
             processes at once, so a process without a batch gets the last one once more, without packs: it counts
             nothing of it.
         """
-        collator, packs = self._collators["eval"], self.eval_dataset
+        collator, packs = self._collators[split], self.eval_dataset if split == "eval" else self.train_dataset
         size = self.args.per_device_eval_batch_size
         batches = [range(start, min(start + size, len(packs))) for start in range(0, len(packs), size)]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index

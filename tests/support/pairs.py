@@ -43,7 +43,8 @@ def write_pairs(path: Path, count: int = 12, seed: int = 0, *, rounds: int = 1) 
 def pair_recipe(folder: Path, base: Path, train: Path, held_out: Path | None, **sections: Any) -> Path:
     """Write a recipe of a short preference run into a folder; return its path."""
     run = folder / "run"
-    return write_training_recipe(folder / "recipe.yaml", base, train, held_out, run, objective="dpo", **sections)
+    sections = {"objective": "dpo", **sections}
+    return write_training_recipe(folder / "recipe.yaml", base, train, held_out, run, **sections)
 
 
 def open_trainer(recipe: Path, *overrides: str) -> PreferenceTrainer:

@@ -95,7 +95,7 @@ SHARED_FIELDS: dict[str, str] = {
     "tools": "definitions of the functions that the assistant may call; also functions, or JSON text of either",
     "loss_mask": f"a list of 0 and 1 for each turn or answer: what is trained; also {', '.join(names.TURN_MASKS[1:])}",
     "train": "false leaves the record out, and counts it; also loss, trainable, weight with 0 or 1",
-    "chosen": "the preferred answer to the turns; `rejected` is used with `objective: dpo` alone",
+    "chosen": "the preferred answer to the turns; `rejected` is used by objectives with pairs alone",
     "label": "false leaves the record out, and counts it",
 }
 """Fields that mean the same in every format with one conversation per record."""

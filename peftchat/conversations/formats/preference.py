@@ -48,11 +48,11 @@ def _turns_of_text(text: str) -> list[Message]:
 FORMAT = record_format(
     "preference",
     Description(
-        "chosen, rejected, optional prompt: the chosen answer is read; with `objective: dpo` both are",
+        "chosen, rejected, optional prompt: the chosen answer is read; objectives with pairs read both",
         {
             "prompt": "what is asked: text or a list of turns; absent where `chosen` is the whole conversation",
             "chosen": "the answer: text, a turn, a list of turns, or all turns (also `Human: … Assistant: …`)",
-            "rejected": "the other answer, in the same form; used with `objective: dpo` alone",
+            "rejected": "the other answer, in the same form; used by objectives with pairs alone",
         },
         (
             {"prompt": "A joke?", "chosen": "A horse walks into a bar.", "rejected": "No."},

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from peftchat.training.preference_trainer import PreferenceTrainer
 from peftchat.training.reference import reference_model
 from peftchat.training.train import train
 from tests.support.data import WORDS, read_json, read_json_lines
+from tests.support.launch import peftchat_in_processes
 from tests.support.models import random_model, small_model
 from tests.support.pairs import open_trainer, pair_recipe, write_pairs
 from tests.support.tokenizers import train_byte_level
@@ -64,7 +66,7 @@ def batch_of(trainer: PreferenceTrainer, count: int) -> dict[str, Any]:
 def loss_of(trainer: PreferenceTrainer, batch: dict[str, Any]) -> Tensor:
     """Return the loss of one batch as a whole optimizer step, with its gradients in the model."""
     items = trainer._get_num_items_in_batch([batch], trainer.args.device)
-    trainer._examples, trainer._target_counts = batch["examples"], batch["target_counts"]
+    trainer.current_examples, trainer._target_counts = batch["examples"], batch["target_counts"]
     inputs = {name: value for name, value in batch.items() if name not in ("examples", "target_counts")}
     loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=items)
     loss.backward()
@@ -143,13 +145,100 @@ def test_loss_and_gradients_are_those_of_trl(name: str, chatml_base: Path, pairs
     loss = loss_of(trainer, batch_of(trainer, 6))
     found = gradients(trainer.model)
     expected, wanted = trl_loss(chatml_base, trainer.model, rows_of(trainer, 6), **theirs)
+    check_equal(loss, found, expected, wanted)
+    # The reference took part: the rewards are not zero.
+    assert float(trainer._sums[3]) != 0.0
+
+
+def stock_log_probs(trainer: PreferenceTrainer, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the answers' log-probabilities and numbers of tokens, chosen and rejected, by the model's own logits."""
+    sums: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
+    lengths: dict[str, list[int]] = {"chosen": [], "rejected": []}
+    for row in rows_of(trainer, count):
+        for side in sums:
+            ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+            places = range(len(row["prompt_ids"]), ids.shape[1])
+            log_probs = trainer.model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+            sums[side].append(sum((log_probs[place - 1, ids[0, place]] for place in places), torch.zeros(())))
+            lengths[side].append(len(places))
+    return *map(torch.stack, sums.values()), *map(torch.tensor, lengths.values())
+
+
+def trl_formula(name: str, options: dict[str, Any], log_probs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """Return the loss by the methods of TRL's trainers; prompts are not in the likelihood, as everywhere here."""
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    chosen, rejected, chosen_tokens, rejected_tokens = log_probs
+    likelihood = -chosen.sum() / chosen_tokens.sum()
+    trl = SimpleNamespace(
+        alpha=0.0, label_smoothing=0.0, loss_type="sigmoid", accelerator=SimpleNamespace(device="cpu"), **options
+    )
+    if name == "orpo":
+        ratio = ORPOTrainer.odds_ratio_loss(trl, chosen / chosen_tokens, rejected / rejected_tokens)[0]
+        return likelihood - ratio.mean()
+    if name == "simpo":
+        trl.loss_type, trl.simpo_gamma = "simpo", trl.gamma
+        return CPOTrainer.cpo_loss(trl, chosen / chosen_tokens, rejected / rejected_tokens)[0].mean()
+    return CPOTrainer.cpo_loss(trl, chosen, rejected)[0].mean() + 0.6 * likelihood
+
+
+FREE: dict[str, dict[str, Any]] = {
+    "orpo": {"beta": 0.3},
+    "simpo": {"beta": 2.5, "gamma": 0.7},
+    "cpo": {"beta": 0.2},
+}
+"""The objectives without a reference, and options of ours that TRL has under the same name."""
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("name", FREE)
+def test_objectives_without_a_reference_are_those_of_trl(
+    name: str, method: str, chatml_base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    ours = {**FREE[name], **({"alpha": 0.6} if name == "cpo" else {})}
+    sections: dict[str, Any] = {"objective": name, name: ours, "method": method}
+    sections |= {"adapter": ADAPTER} if method == "lora" else {}
+    trainer = open_trainer(pair_recipe(tmp_path, chatml_base, pairs, None, chat=CHATML, **sections))
+    move(trainer.model)
+    loss = loss_of(trainer, batch_of(trainer, 6))
+    found = gradients(trainer.model)
+    trainer.model.zero_grad()
+    expected = trl_formula(name, FREE[name], stock_log_probs(trainer, 6))
+    expected.backward()
+    check_equal(loss, found, expected.detach(), gradients(trainer.model))
+
+
+def test_full_fine_tuning_computes_the_reference_before_the_first_step(
+    chatml_base: Path, pairs: Path, held_out: Path, tmp_path: Path
+) -> None:
+    recipe = pair_recipe(tmp_path, chatml_base, pairs, held_out, chat=CHATML, method="full")
+    trainer = open_trainer(recipe)
+    trainer.model_wrapped = trainer.model
+    trainer.prepare()
+    with torch.no_grad():
+        reference = stock_log_probs(trainer, 6)
+    known = trainer.reference.known
+    assert not any(torch.isnan(torch.from_numpy(one)).any() for one in known.values())
+    for place, side in enumerate((known["train"][:12:2], known["train"][1:12:2])):
+        torch.testing.assert_close(torch.from_numpy(side), reference[place], rtol=1e-5, atol=1e-4)
+    move(trainer.model)
+    loss = loss_of(trainer, batch_of(trainer, 6))
+    found = gradients(trainer.model)
+    trainer.model.zero_grad()
+    policy = stock_log_probs(trainer, 6)
+    margin = policy[0] - reference[0] - policy[1] + reference[1]
+    expected = -torch.nn.functional.logsigmoid(0.1 * margin).mean()
+    expected.backward()
+    check_equal(loss, found, expected.detach(), gradients(trainer.model))
+
+
+def check_equal(loss: Tensor, found: dict[str, Tensor], expected: Tensor, wanted: dict[str, Tensor]) -> None:
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     assert found.keys() == wanted.keys()
     largest = max(float(one.abs().max()) for one in wanted.values())
     for key, gradient in wanted.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * largest)
-    # The reference took part: the rewards are not zero.
-    assert float(trainer._sums[3]) != 0.0
 
 
 def test_batches_and_layouts_do_not_matter(pairs: Path, tmp_path: Path) -> None:
@@ -173,7 +262,7 @@ def test_batches_and_layouts_do_not_matter(pairs: Path, tmp_path: Path) -> None:
         assert items[0] == 6
         total = 0.0
         for batch in made:
-            trainer._examples, trainer._target_counts = batch.pop("examples"), batch.pop("target_counts")
+            trainer.current_examples, trainer._target_counts = batch.pop("examples"), batch.pop("target_counts")
             loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
             loss.backward()
             total += float(loss.detach())
@@ -239,27 +328,53 @@ def test_a_rule_is_learned_and_told(pretrained: Path, held_out: Path, tmp_path: 
     assert read_json(run / "run.json")["eval_pairs"]["pairs"] == 7
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(pairs: Path, held_out: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_resumed_run_is_the_uninterrupted_one(method: str, pairs: Path, held_out: Path, tmp_path: Path) -> None:
     """Across the border of an epoch, where the reference is looked up and not computed."""
     settings = {
         "max_steps": 6, "per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 3,
         "save_total_limit": 9, "learning_rate": 5e-3,
     }  # fmt: skip
-    recipe = pair_recipe(tmp_path, small_model(tied=True), pairs, held_out, training=settings)
+    recipe = pair_recipe(tmp_path, small_model(tied=True), pairs, held_out, training=settings, method=method)
     run = tmp_path / "run"
     train(load_recipe(recipe))
+    weights = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
 
     def left() -> tuple[bytes, str, list[Any]]:
         lines = [
             {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second", "memory_bytes")}
             for line in read_json_lines(run / "metrics.jsonl")
         ]
-        return (run / "adapter_model.safetensors").read_bytes(), (run / "eval_pairs.jsonl").read_text(), lines
+        return (run / weights).read_bytes(), (run / "eval_pairs.jsonl").read_text(), lines
 
     whole = left()
-    for name in ("run.json", "adapter_model.safetensors"):
+    for name in ("run.json", weights):
         (run / name).unlink()
     shutil.rmtree(run / "checkpoints" / "checkpoint-6")
     train(load_recipe(recipe), TrainOptions(resume=True))
     assert left() == whole
     assert json.loads(whole[1].splitlines()[0])["chosen_logp_before"] is not None
+
+
+@pytest.mark.distributed
+def test_two_processes_that_share_all_weights_train_as_one(pairs: Path, tmp_path: Path) -> None:
+    """ZeRO-3 with a trained head: its weights are gathered for the loss of pairs, and are not in the backward pass."""
+    lines = []
+    for name, processes in (("one", 1), ("two", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        training = {"max_steps": 2, "gradient_accumulation_steps": 2 // processes, "learning_rate": 1e-3}
+        strategy = {"strategy": "single" if processes == 1 else "zero3", "processes": processes}
+        recipe = pair_recipe(
+            folder, small_model(tied=False), pairs, None, training=training, method="full", distributed=strategy,
+            dpo={"rpo_alpha": 0.5},
+        )  # fmt: skip
+        if processes == 1:
+            train(load_recipe(recipe))
+        else:
+            done = peftchat_in_processes(processes, "train", recipe)
+            assert done.returncode == 0, done.stderr
+        lines.append(read_json_lines(folder / "run" / "metrics.jsonl"))
+    for one, other in zip(*lines, strict=True):
+        for key in ("loss", "rewards/margins", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key

@@ -11,6 +11,7 @@ from peftchat.training.learning_rate import ContinuedScheduleCallback
 from peftchat.training.model import TrainableModel, select_attention
 from peftchat.training.preference_trainer import PreferenceTrainer
 from peftchat.training.throughput import BudgetCallback, has_budget
+from peftchat.training.trackers import PROJECT, name_projects, shield_trackers
 from peftchat.training.trainer import ChatTrainer
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def sft_config(context: TrainContext) -> "SFTConfig":
 
     recipe, distributed = context.recipe, context.distributed
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(context.run_folder.tensorboard))
+    name_projects(recipe)
     on_cpu = distributed.gpus == 0
     arguments = training_arguments(recipe)
     # TRL turns it on by default.
@@ -38,6 +40,8 @@ def sft_config(context: TrainContext) -> "SFTConfig":
     if context.checkpoint is not None:
         # The run was evaluated before its first step.
         arguments["eval_on_start"] = False
+    # Trackers would think of a name of their own.
+    arguments["run_name"] = recipe.training.run_name or context.run_folder.path.absolute().name
     arguments["report_to"] = arguments.get("report_to") or "none"
     # Older checkpoints are deleted by `keep_newest`, once the new one is complete.
     arguments["save_total_limit"] = None
@@ -62,6 +66,7 @@ def sft_config(context: TrainContext) -> "SFTConfig":
         label_names=["labels"],
         dataloader_pin_memory=not on_cpu,
         disable_tqdm=True,
+        project=PROJECT,
         log_level="error",
     )
 
@@ -82,6 +87,7 @@ def build_trainer(context: TrainContext, model: TrainableModel, config: "SFTConf
         # Examples of similar length share a batch, so that little of it is padding.
         config.train_sampling_strategy = "group_by_length"
     trainer = (PreferenceTrainer if context.recipe.has_pairs else ChatTrainer)(context, model, config, layout)
+    shield_trackers(trainer, context)
     if has_budget(context.recipe.training):
         trainer.add_callback(BudgetCallback(trainer.gather_token_counts, context.recipe.training))
     if context.checkpoint is not None:

@@ -4,6 +4,7 @@ The cache key covers the content of the sources and every setting that changes t
 the examples under a lock; every other one, in this run or another, maps the finished file.
 """
 
+import errno
 import gc
 import hashlib
 import itertools
@@ -170,9 +171,17 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
             stats.remarks = log.sentences() + (leaks.sentences() if split == "eval" else [])
             write_text(temporary / f"{split}.json", json.dumps(asdict(stats)))
         temporary.replace(folder)
-    except BaseException:
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        size = sum(path.stat().st_size for path in temporary.iterdir())
+        raise UserError(
+            f"the disk is full: {size / 1e6:,.0f} MB of encoded examples were written, and they are not all",
+            where=str(folder.parent),
+            hint="Free disk space, or set PEFTCHAT_CACHE to a folder on a larger disk: five bytes a token are needed.",
+        ) from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def conversations(recipe: "Recipe", split: Split, log: ProblemLog) -> Iterator[Conversation]:

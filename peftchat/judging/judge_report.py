@@ -141,7 +141,9 @@ def _write_page(judging: Judging, path: Path) -> None:
     shown: list[dict[str, Any]] = []
     for index, outcome in enumerate(first):
         of_judges = [(judge, outcomes[index]) for judge, outcomes in judging.outcomes.items()]
-        of_pair = {_kind(one) for _, one in of_judges} | {"changed" for _, one in of_judges if not one.agrees}
+        of_pair = {_kind(one) for _, one in of_judges}
+        if any(one.is_read and not one.agrees for _, one in of_judges):
+            of_pair.add("changed")
         shown.append(
             {
                 "pair": outcome.pair,

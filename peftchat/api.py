@@ -283,7 +283,10 @@ def compare(
             equal_within,
         )
     )
+    from peftchat.logging_setup import quiet_libraries
+
     # Only now, because it imports torch: a wrong option is reported at once.
+    quiet_libraries()
     from peftchat.comparing.compare import EvalOptions
     from peftchat.comparing.compare import compare as compare_candidates
 

@@ -152,6 +152,8 @@ def find_learning_rate(
 
     settle_processes()
     loaded = _load(recipe, overrides)
+    what = "the search compares losses of conversations, and the recipe learns from pairs"
+    _refuse_pairs(loaded, what, "Leave `--find-lr` out; training.learning_rate: auto gives a rate.")
     file = RunFolder(Path(loaded.recipe.output_dir)).rate_search
     refuse_processes(loaded)
     # The rule is where the search begins, whatever the recipe says.
@@ -207,6 +209,9 @@ def plan(
     from peftchat.planning.plan import plan_training
 
     loaded = _load(recipe, overrides, to_train=False)
+    _refuse_pairs(
+        loaded, "`plan` does not search settings of runs with pairs", "`train --dry-run` predicts the memory."
+    )
     check_base(loaded, for_plan=True)
     distributed = loaded.recipe.distributed
     count = gpus or (distributed.processes * distributed.nodes if distributed.processes else None)
@@ -564,6 +569,17 @@ def choose_settings(
 def comparison_folder(recipe: Path | str, output: Path | str | None) -> Path:
     """Return the folder of a comparison."""
     return Path(output) if output is not None else Path("runs") / f"compare-{Path(recipe).stem}"
+
+
+def _refuse_pairs(loaded: LoadedRecipe, what: str, hint: str) -> None:
+    """Refuse a recipe whose objective learns from pairs.
+
+    Raises:
+        UserError: it does.
+    """
+    if loaded.recipe.has_pairs:
+        where = f"{loaded.where('objective')}: {loaded.recipe.objective}"
+        raise UserError(what, where=where, hint=hint)
 
 
 def _load(recipe: RecipeSource, overrides: Sequence[str], *, to_train: bool = True) -> LoadedRecipe:

@@ -301,6 +301,12 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
                 hint="Give one value, or run one comparison per value.",
             )
     base = load_recipe(options.recipe, override_flags(_shared_settings(options)))
+    if base.recipe.has_pairs:
+        raise UserError(
+            "a comparison is one of held-out losses of conversations, and the recipe learns from pairs",
+            where=f"{base.where('objective')}: {base.recipe.objective}",
+            hint="Compare with `objective: sft`.",
+        )
     if not base.recipe.data.has_eval:
         raise UserError(
             "a comparison needs held-out conversations, and the recipe has none",

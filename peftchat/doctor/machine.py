@@ -140,7 +140,11 @@ def examine_file_handles() -> Finding:
     found = "no limit" if soft == endless else f"{soft:,}"
     if soft != endless and soft < _ENOUGH_FILES:
         more = hard == endless or hard >= _ENOUGH_FILES
-        cure = f"ulimit -n {_ENOUGH_FILES}" if more else f"Have the administrator raise the hard limit of {hard:,}."
+        cure = (
+            f"ulimit -n {_ENOUGH_FILES}"
+            if more
+            else f"Raise the hard limit of {hard:,} (Docker: `--ulimit nofile=65536`)."
+        )
         return Finding("file handles", "warning", found, cure)
     return Finding("file handles", "ok", found)
 

@@ -19,7 +19,9 @@ from peftchat.runs.claim import claimed
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from peftchat.training.best_checkpoint import best_callbacks, load_best
+from peftchat.training.build_trainer import build_trainer, sft_config
 from peftchat.training.context import TrainContext, TrainOptions, open_context
+from peftchat.training.hang_watch import watch_hangs
 from peftchat.training.hints import tell_hints
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
@@ -29,7 +31,7 @@ from peftchat.training.questions import read_questions, sample_answers
 from peftchat.training.several_processes import is_main_process
 from peftchat.training.stopping import EvaluationStopped, StopCallback
 from peftchat.training.summary import FitResult, added_tokens, seconds_since_start, summarize
-from peftchat.training.trainer import ChatTrainer, build_trainer, sft_config
+from peftchat.training.trainer import ChatTrainer
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe
@@ -67,6 +69,7 @@ def train(
         def start() -> list[SampleAnswer]:
             preflight(trainer, context)
             begin(trainer, context)
+            trainer.prepare()
             return sample_answers(trainer.causal_model, context.chat, prompts, longest)
 
         fitted = fit(trainer, context, start, check_claim)
@@ -131,6 +134,7 @@ def fit(
     progress = ProgressCallback()
     trainer.add_callback(progress)
     trainer.add_callback(stopping)
+    hang_watch = watch_hangs(trainer, context)
     if not context.distributed.gpus:
         keep_large_blocks()
     try:
@@ -149,6 +153,8 @@ def fit(
     finally:
         stopping.signals.end()
         progress.close()
+        if hang_watch is not None:
+            hang_watch.end()
     kept = load_best(trainer, context)
     return FitResult(
         token_counts=trainer.gather_token_counts(),

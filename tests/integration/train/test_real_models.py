@@ -12,14 +12,12 @@ from tests.support.stock import stock_loss, stock_run
 RECIPES = PROJECT / "recipes"
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_story_model_learns_to_chat(method: str, stories: Path, shared_data: Path, tmp_path: Path) -> None:
+def test_a_story_model_learns_to_chat(stories: Path, shared_data: Path, tmp_path: Path) -> None:
     """On the OpenAssistant conversations that fit, held-out loss falls from about 4 to below 3.8."""
     run = tmp_path / "run"
-    adapter = {"adapter": {"r": 64, "alpha": 64, "dropout": 0.0}} if method == "lora" else {}
     recipe = write_training_recipe(
         tmp_path / "recipe.yaml", stories, shared_data / "oasst_trees_en_60.jsonl", None, run,
-        method=method, **adapter,
+        method="lora", adapter={"r": 64, "alpha": 64, "dropout": 0.0},
         data={"eval_fraction": 0.3, "max_length": 512},
         training={
             "learning_rate": 5e-3,
@@ -74,8 +72,6 @@ def test_the_shipped_recipes_run_here(
         "--set", "training.per_device_train_batch_size=1",
         "--set", "data.max_length=128",
         "--set", f"output_dir={run}",
-        # An answer takes minutes where every token gathers (ZeRO-3) or dequantizes (NF4) the whole model.
-        *(("--prompt", "What does json.dumps do?") if name == "lora_1gpu" else ()),
         timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

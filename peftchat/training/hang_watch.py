@@ -1,0 +1,313 @@
+"""The hang watch: a process without progress is reported with its step, its conversations and its stack.
+
+A thread of each process notes when the training loop last went on, and publishes it in the store of the process group
+through a connection of its own. Where nothing goes on, the first process that can still speak reads what all published,
+and prints one report. Nothing is ended: where the wait is endless, the limit of the process group does that.
+"""
+
+import json
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peftchat.console import stderr
+from peftchat.formatting import format_duration
+from peftchat.training.step_numbers import name_sources
+
+if TYPE_CHECKING:
+    from peftchat.training.context import TrainContext
+    from peftchat.training.trainer import ChatTrainer
+
+_SLOWER = 10.0
+"""A wait of as many times the longest one so far is none of the usual ones."""
+
+_RARE_SECONDS = 600.0
+"""The least limit of what a run does rarely: its first steps, which may compile, evaluations and checkpoints."""
+
+_USUAL_STEPS = 2
+"""Steps before waits are usual."""
+
+_CHECKS_PER_LIMIT = 12
+_LONGEST_PAUSE = 5.0
+_FRAMES = 12
+_WAITING = (
+    "torch/distributed/", "torch/nn/parallel/", "deepspeed/comm/", "torch/autograd/graph.py", "torch/cuda/",
+)  # fmt: skip
+"""Where a process waits for another one or for its GPU: collectives, the backward pass, synchronization."""
+
+
+class Store(Protocol):
+    """What is used of the process group's store."""
+
+    def set(self, key: str, value: str) -> None:
+        """Set a value."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Return whether the keys are there."""
+
+    def get(self, key: str) -> bytes:
+        """Return a value, and wait for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """What a process says of itself.
+
+    Attributes:
+        rank: its number.
+        step: the optimizer step that it is in, or after.
+        doing: what it does.
+        still: seconds since it went on.
+        waits: whether its innermost place is one where processes wait for others.
+        place: that place.
+        conversations: those of its current micro-batch, named by `file:line`.
+        stack: its innermost frames, if it did not go on.
+        time: when it said so, in seconds since the epoch.
+    """
+
+    rank: int
+    step: int
+    doing: str
+    still: float
+    waits: bool
+    place: str
+    conversations: str
+    stack: str
+    time: float
+
+
+class HangWatch(TrainerCallback):
+    """Reports a process that does not go on.
+
+    Args:
+        limit: seconds without progress in a step; ten times the longest wait so far, if that is more.
+        conversations: names the conversations of this process's current micro-batch.
+        rank: this process.
+        processes: how many there are.
+        store: where they publish; None for one process.
+        tell: prints a report.
+    """
+
+    def __init__(
+        self,
+        limit: float,
+        conversations: Callable[[], str],
+        rank: int = 0,
+        processes: int = 1,
+        store: Store | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self._limit = limit
+        self._conversations = conversations
+        self._rank, self._processes, self._store = rank, processes, store
+        self._tell = tell or _print
+        self._pause = min(_LONGEST_PAUSE, limit / _CHECKS_PER_LIMIT)
+        self._thread_id = threading.get_ident()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._step, self._doing, self._went_on = 1, "before step", time.monotonic()
+        self._steps_seen = 0
+        self._longest: dict[str, float] = {}
+        # When the loop had last gone on before the last report, and for how long it had then stood still.
+        self._reported = (0.0, 0.0)
+
+    def begin(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join(self._pause + 1)
+
+    def go_on(self, step: int, doing: str) -> None:
+        """Note that the training loop goes on with something else."""
+        now = time.monotonic()
+        before, self._went_on = self._went_on, now
+        waited = now - before
+        self._longest[self._doing] = max(waited, self._longest.get(self._doing, 0.0))
+        self._step, self._doing = step, doing
+        if self._reported[0] == before:
+            self._tell(f"Step {step}: it goes on after {format_duration(waited)}.")
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start watching."""
+        self.go_on(1, "before step")
+        self.begin()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the begin of a step."""
+        self.go_on(state.global_step + 1, "in step")
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the end of a micro-batch."""
+        self.go_on(state.global_step + 1, "in step")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the end of a step; the next batch, an evaluation or a checkpoint follows."""
+        self._steps_seen += 1
+        self.go_on(state.global_step, "after step")
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note a batch of an evaluation."""
+        self.go_on(state.global_step, "in the evaluation of step")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the end of an evaluation."""
+        self.go_on(state.global_step, "after step")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the end of a checkpoint."""
+        self.go_on(state.global_step, "after step")
+
+    def allowed(self) -> float:
+        """Return the seconds that this process may stand still now."""
+        is_rare = self._steps_seen < _USUAL_STEPS or self._doing != "in step"
+        least = max(_RARE_SECONDS, self._limit) if is_rare else self._limit
+        return max(least, _SLOWER * self._longest.get(self._doing, 0.0))
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._pause):
+            went_on = self._went_on
+            still = time.monotonic() - went_on
+            is_late = still > self.allowed()
+            sign = self._sign(still, with_stack=is_late)
+            if self._store is not None:
+                try:
+                    self._store.set(_key(self._rank), json.dumps(asdict(sign)))
+                except RuntimeError:
+                    return  # The process that holds the store has gone; the others end too.
+            is_told = self._reported[0] == went_on and still < 10 * self._reported[1]
+            if is_late and not is_told:
+                # Others may be a moment behind with what they say.
+                self._ended.wait(2 * self._pause if self._processes > 1 else 0)
+                self._report(sign)
+                self._reported = (went_on, still)
+
+    def _sign(self, still: float, *, with_stack: bool) -> Sign:
+        frame = sys._current_frames().get(self._thread_id)
+        place = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+        return Sign(
+            self._rank,
+            self._step,
+            self._doing,
+            still,
+            any(part in place.replace("\\", "/") for part in _WAITING),
+            place,
+            self._conversations() if with_stack else "",
+            _stack(frame) if with_stack else "",
+            time.time(),
+        )
+
+    def _report(self, own: Sign) -> None:
+        if self._store is None:
+            self._tell(report([own], [], self._pause))
+            return
+        signs, silent = [], []
+        for rank in range(self._processes):
+            sign = own if rank == self._rank else self._read(rank)
+            if sign is None or time.time() - sign.time > 6 * self._pause + 1:
+                silent.append((rank, sign))
+            else:
+                signs.append(sign)
+        if min(sign.rank for sign in signs) == self._rank:
+            self._tell(report(signs, silent, self._pause))
+
+    def _read(self, rank: int) -> Sign | None:
+        assert self._store is not None
+        try:
+            # A key that is not there would be waited for.
+            if not self._store.check([_key(rank)]):
+                return None
+            return Sign(**json.loads(self._store.get(_key(rank))))
+        except (RuntimeError, ValueError, TypeError):
+            return None
+
+
+def report(signs: Sequence[Sign], silent: Sequence[tuple[int, Sign | None]], pause: float) -> str:
+    """Return the report of a hang.
+
+    Args:
+        signs: of the processes that speak.
+        silent: numbers and last signs of those that do not.
+        pause: seconds between signs.
+    """
+    first = max(signs, key=lambda sign: sign.still)
+    lines = [f"No progress for {format_duration(first.still)} {first.doing} {first.step}."]
+    if not signs[1:] and not silent:
+        lines += _whereabouts(first)
+        return "\n".join(lines)
+    for rank, sign in silent:
+        since = "ever" if sign is None else f"for {format_duration(time.time() - sign.time)}"
+        last = "" if sign is None else f"; the last was {sign.doing} {sign.step}"
+        lines.append(f"Rank {rank} has given no sign of life {since}{last}: it hangs in native code, or is stopped.")
+    at_work = [sign for sign in signs if not sign.waits]
+    for sign in at_work:
+        lines += [f"Rank {sign.rank} has stood still for {format_duration(sign.still)} {sign.doing} {sign.step}."]
+        lines += _whereabouts(sign)
+    waiting = [sign for sign in signs if sign.waits]
+    if waiting:
+        ranks = ", ".join(str(sign.rank) for sign in waiting)
+        lines.append(f"Ranks that wait in a collective, the backward pass or for a GPU: {ranks}.")
+    if waiting and not at_work and not silent:
+        for sign in waiting:
+            lines += [f"Rank {sign.rank}:", *_whereabouts(sign)]
+    return "\n".join(lines)
+
+
+def _whereabouts(sign: Sign) -> list[str]:
+    lines = []
+    if sign.conversations:
+        lines.append(f"Its micro-batch has {sign.conversations}")
+    if sign.stack:
+        lines.append(f"Its innermost calls:\n{sign.stack.rstrip()}")
+    return lines
+
+
+def _stack(frame: FrameType | None) -> str:
+    return "" if frame is None else "".join(traceback.format_stack(frame)[-_FRAMES:])
+
+
+def _key(rank: int) -> str:
+    return f"peftchat/hang_watch/{rank}"
+
+
+def _print(text: str) -> None:
+    stderr.print(text, style="yellow", markup=False, highlight=False)
+
+
+def _own_connection() -> Store | None:
+    """Return a connection of its own to the process group's store; None for one process."""
+    if not dist.is_initialized() or dist.get_world_size() < 2:
+        return None
+    # The main thread may wait in the store's own connection.
+    store: Any = dist.distributed_c10d._get_default_store()
+    own: Store = store.clone()
+    return own
+
+
+def watch_hangs(trainer: "ChatTrainer", context: "TrainContext") -> HangWatch | None:
+    """Have a run watched, if its recipe does not say otherwise."""
+    limit = context.recipe.training.hang_timeout
+    if limit is None:
+        return None
+    store = context.splits["train"].store
+
+    def conversations() -> str:
+        return name_sources([store[int(index)].source for index in trainer.current_examples])
+
+    watch = HangWatch(limit, conversations, trainer.args.process_index, trainer.args.world_size, _own_connection())
+    trainer.add_callback(watch)
+    return watch

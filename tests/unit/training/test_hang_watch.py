@@ -1,0 +1,110 @@
+"""The hang watch: silent while a run goes on, and one report where it does not, by the process that can speak."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch.distributed as dist
+
+from peftchat.training.hang_watch import HangWatch, Sign, report
+
+LIMIT = 0.2
+
+
+def stuck_in_own_code(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def until(happened: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def watches() -> Iterator[list[HangWatch]]:
+    begun: list[HangWatch] = []
+    yield begun
+    for one in begun:
+        one.end()
+
+
+def begun(watches: list[HangWatch], told: list[str], **settings: object) -> HangWatch:
+    watch = HangWatch(LIMIT, lambda: "1 conversation: a.jsonl:7", tell=told.append, **settings)
+    watch._steps_seen = 9
+    watch.go_on(10, "in step")
+    watch.begin()
+    watches.append(watch)
+    return watch
+
+
+def test_a_loop_that_stands_still_is_reported_once_with_place_and_conversation(watches: list[HangWatch]) -> None:
+    told: list[str] = []
+    watch = begun(watches, told)
+    for _ in range(10):
+        time.sleep(LIMIT / 10)
+        watch.go_on(10, "in step")
+    assert told == []
+    stuck_in_own_code(4 * LIMIT)
+    watch.go_on(11, "in step")
+    until(lambda: len(told) == 2)
+    assert told[0].startswith("No progress for ") and "in step 10." in told[0]
+    assert "Its micro-batch has 1 conversation: a.jsonl:7" in told[0]
+    assert "stuck_in_own_code" in told[0]
+    assert told[1].startswith("Step 11: it goes on after ")
+
+
+def test_waits_that_are_usual_are_not_reported() -> None:
+    watch = HangWatch(60, str)
+    assert watch.allowed() == 600, "the first steps may compile"
+    watch._steps_seen = 2
+    watch.go_on(3, "in step")
+    assert watch.allowed() == 60
+    watch._went_on -= 100
+    watch.go_on(3, "in step")
+    assert watch.allowed() == pytest.approx(1000, rel=0.01), "ten times the longest wait"
+    watch.go_on(3, "after step")
+    assert watch.allowed() == 600, "a checkpoint or an evaluation may follow"
+    watch = HangWatch(900, str)
+    assert watch.allowed() == 900
+
+
+def test_one_of_two_processes_names_the_other(watches: list[HangWatch]) -> None:
+    """Rank 1 stands still in its own code, rank 0 behind it; rank 0 alone reports both."""
+    store, told_0, told_1 = dist.HashStore(), [], []
+    ready = threading.Event()
+
+    def other() -> None:
+        begun(watches, told_1, rank=1, processes=2, store=store)
+        ready.set()
+        stuck_in_own_code(8 * LIMIT)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    ready.wait(20)
+    begun(watches, told_0, rank=0, processes=2, store=store)
+    until(lambda: told_0)
+    thread.join()
+    assert told_1 == []
+    assert "Rank 1 has stood still for " in told_0[0] and "stuck_in_own_code" in told_0[0]
+
+
+def test_a_process_without_a_sign_of_life_is_named(watches: list[HangWatch]) -> None:
+    told: list[str] = []
+    begun(watches, told, rank=1, processes=2, store=dist.HashStore())
+    until(lambda: told)
+    assert "Rank 0 has given no sign of life ever: it hangs in native code, or is stopped." in told[0]
+
+
+def test_those_that_wait_for_others_are_listed_shortly() -> None:
+    def sign(rank: int, *, waits: bool) -> Sign:
+        return Sign(rank, 5, "in step", 61.0, waits, "", "1 conversation: b.jsonl:2", f"frame {rank}", time.time())
+
+    told = report([sign(0, waits=True), sign(1, waits=False), sign(2, waits=True)], [], 1.0)
+    assert "frame 1" in told and "frame 0" not in told
+    assert "Ranks that wait in a collective, the backward pass or for a GPU: 0, 2." in told
+    # Where all wait, nobody is to blame by its place, so all places are shown.
+    told = report([sign(0, waits=True), sign(1, waits=True)], [], 1.0)
+    assert "frame 0" in told and "frame 1" in told

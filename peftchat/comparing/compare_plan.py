@@ -383,10 +383,10 @@ def check_base_fits(plan: ComparePlan) -> None:
         except UserError as error:
             refused.append((candidate.name, error))
     if refused:
-        name, error = refused[0]
+        name, first = refused[0]
         others = f" Nor can {', '.join(other for other, _ in refused[1:])} be trained on it." if refused[1:] else ""
-        hint = f"{error.hint or ''}{others} Leave them out of --variants.".strip()
-        raise UserError(error.message, where=f"{name}: {error.where}", hint=hint) from error
+        hint = f"{first.hint or ''}{others} Leave them out of --variants.".strip()
+        raise UserError(first.message, where=f"{name}: {first.where}", hint=hint) from first
 
 
 def _tried(plan: ComparePlan, candidate: Candidate) -> list[Settings]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peftchat.evaluating.data_losses import DataLosses
     from peftchat.evaluating.run_evaluation import EvaluateOptions, Watch
     from peftchat.evaluating.side_by_side import Evaluation
+    from peftchat.export.combine import CombinationReport, CombineOptions
     from peftchat.merging import MergeOptions, MergeResult
     from peftchat.planning.plan import TrainingPlan
     from peftchat.runs.run_summary import AutoSetting, RunSummary
@@ -146,6 +147,9 @@ def find_learning_rate(
         True
     """
     from peftchat.console import stderr
+    from peftchat.logging_setup import quiet_libraries
+
+    quiet_libraries()
     from peftchat.runs.run_folder import RunFolder
     from peftchat.training.rate_search import find_rate, refuse_processes
 
@@ -287,7 +291,10 @@ def compare(
             equal_within,
         )
     )
+    from peftchat.logging_setup import quiet_libraries
+
     # Only now, because it imports torch: a wrong option is reported at once.
+    quiet_libraries()
     from peftchat.comparing.compare import EvalOptions
     from peftchat.comparing.compare import compare as compare_candidates
 
@@ -367,6 +374,30 @@ def merge(run: Path | str, options: "MergeOptions | None" = None) -> "MergeResul
     from peftchat.merging import MergeOptions, merge_run
 
     return merge_run(Path(run), options or MergeOptions())
+
+
+def combine(runs: Sequence[Path | str], options: "CombineOptions") -> "CombinationReport":
+    """Combine two or more adapters of one base into one plain LoRA, and prove it.
+
+    `peftchat.export.combine.combine_into_model` writes merged weights instead.
+
+    Args:
+        runs: run folders, or folders with a PEFT adapter.
+        options: where to write, the rule, the weights and more.
+
+    Raises:
+        UserError: an adapter or an option cannot be used, or the adapters do not fit together.
+        VerificationError: no LoRA is as close to the exact combination as asked.
+
+    Example:
+        >>> import peftchat
+        >>> from pathlib import Path
+        >>> options = peftchat.CombineOptions(Path("runs/both"), weights=[0.5, 0.5])
+        >>> peftchat.combine(["runs/assistant", "runs/style"], options)  # doctest: +SKIP
+    """
+    from peftchat.export.combine import combine_into_adapter
+
+    return combine_into_adapter([Path(run) for run in runs], options)
 
 
 def load_chat_model(name: Path | str, *, base: Path | str | None = None, allow_changed: bool = False) -> "ChatModel":

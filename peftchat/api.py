@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peftchat.evaluating.data_losses import DataLosses
     from peftchat.evaluating.run_evaluation import EvaluateOptions, Watch
     from peftchat.evaluating.side_by_side import Evaluation
+    from peftchat.export.combine import CombinationReport, CombineOptions
     from peftchat.merging import MergeOptions, MergeResult
     from peftchat.planning.plan import TrainingPlan
     from peftchat.runs.run_summary import AutoSetting, RunSummary
@@ -174,11 +175,16 @@ def find_learning_rate(
         True
     """
     from peftchat.console import stderr
+    from peftchat.logging_setup import quiet_libraries
+
+    quiet_libraries()
     from peftchat.runs.run_folder import RunFolder
     from peftchat.training.rate_search import find_rate, refuse_processes
 
     settle_processes()
     loaded = _load(recipe, overrides)
+    what = "the search compares losses of conversations, and the recipe learns from pairs"
+    _refuse_pairs(loaded, what, "Leave `--find-lr` out; training.learning_rate: auto gives a rate.")
     file = RunFolder(Path(loaded.recipe.output_dir)).rate_search
     refuse_processes(loaded)
     # The rule is where the search begins, whatever the recipe says.
@@ -234,6 +240,9 @@ def plan(
     from peftchat.planning.plan import plan_training
 
     loaded = _load(recipe, overrides, to_train=False)
+    _refuse_pairs(
+        loaded, "`plan` does not search settings of runs with pairs", "`train --dry-run` predicts the memory."
+    )
     check_base(loaded, for_plan=True)
     distributed = loaded.recipe.distributed
     count = gpus or (distributed.processes * distributed.nodes if distributed.processes else None)
@@ -310,7 +319,10 @@ def compare(
             equal_within,
         )
     )
+    from peftchat.logging_setup import quiet_libraries
+
     # Only now, because it imports torch: a wrong option is reported at once.
+    quiet_libraries()
     from peftchat.comparing.compare import EvalOptions
     from peftchat.comparing.compare import compare as compare_candidates
 
@@ -390,6 +402,30 @@ def merge(run: Path | str, options: "MergeOptions | None" = None) -> "MergeResul
     from peftchat.merging import MergeOptions, merge_run
 
     return merge_run(Path(run), options or MergeOptions())
+
+
+def combine(runs: Sequence[Path | str], options: "CombineOptions") -> "CombinationReport":
+    """Combine two or more adapters of one base into one plain LoRA, and prove it.
+
+    `peftchat.export.combine.combine_into_model` writes merged weights instead.
+
+    Args:
+        runs: run folders, or folders with a PEFT adapter.
+        options: where to write, the rule, the weights and more.
+
+    Raises:
+        UserError: an adapter or an option cannot be used, or the adapters do not fit together.
+        VerificationError: no LoRA is as close to the exact combination as asked.
+
+    Example:
+        >>> import peftchat
+        >>> from pathlib import Path
+        >>> options = peftchat.CombineOptions(Path("runs/both"), weights=[0.5, 0.5])
+        >>> peftchat.combine(["runs/assistant", "runs/style"], options)  # doctest: +SKIP
+    """
+    from peftchat.export.combine import combine_into_adapter
+
+    return combine_into_adapter([Path(run) for run in runs], options)
 
 
 def load_chat_model(name: Path | str, *, base: Path | str | None = None, allow_changed: bool = False) -> "ChatModel":
@@ -564,6 +600,17 @@ def choose_settings(
 def comparison_folder(recipe: Path | str, output: Path | str | None) -> Path:
     """Return the folder of a comparison."""
     return Path(output) if output is not None else Path("runs") / f"compare-{Path(recipe).stem}"
+
+
+def _refuse_pairs(loaded: LoadedRecipe, what: str, hint: str) -> None:
+    """Refuse a recipe whose objective learns from pairs.
+
+    Raises:
+        UserError: it does.
+    """
+    if loaded.recipe.has_pairs:
+        where = f"{loaded.where('objective')}: {loaded.recipe.objective}"
+        raise UserError(what, where=where, hint=hint)
 
 
 def _load(recipe: RecipeSource, overrides: Sequence[str], *, to_train: bool = True) -> LoadedRecipe:

@@ -117,12 +117,23 @@ class Conversation:
             numbers as written; None where the record has none.
         columns: the other fields of the record, such as `id`, `lang` or `category`. They are kept, nothing is
             trained on them, and conversations that differ in nothing else are equal.
+        rejected: of a pair: the same turns with the rejected answer instead, which `messages` end with the chosen one;
+            None for a conversation that is no pair.
     """
 
     messages: tuple[Message, ...]
     source: str = ""
     tools: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    rejected: tuple[Message, ...] | None = None
+
+    @property
+    def shared_turns(self) -> int:
+        """Of a pair: the number of turns before its two answers part."""
+        others = self.rejected or ()
+        turns = enumerate(zip(self.messages, others, strict=False))
+        shortest = min(len(self.messages), len(others))
+        return next((number for number, (one, other) in turns if one != other), shortest)
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """The messages in the form that chat templates use."""

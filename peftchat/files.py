@@ -10,20 +10,18 @@ def cache_root() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peftchat"
 
 
-def write_text(path: Path, text: str, *, errors: str = "strict", sync: bool = True) -> None:
+def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
     """Write a text file under a temporary name, flush it to the disk, and rename it into place.
 
     Args:
         errors: how to encode characters that UTF-8 cannot represent, as in `open`.
-        sync: whether to wait for the disk.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", errors=errors) as file:
             file.write(text)
             file.flush()
-            if sync:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ and the JSON of each value is written once.
 https://github.com/huggingface/transformers/blob/main/src/transformers/utils/chat_template_utils.py
 """
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 _REMEMBERED = 2048
 """The most values that are kept by their identity. Each is kept alive, so that no other can have its identity."""
+_FORMATTING = ("format", "format_map")
+_METHODS = (types.MethodType, types.BuiltinMethodType)
 
 
 class _Memory:
@@ -50,7 +53,50 @@ def _compiled(source: str) -> Any:
         return str(memory.get(value, lambda one: written(one, *args, **kwargs), key))
 
     template.environment.filters["tojson"] = tojson
+    template.environment.getattr = _quick_getattr(template.environment)
     return template
+
+
+def _quick_getattr(environment: Any) -> Callable[[Any, str], Any]:
+    """Return what the sandbox's `getattr` returns, at a fraction of its cost, which is half of a rendering's.
+
+    The sandbox looks for an attribute of the object first. A dict has none but those of its type, and it takes an
+    exception to find that out. What is safe to read depends on the type of the object and the name, and is asked once.
+    https://github.com/pallets/jinja/blob/main/src/jinja2/sandbox.py
+    """
+    from jinja2.runtime import LoopContext
+    from jinja2.utils import Namespace
+
+    slow, undefined = environment.getattr, environment.undefined
+    of_dict = frozenset(dir(dict))
+    safe: dict[tuple[type, str], bool] = {}
+
+    def quick(value: Any, name: str) -> Any:
+        kind = type(value)
+        if kind is dict:
+            if name in of_dict:
+                return slow(value, name)
+            try:
+                return value[name]
+            except KeyError:
+                return undefined(obj=value, name=name)
+        key = kind, name
+        known = safe.get(key)
+        if known is None:
+            usual = kind is str or kind is LoopContext or issubclass(kind, Namespace)
+            known = usual and name not in _FORMATTING and bool(environment.is_safe_attribute(value, name, None))
+            if len(safe) < _REMEMBERED:
+                safe[key] = known
+        if not known:
+            return slow(value, name)
+        try:
+            found = getattr(value, name)
+        except AttributeError:
+            return slow(value, name)
+        # A namespace may hold a method that formats, which the sandbox wraps.
+        return slow(value, name) if kind is not str and isinstance(found, _METHODS) else found
+
+    return quick
 
 
 def template_writer(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., str]:

@@ -219,28 +219,32 @@ class ChatEncoder:
         """Return ids and tags of every run."""
         done: list[_EncodedRun] = [([], b"")] * len(runs)
         for place in _PLACES:
-            joined, by_spans = [], []
+            joined: dict[int, list[int]] = {}
+            by_spans = []
             for index, run in enumerate(runs):
                 if run.place != place:
                     continue
-                if len(run.texts) == 1 and not _is_content(run.tags[0]):
-                    ids = self._ids_of_template_text(run.texts[0], place)
-                    done[index] = ids, bytes(run.tags) * len(ids)
-                elif len(run.texts) == 1 or self._header_ids(run) is not None:
-                    joined.append(index)
+                texts = run.texts
+                if len(texts) == 1:
+                    if _IS_CONTENT[run.tags[0]] or len(texts[0]) > _LONGEST_KEPT:
+                        joined[index] = []
+                    else:
+                        ids = self._ids_of_template_text(texts[0], place)
+                        done[index] = ids, bytes(run.tags) * len(ids)
+                elif (header := self._header_ids(run)) is not None:
+                    joined[index] = header
                 else:
                     by_spans.append(index)
             # Examples of one conversation repeat what precedes their answers.
             whole = {index: "".join(runs[index].texts) for index in joined}
             distinct = list(dict.fromkeys(whole.values()))
             encoded = dict(zip(distinct, self._encode_texts(distinct, place), strict=True))
-            for index in joined:
-                ids = encoded[whole[index]]
-                tags = self._tags_without_straddling(runs[index], ids)
-                if tags is None:
-                    by_spans.append(index)
+            for index, header in joined.items():
+                ids, tags = encoded[whole[index]], runs[index].tags
+                if ids[: len(header)] == header:
+                    done[index] = ids, bytes(tags[:1]) * len(header) + bytes(tags[-1:]) * (len(ids) - len(header))
                 else:
-                    done[index] = ids, tags
+                    by_spans.append(index)
             spans = list(dict.fromkeys(tuple(runs[index].texts) for index in by_spans))
             behind = place == "behind"
             located = (
@@ -276,19 +280,15 @@ class ChatEncoder:
 
     def _header_ids(self, run: _TextRun) -> list[int] | None:
         """Return ids of the template's text before a content, if they show where that text ends."""
-        if len(run.texts) != 2 or _is_content(run.tags[0]):
+        header = run.texts[0]
+        if len(run.texts) != 2 or _IS_CONTENT[run.tags[0]] or len(header) > _LONGEST_KEPT:
             return None
-        ids = self._ids_of_template_text(run.texts[0], run.place)
+        ids = self._ids_of_template_text(header, run.place)
         return ids if self._text.is_prefix_stable(ids) else None
 
-    def _tags_without_straddling(self, run: _TextRun, ids: list[int]) -> bytes | None:
-        """Return tags of a run that is one span, or a header and a content. None if a token spans both."""
-        header_ids = [] if len(run.texts) == 1 else self._header_ids(run)
-        if header_ids is None or ids[: len(header_ids)] != header_ids:
-            return None
-        return bytes(run.tags[:1]) * len(header_ids) + bytes(run.tags[-1:]) * (len(ids) - len(header_ids))
 
+_LONGEST_KEPT = 256
+"""Characters of the template's text of which the ids are kept. Longer text has definitions of tools, which differ."""
 
-def _is_content(tag: int) -> bool:
-    """Return whether text with this tag comes from a message. Of that there is too much to keep the ids."""
-    return part_of(tag) in (TurnPart.CONTENT, TurnPart.REASONING, TurnPart.TOOL_CALL)
+_IS_CONTENT = tuple(part_of(tag) in (TurnPart.CONTENT, TurnPart.REASONING, TurnPart.TOOL_CALL) for tag in range(256))
+"""For each tag, whether its text comes from a message. Of that there is too much to keep the ids."""

@@ -109,15 +109,7 @@ class TemplateRenderer:
             UserError: the template refuses one of them.
         """
         try:
-            # A list of conversations is a batch, and its renderings a list.
-            return list(
-                self._tokenizer.apply_chat_template(
-                    [list(messages) for messages in conversations],
-                    chat_template=self._template(None),
-                    tokenize=False,
-                    **self.variables,
-                )
-            )
+            return [self._apply(messages, None, generation_prompt=False) for messages in conversations]
         except Exception as error:  # a template is code; each conversation is told for itself
             raise UserError(f"the chat template refuses a conversation: {first_line(error)}") from error
 

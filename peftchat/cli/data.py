@@ -58,6 +58,7 @@ def _split_languages(context: click.Context, parameter: click.Parameter, value: 
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the eval split.")
 @click.option("--strict", is_flag=True, help="Stop at the first invalid record instead of writing it to a file.")
 @click.option("--keep-going", is_flag=True, help="Keep what was read of a file whose rest cannot be read.")
+@click.option("--pairs", is_flag=True, help="Keep chosen and rejected answers, for objectives with pairs.")
 @click.option("--max-samples", type=click.IntRange(min=1), help="Stop after this many conversations.")
 @json_option("Print the dataset card as one JSON object.")
 def prepare(
@@ -76,6 +77,7 @@ def prepare(
     seed: int,
     strict: bool,
     keep_going: bool,
+    pairs: bool,
     max_samples: int | None,
     as_json: bool,
 ) -> None:
@@ -105,6 +107,7 @@ def prepare(
         seed=seed,
         strict=strict,
         keep_going=keep_going,
+        pairs=pairs,
         max_samples=max_samples,
     )
     with conversation_progress("reading") as advance:

@@ -19,6 +19,7 @@ from peftchat.cli import (
     export,
     generate,
     init,
+    judge,
     mask,
     merge,
     plan,
@@ -91,6 +92,7 @@ for _module in (
     merge,
     chat,
     generate,
+    judge,
     export,
     push,
 ):

@@ -1,4 +1,7 @@
-"""Files in messages format: how a conversation is written, so that it is the same one when it is read again."""
+"""Files in messages format: how a conversation is written, so that it is the same one when it is read again.
+
+A preference pair is written as two conversations, `chosen` and `rejected`.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +14,7 @@ from peftchat.conversation import NOTHING_ELSE, Conversation, Message, ToolCall
 from peftchat.conversations.dataset_card import SizeOf, SplitCount
 from peftchat.json_text import Number, write_json
 
-_OWN = ("messages", "tools")
+_OWN = ("messages", "tools", "chosen", "rejected")
 _BUFFER = 2**17
 
 
@@ -25,13 +28,20 @@ def record_line(conversation: Conversation) -> bytes:
 
 def turns_text(conversation: Conversation) -> bytes:
     """The beginning of `record_line`: the turns and the tools. It is equal for conversations in which these are."""
-    turns = [
-        {"role": message.role, "content": message.content} if message[2:] == NOTHING_ELSE else _turn(message)
-        for message in conversation.messages
-    ]
+    turns = _turns(conversation.messages)
+    if conversation.rejected is not None:
+        tools = {} if conversation.tools is None else {"tools": orjson.Fragment(conversation.tools)}
+        return orjson.dumps({"chosen": turns, "rejected": _turns(conversation.rejected), **tools})[:-1]
     if conversation.tools is None:
         return written_turns(turns)
     return orjson.dumps({"messages": turns, "tools": orjson.Fragment(conversation.tools)})[:-1]
+
+
+def _turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    return [
+        {"role": message.role, "content": message.content} if message[2:] == NOTHING_ELSE else _turn(message)
+        for message in messages
+    ]
 
 
 def written_turns(turns: Sequence[Mapping[str, Any]]) -> bytes:

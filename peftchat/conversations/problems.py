@@ -47,6 +47,7 @@ class ReadOptions:
         columns: our name of a field -> the file's.
         roles: the file's name of a role, in lower case -> ours.
         max_record_bytes: a longer record is a problem and is not read into memory.
+        pairs: read the rejected answer too, and refuse records without one.
     """
 
     languages: tuple[str, ...] = ()
@@ -55,6 +56,7 @@ class ReadOptions:
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, Role] = field(default_factory=dict)
     max_record_bytes: int = MAX_RECORD_BYTES
+    pairs: bool = False
 
 
 Kind = Literal[
@@ -80,6 +82,8 @@ Kind = Literal[
     "unknown_flag",
     "two_system_messages",
     "repeated_key",
+    "identical_answers",
+    "no_prompt",
 ]
 
 KINDS: dict[Kind, str] = {
@@ -105,6 +109,8 @@ KINDS: dict[Kind, str] = {
     "unknown_flag": "a field that may say what is trained is not understood",
     "repeated_key": "a key is there twice in one object",
     "two_system_messages": "the system prompt beside the turns is not that of the turns",
+    "identical_answers": "the chosen answer of a pair is the rejected one",
+    "no_prompt": "the answers of a pair do not answer one prompt",
 }
 
 NOTES: dict[str, str] = {
@@ -176,6 +182,7 @@ class ProblemLog:
         quarantine: called with each problem and the raw record (None where the record has no bytes of its own).
 
     Attributes:
+        pairs: whether preference pairs are read.
         records: records read from files, valid and invalid.
         problems: records that could not be used, by kind.
         skipped: records left out on purpose, by the name of the rule.
@@ -194,6 +201,7 @@ class ProblemLog:
         self, *, strict: bool = False, quarantine: Callable[[Problem, bytes | None], None] | None = None
     ) -> None:
         self.strict = strict
+        self.pairs = False
         self.records = 0
         self.problems: Counter[Kind] = Counter()
         self.skipped: Counter[str] = Counter()
@@ -275,7 +283,8 @@ class ProblemLog:
         return UserError(
             what,
             where=self.first.where,
-            hint="Repair the records, or let `peftchat data prepare` write a clean file and put the bad records aside.",
+            hint=f"Repair the records, or let `peftchat data prepare{' --pairs' if self.pairs else ''}` write a clean "
+            "file and put the bad records aside.",
         )
 
 

@@ -53,6 +53,7 @@ def read_numbered(
     problems: ProblemLog | None = None,
     consecutive: str = "error",
     weighted: bool = True,
+    pairs: bool = False,
 ) -> Iterator[tuple[int, Conversation]]:
     """What `read_sources` yields, each conversation with the number of its source.
 
@@ -62,6 +63,7 @@ def read_numbered(
         problems: as in `read_conversations`.
         consecutive: what becomes of two turns of one role.
         weighted: whether the weights count; without them each conversation comes once.
+        pairs: read preference pairs, and refuse records that are none.
     """
     log = ProblemLog(strict=True) if problems is None else problems
     streams = [
@@ -79,6 +81,7 @@ def read_numbered(
                     consecutive=consecutive,
                     columns={str(ours): theirs for ours, theirs in entry.columns.items()},
                     roles={normalize_role(theirs): ours for theirs, ours in entry.roles.items()},
+                    pairs=pairs,
                 ),
             ),
             entry.weight if weighted else 1.0,
@@ -175,6 +178,7 @@ def read_and_make(
     """
     log = ProblemLog(strict=True) if problems is None else problems
     settings = options or ReadOptions()
+    log.pairs = settings.pairs
     check_languages(settings.languages)
     data_format = None if format == "auto" else find_format(format)
     columns = Columns(settings.columns, str(path)) if settings.columns else None
@@ -276,10 +280,16 @@ def _source(
         source.as_one()
         first += itertools.islice(source.now, _DETECT_RECORDS - len(first))
     if data_format is None and first:
-        data_format = _detect(name, first, columns)
+        data_format = _detect(name, first, columns, pairs=options.pairs)
     if data_format is None:
         return
     _check_rank_limit(name, data_format, options)
+    if options.pairs and not data_format.by_record:
+        raise UserError(
+            f"preference pairs are needed, and the format `{data_format.name}` has no chosen and rejected answers",
+            where=name,
+            hint="Give records with prompt, chosen and rejected, or leave `objective` out.",
+        )
     if columns is not None:
         columns.check_format(data_format.name, data_format.columns)
     if options.roles and not data_format.description.has_roles:
@@ -312,13 +322,15 @@ def _chain(first: list[RawRecord], rest: Iterator[RawRecord]) -> Iterator[RawRec
     yield from rest
 
 
-def _detect(name: str, records: Iterable[RawRecord], columns: Columns | None) -> Format:
+def _detect(name: str, records: Iterable[RawRecord], columns: Columns | None, *, pairs: bool) -> Format:
     """The format of the first record that has one."""
     shown = ""
     first: Fields = {}
     for record in records:
         first = first or record.value
-        data_format = matching_format({field: item for field, item in record.value.items() if item is not None})
+        data_format = matching_format(
+            {field: item for field, item in record.value.items() if item is not None}, pairs=pairs
+        )
         if data_format is not None:
             return data_format
         shown = shown or field_names(record.value)

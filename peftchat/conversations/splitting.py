@@ -13,7 +13,11 @@ def conversation_fingerprint(conversation: Conversation) -> bytes:
     What counts is all of the turns (roles, contents, calls, reasoning, names, flags), the tools and the documents, not
     the other columns.
     """
-    return fingerprint(conversation.messages, conversation.tools, conversation.columns.get("documents"))
+    found = fingerprint(conversation.messages, conversation.tools, conversation.columns.get("documents"))
+    if conversation.rejected is None:
+        return found
+    # A pair is another one where either answer is.
+    return hashlib.blake2b(found + fingerprint(conversation.rejected), digest_size=16).digest()
 
 
 def fingerprint(messages: Iterable[Message], tools: str | None = None, documents: object = None) -> bytes:

@@ -64,10 +64,11 @@ class Batch:
         return len(self.ends)
 
     def conversation(self, index: int) -> Conversation:
-        """One of the conversations once more."""
+        """One of the conversations once more; of a pair, the chosen one."""
         line = self.lines[self.ends[index - 1] if index else 0 : self.ends[index]]
         records = read_lines(io.BytesIO(line), "", REREAD.max_record_bytes, ProblemLog())
-        return next(find_format("messages").read(records, REREAD, ProblemLog()))
+        data_format = "preference" if line.startswith(b'{"chosen"') else "messages"
+        return next(find_format(data_format).read(records, REREAD, ProblemLog()))
 
     def count(self, indexes: Sequence[int]) -> SplitCount:
         """How much is in some of the conversations."""

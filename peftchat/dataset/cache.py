@@ -4,6 +4,7 @@ The cache key covers the content of the sources and every setting that changes t
 the examples under a lock; every other one, in this run or another, maps the finished file.
 """
 
+import errno
 import gc
 import hashlib
 import itertools
@@ -25,6 +26,7 @@ from peftchat.conversations.splitting import fit_split
 from peftchat.dataset.digests import tokenizer_digest
 from peftchat.dataset.encode import EncodingStats, encode_conversations
 from peftchat.dataset.leaks import Leaks
+from peftchat.dataset.pairs import encode_pairs
 from peftchat.errors import UserError
 from peftchat.files import cache_root, write_text
 
@@ -106,6 +108,7 @@ def _key(recipe: "Recipe", chat: ChatFormat) -> str:
         "chat": recipe.chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json", exclude={"packing", "pad_to_multiple_of"}),
         "seed": recipe.training.seed,
+        **({"pairs": True} if recipe.has_pairs else {}),
         "sources": [_content(entry) for entry in [*data.train, *(data.eval or ())]],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
@@ -140,6 +143,7 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
         # Libraries and vocabulary are a million objects; garbage collection would visit them for every batch.
         gc.freeze()
         encoder = chat.encoder()
+        encode = encode_pairs if recipe.has_pairs else encode_conversations
         done = 0
         # A share of `data.train` is drawn so that equal conversations are on one side: nothing to look for.
         leaks = Leaks.of(conversations(recipe, "eval", ProblemLog(strict=True)) if recipe.data.eval is not None else ())
@@ -150,9 +154,11 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
             with ExampleWriter(temporary / f"{split}.arrow") as writer:
                 for place, stream in _by_source(_numbered(recipe, split, log)):
                     watched = leaks.watch(stream) if split == "train" else stream
-                    for examples in encode_conversations(recipe, encoder, watched, stats):
+                    before = stats.examples
+                    for examples in encode(recipe, encoder, watched, stats):
                         writer.write(examples)
-                        stats.by_source[place] += len(examples)
+                        stats.by_source[place] += stats.examples - before
+                        before = stats.examples
                         progress(done + stats.examples + sum(stats.dropped.values()))
             done += stats.examples + sum(stats.dropped.values())
             stats.formats, stats.notes, stats.left_out = dict(log.formats), dict(log.notes), dict(log.skipped)
@@ -165,9 +171,17 @@ def _build(recipe: "Recipe", chat: ChatFormat, folder: Path, progress: Callable[
             stats.remarks = log.sentences() + (leaks.sentences() if split == "eval" else [])
             write_text(temporary / f"{split}.json", json.dumps(asdict(stats)))
         temporary.replace(folder)
-    except BaseException:
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        size = sum(path.stat().st_size for path in temporary.iterdir())
+        raise UserError(
+            f"the disk is full: {size / 1e6:,.0f} MB of encoded examples were written, and they are not all",
+            where=str(folder.parent),
+            hint="Free disk space, or set PEFTCHAT_CACHE to a folder on a larger disk: five bytes a token are needed.",
+        ) from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def conversations(recipe: "Recipe", split: Split, log: ProblemLog) -> Iterator[Conversation]:
@@ -185,9 +199,11 @@ def _numbered(recipe: "Recipe", split: Split, log: ProblemLog) -> Iterator[tuple
     entries = _entries(recipe, split)
     # The shares of an epoch are drawn from all conversations; what is held out is drawn once.
     weighted = split == "eval" or not data.resample
-    selected = read_numbered(entries, seed, problems=log, consecutive=data.consecutive, weighted=weighted)
+    selected = read_numbered(entries, seed, problems=log, consecutive=data.consecutive, weighted=weighted,
+                             pairs=recipe.has_pairs)  # fmt: skip
     if data.eval_fraction is not None:
-        everything = read_numbered(data.train, seed, consecutive=data.consecutive, weighted=not data.resample)
+        everything = read_numbered(data.train, seed, consecutive=data.consecutive, weighted=not data.resample,
+                                   pairs=recipe.has_pairs)  # fmt: skip
         splitter = fit_split((conversation for _, conversation in everything), data.eval_fraction, seed)
         if split == "eval":
             log.told += splitter.remarks

@@ -1,8 +1,10 @@
 """Encoding: conversations as examples that fit and have something to learn, with counts of the others."""
 
+import gc
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,7 @@ class EncodingStats:
     """Counts of the conversations of one split.
 
     Attributes:
-        examples: examples kept.
+        examples: examples kept; of preference pairs, the pairs.
         by_source: those of each source of the split, in the order of the recipe.
         tokens: their tokens.
         supervised: their tokens with a target.
@@ -89,6 +91,7 @@ class EncodingStats:
             yield f"not used: field{'s' if len(found) > 1 else ''} {', '.join(found)} in {records}"
         for kind, number in self.unsupported_roles.items():
             who, policy = kind.rsplit(maxsplit=1)
+            who = who.removesuffix("s") if number == 1 else who
             yield f"{_ROLE_NOTES[policy]}: {number} {who}, which the template cannot write"
         if self.ends_only:
             yield f"only end tokens are trained in {self.ends_only:,} of {self.examples:,} examples"
@@ -137,6 +140,7 @@ class EncodingStats:
 _BATCH = 1024
 _BATCH_CHARACTERS = 2**21
 """Characters of a batch: it then ends even with few conversations, so that long ones do not fill the memory."""
+_NEW_OBJECTS = 100_000
 _WORKERS = 2
 """Batches in flight: the tokenizer's threads work on one while Python works on the other."""
 
@@ -157,9 +161,9 @@ def encode_conversations(
     """
     loss_mask = loss_mask_table(recipe.chat.loss_policy)
     text_mask = loss_mask & text_table()
-    for batch, examples in _encode_ahead(encoder, conversations):
+    for batch, examples in encode_ahead(encoder, conversations, encoder.batch):
         if recipe.chat.special_token_text == "error" and examples.special_token_text.any():
-            raise _special_token_text(examples.sources[int(examples.special_token_text.argmax())])
+            raise special_token_text(examples.sources[int(examples.special_token_text.argmax())])
         if encoder.missing_roles:
             stats.count_roles(batch, encoder.missing_roles, recipe.chat.unsupported_roles)
         if len(examples) > len(batch):
@@ -178,15 +182,23 @@ def encode_conversations(
         yield examples
 
 
-def _encode_ahead(
-    encoder: ChatEncoder, conversations: Iterable[Conversation]
+def encode_ahead(
+    encoder: ChatEncoder,
+    conversations: Iterable[Conversation],
+    encode: Callable[[Sequence[Conversation]], ExampleBatch],
 ) -> Iterator[tuple[Sequence[Conversation], ExampleBatch]]:
-    """Yield each batch with its examples, in order, while the next ones are read and encoded."""
+    """Yield each batch with its examples, in order, while the next ones are read and encoded.
+
+    Args:
+        encoder: tells whether batches can be encoded at the same time.
+        conversations: read while earlier ones are encoded.
+        encode: encodes a batch.
+    """
     waiting: deque[tuple[Sequence[Conversation], Future[ExampleBatch]]] = deque()
-    with ThreadPoolExecutor(_WORKERS if encoder.parallel else 1) as pool:
+    with _seldom_collected(), ThreadPoolExecutor(_WORKERS if encoder.parallel else 1) as pool:
         try:
             for batch in _batches(conversations):
-                waiting.append((batch, pool.submit(encoder.batch, batch)))
+                waiting.append((batch, pool.submit(encode, batch)))
                 if len(waiting) > _WORKERS:
                     done, examples = waiting.popleft()
                     yield done, examples.result()
@@ -197,12 +209,26 @@ def _encode_ahead(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _seldom_collected() -> Iterator[None]:
+    """Let the garbage collector look less often: a batch is tens of thousands of small objects, none in a cycle.
+
+    It looked at all objects of the process again and again, which was up to two fifths of the time.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(_NEW_OBJECTS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
     batch: list[Conversation] = []
     characters = 0
     for conversation in conversations:
         batch.append(conversation)
-        for message in conversation.messages:
+        for message in (*conversation.messages, *(conversation.rejected or ())):
             characters += len(message.content)
             if message.reasoning or message.tool_calls:
                 characters += len(message_text(message)) - len(message.content)
@@ -263,7 +289,8 @@ def _keep_trainable(
     return ExampleBatch.of(kept)
 
 
-def _special_token_text(source: str) -> UserError:
+def special_token_text(source: str) -> UserError:
+    """Return the error of a message with text spelled like a special token."""
     return UserError(
         "a message has text spelled like a special token, and chat.special_token_text is `error`",
         where=source or None,

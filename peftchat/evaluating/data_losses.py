@@ -121,6 +121,7 @@ def _encode(model: EvaluatedModel, data: Path, limit: int | None) -> "tuple[Reci
     from peftchat.dataset.cache import load_splits
     from peftchat.models.source import ModelKind
     from peftchat.recipe import DataEntry
+    from peftchat.recipe.objectives import PAIR_OBJECTIVES
     from peftchat.training.context import load_chat_format
 
     if model.recipe is None:
@@ -135,7 +136,9 @@ def _encode(model: EvaluatedModel, data: Path, limit: int | None) -> "tuple[Reci
         place = recipe.model.model_copy(update={"name": base.name, "revision": base.revision})
         recipe = recipe.model_copy(update={"model": place})
     entries = {"train": (DataEntry(path=str(data)),), "eval": None, "eval_fraction": None, "max_train_samples": limit}
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=entries)})
+    # A preference run is measured on conversations, or on the chosen answers of pairs, as any other.
+    others = {**dict.fromkeys(map(str, PAIR_OBJECTIVES)), "objective": "sft"}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=entries), **others})
     chat = load_chat_format(recipe)
     try:
         return recipe, chat, load_splits(recipe, chat)["train"]

@@ -337,6 +337,7 @@ def print_dry_run(loaded: "LoadedRecipe", distributed: DistributedSetup) -> None
     for name, value in (
         ("model", f"{recipe.model.name} ({config.model_type}, {recipe.model.dtype})"),
         ("method", _method_text(recipe)),
+        *([("objective", _objective_text(recipe))] if recipe.has_pairs else ()),
         ("hardware", _hardware_text(distributed)),
         ("chat", _chat_text(recipe, chat)),
         ("training", _split_text(recipe, "train", splits["train"].stats)),
@@ -375,6 +376,11 @@ def _method_text(recipe: "Recipe") -> str:
     return text
 
 
+def _objective_text(recipe: "Recipe") -> str:
+    options = getattr(recipe, recipe.objective).model_dump(exclude_none=True)
+    return f"{recipe.objective}: {', '.join(f'{key} {value}' for key, value in options.items())}"
+
+
 def _hardware_text(distributed: DistributedSetup) -> str:
     device = f"{distributed.gpus} GPUs" if distributed.gpus else "CPU"
     processes = "1 process" if distributed.world_size == 1 else f"{distributed.world_size} processes"
@@ -387,8 +393,9 @@ def _chat_text(recipe: "Recipe", chat: ChatFormat) -> str:
 
 
 def _split_text(recipe: "Recipe", split: Split, stats: EncodingStats) -> str:
+    unit = "pairs" if recipe.has_pairs else "examples"
     text = (
-        f"{format_count(stats.examples)} examples, {format_count(stats.tokens)} tokens, "
+        f"{format_count(stats.examples)} {unit}, {format_count(stats.tokens)} tokens, "
         f"{format_percent(stats.supervised / stats.tokens)} of them supervised"
     )
     dropped = [f"{number} {reason.replace('_', ' ')}" for reason, number in stats.dropped.items()]
@@ -415,6 +422,8 @@ def _steps_text(recipe: "Recipe", settings: PlanSettings, dataset: DatasetSize) 
         shape = f"packs of {length} tokens ({format_percent(dataset.tokens / (dataset.sequences * length))} full)"
     total, per_epoch = total_steps(recipe, dataset, settings), steps_per_epoch(dataset, settings)
     per_step = settings.batch * settings.accumulation * settings.processes
+    if recipe.has_pairs:
+        return f"{total} ({per_epoch} per epoch) of {per_step // 2} pairs; {dataset.sequences // 2} per epoch"
     return f"{total} ({per_epoch} per epoch) of {per_step} {shape}; {dataset.sequences} per epoch"
 
 

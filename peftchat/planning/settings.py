@@ -299,7 +299,8 @@ def plan_settings(
         processes=processes,
         offload=recipe.distributed.offload,
         checkpointing=bool(training.gradient_checkpointing),
-        batch=training.per_device_train_batch_size,
+        # Both answers of a pair are examples of one forward pass.
+        batch=training.per_device_train_batch_size * (2 if recipe.has_pairs else 1),
         length=length + -length % multiple,
         accumulation=training.gradient_accumulation_steps,
         supervised=DEFAULT_SUPERVISED if supervised is None else supervised,

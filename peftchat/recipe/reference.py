@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from peftchat.recipe.error_messages import section_of
+from peftchat.recipe.objectives import PAIR_OBJECTIVES
 from peftchat.recipe.schema import Recipe
 from peftchat.recipe.sections import DataEntry, Method
 from peftchat.strict_model import StrictModel
@@ -301,7 +302,8 @@ def starting_recipe(method: Method, target: Path, *, model: str | None = None, d
     ]
     top, *others = sections()
     for section in (top, *others):
-        if section.name in ("adapter", "quantization") and section.name not in _SECTIONS_OF[method]:
+        optional = ("adapter", "quantization", *PAIR_OBJECTIVES)
+        if section.name in optional and section.name not in _SECTIONS_OF[method]:
             continue
         lines += ["", *_starter_section(section, values)]
     return "\n".join(lines) + "\n"

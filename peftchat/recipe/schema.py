@@ -9,6 +9,15 @@ from pydantic_core import PydanticCustomError
 
 from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.recipe.document import Document
+from peftchat.recipe.objectives import (
+    PAIR_OBJECTIVES,
+    REFERENCE_OBJECTIVES,
+    CpoSection,
+    DpoSection,
+    Objective,
+    OrpoSection,
+    SimpoSection,
+)
 from peftchat.recipe.sections import (
     REPORTERS,
     BestMetric,
@@ -236,11 +245,12 @@ class TrainingSection(StrictModel):
         description="What to do where memory runs out in a forward or backward pass. `stop` says what would need less, "
         "`halve` does the step again with smaller micro-batches and the same update (one process only).",
     )
-    hang_timeout: float = Field(
+    hang_timeout: float | None = Field(
         45.0,
-        ge=0,
-        description="Seconds without progress within a step after which the process that is stuck is named, with its "
-        "step, conversations and stack. 0 watches nothing.",
+        gt=0,
+        description="Seconds without progress after which a report says which process stands still: its step, its "
+        "conversations and its innermost calls. Ten times the longest wait so far, if that is more. The run goes on "
+        "waiting. `null` turns the watch off.",
     )
     logging_steps: int = Field(10, ge=1, description="Optimizer steps between lines of `metrics.jsonl`.")
     report_to: Annotated[tuple[Reporter, ...], BeforeValidator(_reporter_list), _REPORTERS_SCHEMA] = Field(
@@ -288,6 +298,21 @@ class Recipe(StrictModel):
         None, description="The adapter that is trained beside the frozen base (methods `lora` and `qlora`)."
     )
     quantization: QuantizationSection | None = Field(None, description="The quantized base, for `qlora`.")
+    objective: Objective = Field(
+        "sft",
+        description="What is learned: the answers of conversations (`sft`), or to prefer the chosen answer of a pair "
+        "to the rejected one (`dpo`, and without a reference `orpo`, `simpo`, `cpo`; docs/preferences.md).",
+    )
+    dpo: DpoSection | None = Field(None, description="Options of direct preference optimization, for `objective: dpo`.")
+    orpo: OrpoSection | None = Field(
+        None, description="Options of odds ratio preference optimization, for `objective: orpo`."
+    )
+    simpo: SimpoSection | None = Field(
+        None, description="Options of simple preference optimization, for `objective: simpo`."
+    )
+    cpo: CpoSection | None = Field(
+        None, description="Options of contrastive preference optimization, for `objective: cpo`."
+    )
     chat: ChatSection = Field(
         ChatSection(),
         description="How a conversation becomes tokens, and which of them are trained.",
@@ -327,12 +352,47 @@ class Recipe(StrictModel):
             filled["adapter"] = {}
         if method == "qlora" and filled.get("quantization") is None:
             filled["quantization"] = {}
+        if filled.get("objective") in PAIR_OBJECTIVES:
+            _fill_in_objective(filled)
         data = filled.get("data")
         if isinstance(data, Mapping):
             implied: dict[str, Any] = {"packing": False} if _needs_unpacked(filled) else {}
             implied |= {"consecutive": "keep"} if _has_other_template(filled) else {}
-            filled["data"] = {**data, **{key: value for key, value in implied.items() if data.get(key) is None}}
+            filled["data"] = _with_implied(data, implied)
         return filled
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective compares the model with a reference."""
+        return self.objective in REFERENCE_OBJECTIVES
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the objective learns from pairs of answers."""
+        return self.objective in PAIR_OBJECTIVES
+
+
+def _with_implied(section: Mapping[str, Any], implied: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section with values for the keys that it leaves open."""
+    return {**section, **{key: value for key, value in implied.items() if section.get(key) is None}}
+
+
+def _fill_in_objective(filled: dict[str, Any]) -> None:
+    """Fill in what pairs of answers imply where a recipe leaves it open."""
+    name = filled["objective"]
+    if filled.get(name) is None:
+        filled[name] = {}
+    if isinstance(filled.get("data"), Mapping):
+        filled["data"] = _with_implied(filled["data"], {"packing": False, "truncation": "drop"})
+    training = {} if filled.get("training") is None else filled["training"]
+    if isinstance(training, Mapping):
+        filled["training"] = _with_implied(training, {"torch_compile": False})
+    section = filled.get("adapter")
+    if isinstance(section, Mapping) and filled.get("method") != "full":
+        variant = get_adapter("lora" if section.get("variant") is None else section["variant"])
+        # TRL switches dropout off too: the reference has none, and the difference of the two is what is learned from.
+        if variant is not None and "dropout" in variant.model_fields:
+            filled["adapter"] = _with_implied(section, {"dropout": 0.0})
 
 
 def _needs_unpacked(given: Mapping[str, Any]) -> bool:

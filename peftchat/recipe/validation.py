@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.recipe.document import Document, Keys, dotted, make_absolute
 from peftchat.recipe.error_messages import Problem
+from peftchat.recipe.objective_rules import objective_conflicts, objective_problems
 from peftchat.recipe.schema import OWN_KEYS, Recipe
 
 _NEEDED_BY_SCHEDULE = {
@@ -56,6 +57,8 @@ def invalid_combinations(recipe: Recipe) -> Iterator[Problem]:
         what = "every `weight` is a whole number, so that each epoch has all conversations and nothing is drawn"
         yield Problem(("data", "resample"), what, "Remove it, or give a source a weight such as 0.5.")
     yield from _of_the_variant(recipe)
+    if recipe.has_pairs:
+        yield from objective_problems(recipe)
 
 
 def _of_the_variant(recipe: Recipe) -> Iterator[Problem]:
@@ -107,6 +110,8 @@ class Conflict:
 def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     """Return all keys of `recipe` without effect, written or default."""
     yield from _method(recipe)
+    for keys, because, why in objective_conflicts(recipe):
+        yield Conflict(keys, because, why)
     yield from _chat_and_data(recipe)
     yield from _optimizer(recipe)
     yield from _saving(recipe)
@@ -243,6 +248,9 @@ def _halving(recipe: Recipe) -> Iterator[Conflict]:
     distributed = recipe.distributed
     if recipe.training.on_oom != "halve":
         return
+    if recipe.has_pairs:
+        why = f"`objective: {recipe.objective}` compares the two answers of a pair within a micro-batch"
+        yield Conflict(("training", "on_oom"), ("objective",), why)
     why = "several processes have to take each step alike, and only one of them runs out of memory"
     if distributed.strategy not in ("auto", "single"):
         yield Conflict(("training", "on_oom"), ("distributed", "strategy"), why)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftchat.formatting import format_count, format_decimal, format_duration, format_percent
+from peftchat.runs.eval_pairs import PairSummary
 from peftchat.runs.run_summary import RunSummary
 
 Outcome = Literal["better", "worse", "unknown", "failed"]
@@ -20,7 +21,7 @@ class RunAssessment:
     Attributes:
         headline: one sentence on the result.
         effort: steps, time, tokens, and the step that was kept, in sentences; may be empty.
-        outcome: whether the held-out loss got better.
+        outcome: whether the held-out loss got better, or most held-out pairs are right.
     """
 
     headline: str
@@ -40,7 +41,9 @@ def _result(summary: RunSummary) -> tuple[str, Outcome]:
     if any(not math.isfinite(loss) for loss in losses):
         return "The loss is not a finite number: training failed, and the model is unusable.", "failed"
     if after is None:
-        return "There were no held-out conversations, so it is unknown whether the model improved.", "unknown"
+        return f"There were no held-out {summary.unit}, so it is unknown whether the model improved.", "unknown"
+    if summary.eval_pairs is not None:
+        return _pairs_result(summary.eval_pairs, summary.objective)
     if before is None or before <= 0:
         text = f"Held-out loss is {format_decimal(after)}; it was not measured before training."
         return text, "unknown"
@@ -52,6 +55,19 @@ def _result(summary: RunSummary) -> tuple[str, Outcome]:
     if after < before:
         return f"Held-out loss fell {change}.", "better"
     return f"Held-out loss rose {change}: the model got worse on conversations it was not trained on.", "worse"
+
+
+def _pairs_result(pairs: PairSummary, objective: str) -> tuple[str, Outcome]:
+    """Return the result of a preference run: better where more than half of the pairs are right, beyond chance."""
+    text = f"The chosen answer has the higher reward in {pairs.right_text}"
+    if pairs.right_low > 0.5:
+        return f"{text}.", "better"
+    if pairs.right_high < 0.5 and objective == "dpo":
+        return f"{text}: the model learned the opposite.", "worse"
+    if pairs.right_high < 0.5:
+        # Without a reference, a reward is the likelihood itself, which had a side before the first step.
+        return f"{text}: rejected answers are still the likelier ones.", "unknown"
+    return f"{text}, which may be chance.", "unknown"
 
 
 def _effort(summary: RunSummary) -> str:
@@ -78,16 +94,19 @@ def run_warnings(summary: RunSummary) -> list[str]:
         # A template that rewrites earlier turns makes several examples of a conversation.
         conversations = summary.train_examples - (summary.expanded_examples or 0) + (summary.expanded or 0)
         if conversations < _FEW_EXAMPLES:
-            warnings.append(f"It was trained on only {format_count(conversations)} conversations.")
+            warnings.append(f"It was trained on only {format_count(conversations)} {summary.unit}.")
     if summary.eval_loss is None:
-        warnings.append("No held-out conversations were used; it is unknown whether it improved.")
+        warnings.append(f"No held-out {summary.unit} were used; it is unknown whether it improved.")
+    elif summary.eval_pairs is not None:
+        warnings += _pair_warnings(summary.eval_pairs, summary.objective)
     elif summary.eval_loss_before is not None and summary.eval_loss >= summary.eval_loss_before:
         warnings.append("Its loss on held-out conversations did not fall.")
     times = _times_seen(summary)
     if times is not None and times > _MANY_EPOCHS:
-        warnings.append(f"It saw each conversation about {format_decimal(times)} times and may reproduce some of them.")
+        what = f"each of the {summary.unit}" if summary.objective != "sft" else "each conversation"
+        warnings.append(f"It saw {what} about {format_decimal(times)} times and may reproduce some of them.")
     if summary.dropped_examples:
-        warnings.append(f"{format_count(summary.dropped_examples)} conversations were dropped.")
+        warnings.append(f"{format_count(summary.dropped_examples)} {summary.unit} were dropped.")
     if summary.special_token_text:
         warnings.append(
             f"Text that looks like a special token occurred {format_count(summary.special_token_text)} times "
@@ -109,6 +128,18 @@ def run_warnings(summary: RunSummary) -> list[str]:
     if unstopped:
         warnings.append(f"{unstopped} of {len(summary.samples_after)} sample answers reached the length limit.")
     return warnings
+
+
+def _pair_warnings(pairs: PairSummary, objective: str) -> list[str]:
+    """Return what held-out pairs say against a run."""
+    if not pairs.both_fell:
+        return []
+    fell = f"{format_decimal(pairs.chosen_logp_before)} to {format_decimal(pairs.chosen_logp)}"
+    cure = "a lower learning rate" + (", a higher `dpo.beta` or `dpo.rpo_alpha`" if objective == "dpo" else "")
+    return [
+        f"The chosen answers became less likely too: their mean log-probability fell from {fell}. Try {cure}, if they "
+        "are answers that the model should give."
+    ]
 
 
 def _times_seen(summary: RunSummary) -> float | None:

@@ -15,6 +15,7 @@ from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.conversation import Role
 from peftchat.conversations import ProblemLog, read_sources
 from peftchat.dataset.cache import EncodedSplit, Split, encode_splits, with_full_examples
+from peftchat.dataset.pairs import SIDES
 from peftchat.errors import UserError, VerificationError
 from peftchat.models.source import ModelSource
 from peftchat.recipe import Recipe
@@ -217,6 +218,7 @@ class MaskReport:
             yield {
                 "row": number,
                 "source": example.source,
+                **({"side": SIDES[number % 2]} if self.recipe.has_pairs else {}),
                 "input_ids": ids,
                 "labels": [token_id if target else IGNORE_INDEX for token_id, target in zip(ids, trained, strict=True)],
                 "tokens": self.chat.tokenizer.convert_ids_to_tokens(ids),

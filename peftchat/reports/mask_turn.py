@@ -24,6 +24,12 @@ def turn_text(recipe: Recipe, split: Split, number: int, turn: int | None) -> st
     Raises:
         UserError: there is no such conversation, or its message is no trained answer.
     """
+    if recipe.has_pairs:
+        raise UserError(
+            "one answer is shown of conversations, and the recipe learns from pairs",
+            where="--conversation",
+            hint="Leave it out: chosen and rejected answers are shown one after the other.",
+        )
     found = list(islice(conversations(recipe, split, ProblemLog(strict=True)), max(number - 1, 0), max(number, 0)))
     if not found:
         count = sum(1 for _ in conversations(recipe, split, ProblemLog(strict=True)))

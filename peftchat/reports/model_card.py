@@ -205,8 +205,12 @@ def _front_matter(recipe: Recipe) -> str:
 
 def _introduction(recipe: Recipe, summary: RunSummary) -> str:
     kind = "A chat model" if recipe.method == "full" else "A chat adapter"
-    text = f"# {run_name(recipe)}\n\n{kind}: `{base_name(recipe)}`, fine-tuned on conversations with peftchat"
+    text = f"# {run_name(recipe)}\n\n{kind}: `{base_name(recipe)}`, fine-tuned on {_kind_of_data(recipe)} with peftchat"
     return f"{text} ({_method(recipe)}). {assess_run(summary).headline}"
+
+
+def _kind_of_data(recipe: Recipe) -> str:
+    return f"pairs of preferred and rejected answers ({recipe.objective})" if recipe.has_pairs else "conversations"
 
 
 def _method(recipe: Recipe) -> str:
@@ -264,11 +268,14 @@ def _quoted(text: str) -> str:
 def _training(recipe: Recipe, summary: RunSummary) -> str:
     names = ", ".join(f"`{_data_name(source.path)}`" for source in recipe.data.train)
     lines = [f"- data: {names}", f"- method: {recipe.method}"]
+    if recipe.has_pairs:
+        options = getattr(recipe, recipe.objective).model_dump(mode="json", exclude_none=True)
+        lines.append(f"- objective: {recipe.objective}, " + ", ".join(f"{key} {one}" for key, one in options.items()))
     if recipe.adapter is not None:
         options = recipe.adapter.model_dump(mode="json", exclude_none=True)
         lines.append("- adapter: " + ", ".join(f"{name} {_option(value)}" for name, value in options.items()))
     rows = [
-        ("conversations", format_count(summary.train_examples), summary.train_examples),
+        (summary.unit, format_count(summary.train_examples), summary.train_examples),
         (
             "tokens seen",
             f"{format_count(summary.tokens)}, loss on {format_percent(summary.supervised_share)}",

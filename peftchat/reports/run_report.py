@@ -91,6 +91,7 @@ def write_report(run: Path) -> Path:
 def _tiles(summary: RunSummary) -> list[tuple[str, str]]:
     return [
         ("Held-out loss", format_decimal(summary.eval_loss)),
+        *_pair_tiles(summary),
         ("Time", format_duration(summary.seconds)),
         ("Tokens/s", format_count(summary.tokens_per_second)),
         ("Supervised", format_percent(summary.supervised_share)),
@@ -99,9 +100,22 @@ def _tiles(summary: RunSummary) -> list[tuple[str, str]]:
     ]
 
 
+def _pair_tiles(summary: RunSummary) -> list[tuple[str, str]]:
+    pairs = summary.eval_pairs
+    if pairs is None:
+        return []
+    return [("Held-out pairs right", format_percent(pairs.right)), ("Held-out margin", format_decimal(pairs.margin))]
+
+
 def _plots(lines: Sequence[Mapping[str, Scalar]]) -> list[tuple[str, Markup]]:
     wanted = {
         "Loss": _losses(lines),
+        "Pairs with the higher reward for the chosen answer": _both(lines, "rewards/accuracies"),
+        "Margin of the rewards": _both(lines, "rewards/margins"),
+        "Log-probability of whole answers, held out": [
+            Series("chosen", _points(lines, "eval_logps/chosen")),
+            Series("rejected", _points(lines, "eval_logps/rejected"), color=1),
+        ],
         "Learning rate": [Series("learning rate", _points(lines, "learning_rate"))],
         "Tokens per second": [Series("tokens per second", _points(lines, "tokens_per_second"))],
         "Gradient norm, before clipping": [Series("gradient norm", _points(lines, "grad_norm"))],
@@ -119,6 +133,12 @@ def _losses(lines: Sequence[Mapping[str, Scalar]]) -> list[Series]:
     window = len(train) // 20 * 2 + 1
     mean = Series(f"mean of {window}", _smoothed(train, window))
     return [Series("training", train, faint=True), mean, held_out]
+
+
+def _both(lines: Sequence[Mapping[str, Scalar]], key: str) -> list[Series]:
+    """Return a metric in training and on held-out pairs."""
+    held_out = _points(lines, f"eval_{key}")
+    return [Series("training", _points(lines, key)), Series("held out", held_out, color=1)]
 
 
 def _points(lines: Sequence[Mapping[str, Scalar]], key: str) -> list[tuple[float, float]]:

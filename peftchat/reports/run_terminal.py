@@ -19,6 +19,7 @@ from peftchat.formatting import (
 )
 from peftchat.reports.assessment import assess_run, run_warnings
 from peftchat.runs.eval_losses import GroupLoss
+from peftchat.runs.eval_pairs import PairSummary
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 
 
@@ -71,6 +72,7 @@ def _figures(summary: RunSummary) -> Table:
         ("training loss", format_decimal(summary.train_loss)),
         *_training_by_file(summary),
         *_losses_by_group(summary),
+        *_held_out_pairs(summary.eval_pairs),
         ("steps", format_count(summary.steps)),
         ("time", format_duration(summary.seconds)),
         ("tokens", f"{format_count(summary.tokens)}, {format_percent(summary.supervised_share)} supervised"),
@@ -108,9 +110,24 @@ def _losses_by_group(summary: RunSummary) -> list[tuple[str, str]]:
     return rows
 
 
+def _held_out_pairs(pairs: PairSummary | None) -> list[tuple[str, str]]:
+    """Return the rows of held-out pairs."""
+    if pairs is None:
+        return []
+    rewards = f"{format_decimal(pairs.chosen_reward)} chosen, {format_decimal(pairs.rejected_reward)} rejected"
+    return [
+        ("held-out rewards", f"{rewards}, margin {format_decimal(pairs.margin)}"),
+        ("log-probability, chosen", _change(pairs.chosen_logp_before, pairs.chosen_logp)),
+        ("log-probability, rejected", _change(pairs.rejected_logp_before, pairs.rejected_logp)),
+    ]
+
+
+def _change(before: float | None, after: float) -> str:
+    return format_decimal(after) if before is None else f"{format_decimal(before)} → {format_decimal(after)}"
+
+
 def _before_and_after(loss: GroupLoss) -> str:
-    after = format_decimal(loss.after)
-    return after if loss.before is None else f"{format_decimal(loss.before)} → {after}"
+    return _change(loss.before, loss.after)
 
 
 def _per_second(summary: RunSummary) -> str:

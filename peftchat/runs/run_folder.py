@@ -58,6 +58,11 @@ class RunFolder:
         return self.path / "eval_losses.jsonl"
 
     @property
+    def eval_pairs(self) -> Path:
+        """The held-out pairs of a preference run."""
+        return self.path / "eval_pairs.jsonl"
+
+    @property
     def samples(self) -> KeptLines:
         """The answers to the recipe's questions at each evaluation."""
         return KeptLines(self.path / "samples.jsonl")
@@ -209,6 +214,7 @@ class RunFolder:
         self.metrics.keep_through(checkpoint.step if checkpoint else -1)
         if checkpoint is None:
             self.eval_losses.unlink(missing_ok=True)
+            self.eval_pairs.unlink(missing_ok=True)
             self.samples.path.unlink(missing_ok=True)
         elif self.samples.path.is_file():
             self.samples.rewrite([line for line in self.samples.read() if line["step"] <= checkpoint.step])

@@ -9,6 +9,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.runs.eval_losses import GroupLoss
+from peftchat.runs.eval_pairs import PairSummary
 from peftchat.runs.fingerprints import Fingerprints
 from peftchat.runs.run_folder import RunFolder
 
@@ -197,6 +198,8 @@ class RunSummary(BaseModel):
     memory is in bytes, fractions are between 0 and 1.
 
     Attributes:
+        objective: what was learned: `sft`, or from pairs of answers; `train_loss` and `eval_loss` are then means over
+            pairs, and `train_examples` and `eval_examples` count pairs.
         base_vocabulary_size: rows of the base model's embedding before tokens were added.
         train_examples: encoded conversations trained on.
         examples_per_epoch: those of one epoch; others than `train_examples` where `data.resample` draws them anew.
@@ -208,6 +211,7 @@ class RunSummary(BaseModel):
         truncated: conversations that lost turns to fit `data.max_length`.
         eval_by: held-out losses by `source` (file), `role`, `kind` of text (content, reasoning, tool calls, and other
             text that answers consist of), `turn` among those of its role, and `length` of the conversation in tokens.
+        eval_pairs: the held-out pairs of an objective with pairs.
         special_token_text: stretches of text spelled like a special token and encoded as ordinary text.
         formats: the format of each data file.
         new_tokens: the tokens added to the vocabulary.
@@ -226,6 +230,7 @@ class RunSummary(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
 
     method: str | None = None
+    objective: str = "sft"
     base_model: str | None = Field(None, validation_alias=AliasChoices("base_model", "base"))
     base_vocabulary_size: int | None = None
     steps: int | None = None
@@ -255,6 +260,7 @@ class RunSummary(BaseModel):
     eval_loss_before: float | None = None
     eval_loss: float | None = None
     eval_by: dict[str, dict[str, GroupLoss]] | None = None
+    eval_pairs: PairSummary | None = None
     spikes: tuple[SpikeRecord, ...] = ()
     outliers: dict[str, OutlierRecord] = {}
     train_by_source: dict[str, SourceLoss] | None = None
@@ -318,6 +324,11 @@ class RunSummary(BaseModel):
         """Write the summary into a run folder."""
         text = json.dumps(self.model_dump(), indent=2, ensure_ascii=False)
         write_text(folder.summary, text + "\n")
+
+    @property
+    def unit(self) -> str:
+        """What an example is, in the plural."""
+        return "conversations" if self.objective == "sft" else "pairs"
 
     @property
     def supervised_share(self) -> float | None:

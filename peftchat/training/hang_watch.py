@@ -1,311 +1,376 @@
-"""Hang watch: a run that stands still says which process is stuck, in which step, with what and where in the code.
+"""The hang watch: a process without progress is reported with its step, its conversations and its stack.
 
-Each process has a thread that looks at the process's position now and then, and writes it to a file of the run folder
-(`.heartbeats/rank-N.json`). So a process that is stopped, or whose machine is gone, is seen too: its file no longer
-changes. Where nothing moves, the first process that still lives writes one report for all.
-
-Time is counted in the looks of that thread, so a clock that jumps, a suspended machine or a stopped job (Ctrl-Z) is no
-hang. The thread cannot look while a library holds Python's lock; other processes then see that the file no longer
-changes.
+A thread of each process notes when the training loop last went on, and publishes it in the store of the process group
+through a connection of its own. Where nothing goes on, the first process that can still speak reads what all published,
+and prints one report. Nothing is ended: where the wait is endless, the limit of the process group does that.
 """
 
-import contextlib
-import faulthandler
 import json
 import os
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftchat.files import write_text
-from peftchat.training.position import Position, RunPosition
+from peftchat.console import stderr
+from peftchat.formatting import format_duration
 from peftchat.training.step_numbers import name_sources
 
 if TYPE_CHECKING:
-    from types import FrameType
+    from peftchat.training.context import TrainContext
+    from peftchat.training.trainer import ChatTrainer
 
-FOLDER = ".heartbeats"
+_SLOWER = 10.0
+"""A wait of as many times the longest one so far is none of the usual ones."""
 
-_LOOKS = 20
-"""How often a thread looks within the limit."""
+_RARE_SECONDS = 600.0
+"""The least limit of what a run does rarely: its first steps, which may compile, evaluations and checkpoints."""
 
-_LONGEST_LOOK = 2.0
-_SHORTEST_LOOK = 0.05
+_USUAL_STEPS = 2
+"""Steps before waits are usual."""
 
-_SLOW = 20
-"""So many limits pass before a position counts as stuck that has no usual time: a first step, an evaluation, a save."""
-
-_USUAL = 5
-"""A step of a slow model counts as stuck after so many times the longest one."""
-
-_LOST_LOOKS = 4
-"""Looks without a change of its file after which another process shows no sign of life."""
-
-_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "accelerate/utils/operations")
-_COMPILERS = ("torch/_dynamo/", "torch/_inductor/", "torch/utils/cpp_extension", "triton/compiler/")
-
-_WRAPPER = "torch/nn/modules/module.py"
-"""Two calls of it lie between those of any two modules, and say nothing."""
-
+_CHECKS_PER_LIMIT = 12
+_LONGEST_PAUSE = 5.0
 _FRAMES = 12
-"""Innermost calls that are shown."""
+_WAITING = (
+    "torch/distributed/", "torch/nn/parallel/", "deepspeed/comm/", "torch/autograd/graph.py", "torch/cuda/",
+)  # fmt: skip
+"""Where a process waits for another one or for its GPU: collectives, the backward pass, synchronization."""
 
-_SOURCES = 8
-"""Conversations that are kept in a file."""
+_COMPILERS = ("torch/_dynamo/convert_frame", "torch/_inductor/", "torch/utils/cpp_extension", "triton/compiler/")
+
+
+class Store(Protocol):
+    """What is used of the process group's store."""
+
+    def set(self, key: str, value: str) -> None:
+        """Set a value."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Return whether the keys are there."""
+
+    def get(self, key: str) -> bytes:
+        """Return a value, and wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Heartbeat:
-    """What a process shows of itself.
+class Sign:
+    """What a process says of itself.
 
     Attributes:
-        rank: of the process.
+        rank: its number.
+        step: the optimizer step that it is in, or after.
+        doing: what it does.
+        still: seconds since it went on.
+        waits: whether its innermost place is one where processes wait for others.
+        place: that place.
+        conversations: those of its current micro-batch, named by `file:line`.
+        stack: its innermost frames, if it did not go on.
+        beat: how often it has said so. Clocks of several machines differ, and any clock may jump.
         pid: its process id.
         host: its machine.
-        beat: how often its thread has looked.
-        count: the number of its position; the process with the smallest is behind the others.
-        doing: the position, in words.
-        sources: conversations that it works on.
-        idle: seconds since its last position.
-        waits: whether the training thread is in a function that waits for other processes.
-        stack: the innermost calls of the training thread; empty until nothing moves.
     """
 
     rank: int
-    pid: int
-    host: str
-    beat: int
-    count: int
+    step: int
     doing: str
-    sources: Sequence[str] = ()
-    idle: float = 0.0
-    waits: bool = False
-    stack: str = ""
-
-    @classmethod
-    def read(cls, file: Path) -> "Heartbeat | None":
-        """Read a process's file; None where it is missing or of another version."""
-        try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
-
-    @property
-    def name(self) -> str:
-        """The process, as a user finds it."""
-        return f"process {self.rank} (pid {self.pid} on {self.host})"
+    still: float
+    waits: bool
+    place: str
+    conversations: str
+    stack: str
+    beat: int
+    pid: int = 0
+    host: str = ""
 
 
-class HangWatch:
-    """Watches a process from a thread of its own.
+class HangWatch(TrainerCallback):
+    """Reports a process that does not go on.
 
     Args:
-        position: of the process.
-        folder: the run folder.
-        limit: seconds without a new position that count as a hang; 0 watches nothing.
-        rank: of the process.
-        processes: of the run.
-        sources: names the conversations of a position.
-        tell: called with the report.
+        limit: seconds without progress in a step; ten times the longest wait so far, if that is more.
+        conversations: names the conversations of this process's current micro-batch.
+        rank: this process.
+        processes: how many there are.
+        store: where they publish; None for one process.
+        tell: prints a report.
     """
 
     def __init__(
         self,
-        position: RunPosition,
-        folder: Path,
         limit: float,
-        *,
-        rank: int,
-        processes: int,
-        sources: Callable[[Position], list[str]],
-        tell: Callable[[str], None],
+        conversations: Callable[[], str],
+        rank: int = 0,
+        processes: int = 1,
+        store: Store | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
-        self._position = position
-        self._run_folder = folder
-        self._folder = folder / FOLDER
         self._limit = limit
-        self._look = min(_LONGEST_LOOK, max(_SHORTEST_LOOK, limit / _LOOKS))
-        self._rank = rank
-        self._processes = processes
-        self._sources = sources
-        self._tell = tell
-        self._main = threading.get_ident()
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
+        self._conversations = conversations
+        self._rank, self._processes, self._store = rank, processes, store
+        self._tell = tell or _print
+        self._pause = min(_LONGEST_PAUSE, limit / _CHECKS_PER_LIMIT)
+        self._thread_id = threading.get_ident()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._step, self._doing, self._went_on = 1, "before step", time.monotonic()
+        self._steps_seen = 0
         self._beat = 0
-        self._seen = -1
-        self._idle_looks = 0
-        self._longest = 0.0
-        self._was_steady = False
-        self._has_told, self._has_dumped = False, False
-        self._named: list[str] = []
-        self._others: dict[int, tuple[int, int]] = {}
+        self._longest: dict[str, float] = {}
+        # When the loop had last gone on before the last report, and for how long it had then stood still.
+        self._reported = (0.0, 0.0)
 
-    def start(self) -> None:
-        """Begin; the run folder exists where this process can see it."""
-        if self._limit > 0:
-            self._thread.start()
+    def begin(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
+        self._thread.start()
 
-    def stop(self) -> None:
-        """End, and remove this process's file."""
-        self._end.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
-        with contextlib.suppress(OSError):
-            for file in self._folder.glob(f"rank-{self._rank}.*"):
-                file.unlink()
-            self._folder.rmdir()
+    def end(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join(self._pause + 1)
 
-    def _run(self) -> None:
-        while not self._end.wait(self._look):
-            # Whatever goes wrong here, such as a full disk, must not touch the run.
-            with contextlib.suppress(Exception):
-                self._look_once()
+    def go_on(self, step: int, doing: str) -> None:
+        """Note that the training loop goes on with something else."""
+        now = time.monotonic()
+        before, self._went_on = self._went_on, now
+        waited = now - before
+        self._longest[self._doing] = max(waited, self._longest.get(self._doing, 0.0))
+        self._step, self._doing = step, doing
+        if self._reported[0] == before:
+            self._tell(f"Step {step}: it goes on after {format_duration(waited)}.")
 
-    def _look_once(self) -> None:
-        now = self._position.now
-        self._beat += 1
-        if now.count != self._seen:
-            self._moved(now)
-        else:
-            self._idle_looks += 1
-        idle = self._idle_looks * self._look
-        limit = self._limit_of(now)
-        frames = _stack_of(self._main) if idle >= self._limit / 2 else []
-        if _is_in(frames, _COMPILERS):
-            self._idle_looks = 0
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start watching."""
+        self.go_on(1, "before step")
+        self.begin()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the begin of a step."""
+        self.go_on(state.global_step + 1, "in step")
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the end of a micro-batch."""
+        self.go_on(state.global_step + 1, "in step")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the end of a step; the next batch, an evaluation or a checkpoint follows."""
+        self._steps_seen += 1
+        self.go_on(state.global_step, "after step")
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note a batch of an evaluation."""
+        self.go_on(state.global_step, "in the evaluation of step")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the end of an evaluation."""
+        self.go_on(state.global_step, "after step")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Note the end of a checkpoint."""
+        self.go_on(state.global_step, "after step")
+
+    def allowed(self) -> float:
+        """Return the seconds that this process may stand still now."""
+        is_rare = self._steps_seen < _USUAL_STEPS or self._doing != "in step"
+        least = max(_RARE_SECONDS, self._limit) if is_rare else self._limit
+        return max(least, _SLOWER * self._longest.get(self._doing, 0.0))
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._ended.wait(self._pause):
+            before, looked = looked, time.monotonic()
+            if looked - before > 3 * self._pause + 1:
+                # The process itself was stopped (Ctrl-Z, a debugger), or the machine slept: nothing hung.
+                self._went_on += looked - before
+            went_on = self._went_on
+            still = time.monotonic() - went_on
+            is_late = still > self.allowed() and not self._compiles()
+            self._beat += 1
+            sign = self._sign(still, with_stack=is_late)
+            if not self._publish(sign):
+                return
+            is_told = self._reported[0] == went_on and still < 10 * self._reported[1]
+            if is_late and not is_told:
+                heard = self._beats()
+                # Others may be a moment behind with what they say, and those that live say something new.
+                for _ in range(3 if self._processes > 1 else 0):
+                    self._ended.wait(self._pause)
+                    self._beat += 1
+                    self._publish(replace(sign, beat=self._beat))
+                looked = time.monotonic()
+                self._report(sign, heard)
+                self._reported = (went_on, still)
+
+    def _publish(self, sign: Sign) -> bool:
+        """Publish what this process says; return whether there is anybody left."""
+        try:
+            if self._store is not None:
+                self._store.set(_key(self._rank), json.dumps(asdict(sign)))
+        except RuntimeError:
+            return False  # The process that holds the store has gone; the others end too.
+        return True
+
+    def _sign(self, still: float, *, with_stack: bool) -> Sign:
+        frame = sys._current_frames().get(self._thread_id)
+        place = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+        return Sign(
+            self._rank,
+            self._step,
+            self._doing,
+            still,
+            any(part in place.replace("\\", "/") for part in _WAITING),
+            place,
+            self._conversations(),
+            _stack(frame) if with_stack else "",
+            self._beat,
+            os.getpid(),
+            socket.gethostname(),
+        )
+
+    def _compiles(self) -> bool:
+        """Return whether the training loop waits for a compiler, which a new shape may call at any step."""
+        frame = sys._current_frames().get(self._thread_id)
+        while frame is not None:
+            if any(part in frame.f_code.co_filename.replace("\\", "/") for part in _COMPILERS):
+                return True
+            frame = frame.f_back
+        return False
+
+    def _beats(self) -> dict[int, int]:
+        """Return how often each other process has said something."""
+        signs = [self._read(rank) for rank in range(self._processes) if rank != self._rank]
+        return {sign.rank: sign.beat for sign in signs if sign is not None}
+
+    def _report(self, own: Sign, heard: Mapping[int, int]) -> None:
+        if self._store is None:
+            self._tell(report([own], []))
             return
-        own = Heartbeat(
-            self._rank, os.getpid(), socket.gethostname(), self._beat, now.count, str(now), self._named, idle,
-            _is_in(frames, _COLLECTIVES), _as_text(frames),
-        )  # fmt: skip
-        self._write(own)
-        if idle < limit / 2:
-            self._others = {}
-            return
-        lost = self._watch_others(idle_enough=idle >= limit)
-        if idle < limit or self._has_told:
-            return
-        if not self._has_dumped:
-            self._has_dumped = True
-            self._dump()
-        if self._rank == min({*range(self._processes)} - lost):
-            self._has_told = True
-            self._tell(describe([own, *self._read_others()], lost, idle))
+        signs, silent = [], []
+        for rank in range(self._processes):
+            sign = own if rank == self._rank else self._read(rank)
+            if sign is None or (rank != self._rank and heard.get(rank) == sign.beat):
+                silent.append((rank, sign))
+            else:
+                signs.append(sign)
+        if min(sign.rank for sign in signs) == self._rank:
+            self._tell(report(signs, silent))
 
-    def _moved(self, now: Position) -> None:
-        """Take over a new position."""
-        if self._has_told:
-            self._tell(f"The run goes on, after about {self._idle_looks * self._look:.0f} s.")
-            self._has_told = False
-        elif self._was_steady and not self._has_dumped:
-            self._longest = max(self._longest, self._idle_looks * self._look)
-        self._has_dumped = False
-        self._seen, self._idle_looks, self._was_steady = now.count, 0, now.is_steady
-        self._named = self._sources(replace(now, examples=now.examples[:_SOURCES]))
-
-    def _limit_of(self, now: Position) -> float:
-        """Return the seconds that a position may take."""
-        if not now.is_steady:
-            return _SLOW * self._limit
-        return max(self._limit, _USUAL * self._longest)
-
-    def _write(self, own: Heartbeat) -> None:
-        # Without a folder that all see, each process has itself alone.
-        if self._run_folder.is_dir():
-            self._folder.mkdir(exist_ok=True)
-            write_text(self._folder / f"rank-{self._rank}.json", json.dumps(asdict(own)), sync=False)
-
-    def _read_others(self) -> list[Heartbeat]:
-        found = [Heartbeat.read(self._folder / f"rank-{one}.json") for one in range(self._processes)]
-        return [one for one in found if one is not None and one.rank != self._rank]
-
-    def _watch_others(self, *, idle_enough: bool) -> set[int]:
-        """Return the ranks whose files no longer change, or do not exist."""
-        present = {one.rank: one.beat for one in self._read_others()}
-        for rank, beat in present.items():
-            before, looks = self._others.get(rank, (beat, 0))
-            self._others[rank] = (beat, looks + 1 if before == beat else 0)
-        lost = {rank for rank, (_, looks) in self._others.items() if looks >= _LOST_LOOKS}
-        return lost | ({*range(self._processes)} - present.keys() - {self._rank} if idle_enough else set())
-
-    def _dump(self) -> None:
-        """Leave the stacks of all threads in the run folder."""
-        with contextlib.suppress(OSError), (self._folder / f"rank-{self._rank}.stacks").open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+    def _read(self, rank: int) -> Sign | None:
+        if self._store is None:
+            return None
+        try:
+            # A key that is not there would be waited for.
+            if not self._store.check([_key(rank)]):
+                return None
+            return Sign(**json.loads(self._store.get(_key(rank))))
+        except (RuntimeError, ValueError, TypeError):
+            return None
 
 
-def describe(found: Sequence[Heartbeat], lost: set[int], idle: float) -> str:
-    """Return the report of a run in which nothing moves.
+def report(signs: Sequence[Sign], silent: Sequence[tuple[int, Sign | None]]) -> str:
+    """Return the report of a hang.
 
     Args:
-        found: what each process has last shown of itself.
-        lost: ranks that show no sign of life.
-        idle: seconds since something moved in the process that reports.
+        signs: of the processes that speak.
+        silent: numbers and last signs of those that do not.
     """
-    found = sorted(found, key=lambda one: one.rank)
-    stuck = [one for one in found if one.rank in lost]
-    if not stuck:
-        behind = min(one.count for one in found)
-        slowest = [one for one in found if one.count == behind]
-        # Those that wait for each other are not stuck by themselves.
-        stuck = [one for one in slowest if not one.waits] or slowest
-    lines = [f"No progress for {idle:.0f} s."]
-    for one in stuck:
-        is_lost = one.rank in lost
-        life = f" It shows no sign of life: {_state(one)}." if is_lost else ""
-        verb = "was last seen" if is_lost else "is stuck"
-        lines.append(f"{one.name[0].upper()}{one.name[1:]} {verb} in {one.doing}, with {_named(one)}.{life}")
-        if one.stack:
-            lines.append(one.stack.rstrip("\n"))
-    unknown = sorted(lost - {one.rank for one in found})
-    if unknown:
-        lines.append(f"Of process {', '.join(map(str, unknown))} nothing is known here: it may be on another machine.")
-    waiting = [one for one in found if one not in stuck]
-    lines += [f"{one.name[0].upper()}{one.name[1:]} waits in {one.doing}." for one in waiting]
-    lines.append(
-        "The run waits on. To end it, stop it twice (Ctrl-C or SIGTERM), then add `--resume`. "
-        "training.hang_timeout sets the seconds until this report."
-    )
+    first = max(signs, key=lambda sign: sign.still)
+    lines = [f"No progress for {format_duration(first.still)} {first.doing} {first.step}."]
+    if not signs[1:] and not silent:
+        lines += _whereabouts(first)
+        return "\n".join(lines)
+    for rank, sign in silent:
+        if sign is None:
+            lines.append(f"Rank {rank} has given no sign of life ever: it hangs in native code, or is stopped.")
+            continue
+        lines.append(
+            f"Rank {rank} gives no sign of life; the last was {sign.doing} {sign.step}. Process {sign.pid} on "
+            f"{sign.host} {_state(sign)}."
+        )
+        lines += _whereabouts(sign)
+    at_work = [sign for sign in signs if not sign.waits]
+    for sign in at_work:
+        lines += [f"Rank {sign.rank} has stood still for {format_duration(sign.still)} {sign.doing} {sign.step}."]
+        lines += _whereabouts(sign)
+    waiting = [sign for sign in signs if sign.waits]
+    if waiting:
+        ranks = ", ".join(str(sign.rank) for sign in waiting)
+        lines.append(f"Ranks that wait in a collective, the backward pass or for a GPU: {ranks}.")
+    if waiting and not at_work and not silent:
+        for sign in waiting:
+            lines += [f"Rank {sign.rank}:", *_whereabouts(sign)]
     return "\n".join(lines)
 
 
-def _named(one: Heartbeat) -> str:
-    return name_sources(one.sources) if one.sources else "no conversation"
-
-
-def _state(one: Heartbeat) -> str:
-    """Return what the system says about a process."""
-    if one.host != socket.gethostname():
-        return f"look for it on {one.host}"
+def _state(sign: Sign) -> str:
+    """Return what the system says about a process that is silent."""
+    if sign.host != socket.gethostname():
+        return "hangs in native code, is stopped, or has gone"
     try:
-        status = psutil.Process(one.pid).status()
+        status = psutil.Process(sign.pid).status()
     except psutil.Error:
-        return "it has ended"
+        return "has ended"
     if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
-        return f"it is stopped, and `kill -CONT {one.pid}` continues it"
+        return f"is stopped; `kill -CONT {sign.pid}` lets it go on"
     if status == psutil.STATUS_DISK_SLEEP:
-        return "it waits for a disk or a network file system"
-    return f"the system calls it {status}"
+        return "waits for a disk or a network file system"
+    return f"hangs in native code (the system calls it {status})"
 
 
-def _stack_of(thread: int) -> list[traceback.FrameSummary]:
-    """Return the calls of a thread, the innermost last."""
-    frame: FrameType | None = sys._current_frames().get(thread)
-    return [] if frame is None else list(traceback.extract_stack(frame))
+def _whereabouts(sign: Sign) -> list[str]:
+    lines = []
+    if sign.conversations:
+        lines.append(f"Its micro-batch has {sign.conversations}")
+    if sign.stack:
+        lines.append(f"Its innermost calls:\n{sign.stack.rstrip()}")
+    return lines
 
 
-def _is_in(frames: Sequence[traceback.FrameSummary], places: Sequence[str]) -> bool:
-    return any(place in one.filename.replace(os.sep, "/") for one in frames[-_FRAMES:] for place in places)
+def _stack(frame: FrameType | None) -> str:
+    return "" if frame is None else "".join(traceback.format_stack(frame)[-_FRAMES:])
 
 
-def _as_text(frames: Sequence[traceback.FrameSummary]) -> str:
-    told = [one for one in frames if not one.filename.replace(os.sep, "/").endswith(_WRAPPER)]
-    return "".join(traceback.format_list(told[-_FRAMES:]))
+def _key(rank: int) -> str:
+    return f"peftchat/hang_watch/{rank}"
+
+
+def _print(text: str) -> None:
+    stderr.print(text, style="yellow", markup=False, highlight=False)
+
+
+def _own_connection() -> Store | None:
+    """Return a connection of its own to the process group's store; None for one process."""
+    if not dist.is_initialized() or dist.get_world_size() < 2:
+        return None
+    # The main thread may wait in the store's own connection.
+    store: Any = dist.distributed_c10d._get_default_store()
+    own: Store = store.clone()
+    return own
+
+
+def watch_hangs(trainer: "ChatTrainer", context: "TrainContext") -> HangWatch | None:
+    """Have a run watched, if its recipe does not say otherwise."""
+    limit = context.recipe.training.hang_timeout
+    if limit is None:
+        return None
+    store = context.splits["train"].store
+
+    def conversations() -> str:
+        return name_sources([store[int(index)].source for index in trainer.current_examples])
+
+    watch = HangWatch(limit, conversations, trainer.args.process_index, trainer.args.world_size, _own_connection())
+    trainer.add_callback(watch)
+    return watch

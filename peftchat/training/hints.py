@@ -171,6 +171,7 @@ def _rate_hint(recipe: "Recipe") -> Iterator[str]:
         return
     relation = f"{ratio:.3g} times" if ratio > 1 else f"1/{1 / ratio:.3g} of"
     where = SOURCE if "by the width" in rule.reason else "`peftchat variants`"
+    where = "docs/preferences.md" if recipe.has_pairs else where
     yield (
         f"the learning rate {format_rate(rate)} is {relation} the {format_rate(rule.value)} that "
         f"`training.learning_rate: auto` gives: {rule.reason} ({where})."

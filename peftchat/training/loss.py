@@ -10,6 +10,7 @@ import inspect
 import math
 import sys
 import types
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class SupervisedOutput(ModelOutput):
     """The output of the supervised forward.
 
     Attributes:
-        loss: sum of the negative log-likelihoods in nats, float32, shape ().
+        loss: sum of the negative log-likelihoods in nats, float32, shape (); or what `weigh` makes of them.
         correct: supervised positions whose most likely token is the target, int64, shape (); counted only without
             gradients.
         losses: the negative log-likelihood of each supervised position in nats, in the order of the labels, float32,
@@ -44,10 +45,15 @@ class SupervisedOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
+Weigh = Callable[[Tensor], Tensor]
+"""A differentiable function of the losses of all supervised positions, shape (N,), that returns a number, shape ()."""
+
+
 def install_supervised_forward(model: PreTrainedModel) -> None:
     """Let `model(..., labels=labels, supervised=True)` return a `SupervisedOutput`.
 
-    Without `supervised`, the forward is unchanged. If the model's layers are compiled, the loss is compiled too.
+    With `weigh=function`, its `loss` is a function of the single losses instead of their sum. Without `supervised`, the
+    forward is unchanged. If the model's layers are compiled, the loss is compiled too.
 
     Args:
         model: the causal language model itself, inside any PEFT wrapper.
@@ -58,7 +64,13 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
     logsumexp = torch.compile(logsumexp_and_grad, dynamic=True) if has_compiled_layers(model) else logsumexp_and_grad
 
     @functools.wraps(original)
-    def forward(self: PreTrainedModel, *args: Any, supervised: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        supervised: bool = False,
+        weigh: Weigh | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if not supervised:
             return original(*args, **kwargs)
         labels: Tensor = kwargs.pop("labels")
@@ -74,7 +86,7 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
             evaluates = not torch.is_grad_enabled()
             losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
             loss, correct = linear_cross_entropy(
-                states, targets[supervised_positions], head, count_correct=evaluates, losses=losses
+                states, targets[supervised_positions], head, count_correct=evaluates, losses=losses, weigh=weigh
             )
         return SupervisedOutput(loss=loss, correct=correct, losses=losses, aux_loss=_aux_loss(self, backbone, kwargs))
 
@@ -109,7 +121,13 @@ _LARGER_FOR_WEIGHT = 4
 
 
 def linear_cross_entropy(
-    hidden: Tensor, targets: Tensor, head: Head, *, count_correct: bool = False, losses: Tensor | None = None
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    *,
+    count_correct: bool = False,
+    losses: Tensor | None = None,
+    weigh: Weigh | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the targets' negative log-likelihoods, and how many targets are the most likely token.
 
@@ -119,6 +137,8 @@ def linear_cross_entropy(
         head: the LM head.
         count_correct: whether to count the targets that are the most likely token.
         losses: filled with the negative log-likelihood of each target, float32, shape (N,); not differentiable.
+        weigh: what is returned instead of the sum. It is called here, so that the gradients need no weights of the head
+            in the backward pass, where ZeRO-3 has partitioned them. A trained head costs one more product.
 
     Returns:
         The sum, float32, shape (), differentiable in `hidden`, the head's weight and bias and the added tokens'
@@ -139,8 +159,142 @@ def linear_cross_entropy(
             differentiable,
             count_correct,
             losses,
+            weigh,
         )
     return total, correct
+
+
+_INPUTS = ("hidden", "weight", "bias", "added_weight")
+
+
+@dataclass(slots=True)
+class _HeadPass:
+    """One pass over the supervised positions, chunk by chunk: losses, and the gradients that are asked for.
+
+    Attributes:
+        hidden: hidden states, shape (N, H).
+        targets: int64, shape (N,).
+        weight: of the head.
+        bias: of the head, or None.
+        added_weight: output embeddings of added tokens, or None.
+        head: the LM head.
+        dtype: of the product.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    added_weight: Tensor | None
+    head: Head
+    dtype: torch.dtype
+
+    def run(
+        self,
+        needed: Collection[str],
+        *,
+        losses: Tensor | None = None,
+        scales: Tensor | None = None,
+        count_correct: bool = False,
+        added_rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the sum of the losses, the number of correct targets, and the gradients.
+
+        Args:
+            needed: names of `_INPUTS` whose gradients are computed.
+            losses: filled with the loss of each target, shape (N,).
+            scales: factor of each target's loss in the gradients, float32, shape (N,); 1 for all without it.
+            count_correct: whether to count the targets that are the most likely token.
+            added_rows: filled with the gradients of the added tokens' logits, shape (N, n).
+        """
+        head, hidden = self.head, self.hidden
+        grads: dict[str, Tensor] = {}
+        if "hidden" in needed:
+            grads["hidden"] = torch.empty_like(hidden)
+        # Sums over positions are accumulated in float32, whatever the dtype of the product.
+        for name, tensor in (("weight", self.weight), ("bias", self.bias), ("added_weight", self.added_weight)):
+            if name in needed and tensor is not None:
+                grads[name] = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+        cast_weight = self.weight.to(self.dtype)
+        cast_added_weight = None if self.added_weight is None else self.added_weight.to(self.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        step = chunk_size(len(hidden), head.size, hidden.device.type, trains_head="weight" in grads)
+        # One buffer for all chunks: allocating this much memory is slow.
+        buffer = torch.empty(step, len(self.weight), dtype=self.dtype, device=hidden.device)
+        logit_mask = mask_overridden_logits(head)
+        for start in range(0, hidden.shape[0], step):
+            states = hidden[start : start + step].to(self.dtype)
+            product = torch.mm(states, cast_weight.T, out=buffer[: len(states)])
+            chunk = Chunk.of(head, product, states, self.targets[start : start + step, None], cast_added_weight)
+            if count_correct:
+                correct += chunk.count_correct(logit_mask)
+            logsumexp, grad_logits = (head.logsumexp if grads else logsumexp_and_grad)(
+                product, chunk.added_logits, self.bias, logit_mask, head.transform, bool(grads)
+            )
+            each = logsumexp - chunk.target_logits
+            total += each.sum()
+            if losses is not None:
+                losses[start : start + step] = each.flatten()
+            if grad_logits is None:
+                continue
+            grad_added = chunk.subtract_targets(grad_logits, logsumexp)
+            if scales is not None:
+                factors = scales[start : start + step, None].to(grad_logits.dtype)
+                grad_logits = grad_logits * factors
+                grad_added = None if grad_added is None else grad_added * factors
+            if added_rows is not None and grad_added is not None:
+                added_rows[start : start + step] = grad_added
+            if "added_weight" in grads and grad_added is not None:
+                grads["added_weight"] += grad_added.T @ states
+            if "bias" in grads:
+                grads["bias"] += grad_logits.sum(0, dtype=torch.float32)
+            if "weight" in grads:
+                grads["weight"] += grad_logits.T @ states
+            if "hidden" in grads:
+                grad_states = grad_logits @ cast_weight
+                if grad_added is not None and cast_added_weight is not None:
+                    grad_states.addmm_(grad_added, cast_added_weight)
+                grads["hidden"][start : start + step] = grad_states
+        return total, correct, grads
+
+    def run_weighed(
+        self, needed: Collection[str], weigh: Weigh, *, losses: Tensor | None = None, count_correct: bool = False
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return what `weigh` makes of the losses, the number of correct targets, and the gradients of the former.
+
+        With a frozen head, the gradients of each position are scaled once its loss is weighed. Those of a trained head
+        sum over positions, so the product is made once more.
+
+        Args:
+            needed: names of `_INPUTS` whose gradients are computed.
+            weigh: see `Weigh`.
+            losses: filled with the loss of each target, shape (N,).
+            count_correct: whether to count the targets that are the most likely token.
+        """
+        each = torch.empty(len(self.hidden), dtype=torch.float32, device=self.hidden.device)
+        is_frozen = "weight" not in needed and "bias" not in needed
+        added_rows = None
+        if needed and is_frozen and self.added_weight is not None:
+            added_rows = self.hidden.new_zeros(len(self.hidden), len(self.added_weight), dtype=self.dtype)
+        now = ["hidden"] if needed and is_frozen else []
+        _, correct, grads = self.run(now, losses=each, count_correct=count_correct, added_rows=added_rows)
+        if losses is not None:
+            losses.copy_(each)
+        with torch.enable_grad():
+            leaf = each.requires_grad_()
+            value = weigh(leaf)
+        if not needed:
+            return value.detach(), correct, {}
+        (scales,) = torch.autograd.grad(value, leaf)
+        if not is_frozen:
+            _, _, grads = self.run(needed, scales=scales)
+            return value.detach(), correct, grads
+        grads["hidden"] *= scales[:, None].to(grads["hidden"].dtype)
+        if "added_weight" in needed and added_rows is not None:
+            scaled = added_rows * scales[:, None].to(added_rows.dtype)
+            grads["added_weight"] = scaled.T.float() @ self.hidden.float()
+        return value.detach(), correct, {name: grads[name] for name in needed}
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -157,57 +311,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         differentiable: bool,
         count_correct: bool,
         losses: Tensor | None,
+        weigh: Weigh | None,
     ) -> tuple[Tensor, Tensor]:
-        needs_grad = ctx.needs_input_grad
-        grads: dict[str, Tensor] = {}
-        if differentiable and needs_grad[0]:
-            grads["hidden"] = torch.empty_like(hidden)
-        # Sums over positions are accumulated in float32, whatever the dtype of the product.
-        for name, tensor, needed in (
-            ("weight", weight, needs_grad[2]),
-            ("bias", bias, needs_grad[3]),
-            ("added_weight", added_weight, needs_grad[4]),
-        ):
-            if differentiable and needed and tensor is not None:
-                grads[name] = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
-        cast_weight = weight.to(dtype)
-        cast_added_weight = None if added_weight is None else added_weight.to(dtype)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        step = chunk_size(len(hidden), head.size, hidden.device.type, trains_head="weight" in grads)
-        # One buffer for all chunks: allocating this much memory is slow.
-        buffer = torch.empty(step, len(weight), dtype=dtype, device=hidden.device)
-        logit_mask = mask_overridden_logits(head)
-        for start in range(0, hidden.shape[0], step):
-            states = hidden[start : start + step].to(dtype)
-            product = torch.mm(states, cast_weight.T, out=buffer[: len(states)])
-            chunk = Chunk.of(head, product, states, targets[start : start + step, None], cast_added_weight)
-            if count_correct:
-                correct += chunk.count_correct(logit_mask)
-            logsumexp, grad_logits = (head.logsumexp if grads else logsumexp_and_grad)(
-                product, chunk.added_logits, bias, logit_mask, head.transform, bool(grads)
-            )
-            each = logsumexp - chunk.target_logits
-            total += each.sum()
-            if losses is not None:
-                losses[start : start + step] = each.flatten()
-            if grad_logits is None:
-                continue
-            grad_added = chunk.subtract_targets(grad_logits, logsumexp)
-            if "added_weight" in grads and grad_added is not None:
-                grads["added_weight"] += grad_added.T @ states
-            if "bias" in grads:
-                grads["bias"] += grad_logits.sum(0, dtype=torch.float32)
-            if "weight" in grads:
-                grads["weight"] += grad_logits.T @ states
-            if "hidden" in grads:
-                grad_states = grad_logits @ cast_weight
-                if grad_added is not None and cast_added_weight is not None:
-                    grad_states.addmm_(grad_added, cast_added_weight)
-                grads["hidden"][start : start + step] = grad_states
+        needed = _needed(ctx) if differentiable else []
+        head_pass = _HeadPass(hidden, targets, weight, bias, added_weight, head, dtype)
+        if weigh is None:
+            total, correct, grads = head_pass.run(needed, losses=losses, count_correct=count_correct)
+        else:
+            total, correct, grads = head_pass.run_weighed(needed, weigh, losses=losses, count_correct=count_correct)
         ctx.mark_non_differentiable(correct)
         ctx.names = list(grads)
-        inputs = {"hidden": hidden, "weight": weight, "bias": bias, "added_weight": added_weight}
+        inputs = dict(zip(_INPUTS, (hidden, weight, bias, added_weight), strict=True))
         ctx.dtypes = {name: tensor.dtype for name, tensor in inputs.items() if tensor is not None}
         ctx.save_for_backward(*grads.values())
         return total, correct
@@ -216,11 +330,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = outputs[0]
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        grads: list[Tensor | None] = [None] * 10
-        for position, name in ((0, "hidden"), (2, "weight"), (3, "bias"), (4, "added_weight")):
-            if name in saved:
-                grads[position] = (saved[name] * scale.to(saved[name].dtype)).to(ctx.dtypes[name])
+        grads: list[Tensor | None] = [None] * 11
+        for name, grad in saved.items():
+            grads[_PLACES[name]] = (grad * scale.to(grad.dtype)).to(ctx.dtypes[name])
         return tuple(grads)
+
+
+_PLACES = {"hidden": 0, "weight": 2, "bias": 3, "added_weight": 4}
+"""Where the inputs of `_INPUTS` stand among the arguments."""
+
+
+def _needed(ctx: Any) -> list[str]:
+    return [name for name, place in _PLACES.items() if ctx.needs_input_grad[place]]
 
 
 def chunk_size(positions: int, vocabulary: int, device: str, *, trains_head: bool) -> int:

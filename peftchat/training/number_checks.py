@@ -71,7 +71,9 @@ class NumberChecks:
         """What the steps so far had in common."""
         return self._monitor.counts
 
-    def add(self, loss: Tensor, examples: Sequence[int], losses: Tensor, counts: Sequence[int]) -> None:
+    def add(
+        self, loss: Tensor, examples: Sequence[int], losses: Tensor | None = None, counts: Sequence[int] = ()
+    ) -> None:
         """Add a micro-batch to the current step (see `StepMonitor.add`)."""
         self._monitor.add(loss, examples, losses, counts)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from peftchat.dataset.collator import ChatCollator
 from peftchat.dataset.epochs import EpochPacks
 from peftchat.dataset.packing import pack
+from peftchat.dataset.pairs import PairCollator, pair_packs
 from peftchat.training.context import TrainContext
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def make_collator(context: TrainContext, split: "Split", layout: "BatchLayout") -> ChatCollator:
     """Return the collator of a split."""
     recipe, chat = context.recipe, context.chat
-    return ChatCollator(
+    return (PairCollator if recipe.has_pairs else ChatCollator)(
         context.splits[split].store,
         loss_on=recipe.chat.loss_policy,
         layout=layout,
@@ -45,6 +46,10 @@ def make_packs(
     recipe, store = context.recipe, context.splits[split].store
     if epochs is not None:
         return Dataset.from_dict({"examples": epochs.of_epoch(0)})
+    if recipe.has_pairs:
+        pairs = pair_packs(len(store))
+        longest = {"length": [max(store.lengths[pair]) for pair in pairs]} if layout == "padded" else {}
+        return Dataset.from_dict({"examples": pairs, **longest})
     if recipe.data.packing:
         return Dataset.from_dict({"examples": pack(store.lengths, recipe.data.max_length, recipe.training.seed)})
     columns: dict[str, Any] = {"examples": [[index] for index in range(len(store))]}

@@ -26,7 +26,9 @@ from peftchat.runs.metrics_file import MetricsFile, Scalar
 class ProgressMetrics:
     """The newest values of a run; None until they are measured.
 
-    Losses are in nats per supervised token, memory is in bytes, and the supervised share is a fraction.
+    Losses are in nats per supervised token, or means over pairs of answers. Memory is in bytes, and shares are
+    fractions. `pairs_right` is the share of pairs whose chosen answer has the higher reward, `margin` the mean
+    difference of the rewards.
     """
 
     loss: float | None = None
@@ -37,11 +39,17 @@ class ProgressMetrics:
     tokens_per_second: float | None = None
     supervised_share: float | None = None
     memory_bytes: float | None = None
+    pairs_right: float | None = None
+    margin: float | None = None
+    eval_pairs_right: float | None = None
+    eval_margin: float | None = None
 
     def labeled(self) -> list[tuple[str, str]]:
         """Return the name and the formatted value of each metric that was measured."""
         fields = [
             ("loss", format_decimal(self.loss), self.loss),
+            ("pairs right", format_percent(self.pairs_right), self.pairs_right),
+            ("margin", format_decimal(self.margin), self.margin),
             ("held out", self.held_out(), self.eval_loss),
             ("lr", format_decimal(self.learning_rate), self.learning_rate),
             ("grad norm", format_decimal(self.grad_norm), self.grad_norm),
@@ -54,8 +62,14 @@ class ProgressMetrics:
     def held_out(self) -> str:
         """Return the held-out loss, after the one before training if that was measured."""
         if self.eval_loss_before is None or self.eval_loss_before == self.eval_loss:
-            return format_decimal(self.eval_loss)
-        return f"{format_decimal(self.eval_loss_before)} → {format_decimal(self.eval_loss)}"
+            return format_decimal(self.eval_loss) + self._held_out_pairs()
+        return f"{format_decimal(self.eval_loss_before)} → {format_decimal(self.eval_loss)}{self._held_out_pairs()}"
+
+    def _held_out_pairs(self) -> str:
+        """Return what is told of held-out pairs, behind their loss."""
+        if self.eval_pairs_right is None:
+            return ""
+        return f"  pairs right {format_percent(self.eval_pairs_right)}  margin {format_decimal(self.eval_margin)}"
 
 
 class Eta:
@@ -206,6 +220,8 @@ class LiveDisplay:
 Display = PlainDisplay | LiveDisplay
 
 _SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "supervised_share", "memory_bytes")
+_PAIRS_SHOWN = {"pairs_right": "rewards/accuracies", "margin": "rewards/margins"}
+"""Names of `ProgressMetrics` -> the trainer's names of what only pairs of answers have."""
 _TRAIN_LINE = ("epoch", *_SHOWN)
 _EVAL_LINE = ("epoch", "eval_loss", "eval_tokens")
 
@@ -285,10 +301,12 @@ class ProgressCallback(TrainerCallback):
         if "eval_loss" in logs:
             loss = _number(logs, "eval_loss")
             before = self._metrics.eval_loss_before if state.global_step else loss
-            self._metrics = replace(self._metrics, eval_loss=loss, eval_loss_before=before)
+            pairs = {f"eval_{name}": _number(logs, f"eval_{key}") for name, key in _PAIRS_SHOWN.items()}
+            self._metrics = replace(self._metrics, eval_loss=loss, eval_loss_before=before, **pairs)
             self._display.evaluated(state.global_step, self._metrics)
         elif "loss" in logs:
             shown = {key: _number(logs, key) for key in _SHOWN}
+            shown |= {name: _number(logs, key) for name, key in _PAIRS_SHOWN.items()}
             shown["memory_bytes"] = shown["memory_bytes"] or memory_in_use()
             self._metrics = replace(self._metrics, **shown)
             self._display.trained(state.global_step, self._metrics)
@@ -305,10 +323,11 @@ class MetricsCallback(TrainerCallback):
 
     A training line has `step`, `epoch`, `loss`, `learning_rate`, `grad_norm`, `tokens_per_second`,
     `supervised_share`, `memory_bytes`, `seconds`. An evaluation line has `step`, `epoch`, `eval_loss`, `eval_tokens`,
-    `seconds`; and the two of each kind of text that the targets have, such as `eval_loss_reasoning`. Keys that a log
-    lacks are null; its other numbers come between. `seconds` counts from the start of training, earlier parts of a
-    resumed run included. Each step has at most one training and one evaluation line: of two evaluations at one step,
-    as before and after a resume, the first stays.
+    `seconds`; and the two of each kind of text that the targets have, such as `eval_loss_reasoning`. Lines of a
+    preference run have the metrics of pairs too, by TRL's names, such as `rewards/margins`. Keys that a log lacks are
+    null; its other numbers come between. `seconds` counts from the start of training, earlier parts of a resumed run
+    included. Each step has at most one training and one evaluation line: of two evaluations at one step, as before and
+    after a resume, the first stays.
 
     Args:
         metrics_file: the file; a resumed run must cut it back (`keep_through`) before training begins.

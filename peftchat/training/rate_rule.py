@@ -115,6 +115,8 @@ def rule_rate(recipe: "Recipe", width: Callable[["Recipe"], ModelWidth] = read_w
     Raises:
         UserError: the width cannot be read.
     """
+    if recipe.has_pairs:
+        return _pair_rate(recipe)
     variant = get_variant("full" if recipe.adapter is None else recipe.adapter.variant)
     if variant.auto_factor is None:
         reason = f"the rate of `{variant.name}` on every model: no rule by width is known for it"
@@ -132,6 +134,22 @@ def rule_rate(recipe: "Recipe", width: Callable[["Recipe"], ModelWidth] = read_w
     if value > _MAX_RATE:
         value, reason = _MAX_RATE, f"the highest rate that is chosen, as the rule gives {format_rate(value)}: {reason}"
     return RuleRate(float(f"{value:.1e}"), reason)
+
+
+_PAIR_RATE = 1e-6
+"""TRL's default for objectives with pairs, meant for full fine-tuning:
+https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/dpo_config.py"""
+
+_ADAPTER_FACTOR = 10
+"""How much higher TRL's manual has it for adapters: https://huggingface.co/docs/trl/peft_integration"""
+
+
+def _pair_rate(recipe: "Recipe") -> RuleRate:
+    """Return the rate of an objective with pairs, which is far below that of fine-tuning, whatever the width."""
+    reason = f"TRL's default for `{recipe.objective}`"
+    if recipe.adapter is None:
+        return RuleRate(_PAIR_RATE, reason)
+    return RuleRate(_PAIR_RATE * _ADAPTER_FACTOR, f"{reason}, times {_ADAPTER_FACTOR} for adapters")
 
 
 def _lora_rate(width: ModelWidth) -> tuple[float, str]:

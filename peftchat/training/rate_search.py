@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from peftchat.dataset.epochs import EpochPacks
 from peftchat.errors import UserError, VerificationError
+from peftchat.training.build_trainer import build_trainer, sft_config
 from peftchat.training.context import RunNotes, TrainContext, TrainOptions, open_context
 from peftchat.training.distributed import resolve_distributed
 from peftchat.training.model import TrainableModel, load_trainable_model
@@ -28,7 +29,7 @@ from peftchat.training.preflight import preflight
 from peftchat.training.progress import MetricsCallback
 from peftchat.training.rate_rule import rule_rate
 from peftchat.training.rate_trials import GRID_STEP, RateSearch, RateTrial, judge
-from peftchat.training.trainer import ChatTrainer, build_trainer, sft_config
+from peftchat.training.trainer import ChatTrainer
 from peftchat.variants.base import TrainerHooks
 
 if TYPE_CHECKING:

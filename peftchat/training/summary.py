@@ -115,6 +115,7 @@ def _summary(
     peak = peak_memory_bytes()
     return RunSummary(
         method=recipe.method,
+        objective=recipe.objective,
         base_model=recipe.model.name,
         base_vocabulary_size=_base_vocabulary(trainer, context.chat),
         steps=trainer.state.global_step,
@@ -144,6 +145,7 @@ def _summary(
         eval_loss_before=evaluations[0]["eval_loss"] if evaluations and evaluations[0]["step"] == 0 else None,
         eval_loss=_final_loss(evaluations, fitted.kept),
         eval_by=group_losses(held_out) if held_out else None,
+        eval_pairs=trainer.pair_summary,
         spikes=tuple(trainer.checks.spikes),
         outliers=trainer.checks.outliers,
         train_by_source=trainer.checks.by_source.means() or None,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from peftchat.console import stderr
 from peftchat.errors import UserError
 from peftchat.interruption import CHECKPOINT, DeferredSignals
 from peftchat.malloc import keep_large_blocks
@@ -20,8 +19,9 @@ from peftchat.runs.claim import claimed
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from peftchat.training.best_checkpoint import best_callbacks, load_best
+from peftchat.training.build_trainer import build_trainer, sft_config
 from peftchat.training.context import TrainContext, TrainOptions, open_context
-from peftchat.training.hang_watch import HangWatch
+from peftchat.training.hang_watch import watch_hangs
 from peftchat.training.hints import tell_hints
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
@@ -32,7 +32,7 @@ from peftchat.training.questions import read_questions, sample_answers
 from peftchat.training.several_processes import is_main_process
 from peftchat.training.stopping import EvaluationStopped, StopCallback
 from peftchat.training.summary import FitResult, added_tokens, seconds_since_start, summarize
-from peftchat.training.trainer import ChatTrainer, build_trainer, sft_config
+from peftchat.training.trainer import ChatTrainer
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe
@@ -77,6 +77,7 @@ def _train(context: TrainContext, check_claim: Callable[[], None]) -> RunSummary
         context.position.enter("the checks before the first step", 0)
         preflight(trainer, context)
         begin(trainer, context)
+        trainer.prepare()
         return sample_answers(trainer.causal_model, context.chat, prompts, longest)
 
     fitted = fit(trainer, context, start, check_claim)
@@ -141,17 +142,8 @@ def fit(
         trainer.add_callback(one)
     progress = ProgressCallback()
     trainer.add_callback(progress)
-    watch = HangWatch(
-        context.position,
-        context.run_folder.path,
-        context.recipe.training.hang_timeout,
-        rank=trainer.args.process_index,
-        processes=trainer.args.world_size,
-        sources=context.sources_at,
-        tell=lambda report: stderr.print(report, markup=False, highlight=False),
-    )
-    watch.start()
     trainer.add_callback(stopping)
+    hang_watch = watch_hangs(trainer, context)
     if not context.distributed.gpus:
         keep_large_blocks()
     try:
@@ -168,9 +160,10 @@ def fit(
             raise
         raise interrupted from error
     finally:
-        watch.stop()
         stopping.signals.end()
         progress.close()
+        if hang_watch is not None:
+            hang_watch.end()
     kept = load_best(trainer, context)
     return FitResult(
         token_counts=trainer.gather_token_counts(),

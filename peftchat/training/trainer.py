@@ -1,7 +1,7 @@
 """Trainer: TRL's trainer on packs of encoded conversations, and its arguments."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,101 +29,28 @@ from peftchat.models.saving import (
     save_model_files,
     save_training_modules,
 )
-from peftchat.models.source import ModelSource
-from peftchat.recipe import training_arguments
 from peftchat.runs.checkpoint import Checkpoint, keep_newest
 from peftchat.runs.eval_losses import ConversationLoss
+from peftchat.runs.eval_pairs import PairSummary
 from peftchat.training.context import TrainContext
-from peftchat.training.distributed import deepspeed_config
 from peftchat.training.epoch_sampler import EpochCallback, EpochDataset, EpochSampler
 from peftchat.training.held_out import HeldOutLosses, write_losses
-from peftchat.training.learning_rate import ContinuedScheduleCallback, begin_above_zero
-from peftchat.training.loss import install_supervised_forward
-from peftchat.training.model import TrainableModel, select_attention
+from peftchat.training.learning_rate import begin_above_zero
+from peftchat.training.loss import SupervisedOutput, install_supervised_forward
+from peftchat.training.model import TrainableModel
 from peftchat.training.number_checks import NumberChecks
 from peftchat.training.out_of_memory import Halving
 from peftchat.training.packs import make_collator, make_packs
 from peftchat.training.progress import MetricsCallback, memory_in_use
 from peftchat.training.questions import answer_questions
-from peftchat.training.throughput import BudgetCallback, Throughput, TokenCounts, has_budget
+from peftchat.training.throughput import Throughput, TokenCounts
 from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs, trainer_hooks
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from peftchat.chat_template.chat_format import ChatFormat
-    from peftchat.dataset.collator import BatchLayout
-    from peftchat.recipe import Recipe
-
-
-def sft_config(context: TrainContext) -> "SFTConfig":
-    """Return TRL's arguments for the run.
-
-    transformers reads DeepSpeed's configuration from them, so it has to be called before the model is loaded.
-    """
-    from trl import SFTConfig
-
-    recipe, distributed = context.recipe, context.distributed
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(context.run_folder.tensorboard))
-    on_cpu = distributed.gpus == 0
-    arguments = training_arguments(recipe)
-    # TRL turns it on by default.
-    arguments.setdefault("gradient_checkpointing", False)
-    if recipe.training.gradient_checkpointing:
-        arguments.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
-    if context.checkpoint is not None:
-        # The run was evaluated before its first step.
-        arguments["eval_on_start"] = False
-    arguments["report_to"] = arguments.get("report_to") or "none"
-    # Older checkpoints are deleted by `keep_newest`, once the new one is complete.
-    arguments["save_total_limit"] = None
-    return SFTConfig(
-        **arguments,
-        output_dir=str(context.run_folder.checkpoints),
-        bf16=recipe.model.dtype == "bfloat16",
-        fp16=recipe.model.dtype == "float16",
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and distributed.world_size > 1 else None,
-        ddp_find_unused_parameters=False,
-        average_tokens_across_devices=True,
-        deepspeed=deepspeed_config(
-            recipe, distributed, added_token_elements=_added_token_elements(recipe, context.chat)
-        ),
-        # Examples are encoded, packed and labeled already.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        packing=False,
-        padding_free=False,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=not on_cpu,
-        disable_tqdm=True,
-        log_level="error",
-    )
-
-
-def _added_token_elements(recipe: "Recipe", chat: "ChatFormat") -> int:
-    """Return the number of elements of the added tokens' embedding, which ZeRO-3 must not shard."""
-    if not chat.new_tokens:
-        return 0
-    config = ModelSource.of_recipe(recipe).config().get_text_config()
-    beyond = max(token.id for token in chat.new_tokens) + 1 - int(config.vocab_size)
-    return max(len(chat.new_tokens), beyond) * int(config.hidden_size)
-
-
-def build_trainer(context: TrainContext, model: TrainableModel, config: "SFTConfig") -> "ChatTrainer":
-    """Select the attention, and return the trainer with its callbacks."""
-    layout = select_attention(context.recipe, model.model, model.causal_model)
-    if layout == "padded":
-        # Examples of similar length share a batch, so that little of it is padding.
-        config.train_sampling_strategy = "group_by_length"
-    trainer = ChatTrainer(context, model, config, layout)
-    if has_budget(context.recipe.training):
-        trainer.add_callback(BudgetCallback(trainer.gather_token_counts, context.recipe.training))
-    if context.checkpoint is not None:
-        # Behind the budget, which sets the learning rate of a step too.
-        trainer.add_callback(ContinuedScheduleCallback(context.checkpoint, context.notes.tell))
-    return trainer
+    from peftchat.dataset.cache import Split
+    from peftchat.dataset.collator import Batch, BatchLayout
 
 
 # Batch entries that are counts, not arguments of the model.
@@ -141,6 +68,7 @@ class ChatTrainer(SFTTrainer):
     """
 
     control: TrainerControl
+    pair_summary: PairSummary | None = None
 
     def __init__(
         self, context: TrainContext, model: TrainableModel, config: "SFTConfig", layout: "BatchLayout"
@@ -185,6 +113,7 @@ class ChatTrainer(SFTTrainer):
         self.throughput = Throughput(self._collators["train"].num_tracked, _resumed_counts(context.checkpoint))
         self._reported = TokenCounts(**self.throughput.counts.as_dict())
         self.held_out: HeldOutLosses | None = None
+        self.current_examples: Sequence[int] = ()
         self.checks = NumberChecks(context, self.args.device, self.gather_objects, self._sum_over_processes)
         self.position = context.position
         self._items_of_step: Tensor | int | None = None
@@ -246,18 +175,22 @@ class ChatTrainer(SFTTrainer):
             return
         super()._run_epoch(**arguments)
 
+    def prepare(self) -> None:
+        """Do what needs the weights of the start, right before the first step; every process must call it."""
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Compute the gradient of a micro-batch, and note its loss and its examples."""
-        examples, counts = inputs.pop("examples"), inputs.pop("target_counts")
-        self.position.enter("the forward pass", self.state.global_step + 1, examples)
-        self.throughput.add(
-            inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
-        )
-        self._items_of_step = num_items_in_batch
-        loss, losses = self._halving.run(inputs, examples) if self._halving else self._train_part(inputs, 1)
-        self.checks.add(loss, examples, losses, counts)
+        self.current_examples, self._target_counts = inputs.pop("examples"), inputs.pop("target_counts")
+        self.position.enter("the forward pass", self.state.global_step + 1, self.current_examples)
+        if self._halving is None:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            self._count(inputs)
+            self._items_of_step = num_items_in_batch
+            loss, self._target_losses = self._halving.run(inputs, self.current_examples)
+        self._note_loss(loss.detach())
         return loss
 
     def _train_part(self, inputs: dict[str, Any], parts: int) -> tuple[Tensor, Tensor]:
@@ -271,10 +204,20 @@ class ChatTrainer(SFTTrainer):
             self.current_gradient_accumulation_steps = steps
         return loss.detach(), self._target_losses
 
+    def _count(self, inputs: Mapping[str, Tensor]) -> None:
+        """Count the tokens of a micro-batch."""
+        self.throughput.add(
+            inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
+        )
+
     def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
         """Fetch the batches of an optimizer step."""
         self.position.enter("waiting for the next batch", self.state.global_step + 1)
         return super().get_batch_samples(*arguments, **named)
+
+    def _note_loss(self, loss: Tensor) -> None:
+        """Note the loss of a micro-batch and of its examples."""
+        self.checks.add(loss, self.current_examples, self._target_losses, self._target_counts)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """Return the gradient norm of the optimizer step, and check the step's numbers."""
@@ -299,10 +242,18 @@ class ChatTrainer(SFTTrainer):
         Dividing by the count of the step, not of the micro-batch, makes the update independent of how the step is
         split into micro-batches and processes.
         """
+        if self._halving is None:
+            self._count(inputs)
         outputs = model(**self._model_inputs(inputs), supervised=True)
         self._target_losses = outputs.losses.detach()
         count = (inputs["labels"] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         loss: Tensor = outputs.loss / torch.as_tensor(count, device=outputs.loss.device).clamp(min=1)
+        return self._with_other_terms(loss, outputs, num_items_in_batch)
+
+    def _with_other_terms(
+        self, loss: Tensor, outputs: SupervisedOutput, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Return the loss of a micro-batch as gradients are averaged, with the variant's and the experts' terms."""
         if num_items_in_batch is not None:
             # The count is over all processes, and gradients are averaged over them.
             loss = loss * self.accelerator.num_processes
@@ -355,37 +306,21 @@ class ChatTrainer(SFTTrainer):
 
     def held_out_metrics(self, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Compute what `evaluate` returns, without logging it; every process must call it."""
-        collator = self._collators["eval"]
-        packs = self.eval_dataset
-        size = self.args.per_device_eval_batch_size
-        batches = [range(start, min(start + size, len(packs))) for start in range(0, len(packs), size)]
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        model = self.model_wrapped
         sums = torch.zeros(3, dtype=torch.float64)
         held_out = HeldOutLosses(self.state.global_step)
         not_finite: list[int] = []
-        with self.throughput.paused(), torch.no_grad():
-            was_training = model.training
-            model.eval()
-            for first in range(0, len(batches), world):
-                index = first + rank
-                # ZeRO-3 gathers weights in all processes at once, so a process without a batch repeats the last one.
-                of_batch = [packs[number] for number in batches[min(index, len(batches) - 1)]]
-                batch = collator(of_batch)
-                self.position.enter("the evaluation", self.state.global_step, batch["examples"], "eval")
-                inputs = self._prepare_inputs(batch)
-                with self.compute_loss_context_manager():
-                    outputs = model(**self._model_inputs(inputs), supervised=True)
-                if index < len(batches):
-                    count = (inputs["labels"] >= 0).sum()
-                    # Single losses are summed in float64, so that those of all conversations sum to this one.
-                    losses = outputs.losses.double()
-                    added = torch.stack([losses.sum(), outputs.correct.double(), count.double()]).cpu()
-                    not_finite += [] if torch.isfinite(added).all() else batch["examples"].tolist()
-                    sums += added
-                    held_out.add(collator.target_cells(of_batch), losses.cpu().numpy())
-                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            model.train(was_training)
+        for of_batch, batch, inputs in self._evaluation_batches("eval"):
+            with self.compute_loss_context_manager():
+                outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
+            if of_batch is None:
+                continue
+            count = (inputs["labels"] >= 0).sum()
+            # Single losses are summed in float64, so that those of all conversations sum to this one.
+            losses = outputs.losses.double()
+            added = torch.stack([losses.sum(), outputs.correct.double(), count.double()]).cpu()
+            not_finite += [] if torch.isfinite(added).all() else batch["examples"].tolist()
+            sums += added
+            held_out.add(self._collators["eval"].target_cells(of_batch), losses.cpu().numpy())
         loss, correct, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         by_kind = torch.from_numpy(held_out.by_kind())
         kind_sums = self.accelerator.reduce(by_kind.to(self.args.device), "sum").T.tolist()
@@ -401,6 +336,31 @@ class ChatTrainer(SFTTrainer):
                 metrics[f"{metric_key_prefix}_loss_{kind}"] = kind_loss / kind_count
                 metrics[f"{metric_key_prefix}_tokens_{kind}"] = int(kind_count)
         return metrics
+
+    def _evaluation_batches(self, split: "Split") -> "Iterator[tuple[list[Any] | None, Batch, Batch]]":
+        """Yield this process's part of the batches of a split, in order, with the model set to evaluate.
+
+        Yields:
+            The packs of the batch, the batch, and the same on the model's device. ZeRO-3 gathers weights in all
+            processes at once, so a process without a batch gets the last one once more, without packs: it counts
+            nothing of it.
+        """
+        collator, packs = self._collators[split], self.eval_dataset if split == "eval" else self.train_dataset
+        size = self.args.per_device_eval_batch_size
+        batches = [range(start, min(start + size, len(packs))) for start in range(0, len(packs), size)]
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        model = self.model_wrapped
+        with self.throughput.paused(), torch.no_grad():
+            was_training = model.training
+            model.eval()
+            for first in range(0, len(batches), world):
+                index = first + rank
+                of_batch = [packs[number] for number in batches[min(index, len(batches) - 1)]]
+                batch = collator(of_batch)
+                self.position.enter("the evaluation", self.state.global_step, batch["examples"], split)
+                yield of_batch if index < len(batches) else None, batch, self._prepare_inputs(batch)
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            model.train(was_training)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Compare an evaluation with the best one, and write a checkpoint of a better one that is to be kept."""
@@ -491,11 +451,15 @@ class ChatTrainer(SFTTrainer):
                 checkpoint.begin()
             self.accelerator.wait_for_everyone()
             Trainer._save_checkpoint(self, model, trial)
+            self._save_more(checkpoint)
             counts = self.gather_objects(self.throughput.collect().as_dict())
             if self.args.should_save:
                 checkpoint.mark_complete(counts, self._content.marker())
                 keep_newest(folder, self._keep, best_step=self.state.best_global_step if self._loads_best else None)
             self.accelerator.wait_for_everyone()
+
+    def _save_more(self, checkpoint: Checkpoint) -> None:
+        """Write what else a resumed run needs; every process calls it."""
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(value, "sum")

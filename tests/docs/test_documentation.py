@@ -16,6 +16,7 @@ from tests.docs.fences import PAGES, PROJECT, Block, blocks, shell_lines
 from tests.support.cli import peftchat
 from tests.support.data import write_small_talk
 from tests.support.models import small_model
+from tests.support.pairs import write_pairs
 from tests.support.recipes import FEW_STEPS, write_training_recipe
 
 COMMANDS = [line for line in shell_lines() if "peftchat " in line.text and not line.text.startswith("pip ")]
@@ -41,8 +42,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.write(json.dumps({"prompt": "write a function that adds two numbers " * 3}) + "\n")
     with gzip.open(folder / "oasst_trees.jsonl.gz", "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(tree(number)) + "\n" for number in range(12))
+    pairs = write_pairs(folder / "pairs.jsonl")
     for recipe in sorted((PROJECT / "recipes").glob("*.yaml")):
-        write_small_version(recipe, folder / "recipes" / recipe.name, base, train)
+        source = pairs if "objective:" in recipe.read_text() else train
+        write_small_version(recipe, folder / "recipes" / recipe.name, base, source)
     # The length of a run is given where it matters: a schedule needs more than one step.
     write_training_recipe(folder / "my.yaml", base, train, train, Path("runs/my-assistant"))
     for name, variant in (("assistant", "lora"), ("style", "lora"), ("my-assistant", "lora"), ("ia3", "ia3")):
@@ -77,6 +80,8 @@ def write_small_version(recipe: Path, path: Path, base: Path, train: Path) -> No
     values["model"].pop("revision", None)
     values["data"] = {"train": [{"path": str(train)}], "eval_fraction": 0.2, "max_length": 128}
     values["training"] = {**FEW_STEPS, "max_steps": 2, "eval_strategy": "epoch"}
+    if values["chat"]["template"] == "model":
+        values["chat"]["template"] = "starchat"  # the small tokenizer has no template of its own
     values["distributed"] = {"strategy": values.get("distributed", {}).get("strategy", "auto")}
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8") as file:

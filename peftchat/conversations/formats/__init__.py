@@ -17,6 +17,7 @@ from peftchat.conversations.formats import (
     xlam,
 )
 from peftchat.conversations.formats.base import Fields, Format
+from peftchat.conversations.formats.pairs import without_turns
 from peftchat.errors import UserError
 
 # In the order in which `auto` tries them: those whose fields nobody else uses come first.
@@ -62,8 +63,12 @@ def find_format(name: str) -> Format:
     raise UserError(f"unknown format {name!r}", hint=f"{hint}Known: auto, {', '.join(FORMATS)}.")
 
 
-def matching_format(fields: Fields) -> Format | None:
-    """The first format that a record's fields fit."""
+def matching_format(fields: Fields, *, pairs: bool = False) -> Format | None:
+    """The first format that a record's fields fit.
+
+    With `pairs`, a list of turns that repeats the chosen conversation does not count.
+    """
+    fields = without_turns(fields) if pairs else fields
     return next((data_format for data_format in FORMATS.values() if data_format.matches(fields)), None)
 
 
@@ -90,7 +95,7 @@ SHARED_FIELDS: dict[str, str] = {
     "tools": "definitions of the functions that the assistant may call; also functions, or JSON text of either",
     "loss_mask": f"a list of 0 and 1 for each turn or answer: what is trained; also {', '.join(names.TURN_MASKS[1:])}",
     "train": "false leaves the record out, and counts it; also loss, trainable, weight with 0 or 1",
-    "chosen": "the preferred answer to the turns; `rejected` is not used",
+    "chosen": "the preferred answer to the turns; `rejected` is used by objectives with pairs alone",
     "label": "false leaves the record out, and counts it",
 }
 """Fields that mean the same in every format with one conversation per record."""

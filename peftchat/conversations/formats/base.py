@@ -9,6 +9,7 @@ from peftchat.conversation import NOTHING_ELSE, Conversation, Message, Role
 from peftchat.conversations.formats.columns import IN_RECORDS, Columns
 from peftchat.conversations.formats.fields import Fields, Notes, field_names, optional_text, text_field, type_name
 from peftchat.conversations.formats.keys import LeftOut, RecordShape, complete, shape_of
+from peftchat.conversations.formats.pairs import check_pair, of_rejected, pair_of
 from peftchat.conversations.formats.turns import turn_list
 from peftchat.conversations.languages import is_in_languages
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, ReadOptions, RecordError
@@ -116,7 +117,7 @@ def record_format(
         notes = Notes(problems, options.roles)
         shapes: dict[tuple[str, ...], RecordShape] = {}
 
-        def conversation_of(fields: dict[str, Any]) -> Conversation:
+        def conversation_of(fields: Fields) -> Conversation:
             if not matches(fields):
                 raise RecordError("other_format", f"not in {name} format; fields: {field_names(fields)}")
             messages = parse(fields, notes)
@@ -128,16 +129,24 @@ def record_format(
                     shapes.clear()
             return complete(fields, shape, messages, notes)
 
+        def read_one(fields: Fields) -> Conversation:
+            return pair_of(fields, notes, conversation_of) if options.pairs else conversation_of(fields)
+
         for record in records:
             notes.start(record.where, record.raw is None)
             try:
                 fields = _present(record.value)
-                conversation = conversation_of(fields)
+                conversation = read_one(fields)
                 if record.raw is not None and _has_other_values(conversation, notes) and _may_be_respelled(record):
                     # Read once more with each number as it is written; the fast parser rounds them.
                     notes.start(record.where, is_table=False)
-                    conversation = conversation_of(_present(_exactly(record, options)))
+                    conversation = read_one(_present(_exactly(record, options)))
                 kept = validate_messages(conversation.messages, problems, options.consecutive)
+                if conversation.rejected is not None:
+                    with of_rejected():
+                        rejected = validate_messages(conversation.rejected, problems, options.consecutive)
+                    check_pair(kept, rejected)
+                    conversation = replace(conversation, rejected=rejected)
             except LeftOut as left_out:
                 problems.skipped[left_out.rule] += 1
                 continue

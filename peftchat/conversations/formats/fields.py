@@ -51,6 +51,10 @@ class Notes:
         """Note a field that is not used."""
         self._unused[name] = None
 
+    def used(self, name: str) -> None:
+        """Take back that a field is not used."""
+        self._unused.pop(name, None)
+
     def unused_of(self, fields: Fields, known: Collection[str], what: str) -> None:
         """Note the fields of a part of the record that are not used.
 

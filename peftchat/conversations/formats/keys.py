@@ -180,7 +180,9 @@ def with_chosen(turns: Sequence[Message], chosen: object, notes: Notes) -> list[
         listed = [chosen] if isinstance(chosen, dict) else chosen
         answer = parse_turns(turn_list({names.CHOSEN: listed}, names.CHOSEN), notes)
     start = list(turns)
-    if len(answer) > len(start) and answer[: len(start)] == start:
+    # The whole conversation, perhaps with the system message that the turns before it lack.
+    system = 1 if answer[:1] and answer[0].role == "system" and start[:1] and start[0].role != "system" else 0
+    if len(answer) - system >= len(start) and answer[system : system + len(start)] == start:
         return answer
     if start and start[-1].role == "assistant":
         raise RecordError(

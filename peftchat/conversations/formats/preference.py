@@ -1,4 +1,7 @@
-"""Preference pairs: `chosen` and `rejected`. The chosen answer is read, the rejected one is told as not used."""
+"""Preference pairs: `chosen` and `rejected`. As a conversation, the chosen answer is read, the other told as not used.
+
+Where pairs are wanted, the record is read once for each answer (`peftchat.conversations.formats.pairs`).
+"""
 
 import re
 
@@ -45,11 +48,11 @@ def _turns_of_text(text: str) -> list[Message]:
 FORMAT = record_format(
     "preference",
     Description(
-        "chosen, rejected, optional prompt: the chosen answer is read, the rejected one is not used",
+        "chosen, rejected, optional prompt: the chosen answer is read; objectives with pairs read both",
         {
             "prompt": "what is asked: text or a list of turns; absent where `chosen` is the whole conversation",
             "chosen": "the answer: text, a turn, a list of turns, or all turns (also `Human: … Assistant: …`)",
-            "rejected": "not used",
+            "rejected": "the other answer, in the same form; used by objectives with pairs alone",
         },
         (
             {"prompt": "A joke?", "chosen": "A horse walks into a bar.", "rejected": "No."},

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 
 from peftchat.chat_template.compiled_template import template_writer
 from peftchat.chat_template.template_shapes import content_conditions
@@ -15,8 +16,18 @@ SOURCE = (
     "{% endfor %}{% endfor %}{{ tools | tojson }}{{ bos_token }}{{ add_generation_prompt }}{{ mood }}{{ documents }}"
 )
 
+ATTRIBUTES = (
+    "{% set ns = namespace(last=0, keys='k', text='{0}') %}{% for m in messages %}{% set ns.last = loop.index0 %}"
+    "{{ ns.last }}{{ ns.keys }}{{ ns.none is defined }}{{ loop.last }}{{ loop.length }}{{ loop.nothing }}"
+    "{{ m.role }}{{ m.nothing }}{{ m.content.upper() }}{{ m.content.strip().nothing is defined }}"
+    "{{ m.items() | length }}{{ m.get('role') }}{{ '{0}'.format(m.role) }}{{ ns.text.format(m.role) }}"
+    "{{ (m.tool_calls or []).append is defined }}"
+    "{% for key, value in m.items() %}{{ key }}{% endfor %}{{ (tools or []).index is defined }}{% endfor %}"
+)
+"""What templates ask of objects: keys and methods of dicts, namespaces, loops and texts, and what is not there."""
 
-@pytest.mark.parametrize("source", [SOURCE, FAMILIES["qwen3"]])
+
+@pytest.mark.parametrize("source", [SOURCE, FAMILIES["qwen3"], ATTRIBUTES])
 def test_it_is_stocks_rendering(source: str) -> None:
     tokenizer = tokenizer_of("qwen3")
     write = template_writer(tokenizer)
@@ -32,6 +43,36 @@ def test_it_is_stocks_rendering(source: str) -> None:
                     messages[:count], tools=tools, chat_template=source, tokenize=False, **settings
                 )
                 assert found == stock
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "messages[0].__class__", "messages[0].role.__class__", "messages[0].role._x", "messages[0].clear()",
+        "messages.append(1)", "'{0.__class__}'.format(messages)", "messages[0].role.format_map.__self__",
+        "namespace(a='{0.__class__}').a.format(messages)", "namespace(f='{0.__class__}'.format).f(messages)",
+        "namespace(x=1).__init__", "loop.__class__", "loop._iterable", "cycler.__init__",
+        "messages[0].update({'a': 1})",
+    ],
+)  # fmt: skip
+def test_what_the_sandbox_refuses_is_refused(asked: str) -> None:
+    """Twice, because what is safe is remembered."""
+    tokenizer = tokenizer_of("qwen3")
+    write = template_writer(tokenizer)
+    source = "{% for m in messages %}{% set x = " + asked + " %}{{ x }}{{ x.y }}{% endfor %}"
+    messages = [{"role": "user", "content": "Hi"}]
+    for _ in range(2):
+        said: list[object] = []
+        for render in (
+            lambda: write(source, messages, None),
+            lambda: tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False),
+        ):
+            try:
+                said.append(render())
+            except TemplateError as error:
+                said.append((type(error), str(error)))
+        assert not isinstance(said[0], str) or "<" not in said[0]
+        assert said[0] == said[1]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
+from peftchat.chat_template import encoder as encoder_module
 from peftchat.chat_template.chat_format import make_format
 from peftchat.chat_template.examples import EncodedExample
 from peftchat.chat_template.loss_mask import loss_mask_table
@@ -88,3 +89,16 @@ def test_answers_follow_their_prompts(family: str, hostile: bool) -> None:
             check(chat.tokenizer, conversation, rows, ids_too=not hostile)
         done += 1
     assert done > COUNT / 10
+
+
+@pytest.mark.parametrize("family", ["chatml", "qwen3"])
+def test_it_is_no_matter_which_ids_of_the_templates_text_are_kept(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Definitions of tools are long text of the template, and are encoded with what stands behind them."""
+    given = rich_conversations(60, 3, hostile=False)
+    given = [one for one in given if not any(message.reasoning for message in one.messages)]
+    found = []
+    for kept in (0, 10**9):
+        monkeypatch.setattr(encoder_module, "_LONGEST_KEPT", kept)
+        rows = make_format("model", None, tokenizer_of(family)).encoder().batch(given)
+        found.append((rows.ids.tolist(), rows.token_tags.tolist(), rows.offsets.tolist()))
+    assert found[0] == found[1]

@@ -1,5 +1,6 @@
 """Encoded examples are kept: used again, safe when two runs start at once, and never wrong after a kill."""
 
+import errno
 import json
 import os
 import time
@@ -10,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from peftchat.chat_template.chat_format import ChatFormat, make_format
+from peftchat.chat_template.examples import ExampleBatch, ExampleWriter
 from peftchat.dataset.cache import encode_splits, load_splits
 from peftchat.errors import UserError
 from peftchat.recipe import Recipe, load_recipe
@@ -149,3 +151,21 @@ def test_keys_that_leave_end_tokens_only_are_refused_and_single_examples_counted
         else:
             notes = list(load_splits(recipe, chat)["train"].stats.reading_notes())
             assert "only end tokens are trained in 1 of 2 examples" in notes
+
+
+def test_a_full_disk_is_told_with_the_cure(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTCHAT_CACHE", str(tmp_path / "cache"))
+    write = ExampleWriter.write
+    room = iter(range(2))
+
+    def full(self: ExampleWriter, batch: ExampleBatch) -> None:
+        if next(room, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"the disk is full: .* MB") as failure:
+        patch.setattr(ExampleWriter, "write", full)
+        encode_splits(*of(recipe_file))
+    assert "PEFTCHAT_CACHE" in str(failure.value)
+    assert [path.suffix for path in (tmp_path / "cache" / "examples").iterdir()] == [".lock"]
+    assert len(encode_splits(*of(recipe_file))["train"].store)

@@ -1,109 +1,137 @@
-"""The hang watch: it names who is behind, and is silent where nobody is stuck."""
+"""The hang watch: silent while a run goes on, and one report where it does not, by the process that can speak."""
 
+import os
+import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch.distributed as dist
 
-from peftchat.training.hang_watch import FOLDER, HangWatch, Heartbeat, describe
-from peftchat.training.position import Position, RunPosition
+from peftchat.training.hang_watch import HangWatch, Sign, report
 
-
-def watch(
-    folder: Path, told: list[str], *, rank: int = 0, processes: int = 1, limit: float = 0.4
-) -> tuple[RunPosition, HangWatch]:
-    position = RunPosition()
-    sources: Callable[[Position], list[str]] = lambda now: [f"data.jsonl:{one}" for one in now.examples]  # noqa: E731
-    return position, HangWatch(
-        position, folder, limit, rank=rank, processes=processes, sources=sources, tell=told.append
-    )
+LIMIT = 0.2
 
 
-def train(position: RunPosition, steps: int, seconds: float = 0.0) -> None:
-    for step in range(1, steps + 1):
-        for part in ("waiting for the next batch", "the forward pass", "the backward pass", "the optimizer's update"):
-            position.enter(part, step, [step])
-            time.sleep(seconds)
+def stuck_in_own_code(seconds: float) -> None:
+    time.sleep(seconds)
 
 
-def until(ready: Callable[[], object]) -> None:
+def until(happened: Callable[[], object]) -> None:
     end = time.monotonic() + 20
-    while not ready():
+    while not happened():
         assert time.monotonic() < end
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
-def test_the_process_that_is_behind_is_named_once_by_the_first(tmp_path: Path) -> None:
-    told: list[list[str]] = [[], []]
-    both = [watch(tmp_path, told[rank], rank=rank, processes=2) for rank in (0, 1)]
-    for _, one in both:
-        one.start()
-    for position, _ in both:
-        train(position, 5)
-    both[0][0].enter("the forward pass", 6, [40, 41])
-    both[1][0].enter("the forward pass", 6, [42, 43])
-    both[1][0].enter("the backward pass", 6, [42, 43])
-    until(lambda: told[0])
-    time.sleep(0.3)
-    (report,) = told[0]
-    assert report.startswith("No progress for ") and not told[1]
-    assert "Process 0 (pid " in report and "is stuck in the forward pass of step 6" in report
-    assert "2 conversations: data.jsonl:40, data.jsonl:41" in report
-    assert "in test_the_process_that_is_behind_is_named_once_by_the_first\n    until" in report.replace(
-        "    time.sleep(0.02)", ""
-    )
-    assert " waits in the backward pass of step 6." in report
-    assert "Thread" in (tmp_path / FOLDER / "rank-1.stacks").read_text()
-    both[0][0].enter("the backward pass", 6, [40, 41])
-    until(lambda: len(told[0]) == 2)
-    assert told[0][1].startswith("The run goes on, after about ")
-    for _, one in both:
-        one.stop()
-    assert not (tmp_path / FOLDER).exists()
+@pytest.fixture
+def watches() -> Iterator[list[HangWatch]]:
+    begun: list[HangWatch] = []
+    yield begun
+    for one in begun:
+        one.end()
 
 
-def test_a_process_without_a_sign_of_life_is_named_and_the_next_one_speaks(tmp_path: Path) -> None:
-    told: list[list[str]] = [[], []]
-    both = [watch(tmp_path, told[rank], rank=rank, processes=2) for rank in (0, 1)]
-    both[1][1].start()
-    train(both[1][0], 5)
-    both[1][0].enter("the forward pass", 6, [42])
-    until(lambda: told[1])
-    assert "Of process 0 nothing is known here" in told[1][0]
-    both[1][1].stop()
+def begun(watches: list[HangWatch], told: list[str], **settings: object) -> HangWatch:
+    watch = HangWatch(LIMIT, lambda: "1 conversation: a.jsonl:7", tell=told.append, **settings)
+    watch._steps_seen = 9
+    watch.go_on(10, "in step")
+    watch.begin()
+    watches.append(watch)
+    return watch
 
 
-@pytest.mark.parametrize("part", ["the evaluation", "writing a checkpoint", "the forward pass"])
-def test_slow_parts_and_first_steps_are_no_hang(part: str, tmp_path: Path) -> None:
+def test_a_loop_that_stands_still_is_reported_once_with_place_and_conversation(watches: list[HangWatch]) -> None:
     told: list[str] = []
-    position, one = watch(tmp_path, told, limit=0.2)
-    one.start()
-    if part != "the forward pass":
-        train(position, 5)
-    position.enter(part, 1 if part == "the forward pass" else 5)  # type: ignore[arg-type]
-    time.sleep(0.8)
-    one.stop()
-    assert not told
+    watch = begun(watches, told)
+    for _ in range(10):
+        time.sleep(LIMIT / 10)
+        watch.go_on(10, "in step")
+    assert told == []
+    stuck_in_own_code(4 * LIMIT)
+    watch.go_on(11, "in step")
+    until(lambda: len(told) == 2)
+    assert told[0].startswith("No progress for ") and "in step 10." in told[0]
+    assert "Its micro-batch has 1 conversation: a.jsonl:7" in told[0]
+    assert "stuck_in_own_code" in told[0]
+    assert told[1].startswith("Step 11: it goes on after ")
 
 
-def test_a_slow_model_has_slow_steps(tmp_path: Path) -> None:
+def test_waits_that_are_usual_are_not_reported() -> None:
+    watch = HangWatch(60, str)
+    assert watch.allowed() == 600, "the first steps may compile"
+    watch._steps_seen = 2
+    watch.go_on(3, "in step")
+    assert watch.allowed() == 60
+    watch._went_on -= 100
+    watch.go_on(3, "in step")
+    assert watch.allowed() == pytest.approx(1000, rel=0.01), "ten times the longest wait"
+    watch.go_on(3, "after step")
+    assert watch.allowed() == 600, "a checkpoint or an evaluation may follow"
+    watch = HangWatch(900, str)
+    assert watch.allowed() == 900
+
+
+def test_one_of_two_processes_names_the_other(watches: list[HangWatch]) -> None:
+    """Rank 1 stands still in its own code, rank 0 behind it; rank 0 alone reports both."""
+    store, told_0, told_1 = dist.HashStore(), [], []
+    ready = threading.Event()
+
+    def other() -> None:
+        begun(watches, told_1, rank=1, processes=2, store=store)
+        ready.set()
+        stuck_in_own_code(8 * LIMIT)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    ready.wait(20)
+    begun(watches, told_0, rank=0, processes=2, store=store)
+    until(lambda: told_0)
+    thread.join()
+    assert told_1 == []
+    assert "Rank 1 has stood still for " in told_0[0] and "stuck_in_own_code" in told_0[0]
+
+
+def test_a_process_without_a_sign_of_life_is_named(watches: list[HangWatch]) -> None:
     told: list[str] = []
-    position, one = watch(tmp_path, told, limit=0.1)
-    one.start()
-    train(position, 4, seconds=0.09)
-    position.enter("the forward pass", 5)
-    time.sleep(0.25)
-    one.stop()
-    assert not told
+    begun(watches, told, rank=1, processes=2, store=dist.HashStore())
+    until(lambda: told)
+    assert "Rank 0 has given no sign of life ever: it hangs in native code, or is stopped." in told[0]
 
 
-def test_of_those_that_are_equally_far_the_one_that_does_not_wait_is_stuck() -> None:
-    waiting = Heartbeat(0, 1, "here", 9, 30, "the forward pass of step 3", idle=50, waits=True)
-    stuck = Heartbeat(1, 2, "there", 9, 30, "the forward pass of step 3", ["a.jsonl:1"], 50, stack="  File x\n")
-    report = describe([stuck, waiting], set(), 50)
-    assert (
-        "Process 1 (pid 2 on there) is stuck in the forward pass of step 3, with 1 conversation: a.jsonl:1." in report
-    )
-    assert "Process 0 (pid 1 on here) waits" in report and "File x" in report
-    assert "look for it on there" in describe([stuck, waiting], {1}, 50)
+def test_a_process_that_falls_silent_is_named_with_its_conversations(watches: list[HangWatch]) -> None:
+    """What it has said stays in the store; its clock does not count."""
+    store, told = dist.HashStore(), []
+    silent = begun(watches, [], rank=1, processes=2, store=store)
+    until(lambda: silent._beat)
+    silent.end()
+    begun(watches, told, rank=0, processes=2, store=store)
+    until(lambda: told)
+    assert "Rank 1 gives no sign of life; the last was in step 10." in told[0]
+    assert f"Process {os.getpid()} on " in told[0] and "Its micro-batch has 1 conversation: a.jsonl:7" in told[0]
+
+
+def test_a_process_that_was_stopped_itself_does_not_take_that_for_a_hang(
+    watches: list[HangWatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suspended job, or a machine that slept."""
+    told: list[str] = []
+    clock = time.monotonic
+    watch = begun(watches, told)
+    monkeypatch.setattr("peftchat.training.hang_watch.time.monotonic", lambda: clock() + 3600)
+    time.sleep(LIMIT / 2)
+    watch.go_on(11, "in step")
+    time.sleep(LIMIT / 2)
+    assert told == []
+
+
+def test_those_that_wait_for_others_are_listed_shortly() -> None:
+    def sign(rank: int, *, waits: bool) -> Sign:
+        return Sign(rank, 5, "in step", 61.0, waits, "", "1 conversation: b.jsonl:2", f"frame {rank}", 1)
+
+    told = report([sign(0, waits=True), sign(1, waits=False), sign(2, waits=True)], [])
+    assert "frame 1" in told and "frame 0" not in told
+    assert "Ranks that wait in a collective, the backward pass or for a GPU: 0, 2." in told
+    # Where all wait, nobody is to blame by its place, so all places are shown.
+    told = report([sign(0, waits=True), sign(1, waits=True)], [])
+    assert "frame 0" in told and "frame 1" in told

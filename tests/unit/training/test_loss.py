@@ -74,6 +74,46 @@ def test_equals_the_plain_formula(ids, bias, transform, chunk, monkeypatch: pyte
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("ids", [None, [48, 50, 53]], ids=["none", "mixed"])
+@pytest.mark.parametrize("trains", ["hidden", "adapter", "everything"])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(2.0, 4.0)], ids=str)
+def test_single_losses_may_be_weighed(ids, trains, transform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pairs weigh them: the gradient of any function of the losses is that of the plain formula."""
+    torch.manual_seed(0)
+    size = VOCABULARY if ids is None else max(ids) + 1
+    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", {"cpu": 16 * size})
+    rows = None if ids is None else torch.randn(len(ids), HIDDEN)
+    row_ids = None if ids is None else torch.tensor(ids)
+    targets = torch.randint(VOCABULARY, (N,))
+    inputs = [torch.randn(N, HIDDEN), torch.randn(VOCABULARY, HIDDEN), torch.randn(VOCABULARY), rows]
+    results = []
+
+    def weigh(each):
+        return torch.sigmoid(each[: N // 2].sum() / 30 - each[N // 2 :].sum() / 40)
+
+    for ours in (True, False):
+        h, w, b, r = (None if one is None else one.clone() for one in inputs)
+        trained = {"hidden": (h,), "adapter": (h, r), "everything": (h, w, b, r)}[trains]
+        leaves = [one for one in trained if one is not None]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        if ours:
+            head = Head(w, b, None if r is None else AddedTokenHead(r, None, row_ids, size), transform)
+            losses = torch.empty(N)
+            value, _ = linear_cross_entropy(h, targets, head, losses=losses, weigh=weigh)
+        else:
+            rest = w, b, r, row_ids, None, size, transform
+            losses = torch.stack([plain_nll(h[n : n + 1], targets[n : n + 1], *rest)[0] for n in range(N)])
+            value = weigh(losses)
+        (value * 3).backward()
+        results.append((value.detach(), losses.detach(), [leaf.grad for leaf in leaves]))
+    (value, losses, found), (plain_value, plain_losses, plain) = results
+    torch.testing.assert_close(value, plain_value)
+    torch.testing.assert_close(losses, plain_losses, atol=1e-5, rtol=1e-5)
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+
+
 def test_a_frozen_head_gets_no_gradient() -> None:
     """The gradient of a frozen head is as large as the vocabulary; it must not be formed."""
     hidden, weight = torch.randn(N, HIDDEN, requires_grad=True), nn.Parameter(torch.randn(VOCABULARY, HIDDEN), False)

@@ -1,0 +1,74 @@
+"""Preference pairs of a record: the conversation with the chosen answer, and with the rejected one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from peftchat.conversation import Conversation, Message
+from peftchat.conversations.formats import names
+from peftchat.conversations.formats.fields import Fields, Notes, field_names
+from peftchat.conversations.problems import RecordError
+
+
+def pair_of(fields: Fields, notes: Notes, conversation_of: Callable[[Fields], Conversation]) -> Conversation:
+    """Return a record's conversation with the chosen answer, and with the rejected one as `rejected`.
+
+    Both are read in the same way, so that prompts, system messages and tools are those of every format.
+
+    Args:
+        fields: the record.
+        notes: its notes.
+        conversation_of: reads a record whose `chosen` is the answer.
+
+    Raises:
+        RecordError: an answer is missing, or one of them cannot be read.
+    """
+    for name, other in ((names.CHOSEN, names.REJECTED), (names.REJECTED, names.CHOSEN)):
+        if name not in fields:
+            detail = f"no field {name!r}: a preference pair has {name!r} and {other!r}; fields: {field_names(fields)}"
+            raise RecordError("missing_field", detail)
+    fields = without_turns(fields)
+    chosen = conversation_of(fields)
+    with of_rejected():
+        rejected = conversation_of({**fields, names.CHOSEN: fields[names.REJECTED], names.REJECTED: ""})
+    notes.used(names.REJECTED)
+    return replace(chosen, rejected=rejected.messages)
+
+
+@contextmanager
+def of_rejected() -> Iterator[None]:
+    """Say of a problem that it is in the rejected conversation."""
+    try:
+        yield
+    except RecordError as error:
+        # The reader takes it for the chosen answer of the record.
+        detail = error.detail.replace(f"'{names.CHOSEN}'", f"'{names.REJECTED}'")
+        raise RecordError(error.kind, f"in the rejected conversation: {detail}") from None
+
+
+def without_turns(fields: Fields) -> Fields:
+    """Return a record without the list of turns that repeats the chosen conversation, as UltraFeedback's files have."""
+    if names.CHOSEN not in fields or names.REJECTED not in fields:
+        return fields
+    repeated = [name for name in names.TURNS if name in fields and fields[name] == fields[names.CHOSEN]]
+    return {name: value for name, value in fields.items() if name not in repeated} if repeated else fields
+
+
+def check_pair(messages: tuple[Message, ...], rejected: tuple[Message, ...]) -> None:
+    """Check that two conversations differ in the answers to one prompt.
+
+    Raises:
+        RecordError: they are the same, have no prompt in common, or one ends where the other goes on.
+    """
+    if messages == rejected:
+        raise RecordError("identical_answers", "the chosen answer and the rejected one are the same")
+    shared = Conversation(messages, rejected=rejected).shared_turns
+    parting = [turns[shared].role if shared < len(turns) else None for turns in (messages, rejected)]
+    if not any(message.role == "user" for message in messages[:shared]):
+        raise RecordError("no_prompt", "the chosen answer and the rejected one have no question in common")
+    if parting != ["assistant", "assistant"]:
+        ended = "rejected" if parting[1] is None else "chosen" if parting[0] is None else None
+        what = f"the {ended} conversation ends there" if ended else "they part at a turn that is no answer"
+        raise RecordError(
+            "no_prompt", f"chosen and rejected are no two answers to one prompt: {what} (turn {shared + 1})"
+        )

@@ -1,0 +1,194 @@
+"""Held-out pairs: `eval_pairs.jsonl`, a line a pair, and what a run's summary says of them."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from peftchat.files import write_text
+from peftchat.formatting import format_count, format_percent
+
+_Z_95 = 1.959964
+
+
+@dataclass(frozen=True, slots=True)
+class PairResult:
+    """A held-out pair under the model, and the margin that it had before training.
+
+    Attributes:
+        example: the index of its chosen answer's example; not in the file.
+        source: where it came from, `file:line`.
+        chosen_tokens: trained tokens of the chosen answer.
+        rejected_tokens: those of the rejected one.
+        chosen_logp: log-probability of the chosen answer, in nats.
+        rejected_logp: that of the rejected one.
+        chosen_reward: the chosen answer's reward against the reference.
+        rejected_reward: the rejected one's.
+        loss: by the objective.
+        chosen_logp_before: log-probability before the first step; None where it was not measured.
+        rejected_logp_before: that of the rejected one.
+    """
+
+    example: int
+    source: str
+    chosen_tokens: int
+    rejected_tokens: int
+    chosen_logp: float
+    rejected_logp: float
+    chosen_reward: float
+    rejected_reward: float
+    loss: float
+    chosen_logp_before: float | None = None
+    rejected_logp_before: float | None = None
+
+    @classmethod
+    def of_batch(
+        cls,
+        examples: Sequence[int],
+        sources: Sequence[str],
+        tokens: Sequence[int],
+        losses: Sequence[float],
+        metrics: Mapping[str, Sequence[float]],
+    ) -> list[Self]:
+        """Return the results of a batch.
+
+        Args:
+            examples: indices of the chosen answers' examples.
+            sources: of each pair.
+            tokens: of each answer: chosen, rejected, chosen, …
+            losses: of each pair.
+            metrics: of each pair, by the names of `peftchat.training.preference_loss.PAIR_METRICS`.
+        """
+        rows = zip(
+            examples, sources, tokens[::2], tokens[1::2], metrics["logps/chosen"], metrics["logps/rejected"],
+            metrics["rewards/chosen"], metrics["rewards/rejected"], losses, strict=True,
+        )  # fmt: skip
+        return [cls(*row) for row in rows]
+
+    @property
+    def margin(self) -> float:
+        """How much higher the chosen answer's reward is."""
+        return self.chosen_reward - self.rejected_reward
+
+    def as_line(self) -> dict[str, Any]:
+        """Return the line of the file."""
+        values = asdict(self)
+        del values["example"]
+        return {**values, "margin": self.margin}
+
+
+def write_eval_pairs(path: Path, pairs: Sequence[PairResult], *, before: bool) -> list[PairResult]:
+    """Write one line per pair, beside the log-probabilities before the first step that the file has already.
+
+    Args:
+        path: the file.
+        pairs: the results, in order.
+        before: whether they are those before the first step.
+
+    Returns:
+        The results as written.
+    """
+    if before:
+        noted = [(one.chosen_logp, one.rejected_logp) for one in pairs]
+    else:
+        noted = _read_before(path, [one.source for one in pairs])
+    if noted:
+        pairs = [
+            replace(one, chosen_logp_before=chosen, rejected_logp_before=rejected)
+            for one, (chosen, rejected) in zip(pairs, noted, strict=True)
+        ]
+    write_text(path, "".join(json.dumps(one.as_line(), ensure_ascii=False) + "\n" for one in pairs))
+    return list(pairs)
+
+
+def _read_before(path: Path, sources: Sequence[str]) -> list[tuple[float, float]]:
+    """Return what the file notes of before the first step; nothing where it is of other pairs, or missing."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if [line["source"] for line in lines] != list(sources):
+            return []
+        return [(float(line["chosen_logp_before"]), float(line["rejected_logp_before"])) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+class PairSummary(BaseModel):
+    """What a run's summary says of its held-out pairs, by the weights that are kept.
+
+    Attributes:
+        pairs: their number.
+        right: the share whose chosen answer has the higher reward; a pair with equal rewards counts a half.
+        right_low: the lower end of the share's 95 % interval.
+        right_high: its upper end.
+        margin: mean difference of the rewards.
+        chosen_reward: mean reward of the chosen answers.
+        rejected_reward: that of the rejected ones.
+        chosen_logp: mean log-probability of the chosen answers, in nats.
+        rejected_logp: that of the rejected ones.
+        chosen_logp_before: the first before training; None where it was not measured.
+        rejected_logp_before: the second.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    pairs: int
+    right: float
+    right_low: float
+    right_high: float
+    margin: float
+    chosen_reward: float
+    rejected_reward: float
+    chosen_logp: float
+    rejected_logp: float
+    chosen_logp_before: float | None = None
+    rejected_logp_before: float | None = None
+
+    @classmethod
+    def of(cls, pairs: Sequence[PairResult]) -> Self:
+        """Summarize results; there must be one."""
+        right = sum((one.margin > 0) + 0.5 * (one.margin == 0) for one in pairs) / len(pairs)
+        low, high = wilson_interval(right, len(pairs))
+        before = [(one.chosen_logp_before, one.rejected_logp_before) for one in pairs]
+        known = all(one is not None for both in before for one in both)
+        return cls(
+            pairs=len(pairs), right=right, right_low=low, right_high=high,
+            margin=_mean(one.margin for one in pairs),
+            chosen_reward=_mean(one.chosen_reward for one in pairs),
+            rejected_reward=_mean(one.rejected_reward for one in pairs),
+            chosen_logp=_mean(one.chosen_logp for one in pairs),
+            rejected_logp=_mean(one.rejected_logp for one in pairs),
+            chosen_logp_before=_mean(both[0] or 0.0 for both in before) if known else None,
+            rejected_logp_before=_mean(both[1] or 0.0 for both in before) if known else None,
+        )  # fmt: skip
+
+    @property
+    def right_text(self) -> str:
+        """How many pairs are right, with the interval, in words."""
+        low, high = format_percent(self.right_low), format_percent(self.right_high)
+        return (
+            f"{format_percent(self.right)} of {format_count(self.pairs)} held-out pairs (95 % interval {low} to {high})"
+        )
+
+    @property
+    def both_fell(self) -> bool:
+        """Whether both answers became less likely, the chosen one too."""
+        if self.chosen_logp_before is None or self.rejected_logp_before is None:
+            return False
+        return self.chosen_logp < self.chosen_logp_before and self.rejected_logp < self.rejected_logp_before
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of `count` cases (Wilson, 1927)."""
+    square = _Z_95**2
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = _Z_95 * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

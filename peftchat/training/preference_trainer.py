@@ -1,0 +1,247 @@
+"""Preference trainer: the trainer of conversations with a loss of pairs, and metrics of pairs."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peftchat.errors import UserError
+from peftchat.runs.eval_losses import ConversationLoss
+from peftchat.runs.eval_pairs import PairResult, PairSummary, write_eval_pairs
+from peftchat.training.preference_loss import (
+    PAIR_METRICS,
+    AnswerLogProbs,
+    PairLoss,
+    answer_sums,
+    pair_loss,
+    pair_metrics,
+)
+from peftchat.training.reference import ReferenceLogProbs, reference_model
+from peftchat.training.trainer import ChatTrainer
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+    from peftchat.dataset.cache import Split
+    from peftchat.dataset.collator import BatchLayout
+    from peftchat.runs.checkpoint import Checkpoint
+    from peftchat.training.context import TrainContext
+    from peftchat.training.model import TrainableModel
+
+
+class PreferenceTrainer(ChatTrainer):
+    """Trains on pairs of answers. TRL's `DPOTrainer` has the same losses (`peftchat.training.preference_loss`).
+
+    The reference is the model itself with its adapter switched off (`peftchat.training.reference`), so no second model
+    is in memory. A loss is a mean over the pairs of the whole optimizer step.
+
+    Args:
+        context: the run.
+        model: the model to train.
+        config: TRL's arguments.
+        layout: the batch layout that the model's attention needs.
+    """
+
+    def __init__(
+        self, context: "TrainContext", model: "TrainableModel", config: "SFTConfig", layout: "BatchLayout"
+    ) -> None:
+        super().__init__(context, model, config, layout)
+        self._recipe = context.recipe
+        self._initial_embeddings = model.initial_embeddings
+        self.reference = ReferenceLogProbs(context.content.digests)
+        # A base that changed, and may, makes the numbers of the checkpoint those of something else.
+        changed = context.content.record.allowed_changes and self._recipe.method != "full"
+        if context.checkpoint is not None and not changed:
+            self.reference.load(context.checkpoint.path)
+        self._sums = self._no_sums()
+        self.pairs: list[PairResult] = []
+        self.pair_summary: PairSummary | None = None
+        self._pairs_step: int | None = None
+
+    def _no_sums(self) -> Tensor:
+        """Return the sums of the metrics and the number of pairs, all zero."""
+        return torch.zeros(len(PAIR_METRICS) + 1, dtype=torch.float64, device=self.args.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """Return the pairs of the optimizer step and the trained tokens of their chosen answers, shape (2,)."""
+        counts = [batch["target_counts"] for batch in batch_samples]
+        items = torch.tensor([sum(len(one) for one in counts) // 2, sum(int(one[::2].sum()) for one in counts)])
+        items = items.to(device)
+        if self.accelerator.num_processes > 1:
+            items = self._sum_over_processes(items)
+        return items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Mean loss over the pairs of the whole optimizer step.
+
+        The likelihood of the chosen answers, where the recipe adds it, is a mean over their tokens in the step.
+        """
+        self.throughput.add(
+            inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
+        )
+        counts = self._target_counts
+        reference = self._reference_of("train", self.current_examples, inputs, counts)
+        if not isinstance(num_items_in_batch, Tensor):
+            num_items = torch.tensor([len(counts) // 2, int(counts[::2].sum())], device=inputs["labels"].device)
+        else:
+            num_items = num_items_in_batch
+
+        def weigh(losses: Tensor) -> Tensor:
+            """Return this batch's part of the loss of the step."""
+            policy, found = self._pair_loss(losses, counts, reference)
+            metrics = pair_metrics(found, policy)
+            self._sums += torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
+            loss = found.losses.sum() / num_items[0]
+            if found.likelihood_weight:
+                loss = loss - found.likelihood_weight * policy.chosen.sum() / num_items[1]
+            return loss
+
+        outputs = model(**self._model_inputs(inputs), supervised=True, weigh=weigh)
+        loss = outputs.loss
+        return self._with_other_terms(loss, outputs, num_items_in_batch)
+
+    def _note_loss(self, loss: Tensor) -> None:
+        """Note the loss of a micro-batch; that of single pairs is nothing to judge conversations by."""
+        self.checks.add(loss, self.current_examples[::2])
+
+    def _pair_loss(
+        self, losses: Tensor, counts: Sequence[int], reference: AnswerLogProbs | None
+    ) -> tuple[AnswerLogProbs, PairLoss]:
+        """Return the model's log-probabilities of the answers, and the loss of each pair."""
+        policy = AnswerLogProbs.of(answer_sums(losses, counts))
+        tokens = AnswerLogProbs.of(torch.as_tensor(counts, device=losses.device))
+        return policy, pair_loss(self._recipe, policy, reference, tokens)
+
+    def _reference_of(
+        self, split: "Split", examples: Any, inputs: Mapping[str, Tensor], counts: Sequence[int]
+    ) -> AnswerLogProbs | None:
+        """Return the reference's log-probabilities of the answers of a batch; None without a reference."""
+        if not self._recipe.has_reference:
+            return None
+
+        places = np.asarray(examples)
+        lacks = self.reference.lacks(split, places)
+        if self.is_deepspeed_enabled:
+            # ZeRO-3 gathers weights in all processes at once.
+            lacks = bool(self._sum_over_processes(torch.tensor(float(lacks), device=self.args.device)))
+        if lacks:
+            with reference_model(self.model, self._initial_embeddings):
+                outputs = self.model(**self._model_inputs(inputs), supervised=True)
+            self.reference.add(split, places, answer_sums(outputs.losses, counts))
+        return AnswerLogProbs.of(self.reference.of(split, places).to(inputs["labels"].device))
+
+    def prepare(self) -> None:
+        """Compute the reference of all pairs where training changes its weights; every process must call it.
+
+        Raises:
+            UserError: a resumed run lacks the reference of some pairs, whose weights are gone.
+        """
+        if not self._recipe.has_reference or self._recipe.method != "full":
+            return
+        splits = [split for split in self._context.splits if self.reference.lacks(split)]
+        checkpoint = self._context.checkpoint
+        if splits and checkpoint is not None:
+            raise UserError(
+                "the checkpoint lacks the reference of some pairs, and the weights that it is made from are trained",
+                where=str(checkpoint.path),
+                hint="Resume with the data that the run was started with, or start a new run.",
+            )
+        for split in splits:
+            for of_batch, batch, inputs in self._evaluation_batches(split):
+                with self.compute_loss_context_manager():
+                    outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
+                if of_batch is not None:
+                    self.reference.add(split, batch["examples"], answer_sums(outputs.losses, batch["target_counts"]))
+        if splits:
+            self.reference.merge(self.gather_objects(self.reference.known))
+            pairs = sum(len(self.reference.known[split]) for split in splits) // 2
+            self._context.notes.tell(f"The reference of {pairs:,} pairs was computed before the first step.")
+
+    def held_out_metrics(self, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Return the mean loss of the held-out pairs, and their metrics; every process must call it.
+
+        `eval_accuracy` is the share of pairs whose chosen answer has the higher reward. A pair counts a half where
+        both have the same, as before the first step.
+        """
+        loss_sum, token_sum, chosen_tokens, likelihood_weight = 0.0, 0, 0, 0.0
+        sums = self._no_sums()
+        results: list[PairResult] = []
+        not_finite: list[int] = []
+        store = self._context.splits["eval"].store
+        for of_batch, batch, inputs in self._evaluation_batches("eval"):
+            counts = batch["target_counts"]
+            with self.compute_loss_context_manager():
+                reference = self._reference_of("eval", batch["examples"], inputs, counts)
+                outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
+            if of_batch is None:
+                continue
+            policy, found = self._pair_loss(outputs.losses, counts, reference)
+            losses, likelihood_weight = found.losses.double(), found.likelihood_weight
+            if not torch.isfinite(losses).all():
+                not_finite += batch["examples"].tolist()
+            metrics = pair_metrics(found, policy)
+            loss_sum += float(losses.sum())
+            token_sum += int(counts.sum())
+            chosen_tokens += int(counts[::2].sum())
+            sums += torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
+            sources = [store[int(index)].source for index in batch["examples"][::2]]
+            results += PairResult.of_batch(
+                batch["examples"][::2].tolist(), sources, counts.tolist(), losses.tolist(),
+                {name: row.tolist() for name, row in zip(PAIR_METRICS, metrics, strict=True)},
+            )  # fmt: skip
+        totals = torch.tensor([loss_sum, token_sum, chosen_tokens], dtype=torch.float64, device=self.args.device)
+        reduced = self._sum_over_processes(torch.cat([totals, sums]))
+        loss_sum, tokens, chosen_tokens, *means, count = reduced.tolist()
+        likelihood = means[PAIR_METRICS.index("logps/chosen")] / max(chosen_tokens, 1)
+        loss = loss_sum / max(count, 1) - likelihood_weight * likelihood
+        self.pairs = results
+        self._pairs_step = self.state.global_step
+        self.checks.check_evaluation(loss, not_finite, self.state.global_step)
+        return {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_tokens": int(tokens),
+            f"{metric_key_prefix}_accuracy": means[PAIR_METRICS.index("rewards/accuracies")] / max(count, 1),
+            f"{metric_key_prefix}_pairs": int(count),
+            **{
+                f"{metric_key_prefix}_{name}": value / max(count, 1)
+                for name, value in zip(PAIR_METRICS, means, strict=True)
+            },
+        }
+
+    def write_held_out_losses(self) -> Sequence[ConversationLoss]:
+        """Write the last evaluation's pairs into the run folder; every process must call it. Returns nothing."""
+        if self.eval_dataset is None:
+            return ()
+        if self._pairs_step is None:
+            self.held_out_metrics()
+        gathered = self.gather_objects(self.pairs)
+        if self._context.is_main:
+            found = sorted((one for part in gathered for one in part), key=lambda one: one.example)
+            path = self._context.run_folder.eval_pairs
+            self.pair_summary = PairSummary.of(write_eval_pairs(path, found, before=self._pairs_step == 0))
+        return ()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the pairs' metrics since the last line to the logs of training steps."""
+        if "loss" in logs and "train_runtime" not in logs:
+            *sums, count = self._sum_over_processes(self._sums).tolist()
+            self._sums = self._no_sums()
+            if count:
+                logs.update({name: value / count for name, value in zip(PAIR_METRICS, sums, strict=True)})
+        super().log(logs, start_time)
+
+    def _save_more(self, checkpoint: "Checkpoint") -> None:
+        """Write the reference's log-probabilities, so that a resumed run has the same ones."""
+        if not self._recipe.has_reference:
+            return
+        self.reference.merge(self.gather_objects(self.reference.known))
+        if self.args.should_save:
+            self.reference.save(checkpoint.path)

@@ -147,6 +147,9 @@ def find_learning_rate(
         True
     """
     from peftchat.console import stderr
+    from peftchat.logging_setup import quiet_libraries
+
+    quiet_libraries()
     from peftchat.runs.run_folder import RunFolder
     from peftchat.training.rate_search import find_rate, refuse_processes
 

@@ -188,7 +188,8 @@ def combine_into_adapter(runs: Sequence[Path], options: CombineOptions) -> Combi
     )
     updates, adapters = _installed(job, combination)
     exact_rank = updates.exact_rank
-    largest = min(updates.largest_rank, max(MAX_RANK, options.rank or 0, exact_rank or 0))
+    # No rank above the exact one is of use.
+    largest = max(exact_rank or min(updates.largest_rank, MAX_RANK), options.rank or 0)
     if options.rank is not None and options.rank > updates.largest_rank:
         what = f"the rank is {options.rank}, and no adapted matrix has one above {updates.largest_rank}"
         raise UserError(what, where="--rank", hint="Name a lower rank, or leave the option out.")

@@ -87,23 +87,30 @@ class EndpointJudge:
         self.concurrency = concurrency
         self._temperature, self._max_tokens = temperature, max_tokens
         self._client = _client(url, key_variable, seconds, retries)
-        self._model = model or self._only_model(url, key_variable)
+        self._model = self._reach(url, model, key_variable)
         self.name = f"{url.rstrip('/')}#{self._model}"
 
-    def _only_model(self, url: str, key_variable: str) -> str:
+    def _reach(self, url: str, model: str | None, key_variable: str) -> str:
+        """Return the name of the model, after the endpoint has answered; listing its models costs nothing."""
         import openai
 
+        where = f"--judge {url}"
         try:
-            names = [model.id for model in self._client.with_options(max_retries=1, timeout=10).models.list()]
+            names = [found.id for found in self._client.with_options(max_retries=1, timeout=10).models.list()]
         except openai.AuthenticationError as error:
             hint = f"Set {key_variable} to its key."
-            raise UserError("the endpoint wants a key", where=f"--judge {url}", hint=hint) from error
+            raise UserError("the endpoint wants a key, or another one", where=where, hint=hint) from error
         except openai.OpenAIError as error:
+            # Some endpoints and some keys list no models, but answer.
+            if model is not None and isinstance(error, openai.APIStatusError):
+                return model
             what = f"the endpoint does not answer: {first_line(error)}"
-            raise UserError(what, where=f"--judge {url}", hint="Check the address; it ends in /v1.") from error
+            raise UserError(what, where=where, hint="Check the address; it ends in /v1.") from error
+        if model is not None:
+            return model
         if len(names) != 1:
             what = f"the endpoint has {len(names)} models" + (f": {', '.join(names[:5])}" if names else "")
-            raise UserError(what, where=f"--judge {url}", hint=f"Name one: `--judge {url}#MODEL`.")
+            raise UserError(what, where=where, hint=f"Name one: `--judge {url}#MODEL`.")
         return names[0]
 
     def ask(self, messages: Sequence[dict[str, str]]) -> Reply:

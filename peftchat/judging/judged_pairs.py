@@ -97,7 +97,8 @@ def _lines(path: Path) -> list[Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the file cannot be read: {first_line(error)}", where=str(path)) from error
     found = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not `splitlines`: JSON lines may hold U+2028 and other line ends of Unicode as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 found.append(json.loads(line))

@@ -93,7 +93,7 @@ def _base_difference(one: ModelSource, other: ModelSource) -> list[str]:
         return []
     if ModelKind.HUB not in (one.kind, other.kind) and os.path.realpath(one.path) == os.path.realpath(other.path):
         return []
-    contents = [base_content(base, exact=False) for base in (one, other)]
+    contents = [base_content(base, exact=True) for base in (one, other)]
     if contents[0].base and contents[0].base == contents[1].base:
         return []
     revisions = [f" at {base.revision}" if base.revision else "" for base in (one, other)]

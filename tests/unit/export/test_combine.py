@@ -204,6 +204,17 @@ def test_a_rank_that_is_too_low_is_refused_and_leaves_nothing(runs: list[Path], 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_copy_of_the_base_is_the_same_base_and_the_search_ends_at_the_exact_rank(
+    base: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    other = shutil.copytree(runs[1], tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    copied = {**config, "base_model_name_or_path": str(shutil.copytree(base, tmp_path / "copy"))}
+    (other / "adapter_config.json").write_text(json.dumps(copied))
+    report = combine_into_adapter([runs[0], other], CombineOptions(tmp_path / "both", tolerance=1e-9))
+    assert report.rank == 10 and report.is_exact and {one.rank for one in report.tried} == {8, 10}
+
+
 def write_tokenizer(folder: Path, token: str, template: str) -> None:
     backend = Tokenizer(models.BPE(vocab={"<unk>": 0}, merges=[], unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")

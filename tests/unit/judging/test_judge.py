@@ -30,11 +30,15 @@ class Server:
         self.failures: list[tuple[int, dict[str, str], bytes]] = []
         self.keys: set[str | None] = set()
         self.models = ["only"]
+        self.list_status = 200
         lock = threading.Lock()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if server.list_status != 200:
+                    self.send(server.list_status, {}, b'{"error": {"message": "no"}}')
+                    return
                 models = [{"id": name, "object": "model", "created": 0, "owned_by": ""} for name in server.models]
                 self.send(200, {}, json.dumps({"object": "list", "data": models}).encode())
 
@@ -104,9 +108,9 @@ def answers(tmp_path: Path) -> tuple[Path, Path]:
     return files
 
 
-def judged(answers: tuple[Path, Path], server: Server, *options: object) -> dict[str, Any]:
+def judged(answers: tuple[Path, Path], server: Server, *options: object, model: str = "") -> dict[str, Any]:
     output = answers[0].parent / "judged"
-    arguments = ["judge", *answers, "--judge", server.url, "-o", output, "--json", *options]
+    arguments = ["judge", *answers, "--judge", server.url + model, "-o", output, "--json", *options]
     done = CliRunner().invoke(cli, list(map(str, arguments)), standalone_mode=False)
     if done.exception is not None:
         raise done.exception
@@ -238,3 +242,37 @@ def test_a_mistake_is_one_message_and_leaves_nothing(
     assert "\n" not in str(found.value)
     assert server.requests == 0 and not (answers[0].parent / "judged").exists()
     server.end = lambda: None  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda s: s.end(), "the endpoint does not answer"), (lambda s: setattr(s, "list_status", 401), "wants a key")],
+)
+def test_a_named_model_is_reached_before_anything_is_written(
+    answers: tuple[Path, Path], serve: Callable[..., Server], change: Callable[[Server], object], message: str
+) -> None:
+    server = serve(by_quality)
+    change(server)
+    with pytest.raises(UserError, match=message):
+        judged(answers, server, model="#named")
+    assert server.requests == 0 and not (answers[0].parent / "judged").exists()
+    server.end = lambda: None  # type: ignore[method-assign]
+
+
+def test_a_named_model_of_an_endpoint_that_lists_none_is_asked(
+    answers: tuple[Path, Path], serve: Callable[..., Server]
+) -> None:
+    server = serve(by_quality)
+    server.list_status = 404
+    assert judged(answers, server, model="#named")["judges"][0]["wins_b"] == QUESTIONS
+
+
+def test_answers_with_line_ends_of_unicode_are_whole(answers: tuple[Path, Path], serve: Callable[..., Server]) -> None:
+    for file in answers:
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        for record in records:
+            record["choices"][0]["turns"][0] += "\u2028 \u0085 end"
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.write_text(text, encoding="utf-8")
+    found = judged(answers, serve(by_quality))
+    assert found["judges"][0]["read"] == QUESTIONS

@@ -40,9 +40,16 @@ class JudgeUnreachable(VerificationError):
 
 
 class Judge(Protocol):
-    """Something that replies to messages."""
+    """Something that replies to messages.
+
+    Attributes:
+        name: of the judge.
+        settings: what its replies depend on beside the messages.
+        concurrency: how many replies it writes at a time.
+    """
 
     name: str
+    settings: str
     concurrency: int
 
     def ask(self, messages: Sequence[dict[str, str]]) -> Reply:
@@ -89,6 +96,7 @@ class EndpointJudge:
         self._client = _client(url, key_variable, seconds, retries)
         self._model = self._reach(url, model, key_variable)
         self.name = f"{url.rstrip('/')}#{self._model}"
+        self.settings = f"temperature {temperature:g}, {max_tokens} tokens"
 
     def _reach(self, url: str, model: str | None, key_variable: str) -> str:
         """Return the name of the model, after the endpoint has answered; listing its models costs nothing."""
@@ -161,6 +169,7 @@ class LocalJudge:
         from peftchat.serving.sampling import Sampling, apply_sampling
 
         self.name = chat.name
+        self.settings = f"greedy, {max_tokens} tokens"
         self._chat = chat
         self._settings = apply_sampling(chat.generation_config, Sampling(max_new_tokens=max_tokens, greedy=True))
 

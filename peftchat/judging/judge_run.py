@@ -102,12 +102,20 @@ def judge_pairs(
 
     Raises:
         JudgeUnreachable: the judge gave no reply; what it gave is kept.
+        UserError: another process keeps replies there.
     """
     lines = KeptLines(folder / REPLIES)
+    with lines.claimed(str(folder)):
+        return _judge_pairs(judge, pairs, prompt, lines, on_reply)
+
+
+def _judge_pairs(
+    judge: Judge, pairs: Sequence[Pair], prompt: JudgePrompt, lines: KeptLines, on_reply: Callable[[], None]
+) -> list[Outcome]:
     kept = {line["key"]: line for line in lines.read()}
     wanted: list[tuple[Pair, Order]] = [(pair, order) for pair in pairs for order in ("AB", "BA")]
     messages = {(pair.id, order): _messages(prompt, pair, order) for pair, order in wanted}
-    keys = {place: _key(judge.name, asked) for place, asked in messages.items()}
+    keys = {place: _key(judge, asked) for place, asked in messages.items()}
     missing = [(pair, order) for pair, order in wanted if keys[pair.id, order] not in kept]
     for _ in range(len(wanted) - len(missing)):
         on_reply()
@@ -169,8 +177,8 @@ def _messages(prompt: JudgePrompt, pair: Pair, order: Order) -> list[dict[str, s
     return prompt.fill(pair.question, *(answers if order == "AB" else answers[::-1]))
 
 
-def _key(judge: str, messages: Sequence[dict[str, str]]) -> str:
-    return hashlib.sha256(json.dumps([judge, messages]).encode()).hexdigest()[:24]
+def _key(judge: Judge, messages: Sequence[dict[str, str]]) -> str:
+    return hashlib.sha256(json.dumps([judge.name, judge.settings, messages]).encode()).hexdigest()[:24]
 
 
 def _judgment(line: dict[str, Any], order: Order, prompt: JudgePrompt) -> Judgment:

@@ -72,7 +72,7 @@ def read_exam(path: Path) -> list[Pair]:
         UserError: a line has another form.
     """
     pairs = []
-    for number, record in enumerate(_lines(path), start=1):
+    for number, record in _lines(path):
         fields = [record.get(name) for name in ("prompt", "good", "bad")] if isinstance(record, dict) else [None]
         if not all(isinstance(value, str) and value for value in fields):
             hint = 'Write {"prompt": "…", "good": "…", "bad": "…"}, texts that are not empty.'
@@ -91,7 +91,8 @@ def _dialogue(turns: Sequence[str], first: Sequence[str], second: Sequence[str])
     return question, answers[0], answers[1]
 
 
-def _lines(path: Path) -> list[Any]:
+def _lines(path: Path) -> list[tuple[int, Any]]:
+    """Return the values of a file with the numbers of their lines; blank lines are left out."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -101,7 +102,7 @@ def _lines(path: Path) -> list[Any]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                found.append(json.loads(line))
+                found.append((number, json.loads(line)))
             except ValueError as error:
                 raise UserError(f"the line is no JSON: {first_line(error)}", where=f"{path}:{number}") from error
     return found
@@ -109,7 +110,7 @@ def _lines(path: Path) -> list[Any]:
 
 def _records(path: Path) -> dict[str, tuple[dict[str, Any], str]]:
     found: dict[str, tuple[dict[str, Any], str]] = {}
-    for number, record in enumerate(_lines(path), start=1):
+    for number, record in _lines(path):
         where = f"{path}:{number}"
         if not isinstance(record, dict) or "question_id" not in record:
             raise UserError("the line has no `question_id`", where=where, hint="See docs/evaluate.md for the form.")

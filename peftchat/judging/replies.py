@@ -8,17 +8,19 @@ from typing import Literal
 Preference = Literal["first", "second", "tie"]
 
 _NUMBER = r"(\d{1,3}(?:\.\d+)?)"
-_OUT_OF = r"(?:\s*(?:/|out of)\s*\d{1,3})?"
-_PAIR = re.compile(rf"\W*{_NUMBER}{_OUT_OF}(?:\s*,\s*|\s*;\s*|\s*\|\s*|\s+and\s+|\s+){_NUMBER}{_OUT_OF}\W*")
+_OUT_OF = r"(?:\s*(?:/|out of)\s*(\d{1,3}))?"
+_PAIR = re.compile(rf"[^\w-]*{_NUMBER}{_OUT_OF}(?:\s*,\s*|\s*;\s*|\s*\|\s*|\s+and\s+|\s+){_NUMBER}{_OUT_OF}\W*")
 _LABEL = r"(?:assistant|answer|response|model)\s*'?s?\s*"
 _COMMENT = r"(?:\s*\([^()\n]*\))?"
 _LABELED = re.compile(
-    rf"\W*{_LABEL}(?:1|a)(?:'s)?\s*(?:score)?\W*[:=]\W*{_NUMBER}{_OUT_OF}{_COMMENT}"
-    rf"\W+{_LABEL}(?:2|b)(?:'s)?\s*(?:score)?\W*[:=]\W*{_NUMBER}{_OUT_OF}{_COMMENT}\W*",
+    rf"\W*{_LABEL}(?:1|a)(?:'s)?\s*(?:score)?\W*[:=][^\w-]*{_NUMBER}{_OUT_OF}{_COMMENT}"
+    rf"\W+{_LABEL}(?:2|b)(?:'s)?\s*(?:score)?\W*[:=][^\w-]*{_NUMBER}{_OUT_OF}{_COMMENT}\W*",
     re.IGNORECASE,
 )
 _STATED = re.compile(
-    rf"\bscores are \(?{_NUMBER}(?:, | and ){_NUMBER}\)? for {_LABEL}(?:1|a) and (?:{_LABEL})?(?:2|b)\b", re.IGNORECASE
+    rf"\bscores are \(?{_NUMBER}{_OUT_OF}(?:, | and ){_NUMBER}{_OUT_OF}\)?"
+    rf" for {_LABEL}(?:1|a) and (?:{_LABEL})?(?:2|b)\b",
+    re.IGNORECASE,
 )
 _VERDICT = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
 
@@ -63,7 +65,10 @@ def read_scores(reply: str, low: float, high: float) -> Scores | None:
 
 
 def _in_scale(found: re.Match[str], low: float, high: float) -> Scores | None:
-    scores = Scores(float(found[1]), float(found[2]))
+    first, first_of, second, second_of = found.groups()
+    if any(of is not None and float(of) != high for of in (first_of, second_of)):
+        return None  # `8 1/2` is no pair of scores.
+    scores = Scores(float(first), float(second))
     return scores if low <= min(scores.first, scores.second) and max(scores.first, scores.second) <= high else None
 
 

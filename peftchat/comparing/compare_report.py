@@ -229,6 +229,14 @@ def write_comparison_page(path: Path, result: ComparisonResult, recommended: Pat
     )
 
 
+def _selection(result: ComparisonResult, seeds: str) -> str:
+    """Say how the settings of a variant were found."""
+    if all(len(candidate.trials) <= 1 for candidate in result.candidates):
+        return f"No settings were searched: each variant has one, trained on seed{'s' if ',' in seeds else ''} {seeds}."
+    several = f"; the best settings of each variant were trained on seeds {seeds}." if "," in seeds else "."
+    return f"Settings were selected on seed {result.plan.seeds[0]} by held-out loss{several}"
+
+
 def _introduction(result: ComparisonResult, finished: Sequence[CandidateResult]) -> list[str]:
     """Describe what all runs have in common, one paragraph each."""
     plan = result.plan
@@ -237,8 +245,7 @@ def _introduction(result: ComparisonResult, finished: Sequence[CandidateResult])
     paragraphs = [
         f"Base model: {plan.base.recipe.model.name}. Every run trains for {budget} on the same conversations and is "
         "evaluated on the same held-out ones.",
-        f"Settings were selected on seed {plan.seeds[0]} by held-out loss"
-        + (f"; the best settings of each variant were trained on seeds {seeds}." if len(plan.seeds) > 1 else "."),
+        _selection(result, seeds),
     ]
     shares = {run.job.share for one in result.candidates for run in one.trials if run.job.share < 1}
     if shares:

@@ -4,6 +4,7 @@ TRL rejects a custom collator together with its own packing, so packs are made i
 and laid out here.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,15 +110,33 @@ class ChatCollator:
     def __call__(self, packs: Sequence[Mapping[str, Sequence[int]]]) -> Batch:
         """Return the batch of some packs, each of which lists the indices of its examples under `examples`.
 
-        The batch has all their indices, int64, under the same name, and their numbers of targets under `target_counts`;
-        arrays, because tensors would be moved to a device where nobody reads them.
+        The batch has all their indices, int64, under the same name, their numbers of targets under `target_counts`, and
+        how many of them each pack has under `pack_sizes`; arrays, because tensors would be moved to a device where
+        nobody reads them.
         """
         batch = self.collate([[self.examples[index] for index in pack["examples"]] for pack in packs])
         indices = [index for pack in packs for index in pack["examples"]]
         batch["examples"] = np.array(indices, dtype=np.int64)
         counts = [np.count_nonzero(self._labels(self.examples[index]) != IGNORE_INDEX) for index in indices]
         batch["target_counts"] = np.array(counts, dtype=np.int64)
+        batch["pack_sizes"] = np.array([len(pack["examples"]) for pack in packs], dtype=np.int64)
         return batch
+
+    def keep_first(self, batch: Batch, count: int) -> Batch:
+        """Return a batch, as this collator made it, with its first packs alone; with none, it has no targets."""
+        sizes = batch["pack_sizes"]
+        if count >= len(sizes):
+            return batch
+        starts = np.cumsum([0, *sizes])
+        packs = [{"examples": batch["examples"][start:stop]} for start, stop in itertools.pairwise(starts)]
+        kept = self(packs[: max(1, count)])
+        if not count:
+            kept["labels"].fill_(IGNORE_INDEX)
+            kept |= {"examples": np.zeros(0, np.int64), "target_counts": np.zeros(0, np.int64)}
+            for name in ("real_tokens", "tracked_counts"):
+                kept[name].zero_()
+        device = batch["labels"].device
+        return {name: value.to(device) if hasattr(value, "to") else value for name, value in kept.items()}
 
     def target_cells(self, packs: Sequence[Mapping[str, Sequence[int]]]) -> np.ndarray:
         """Return the cell of each target of these packs (`split_cells`), in the order of the labels.

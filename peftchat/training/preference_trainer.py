@@ -1,6 +1,6 @@
 """Preference trainer: the trainer of conversations with a loss of pairs, and metrics of pairs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from peftchat.dataset.cache import Split
-    from peftchat.dataset.collator import BatchLayout
+    from peftchat.dataset.collator import Batch, BatchLayout
     from peftchat.runs.checkpoint import Checkpoint
     from peftchat.training.context import TrainContext
     from peftchat.training.model import TrainableModel
@@ -63,6 +63,10 @@ class PreferenceTrainer(ChatTrainer):
     def _no_sums(self) -> Tensor:
         """Return the sums of the metrics and the number of pairs, all zero."""
         return torch.zeros(len(PAIR_METRICS) + 1, dtype=torch.float64, device=self.args.device)
+
+    def _without_repeats(self, batches: "Iterator[Batch]") -> "Iterator[Batch]":
+        """Yield the batches as they are: a micro-batch without a pair has no loss."""
+        return batches
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Return the pairs of the optimizer step and the trained tokens of their chosen answers, shape (2,)."""

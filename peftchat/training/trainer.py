@@ -1,5 +1,6 @@
 """Trainer: TRL's trainer on packs of encoded conversations, and its arguments."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
 
 # Batch entries that are counts, not arguments of the model.
-_COUNTS = ("real_tokens", "tracked_counts", "examples", "target_counts")
+_COUNTS = ("real_tokens", "tracked_counts", "examples", "target_counts", "pack_sizes")
 
 
 class ChatTrainer(SFTTrainer):
@@ -210,10 +211,26 @@ class ChatTrainer(SFTTrainer):
             inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
         )
 
-    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: "Iterator[Batch]", num_batches: int, device: torch.device) -> Any:
         """Fetch the batches of an optimizer step."""
         self.position.enter("waiting for the next batch", self.state.global_step + 1)
-        return super().get_batch_samples(*arguments, **named)
+        return super().get_batch_samples(self._without_repeats(epoch_iterator), num_batches, device)
+
+    def _without_repeats(self, batches: "Iterator[Batch]") -> "Iterator[Batch]":
+        """Yield batches without the packs that accelerate repeats to give all processes a last batch of one size.
+
+        A process that would have repeated packs alone keeps one without targets, because all compute together.
+        https://github.com/huggingface/accelerate/blob/v1.0.0/src/accelerate/data_loader.py (`even_batches`)
+        """
+        size, processes = self.args.train_batch_size, self.accelerator.num_processes
+        for batch in batches:
+            if processes > 1 and self.accelerator.gradient_state.end_of_dataloader:
+                # Batches are dealt out in turn.
+                rounds = math.ceil(math.ceil(len(self.train_dataset) / size) / processes)
+                place = ((rounds - 1) * processes + self.accelerator.process_index) * size
+                yield self._collators["train"].keep_first(batch, max(0, len(self.train_dataset) - place))
+            else:
+                yield batch
 
     def _note_loss(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch and of its examples."""

@@ -183,3 +183,16 @@ def test_many_batches_and_empty_examples(tmp_path: Path) -> None:
 def test_an_empty_store(tmp_path: Path, batches: list[list[EncodedExample]]) -> None:
     found = write(tmp_path / "empty.arrow", batches)
     assert len(found) == 0 and list(found) == [] and found.lengths.tolist() == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_first_packs_of_a_batch_are_a_batch_of_their_own(layout: BatchLayout, store: ExampleStore) -> None:
+    collator = ChatCollator(store, loss_on="answers", layout=layout, pad_token_id=PAD)
+    packs = [{"examples": [3]}, {"examples": [9]}, {"examples": [4]}]
+    whole, two = collator(packs), collator(packs[:2])
+    assert collator.keep_first(whole, 3) is whole
+    kept = collator.keep_first(whole, 2)
+    assert kept.keys() == two.keys()
+    assert all(np.array_equal(kept[name], two[name]) for name in two)
+    none = collator.keep_first(whole, 0)
+    assert (none["labels"] < 0).all() and not none["real_tokens"] and len(none["examples"]) == 0

@@ -27,6 +27,7 @@ from peftchat.cli import (
     template,
     train,
     variants,
+    web,
 )
 from peftchat.cli.common import OrderedGroup
 from peftchat.errors import UserError, VerificationError, first_line
@@ -90,6 +91,7 @@ for _module in (
     evaluate,
     merge,
     chat,
+    web,
     generate,
     export,
     push,

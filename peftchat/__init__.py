@@ -7,10 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftchat.api import chat, compare, evaluate, evaluate_data, load_chat_model, merge, plan, train
+    from peftchat.api import chat, combine, compare, evaluate, evaluate_data, load_chat_model, merge, plan, train
     from peftchat.conversation import Conversation, Message
     from peftchat.conversations import read_conversations
     from peftchat.errors import UserError, VerificationError
+    from peftchat.export.combine import CombineOptions
     from peftchat.merging import MergeOptions
     from peftchat.recipe import LoadedRecipe, Recipe, load_recipe
     from peftchat.runs.run_summary import RunSummary
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "CombineOptions": "peftchat.export.combine",
     "Conversation": "peftchat.conversation",
     "LoadedRecipe": "peftchat.recipe",
     "MergeOptions": "peftchat.merging",
@@ -27,6 +29,7 @@ _MODULES = {
     "UserError": "peftchat.errors",
     "VerificationError": "peftchat.errors",
     "chat": "peftchat.api",
+    "combine": "peftchat.api",
     "compare": "peftchat.api",
     "evaluate": "peftchat.api",
     "evaluate_data": "peftchat.api",
@@ -40,6 +43,7 @@ _MODULES = {
 """Public name -> the module that defines it."""
 
 __all__ = [
+    "CombineOptions",
     "Conversation",
     "LoadedRecipe",
     "MergeOptions",
@@ -50,6 +54,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "chat",
+    "combine",
     "compare",
     "evaluate",
     "evaluate_data",

@@ -5,10 +5,11 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from peftchat.evaluating.data_losses import DataLosses
     from peftchat.evaluating.run_evaluation import EvaluateOptions, Watch
     from peftchat.evaluating.side_by_side import Evaluation
+    from peftchat.export.combine import CombinationReport, CombineOptions
     from peftchat.merging import MergeOptions, MergeResult
     from peftchat.planning.plan import TrainingPlan
     from peftchat.runs.run_summary import AutoSetting, RunSummary
@@ -113,13 +115,40 @@ def train(
             resume, allow_changed, tuple(prompts), shlex.join(["peftchat", *arguments]), auto_settings
         )
         # Standard output is for data; DeepSpeed prints to it while it compiles.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _advising_on_memory(loaded, distributed):
             summary = train_in_process(loaded, options, distributed)
         if is_main_process():
             write_summaries(run_folder.path)
     if distributed.world_size == 1:
         evaluate_recipe_tasks(loaded)
     return summary
+
+
+@contextlib.contextmanager
+def _advising_on_memory(loaded: LoadedRecipe, distributed: "DistributedSetup") -> Iterator[None]:
+    """Add to the message of a run that ran out of memory what the plan advises.
+
+    Raises:
+        OutOfMemory: with the advice.
+    """
+    from peftchat.planning.memory_advice import memory_advice
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.training.out_of_memory import OutOfMemory
+
+    try:
+        yield
+        return
+    except OutOfMemory as error:
+        position, message = error.position, str(error)
+    # Behind the `except`: the error holds the run's tensors. Planning needs memory too.
+    gc.collect()
+    advice = ""
+    with contextlib.suppress(Exception):
+        advice = memory_advice(loaded.recipe, distributed, position)
+    last = RunFolder(Path(loaded.recipe.output_dir)).latest_checkpoint()
+    if last is not None:
+        advice += f" `--resume` goes on from {last.path}."
+    raise OutOfMemory(f"{message}.{advice}", position)
 
 
 def find_learning_rate(
@@ -146,6 +175,9 @@ def find_learning_rate(
         True
     """
     from peftchat.console import stderr
+    from peftchat.logging_setup import quiet_libraries
+
+    quiet_libraries()
     from peftchat.runs.run_folder import RunFolder
     from peftchat.training.rate_search import find_rate, refuse_processes
 
@@ -287,7 +319,10 @@ def compare(
             equal_within,
         )
     )
+    from peftchat.logging_setup import quiet_libraries
+
     # Only now, because it imports torch: a wrong option is reported at once.
+    quiet_libraries()
     from peftchat.comparing.compare import EvalOptions
     from peftchat.comparing.compare import compare as compare_candidates
 
@@ -367,6 +402,30 @@ def merge(run: Path | str, options: "MergeOptions | None" = None) -> "MergeResul
     from peftchat.merging import MergeOptions, merge_run
 
     return merge_run(Path(run), options or MergeOptions())
+
+
+def combine(runs: Sequence[Path | str], options: "CombineOptions") -> "CombinationReport":
+    """Combine two or more adapters of one base into one plain LoRA, and prove it.
+
+    `peftchat.export.combine.combine_into_model` writes merged weights instead.
+
+    Args:
+        runs: run folders, or folders with a PEFT adapter.
+        options: where to write, the rule, the weights and more.
+
+    Raises:
+        UserError: an adapter or an option cannot be used, or the adapters do not fit together.
+        VerificationError: no LoRA is as close to the exact combination as asked.
+
+    Example:
+        >>> import peftchat
+        >>> from pathlib import Path
+        >>> options = peftchat.CombineOptions(Path("runs/both"), weights=[0.5, 0.5])
+        >>> peftchat.combine(["runs/assistant", "runs/style"], options)  # doctest: +SKIP
+    """
+    from peftchat.export.combine import combine_into_adapter
+
+    return combine_into_adapter([Path(run) for run in runs], options)
 
 
 def load_chat_model(name: Path | str, *, base: Path | str | None = None, allow_changed: bool = False) -> "ChatModel":

@@ -8,13 +8,13 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
 ENDING = tuple(
     signal.Signals[name]
-    # Schedulers send the last three as a warning before they kill.
+    # Schedulers send the last three as a warning before they kill. `train` takes SIGUSR2 for a request (`CHECKPOINT`).
     for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     if name in signal.Signals.__members__
 )
@@ -163,6 +163,64 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
+class SignalRequest:
+    """A signal that asks for something and ends nothing: it is noted, and answered where there is time for it.
+
+    Args:
+        name: the signal's name; a platform may lack it, and then nobody asks.
+
+    Attributes:
+        number: the signal, or None.
+        hand_on: called when the signal comes, in a process that only hands it on.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.number: int | None = getattr(signal, name, None)
+        self.hand_on: Callable[[], None] | None = None
+        self._came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal."""
+        self._came = True
+        if self.hand_on is not None:
+            self.hand_on()
+
+    def begin(self) -> None:
+        """Take the signal from now on, and one that has waited for it (`blocked`).
+
+        A program that has a handler of its own keeps it, and an ignored signal stays ignored.
+        """
+        if self.number is not None and threading.current_thread() is threading.main_thread():
+            before = signal.getsignal(self.number)
+            if before is signal.SIG_DFL or isinstance(before, _Raise):
+                signal.signal(self.number, self)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [self.number])
+
+    @contextlib.contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Have processes that are started in the block keep the signal until they `begin`.
+
+        Without it the signal would end a process that is still importing.
+        """
+        if self.number is None:
+            yield
+            return
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [self.number])
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def take(self) -> bool:
+        """Return whether the signal came since the last call."""
+        came, self._came = self._came, False
+        return came
+
+
+CHECKPOINT = SignalRequest("SIGUSR2")
+"""Asks a run for a checkpoint after its current step."""
+
+
 class DeferredSignals:
     """Notes the first signal, and hands a second one to the handler that was there before.
 
@@ -181,7 +239,7 @@ class DeferredSignals:
             return
         for number in (signal.SIGINT, *ENDING):
             handler = signal.getsignal(number)
-            if handler is not signal.SIG_IGN and handler is not None:
+            if handler not in (signal.SIG_IGN, None) and not isinstance(handler, SignalRequest):
                 self._before[number] = handler
                 signal.signal(number, self._note)
 

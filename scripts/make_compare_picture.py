@@ -60,9 +60,10 @@ def picture(summary: ComparisonSummary) -> str:
     recommendation, evidence = summary.recommendation, summary.evidence
     assert recommendation is not None and evidence is not None
     ties = f"Tied: {', '.join(recommendation.tied)}." if len(recommendation.tied) > 1 else "No other candidate is tied."
+    groups = f" in {evidence.clusters} groups" if evidence.clusters != evidence.conversations else ""
     basis = (
         "Bars: 95 % intervals that hold for all pairs at once, over "
-        f"{evidence.conversations} held-out conversations in {evidence.clusters} groups and {evidence.seeds} seeds. "
+        f"{evidence.conversations} held-out conversations{groups} and {evidence.seeds} seeds. "
         "Small dots: single seeds. In parentheses: the learning rate that the search took."
     )
     lines = [*wrap(ties, 105), *wrap(basis, 105)]

@@ -20,6 +20,14 @@ _HEAD = """# Commands
 
 `peftchat COMMAND --help` prints the same. Data goes to standard output; progress and notes go to standard error.
 Exit status: 0 success, 1 a check failed, 2 the input cannot be used.
+
+The shell completes commands, options, files, variants and shipped recipes. Add one line to the shell's own file:
+
+| shell | file | line |
+| --- | --- | --- |
+| bash 4.4 or later | `~/.bashrc` | `eval "$(_PEFTCHAT_COMPLETE=bash_source peftchat)"` |
+| zsh | `~/.zshrc` | `eval "$(_PEFTCHAT_COMPLETE=zsh_source peftchat)"` |
+| fish | `~/.config/fish/completions/peftchat.fish` | `_PEFTCHAT_COMPLETE=fish_source peftchat \| source` |
 """
 
 

@@ -4,12 +4,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from peftchat.interruption import Interrupted
 
@@ -105,6 +106,10 @@ class PathType(click.ParamType):
         """Return the path."""
         return value if isinstance(value, Path) else Path(_expanded(value, param))
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete the names of files and folders."""
+        return _shell_files(incomplete)
+
 
 class RecipeType(PathType):
     """The path of a recipe; where no such file is, that of the recipe of this name that came with the package."""
@@ -122,6 +127,17 @@ class RecipeType(PathType):
         note(f"{path} does not exist here; taking the recipe that came with peftchat: {shipped}")
         return shipped
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete files; where none begins so, offer the recipes that came with the package."""
+        from peftchat.recipe.shipped import shipped_recipes
+
+        # Click's script for bash takes either names or files, so names are offered only where no file would be.
+        names = [spelling for one in shipped_recipes() for spelling in (one.name, f"recipes/{one.path.name}")]
+        offered = beginning_with(incomplete, names)
+        if not incomplete or not offered or _begins_a_file(incomplete):
+            return _shell_files(incomplete)
+        return offered
+
 
 class NameType(click.ParamType):
     """A path, as for `PathType`, or a name such as a hub id; it stays text."""
@@ -131,6 +147,27 @@ class NameType(click.ParamType):
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the path or name."""
         return _expanded(value, param)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete the names of files and folders."""
+        return _shell_files(incomplete)
+
+
+def beginning_with(incomplete: str, names: Iterable[str]) -> list[CompletionItem]:
+    """Return the names that the shell offers for the beginning of a word."""
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def _shell_files(incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(incomplete, type="file")]
+
+
+def _begins_a_file(incomplete: str) -> bool:
+    folder, beginning = os.path.split(incomplete)
+    try:
+        return any(path.name.startswith(beginning) for path in Path(folder or ".").iterdir())
+    except OSError:
+        return False
 
 
 def _expanded(value: str, param: click.Parameter | None) -> str:

@@ -19,11 +19,13 @@ from peftchat.cli import (
     export,
     generate,
     init,
+    judge,
     mask,
     merge,
     plan,
     push,
     recipes,
+    serve,
     template,
     train,
     variants,
@@ -93,7 +95,9 @@ for _module in (
     chat,
     web,
     generate,
+    judge,
     export,
+    serve,
     push,
 ):
     cli.add_command(_module.command)

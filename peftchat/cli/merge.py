@@ -1,4 +1,4 @@
-"""`peftchat merge`: merge a run's adapter into its base."""
+"""`peftchat merge`: merge a run's adapter into its base, or combine several adapters."""
 
 import json
 import re
@@ -10,7 +10,6 @@ import click
 from peftchat.cli.common import Command, PathType, allow_changed_option, json_option, output_option
 
 if TYPE_CHECKING:
-    from peftchat.merging.output import MergeReport
     from peftchat.merging.qlora_base import BaseMode
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -47,8 +46,8 @@ class _WeightedAdapter(click.ParamType):
 
 
 @click.command("merge", cls=Command, renamed={"--out": "--output", "--working-set": "--memory-budget"})
-@click.argument("run", type=PathType())
-@output_option("Folder of the merged model.  [default: RUN/merged]")
+@click.argument("runs", metavar="RUN...", type=PathType(), nargs=-1, required=True)
+@output_option("Folder of the result.  [default: RUN/merged; required with --combine]")
 @click.option(
     "--base",
     "bases",
@@ -77,10 +76,33 @@ class _WeightedAdapter(click.ParamType):
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Dtype of the merged weights.  [default: the base's]",
 )
+@click.option(
+    "--combine",
+    "rule",
+    metavar="RULE",
+    help="Combine two or more runs: linear, ties, dare_linear, dare_ties or magnitude_prune. PEFT's rules, applied to "
+    "the updates. The result is a plain LoRA.",
+)
+@click.option("--weights", metavar="A,B,...", help="combine: the weight of each run.  [default: those of the mean]")
+@click.option("--density", type=float, help="combine: part of the entries to keep. Not for linear.  [default: 0.5]")
+@click.option("--seed", type=int, help="combine: seed of dare_linear and dare_ties.  [default: 0]")
+@click.option(
+    "--as",
+    "result",
+    type=click.Choice(["adapter", "model"]),
+    help="combine: write a LoRA or merged weights.  [default: adapter]",
+)
+@click.option("--rank", type=int, help="combine: rank of the LoRA.  [default: exact, or the smallest within tolerance]")
+@click.option(
+    "--tolerance",
+    type=float,
+    help="combine: largest KL divergence from the exact combination, and largest rise of its loss, in nats per token."
+    "  [default: 0.01]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
 @json_option("Print the report as one JSON object.")
 def command(
-    run: Path,
+    runs: tuple[Path, ...],
     output: Path | None,
     bases: tuple[str, ...],
     allow_changed: bool,
@@ -89,6 +111,13 @@ def command(
     adapters: tuple[tuple[Path, float], ...],
     memory_budget: int | None,
     dtype: str | None,
+    rule: str | None,
+    weights: str | None,
+    density: float | None,
+    seed: int | None,
+    result: str | None,
+    rank: int | None,
+    tolerance: float | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -100,7 +129,10 @@ def command(
     \b
     peftchat merge runs/assistant
     peftchat merge runs/assistant -o assistant-7b --memory-budget 512MB
+    peftchat merge runs/assistant runs/style --combine linear --weights 0.7,0.3 -o runs/both
     """
+    given = {"--weights": weights, "--density": density, "--seed": seed, "--as": result, "--rank": rank}
+    _check_kind(runs, rule, {**given, "--tolerance": tolerance}, is_blend=bool(adapters) or scale != 1.0)
     from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
@@ -110,6 +142,25 @@ def command(
     from peftchat.merging import MergeOptions
 
     base, base_model = _split_bases(bases)
+    if rule is not None:
+        from peftchat.cli.merge_output import ModelSettings, combine
+        from peftchat.export.combine import CombineOptions
+
+        combined = CombineOptions(
+            output=_required(output),
+            rule=rule,
+            weights=_weights(weights),
+            density=density,
+            seed=seed,
+            rank=rank,
+            tolerance=tolerance,
+            overwrite=overwrite,
+            base=base_model,
+            allow_changed=allow_changed,
+        )
+        settings = ModelSettings(base, verify, memory_budget, getattr(torch, dtype) if dtype else None)
+        combine(runs, combined, settings, as_model=result == "model", as_json=as_json)
+        return
     options = MergeOptions(
         output=output,
         base=base,
@@ -122,11 +173,57 @@ def command(
         dtype=getattr(torch, dtype) if dtype else None,
         overwrite=overwrite,
     )
-    result = api.merge(run, options)
+    merged = api.merge(runs[0], options)
     if as_json:
-        click.echo(json.dumps({"folder": str(result.folder), **result.report.as_dict()}))
+        click.echo(json.dumps({"folder": str(merged.folder), **merged.report.as_dict()}))
     else:
-        _print(result.folder, result.report)
+        from peftchat.cli.merge_output import print_merge
+
+        print_merge(merged.folder, merged.report)
+
+
+def _check_kind(runs: tuple[Path, ...], rule: str | None, given: dict[str, object], *, is_blend: bool) -> None:
+    """Check that the options are those of a merge, or of a combination.
+
+    Raises:
+        UserError: they are of both.
+    """
+    from peftchat.errors import UserError
+
+    if rule is not None and is_blend:
+        hint = "Name all runs as arguments, and their weights with --weights."
+        raise UserError("--combine takes the place of these options", where="--scale, --adapter", hint=hint)
+    if rule is not None:
+        return
+    if len(runs) > 1:
+        hint = f"Say how they are combined, for example `--combine linear -o FOLDER`, or merge {runs[0]} alone."
+        raise UserError(f"got {len(runs)} runs, expected one", where=str(runs[1]), hint=hint)
+    stray = [name for name, value in given.items() if value is not None]
+    if stray:
+        raise UserError("only --combine has these options", where=", ".join(stray), hint="Add --combine RULE.")
+
+
+def _required(output: Path | None) -> Path:
+    from peftchat.errors import UserError
+
+    if output is None:
+        raise UserError("a combination belongs to no single run", where="-o", hint="Name its folder: `-o FOLDER`.")
+    return output
+
+
+def _weights(text: str | None) -> list[float] | None:
+    """Read weights as `0.7,0.3`; None where there are none."""
+    from peftchat.errors import UserError
+
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        hint = "Give one for each run, in their order, as 0.7,0.3."
+        raise UserError(
+            f"got {text!r}, expected numbers with commas between them", where="--weights", hint=hint
+        ) from None
 
 
 def _split_bases(bases: tuple[str, ...]) -> "tuple[BaseMode, str | None]":
@@ -139,26 +236,3 @@ def _split_bases(bases: tuple[str, ...]) -> "tuple[BaseMode, str | None]":
         raise UserError(f"got {' and '.join(bases)}, expected one of each kind", where="--base")
     mode: BaseMode = modes[0] if modes else "auto"  # type: ignore[assignment]
     return mode, models[0] if models else None
-
-
-def _print(folder: Path, report: "MergeReport") -> None:
-    from peftchat.console import stdout
-
-    base = report.base
-    if base.distance_original is not None and base.distance_dequantized is not None:
-        stdout.print(
-            f"Base: {base.kind} weights. Distance to the trained weights: original {base.distance_original:.2e}, "
-            f"dequantized {base.distance_dequantized:.2e}."
-        )
-    stdout.print(
-        f"Merged {report.tensors} tensors ({report.bytes / 1e9:.2f} GB, {report.changed_bytes / 1e9:.2f} GB changed) "
-        f"in {report.seconds:.1f} s; vocabulary {report.vocabulary:,}"
-        + (f" ({report.added_rows} added)" if report.added_rows else "")
-        + f", head {'tied' if report.tied else 'not tied'}, {report.dtype}."
-    )
-    if report.verification is None:
-        stdout.print("Not verified.")
-    else:
-        check = report.verification
-        stdout.print(f"{check.verdict} {check.prompts} prompts, {check.positions} positions, {check.seconds:.1f} s.")
-    stdout.print(f"Model: {folder}")

@@ -4,16 +4,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
-from peftchat.cli.common import echo_json, json_option
+from peftchat.cli.common import beginning_with, echo_json, json_option
 from peftchat.errors import UserError
 
 if TYPE_CHECKING:
     from peftchat.recipe.shipped import ShippedRecipe
 
 
+def _complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from peftchat.recipe.shipped import shipped_recipes
+
+    return beginning_with(incomplete, (recipe.name for recipe in shipped_recipes()))
+
+
 @click.command("recipes")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_complete)
 @json_option("Print JSON: the list, or one recipe with its text.")
 def command(name: str | None, as_json: bool) -> None:
     """List the recipes that came with the package, or print one.

@@ -1,5 +1,6 @@
 """`peftchat train`: fine-tune a model from a recipe."""
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ import click
 
 from peftchat.cli.common import Command, RecipeType, allow_changed_option, echo_json, json_option, note, set_option
 from peftchat.errors import UserError
+from peftchat.interruption import CHECKPOINT
 
 
 @click.command("train", cls=Command, renamed={"--ask": "--prompt"})
@@ -49,6 +51,8 @@ def command(
     """
     given = {"--resume": resume, "--allow-changed": allow_changed, "--dry-run": dry_run, "--prompt": bool(prompts)}
     _check_search(given, find_lr=find_lr, steps=find_lr_steps, as_json=as_json)
+    if not (find_lr or dry_run):
+        CHECKPOINT.begin()
     from peftchat import api
     from peftchat.recipe import load_recipe
 
@@ -77,7 +81,8 @@ def command(
         sys.exit(error.status)
     from peftchat.training.several_processes import is_main_process
 
-    if is_main_process():
+    # Of several processes that this one has started, the first has told.
+    if is_main_process() and (summary.world_size == 1 or "RANK" in os.environ):
         from peftchat.reports.run_terminal import print_samples, print_summary
 
         print_summary(summary)

@@ -1,12 +1,19 @@
 """`peftchat variants`: list the variants, or describe one."""
 
 import click
+from click.shell_completion import CompletionItem
 
-from peftchat.cli.common import echo_json, json_option
+from peftchat.cli.common import beginning_with, echo_json, json_option
+
+
+def _complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from peftchat.variants import VARIANTS
+
+    return beginning_with(incomplete, VARIANTS)
 
 
 @click.command("variants")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_complete)
 @json_option("Print one JSON object: all variants by name, or the named one.")
 def command(name: str | None, as_json: bool) -> None:
     """List the ways to train: LoRA, other adapters, full.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftchat.comparing.compare_plan import ComparePlan, TrainingJob
+from peftchat.comparing.compare_plan import ComparePlan, TrainingJob, check_base_fits
 from peftchat.comparing.compare_progress import CompareProgress
 from peftchat.comparing.compare_report import write_comparison_files
 from peftchat.comparing.comparison_folder import ComparisonFolder
@@ -72,7 +72,7 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
         The result and its folder.
 
     Raises:
-        UserError: the folder cannot be used, or the data cannot be read.
+        UserError: the folder cannot be used, the data cannot be read, or a candidate does not fit the base.
     """
     folder = ComparisonFolder(out.absolute())
     text = options.general_text or GENERAL_TEXT
@@ -82,6 +82,7 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
     # The recipe in the folder is the comparison's own, unless the folder holds nothing else of it.
     own = os.path.realpath(folder.base) if folder.is_comparison else None
     check_output(folder.path, [entry for entry in inputs if os.path.realpath(entry.path) != own], f"-o {out}")
+    check_base_fits(plan)
     named = "1 candidate" if len(plan.candidates) == 1 else f"{len(plan.candidates)} candidates"
     runs = "1 run" if plan.num_runs == 1 else f"{plan.num_runs} runs"
     message = f"{named}, {runs}, in {out}"

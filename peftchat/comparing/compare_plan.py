@@ -359,6 +359,36 @@ def _check_recipe(plan: ComparePlan, candidate: Candidate, settings: Settings) -
         raise UserError(error.message, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
 
 
+def check_base_fits(plan: ComparePlan) -> None:
+    """Check that every candidate can adapt the layers of the base, such as the experts of a mixture.
+
+    The base is built from its config, without weights.
+
+    Raises:
+        UserError: some cannot. One message names them all, with the reason of the first.
+    """
+    from peftchat.models.peft_model import freeze_layers, peft_config
+    from peftchat.models.source import ModelSource
+    from peftchat.planning.parameter_counts import build_meta_model
+
+    model = build_meta_model(ModelSource.of_recipe(plan.base.recipe).config())
+    refused: list[tuple[str, UserError]] = []
+    for candidate in plan.candidates:
+        recipe = plan.recommended_recipe(candidate, {})
+        try:
+            if recipe.adapter is None:
+                freeze_layers(model, recipe.model.freeze_layers)
+            else:
+                peft_config(recipe, model)
+        except UserError as error:
+            refused.append((candidate.name, error))
+    if refused:
+        name, first = refused[0]
+        others = f" Nor can {', '.join(other for other, _ in refused[1:])} be trained on it." if refused[1:] else ""
+        hint = f"{first.hint or ''}{others} Leave them out of --variants.".strip()
+        raise UserError(first.message, where=f"{name}: {first.where}", hint=hint) from first
+
+
 def _tried(plan: ComparePlan, candidate: Candidate) -> list[Settings]:
     """Return the settings of every trial of a candidate, whose recipe is loaded for them."""
     try:

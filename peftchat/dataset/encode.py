@@ -91,6 +91,7 @@ class EncodingStats:
             yield f"not used: field{'s' if len(found) > 1 else ''} {', '.join(found)} in {records}"
         for kind, number in self.unsupported_roles.items():
             who, policy = kind.rsplit(maxsplit=1)
+            who = who.removesuffix("s") if number == 1 else who
             yield f"{_ROLE_NOTES[policy]}: {number} {who}, which the template cannot write"
         if self.ends_only:
             yield f"only end tokens are trained in {self.ends_only:,} of {self.examples:,} examples"

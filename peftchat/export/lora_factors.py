@@ -54,8 +54,13 @@ def relative_error(updates: Sequence[FactoredUpdate], rank: int) -> float:
     return max(0.0, 1.0 - kept / total) ** 0.5 if total else 0.0
 
 
-def linear_modules(adapter: InstalledAdapter, where: str) -> list[AdaptedModule]:
+def linear_modules(adapter: InstalledAdapter, where: str, hint: str | None = None) -> list[AdaptedModule]:
     """Return the linear layers that an adapter changes, if a LoRA can hold what it does to them.
+
+    Args:
+        adapter: the installed adapter.
+        where: the adapter, for messages.
+        hint: what to do instead; None for merging it.
 
     Raises:
         UserError: PEFT does not convert a layer of this kind, or there is none.
@@ -71,11 +76,11 @@ def linear_modules(adapter: InstalledAdapter, where: str) -> list[AdaptedModule]
                 f"PEFT does not convert {type(module.layer).__name__} on {module.path} ("
                 f"{type(module.layer.get_base_layer()).__name__}) to LoRA",
                 where=where,
-                hint=f"Merge it instead: `peftchat merge {where}`.",
+                hint=hint or _merge_hint(where),
             )
     if not changed:
         what = "the adapter changes no linear layer, so there is nothing to convert"
-        raise UserError(what, where=where, hint=f"Merge it instead: `peftchat merge {where}`.")
+        raise UserError(what, where=where, hint=hint or _merge_hint(where))
     return changed
 
 
@@ -95,28 +100,60 @@ def factor_updates(
         UserError: an update is not finite, or changes more than the layer's weight.
     """
 
+    updates = []
+    for module in modules:
+        update = dense_update(adapter, module, weights, where)
+        is_conv1d = stores_transposed(module)
+        updates.append(factor_matrix(module.path, update.T if is_conv1d else update, max_rank, is_conv1d=is_conv1d))
+    return updates
+
+
+def dense_update(
+    adapter: InstalledAdapter, module: AdaptedModule, weights: BaseWeights, where: str, hint: str | None = None
+) -> torch.Tensor:
+    """Return the update of one layer, merged weight minus base weight: float32, in the shape that is stored.
+
+    Raises:
+        UserError: it is not finite, or the adapter changes more than the layer's weight.
+    """
+
     def read(name: str) -> torch.Tensor:
         return weights.rows(name).to(torch.float32, copy=True)
 
-    updates = []
-    for module in modules:
-        deltas = collect_deltas(InstalledAdapter(adapter.empty_model, (module,), {}), read)
-        changes = {}
-        for name, delta in deltas.items():
-            assert isinstance(delta, AddDelta)
-            before = read(name)
-            changes[name] = delta.apply(before.clone(), 0) - before
-        weights.release()
-        update = changes.pop(f"{module.path}.weight")
-        other = next((name for name, change in changes.items() if bool(change.any())), None)
-        if other is not None:
-            what = f"the adapter changes {other}, and a plain LoRA changes matrices only"
-            raise UserError(what, where=where, hint=f"Merge it instead: `peftchat merge {where}`.")
-        if not bool(update.isfinite().all()):
-            hint = "The training diverged: take an earlier checkpoint."
-            raise UserError(f"the update of {module.path} has values that are not finite", where=where, hint=hint)
-        updates.append(_factor(module, update, max_rank))
-    return updates
+    deltas = collect_deltas(InstalledAdapter(adapter.empty_model, (module,), {}), read)
+    changes = {}
+    for name, delta in deltas.items():
+        assert isinstance(delta, AddDelta)
+        before = read(name)
+        changes[name] = delta.apply(before.clone(), 0) - before
+    weights.release()
+    update = changes.pop(f"{module.path}.weight")
+    other = next((name for name, change in changes.items() if bool(change.any())), None)
+    if other is not None:
+        what = f"the adapter changes {other}, and a plain LoRA changes matrices only"
+        raise UserError(what, where=where, hint=hint or _merge_hint(where))
+    check_finite(module.path, update, where)
+    return update
+
+
+def check_finite(path: str, update: torch.Tensor, where: str) -> None:
+    """Check that the update of a layer has numbers only.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not bool(update.isfinite().all()):
+        hint = "The training diverged: take an earlier checkpoint."
+        raise UserError(f"the update of {path} has values that are not finite", where=where, hint=hint)
+
+
+def stores_transposed(module: AdaptedModule) -> bool:
+    """Return whether the layer stores its weight as inputs x outputs."""
+    return not isinstance(_linear_weight(module), torch.nn.Linear)
+
+
+def _merge_hint(where: str) -> str:
+    return f"Merge it instead: `peftchat merge {where}`."
 
 
 def _linear_weight(module: AdaptedModule) -> Any:
@@ -127,9 +164,8 @@ def _linear_weight(module: AdaptedModule) -> Any:
     return layer if isinstance(layer, torch.nn.Linear | Conv1D) else None
 
 
-def _factor(module: AdaptedModule, update: torch.Tensor, max_rank: int) -> FactoredUpdate:
-    is_conv1d = not isinstance(_linear_weight(module), torch.nn.Linear)
-    matrix = update.T if is_conv1d else update
+def factor_matrix(path: str, matrix: torch.Tensor, max_rank: int, *, is_conv1d: bool) -> FactoredUpdate:
+    """Factor a layer's update, shape (outputs, inputs), by its singular values."""
     size = min(matrix.shape)
     kept = min(size, max_rank)
     if size <= _EXACT_SIZE:
@@ -139,13 +175,31 @@ def _factor(module: AdaptedModule, update: torch.Tensor, max_rank: int) -> Facto
             torch.manual_seed(0)
             left, values, right = torch.svd_lowrank(matrix, min(size, kept + _OVERSAMPLING), _POWER_ITERATIONS)
         right = right.T
-    left, values, right = left[:, :kept], values[:kept], right[:kept]
+    squared_norm = float(matrix.double().square().sum())
+    return _scaled(path, left[:, :kept], values[:kept], right[:kept], squared_norm, is_conv1d=is_conv1d)
+
+
+def factor_product(
+    path: str, left: torch.Tensor, right: torch.Tensor, max_rank: int, *, is_conv1d: bool
+) -> FactoredUpdate:
+    """Factor an update that is a product of thin matrices, (outputs, k) and (k, inputs), without forming it."""
+    outer, left_small = torch.linalg.qr(left)
+    inner, right_small = torch.linalg.qr(right.T)
+    first, values, last = torch.linalg.svd(left_small @ right_small.T, full_matrices=False)
+    kept = min(len(values), max_rank)
+    factors = outer @ first[:, :kept], values[:kept], last[:kept] @ inner.T
+    return _scaled(path, *factors, float(values.double().square().sum()), is_conv1d=is_conv1d)
+
+
+def _scaled(
+    path: str, left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, squared_norm: float, *, is_conv1d: bool
+) -> FactoredUpdate:
     root = values.sqrt()
     return FactoredUpdate(
-        module.path,
-        (left * root).contiguous(),
-        (right * root[:, None]).contiguous(),
-        values.clone(),
-        float(matrix.double().square().sum()),
+        path,
+        (left * root).to(torch.float32).contiguous(),
+        (right * root[:, None]).to(torch.float32).contiguous(),
+        values.to(torch.float32, copy=True),
+        squared_norm,
         is_conv1d,
     )

@@ -31,6 +31,7 @@ from peftchat.merging.output_folder import (
 )
 from peftchat.merging.safetensors_io import ShardWriter
 from peftchat.merging.verify import verify_merged
+from peftchat.models.source import ModelSource
 from peftchat.output_paths import InputPath
 
 
@@ -99,7 +100,9 @@ def _inputs(folder: Path, options: MergeOptions) -> list[InputPath]:
     recipe = source.recipe
     others = [InputPath(other, "an adapter") for other, _ in options.adapters]
     # The run itself may lie among its data, and its default output with it.
-    named = [] if recipe is None else [replace(entry, is_read_recursively=False) for entry in recipe.inputs()]
+    recipes = [recipe, *(ModelSource.open(str(other), local=True).recipe() for other, _ in options.adapters)]
+    read = [entry for one in recipes if one is not None for entry in one.inputs()]
+    named = [replace(entry, is_read_recursively=False) for entry in read]
     return [InputPath(folder, "the run"), InputPath(source.base.path, "the base model"), *others, *named]
 
 
@@ -155,6 +158,7 @@ def _report(job: MergeJob, options: MergeOptions, resumed: int, started: float, 
         tied=bool(job.weights.empty_model.ties) and not job.plan.untied,
         seconds=monotonic() - started,
         allowed_changes=job.allowed_changes,
+        combination=job.combination,
         versions={name: version(name) for name in ("peftchat", "peft", "transformers", "torch", "safetensors")},
         files=files,
     )

@@ -19,6 +19,7 @@ from peftchat.merging.adapter_source import (
     vocabulary_needed,
 )
 from peftchat.merging.base_weights import BaseWeights, RoundTrip
+from peftchat.merging.combination import Combination
 from peftchat.merging.delta_rules import collect_deltas
 from peftchat.merging.deltas import Delta
 from peftchat.merging.empty_model import EmptyModel, build_empty_model
@@ -49,6 +50,7 @@ class MergeOptions:
         memory_budget: bytes of memory for the weights being merged; None for one tensor and its delta.
         dtype: dtype of the merged weights; None keeps each as the base stores it.
         overwrite: replace an existing folder.
+        combination: how the adapters' deltas become one; None for their weighted sum.
     """
 
     output: Path | None = None
@@ -61,6 +63,7 @@ class MergeOptions:
     overwrite: bool = False
     base_model: str | None = None
     allow_changed: bool = False
+    combination: Combination | None = None
 
     @property
     def block_bytes(self) -> int:
@@ -122,6 +125,7 @@ class MergeJob:
         weights: the base weights that the adapters are merged into.
         fingerprint: hash of everything that determines the result.
         allowed_changes: what changed since the run was trained, and was allowed.
+        combination: how the deltas become one; None for their weighted sum.
     """
 
     source: AdapterSource
@@ -132,6 +136,22 @@ class MergeJob:
     plan: MergePlan
     fingerprint: str
     allowed_changes: tuple[str, ...] = ()
+    combination: Combination | None = None
+
+    @property
+    def is_as_trained(self) -> bool:
+        """Whether it merges a single adapter, neither scaled nor combined."""
+        return len(self.groups()) == 1 and self.adapters[0].weight == 1.0 and self.combination is None
+
+    def groups(self) -> list[tuple[MergeAdapter, list[MergeAdapter]]]:
+        """Return each adapter with those that hold its added tokens."""
+        found: list[tuple[MergeAdapter, list[MergeAdapter]]] = []
+        for adapter in self.adapters:
+            if adapter.is_added_tokens:
+                found[-1][1].append(adapter)
+            else:
+                found.append((adapter, []))
+        return found
 
 
 def prepare_merge(folder: Path, options: MergeOptions) -> MergeJob:
@@ -152,12 +172,13 @@ def prepare_merge(folder: Path, options: MergeOptions) -> MergeJob:
     check_ties(base.checkpoint, empty_model.model, source.base)
     weights = BaseWeights(base.checkpoint, empty_model)
     installed = [(adapter.weight, base.install(adapter)) for adapter in adapters]
-    plan = plan_merge(weights, _deltas(installed, weights), options.dtype)
+    plan = plan_merge(weights, _deltas(installed, weights), options.dtype, options.combination)
     if source.quantization is None:
         selected = select_base(options.base, (weights, plan.deltas), None, options.dtype)
     else:
         trained = BaseWeights(base.checkpoint, empty_model, round_trip=_round_trips(source.quantization, empty_model))
-        trained_plan = plan_merge(trained, _deltas(installed, trained), options.dtype)
+        trained_deltas = _deltas(installed, trained)
+        trained_plan = plan_merge(trained, trained_deltas, options.dtype, options.combination)
         selected = select_base(options.base, (weights, plan.deltas), (trained, trained_plan.deltas), options.dtype)
         if selected.kind == "dequantized":
             weights, plan = trained, trained_plan
@@ -169,11 +190,12 @@ def prepare_merge(folder: Path, options: MergeOptions) -> MergeJob:
             "base_kind": selected.kind,
             "adapters": [[file_digest(adapter.folder / ADAPTER_WEIGHTS_NAME), adapter.weight] for adapter in adapters],
             "configs": [adapter.config.to_dict() for adapter in adapters],
+            "combination": options.combination,
             "dtype": options.dtype,
             "shards": {file: [tensor.spec for tensor in tensors] for file, tensors in plan.shards.items()},
         }
     )
-    return MergeJob(source, base, tuple(adapters), weights, selected, plan, fingerprint, changes)
+    return MergeJob(source, base, tuple(adapters), weights, selected, plan, fingerprint, changes, options.combination)
 
 
 def _added_tokens_of(folder: Path, weight: float) -> list[MergeAdapter]:

@@ -4,12 +4,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from peftchat.errors import UserError, VerificationError
 from peftchat.merging.base_weights import BaseWeights, Fusion, blocks
+from peftchat.merging.combination import Combination
 from peftchat.merging.deltas import AddDelta, Delta, ReplaceRows, ReplaceWeight, WeightedDelta, sum_deltas
 from peftchat.merging.safetensors_io import TensorSpec
 from peftchat.models.safetensors_files import TensorEntry, read_rows
@@ -60,7 +62,10 @@ class MergePlan:
 
 
 def plan_merge(
-    weights: BaseWeights, adapters: Sequence[tuple[float, Mapping[str, Delta]]], dtype: torch.dtype | None
+    weights: BaseWeights,
+    adapters: Sequence[tuple[float, Mapping[str, Delta]]],
+    dtype: torch.dtype | None,
+    combination: Combination | None = None,
 ) -> MergePlan:
     """Plan the merged checkpoint in the shards of the base.
 
@@ -68,16 +73,22 @@ def plan_merge(
         weights: the base.
         adapters: weight and deltas of each adapter.
         dtype: dtype of all floating-point tensors; None keeps each as it is stored.
+        combination: how computed deltas become one; None for their weighted sum.
     """
     parts: dict[str, list[WeightedDelta]] = {}
-    for weight, adapter_deltas in adapters:
+    for number, (weight, adapter_deltas) in enumerate(adapters):
         for name, delta in adapter_deltas.items():
-            parts.setdefault(name, []).append(WeightedDelta(weight, delta))
+            parts.setdefault(name, []).append(WeightedDelta(weight, delta, number))
     untied = tuple(name for name, source in weights.empty_model.ties.items() if not _same_deltas(parts, name, source))
     for name in weights.empty_model.ties:
         if name not in untied:
             parts.pop(name, None)
-    deltas = {name: sum_deltas(weighted) for name, weighted in parts.items()}
+    if combination is not None and combination.rule == "linear":
+        combination = None  # A weighted sum needs no more than a few rows at a time.
+    deltas = {
+        name: sum_deltas(weighted, None if combination is None else partial(combination.combine, name))
+        for name, weighted in parts.items()
+    }
     shards = {file: list(_tensors_of_file(weights, file, dtype)) for file in weights.checkpoint.files}
     for name in untied:
         if name in weights.checkpoint.entries and name in weights.tensor_map.parameter_of:

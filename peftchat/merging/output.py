@@ -11,6 +11,7 @@ import torch
 
 from peftchat.console import stderr
 from peftchat.errors import UserError, VerificationError
+from peftchat.merging.combination import Combination
 from peftchat.merging.merge_plan import MergePlan
 from peftchat.merging.qlora_base import BaseKind
 from peftchat.models.safetensors_files import SafetensorsCheckpoint
@@ -107,10 +108,11 @@ def _write_generation_settings(folder: Path, config: Any, source: Path | None) -
 
 
 def read_model_config(folder: Path) -> Any:
-    """Load the config of a merged folder that is not verified yet."""
+    """Load the config of a merged folder, whether it is verified yet or not."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(str(folder / UNVERIFIED_CONFIG))
+    unverified = folder / UNVERIFIED_CONFIG
+    return AutoConfig.from_pretrained(str(unverified if unverified.is_file() else folder / MODEL_CONFIG))
 
 
 def make_loadable(folder: Path) -> None:
@@ -222,6 +224,7 @@ class MergeReport:
         files: names of everything in the folder; `--overwrite` replaces a folder that holds nothing else.
         verification: None if it was switched off.
         allowed_changes: what changed since the run was trained, and was allowed.
+        combination: how several adapters were combined; None for their weighted sum.
     """
 
     base: MergedBase
@@ -241,6 +244,7 @@ class MergeReport:
     files: list[str]
     verification: Verification | None = None
     allowed_changes: tuple[str, ...] = ()
+    combination: Combination | None = None
 
     def as_dict(self) -> dict[str, object]:
         """Return the report as plain values, for JSON."""

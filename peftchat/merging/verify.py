@@ -180,14 +180,15 @@ def verify_merged(job: MergeJob, folder: Path, options: MergeOptions) -> Verific
     prompts = verification_prompts(job.source, load_prompt_tokenizer(folder), special, vocabulary)
     batch = _batch(prompts, max(_MIN_POSITIONS, positions))
     added_tokens = [found for found, adapter in zip(installed, job.adapters, strict=True) if adapter.is_added_tokens]
-    is_stock = len(job.adapters) - len(added_tokens) == 1 and job.adapters[0].weight == 1.0
+    is_stock = job.is_as_trained
     if is_stock:
         expected = _logits(unmerged_model(installed[0], job.weights, added_tokens), batch)
     else:
         reference = job.base.empty_model()
         stream_weights(reference, MergedReference(job.weights, job.plan))
         expected = _logits(reference, batch)
-    measured = compare_logits(expected, _logits(_merged_model(job, folder), batch))
+    merged = stored_model(folder, trust_remote_code=job.base.trust_remote_code)
+    measured = compare_logits(expected, _logits(merged, batch))
     dtype = options.dtype or job.base.config.dtype or torch.float32
     tolerance_max, tolerance_kl = TOLERANCES[dtype]
     passed = measured.max_difference <= tolerance_max and measured.kl <= tolerance_kl
@@ -210,9 +211,9 @@ def verify_merged(job: MergeJob, folder: Path, options: MergeOptions) -> Verific
     )
 
 
-def _merged_model(job: MergeJob, folder: Path) -> EmptyModel:
-    """Return the merged model as its own files describe it."""
-    empty_model = build_empty_model(read_model_config(folder), trust_remote_code=job.base.trust_remote_code)
+def stored_model(folder: Path, *, trust_remote_code: bool) -> EmptyModel:
+    """Return a merged model as its own files describe it; its weights stream in."""
+    empty_model = build_empty_model(read_model_config(folder), trust_remote_code=trust_remote_code)
     stream_weights(empty_model, StoredWeights(BaseWeights(SafetensorsCheckpoint.open(folder), empty_model), {}, {}))
     return empty_model
 

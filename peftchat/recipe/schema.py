@@ -87,6 +87,7 @@ OWN_KEYS = (
     "early_stopping_patience",
     "early_stopping_threshold",
     "on_spike",
+    "on_oom",
     "hang_timeout",
 )
 """The keys that transformers does not have, or that are not passed to it."""
@@ -239,8 +240,13 @@ class TrainingSection(StrictModel):
         description="What to do at a step whose loss is far above those before. `log` names its conversations, `stop` "
         "ends the run, `skip` leaves the step's update out (on a GPU each step then waits for its loss).",
     )
+    on_oom: Literal["stop", "halve"] = Field(
+        "stop",
+        description="What to do where memory runs out in a forward or backward pass. `stop` says what would need less, "
+        "`halve` does the step again with smaller micro-batches and the same update (one process only).",
+    )
     hang_timeout: float | None = Field(
-        60.0,
+        45.0,
         gt=0,
         description="Seconds without progress after which a report says which process stands still: its step, its "
         "conversations and its innermost calls. Ten times the longest wait so far, if that is more. The run goes on "

@@ -356,11 +356,13 @@ def _questions(value: object) -> object:
 
 
 def _task_names(value: object) -> object:
-    """Return the names of a list, or of a text with commas as on the command line."""
+    """Return the names of a list, or of a text with commas as on the command line; none for `none`."""
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise PydanticCustomError("tasks", "expected a list of tasks, such as `[arc_easy@5, hellaswag]`")
     names = tuple(name.strip() for name in names)
+    if names == ("none",):
+        return ()
     wrong = next((name for name in names if not re.fullmatch(r"[^@,\s]+(@\d+)?", name)), None)
     if wrong is not None:
         what = "{name} is not the name of a task; expected `NAME` or `NAME@SHOTS`"

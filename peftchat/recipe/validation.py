@@ -116,6 +116,7 @@ def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     yield from _optimizer(recipe)
     yield from _saving(recipe)
     yield from _spikes(recipe)
+    yield from _halving(recipe)
     yield from _evaluation(recipe)
     yield from _tasks(recipe)
     yield from _distributed(recipe)
@@ -241,6 +242,21 @@ def _spikes(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(keys, ("model", "dtype"), "float16's loss scaling needs the gradients of every step")
     if recipe.adapter is not None and recipe.adapter.variant == "adalora":
         yield Conflict(keys, ("adapter",), "AdaLoRA's ranks follow the gradients of every step")
+
+
+def _halving(recipe: Recipe) -> Iterator[Conflict]:
+    distributed = recipe.distributed
+    if recipe.training.on_oom != "halve":
+        return
+    if recipe.has_pairs:
+        why = f"`objective: {recipe.objective}` compares the two answers of a pair within a micro-batch"
+        yield Conflict(("training", "on_oom"), ("objective",), why)
+    why = "several processes have to take each step alike, and only one of them runs out of memory"
+    if distributed.strategy not in ("auto", "single"):
+        yield Conflict(("training", "on_oom"), ("distributed", "strategy"), why)
+    for key in ("processes", "nodes"):
+        if getattr(distributed, key) not in (None, 1):
+            yield Conflict(("training", "on_oom"), ("distributed", key), why)
 
 
 def _distributed(recipe: Recipe) -> Iterator[Conflict]:

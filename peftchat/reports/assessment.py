@@ -43,7 +43,7 @@ def _result(summary: RunSummary) -> tuple[str, Outcome]:
     if after is None:
         return f"There were no held-out {summary.unit}, so it is unknown whether the model improved.", "unknown"
     if summary.eval_pairs is not None:
-        return _pairs_result(summary.eval_pairs)
+        return _pairs_result(summary.eval_pairs, summary.objective)
     if before is None or before <= 0:
         text = f"Held-out loss is {format_decimal(after)}; it was not measured before training."
         return text, "unknown"
@@ -57,13 +57,16 @@ def _result(summary: RunSummary) -> tuple[str, Outcome]:
     return f"Held-out loss rose {change}: the model got worse on conversations it was not trained on.", "worse"
 
 
-def _pairs_result(pairs: PairSummary) -> tuple[str, Outcome]:
+def _pairs_result(pairs: PairSummary, objective: str) -> tuple[str, Outcome]:
     """Return the result of a preference run: better where more than half of the pairs are right, beyond chance."""
     text = f"The chosen answer has the higher reward in {pairs.right_text}"
     if pairs.right_low > 0.5:
         return f"{text}.", "better"
-    if pairs.right_high < 0.5:
+    if pairs.right_high < 0.5 and objective == "dpo":
         return f"{text}: the model learned the opposite.", "worse"
+    if pairs.right_high < 0.5:
+        # Without a reference, a reward is the likelihood itself, which had a side before the first step.
+        return f"{text}: rejected answers are still the likelier ones.", "unknown"
     return f"{text}, which may be chance.", "unknown"
 
 

@@ -141,12 +141,13 @@ def line_plot(series: Sequence[Series], *, label: str, x_name: str, legend: bool
         return Markup()
     xs = axis([x for _, points in drawn for x, _ in points], most=7)
     ys = axis([y for _, points in drawn for _, y in points], most=6)
-    frame = _Frame(480, 270, 52, 14, 14, 42, x_range=(xs[0], xs[-1]), y_range=(ys[0], ys[-1]))
+    names = _legend([line for line, _ in drawn]) if legend and len(drawn) > 1 else []
+    above = _LEGEND_ROW * (names[-1].row + 1) if names else 0
+    frame = _Frame(480, 270 + above, 52, 14, 14 + above, 42, x_range=(xs[0], xs[-1]), y_range=(ys[0], ys[-1]))
     parts = [frame.horizontal_line(value, text) for value, text in zip(ys, tick_texts(ys), strict=True)]
     parts += [frame.x_label(value, text) for value, text in zip(xs, tick_texts(xs), strict=True)]
     parts += [_polyline(frame, line, points, x_name) for line, points in drawn]
-    if legend and len(drawn) > 1:
-        parts += [_legend_entry(frame, line, row) for row, (line, _) in enumerate(drawn)]
+    parts += [entry.draw() for entry in names]
     return frame.svg(parts, label=label, x_name=x_name)
 
 
@@ -177,9 +178,39 @@ def _polyline(frame: _Frame, line: Series, points: Sequence[tuple[float, float]]
     return Markup('<polyline class="{}" points="{}"/>').format(line.style, path) + dots
 
 
-def _legend_entry(frame: _Frame, line: Series, row: int) -> Markup:
-    y, right = frame.top + 10 + 18 * row, frame.right_edge
-    return _line(line.style, right - 26, right - 6, y, y) + _text(right - 32, y + 4, line.name, "end")
+_LEGEND_ROW = 18
+_LEGEND_LINE = 20
+"""Length of the line before a name."""
+_CHARACTER = 6.3
+"""Width of a character of a name, on the large side."""
+
+
+@dataclass(frozen=True)
+class _LegendEntry:
+    """A name of the legend, which stands above the plot, where no line can cross it."""
+
+    series: Series
+    row: int
+    x: float
+
+    def draw(self) -> Markup:
+        """Return the line and the name."""
+        y = 12 + _LEGEND_ROW * self.row
+        name = _text(self.x + _LEGEND_LINE + 6, y + 4, self.series.name, "start")
+        return _line(self.series.style, round(self.x, 1), round(self.x + _LEGEND_LINE, 1), y, y) + name
+
+
+def _legend(lines: Sequence[Series], left: float = 52, right: float = 480 - 14) -> list[_LegendEntry]:
+    """Place the names side by side, in as many rows as they need."""
+    entries: list[_LegendEntry] = []
+    row, x = 0, left
+    for line in lines:
+        width = _LEGEND_LINE + 6 + _CHARACTER * len(line.name)
+        if x > left and x + width > right:
+            row, x = row + 1, left
+        entries.append(_LegendEntry(line, row, x))
+        x += width + 18
+    return entries
 
 
 _LEAST_STEP = 1e-290

@@ -15,6 +15,7 @@ from typing import Any
 
 from peftchat.errors import VerificationError
 from peftchat.files import write_text
+from peftchat.hashing import damage_digest
 
 _MARKER = "complete.json"
 _BEGUN = "saving.json"
@@ -26,7 +27,7 @@ _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 class Checkpoint:
     """A checkpoint of a run.
 
-    It counts as complete once its marker file, which is written last, lists the size of every other file.
+    It counts as complete once its marker file, which is written last, lists the size and a digest of every other file.
 
     Attributes:
         path: its folder, named by transformers.
@@ -61,23 +62,51 @@ class Checkpoint:
         """Whether every file listed in the marker exists and has its size."""
         if (self.path / _BEGUN).exists() or not self.is_ours:
             return False
+        return _marker(self.path) is not None and self._wrong_size() is None
+
+    def damage(self) -> str | None:
+        """Return what is wrong with a checkpoint that was complete once; None for a good one, and for any other.
+
+        Every file is read (`damage_digest`). Checkpoints of older versions have sizes alone.
+        """
         marker = _marker(self.path)
-        if marker is None:
-            return False
-        files = {self.path / str(name): size for name, size in marker["files"].items()}
-        return all(file.is_file() and file.stat().st_size == size for file, size in files.items())
+        if marker is None or (self.path / _BEGUN).exists() or not self.is_ours:
+            return None
+        wrong = self._wrong_size()
+        if wrong is not None:
+            return wrong
+        for name, expected in (marker.get("digests") or {}).items():
+            try:
+                if damage_digest(self.path / str(name)) != expected:
+                    return f"{name} holds other bytes than were written"
+            except OSError as error:
+                return f"{name} cannot be read: {error.strerror or error}"
+        return None
+
+    def _wrong_size(self) -> str | None:
+        for name, size in (_marker(self.path) or {"files": {}})["files"].items():
+            file = self.path / str(name)
+            if not file.is_file():
+                return f"{name} is missing"
+            if (found := file.stat().st_size) != size:
+                return f"{name} has {found} bytes, expected {size}"
+        return None
+
+    def move_aside(self, ending: str) -> None:
+        """Rename the folder, so that no run reads it and nothing is lost."""
+        aside = self.path.with_name(f"{self.path.name}.{ending}")
+        number = 1
+        while aside.exists() or aside.is_symlink():
+            number += 1
+            aside = self.path.with_name(f"{self.path.name}.{ending}{number}")
+        self.path.rename(aside)
 
     def begin(self) -> None:
         """Prepare the folder to be written: an unfinished one is emptied, and what is not ours is moved aside."""
         if self.is_ours:
             self.delete()
         elif self.path.is_symlink() or (self.path.exists() and not _is_empty(self.path)):
-            aside = self.path.with_name(f"{self.path.name}.other")
-            number = 1
-            while aside.exists() or aside.is_symlink():
-                number += 1
-                aside = self.path.with_name(f"{self.path.name}.other{number}")
-            self.path.rename(aside)
+            self.move_aside("other")
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / _BEGUN, json.dumps({"step": self.step}))
 
@@ -95,7 +124,8 @@ class Checkpoint:
         empty = [name for name, size in sizes.items() if size == 0]
         if empty:
             raise VerificationError(f"{self.path}: the checkpoint's file {empty[0]} is empty")
-        content = {"step": self.step, "files": sizes, "totals": token_counts, **record}
+        digests = {name: damage_digest(self.path / name) for name in sizes}
+        content = {"step": self.step, "files": sizes, "digests": digests, "totals": token_counts, **record}
         write_text(self.path / _MARKER, json.dumps(content, indent=1))
         (self.path / _BEGUN).unlink(missing_ok=True)
 

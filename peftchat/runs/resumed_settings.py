@@ -26,6 +26,8 @@ _MAY_CHANGE = {
         "early_stopping_patience",
         "early_stopping_threshold",
         "on_spike",
+        "on_oom",
+        "hang_timeout",
         "report_to",
         "run_name",
         "dataloader_num_workers",

@@ -98,6 +98,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def checkpoint_request(self) -> Path:
+        """A file that asks for a checkpoint, and is deleted when one is begun."""
+        return self.path / "checkpoint.request"
+
+    @property
     def tensorboard(self) -> Path:
         """The folder of TensorBoard's logs."""
         return self.path / "tensorboard"
@@ -131,6 +136,28 @@ class RunFolder:
         newest_first = reversed(list_checkpoints(self.checkpoints))
         return next((checkpoint for checkpoint in newest_first if checkpoint.is_complete), None)
 
+    def resumable_checkpoint(self) -> tuple[Checkpoint | None, dict[int, str]]:
+        """Return the newest checkpoint that is not damaged, and what is wrong with newer ones, by step.
+
+        Raises:
+            UserError: all are damaged.
+        """
+        damaged: dict[int, str] = {}
+        for checkpoint in reversed(list_checkpoints(self.checkpoints)):
+            wrong = checkpoint.damage()
+            if wrong is not None:
+                damaged[checkpoint.step] = wrong
+            elif checkpoint.is_complete:
+                return checkpoint, damaged
+        if damaged:
+            step, wrong = next(iter(damaged.items()))
+            raise UserError(
+                f"no checkpoint can be used: {wrong}",
+                where=str(Checkpoint.at_step(self.checkpoints, step).path),
+                hint="Bring it back, or delete the folder of checkpoints to begin anew with `--resume`.",
+            )
+        return None, damaged
+
     def check_usable(self, recipe: "Recipe", *, resume: bool, allow_changed: bool = False) -> Checkpoint | None:
         """Check whether the run may use the folder, without touching it.
 
@@ -159,7 +186,7 @@ class RunFolder:
             raise UserError(what, where=where, hint=f"{hint} set another `--set output_dir=…`.")
         self._check_same_recipe(recipe, allow_changed=allow_changed)
         self.metrics.read()
-        checkpoint = self.latest_checkpoint()
+        checkpoint, _ = self.resumable_checkpoint()
         if checkpoint is None and self.is_finished:
             raise UserError(
                 "the run is finished and has no checkpoint to resume from",
@@ -180,7 +207,9 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_text(self.recipe, dump_recipe(recipe))
         for other in list_checkpoints(self.checkpoints):
-            if not other.is_complete:
+            if checkpoint is not None and other.step > checkpoint.step and other.damage() is not None:
+                other.move_aside("damaged")
+            elif not other.is_complete:
                 other.delete()
         self.metrics.keep_through(checkpoint.step if checkpoint else -1)
         if checkpoint is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from peftchat.chat_template.encoder import ChatEncoder
 from peftchat.chat_template.examples import EncodedExample
 from peftchat.chat_template.loss_mask import TurnPart, part_of
+from peftchat.chat_template.template_settings import TemplateSettings
 from peftchat.chat_template.text_encoder import TextEncoder
 from peftchat.chat_template.tokenizer_template import TokenizerTemplate
 from peftchat.conversation import Conversation, Message
@@ -38,6 +39,19 @@ class Prompt:
     special_token_text: int
 
 
+def _template_of(tokenizer: "PreTrainedTokenizerBase") -> TokenizerTemplate:
+    """Return the tokenizer's template; where it writes nothing behind an answer, `eos_token` ends one.
+
+    A run's `chat.end_token` is the `eos_token` of its tokenizer.
+    """
+    try:
+        return TokenizerTemplate(tokenizer)
+    except UserError:
+        if not tokenizer.chat_template or tokenizer.eos_token is None:
+            raise
+    return TokenizerTemplate(tokenizer, settings=TemplateSettings(end_token=str(tokenizer.eos_token)))
+
+
 class PromptEncoder:
     """Encodes conversations by the tokenizer's own chat template.
 
@@ -47,13 +61,13 @@ class PromptEncoder:
         tokenizer: with a `chat_template`.
 
     Raises:
-        UserError: the template writes no special token after an answer, so no token ends one.
+        UserError: the template writes no special token after an answer, and the tokenizer has no `eos_token`.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         self._text = TextEncoder(tokenizer)
-        self._template = TokenizerTemplate(tokenizer)
+        self._template = _template_of(tokenizer)
         self._encoder = ChatEncoder(tokenizer, self._template)
 
     @property

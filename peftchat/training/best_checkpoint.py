@@ -49,6 +49,8 @@ class ResumedEarlyStopping(EarlyStoppingCallback):
         stored = states.setdefault(type(self).__name__, self.state())
         if isinstance(stored, Mapping):
             self.early_stopping_patience_counter = int(stored["attributes"]["early_stopping_patience_counter"])
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
 
 
 class _BestStepCallback(TrainerCallback):

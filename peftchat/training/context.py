@@ -16,9 +16,11 @@ from peftchat.models.source import ModelSource
 from peftchat.runs.checkpoint import Checkpoint
 from peftchat.runs.run_folder import RunFolder
 from peftchat.training.distributed import DistributedSetup, resolve_distributed
+from peftchat.training.position import Position, RunPosition
 from peftchat.training.process_group import join_processes
 from peftchat.training.run_content import RunContent, open_content, pin_base
 from peftchat.training.several_processes import is_main_process
+from peftchat.training.step_numbers import name_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,6 +84,7 @@ class TrainContext:
         content: fingerprints and layout of the run.
         started: when the run started.
         notes: what is told while it goes on.
+        position: what this process does at present.
     """
 
     loaded: "LoadedRecipe"
@@ -94,6 +97,7 @@ class TrainContext:
     content: RunContent
     started: datetime
     notes: RunNotes = field(default_factory=RunNotes)
+    position: RunPosition = field(default_factory=RunPosition)
 
     @property
     def recipe(self) -> "Recipe":
@@ -104,6 +108,15 @@ class TrainContext:
     def is_main(self) -> bool:
         """Whether this is the process that writes and reports."""
         return is_main_process()
+
+    def sources_at(self, position: Position) -> list[str]:
+        """Return the conversations that a position names, as `file:line`."""
+        split = self.splits.get(position.split)
+        return position.sources(None if split is None else split.store)
+
+    def name_sources(self, position: Position) -> str:
+        """Name a few of the conversations of a position, and count them."""
+        return name_sources(self.sources_at(position))
 
 
 def open_context(
@@ -141,6 +154,10 @@ def open_context(
         for line in content.notes:
             stderr.print(line, markup=False, highlight=False)
     context = TrainContext(pinned, options, distributed, run_folder, checkpoint, chat, splits, content, started)
+    if checkpoint is not None:
+        for step, wrong in run_folder.resumable_checkpoint()[1].items():
+            context.notes.tell(f"The checkpoint of step {step} is damaged ({wrong}). The run goes on from step "
+                               f"{checkpoint.step}.")  # fmt: skip
     for split, encoded in splits.items():
         for note in data_notes(pinned.recipe, split, encoded.stats):
             context.notes.tell(f"{split} data: {note}")

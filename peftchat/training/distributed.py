@@ -115,6 +115,12 @@ def _inside_launcher(loaded: "LoadedRecipe", process: LaunchedProcess, gpus: int
 
 def _resolve_strategy(recipe: "Recipe", world_size: int) -> Strategy:
     requested = recipe.distributed.strategy
+    if world_size > 1 and recipe.training.on_oom == "halve":
+        raise UserError(
+            "several processes have to take each step alike, and only one of them runs out of memory",
+            where="training.on_oom: halve",
+            hint="Set distributed.processes: 1, or training.on_oom: stop.",
+        )
     if requested != "auto":
         return requested
     if world_size == 1:

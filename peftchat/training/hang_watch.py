@@ -6,15 +6,18 @@ and prints one report. Nothing is ended: where the wait is endless, the limit of
 """
 
 import json
+import os
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
+import psutil
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -43,6 +46,8 @@ _WAITING = (
 )  # fmt: skip
 """Where a process waits for another one or for its GPU: collectives, the backward pass, synchronization."""
 
+_COMPILERS = ("torch/_dynamo/convert_frame", "torch/_inductor/", "torch/utils/cpp_extension", "triton/compiler/")
+
 
 class Store(Protocol):
     """What is used of the process group's store."""
@@ -70,7 +75,9 @@ class Sign:
         place: that place.
         conversations: those of its current micro-batch, named by `file:line`.
         stack: its innermost frames, if it did not go on.
-        time: when it said so, in seconds since the epoch.
+        beat: how often it has said so. Clocks of several machines differ, and any clock may jump.
+        pid: its process id.
+        host: its machine.
     """
 
     rank: int
@@ -81,7 +88,9 @@ class Sign:
     place: str
     conversations: str
     stack: str
-    time: float
+    beat: int
+    pid: int = 0
+    host: str = ""
 
 
 class HangWatch(TrainerCallback):
@@ -115,6 +124,7 @@ class HangWatch(TrainerCallback):
         self._thread: threading.Thread | None = None
         self._step, self._doing, self._went_on = 1, "before step", time.monotonic()
         self._steps_seen = 0
+        self._beat = 0
         self._longest: dict[str, float] = {}
         # When the loop had last gone on before the last report, and for how long it had then stood still.
         self._reported = (0.0, 0.0)
@@ -179,22 +189,39 @@ class HangWatch(TrainerCallback):
         return max(least, _SLOWER * self._longest.get(self._doing, 0.0))
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._ended.wait(self._pause):
+            before, looked = looked, time.monotonic()
+            if looked - before > 3 * self._pause + 1:
+                # The process itself was stopped (Ctrl-Z, a debugger), or the machine slept: nothing hung.
+                self._went_on += looked - before
             went_on = self._went_on
             still = time.monotonic() - went_on
-            is_late = still > self.allowed()
+            is_late = still > self.allowed() and not self._compiles()
+            self._beat += 1
             sign = self._sign(still, with_stack=is_late)
-            if self._store is not None:
-                try:
-                    self._store.set(_key(self._rank), json.dumps(asdict(sign)))
-                except RuntimeError:
-                    return  # The process that holds the store has gone; the others end too.
+            if not self._publish(sign):
+                return
             is_told = self._reported[0] == went_on and still < 10 * self._reported[1]
             if is_late and not is_told:
-                # Others may be a moment behind with what they say.
-                self._ended.wait(2 * self._pause if self._processes > 1 else 0)
-                self._report(sign)
+                heard = self._beats()
+                # Others may be a moment behind with what they say, and those that live say something new.
+                for _ in range(3 if self._processes > 1 else 0):
+                    self._ended.wait(self._pause)
+                    self._beat += 1
+                    self._publish(replace(sign, beat=self._beat))
+                looked = time.monotonic()
+                self._report(sign, heard)
                 self._reported = (went_on, still)
+
+    def _publish(self, sign: Sign) -> bool:
+        """Publish what this process says; return whether there is anybody left."""
+        try:
+            if self._store is not None:
+                self._store.set(_key(self._rank), json.dumps(asdict(sign)))
+        except RuntimeError:
+            return False  # The process that holds the store has gone; the others end too.
+        return True
 
     def _sign(self, still: float, *, with_stack: bool) -> Sign:
         frame = sys._current_frames().get(self._thread_id)
@@ -206,27 +233,44 @@ class HangWatch(TrainerCallback):
             still,
             any(part in place.replace("\\", "/") for part in _WAITING),
             place,
-            self._conversations() if with_stack else "",
+            self._conversations(),
             _stack(frame) if with_stack else "",
-            time.time(),
+            self._beat,
+            os.getpid(),
+            socket.gethostname(),
         )
 
-    def _report(self, own: Sign) -> None:
+    def _compiles(self) -> bool:
+        """Return whether the training loop waits for a compiler, which a new shape may call at any step."""
+        frame = sys._current_frames().get(self._thread_id)
+        while frame is not None:
+            if any(part in frame.f_code.co_filename.replace("\\", "/") for part in _COMPILERS):
+                return True
+            frame = frame.f_back
+        return False
+
+    def _beats(self) -> dict[int, int]:
+        """Return how often each other process has said something."""
+        signs = [self._read(rank) for rank in range(self._processes) if rank != self._rank]
+        return {sign.rank: sign.beat for sign in signs if sign is not None}
+
+    def _report(self, own: Sign, heard: Mapping[int, int]) -> None:
         if self._store is None:
-            self._tell(report([own], [], self._pause))
+            self._tell(report([own], []))
             return
         signs, silent = [], []
         for rank in range(self._processes):
             sign = own if rank == self._rank else self._read(rank)
-            if sign is None or time.time() - sign.time > 6 * self._pause + 1:
+            if sign is None or (rank != self._rank and heard.get(rank) == sign.beat):
                 silent.append((rank, sign))
             else:
                 signs.append(sign)
         if min(sign.rank for sign in signs) == self._rank:
-            self._tell(report(signs, silent, self._pause))
+            self._tell(report(signs, silent))
 
     def _read(self, rank: int) -> Sign | None:
-        assert self._store is not None
+        if self._store is None:
+            return None
         try:
             # A key that is not there would be waited for.
             if not self._store.check([_key(rank)]):
@@ -236,13 +280,12 @@ class HangWatch(TrainerCallback):
             return None
 
 
-def report(signs: Sequence[Sign], silent: Sequence[tuple[int, Sign | None]], pause: float) -> str:
+def report(signs: Sequence[Sign], silent: Sequence[tuple[int, Sign | None]]) -> str:
     """Return the report of a hang.
 
     Args:
         signs: of the processes that speak.
         silent: numbers and last signs of those that do not.
-        pause: seconds between signs.
     """
     first = max(signs, key=lambda sign: sign.still)
     lines = [f"No progress for {format_duration(first.still)} {first.doing} {first.step}."]
@@ -250,9 +293,14 @@ def report(signs: Sequence[Sign], silent: Sequence[tuple[int, Sign | None]], pau
         lines += _whereabouts(first)
         return "\n".join(lines)
     for rank, sign in silent:
-        since = "ever" if sign is None else f"for {format_duration(time.time() - sign.time)}"
-        last = "" if sign is None else f"; the last was {sign.doing} {sign.step}"
-        lines.append(f"Rank {rank} has given no sign of life {since}{last}: it hangs in native code, or is stopped.")
+        if sign is None:
+            lines.append(f"Rank {rank} has given no sign of life ever: it hangs in native code, or is stopped.")
+            continue
+        lines.append(
+            f"Rank {rank} gives no sign of life; the last was {sign.doing} {sign.step}. Process {sign.pid} on "
+            f"{sign.host} {_state(sign)}."
+        )
+        lines += _whereabouts(sign)
     at_work = [sign for sign in signs if not sign.waits]
     for sign in at_work:
         lines += [f"Rank {sign.rank} has stood still for {format_duration(sign.still)} {sign.doing} {sign.step}."]
@@ -265,6 +313,21 @@ def report(signs: Sequence[Sign], silent: Sequence[tuple[int, Sign | None]], pau
         for sign in waiting:
             lines += [f"Rank {sign.rank}:", *_whereabouts(sign)]
     return "\n".join(lines)
+
+
+def _state(sign: Sign) -> str:
+    """Return what the system says about a process that is silent."""
+    if sign.host != socket.gethostname():
+        return "hangs in native code, is stopped, or has gone"
+    try:
+        status = psutil.Process(sign.pid).status()
+    except psutil.Error:
+        return "has ended"
+    if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+        return f"is stopped; `kill -CONT {sign.pid}` lets it go on"
+    if status == psutil.STATUS_DISK_SLEEP:
+        return "waits for a disk or a network file system"
+    return f"hangs in native code (the system calls it {status})"
 
 
 def _whereabouts(sign: Sign) -> list[str]:

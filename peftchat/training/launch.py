@@ -3,16 +3,18 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 from peftchat.child_process import child_environment
 from peftchat.errors import UserError, VerificationError
-from peftchat.interruption import ENDING, DeferredSignals, Interrupted
+from peftchat.interruption import CHECKPOINT, ENDING, DeferredSignals, Interrupted
 from peftchat.training.distributed import DistributedSetup
 from peftchat.training.launcher_environment import check_port
 
@@ -95,11 +97,14 @@ class _Processes:
             Interrupted: a signal ended them before the first could say so.
         """
         self._signals.begin()
+        CHECKPOINT.hand_on = self._ask_for_checkpoint
         try:
             for rank in range(self._count):
-                self._all.append(self._start(rank))
+                with CHECKPOINT.blocked():
+                    self._all.append(self._start(rank))
             failed = self._wait()
         finally:
+            CHECKPOINT.hand_on = None
             self._kill()
             self._signals.end()
         if self._stopped_by is not None:
@@ -158,6 +163,10 @@ class _Processes:
             self._deadline = time.monotonic() + seconds
         self._send(number)
 
+    def _ask_for_checkpoint(self) -> None:
+        if CHECKPOINT.take() and CHECKPOINT.number is not None:
+            self._send(CHECKPOINT.number)
+
     def _send(self, number: int) -> None:
         for process in self._all:
             with contextlib.suppress(ProcessLookupError):
@@ -209,6 +218,7 @@ def _launch_on_machines(distributed: DistributedSetup, command: Sequence[str], e
         rdzv_endpoint=_rendezvous_endpoint(distributed),
         max_restarts=0,
     )
+    CHECKPOINT.hand_on = _hand_on_to_children
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
@@ -221,7 +231,22 @@ def _launch_on_machines(distributed: DistributedSetup, command: Sequence[str], e
         ) from error
     except SignalException as error:
         raise Interrupted(error.sigval) from error
+    finally:
+        CHECKPOINT.hand_on = None
     return 0
+
+
+def _hand_on_to_children() -> None:
+    """Ask the processes that torchrun's agent has started, if they train already: the signal ends one that does not."""
+    import psutil
+
+    number = CHECKPOINT.number
+    for child in psutil.Process().children():
+        with contextlib.suppress(OSError, psutil.Error):
+            status = Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8", errors="replace")
+            caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
+            if number is not None and caught and int(caught[1], 16) >> (number - 1) & 1:
+                child.send_signal(number)
 
 
 def _rendezvous_endpoint(distributed: DistributedSetup) -> str:

@@ -1,17 +1,28 @@
-"""Stopping a run: the first signal ends it after the current step, with a checkpoint; the second one at once."""
+"""Stopping a run after its current step, with a checkpoint, or asking it for a checkpoint alone.
+
+The first signal ends a run after its step, the second one at once. SIGUSR2, or a file in the run folder, asks for a
+checkpoint, and the run goes on.
+"""
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftchat.interruption import DeferredSignals, Interrupted, signal_name
+from peftchat.console import stderr
+from peftchat.interruption import CHECKPOINT, DeferredSignals, Interrupted, signal_name
+from peftchat.runs.checkpoint import Checkpoint
+from peftchat.runs.run_folder import RunFolder
 from peftchat.training.several_processes import is_lost_process
 from peftchat.training.trainer import ChatTrainer
 
 _GPU_SECONDS = 2.0
 """How often the processes of a run on GPUs agree: reading the answer waits for the GPU."""
+
+_FILE_SECONDS = 1.0
+"""How often a run looks for the file that asks for a checkpoint; a network file system takes milliseconds."""
 
 
 class EvaluationStopped(Exception):
@@ -22,10 +33,11 @@ class StopCallback(TrainerCallback):
     """Stops a run after a signal, in all its processes after the same step.
 
     A signal may reach one process alone, or each at another step. So the processes agree on it by a reduction of one
-    number: after every step on a CPU, where it costs a fraction of a millisecond, and about every two seconds on GPUs.
+    numbers: after every step on a CPU, where it costs a fraction of a millisecond, and about every two seconds on GPUs.
 
     Args:
         trainer: the trainer.
+        run_folder: a file in it may ask for a checkpoint.
         resume_command: the command that resumes the run.
         saves: whether a checkpoint may be written; not with `training.save_strategy: no`.
         saved_step: the step of the checkpoint that the run resumes from, or 0.
@@ -34,9 +46,15 @@ class StopCallback(TrainerCallback):
         signals: the signals of this process.
     """
 
-    def __init__(self, trainer: ChatTrainer, resume_command: str, *, saves: bool, saved_step: int) -> None:
+    def __init__(
+        self, trainer: ChatTrainer, run_folder: RunFolder, resume_command: str, *, saves: bool, saved_step: int
+    ) -> None:
         self.signals = DeferredSignals()
         self._trainer = trainer
+        self._run_folder = run_folder
+        self._looked = 0.0
+        # Whether this process was asked for a checkpoint, whether all know, and whether it was told.
+        self._asks_others, self._asked, self._told = False, False, True
         self._resume_command = resume_command
         self._saves = saves
         self._saved_step = saved_step
@@ -51,10 +69,19 @@ class StopCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_evaluate = False
             control.should_save = self._saves
+        elif self._asked:
+            # Also with `save_strategy: no`, which asks for none by itself.
+            control.should_save = True
+            self._asked, self._told = False, False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop after this checkpoint."""
         self._saved_step = state.global_step
+        if not self._told:
+            self._told = True
+            if self._trainer.is_world_process_zero():
+                path = Checkpoint.at_step(self._run_folder.checkpoints, state.global_step).path
+                stderr.print(f"Checkpoint, as asked: {path}", markup=False, highlight=False)
         if self._is_agreed():
             control.should_training_stop = True
 
@@ -120,22 +147,37 @@ class StopCallback(TrainerCallback):
         if self._number is not None:
             return True
         accelerator = self._trainer.accelerator
+        asked = self._is_asked()
         if accelerator.num_processes == 1:
-            self._number = self.signals.number
+            self._number, self._asked = self.signals.number, self._asked or asked
             return self._number is not None
         self._places += 1
+        self._asks_others = self._asks_others or asked
         if self._places < self._next_place:
             return False
         seconds = time.monotonic() - self._last_time
-        agreed = torch.tensor([float(self.signals.number or 0), seconds], device=self._trainer.args.device)
+        own = [float(self.signals.number or 0), seconds, float(self._asks_others)]
+        agreed = torch.tensor(own, device=self._trainer.args.device)
         torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
-        number, seconds = agreed.tolist()
+        number, seconds, asked_by_one = agreed.tolist()
         self._number = int(number) or None
+        self._asked, self._asks_others = self._asked or asked_by_one > 0, False
         # All compute the same next place, from the slowest process's clock.
         between = seconds / (self._places - self._last_place)
         self._next_place = self._places + self._interval(between)
         self._last_place, self._last_time = self._places, time.monotonic()
         return self._number is not None
+
+    def _is_asked(self) -> bool:
+        """Return whether a signal or the file asks this process for a checkpoint; the file is deleted."""
+        asked = CHECKPOINT.take()
+        now = time.monotonic()
+        if self._trainer.is_world_process_zero() and now - self._looked > _FILE_SECONDS:
+            self._looked = now
+            with suppress(FileNotFoundError):
+                self._run_folder.checkpoint_request.unlink()
+                asked = True
+        return asked
 
     def _interval(self, seconds: float) -> int:
         """Return how many places to pass until the next agreement, with this many seconds from one to the next."""

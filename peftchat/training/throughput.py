@@ -213,6 +213,8 @@ class BudgetCallback(TrainerCallback):
                 hint="Use linear, cosine or constant.",
             )
         self._measure(state)
+        if self._used >= 1.0:
+            control.should_training_stop = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from peftchat.errors import UserError
-from peftchat.interruption import DeferredSignals
+from peftchat.interruption import CHECKPOINT, DeferredSignals
 from peftchat.malloc import keep_large_blocks
 from peftchat.models.added_tokens import snapshot_embeddings
 from peftchat.models.saving import save_model_files
@@ -25,6 +25,7 @@ from peftchat.training.hang_watch import watch_hangs
 from peftchat.training.hints import tell_hints
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
+from peftchat.training.out_of_memory import telling_out_of_memory
 from peftchat.training.preflight import is_disk_full, preflight
 from peftchat.training.progress import ProgressCallback
 from peftchat.training.questions import read_questions, sample_answers
@@ -59,26 +60,33 @@ def train(
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
     with claimed_by_run(run_folder) as check_claim, _released_on_failure(run_folder):
         context = open_context(loaded, options, distributed)
-        config = sft_config(context)  # Before the model is loaded: transformers has to know about ZeRO-3.
-        model = load_trainable_model(context)
-        trainer = build_trainer(context, model, config)
-        prompts = tuple(dict.fromkeys((*options.prompts, *read_questions(loaded))))
-        longest = loaded.recipe.evaluation.max_new_tokens
-        tell_hints(context, model, sequences=len(trainer.train_dataset))
+        with telling_out_of_memory(context.position, context.name_sources):
+            return _train(context, check_claim)
 
-        def start() -> list[SampleAnswer]:
-            preflight(trainer, context)
-            begin(trainer, context)
-            trainer.prepare()
-            return sample_answers(trainer.causal_model, context.chat, prompts, longest)
 
-        fitted = fit(trainer, context, start, check_claim)
-        check(trainer, context, model, fitted)
-        samples_after = sample_answers(
-            trainer.causal_model, context.chat, prompts, loaded.recipe.evaluation.max_new_tokens
-        )
-        save(trainer, context)
-        return summarize(context, trainer, model, fitted, samples_after)
+def _train(context: TrainContext, check_claim: Callable[[], None]) -> RunSummary:
+    """Train, check and save a run whose folder is claimed."""
+    config = sft_config(context)  # Before the model is loaded: transformers has to know about ZeRO-3.
+    model = load_trainable_model(context)
+    trainer = build_trainer(context, model, config)
+    prompts = tuple(dict.fromkeys((*context.options.prompts, *read_questions(context.loaded))))
+    longest = context.recipe.evaluation.max_new_tokens
+    tell_hints(context, model, sequences=len(trainer.train_dataset))
+
+    def start() -> list[SampleAnswer]:
+        context.position.enter("the checks before the first step", 0)
+        preflight(trainer, context)
+        begin(trainer, context)
+        trainer.prepare()
+        return sample_answers(trainer.causal_model, context.chat, prompts, longest)
+
+    fitted = fit(trainer, context, start, check_claim)
+    check(trainer, context, model, fitted)
+    context.position.enter("answering questions", trainer.state.global_step)
+    samples_after = sample_answers(trainer.causal_model, context.chat, prompts, longest)
+    context.position.enter("writing the model", trainer.state.global_step)
+    save(trainer, context)
+    return summarize(context, trainer, model, fitted, samples_after)
 
 
 @contextmanager
@@ -122,6 +130,7 @@ def fit(
     checkpoint = context.checkpoint
     stopping = StopCallback(
         trainer,
+        context.run_folder,
         _resume_command(context),
         saves=context.recipe.training.save_strategy != "no",
         saved_step=checkpoint.step if checkpoint else 0,
@@ -199,6 +208,7 @@ class _StartCallback(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Call the function."""
         self.samples = self._start()
+        CHECKPOINT.begin()
         self._signals.begin()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:

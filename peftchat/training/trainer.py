@@ -39,6 +39,7 @@ from peftchat.training.learning_rate import begin_above_zero
 from peftchat.training.loss import SupervisedOutput, install_supervised_forward
 from peftchat.training.model import TrainableModel
 from peftchat.training.number_checks import NumberChecks
+from peftchat.training.out_of_memory import Halving
 from peftchat.training.packs import make_collator, make_packs
 from peftchat.training.progress import MetricsCallback, memory_in_use
 from peftchat.training.questions import answer_questions
@@ -114,6 +115,10 @@ class ChatTrainer(SFTTrainer):
         self.held_out: HeldOutLosses | None = None
         self.current_examples: Sequence[int] = ()
         self.checks = NumberChecks(context, self.args.device, self.gather_objects, self._sum_over_processes)
+        self.position = context.position
+        self._items_of_step: Tensor | int | None = None
+        self.current_gradient_accumulation_steps: int = config.gradient_accumulation_steps
+        self._halving = self._make_halving() if context.recipe.training.on_oom == "halve" else None
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -135,9 +140,40 @@ class ChatTrainer(SFTTrainer):
         for collator in self._collators.values():
             collator.layout = layout
 
+    def _make_halving(self) -> Halving:
+        """Return what redoes a step in smaller micro-batches.
+
+        Raises:
+            UserError: the update would not be the same.
+        """
+        if self.aux_loss_enabled:
+            raise UserError(
+                "the loss that balances a mixture of experts depends on how a step is cut into micro-batches",
+                where="training.on_oom: halve",
+                hint="Write `on_oom: stop`, or a smaller training.per_device_train_batch_size.",
+            )
+        return Halving(
+            self._collators["train"],
+            self._train_part,
+            lambda: self.model_wrapped.zero_grad(set_to_none=True),
+            self._context.notes.tell,
+            self._context.recipe.data.max_length,
+        )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the sampler; one that knows the epoch where each epoch has packs of its own."""
         return self._epoch_sampler or super()._get_train_sampler(train_dataset)
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """Train an epoch, or nothing if a run that was resumed has all its steps already.
+
+        transformers looks at the number of steps behind each step alone, and so takes one more:
+        https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer.py
+        """
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
 
     def prepare(self) -> None:
         """Do what needs the weights of the start, right before the first step; every process must call it."""
@@ -147,9 +183,37 @@ class ChatTrainer(SFTTrainer):
     ) -> Tensor:
         """Compute the gradient of a micro-batch, and note its loss and its examples."""
         self.current_examples, self._target_counts = inputs.pop("examples"), inputs.pop("target_counts")
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.position.enter("the forward pass", self.state.global_step + 1, self.current_examples)
+        if self._halving is None:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            self._count(inputs)
+            self._items_of_step = num_items_in_batch
+            loss, self._target_losses = self._halving.run(inputs, self.current_examples)
         self._note_loss(loss.detach())
         return loss
+
+    def _train_part(self, inputs: dict[str, Any], parts: int) -> tuple[Tensor, Tensor]:
+        """Compute the gradient of one of so many parts of a micro-batch; return its loss and those of its targets."""
+        steps = self.current_gradient_accumulation_steps
+        # Penalties of a variant are divided by it.
+        self.current_gradient_accumulation_steps = steps * parts
+        try:
+            loss: Tensor = super().training_step(self.model_wrapped, inputs, self._items_of_step)
+        finally:
+            self.current_gradient_accumulation_steps = steps
+        return loss.detach(), self._target_losses
+
+    def _count(self, inputs: Mapping[str, Tensor]) -> None:
+        """Count the tokens of a micro-batch."""
+        self.throughput.add(
+            inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
+        )
+
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
+        """Fetch the batches of an optimizer step."""
+        self.position.enter("waiting for the next batch", self.state.global_step + 1)
+        return super().get_batch_samples(*arguments, **named)
 
     def _note_loss(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch and of its examples."""
@@ -157,6 +221,9 @@ class ChatTrainer(SFTTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """Return the gradient norm of the optimizer step, and check the step's numbers."""
+        self.position.enter("the optimizer's update", self.state.global_step + 1)
+        if self._halving is not None:
+            self._halving.begin_step()
         norm: Tensor | float | None = super()._get_grad_norm(model, grad_norm)
         if self.checks.end_step(self.state.global_step + 1, norm, self._get_learning_rate()):
             # An optimizer leaves weights without a gradient alone, their moments and weight decay included.
@@ -175,9 +242,8 @@ class ChatTrainer(SFTTrainer):
         Dividing by the count of the step, not of the micro-batch, makes the update independent of how the step is
         split into micro-batches and processes.
         """
-        self.throughput.add(
-            inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
-        )
+        if self._halving is None:
+            self._count(inputs)
         outputs = model(**self._model_inputs(inputs), supervised=True)
         self._target_losses = outputs.losses.detach()
         count = (inputs["labels"] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
@@ -196,6 +262,7 @@ class ChatTrainer(SFTTrainer):
             loss = loss + penalty / self.current_gradient_accumulation_steps
         if outputs.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+        self.position.enter("the backward pass", self.state.global_step + 1, self.position.now.examples)
         return loss
 
     def _model_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -218,6 +285,7 @@ class ChatTrainer(SFTTrainer):
         metrics = self.held_out_metrics(metric_key_prefix)
         if self.state.global_step == 0:
             self.write_held_out_losses()
+        self.position.enter("answering questions", self.state.global_step)
         with self.throughput.paused():
             metrics |= answer_questions(self.causal_model, self._context, self.state.global_step)
         self.log(metrics)
@@ -289,6 +357,7 @@ class ChatTrainer(SFTTrainer):
                 index = first + rank
                 of_batch = [packs[number] for number in batches[min(index, len(batches) - 1)]]
                 batch = collator(of_batch)
+                self.position.enter("the evaluation", self.state.global_step, batch["examples"], split)
                 yield of_batch if index < len(batches) else None, batch, self._prepare_inputs(batch)
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             model.train(was_training)
@@ -375,6 +444,7 @@ class ChatTrainer(SFTTrainer):
         # TRL's own method also writes a model card into the folder of checkpoints.
         folder = Path(self.args.output_dir)
         checkpoint = Checkpoint.at_step(folder, self.state.global_step)
+        self.position.enter("writing a checkpoint", self.state.global_step)
         with self.throughput.paused():
             self.checks.check_weights(self.model, self.state.global_step)
             if self.args.should_save:

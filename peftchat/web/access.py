@@ -1,17 +1,14 @@
 """Who may open the page: the address that it is bound to, the password, and what the browser may load."""
 
 import hmac
-import ipaddress
-import socket
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from peftchat.addresses import free_port, is_loopback, url_of
 from peftchat.errors import UserError
 
 PASSWORD_VARIABLE = "PEFTCHAT_WEB_PASSWORD"
-DEFAULT_HOST = "127.0.0.1"
 
 _FIRST_PORT, _PORTS = 7860, 100
 _SHORTEST_PASSWORD = 8
@@ -45,12 +42,7 @@ class Access:
     @property
     def url(self) -> str:
         """What to open in a browser of this machine."""
-        name = self.host.strip("[]")
-        with suppress(ValueError):
-            address = ipaddress.ip_address(name)
-            if address.is_unspecified:
-                name = "127.0.0.1" if address.version == 4 else "::1"
-        return f"http://{f'[{name}]' if ':' in name else name}:{self.port}"
+        return url_of(self.host, self.port)
 
     def accepts(self, user: str, password: str) -> bool:
         """Return whether a user who gives this password may enter; the name is theirs to choose."""
@@ -89,46 +81,8 @@ def check_access(host: str, port: int | None, password: str | None) -> Access:
             where=f"--host {host}",
             hint=f"Set {PASSWORD_VARIABLE}, or leave --host out and come through `ssh -L 7860:127.0.0.1:7860`.",
         )
-    return Access(host, _free_port(host, port), password)
+    return Access(host, free_port(host, *((_FIRST_PORT, _PORTS) if port is None else (port, 1))), password)
 
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address; a name other than `localhost` counts as reached."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _free_port(host: str, port: int | None) -> int:
-    first, count = (_FIRST_PORT, _PORTS) if port is None else (port, 1)
-    for candidate in range(first, first + count):
-        try:
-            address = socket.getaddrinfo(host.strip("[]"), candidate, type=socket.SOCK_STREAM)[0]
-        except OSError as error:
-            raise UserError(f"there is no such address: {error}", where=f"--host {host}") from error
-        with socket.socket(address[0], address[1]) as probe:
-            # As servers do: a port that a server has just left may be taken again.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(address[4])
-            except PermissionError as error:
-                hint = "Ports below 1024 belong to the administrator: choose a higher one."
-                raise UserError("the port is not allowed", where=f"--port {candidate}", hint=hint) from error
-            except OSError as error:
-                if count > 1 and error.errno not in _NO_SUCH_ADDRESS:
-                    continue
-                what = f"the port cannot be taken: {error.strerror}"
-                hint = "End the program that has it, choose another port, or leave the option out."
-                raise UserError(what, where=f"--host {host} --port {candidate}", hint=hint) from error
-        return candidate
-    raise UserError(f"the ports {first} to {first + count - 1} are taken", where=f"--host {host}", hint="Give --port.")
-
-
-# EADDRNOTAVAIL of Linux, macOS and Windows: the address is another machine's.
-_NO_SUCH_ADDRESS = (99, 49, 10049)
 
 _Scope = MutableMapping[str, Any]
 _Send = Callable[[_Scope], Awaitable[None]]

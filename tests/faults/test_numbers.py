@@ -1,5 +1,6 @@
 """Losses, gradients and weights that are not finite, or that do not move."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,15 @@ def rate(scene: Scene, learning_rate: float, method: str = "lora", **training: o
 
 
 def spoil_checkpoint(scene: Scene) -> None:
-    """Put NaN into a complete checkpoint, whose files keep their sizes."""
+    """Put NaN into a complete checkpoint of an older version, which has no digests; its files keep their sizes."""
     scene.sections |= {"training": {"save_strategy": "steps", "save_steps": 2}}
     scene.train()
     for file in (scene.run / "checkpoints").glob("*/adapter_model.safetensors"):
         tensors = load_file(file)
         next(iter(tensors.values())).view(-1)[0] = torch.nan
         save_file(tensors, file, metadata={"format": "pt"})
+        marker = file.with_name("complete.json")
+        marker.write_text(json.dumps({key: value for key, value in read_json(marker).items() if key != "digests"}))
 
 
 def anything(scene: Scene) -> None:

@@ -69,6 +69,33 @@ def test_a_signal_stops_training_after_the_step_with_a_checkpoint(number: int, n
     assert [line["step"] for line in read_json_lines(scene.run / "metrics.jsonl")] == list(range(1, step + 2))
 
 
+def test_a_checkpoint_is_written_when_it_is_asked_for_and_the_run_goes_on(tmp_path: Path) -> None:
+    """By SIGUSR2 or by a file, and with `save_strategy: no` too; SIGUSR1 ends the run as SIGTERM does."""
+    scene = long_run(tmp_path, save_strategy="no")
+    del scene.sections["training"]["save_steps"]
+    started = begun(scene)
+    # Long before it trains: nothing is lost, and the run does not end.
+    until((scene.run / ".claim").is_file, started)
+    started.send_signal(signal.SIGUSR2)
+    until(lambda: len(complete(scene)) == 1, started)
+    (scene.run / "checkpoint.request").touch()
+    until(lambda: len(complete(scene)) == 2, started)
+    trained = _lines(scene)
+    until(lambda: _lines(scene) > trained + 1, started)
+    started.send_signal(signal.SIGUSR1)
+    assert started.wait(SECONDS) == 128 + signal.SIGUSR1
+    first, second, end = own_lines(started.communicate()[1])
+    assert [first, second] == [f"Checkpoint, as asked: {scene.run}/checkpoints/{one}" for one in complete(scene)]
+    assert "(SIGUSR1). No checkpoint was written" in end
+    assert not (scene.run / "checkpoint.request").exists()
+
+
+def complete(scene: Scene) -> list[str]:
+    """The names of the complete checkpoints, in the order of their steps."""
+    found = [one.parent.name for one in scene.run.glob("checkpoints/*/complete.json")]
+    return sorted(found, key=lambda name: int(name.rpartition("-")[2]))
+
+
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     scene = long_run(tmp_path, gradient_accumulation_steps=100000)
     started = begun(scene)
@@ -212,15 +239,15 @@ def test_two_processes_stop_after_the_same_step(target: str, tmp_path: Path) -> 
     until(lambda: has_trained(scene), started)
     both = workers(started)
     assert len(both) == 2
-    if target == "launcher":
-        started.send_signal(signal.SIGTERM)
-    else:
-        both[1].send_signal(signal.SIGTERM)
+    process = psutil.Process(started.pid) if target == "launcher" else both[1]
+    process.send_signal(signal.SIGUSR2)
+    until(lambda: bool(complete(scene)), started)
+    process.send_signal(signal.SIGTERM)
     assert started.wait(SECONDS) == 143
-    (line,) = own_lines(started.communicate()[1])
+    told, line = own_lines(started.communicate()[1])
+    assert told.startswith("Checkpoint, as asked: ")
     assert line.startswith("Stopped at step ") and "--resume" in line
-    (checkpoint,) = (scene.run / "checkpoints").iterdir()
-    assert (checkpoint / "complete.json").is_file()
+    assert len(complete(scene)) == len(list((scene.run / "checkpoints").iterdir())) <= 2
     assert gone(both)
 
 

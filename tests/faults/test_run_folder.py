@@ -67,6 +67,22 @@ def killed_while_a_checkpoint_is_written(scene: Scene) -> None:
     scene.sections["training"] = {**scene.sections["training"], "max_steps": 8}
 
 
+def damaged_checkpoint(scene: Scene) -> None:
+    """Fill a file of the newest checkpoint with zeros, as a machine does that lost its power."""
+    scene.sections = {"training": dict(_SAVING)}
+    scene.train()
+    file = scene.run / "checkpoints" / "checkpoint-4" / "optimizer.pt"
+    file.write_bytes(bytes(file.stat().st_size))
+    scene.sections["training"] = {**_SAVING, "max_steps": 8, "save_total_limit": 9}
+
+
+def damage_set_aside(scene: Scene) -> None:
+    """Check that the run went on from the checkpoint before, and kept the damaged one."""
+    trained_steps(scene, 8)
+    left = {path.name for path in (scene.run / "checkpoints").iterdir()}
+    assert left == {"checkpoint-4.damaged", *(f"checkpoint-{step}" for step in (2, 4, 6, 8))}
+
+
 def copies_beside_checkpoints(scene: Scene) -> None:
     """Put beside the checkpoints what people and programs put there."""
     scene.sections = {"training": {**_SAVING, "save_total_limit": 1}}
@@ -124,6 +140,11 @@ FAULTS = (
           after=trained_four),
     Fault("killed while a checkpoint is written", ONE_RUN, killed_while_a_checkpoint_is_written, status=0,
           command=resume, after=trained_eight),
+    Fault("a checkpoint filled with zeros", ONE_RUN, damaged_checkpoint, status=0, command=resume,
+          after=damage_set_aside, says=(
+              "The checkpoint of step 4 is damaged (optimizer.pt holds other bytes than were written)",
+              "The run goes on from step 2",
+          )),
     Fault("copies and links beside the checkpoints", ONE_RUN, copies_beside_checkpoints, status=0, command=resume,
           after=only_ours_rotated),
     Fault("a file in the way of the folder", ONE_RUN, anything, command=folder_in_a_file, says=("output_dir",)),

@@ -56,7 +56,8 @@ class FileTokenCounter:
         return [len(item) for item in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-_CACHE_KIB = 32 * 1024
+_CACHE_KIB = 4 * 1024
+"""A larger cache of pages saves 3 µs a conversation, of more than 300 that all of the statistics take."""
 
 
 class FirstSeen(NamedTuple):

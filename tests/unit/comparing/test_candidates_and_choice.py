@@ -15,6 +15,7 @@ from peftchat.comparing.candidates import Candidate, format_lr, make_candidates,
 from peftchat.comparing.compare_plan import (
     CompareOptions,
     TrainingJob,
+    check_base_fits,
     expected_lr,
     lr_grid,
     parse_budget,
@@ -35,6 +36,7 @@ from peftchat.recipe import load_recipe
 from peftchat.recipe.document import parse_yaml
 from peftchat.training.rate_rule import ModelWidth
 from peftchat.variants import ADAPTERS, get_variant
+from tests.support.adapters import make_base
 from tests.support.comparing import made, write_rows_and_recipe
 
 
@@ -281,6 +283,16 @@ def test_what_cannot_be_compared_is_refused_first(
             CompareOptions(write_rows_and_recipe(tmp_path, text), variants, [parse_axis(axis) for axis in axes])
         )
     assert reason in str(refusal.value)
+
+
+def test_candidates_that_do_not_fit_the_base_are_one_message(tmp_path: Path) -> None:
+    path = write_rows_and_recipe(tmp_path, DATA)
+    base = make_base(tmp_path / "base", "qwen3_moe")
+    path.write_text(path.read_text().replace("some/model", str(base)))
+    check_base_fits(plan_comparison(CompareOptions(path, ["lora", "full"], learning_rates=[1e-4])))
+    plan = plan_comparison(CompareOptions(path, ["lora", "dora", "pissa"], learning_rates=[1e-4]))
+    with pytest.raises(UserError, match=r"^dora: .*has no DoRA.* Nor can pissa be trained on it"):
+        check_base_fits(plan)
 
 
 def test_rows_may_be_held_out_by_a_flag(tmp_path: Path) -> None:

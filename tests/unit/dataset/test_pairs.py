@@ -8,12 +8,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from peftchat.chat_template.chat_format import ChatFormat
+from peftchat.chat_template.loss_mask import loss_mask_table
 from peftchat.dataset.cache import EncodedSplit, load_splits
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
 from peftchat.training.context import chat_format_of
 from tests.support.models import small_model
 from tests.support.pairs import pair_recipe, write_pairs
+from tests.support.template_families import FAMILIES, SPECIAL
+from tests.support.tokenizers import byte_level
 
 
 def encoded(folder: Path, records: list[dict[str, Any]], **sections: Any) -> tuple[ChatFormat, EncodedSplit]:
@@ -76,3 +79,38 @@ def test_a_bad_record_ends_a_run_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"are the same.*data prepare --pairs") as error:
         encoded(tmp_path, records)
     assert str(error.value.where).endswith("train.jsonl:2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_other_templates_are_never_trained(family: str, tmp_path: Path) -> None:
+    """Also where a template rewrites earlier answers, or writes reasoning: both sides stand behind one prompt."""
+    base = tmp_path / "base"
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.chat_template = FAMILIES[family]
+    tokenizer.save_pretrained(base)
+    # The other templates refuse reasoning, which they do not write.
+    reasons = family in ("qwen3", "channels", "deepseek")
+    earlier: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    if reasons:
+        earlier[1]["reasoning_content"] = "Greet."
+    records = []
+    for number in range(6):
+        prompt = [*(earlier if number % 2 else []), {"role": "user", "content": f"Question {number}?"}]
+        thought = {"reasoning_content": f"Think {number}."} if reasons and number % 3 == 0 else {}
+        chosen = {"role": "assistant", "content": f"Yes, {number}.", **thought}
+        rejected = {"role": "assistant", "content": "No."}
+        records.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    recipe = load_recipe(pair_recipe(tmp_path, base, data, None, chat={"template": "model"})).recipe
+    chat = chat_format_of(recipe, AutoTokenizer.from_pretrained(base))
+    split = load_splits(recipe, chat)["train"]
+    assert len(split.store) == 12 and not split.stats.dropped
+    trains = loss_mask_table(recipe.chat.loss_policy)
+    for number, record in enumerate(records):
+        stock = chat.tokenizer.apply_chat_template(record["prompt"], add_generation_prompt=True)["input_ids"]
+        for example in (split.store[2 * number], split.store[2 * number + 1]):
+            trained = trains[example.token_tags]
+            assert example.ids[: len(stock)].tolist() == stock
+            assert not trained[: len(stock)].any() and trained[len(stock)]

@@ -126,8 +126,8 @@ def test_init_shows_true_defaults(tmp_path: Path) -> None:
         bare = line.replace("# ", "", 1)
         lines.append(bare if bare.strip().partition(":")[0] in keys and line.startswith("  #") else line)
     opened = tmp_path / "opened.yaml"
-    # These two have no effect beside other defaults, so they cannot be written out.
-    kept = [line for line in lines if not line.strip().startswith(("eval_steps:", "optim_args:"))]
+    # These have no effect beside other defaults, so they cannot be written out.
+    kept = [line for line in lines if not line.strip().startswith(("eval_steps:", "optim_args:", "chat_template:"))]
     opened.write_text("\n".join(kept), encoding="utf-8")
     assert load_recipe(opened).recipe == load_recipe(target).recipe
 

@@ -74,6 +74,42 @@ def test_a_checkpoint_with_a_damaged_marker_is_incomplete(content: str, tmp_path
     assert newest.is_ours
 
 
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (None, "optimizer.pt is missing"),
+        (b"sta", "optimizer.pt has 3 bytes, expected 5"),
+        (bytes(5), "optimizer.pt holds other bytes than were written"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
+    content: bytes | None, wrong: str, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    older, newer = (write_checkpoint(folder.checkpoints, step) for step in (2, 4))
+    (newer.path / "optimizer.pt").unlink()
+    if content is not None:
+        (newer.path / "optimizer.pt").write_bytes(content)
+    assert folder.resumable_checkpoint() == (older, {4: wrong})
+    (older.path / "optimizer.pt").write_bytes(b"other")
+    with pytest.raises(UserError, match=f"no checkpoint can be used: {wrong}"):
+        folder.resumable_checkpoint()
+
+
+def test_damage_in_a_large_file_is_seen_in_a_sample(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.at_step(tmp_path, 2)
+    checkpoint.begin()
+    large = checkpoint.path / "model.safetensors"
+    with large.open("wb") as file:
+        file.truncate(70 << 20)
+    checkpoint.mark_complete([{"tokens": 1}], {})
+    assert checkpoint.damage() is None
+    with large.open("r+b") as file:
+        file.seek(40 << 20)
+        file.write(b"x" * (1 << 20))
+    assert checkpoint.damage() == "model.safetensors holds other bytes than were written"
+
+
 def test_hidden_files_do_not_belong_to_a_checkpoint(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, 2)
     (checkpoint.path / ".nfs0000a1").unlink()

@@ -44,6 +44,18 @@ def test_a_plain_conversation_is_encoded_as_stock_transformers_does(tokenizer: A
         assert PromptEncoder(tokenizer).encode(messages).ids == stock
 
 
+def test_the_end_token_of_a_run_ends_answers_where_its_template_writes_none() -> None:
+    """`chat.end_token` is the `eos_token` of the run's tokenizer; without one, nothing ends an answer."""
+    tokenizer = in_format(byte_level(), "chatml", None)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    encoder = PromptEncoder(tokenizer)
+    assert encoder.end_id == tokenizer.eos_token_id
+    assert tokenizer.decode(encoder.encode((user("Hi"),)).ids) == "user: Hi\n"
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no special token behind an answer"):
+        PromptEncoder(tokenizer)
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_nothing_that_a_user_types_becomes_a_special_token(tokenizer: Any, data: st.DataObject) -> None:

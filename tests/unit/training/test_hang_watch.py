@@ -1,5 +1,6 @@
 """The hang watch: silent while a run goes on, and one report where it does not, by the process that can speak."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -98,13 +99,39 @@ def test_a_process_without_a_sign_of_life_is_named(watches: list[HangWatch]) -> 
     assert "Rank 0 has given no sign of life ever: it hangs in native code, or is stopped." in told[0]
 
 
+def test_a_process_that_falls_silent_is_named_with_its_conversations(watches: list[HangWatch]) -> None:
+    """What it has said stays in the store; its clock does not count."""
+    store, told = dist.HashStore(), []
+    silent = begun(watches, [], rank=1, processes=2, store=store)
+    until(lambda: silent._beat)
+    silent.end()
+    begun(watches, told, rank=0, processes=2, store=store)
+    until(lambda: told)
+    assert "Rank 1 gives no sign of life; the last was in step 10." in told[0]
+    assert f"Process {os.getpid()} on " in told[0] and "Its micro-batch has 1 conversation: a.jsonl:7" in told[0]
+
+
+def test_a_process_that_was_stopped_itself_does_not_take_that_for_a_hang(
+    watches: list[HangWatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suspended job, or a machine that slept."""
+    told: list[str] = []
+    clock = time.monotonic
+    watch = begun(watches, told)
+    monkeypatch.setattr("peftchat.training.hang_watch.time.monotonic", lambda: clock() + 3600)
+    time.sleep(LIMIT / 2)
+    watch.go_on(11, "in step")
+    time.sleep(LIMIT / 2)
+    assert told == []
+
+
 def test_those_that_wait_for_others_are_listed_shortly() -> None:
     def sign(rank: int, *, waits: bool) -> Sign:
-        return Sign(rank, 5, "in step", 61.0, waits, "", "1 conversation: b.jsonl:2", f"frame {rank}", time.time())
+        return Sign(rank, 5, "in step", 61.0, waits, "", "1 conversation: b.jsonl:2", f"frame {rank}", 1)
 
-    told = report([sign(0, waits=True), sign(1, waits=False), sign(2, waits=True)], [], 1.0)
+    told = report([sign(0, waits=True), sign(1, waits=False), sign(2, waits=True)], [])
     assert "frame 1" in told and "frame 0" not in told
     assert "Ranks that wait in a collective, the backward pass or for a GPU: 0, 2." in told
     # Where all wait, nobody is to blame by its place, so all places are shown.
-    told = report([sign(0, waits=True), sign(1, waits=True)], [], 1.0)
+    told = report([sign(0, waits=True), sign(1, waits=True)], [])
     assert "frame 0" in told and "frame 1" in told

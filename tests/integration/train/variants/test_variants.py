@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from peftchat.errors import UserError
+from peftchat.export.combine import CombineOptions, combine_into_adapter
 from peftchat.export.lora import LoraOptions, export_lora
 from peftchat.merging import MergeOptions, merge_run
 from peftchat.runs.run_folder import RunFolder
@@ -48,6 +49,21 @@ def test_a_run_becomes_a_plain_lora_with_its_tokens_and_its_loss(
     assert report.added_tokens == [token["id"] for token in trained.summary["new_tokens"]]
     loss = train.held_out_loss(stock_adapter(folder, train.base), folder)
     assert loss == pytest.approx(report.proof.loss_after, rel=2e-5)
+
+
+def test_runs_are_combined_with_their_tokens_and_the_losses_are_those_of_the_runs(
+    train: VariantTrainer, tmp_path: Path
+) -> None:
+    trained = [train("dora"), train("loha")]
+    report = combine_into_adapter([one.run for one in trained], CombineOptions(tmp_path / "both"))
+    (losses,) = report.losses
+    assert losses.data.runs == tuple(str(one.run) for one in trained)
+    for one, loss in zip(trained, losses.adapters, strict=True):
+        assert loss == pytest.approx(one.summary["eval_loss"], rel=2e-5)
+    assert report.added_tokens == [token["id"] for token in trained[0].summary["new_tokens"]]
+    assert train.held_out_loss(stock_adapter(tmp_path / "both", train.base), tmp_path / "both") == pytest.approx(
+        losses.written, rel=2e-5
+    )
 
 
 def test_a_variant_on_a_model_that_others_trained(stories: Path, train: VariantTrainer, tmp_path: Path) -> None:

@@ -1,0 +1,231 @@
+"""Speed, memory and losses of DPO: peftchat against TRL's trainer on the same pairs in the same order.
+
+    python scripts/bench_preference.py pairs.jsonl --model .cache/smollm2-135m
+    python scripts/bench_preference.py pairs.jsonl --model FOLDER --rounds 3 --steps 20 --batch 4
+
+Contenders run in turn, each in a process of its own, with the same batches, LoRA, learning rate and seed:
+
+- `trl`: `DPOTrainer` with its defaults (gradient checkpointing, padding);
+- `trl tuned`: without checkpointing;
+- `peftchat`: the command `peftchat train`.
+
+Pairs are encoded once by peftchat (`chatml` template, whose tokens the model must know), and TRL gets them as prompts
+and completions. Speed counts the real tokens of both answers over all steps but the first; the reference's pass is in
+the time and not in the tokens. Memory is the most that a process has held.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+RATE = 1e-5
+CONTENDERS = ("trl", "trl tuned", "peftchat")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One contender's run.
+
+    Attributes:
+        speed: real tokens a second behind the first step.
+        peak: bytes the process held at most.
+        losses: the loss of each step.
+    """
+
+    speed: float
+    peak: int
+    losses: list[float]
+
+
+def main() -> None:
+    """Run the contenders in turn and print a table."""
+    arguments = parse()
+    if arguments.one:
+        print(json.dumps(asdict(train_with_trl(arguments.one, arguments))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.rows = encode(arguments, Path(folder))
+        found: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
+        for round_number in range(arguments.rounds):
+            for name in CONTENDERS:
+                print(f"round {round_number + 1}: {name}", file=sys.stderr, flush=True)
+                run = with_peftchat(arguments, Path(folder)) if name == "peftchat" else with_trl(name, arguments)
+                found[name].append(run)
+    report(found)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--one", choices=CONTENDERS[:2], help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def recipe(arguments: argparse.Namespace, folder: Path) -> Path:
+    """The recipe of our run, as a file."""
+    text = {
+        "model": {"name": str(Path(arguments.model).resolve()), "dtype": arguments.dtype},
+        "method": "lora",
+        "objective": "dpo",
+        "adapter": {"r": 16, "alpha": 32},
+        "chat": {"template": "chatml"},
+        "data": {"train": [{"path": str(arguments.pairs.resolve())}], "max_length": arguments.max_length},
+        "training": {
+            "learning_rate": RATE,
+            "lr_scheduler_type": "constant",
+            "max_steps": arguments.steps,
+            "per_device_train_batch_size": arguments.batch,
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "seed": 0,
+        },
+        "distributed": {"strategy": "single"},
+        "output_dir": str(folder / "run"),
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(text), encoding="utf-8")
+    return path
+
+
+def encode(arguments: argparse.Namespace, folder: Path) -> Path:
+    """The pairs as peftchat trains on them: JSON lines with the ids of the prompt and of both completions."""
+    command = [sys.executable, "-m", "peftchat", "mask", str(recipe(arguments, folder)), "--rows", "all", "--json"]
+    rows = [json.loads(line) for line in finished(command).splitlines()]
+    path = folder / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
+            row: dict[str, list[int]] = {}
+            for one in (chosen, rejected):
+                trained = [place for place, label in enumerate(one["labels"]) if label >= 0]
+                row["prompt_ids"] = one["input_ids"][: trained[0]]
+                row[f"{one['side']}_ids"] = one["input_ids"][trained[0] : trained[-1] + 1]
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def finished(command: list[str]) -> str:
+    """What a command prints; its own message, if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stdout
+
+
+def report(found: dict[str, list[Measured]]) -> None:
+    """Print the table."""
+    print("| | real tokens/s | against trl | peak GB |\n|---|---:|---:|---:|")
+    base = statistics.median(run.speed for run in found["trl"])
+    for name, runs in found.items():
+        speeds = sorted(run.speed for run in runs)
+        middle = statistics.median(speeds)
+        peak = max(run.peak for run in runs) / 1e9
+        print(f"| {name} | {middle:.0f} ({speeds[0]:.0f} to {speeds[-1]:.0f}) | {middle / base:.2f} | {peak:.2f} |")
+    for name, runs in found.items():
+        pairs = zip(runs[0].losses, found["trl"][0].losses, strict=True)
+        print(f"largest difference of {name}'s losses from trl's: {max(abs(a / b - 1) for a, b in pairs):.2%}")
+
+
+def with_peftchat(arguments: argparse.Namespace, folder: Path) -> Measured:
+    """`peftchat train` as a user runs it."""
+    subprocess.run(["rm", "-rf", str(folder / "run")], check=True)
+    finished([sys.executable, "-m", "peftchat", "train", str(recipe(arguments, folder))])
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "run" / "run.json").read_text())
+    first, last = lines[0], lines[-1]
+    tokens = summary["tokens"] - first["tokens_per_second"] * first["seconds"]
+    speed = tokens / (last["seconds"] - first["seconds"])
+    return Measured(speed, summary["peak_memory_bytes"], [line["loss"] for line in lines])
+
+
+def with_trl(name: str, arguments: argparse.Namespace) -> Measured:
+    """Plain TRL in a process of its own."""
+    command = [sys.executable, __file__, str(arguments.pairs), "--one", name, "--rows", str(arguments.rows)]
+    for option in ("model", "steps", "batch", "max_length", "dtype"):
+        command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
+    return Measured(**json.loads(finished(command).splitlines()[-1]))
+
+
+def train_with_trl(name: str, arguments: argparse.Namespace) -> Measured:
+    """Train with `DPOTrainer` and measure, in this process."""
+    import resource
+
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    on_gpu = torch.cuda.is_available()
+    stamps: list[float] = []
+    counts: list[int] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+            stamps.append(time.time())
+
+    with tempfile.TemporaryDirectory() as output:
+        config = DPOConfig(
+            output_dir=output,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.batch,
+            bf16=arguments.dtype == "bfloat16",
+            use_cpu=not on_gpu,
+            optim="adamw_torch",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=0,
+            max_length=arguments.max_length,
+            gradient_checkpointing=name == "trl",
+        )
+        trainer = DPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)),
+            args=config,
+            # Its constructor encodes text; the encoded pairs take its place.
+            train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+            processing_class=AutoTokenizer.from_pretrained(arguments.model),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            callbacks=[Clock()],
+        )
+        trainer.train_dataset = Dataset.from_list(
+            [json.loads(line) for line in arguments.rows.read_text().splitlines()]
+        )
+        collate = trainer.data_collator
+
+        def counted(examples: list[dict[str, Any]]) -> Any:
+            counts.append(
+                sum(2 * len(e["prompt_ids"]) + len(e["chosen_ids"]) + len(e["rejected_ids"]) for e in examples)
+            )
+            return collate(examples)
+
+        trainer.data_collator = counted
+        trainer.train()
+    speed = sum(counts[1 : arguments.steps]) / (stamps[-1] - stamps[0])
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Measured(speed, peak, [line["loss"] for line in trainer.state.log_history if "loss" in line])
+
+
+if __name__ == "__main__":
+    main()

@@ -110,9 +110,7 @@ def running(command: EngineCommand, place: Place) -> Iterator[Engine]:
     try:
         # A group of its own: Ctrl-C of the terminal comes here alone, and workers are ended with their leader.
         environment = {**os.environ, **command.environment}
-        process = subprocess.Popen(
-            command.arguments, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        process = subprocess.Popen(command.arguments, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     except OSError as error:
         raise UserError(f"the program cannot be started: {error.strerror}", where=command.arguments[0]) from error
     try:

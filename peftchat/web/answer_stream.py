@@ -84,6 +84,10 @@ def stream_answer(
     """
     arrived: queue.SimpleQueue[str | ChatAnswer | BaseException] = queue.SimpleQueue()
     opened = models.models[name].chat.prompts.opens_reasoning
+    gone = threading.Event()
+
+    def is_stopped() -> bool:
+        return stop.is_set() or gone.is_set()
 
     def generate() -> None:
         try:
@@ -93,7 +97,7 @@ def stream_answer(
 
                     set_seed(sampling.seed)
                 settings = apply_sampling(chat.generation_config, sampling)
-                answer = generate_answer(chat, messages, settings, arrived.put, tools=tools, stopped=stop.is_set)
+                answer = generate_answer(chat, messages, settings, arrived.put, tools=tools, stopped=is_stopped)
             arrived.put(answer)
         except BaseException as error:
             # It is raised again where the page can show it.
@@ -114,7 +118,8 @@ def stream_answer(
                 return
             yield AnswerStep(*split_reasoning(text, opened=opened), None, opened)
     finally:
-        stop.set()
+        # The caller's own signal stays as it is: another model's answer may follow.
+        gone.set()
         thread.join()
 
 

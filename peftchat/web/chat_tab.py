@@ -177,7 +177,7 @@ class ChatTab:
                 return
             question = {self.question: ""}
             yield {**self._updates(state, note="…", busy=True), **question}
-            step = AnswerStep(None, "")
+            step, branch = AnswerStep(None, ""), session.turns
             stop = state.begin_answer()
             steps = stream_answer(self._models, model, session.messages(), sampling, tools=session.tools, stop=stop)
             for step in steps:
@@ -189,7 +189,10 @@ class ChatTab:
         except Exception as error:
             yield {**self._updates(state, f"The model failed: {first_line(error)}", bad=True), **self._withdrawn(state)}
             return
-        if step.content or step.reasoning:
+        if session.turns is not branch:
+            # A new chat, or another branch, was begun meanwhile.
+            yield self._updates(state, "")
+        elif step.content or step.reasoning:
             session.answer(step.answer.text if step.answer else "", opened=step.opened)
             yield self._updates(state, step.note())
         else:

@@ -161,7 +161,6 @@ class CompareTab:
             for side, (name, turns) in zip(self.sides, blind.sides(), strict=True):
                 asked = (*first, *(turn._replace(reasoning=None) for turn in turns))
                 step = AnswerStep(None, "")
-                # Each answer has a signal of its own; that of the page ends both.
                 for step in stream_answer(self._models, name, asked, sampling, tools=tools, stop=stop):
                     if step.answer is None:
                         yield {side: show_turns(turns, step)}

@@ -107,7 +107,8 @@ FAILED: list[str] = []
 
 def try_chat(page: Browser, pictures: Path) -> None:
     page.click("#settings > button")
-    page.type("#settings input[aria-label='Temperature'], #settings input[type=number]", "0")
+    page.until(lambda: page.find("#settings input[type=number]").is_displayed(), "the settings")
+    page.type("#settings input[type=number]", "0")
     page.click("#settings > button")
     page.type("#question textarea", QUESTION + Keys.ENTER)
     lengths = set()

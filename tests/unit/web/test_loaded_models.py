@@ -137,5 +137,5 @@ def test_tokens_have_the_probabilities_of_the_model_and_the_mask_of_training(fol
     assert text == chat.tokenizer.apply_chat_template(talk.as_dicts(), tokenize=False)
     assert "".join(view.text for view in views if view.trained) == "Hi <there><|end|>"
     page = tokens_as_html(views)
-    assert "&lt;there" in page
-    assert "<there" not in page
+    assert "<code>&lt;</code>" in page
+    assert "<code><" not in page

@@ -25,9 +25,11 @@ from peftchat.cli import (
     plan,
     push,
     recipes,
+    serve,
     template,
     train,
     variants,
+    web,
 )
 from peftchat.cli.common import OrderedGroup
 from peftchat.errors import UserError, VerificationError, first_line
@@ -91,9 +93,11 @@ for _module in (
     evaluate,
     merge,
     chat,
+    web,
     generate,
     judge,
     export,
+    serve,
     push,
 ):
     cli.add_command(_module.command)

@@ -18,7 +18,7 @@ from peftchat.models.source import (
     read_json,
 )
 
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that `--max-lora-rank` accepts."""
 
 
@@ -49,7 +49,7 @@ def vllm_support(name: str) -> VllmSupport:
     served_name = model.path.resolve().name
     if model.kind is ModelKind.ADAPTER:
         config = read_json(model.path / ADAPTER_CONFIG)
-        reasons = tuple(_adapter_reasons(config))
+        reasons = tuple(adapter_reasons(config))
         if not reasons:
             return VllmSupport(_adapter_command(model.path, config))
         merged = model.path / "merged"
@@ -58,13 +58,13 @@ def vllm_support(name: str) -> VllmSupport:
         model = ModelSource.open(str(merged))
     elif model.path.name == "merged":
         served_name = model.path.resolve().parent.name
-    reasons = tuple(_model_reasons(model))
+    reasons = tuple(model_reasons(model))
     if reasons:
         return VllmSupport(None, reasons)
     return VllmSupport(_command([str(model.path), "--served-model-name", served_name]))
 
 
-def _adapter_reasons(config: dict[str, Any]) -> list[str]:
+def adapter_reasons(config: dict[str, Any]) -> list[str]:
     """Return why vLLM cannot load the adapter beside its base."""
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -80,13 +80,13 @@ def _adapter_reasons(config: dict[str, Any]) -> list[str]:
     reasons = [reason for key, reason in limits.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         reasons.append("vLLM does not load adapters with trained biases")
-    if config["r"] > _RANKS[-1]:
-        reasons.append(f"vLLM supports ranks up to {_RANKS[-1]}, got {config['r']}")
+    if config["r"] > LORA_RANKS[-1]:
+        reasons.append(f"vLLM supports ranks up to {LORA_RANKS[-1]}, got {config['r']}")
     return reasons
 
 
 def _adapter_command(folder: Path, config: dict[str, Any]) -> str:
-    rank = next(rank for rank in _RANKS if rank >= config["r"])
+    rank = next(rank for rank in LORA_RANKS if rank >= config["r"])
     base = str(config["base_model_name_or_path"])
     name = folder.resolve().name
     arguments = [base, "--tokenizer", str(folder), "--enable-lora", "--lora-modules", f"{name}={folder}"]
@@ -94,7 +94,7 @@ def _adapter_command(folder: Path, config: dict[str, Any]) -> str:
     return _command([*arguments, "--max-lora-rank", str(rank), "--generation-config", str(folder)])
 
 
-def _model_reasons(model: ModelSource) -> list[str]:
+def model_reasons(model: ModelSource) -> list[str]:
     """Return what a full model lacks."""
     folder, reasons = model.path, []
     if not read_json(folder / MODEL_CONFIG).get("architectures"):

@@ -108,7 +108,7 @@ def load_for_chat(
     """
     source, tokenizer = open_for_chat(name, base=base, needs_template=needs_template)
     model = load_with_adapter(source, allow_changed=allow_changed)
-    _check_vocabulary(tokenizer, model, name)
+    check_vocabulary(tokenizer, model, name)
     return ChatModel(name, model, tokenizer, source.generation_config())
 
 
@@ -245,7 +245,12 @@ def _check_template(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     PromptEncoder(tokenizer).check(name)
 
 
-def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", model: Any, name: str) -> None:
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", model: Any, name: str) -> None:
+    """Check that a model has an embedding for each of the tokenizer's tokens.
+
+    Raises:
+        UserError: it has not.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(

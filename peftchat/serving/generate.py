@@ -54,6 +54,9 @@ def generate_answer(
     messages: Sequence[Message],
     settings: "GenerationConfig",
     on_text: Callable[[str], None] = lambda text: None,
+    *,
+    tools: str | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> ChatAnswer:
     """Generate the answer to a conversation.
 
@@ -61,21 +64,25 @@ def generate_answer(
         messages: the conversation, the user's message last.
         settings: from `sampling.apply_sampling`.
         on_text: receives each new part of the answer; joined, the parts are `ChatAnswer.text`.
+        tools: definitions of tools, JSON text of a list.
+        stopped: asked after each token whether the user wants no more of it. Ctrl-C stops an answer in any case.
 
     Raises:
         UserError: the last message does not fit into the model's context.
     """
     started = monotonic()
     max_new_tokens = min(settings.max_new_tokens, chat.context_length // 2)
-    prompt = chat.prompts.truncate_to_fit(messages, chat.context_length - max_new_tokens)
+    prompt = chat.prompts.truncate_to_fit(messages, chat.context_length - max_new_tokens, tools)
     ends, turns = chat.stop_ids, chat.prompts.turn_ids
     streamer = _TextStreamer(chat.tokenizer, ends | turns, on_text)
     interrupted = False
     try:
-        _generate(chat, prompt.ids, settings, max_new_tokens, streamer)
+        _generate(chat, prompt.ids, settings, max_new_tokens, streamer, stopped)
     except KeyboardInterrupt:
         interrupted = True
     streamer.end()
+    if stopped is not None and stopped():
+        interrupted = streamer.last not in ends | turns
     finish = "interrupted" if interrupted else finish_of(streamer.last, ends, turns)
     return ChatAnswer(
         streamer.text,
@@ -102,7 +109,12 @@ def decode_answer(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> s
 
 
 def _generate(
-    chat: ChatModel, ids: list[int], settings: "GenerationConfig", max_new_tokens: int, streamer: "_TextStreamer"
+    chat: ChatModel,
+    ids: list[int],
+    settings: "GenerationConfig",
+    max_new_tokens: int,
+    streamer: "_TextStreamer",
+    stopped: Callable[[], bool] | None,
 ) -> None:
     inputs = torch.tensor([ids], device=chat.device)
     pad = settings.pad_token_id if settings.pad_token_id is not None else chat.prompts.end_id
@@ -115,7 +127,19 @@ def _generate(
             eos_token_id=sorted(streamer.stops),
             pad_token_id=pad,
             streamer=streamer,
+            stopping_criteria=None if stopped is None else [_Stopped(stopped)],
         )
+
+
+class _Stopped:
+    """Stopping criterion for transformers: the user wants no more of the answer."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
+
+    def __call__(self, input_ids: Tensor, scores: Any, **arguments: Any) -> Tensor:
+        """Return for each row whether to stop: bool, shape (N,)."""
+        return torch.full((input_ids.shape[0],), self._stopped(), device=input_ids.device)
 
 
 class _TextStreamer:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from peftchat.chat_template.encoder import ChatEncoder
+from peftchat.chat_template.examples import EncodedExample
 from peftchat.chat_template.loss_mask import TurnPart, part_of
 from peftchat.chat_template.template_settings import TemplateSettings
 from peftchat.chat_template.text_encoder import TextEncoder
@@ -104,19 +105,31 @@ class PromptEncoder:
                         hint="Take template and tokenizer from the same run.",
                     )
 
-    def encode(self, messages: Sequence[Message]) -> Prompt:
+    def encode(self, messages: Sequence[Message], tools: str | None = None) -> Prompt:
         """Encode a conversation that ends with the user's message, with the generation prompt.
 
         Nothing that a message holds becomes a special token.
+
+        Args:
+            messages: the conversation.
+            tools: definitions of tools, JSON text of a list.
 
         Raises:
             UserError: the template refuses the conversation.
         """
         special_token_text = sum(self._text.count_special_token_text([message.content for message in messages]))
-        spans = self._template.prompt(Conversation(tuple(messages)))
+        spans = self._template.prompt(Conversation(tuple(messages), tools=tools))
         return Prompt(self._encoder.encode_spans(spans), 0, special_token_text)
 
-    def truncate_to_fit(self, messages: Sequence[Message], limit: int) -> Prompt:
+    def encode_answers(self, conversation: Conversation) -> list[EncodedExample]:
+        """Encode a conversation that ends with an answer, as training does: one example, or several.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
+        return self._encoder.encode([conversation])
+
+    def truncate_to_fit(self, messages: Sequence[Message], limit: int, tools: str | None = None) -> Prompt:
         """Encode a conversation within `limit` tokens.
 
         Rounds are removed from its front; the system message stays.
@@ -124,7 +137,7 @@ class PromptEncoder:
         Raises:
             UserError: the last message alone is too long.
         """
-        return truncate_prompt(messages, limit, self.encode)
+        return truncate_prompt(messages, limit, lambda kept: self.encode(kept, tools))
 
 
 def truncate_prompt(messages: Sequence[Message], limit: int, encode: Callable[[Sequence[Message]], Prompt]) -> Prompt:

@@ -1,0 +1,64 @@
+"""Addresses that a server listens on: who reaches them, whether a port is free, and what to open."""
+
+import errno
+import ipaddress
+import socket
+from contextlib import suppress
+
+from peftchat.errors import UserError
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address; a name other than `localhost` counts as reached."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the address of a server as this machine reaches it."""
+    name = host.strip("[]")
+    with suppress(ValueError):
+        address = ipaddress.ip_address(name)
+        if address.is_unspecified:
+            name = "127.0.0.1" if address.version == 4 else "::1"
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+def free_port(host: str, first: int, count: int = 1) -> int:
+    """Return the first port that is free.
+
+    Args:
+        host: the address to listen on.
+        first: the port to try first.
+        count: how many to try.
+
+    Raises:
+        UserError: this machine has no such address, or the ports are taken.
+    """
+    for port in range(first, first + count):
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        except OSError as error:
+            raise UserError(f"there is no such address: {error.strerror}", where=f"--host {host}") from error
+        with socket.socket(family, kind) as probe:
+            # As servers do: a port that a server has just left may be taken again.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE and count > 1:
+                    continue
+                hint = "End the program that has it, or choose another port."
+                if error.errno == errno.EACCES:
+                    hint = "Ports below 1024 belong to the administrator: choose a higher one."
+                elif error.errno != errno.EADDRINUSE:
+                    hint = "Give an address of this machine."
+                what = f"the port cannot be taken: {error.strerror}"
+                raise UserError(what, where=f"--host {host} --port {port}", hint=hint) from error
+        return port
+    what = f"the ports {first} to {first + count - 1} are taken"
+    raise UserError(what, where=f"--host {host}", hint="Choose another with --port.")

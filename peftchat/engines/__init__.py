@@ -1,0 +1,1 @@
+"""Serve runs and models by an inference engine that is installed."""

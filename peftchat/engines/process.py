@@ -1,0 +1,143 @@
+"""The engine's process: started, asked whether it answers, and ended with everything that it started."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peftchat.addresses import url_of
+from peftchat.engines.commands import EngineCommand, Place
+from peftchat.errors import UserError, VerificationError, first_line
+
+_SECONDS_TO_END = 30.0
+_SECONDS_BETWEEN_TRIES = 0.5
+_QUESTION = "Say hello."
+
+
+class Engine:
+    """A running engine.
+
+    Args:
+        command: how it was started.
+        place: where it listens.
+        process: the leader of a process group of its own.
+    """
+
+    def __init__(self, command: EngineCommand, place: Place, process: "subprocess.Popen[bytes]") -> None:
+        self._command, self._place, self._process = command, place, process
+
+    @property
+    def url(self) -> str:
+        """What clients of OpenAI's interface need as `base_url`."""
+        return f"{url_of(self._place.host, self._place.port)}/v1"
+
+    def wait_until_it_answers(self, seconds: float) -> dict[str, str]:
+        """Wait until the engine lists its models, ask each of them one question, and return the answers.
+
+        Args:
+            seconds: how long it may take to load.
+
+        Raises:
+            VerificationError: it ended, did not list its models in time, or one of them does not answer.
+        """
+        deadline = time.monotonic() + seconds
+        listed: set[str] = set()
+        problem = "it does not listen"
+        while not set(self._command.models) <= listed:
+            if self._process.poll() is not None:
+                status = self._process.returncode
+                raise VerificationError(f"{self._command.engine} ended with status {status}; its message is above")
+            if time.monotonic() > deadline:
+                missing = ", ".join(sorted(set(self._command.models) - listed))
+                raise VerificationError(
+                    f"after {seconds:.0f} seconds {self._command.engine} does not serve {missing}: {problem}"
+                )
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+            try:
+                listed = {str(model.get("id")) for model in self._request("/models").get("data", [])}
+                # transformers lists what is in the cache of the hub, and serves what it was given.
+                if self._command.engine == "transformers":
+                    listed |= set(self._command.models)
+                problem = f"it lists {', '.join(sorted(listed)) or 'no model'}"
+            except (OSError, ValueError) as error:
+                problem = first_line(error)
+        return {model: self._ask(model, max(30.0, deadline - time.monotonic())) for model in self._command.models}
+
+    def wait(self) -> int:
+        """Wait until the engine ends, and return its status."""
+        return self._process.wait()
+
+    def _ask(self, model: str, seconds: float) -> str:
+        message = {"role": "user", "content": _QUESTION}
+        body = {"model": model, "messages": [message], "max_tokens": 16, "temperature": 0}
+        try:
+            reply = self._request("/chat/completions", body, seconds)
+            answer = reply["choices"][0]["message"]
+        except urllib.error.HTTPError as error:
+            with contextlib.suppress(OSError):
+                detail = error.read(500).decode("utf-8", "replace")
+            raise VerificationError(f"{model} does not answer: HTTP {error.code}: {detail}") from error
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise VerificationError(f"{model} does not answer: {type(error).__name__}: {first_line(error)}") from error
+        return str(answer.get("content") or answer.get("reasoning_content") or "")
+
+    def _request(self, path: str, body: dict[str, Any] | None = None, seconds: float = 10.0) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self._place.key is not None:
+            headers["Authorization"] = f"Bearer {self._place.key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, headers)  # noqa: S310 - http, by `url`
+        # A proxy of the environment must not be asked for this machine.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=seconds) as reply:
+            return json.load(reply)
+
+
+@contextmanager
+def running(command: EngineCommand, place: Place) -> Iterator[Engine]:
+    """Start an engine, and end it with all its processes when the block ends, however that happens.
+
+    Raises:
+        UserError: its program cannot be started.
+    """
+    try:
+        # A group of its own: Ctrl-C of the terminal comes here alone, and workers are ended with their leader.
+        environment = {**os.environ, **command.environment}
+        process = subprocess.Popen(command.arguments, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:
+        raise UserError(f"the program cannot be started: {error.strerror}", where=command.arguments[0]) from error
+    try:
+        yield Engine(command, place, process)
+    finally:
+        _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End a process group: politely, and after a while at once."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        try:
+            process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            continue
+        # Workers may outlive their leader.
+        if number == signal.SIGTERM and _has_members(process.pid):
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+            continue
+        return
+
+
+def _has_members(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Chat with runs and models in the browser, and compare them blindly."""

@@ -3,7 +3,7 @@
     python scripts/check_release.py                  # pinned versions; sbom.json and licenses.md in build/release
     python scripts/check_release.py --ends           # also the oldest and the newest versions that pyproject allows
 
-Each environment is made anew in a temporary folder. torch stays at the pinned version: an older one from an index is a
+Each environment is new, in a temporary folder. torch stays at the pinned version: an older one from an index is a
 CUDA build of several gigabytes.
 """
 

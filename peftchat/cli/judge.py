@@ -80,7 +80,6 @@ def command(
     peftchat judge a.jsonl b.jsonl --judge https://api.openai.com/v1#gpt-4.1 --prompt code --scale 1-8 -o judged
     """
     from peftchat.errors import VerificationError
-    from peftchat.judging.judge_client import KEY_VARIABLE
     from peftchat.judging.judged_pairs import read_exam, read_pairs
     from peftchat.output_paths import InputPath, check_output
 
@@ -90,7 +89,7 @@ def command(
     inputs = [InputPath(path, "an input") for path in (answers_a, answers_b, questions, exam) if path is not None]
     check_output(output, inputs, f"--output {output}")
     _check_own(output)
-    opened = _open(judges, temperature, max_tokens, concurrency, key_variable or KEY_VARIABLE)
+    opened = _open(judges, temperature, max_tokens, concurrency, key_variable)
     output.mkdir(parents=True, exist_ok=True)
 
     from peftchat.console import stdout

@@ -86,7 +86,7 @@ def compiler() -> str:
 
     rows = torch.randn(64, 128, device=_device())
     with tempfile.TemporaryDirectory() as cache:
-        # Compiled anew: a cache of earlier runs would hide a compiler that is missing now.
+        # Compiled again: a cache of earlier runs would hide a compiler that is missing now.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         torch.testing.assert_close(torch.compile(scaled)(rows), scaled(rows), atol=1e-4, rtol=1e-4)
     return f"torch.compile builds a kernel and its result is right ({_device()})"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftchat.errors import UserError, VerificationError
 from peftchat.export.combined_updates import CombinedUpdates, InstalledInput
-from peftchat.export.lora import DEFAULT_TOLERANCE, check_convertible
+from peftchat.export.lora import check_convertible, check_limits, limit_of
 from peftchat.export.lora_proof import Comparison, DataPart, Proof
 from peftchat.export.lora_writer import (
     MAX_RANK,
@@ -86,17 +86,13 @@ class CombineOptions:
             UserError: one is out of range.
         """
         check_weights_given(self.weights, count)
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"the rank is {self.rank}, expected at least 1", where="--rank")
-        if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
-            what = f"the tolerance is {self.tolerance:g}, expected a number of nats per token above 0"
-            raise UserError(what, where="--tolerance", hint=f"The default is {DEFAULT_TOLERANCE:g}.")
+        check_limits(self.rank, self.tolerance)
         return Combination.of(self.rule, self.density, self.seed)
 
     @property
     def limit(self) -> float:
         """The tolerance in nats per token."""
-        return DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
+        return limit_of(self.tolerance)
 
 
 @dataclass(frozen=True)

@@ -89,16 +89,30 @@ class LoraOptions:
         Raises:
             UserError: one is out of range.
         """
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"the rank is {self.rank}, expected at least 1", where="--rank")
-        if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
-            what = f"the tolerance is {self.tolerance:g}, expected a number of nats per token above 0"
-            raise UserError(what, where="--tolerance", hint=f"The default is {DEFAULT_TOLERANCE:g}.")
+        check_limits(self.rank, self.tolerance)
 
     @property
     def limit(self) -> float:
         """The tolerance in nats per token."""
-        return DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
+        return limit_of(self.tolerance)
+
+
+def check_limits(rank: int | None, tolerance: float | None) -> None:
+    """Check the rank and the tolerance of a LoRA that stands for another adapter.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    if rank is not None and rank < 1:
+        raise UserError(f"the rank is {rank}, expected at least 1", where="--rank")
+    if tolerance is not None and not 0 < tolerance < float("inf"):
+        what = f"the tolerance is {tolerance:g}, expected a number of nats per token above 0"
+        raise UserError(what, where="--tolerance", hint=f"The default is {DEFAULT_TOLERANCE:g}.")
+
+
+def limit_of(tolerance: float | None) -> float:
+    """Return a tolerance in nats per token, the default where none is given."""
+    return DEFAULT_TOLERANCE if tolerance is None else tolerance
 
 
 @dataclass(frozen=True)

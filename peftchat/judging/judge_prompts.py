@@ -1,6 +1,7 @@
 """Judge prompts: our own for answers in general and for code, and those of FastChat's files."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,6 @@ class JudgePrompt:
 
 def _replaced(template: str, texts: Mapping[str, str]) -> str:
     """Replace each name once, in one pass: an answer may hold a name too."""
-    import re
-
     return re.sub("|".join(map(re.escape, texts)), lambda found: texts[found[0]], template)
 
 

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peftchat.console import stderr
 from peftchat.formatting import format_duration
-from peftchat.training.step_numbers import name_sources
+from peftchat.training.position import Position
 
 if TYPE_CHECKING:
     from peftchat.training.context import TrainContext
@@ -366,10 +366,10 @@ def watch_hangs(trainer: "ChatTrainer", context: "TrainContext") -> HangWatch | 
     limit = context.recipe.training.hang_timeout
     if limit is None:
         return None
-    store = context.splits["train"].store
 
     def conversations() -> str:
-        return name_sources([store[int(index)].source for index in trainer.current_examples])
+        # Those of the last micro-batch, also while the process waits for the next one.
+        return context.name_sources(Position(examples=trainer.current_examples))
 
     watch = HangWatch(limit, conversations, trainer.args.process_index, trainer.args.world_size, _own_connection())
     trainer.add_callback(watch)

@@ -88,9 +88,7 @@ class PreferenceTrainer(ChatTrainer):
 
         The likelihood of the chosen answers, where the recipe adds it, is a mean over their tokens in the step.
         """
-        self.throughput.add(
-            inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
-        )
+        self._count(inputs)
         counts = self._target_counts
         reference = self._reference_of("train", self.current_examples, inputs, counts)
         if not isinstance(num_items_in_batch, Tensor):

@@ -84,7 +84,7 @@ class ChatSession:
         return question
 
     def edit(self, index: int, text: str) -> bool:
-        """Change a turn. A changed question has to be answered anew, and loses what follows; an answer does not.
+        """Change a turn. A changed question has to be answered again, and loses what follows; an answer does not.
 
         Args:
             index: of the turn among the turns.

@@ -15,8 +15,6 @@ from peftchat.evaluating.run_evaluation import CodeOptions, EvaluateOptions, eva
 from peftchat.evaluating.sandbox import open_doors, run_program, run_programs
 from tests.support.chat_models import save_scripted
 
-HUMANEVAL = Path("/work/shared/data/eval/HumanEval.jsonl.gz")
-
 
 @pytest.fixture(scope="module")
 def _held() -> None:
@@ -83,10 +81,9 @@ def test_ordinary_programs_pass() -> None:
     assert all(end.passed for end in run_programs(sources))
 
 
-@pytest.mark.skipif(not HUMANEVAL.exists(), reason="needs the shared data")
 @pytest.mark.usefixtures("_held")
-def test_the_solutions_of_humaneval_pass_and_others_fail() -> None:
-    problems = read_problems(HUMANEVAL)[::20]
+def test_the_solutions_of_humaneval_pass_and_others_fail(shared_data: Path) -> None:
+    problems = read_problems(shared_data / "eval/HumanEval.jsonl.gz")[::20]
     right = [problem.program(str(problem.solution), from_chat=False) for problem in problems]
     whole = [f"Here:\n```python\n{problem.prompt}{problem.solution}\n```\nDone." for problem in problems]
     chat = [problem.program(answer, from_chat=True) for problem, answer in zip(problems, whole, strict=True)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftchat.chat_template.answer_rendering import AnswerRenderer, RenderedAnswer
 from peftchat.chat_template.answer_spans import ExampleBuilder
+from peftchat.chat_template.content_conditions import check_syntax, content_conditions, source_of, variables_of
 from peftchat.chat_template.template_probes import (
     find_end_tokens,
     has_place_for_reasoning,
@@ -28,13 +29,11 @@ from peftchat.chat_template.template_settings import TemplateSettings, check_var
 from peftchat.chat_template.template_shapes import (
     FilledText,
     Marks,
+    NoShapeError,
     Shape,
     ShapeCache,
-    check_syntax,
-    content_conditions,
     shape_key,
-    source_of,
-    variables_of,
+    texts_of,
 )
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
 from peftchat.chat_template.text_encoder import TextEncoder
@@ -48,6 +47,9 @@ if TYPE_CHECKING:
 _OTHERS = f"Set `chat.template` to {' or '.join(f'`{name}`' for name in CHAT_TEMPLATES)}."
 
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+_KNOWN_TOOLS = 256
+"""The most lists of tools that are kept."""
 
 _BOUNDARY_CHARACTERS = 48
 """Characters on each side of a border in which tokens could merge across it."""
@@ -127,6 +129,7 @@ class TokenizerTemplate:
         self._conditions = None if changes else content_conditions(source_of(written))
         self._shapes = ShapeCache()
         self._marks = Marks()
+        self._known_tools: dict[str, Tools] = {}
         self.end_token = self.end_tokens[0]
 
     def examples(self, conversation: Conversation) -> list[list[TemplateSpan]]:
@@ -181,7 +184,19 @@ class TokenizerTemplate:
         if added:
             dicts.insert(0, {"role": "system", "content": self._system})
         protect = self._renderer.protect
-        return [protect(message) for message in dicts], protect(conversation.tool_schemas()), int(added)
+        return [protect(message) for message in dicts], self._tools(conversation), int(added)
+
+    def _tools(self, conversation: Conversation) -> Tools:
+        """Return the tools for the template, protected. Their JSON is written once for all conversations with them."""
+        text = conversation.tools
+        if text is None:
+            return None
+        found = self._known_tools.get(text)
+        if found is None:
+            if len(self._known_tools) >= _KNOWN_TOOLS:
+                self._known_tools.clear()
+            self._known_tools[text] = found = self._renderer.protect(conversation.tool_schemas())
+        return found
 
     def _renderer_of(self, conversation: Conversation) -> TemplateRenderer:
         """Return what renders a conversation: with its documents, if the template reads them."""
@@ -217,16 +232,20 @@ class TokenizerTemplate:
         try:
             builder, answers = self._answers(twin)
             whole = self._renderer.render(messages, tools, generation_prompt=False)
-        except UserError:
+            if not answers:
+                return None
+            borders: list[tuple[FilledText, FilledText] | None] = []
+            for before, answer in itertools.pairwise(answers):
+                follows = answer.prompt.startswith(before.prompt + before.text)
+                tail, head = self._border(before)
+                borders.append((marks.text(tail), marks.text(head)) if follows else None)
+            for answer in answers:
+                # Each answer's own text is put together from marks, or there is no shape.
+                marks.text(answer.prompt)
+                marks.text(answer.text + answer.trailer)
+            return Shape(marks.text(whole), answers, borders, builder)
+        except (UserError, NoShapeError):
             return None
-        if not answers:
-            return None
-        borders: list[tuple[FilledText, FilledText] | None] = []
-        for before, answer in itertools.pairwise(answers):
-            follows = answer.prompt.startswith(before.prompt + before.text)
-            tail, head = self._border(before)
-            borders.append((marks.text(tail), marks.text(head)) if follows else None)
-        return Shape(marks.text(whole), answers, borders, builder)
 
     def _fill(
         self, conversations: Sequence[Conversation], shapes: Mapping[int, Shape]
@@ -234,11 +253,8 @@ class TokenizerTemplate:
         """Return the examples of conversations that the template writes as their shapes say."""
         if not shapes:
             return {}
-        contents = {number: [one.content for one in conversations[number].messages] for number in shapes}
-        try:
-            rendered = self._renderer.render_all([self._inputs(conversations[number])[0] for number in shapes])
-        except UserError:
-            return {}
+        contents = {number: texts_of(conversations[number]) for number in shapes}
+        rendered = self._renderer.render_all([self._inputs(conversations[number])[:2] for number in shapes])
         right = [
             number
             for (number, shape), text in zip(shapes.items(), rendered, strict=True)
@@ -285,7 +301,7 @@ class TokenizerTemplate:
             spans = []
             for span in shape.builder.spans(group, repeated=number > 0):
                 text = self._marks.text(span.text)
-                spans.append((span, text if text.messages else None))
+                spans.append((span, text if text.numbers else None))
             found.append(spans)
         return found
 

@@ -57,7 +57,7 @@ class Source:
 
     def __init__(self, seed: int) -> None:
         self._draw = random.Random(seed)
-        self._sets = [self._tools(self._draw.randint(1, 5), number) for number in range(60)]
+        self._sets = [self._tools(self._draw.randint(2, 5), number) for number in range(3)]
 
     def text(self, low: int, high: int) -> str:
         """Return sentences of that many words."""
@@ -83,11 +83,11 @@ class Source:
             turns += [Message("user", self.text(2, 8)), Message("assistant", self.text(1, 8))]
         return Conversation(tuple(turns))
 
-    def rich(self, *, tools: bool, reasoning: bool) -> Conversation:
-        """Return one to three exchanges with calls, reasoning, or both. One in three has its own tools."""
+    def rich(self, *, tools: bool, reasoning: bool, own: bool = False) -> Conversation:
+        """Return one to three exchanges with calls, reasoning, or both, and one of three lists of tools, or its own."""
         given = self._draw.choice(self._sets)
-        if self._draw.random() < 1 / 3:
-            given = self._tools(self._draw.randint(1, 5), self._draw.randrange(10**6))
+        if own:
+            given = self._tools(self._draw.randint(2, 5), self._draw.randrange(10**6))
         turns = [Message("system", self.text(8, 30))] if self._draw.random() < 0.5 else []
         for _ in range(self._draw.randint(1, 3)):
             turns.append(Message("user", self.text(6, 40)))
@@ -116,6 +116,7 @@ def conversations_of(options: argparse.Namespace) -> dict[str, list[Conversation
         found[name] = list(itertools.islice(read_conversations(path), count))
     found["short turns"] = [source.short() for _ in range(count)]
     found["tools"] = [source.rich(tools=True, reasoning=False) for _ in range(count)]
+    found["tools of their own"] = [source.rich(tools=True, reasoning=False, own=True) for _ in range(count)]
     found["reasoning"] = [source.rich(tools=False, reasoning=True) for _ in range(count)]
     found["tools and reasoning"] = [source.rich(tools=True, reasoning=True) for _ in range(count)]
     return {kind: given for kind, given in found.items() if not options.kinds or kind in options.kinds}

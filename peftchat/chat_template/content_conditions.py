@@ -127,13 +127,13 @@ def content_conditions(source: str) -> ContentConditions | None:
         tree = _parse(source)
         parts: set[str] = set()
         whole: set[str] = set()
-        of_tools, calls = _tool_names(tree), True
+        of_tools, definitions, calls = _tool_names(tree), _tool_names(tree, calls=False), True
         for compare in tree.find_all(nodes.Compare):
             # Nothing is asked of contents there. Definitions of tools are the same in conversations of one shape.
             if not _is_of_tools(compare.expr, of_tools):
                 _add_comparison(compare, parts, whole)
             for side in (compare.expr, *(operand.expr for operand in compare.ops)):
-                asked = _is_of_tools(side, of_tools) and not _is_of_definitions(side)
+                asked = _is_of_tools(side, of_tools) and not _is_of_tools(side, definitions, calls=False)
                 calls = calls and not (asked and not _is_exact(side))
         for call in tree.find_all(nodes.Call):
             if isinstance(call.node, nodes.Getattr):
@@ -154,8 +154,8 @@ def content_conditions(source: str) -> ContentConditions | None:
     return ContentConditions(re.compile(pattern, re.IGNORECASE), frozenset(whole), strips, calls)
 
 
-def _tool_names(tree: Any) -> frozenset[str]:
-    """Return the variables of a template that hold nothing but tools, calls, and parts of them."""
+def _tool_names(tree: Any, *, calls: bool = True) -> frozenset[str]:
+    """Return the variables of a template that hold nothing but tools, calls, and parts of them; or no calls either."""
     from jinja2 import nodes
 
     bound: dict[str, list[Any]] = {}
@@ -171,34 +171,26 @@ def _tool_names(tree: Any) -> frozenset[str]:
     while True:
         more = {
             name for name, sources in bound.items()
-            if name not in other and all(_is_of_tools(source, found) for source in sources)
+            if name not in other and all(_is_of_tools(source, found, calls=calls) for source in sources)
         }  # fmt: skip
         if more <= found:
             return found
         found |= more
 
 
-def _is_of_tools(node: Any, of_tools: frozenset[str]) -> bool:
+def _is_of_tools(node: Any, of_tools: frozenset[str], *, calls: bool = True) -> bool:
     """Return whether an expression is a part of tools or calls: `tools`, `message.tool_calls`, or what is within."""
     from jinja2 import nodes
 
     while not isinstance(node, nodes.Name):
         if isinstance(node, nodes.Getattr) and node.attr == "tool_calls":
-            return True
+            return calls
         if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "tool_calls":
-            return True
+            return calls
         if not isinstance(node, nodes.Getattr | nodes.Getitem | nodes.Call | nodes.Filter) or node.node is None:
             return False
         node = node.node
     return node.name in of_tools
-
-
-def _is_of_definitions(node: Any) -> bool:
-    """Return whether an expression is a part of `tools` itself, and of no call."""
-    from jinja2 import nodes
-
-    names = [one.name for one in [node, *node.find_all(nodes.Name)] if isinstance(one, nodes.Name)]
-    return names == ["tools"]
 
 
 def _is_exact(node: Any) -> bool:

@@ -4,13 +4,13 @@ import itertools
 import json
 import re
 import secrets
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import orjson
+
+from peftchat.chat_template.covered_spans import TokenBytes, covered, covered_by_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -96,7 +96,7 @@ class FastTextEncoder:
         self._prefix_stable = _is_prefix_stable(state["normalizer"])
         self._unk_token_id = tokenizer.unk_token_id
         self._byte_level = (state.get("decoder") or {}).get("type") == "ByteLevel"
-        self._bytes = _TokenBytes(self._inner)
+        self._bytes = TokenBytes(self._inner)
 
     def encode(self, texts: Sequence[str], *, at_start: bool) -> list[list[int]]:
         """Return the ids of each text."""
@@ -112,9 +112,9 @@ class FastTextEncoder:
         found: dict[int, SpanTokens] = {}
         for number, item in enumerate(tokenizer.encode_batch_fast(joined, add_special_tokens=False)):
             ids = item.ids
-            covered = _covered_by_bytes(texts[number], joined[number], list(map(self._bytes.__getitem__, ids)))
-            if covered is not None:
-                found[number] = SpanTokens(ids, covered)
+            spans = covered_by_bytes(texts[number], joined[number], list(map(self._bytes.__getitem__, ids)))
+            if spans is not None:
+                found[number] = SpanTokens(ids, spans)
         others = [number for number in range(len(texts)) if number not in found]
         located = self._encode_with_offsets(tokenizer, [texts[number] for number in others]) if others else []
         found.update(zip(others, located, strict=True))
@@ -124,79 +124,11 @@ class FastTextEncoder:
     def _encode_with_offsets(tokenizer: "Tokenizer", texts: Sequence[Sequence[str]]) -> list[SpanTokens]:
         """Return the same by the library's offsets, which take it twice as long as the ids alone."""
         items = tokenizer.encode_batch(["".join(spans) for spans in texts], add_special_tokens=False)
-        return [SpanTokens(item.ids, _covered(spans, item.offsets)) for spans, item in zip(texts, items, strict=True)]
+        return [SpanTokens(item.ids, covered(spans, item.offsets)) for spans, item in zip(texts, items, strict=True)]
 
     def is_prefix_stable(self, ids: Sequence[int]) -> bool:
         """Return whether a text whose ids start with these always starts with the one text that they decode to."""
         return self._prefix_stable and self._unk_token_id not in ids
-
-
-class _TokenBytes(dict[int, bytes]):
-    """The bytes that each id of a byte-level tokenizer stands for, found when first asked; b"" where that is not sure.
-
-    Each byte is spelled as a printable character.
-    https://github.com/openai/gpt-2/blob/master/src/encoder.py (bytes_to_unicode)
-    """
-
-    def __init__(self, tokenizer: "Tokenizer") -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-        self._added = tokenizer.get_added_tokens_decoder()
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = [byte for byte in range(256) if byte not in printable]
-        self._of_character = {chr(byte): byte for byte in printable}
-        self._of_character |= {chr(256 + number): byte for number, byte in enumerate(others)}
-
-    def __missing__(self, token_id: int) -> bytes:
-        token = self._tokenizer.id_to_token(token_id) or ""
-        if token_id in self._added:
-            found = token.encode("utf-8", "surrogatepass")
-        elif all(character in self._of_character for character in token):
-            found = bytes(self._of_character[character] for character in token)
-        else:
-            found = b""
-        self[token_id] = found
-        return found
-
-
-def _covered_by_bytes(spans: Sequence[str], text: str, pieces: Sequence[bytes]) -> list[tuple[int, int]] | None:
-    """Return the first and the last span that each token covers; None where the tokens do not spell the text.
-
-    Args:
-        spans: the text in spans.
-        text: the same as one.
-        pieces: the bytes of each token.
-    """
-    if b"".join(pieces) != text.encode("utf-8", "surrogatepass") or not all(pieces):
-        return None
-    stops = list(itertools.accumulate(map(len, pieces)))
-    borders = list(itertools.accumulate(len(span.encode("utf-8", "surrogatepass")) for span in spans[:-1]))
-    first: list[int] = []
-    last: list[int] = []
-    for number, border in enumerate(borders):
-        # Tokens that start before the border, and those that end at it or before.
-        first += [number] * (min(bisect_left(stops, border) + 1 if border else 0, len(pieces)) - len(first))
-        last += [number] * (bisect_right(stops, border) - len(last))
-    first += [len(borders)] * (len(pieces) - len(first))
-    last += [len(borders)] * (len(pieces) - len(last))
-    return list(zip(first, last, strict=True))
-
-
-def _covered(spans: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the first and the last span that each token covers.
-
-    Args:
-        spans: the text in spans.
-        offsets: for each token its first character and one past its last.
-    """
-    if not offsets:
-        return []
-    ends = np.cumsum([len(span) for span in spans])
-    places = np.array(offsets)
-    starts, stops = places[:, 0], np.maximum(places[:, 1] - 1, places[:, 0])
-    last = ends[-1] - 1
-    first, final = (np.searchsorted(ends, np.minimum(at, last), side="right").tolist() for at in (starts, stops))
-    return list(zip(first, final, strict=True))
 
 
 def _load(state: State) -> "Tokenizer":

@@ -5,7 +5,6 @@ earlier turns, such as one that takes reasoning out of them, makes an example fo
 """
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -25,7 +24,7 @@ from peftchat.chat_template.template_probes import (
     with_text_arguments,
 )
 from peftchat.chat_template.template_renderer import TemplateRenderer, Tools
-from peftchat.chat_template.template_settings import TemplateSettings, check_variables, with_settings
+from peftchat.chat_template.template_settings import TemplateSettings, check_variables, with_date, with_settings
 from peftchat.chat_template.template_shapes import (
     FilledText,
     Marks,
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _OTHERS = f"Set `chat.template` to {' or '.join(f'`{name}`' for name in CHAT_TEMPLATES)}."
-
-_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 _KNOWN_TOOLS = 256
 """The most lists of tools that are kept."""
@@ -102,7 +99,7 @@ class TokenizerTemplate:
         today = today or date.today()
         special, variables = list(self._text.special), settings.variables
         self.missing_roles: frozenset[Role] = frozenset()
-        own = TemplateRenderer(tokenizer, _with_date(tokenizer.chat_template, today), special, variables)
+        own = TemplateRenderer(tokenizer, with_date(tokenizer.chat_template, today), special, variables)
         if settings.unsupported_roles != "error":
             self.missing_roles = missing_roles(own)
         if settings.reasoning_format == "inline" and has_place_for_reasoning(own):
@@ -116,7 +113,7 @@ class TokenizerTemplate:
         self.jinja = with_settings(tokenizer.chat_template, settings, self._system, self.missing_roles)
         check_syntax(source_of(self.jinja))
         check_variables(variables, _all_variables(tokenizer.chat_template))
-        written = _with_date(self.jinja, today)
+        written = with_date(self.jinja, today)
         self.reads_documents = "documents" in variables_of(source_of(tokenizer.chat_template))
         self.written_date = None if written == self.jinja else today.isoformat()
         self._renderer = TemplateRenderer(tokenizer, written, special, variables)
@@ -408,13 +405,3 @@ def _all_variables(jinja: str | Mapping[str, str]) -> frozenset[str]:
     """Return the variables that a template, or one of several, reads."""
     sources = [jinja] if isinstance(jinja, str) else list(jinja.values())
     return frozenset[str]().union(*map(variables_of, sources))
-
-
-def _with_date(jinja: Any, today: date) -> Any:
-    """Return a template that writes this date where it would write the clock's.
-
-    A run that reads the clock would make other examples on another day. Formats that are no literal are left alone.
-    """
-    if isinstance(jinja, Mapping):
-        return {name: _with_date(source, today) for name, source in jinja.items()}
-    return _DATE_CALL.sub(lambda match: f"{match[1]}{today.strftime(match[2])}{match[1]}", str(jinja))

@@ -14,7 +14,7 @@ from peftchat.chat_template.template_settings import (
     UnsupportedRoles,
 )
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, is_template_name, template_summaries
-from peftchat.conversation import Role
+from peftchat.conversation import RankPairs, Role
 from peftchat.strict_model import StrictModel, list_to_tuple
 
 Method = Literal["full", "lora", "qlora"]
@@ -291,6 +291,12 @@ class DataEntry(StrictModel):
         None,
         ge=1,
         description="OpenAssistant exports only: follow the best N ranked replies of each turn. Without it, all.",
+    )
+    oasst_pairs: RankPairs | None = Field(
+        None,
+        description="OpenAssistant exports only, for objectives with pairs: which ranked replies to one prompt are "
+        "compared. The best and the worst (`best_worst`, the default), each and the next (`adjacent`), or `all` of "
+        "them. With `oasst_top_k`, chosen replies are among the best N.",
     )
     columns: dict[ColumnName, str] = Field(
         {},

@@ -1,5 +1,6 @@
 """Train context: the inputs of a run, opened before its model is loaded."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -103,6 +104,11 @@ class TrainContext:
     def recipe(self) -> "Recipe":
         """The recipe's values."""
         return self.loaded.recipe
+
+    @property
+    def threads_given(self) -> bool:
+        """Whether the environment says with how many threads a process computes."""
+        return bool(os.environ.get("OMP_NUM_THREADS"))
 
     @property
     def is_main(self) -> bool:

@@ -19,7 +19,7 @@ def command() -> None:
 
 @command.command("import")
 @click.argument("file", type=PathType())
-@click.option("--from", "tool", type=click.Choice(_TOOLS), help="The tool that the file belongs to.  [default: by its keys]")
+@click.option("--from", "tool", type=click.Choice(_TOOLS), help="The file's tool.  [default: by its keys]")
 @output_option("The recipe to write.", default=Path("recipe.yaml"), show_default=True)
 @click.option("--overwrite", "--force", is_flag=True, help="Replace a recipe that is there.")
 @click.option("--check", is_flag=True, help="Show what becomes of each line, and write nothing.")

@@ -2,9 +2,10 @@
 
 from peftchat.importing.axolotl_data import DATASETS, finish_data
 from peftchat.importing.axolotl_left import AXOLOTL_LEFT
-from peftchat.importing.draft import EMPTY, Draft, SourceLine, as_bool, as_number, shown
+from peftchat.importing.draft import EMPTY, IS_OFF, Draft, SourceLine, as_bool, as_number, shown
 from peftchat.importing.rules import Rule, Table, by, deferred, group, inert, refused, same, whole, words
 from peftchat.importing.shared_rules import (
+    FASTEST,
     KERNEL,
     LOGGING,
     NO_OPTIMIZER,
@@ -13,6 +14,7 @@ from peftchat.importing.shared_rules import (
     OPTIMIZER_WHY,
     OPTIMIZERS,
     SCHEDULES,
+    ask_targets,
     attention,
     checkpointing,
     deepspeed,
@@ -26,7 +28,7 @@ from peftchat.importing.shared_rules import (
     targets,
     variant,
 )
-from peftchat.importing.tool import Tool
+from peftchat.importing.tool import Tool, names
 
 _PRECISION = ("bf16", "bfloat16", "fp16", "float16", "float32")
 
@@ -34,6 +36,7 @@ _TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "tokenizer_default": "mode
 
 _OBJECTIVES = {"dpo": "dpo", "ipo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}
 
+_KERNEL_PLUGINS = ("liger", "cut_cross_entropy", "kernels")
 _STRATEGIES = {"no": "no", False: "no", "steps": "steps", "epoch": "epoch", "best": "epoch"}
 
 
@@ -59,7 +62,9 @@ def _jinja(draft: Draft, line: SourceLine) -> None:
 
 def _plugin(draft: Draft, line: SourceLine) -> None:
     names = line.value if isinstance(line.value, list) else [line.value]
-    other = [str(name) for name in names if not any(part in str(name) for part in ("liger", "cut_cross_entropy", "kernels"))]
+    other = [
+        str(name) for name in names if not any(part in str(name) for part in ("liger", "cut_cross_entropy", "kernels"))
+    ]
     trackers = [name for name in other if "swanlab" in name]
     if not other:
         draft.leave(line, KERNEL)
@@ -125,14 +130,10 @@ def _batch_size(draft: Draft, line: SourceLine) -> None:
         draft.refuse(line, "is less than `micro_batch_size`")
 
 
-def _warmup(draft: Draft, line: SourceLine) -> None:
-    draft.keep(line, "training.warmup_steps", line.value)
-
-
 def _min_rate(draft: Draft, line: SourceLine) -> None:
     ratio = as_number(line.value)
     if ratio == 0:
-        draft.leave(line, "off, as it is here")
+        draft.leave(line, IS_OFF)
     elif draft.get("lr_scheduler") in (None, "cosine"):
         becomes = {"training.lr_scheduler_kwargs": {"min_lr_rate": ratio}}
         draft.drop("training.lr_scheduler_type")
@@ -161,9 +162,9 @@ def _length(draft: Draft, line: SourceLine) -> None:
 def _attention_flag(name: str) -> Rule:
     def act(draft: Draft, line: SourceLine) -> None:
         if as_bool(line.value) is not True:
-            draft.leave(line, "off, as it is here")
+            draft.leave(line, IS_OFF)
         elif name == "auto":
-            draft.leave(line, "`model.attention: auto` takes the fastest kernel that is installed; results are the same")
+            draft.leave(line, FASTEST)
         else:
             draft.keep(line, "model.attention", name)
 
@@ -173,7 +174,7 @@ def _attention_flag(name: str) -> Rule:
 def _wandb(draft: Draft, line: SourceLine) -> None:
     tracker = "mlflow" if line.key.startswith("mlflow") else line.key.partition("_")[0].removeprefix("use")
     if as_bool(line.value) is False:
-        draft.leave(line, "off, as it is here")
+        draft.leave(line, IS_OFF)
         return
     why = f"reports to {tracker}; its project is set by the tracker's own variable"
     draft.change(line, {"training.report_to": [tracker]}, why)
@@ -183,7 +184,7 @@ def _tensorboard(draft: Draft, line: SourceLine) -> None:
     if as_bool(line.value) is True:
         draft.keep(line, "training.report_to", ["tensorboard"])
     else:
-        draft.leave(line, "off, as it is here")
+        draft.leave(line, IS_OFF)
 
 
 def _base_adapter(draft: Draft, line: SourceLine) -> None:
@@ -245,7 +246,7 @@ _TABLE: Table = {
     "lr_scheduler": words("training.lr_scheduler_type", SCHEDULES, "", otherwise=NO_SCHEDULE),
     "lr_scheduler_kwargs": whole(lambda draft, line: draft.keep(line, "training.lr_scheduler_kwargs", line.value)),
     "cosine_min_lr_ratio": by(_min_rate),
-    **group(by(_warmup), "warmup_steps warmup_ratio"),
+    **group(same("training.warmup_steps"), "warmup_steps warmup_ratio"),
     "weight_decay": same("training.weight_decay"),
     "max_grad_norm": same("training.max_grad_norm"),
     "adam_beta1": same("training.adam_beta1"),
@@ -298,6 +299,7 @@ def _finish(draft: Draft) -> None:
     fp16 = draft.is_on("fp16") or draft.is_on("float16")
     lines = draft.take(*_PRECISION)
     precision(draft, bfloat16=bf16 or is_auto, float16=fp16 and not bf16, lines=lines, mixed=False)
+    ask_targets(draft)
     _objective(draft)
     finish_data(draft)
     because = "Axolotl's default"
@@ -368,7 +370,7 @@ def _objective(draft: Draft) -> None:
         elif key == "simpo_gamma" and objective == "simpo":
             draft.keep(line, "simpo.gamma", line.value)
         elif key == "cpo_alpha" and as_number(line.value) == 0:
-            draft.leave(line, "off, as it is here")
+            draft.leave(line, IS_OFF)
         else:
             draft.refuse(line, f"`objective: {objective}` has no such weight")
 
@@ -377,9 +379,9 @@ AXOLOTL = Tool(
     name="axolotl",
     title="Axolotl",
     table=_TABLE,
-    marks=frozenset(
+    marks=names(
         "base_model micro_batch_size sequence_len val_set_size num_epochs sample_packing lora_target_linear "
-        "dataset_prepared_path evals_per_epoch saves_per_epoch pretraining_dataset".split()
+        "dataset_prepared_path evals_per_epoch saves_per_epoch pretraining_dataset"
     ),
     finish=_finish,
 )

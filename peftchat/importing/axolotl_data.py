@@ -2,7 +2,7 @@
 
 import re
 
-from peftchat.importing.draft import Draft, SourceLine, as_bool, shown
+from peftchat.importing.draft import IS_OFF, Draft, SourceLine, as_bool, shown
 from peftchat.importing.rules import Rule, Table, by, inert, place, refused, same
 
 RAW_TEXT = "plain text without turns; peftchat trains turns of a chat"
@@ -176,7 +176,7 @@ def _drop_system(draft: Draft, line: SourceLine) -> None:
     if as_bool(line.value) is True:
         draft.refuse(line, "peftchat keeps system messages; take them out of the data")
     else:
-        draft.leave(line, "off, as it is here")
+        draft.leave(line, IS_OFF)
 
 
 _STEPWISE = "data of a model that judges steps; peftchat learns from answers and pairs"

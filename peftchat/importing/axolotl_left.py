@@ -1,7 +1,17 @@
 """Axolotl's keys that a recipe has no counterpart for: those without a bearing, and those that are refused."""
 
 from peftchat.importing.rules import Table, group, inert, refused
-from peftchat.importing.shared_rules import HUB, KERNEL, LAUNCH, LOGGING, NOT_TEXT, PARALLEL, PREPARED, RESUME, RUN_FOLDER
+from peftchat.importing.shared_rules import (
+    HUB,
+    KERNEL,
+    LAUNCH,
+    LOGGING,
+    NOT_TEXT,
+    PARALLEL,
+    PREPARED,
+    RESUME,
+    RUN_FOLDER,
+)
 
 _REWARDS = "learns from rewards; peftchat learns from answers and pairs"
 _FROM_CONFIG = "the model's own files say this"
@@ -130,9 +140,7 @@ AXOLOTL_LEFT: Table = {
         inert("concerns a parallelism that peftchat does not have"),
         "heads_k_stride ring_attn_func expert_parallel_num_nvl_bytes expert_parallel_token_capacity",
     ),
-    **group(
-        refused("other numbers in training; peftchat trains in 16 or 32 bits"), "fp8 qat nvfp4_merge_aware"
-    ),
+    **group(refused("other numbers in training; peftchat trains in 16 or 32 bits"), "fp8 qat nvfp4_merge_aware"),
     "fp8_enable_fsdp_float8_all_gather": inert("concerns `fp8`"),
     "quantization": inert("concerns what is done after training"),
     **group(
@@ -167,10 +175,15 @@ AXOLOTL_LEFT: Table = {
         inert("evaluation here is the mean loss per token; `evaluation.tasks` asks benchmarks"),
         "do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset bench_split",
     ),
-    **group(refused("concerns a setting of the preference trainer that peftchat does not have"),
-            "dpo_use_weighting dpo_loss_weights rpo_alpha dpo_norm_loss"),
-    **group(inert(KERNEL), "dpo_use_liger_kernel dpo_padding_free precompute_ref_log_probs dpo_use_logits_to_keep "
-            "dpo_generate_during_eval"),
+    **group(
+        refused("concerns a setting of the preference trainer that peftchat does not have"),
+        "dpo_use_weighting dpo_loss_weights rpo_alpha dpo_norm_loss",
+    ),
+    **group(
+        inert(KERNEL),
+        "dpo_use_liger_kernel dpo_padding_free precompute_ref_log_probs dpo_use_logits_to_keep "
+        "dpo_generate_during_eval",
+    ),
     "trainer_cls": refused("a trainer of your own", blocks=True),
 }
 """What becomes of Axolotl's other keys."""

@@ -96,7 +96,9 @@ def _give_back(draft: Draft, problem: Problem) -> bool:
 
 def _drop(draft: Draft, keys: Keys, status: str, why: str) -> None:
     key = dotted(keys)
-    gone = {id(origin): origin for known, origin in draft.origins.items() if known == key or known.startswith(f"{key}.")}
+    gone = {
+        id(origin): origin for known, origin in draft.origins.items() if known == key or known.startswith(f"{key}.")
+    }
     draft.drop(key)
     for origin in gone.values():
         if isinstance(origin, Assumed):

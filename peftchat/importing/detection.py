@@ -54,7 +54,7 @@ def _titles() -> str:
 def _refuse_other_files(source: SourceFile) -> None:
     """Refuse files that stand beside configurations of a training."""
     values, where = source.document.values, str(source.path)
-    if isinstance(values.get("model"), Mapping) and "method" in values or "extends" in values:
+    if (isinstance(values.get("model"), Mapping) and "method" in values) or "extends" in values:
         hint = f"Train with it: `peftchat train {where}`."
         raise UserError("is a recipe of peftchat already", where=where, hint=hint)
     if "distributed_type" in values and "compute_environment" in values:
@@ -63,7 +63,7 @@ def _refuse_other_files(source: SourceFile) -> None:
     if "zero_optimization" in values:
         hint = "Give it as `distributed.deepspeed_config`, and import the training's own file."
         raise UserError("is a configuration of DeepSpeed, which says how a model is sharded", where=where, hint=hint)
-    if "architectures" in values or "model_type" in values and "hidden_size" in values:
+    if "architectures" in values or ("model_type" in values and "hidden_size" in values):
         raise UserError("is the config of a model", where=where, hint="Give it as `model.name`, by its folder.")
     if set(values) == {"config_file"} and any(word.endswith((".yaml", ".yml", ".json")) for word in source.command):
         other = next(word for word in source.command if word.endswith((".yaml", ".yml", ".json")))

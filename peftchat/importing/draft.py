@@ -15,6 +15,8 @@ Status = Literal["kept", "changed", "left out", "refused"]
 
 STATUSES: tuple[Status, ...] = ("kept", "changed", "left out", "refused")
 
+IS_OFF = "off, as it is here"
+
 EMPTY = "empty: the tool's default"
 
 _WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}

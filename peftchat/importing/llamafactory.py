@@ -1,9 +1,9 @@
 """LLaMA-Factory: the keys of its YAML and JSON files, and the flags of `llamafactory-cli train`."""
 
-from peftchat.importing.draft import EMPTY, Draft, SourceLine, as_bool, as_number, shown
+from peftchat.importing.draft import EMPTY, IS_OFF, Draft, SourceLine, as_bool, as_number, shown
 from peftchat.importing.llamafactory_data import take_datasets
 from peftchat.importing.llamafactory_left import LLAMAFACTORY_LEFT
-from peftchat.importing.rules import Table, by, deferred, group, inert, refused, same, words
+from peftchat.importing.rules import Rule, Table, by, deferred, group, inert, refused, same, words
 from peftchat.importing.shared_rules import (
     OBJECTIVES,
     attention,
@@ -16,7 +16,7 @@ from peftchat.importing.shared_rules import (
     variant,
 )
 from peftchat.importing.source_file import SourceFile
-from peftchat.importing.tool import Tool
+from peftchat.importing.tool import Tool, names
 from peftchat.importing.training_arguments import TRAINING_ARGUMENTS, assume_training_arguments
 
 _PRECISION = ("bf16", "fp16", "pure_bf16")
@@ -59,10 +59,6 @@ def _stage(draft: Draft, line: SourceLine) -> None:
         draft.refuse(line, f"`{stage}` is not among peftchat's objectives: {', '.join(OBJECTIVES)}", blocks=True)
 
 
-def _do_train(draft: Draft, line: SourceLine) -> None:
-    draft.leave(line, "`peftchat train` always trains")
-
-
 def _packing(draft: Draft, line: SourceLine) -> None:
     is_on = as_bool(line.value) is True
     if is_on and not draft.is_on("neat_packing"):
@@ -76,15 +72,15 @@ def _neat_packing(draft: Draft, line: SourceLine) -> None:
     if as_bool(line.value) is True:
         draft.keep(line, "data.packing", True)
     else:
-        draft.leave(line, "off, as it is here")
+        draft.leave(line, IS_OFF)
 
 
-def _loss_on(name: str) -> object:
+def _loss_on(name: str) -> Rule:
     def act(draft: Draft, line: SourceLine) -> None:
         if as_bool(line.value) is True:
             draft.keep(line, "chat.loss_on", name)
         else:
-            draft.leave(line, "off, as it is here")
+            draft.leave(line, IS_OFF)
 
     return by(act)
 
@@ -104,10 +100,6 @@ def _thinking(draft: Draft, line: SourceLine) -> None:
         draft.leave(line, "reasoning is written as the template does, as it is here")
 
 
-def _early_stopping(draft: Draft, line: SourceLine) -> None:
-    draft.keep(line, "training.early_stopping_patience", line.value)
-
-
 _TABLE: Table = {
     **TRAINING_ARGUMENTS,
     "model_name_or_path": same("model.name"),
@@ -117,7 +109,6 @@ _TABLE: Table = {
     "attn_implementation": attention(),
     "adapter_name_or_path": by(_base_adapter),
     "stage": by(_stage),
-    "do_train": by(_do_train),
     **group(deferred(), " ".join((*_METHOD, *_PRECISION, *_PREFERENCES, "dataset", "eval_dataset", "max_samples"))),
     "quantization_method": words(
         "quantization.type",
@@ -143,20 +134,20 @@ _TABLE: Table = {
     "template": by(template),
     "default_system": same("chat.system"),
     "enable_thinking": by(_thinking),
-    "train_on_prompt": _loss_on("everything"),  # type: ignore[dict-item]
-    "mask_history": _loss_on("last_answer"),  # type: ignore[dict-item]
+    "train_on_prompt": _loss_on("everything"),
+    "mask_history": _loss_on("last_answer"),
     "dataset_dir": inert("where the names of `dataset` were looked up"),
     "cutoff_len": same("data.max_length"),
     "packing": by(_packing),
     "neat_packing": by(_neat_packing),
     "val_size": held_out(),
     "mix_strategy": words(
-        "data.resample", {"concat": None}, "all examples of all sources, as it is here", otherwise="needs weights: see `data.train`"
+        "data.resample", {"concat": None}, "all of all sources, as here", otherwise="needs a `weight` for each source"
     ),
     "interleave_probs": refused("give each source of `data.train` a `weight`"),
     "disable_gradient_checkpointing": by(_checkpointing_off),
     "use_reentrant_gc": inert("results are the same"),
-    "early_stopping_steps": by(_early_stopping),
+    "early_stopping_steps": same("training.early_stopping_patience"),
     "disable_shuffling": refused("examples are drawn at random"),
     **LLAMAFACTORY_LEFT,
 }
@@ -223,7 +214,7 @@ def _preferences(draft: Draft) -> None:
         elif line.key == "pref_ftx" and objective == "dpo" and value:
             draft.keep(line, "dpo.rpo_alpha", value)
         elif value == 0:
-            draft.leave(line, "off, as it is here")
+            draft.leave(line, IS_OFF)
         else:
             draft.refuse(line, f"`objective: {objective}` has no such setting")
     if objective == "simpo":
@@ -248,9 +239,9 @@ LLAMAFACTORY = Tool(
     name="llamafactory",
     title="LLaMA-Factory",
     table=_TABLE,
-    marks=frozenset(
+    marks=names(
         "stage finetuning_type cutoff_len lora_rank lora_target dataset_dir template quantization_bit pref_beta "
-        "overwrite_cache export_dir infer_backend".split()
+        "overwrite_cache export_dir infer_backend"
     ),
     finish=_finish,
     not_a_training=_not_a_training,

@@ -48,7 +48,7 @@ LLAMAFACTORY_LEFT: Table = {
         refused("peftchat adds the tokens of the chat template only"),
         "add_tokens add_special_tokens new_special_tokens_config",
     ),
-    "split_special_tokens": refused("text of special tokens in a message is ordinary text; see `chat.special_token_text`"),
+    "split_special_tokens": refused("special tokens in a message are ordinary text: `chat.special_token_text`"),
     "tool_format": refused("tools are written as the template does"),
     "preserve_thinking": refused("`chat.reasoning_history: keep` keeps the reasoning of earlier answers"),
     "additional_target": refused("an adapter trains no whole modules beside it; embeddings of added tokens alone"),

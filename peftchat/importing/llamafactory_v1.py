@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftchat.errors import UserError
-from peftchat.importing.draft import Draft, SourceLine, as_bool, as_number, shown
+from peftchat.importing.draft import IS_OFF, Draft, SourceLine, as_bool, as_number, shown
 from peftchat.importing.llamafactory import template
 from peftchat.importing.llamafactory_data import source_keys
 from peftchat.importing.rules import Table, by, deferred, group, inert, refused, same, words
@@ -118,7 +118,8 @@ _TABLE: Table = {
     **group(inert(KERNEL), "kernel_config"),
     **group(inert(PREPARED), "batching_workers"),
     **group(
-        inert(LAUNCH), "dist_config dist_timeout dp_size mp_replicate_size mp_shard_size cp_mode init_config quant_config"
+        inert(LAUNCH),
+        "dist_config dist_timeout dp_size mp_replicate_size mp_shard_size cp_mode init_config quant_config",
     ),
     **group(refused(PARALLEL, unless=_ONE), "cp_size dist_config.ep_size dist_config.cp_size"),
     **group(inert("concerns how a finished model answers"), "sample_backend max_new_tokens"),
@@ -181,7 +182,7 @@ def _preferences(draft: Draft) -> None:
         elif line.key == "simpo_gamma" and objective == "simpo":
             draft.keep(line, "simpo.gamma", line.value)
         elif not as_number(line.value):
-            draft.leave(line, "off, as it is here")
+            draft.leave(line, IS_OFF)
         elif objective == "dpo":
             draft.keep(line, "dpo.rpo_alpha", line.value)
         else:
@@ -222,7 +223,9 @@ def _data(draft: Draft, line: SourceLine) -> None:
     becomes: dict[str, Any] = {}
     entries = [entry for entry in listed.values() if isinstance(entry, Mapping)]
     for at, entry in enumerate(entries):
-        given = {"hf_hub_url": entry.get("path")} if entry.get("source") == "hf_hub" else {"file_name": entry.get("path")}
+        given = (
+            {"hf_hub_url": entry.get("path")} if entry.get("source") == "hf_hub" else {"file_name": entry.get("path")}
+        )
         root = found.parent.parent if str(entry.get("path", "")).startswith(found.parent.name) else found.parent
         keys = source_keys(given, {}, root)
         becomes |= {f"data.train.{at}.{key}": value for key, value in keys.items()}

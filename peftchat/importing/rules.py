@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peftchat.importing.draft import EMPTY, Draft, SourceLine, as_bool, shown
+from peftchat.importing.draft import EMPTY, IS_OFF, Draft, SourceLine, as_bool, shown
 
 OFF = (None, False, 0, "", "no", "none", "None", "off", "null")
 """Values with which a setting of another tool does nothing."""
@@ -96,7 +96,7 @@ def refused(why: str, *, unless: tuple[Any, ...] = OFF, blocks: bool = False) ->
     def act(draft: Draft, line: SourceLine) -> None:
         value = as_bool(line.value)
         if any(value == one and type(value) is not list for one in unless):
-            draft.leave(line, "off, as it is here")
+            draft.leave(line, IS_OFF)
         else:
             draft.refuse(line, why, blocks=blocks)
 

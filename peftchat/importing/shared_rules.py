@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from peftchat.importing.draft import Draft, SourceLine, as_bool, as_number, shown
+from peftchat.importing.draft import IS_OFF, Draft, SourceLine, as_bool, as_number, shown
 from peftchat.importing.rules import Rule, by, is_templated, whole
 from peftchat.recipe.objectives import Objective
 from peftchat.recipe.sections import REPORTERS, Optimizer, Schedule
@@ -32,6 +32,7 @@ NO_SCHEDULE = "is not among peftchat's schedules; choose one of docs/recipe.md"
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
+FASTEST = "`model.attention: auto` takes the fastest kernel that is installed; results are the same"
 KERNEL = "a faster kernel with the same results; peftchat chooses its own"
 LOGGING = "concerns what is printed, not what is learned"
 PREPARED = "peftchat encodes, orders and collates examples by itself"
@@ -65,7 +66,7 @@ def attention() -> Rule:
         elif name == line.value:
             draft.keep(line, "model.attention", name)
         elif name == "auto":
-            draft.leave(line, "`model.attention: auto` takes the fastest kernel that is installed; results are the same")
+            draft.leave(line, FASTEST)
         else:
             draft.change(line, {"model.attention": name}, "the same attention by its name here")
 
@@ -77,11 +78,15 @@ def targets() -> Rule:
 
     def act(draft: Draft, line: SourceLine) -> None:
         value = line.value
-        if isinstance(value, str) and value in ("all", "all-linear", "all_linear"):
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if value in ("all", "all-linear", "all_linear"):
             draft.keep(line, "adapter.target_modules", "all-linear")
             return
         names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-        if not isinstance(names, list) or not all(isinstance(one, str) and re.fullmatch(r"[\w.]+", one) for one in names):
+        if not isinstance(names, list) or not all(
+            isinstance(one, str) and re.fullmatch(r"[\w.]+", one) for one in names
+        ):
             draft.refuse(line, "a pattern of names; give `adapter.target_modules` a list of module names")
             return
         draft.keep(line, "adapter.target_modules", names)
@@ -89,12 +94,19 @@ def targets() -> Rule:
     return by(act)
 
 
+def ask_targets(draft: Draft) -> None:
+    """Say that a tool which names no modules leaves them to PEFT, whose choice depends on the architecture."""
+    if draft.values.get("method") != "full" and "adapter.target_modules" not in draft.values:
+        what = "the file names none, and PEFT then takes a few, often [q_proj, v_proj]; here it is all linear layers"
+        draft.ask("adapter.target_modules", what)
+
+
 def variant(name: str, why: str = "") -> Rule:
     """Return the rule of a switch that turns LoRA into another variant."""
 
     def act(draft: Draft, line: SourceLine) -> None:
         if as_bool(line.value) in (False, None):
-            draft.leave(line, "off, as it is here")
+            draft.leave(line, IS_OFF)
         else:
             draft.keep(line, "adapter.variant", name)
 
@@ -171,7 +183,7 @@ def fsdp() -> Rule:
     def act(draft: Draft, line: SourceLine) -> None:
         text = shown(line.value)
         if as_bool(line.value) is False:
-            draft.leave(line, "off, as it is here")
+            draft.leave(line, IS_OFF)
         elif "shard_grad_op" in text:
             draft.change(line, {"distributed.strategy": "zero2"}, "ZeRO-2 shards the same: gradients and optimizer")
         else:
@@ -189,7 +201,7 @@ def fsdp_offload() -> Rule:
             why = "ZeRO-3 with offload keeps weights and optimizer in the CPU's memory"
             draft.change(line, {"distributed.strategy": "zero3", "distributed.offload": "all"}, why)
         else:
-            draft.leave(line, "off, as it is here")
+            draft.leave(line, IS_OFF)
 
     return by(act)
 
@@ -259,7 +271,7 @@ def method(draft: Draft, *, has_adapter: bool, in_4bit: bool, in_8bit: bool, lin
         elif is_on:
             draft.keep(line, "quantization.bits", int(bits[0]))
         else:
-            draft.leave(line, "off, as it is here")
+            draft.leave(line, IS_OFF)
     if "adapter" in lines:
         draft.keep(lines["adapter"], "method", chosen)
     else:

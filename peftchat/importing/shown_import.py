@@ -34,7 +34,9 @@ def print_import(imported: Imported, console: "Console") -> None:
 def summary(imported: Imported) -> str:
     """Return the counts in one sentence."""
     counts = ", ".join(f"{imported.count(status)} {status}" for status in STATUSES)
-    assumed = f"; {len(imported.assumed)} defaults of {imported.tool.title} are written down" if imported.assumed else ""
+    assumed = (
+        f"; {len(imported.assumed)} defaults of {imported.tool.title} are written down" if imported.assumed else ""
+    )
     return f"{imported.tool.title}, {len(imported.lines)} lines: {counts}{assumed}."
 
 

@@ -1,11 +1,16 @@
 """What the module of a tool says about it."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from peftchat.importing.draft import Draft
 from peftchat.importing.rules import Table
 from peftchat.importing.source_file import SourceFile
+
+
+def names(text: str) -> frozenset[str]:
+    """Return the words of a text, as keys."""
+    return frozenset(text.split())
 
 
 def _as_it_is(source: SourceFile) -> SourceFile:
@@ -28,7 +33,6 @@ class Tool:
         finish: deals with keys that depend on others, and with the tool's own defaults.
         prepare: what is done to a file before its lines are read, such as following references.
         not_a_training: why a file of this tool trains nothing, or None where it does.
-        extra_names: further keys that the tool knows, for the nearest name of an unknown one.
     """
 
     name: str
@@ -38,4 +42,3 @@ class Tool:
     finish: Callable[[Draft], None]
     prepare: Callable[[SourceFile], SourceFile] = _as_it_is
     not_a_training: Callable[[SourceFile], str | None] = _anything
-    words: Mapping[str, str] = field(default_factory=dict)

@@ -3,9 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peftchat.importing.draft import Draft, SourceLine, as_bool, as_number, shown
+from peftchat.importing.draft import IS_OFF, Draft, SourceLine, as_bool, as_number, shown
 from peftchat.importing.rules import Table, by, deferred, group, inert, is_templated, refused, same
-from peftchat.importing.shared_rules import KERNEL, LAUNCH, LOGGING, NOT_TEXT, PARALLEL, PREPARED, RESUME, RUN_FOLDER, checkpointing
+from peftchat.importing.shared_rules import (
+    KERNEL,
+    LAUNCH,
+    LOGGING,
+    NOT_TEXT,
+    PARALLEL,
+    PREPARED,
+    RESUME,
+    RUN_FOLDER,
+    checkpointing,
+)
 from peftchat.importing.source_file import SourceFile, with_references
 from peftchat.importing.tool import Tool
 from peftchat.importing.torchtune_data import DATASETS, finish_data
@@ -104,13 +114,9 @@ def _loss_setting(draft: Draft, line: SourceLine) -> None:
     if _name(draft.get("loss._component_")) == "DPOLoss" and line.key == "loss.beta":
         draft.keep(line, "dpo.beta", line.value)
     elif as_number(line.value) == 0:
-        draft.leave(line, "off, as it is here")
+        draft.leave(line, IS_OFF)
     else:
         draft.refuse(line, "peftchat's loss has no such setting")
-
-
-def _clip(draft: Draft, line: SourceLine) -> None:
-    draft.keep(line, "training.max_grad_norm", line.value)
 
 
 def _max_steps(draft: Draft, line: SourceLine) -> None:
@@ -120,10 +126,6 @@ def _max_steps(draft: Draft, line: SourceLine) -> None:
     else:
         why = f"the steps of {epochs} epochs together; examples of a part of an epoch are not the first ones again"
         draft.change(line, {"training.max_steps": int(epochs) * int(steps)}, why)
-
-
-def _seed(draft: Draft, line: SourceLine) -> None:
-    draft.keep(line, "training.seed", line.value)
 
 
 def _dtype(draft: Draft, line: SourceLine) -> None:
@@ -139,7 +141,7 @@ def _offload(draft: Draft, line: SourceLine) -> None:
         why = "ZeRO-3 with offload keeps weights and optimizer in the CPU's memory"
         draft.change(line, {"distributed.strategy": "zero3", "distributed.offload": "all"}, why)
     else:
-        draft.leave(line, "off, as it is here")
+        draft.leave(line, IS_OFF)
 
 
 def _tracker(draft: Draft, line: SourceLine) -> None:
@@ -151,23 +153,11 @@ def _tracker(draft: Draft, line: SourceLine) -> None:
         draft.leave(line, "peftchat writes `metrics.jsonl` in any case")
 
 
-def _device(draft: Draft, line: SourceLine) -> None:
-    draft.leave(line, "a GPU where there is one, else the CPU")
-
-
-def _val_steps(draft: Draft, line: SourceLine) -> None:
-    draft.keep(line, "training.eval_steps", line.value)
-
-
 def _save_steps(draft: Draft, line: SourceLine) -> None:
     if line.key == "save_every_n_steps":
         draft.keep(line, "training.save_steps", line.value)
     else:
         draft.keep(line, "training.save_strategy", "epoch")
-
-
-def _prompt_template(draft: Draft, line: SourceLine) -> None:
-    draft.refuse(line, "a text around each message; write it as a `.jinja` file, and give that as `chat.template`")
 
 
 _TABLE: Table = {
@@ -185,7 +175,7 @@ _TABLE: Table = {
         "tokenizer.image_size tokenizer.max_num_tiles",
     ),
     "tokenizer.max_seq_len": same("data.max_length"),
-    "tokenizer.prompt_template": by(_prompt_template),
+    "tokenizer.prompt_template": refused("a text around each message; write it as a `.jinja` file of `chat.template`"),
     "tokenizer": inert("the tokenizer lies beside the model"),
     "checkpointer.checkpoint_dir": by(_checkpoint_folder),
     "checkpointer.keep_last_n_checkpoints": same("training.save_total_limit"),
@@ -211,21 +201,23 @@ _TABLE: Table = {
     "lr_scheduler.num_cycles": refused("a cosine of half a turn", unless=(None, 0.5)),
     "loss._component_": by(_loss),
     "loss": by(_loss_setting),
-    "clip_grad_norm": by(_clip),
-    "seed": by(_seed),
+    "clip_grad_norm": same("training.max_grad_norm"),
+    "seed": same("training.seed"),
     "dtype": by(_dtype),
-    "device": by(_device),
+    "device": inert("a GPU where there is one, else the CPU"),
     "compile": same("training.torch_compile"),
     "enable_activation_checkpointing": checkpointing(),
     "log_every_n_steps": same("training.logging_steps"),
-    "run_val_every_n_steps": by(_val_steps),
+    "run_val_every_n_steps": same("training.eval_steps"),
     **group(by(_save_steps), "save_every_n_steps save_every_n_epochs"),
     "metric_logger._component_": by(_tracker),
     "metric_logger": inert(LOGGING),
     **group(by(_offload), "fsdp_cpu_offload fsdp.cpu_offload"),
     **group(inert(KERNEL), "enable_activation_offloading ac_mode ac_option memory_efficient_fsdp_wrap use_flex"),
     **group(inert(PREPARED), "collate_fn dataloader num_workers"),
-    **group(inert(LOGGING), "log_peak_memory_stats log_level profiler debug_logging_enabled debug_num_samples_per_step"),
+    **group(
+        inert(LOGGING), "log_peak_memory_stats log_level profiler debug_logging_enabled debug_num_samples_per_step"
+    ),
     **group(
         inert(LAUNCH),
         "custom_sharded_layers low_cpu_ram fsdp cudnn_deterministic_mode use_distributed_state_dict "
@@ -291,7 +283,7 @@ def _targets(draft: Draft) -> None:
         if as_bool(line.value) is True:
             draft.keep(line, "adapter.variant", "dora")
         else:
-            draft.leave(line, "off, as it is here")
+            draft.leave(line, IS_OFF)
 
 
 def _not_a_training(source: SourceFile) -> str | None:
@@ -312,16 +304,12 @@ def has_components(value: Any) -> bool:
     return isinstance(value, list) and any(has_components(held) for held in value)
 
 
-def _prepare(source: SourceFile) -> SourceFile:
-    return with_references(source)
-
-
 TORCHTUNE = Tool(
     name="torchtune",
     title="torchtune",
     table=_TABLE,
     marks=frozenset(("checkpointer", "metric_logger", "tokenizer", "profiler", "enable_activation_checkpointing")),
     finish=_finish,
-    prepare=_prepare,
+    prepare=with_references,
     not_a_training=_not_a_training,
 )

@@ -1,6 +1,6 @@
 """The keys of transformers' TrainingArguments, which TRL and LLaMA-Factory take as they are."""
 
-from peftchat.importing.draft import Draft, SourceLine, as_bool, as_number
+from peftchat.importing.draft import IS_OFF, Draft, SourceLine, as_bool, as_number
 from peftchat.importing.rules import Rule, Table, by, group, inert, refused, same, whole, words
 from peftchat.importing.shared_rules import (
     HUB,
@@ -63,7 +63,7 @@ def _deterministic(draft: Draft, line: SourceLine) -> None:
     if as_bool(line.value) is True:
         draft.leave(line, "runs on the same machine and versions repeat by themselves")
     else:
-        draft.leave(line, "off, as it is here")
+        draft.leave(line, IS_OFF)
 
 
 STRATEGIES = {"no": "no", False: "no", "steps": "steps", "epoch": "epoch"}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from peftchat.importing.draft import EMPTY, Draft, SourceLine, as_bool, as_number, shown
+from peftchat.importing.draft import EMPTY, IS_OFF, Draft, SourceLine, as_bool, as_number, shown
 from peftchat.importing.rules import Rule, Table, by, deferred, group, inert, refused, same, whole, words
 from peftchat.importing.shared_rules import (
     KERNEL,
@@ -13,6 +13,7 @@ from peftchat.importing.shared_rules import (
     NOT_TEXT,
     OBJECTIVES,
     PREPARED,
+    ask_targets,
     attention,
     method,
     offered_objective,
@@ -21,14 +22,15 @@ from peftchat.importing.shared_rules import (
     variant,
 )
 from peftchat.importing.source_file import SourceFile
-from peftchat.importing.tool import Tool
+from peftchat.importing.tool import Tool, names
 from peftchat.importing.training_arguments import TRAINING_ARGUMENTS, assume_training_arguments
 
 _PRECISION = ("bf16", "fp16")
 _METHOD = ("use_peft", "load_in_4bit", "load_in_8bit")
-_COMMAND = re.compile(r"\b(?:trl\s+|scripts?/)(sft|dpo|kto|orpo|cpo|grpo|rloo|reward|ppo|online_dpo|gkd|nash_md|xpo|prm)\b")
+_COMMAND = re.compile(r"\b(?:trl\s+|scripts?/)(\w+)\b")
 _OBJECTIVE_KEY = "_objective"
 
+_TRAINERS = names("sft dpo kto orpo cpo grpo rloo reward ppo online_dpo gkd nash_md xpo prm")
 _BETA = ("beta", "loss_type", "label_smoothing", "simpo_gamma", "cpo_alpha", "rpo_alpha")
 _DROPOUT = ("lora_dropout", "disable_dropout")
 _DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust")
@@ -195,7 +197,7 @@ _TABLE: Table = {
 def _prepare(source: SourceFile) -> SourceFile:
     """Find the trainer that a script, or a comment of a file, names: it is not among the keys."""
     text = " ".join(source.command) if source.command else source.text
-    found = {match[1] for match in _COMMAND.finditer(text)}
+    found = {match[1] for match in _COMMAND.finditer(text)} & _TRAINERS
     if len(found) != 1:
         return source
     values = {_OBJECTIVE_KEY: found.pop(), **source.document.values}
@@ -214,16 +216,20 @@ def _finish(draft: Draft) -> None:
     else:
         precision(draft, bfloat16=not fp16 and not is_off, float16=fp16, lines=lines, mixed=True)
     objective = _objective(draft)
+    ask_targets(draft)
     _dropout(draft, objective)
-    if draft.values.get("method") != "full":
-        if draft.get("use_bnb_nested_quant") is None and draft.values.get("quantization.bits") == 4:
-            draft.assume("quantization.double", False, "TRL's default")
+    if draft.get("use_bnb_nested_quant") is None and draft.values.get("quantization.bits") == 4:
+        draft.assume("quantization.double", False, "TRL's default")
     draft.assume("chat.template", "model", "TRL writes conversations by the model's own template")
     draft.assume("data.max_length", 1024, "TRL's default")
     if objective == "sft":
         draft.assume("data.packing", False, "TRL's default")
         if "chat.loss_on" not in draft.values and draft.get("dataset_text_field") != "prompt":
-            draft.assume("chat.loss_on", "everything", "TRL's default for `messages`; of `prompt` and `completion` it trains the latter")
+            draft.assume(
+                "chat.loss_on",
+                "everything",
+                "TRL's default for `messages`; of `prompt` and `completion` it trains the latter",
+            )
     assume_training_arguments(draft, learning_rate=_RATES.get(objective, 2e-5))
 
 
@@ -290,11 +296,9 @@ def _objective(draft: Draft) -> str:
         elif line.key == "label_smoothing" and draft.get("loss_type") == "robust":
             draft.keep(line, "dpo.label_smoothing", value)
         elif value == 0:
-            draft.leave(line, "off, as it is here")
+            draft.leave(line, IS_OFF)
         else:
             draft.refuse(line, f"`objective: {objective}` has no such setting")
-    if objective == "simpo" and as_number(draft.get("cpo_alpha")) != 0:
-        draft.ask("simpo", "TRL adds the mean loss of the chosen answers unless `cpo_alpha` is 0; SimPO here never does")
     return objective
 
 
@@ -307,8 +311,10 @@ def _of_sft(draft: Draft, line: SourceLine) -> None:
 
 def _loss(draft: Draft, line: SourceLine, objective: str) -> None:
     names = line.value if isinstance(line.value, list) else [line.value]
-    if names == ["simpo"] and objective == "simpo":
+    if names == ["simpo"] and as_number(draft.get("cpo_alpha")) == 0:
         draft.keep_all(line, {})
+    elif names == ["simpo"]:
+        draft.refuse(line, "adds the mean loss of the chosen answers unless `cpo_alpha: 0` is written")
     elif objective == "dpo" and sorted(map(str, names)) == ["sft", "sigmoid"]:
         draft.keep(line, "dpo.rpo_alpha", 1.0)
     elif len(names) == 1 and objective in ("dpo", "cpo") and names[0] in _DPO_LOSSES:
@@ -321,9 +327,9 @@ TRL = Tool(
     name="trl",
     title="TRL",
     table=_TABLE,
-    marks=frozenset(
+    marks=names(
         "dataset_name dataset_train_split use_peft max_length packing dataset_text_field assistant_only_loss "
-        "lora_target_modules beta dataset_config".split()
+        "lora_target_modules beta dataset_config"
     ),
     finish=_finish,
     prepare=_prepare,

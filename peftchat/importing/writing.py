@@ -33,7 +33,9 @@ def recipe_text(imported: Imported, target: Path) -> str:
     if imported.refused:
         lines += ["#", "# REFUSED, so that this recipe trains otherwise than that file:"]
         for line in imported.refused:
-            lines += _comment(f"- line {line.source.line}, {line.source.key}: {shown(line.source.value)}: {line.why}", "")
+            lines += _comment(
+                f"- line {line.source.line}, {line.source.key}: {shown(line.source.value)}: {line.why}", ""
+            )
     values = {**imported.values}
     for key in imported.to_give:
         if key in PLACEHOLDERS:

@@ -40,7 +40,7 @@ _MAY_CHANGE = {
         "gradient_accumulation_steps",
     },
     "distributed": {"processes", "nodes", "strategy", "offload", "deepspeed_config"},
-    "model": {"attention"},
+    "model": {"attention", "compute_dtype"},
 }
 
 # A checkpoint holds tensors that only these settings give their names and shapes.

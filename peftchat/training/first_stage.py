@@ -1,8 +1,8 @@
 """The finished run that a second stage begins at: checked, then continued or merged in memory.
 
 An adapter on a frozen base goes on: the model has one adapter, its first values are those of the run's file, and what
-is saved is an adapter like the run's. `method: full` trains all weights, so the run's adapter is merged into them first,
-as `peftchat merge` does it.
+is saved is an adapter like the run's. `method: full` trains all weights, so the run's adapter is merged into them
+first, as `peftchat merge` does it.
 """
 
 import hashlib

@@ -107,7 +107,7 @@ def load_trainable_model(context: TrainContext) -> TrainableModel:
 def _build_model(context: TrainContext) -> TrainableModel:
     recipe, chat = context.recipe, context.chat
     set_seed(recipe.training.seed)
-    dtype = weight_dtype(recipe.method, recipe.model.dtype, context.distributed.strategy)
+    dtype = weight_dtype(recipe.method, recipe.model.loaded_as, context.distributed.strategy)
     model = load_base(recipe, dtype=dtype, device_map=_device_map(recipe, context.distributed))
     if model.get_output_embeddings() is None:
         raise UserError("the model has no language-model head", where=f"model.name: {recipe.model.name}")
@@ -139,7 +139,7 @@ def _build_model(context: TrainContext) -> TrainableModel:
     if is_zero3() and recipe.method == "lora":
         # ZeRO-3 gathers parameters of one dtype at a time: https://github.com/deepspeedai/DeepSpeed/issues/8072
         # Its optimizer keeps float32 master weights of all of them.
-        cast_trainable(wrapped, getattr(torch, recipe.model.dtype))
+        cast_trainable(wrapped, getattr(torch, recipe.model.computed_in))
     start = trained_values(wrapped) if first_stage is not None and recipe.has_reference else None
     return TrainableModel(wrapped, snapshot_embeddings(model, chat.new_tokens), start=start)
 
@@ -226,7 +226,7 @@ def _layout(recipe: "Recipe", base: "PreTrainedModel", *, has_prompt: bool) -> B
 
 
 def _has_kernel(recipe: "Recipe") -> bool:
-    return not torch.cuda.is_available() or recipe.model.dtype in _KERNEL_DTYPES
+    return not torch.cuda.is_available() or recipe.model.computed_in in _KERNEL_DTYPES
 
 
 def compile_if_faster(

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from peftchat.errors import UserError
 from peftchat.output_paths import InputPath
 from peftchat.paths import expand_path
+from peftchat.recipe.begun_at_run import changes_of_run, recipe_of_run, take_from_run
 from peftchat.recipe.deepspeed_file import deepspeed_problems
 from peftchat.recipe.document import (
     Document,
@@ -29,6 +30,7 @@ from peftchat.recipe.validation import (
     find_conflicts,
     invalid_combinations,
     missing_dependencies,
+    recipe_values,
     resolve_defaults,
 )
 
@@ -52,6 +54,8 @@ class LoadedRecipe:
         files = {place.file for place in self.document.places.values() if place.file is not None}
         found = [InputPath(file, "the recipe") for file in sorted({self.path, *files})]
         found.append(InputPath(Path(recipe.model.name), "the base model"))
+        if recipe.model.adapter is not None:
+            found.append(InputPath(Path(recipe.model.adapter), "the run that it begins at"))
         for entry in (*recipe.data.train, *(recipe.data.eval or ())):
             found.append(InputPath(Path(entry.path), "the data", is_read_recursively=True))
         if isinstance(recipe.evaluation.questions, str):
@@ -84,12 +88,25 @@ def load_recipe(
     expand_paths(document)
     find_beside_recipe(document)
     drop_settings_of_other_variants(document)
+    run = _take_from_run(document, needed=to_train)
     recipe = _validate_without_conflicts(document, str(path))
     problems = list(invalid_combinations(recipe))
+    if run is not None:
+        problems += changes_of_run(recipe, run)
     if to_train:
         problems += [*missing_dependencies(recipe), *deepspeed_problems(recipe)]
     refuse(problems, document, str(path))
     return LoadedRecipe(recipe, Path(path), document, tuple(overrides))
+
+
+def _take_from_run(document: Document, *, needed: bool) -> Recipe | None:
+    """Fill in what the run determines that the recipe begins at, and return that run's recipe; None without one."""
+    file = recipe_of_run(document, needed=needed)
+    if file is None:
+        return None
+    run = load_recipe(file, to_train=False, upgrade=True).recipe
+    take_from_run(document, run, recipe_values(run), file)
+    return run
 
 
 def _read(path: Path, extending: tuple[Path, ...]) -> Document:

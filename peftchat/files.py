@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from peftchat.errors import UserError
+
 
 def cache_root() -> Path:
     """Return the cache folder: `PEFTCHAT_CACHE`, or the user's cache folder."""
@@ -26,3 +28,23 @@ def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_new_text(path: Path, text: str) -> None:
+    """Write a text file whose name nothing has; nothing stays of one that cannot be written.
+
+    Raises:
+        UserError: the name is taken, or the file cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            try:
+                file.write(text)
+                file.flush()
+            except BaseException:
+                path.unlink()
+                raise
+    except FileExistsError as error:
+        raise UserError("the file already exists", where=str(path), hint="Choose another name with `-o`.") from error
+    except OSError as error:
+        raise UserError(f"the file cannot be written: {error.strerror}", where=str(path)) from error

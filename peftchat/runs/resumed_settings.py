@@ -75,6 +75,7 @@ def fixed_settings(recipe: "Recipe", *, with_paths: bool) -> dict[str, Any]:
     if not with_paths:
         values["model"].pop("name")
         values["model"].pop("revision")
+        values["model"].pop("adapter")
         for split in ("train", "eval"):
             values["data"][split] = [
                 {key: value for key, value in entry.items() if key != "path"} for entry in values["data"][split] or ()

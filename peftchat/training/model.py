@@ -1,13 +1,15 @@
 """The model of a run: base, added tokens and adapter, its attention, and compiled layers."""
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from peftchat.chat_template.chat_format import ChatFormat
@@ -29,7 +31,9 @@ from peftchat.models.zero import is_zero3
 from peftchat.runs.run_summary import AutoSetting
 from peftchat.training.context import TrainContext
 from peftchat.training.distributed import DistributedSetup, weight_dtype
+from peftchat.training.first_stage import load_first_stage, merge_first_stage
 from peftchat.training.progress import memory_in_use
+from peftchat.training.reference import trained_values
 from peftchat.training.throughput import count_parameters
 
 if TYPE_CHECKING:
@@ -56,6 +60,8 @@ class TrainableModel:
         model: the model, wrapped by PEFT on adapter paths.
         initial_embeddings: the added tokens' embeddings before training; None without added tokens.
         baseline_bytes: memory that this process held before the model was loaded; 0 on a GPU.
+        start: the trained weights before training, for a reference that the adapter is a part of; None where it is
+            the base.
         auto_settings: settings chosen while the model was prepared.
     """
 
@@ -63,6 +69,7 @@ class TrainableModel:
     initial_embeddings: EmbeddingSnapshot | None
     baseline_bytes: int = 0
     auto_settings: tuple[AutoSetting, ...] = ()
+    start: Mapping[str, Tensor] | None = None
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -91,10 +98,10 @@ def load_trainable_model(context: TrainContext) -> TrainableModel:
     stats = context.splits["train"].stats
     setting = compile_if_faster(context.loaded, context.distributed, built, stats, compilable=compilable)
     if setting is None:
-        return TrainableModel(built.model, built.initial_embeddings, baseline)
+        return replace(built, baseline_bytes=baseline)
     if context.is_main:
         stderr.print(f"Chosen: {setting}", markup=False, highlight=False)
-    return TrainableModel(built.model, built.initial_embeddings, baseline, (setting,))
+    return replace(built, baseline_bytes=baseline, auto_settings=(setting,))
 
 
 def _build_model(context: TrainContext) -> TrainableModel:
@@ -111,23 +118,30 @@ def _build_model(context: TrainContext) -> TrainableModel:
     for note in mend_generation_settings(model.config, model.generation_config):
         context.notes.tell(note)
     init = recipe.chat.new_token_init
+    first_stage = None if recipe.model.adapter is None else Path(recipe.model.adapter)
     if recipe.method == "full":
         resize_embeddings(model, chat.tokenizer, chat.new_tokens, init)
+        if first_stage is not None and context.checkpoint is None:
+            merge_first_stage(recipe, model, first_stage)
         freeze_layers(model, recipe.model.freeze_layers)
         return TrainableModel(model, snapshot_embeddings(model, chat.new_tokens))
     model.requires_grad_(False)
     attach_added_tokens(model, chat.tokenizer, chat.new_tokens, init)
-    checkpoint = context.checkpoint.path if context.checkpoint else None
+    # Both hold the shapes that an initialization has found, and values in its place.
+    checkpoint = context.checkpoint.path if context.checkpoint else first_stage
     for note in expert_notes(recipe, model):
         context.notes.tell(note)
     batches = partial(_calibration_batches, recipe, chat, context.splits["train"].store, model.device)
     wrapped = add_adapter(recipe, model, batches, checkpoint)
     _check_has_trainable(wrapped)
+    if first_stage is not None:
+        load_first_stage(recipe, wrapped, first_stage)
     if is_zero3() and recipe.method == "lora":
         # ZeRO-3 gathers parameters of one dtype at a time: https://github.com/deepspeedai/DeepSpeed/issues/8072
         # Its optimizer keeps float32 master weights of all of them.
         cast_trainable(wrapped, getattr(torch, recipe.model.computed_in))
-    return TrainableModel(wrapped, snapshot_embeddings(model, chat.new_tokens))
+    start = trained_values(wrapped) if first_stage is not None and recipe.has_reference else None
+    return TrainableModel(wrapped, snapshot_embeddings(model, chat.new_tokens), start=start)
 
 
 def _check_has_trainable(model: "PreTrainedModel | PeftModel") -> None:

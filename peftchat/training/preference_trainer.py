@@ -50,6 +50,11 @@ class PreferenceTrainer(ChatTrainer):
         super().__init__(context, model, config, layout)
         self._recipe = context.recipe
         self._initial_embeddings = model.initial_embeddings
+        self._start = model.start
+        # ZeRO-3 shards an adapter that goes on, so that its first values cannot be put back.
+        self._reference_first = self._recipe.method == "full" or (
+            model.start is not None and context.distributed.strategy == "zero3"
+        )
         self.reference = ReferenceLogProbs(context.content.digests)
         # A base that changed, and may, makes the numbers of the checkpoint those of something else.
         changed = context.content.record.allowed_changes and self._recipe.method != "full"
@@ -135,7 +140,7 @@ class PreferenceTrainer(ChatTrainer):
             # ZeRO-3 gathers weights in all processes at once.
             lacks = bool(self._sum_over_processes(torch.tensor(float(lacks), device=self.args.device)))
         if lacks:
-            with reference_model(self.model, self._initial_embeddings):
+            with reference_model(self.model, self._initial_embeddings, self._start):
                 outputs = self.model(**self._model_inputs(inputs), supervised=True)
             self.reference.add(split, places, answer_sums(outputs.losses, counts))
         return AnswerLogProbs.of(self.reference.of(split, places).to(inputs["labels"].device))
@@ -146,7 +151,7 @@ class PreferenceTrainer(ChatTrainer):
         Raises:
             UserError: a resumed run lacks the reference of some pairs, whose weights are gone.
         """
-        if not self._recipe.has_reference or self._recipe.method != "full":
+        if not self._recipe.has_reference or not self._reference_first:
             return
         splits = [split for split in self._context.splits if self.reference.lacks(split)]
         checkpoint = self._context.checkpoint

@@ -117,6 +117,7 @@ def _summary(
         method=recipe.method,
         objective=recipe.objective,
         base_model=recipe.model.name,
+        first_stage=recipe.model.adapter,
         base_vocabulary_size=_base_vocabulary(trainer, context.chat),
         steps=trainer.state.global_step,
         epochs=trainer.state.epoch,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from peftchat.console import stderr
 from peftchat.errors import UserError, first_line
+from peftchat.training.deepspeed_kernels import leave_out_inference_kernels, remove_dead_locks
 from peftchat.training.launcher_environment import LaunchedProcess, read_environment
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ def join_processes(distributed: "DistributedSetup") -> None:
     process = read_environment(os.environ).process
     if distributed.launcher != "environment" or process is None:
         return
+    if distributed.uses_deepspeed and process.local_rank == 0:
+        # Before the processes meet: behind that, one of them may already compile.
+        remove_dead_locks()
     if not torch.distributed.is_initialized():
         store = _Meeting(process, os.environ).wait()
         store.set_timeout(_COLLECTIVE_TIMEOUT)
@@ -72,6 +76,8 @@ def _init_deepspeed(distributed: "DistributedSetup") -> None:
             where="distributed.strategy",
             hint="pip install 'peftchat[deepspeed]'",
         ) from error
+    if not distributed.gpus:
+        leave_out_inference_kernels()
     deepspeed.init_distributed(dist_backend="nccl" if distributed.gpus else "gloo", verbose=False)
 
 

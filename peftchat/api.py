@@ -92,18 +92,22 @@ def train(
 
     # First: the modules below import bitsandbytes, which logs while it is imported.
     quiet_libraries()
+    settle_processes()
+    loaded = _load(recipe, overrides)
+    distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed, download=True)
+    from peftchat.training.context import TrainOptions, check_content
+
+    if distributed.world_size == 1:
+        # Data that is refused is refused before anything heavy is imported, planned or loaded.
+        check_content(loaded, TrainOptions(resume, allow_changed), distributed)
     from peftchat.evaluating.recipe_tasks import evaluate_recipe_tasks
     from peftchat.reports.run_report import try_model_card, write_summaries
     from peftchat.runs.run_folder import RunFolder
     from peftchat.runs.run_summary import RunSummary
-    from peftchat.training.context import TrainOptions
     from peftchat.training.several_processes import is_main_process
     from peftchat.training.train import claimed_by_run
     from peftchat.training.train import train as train_in_process
 
-    settle_processes()
-    loaded = _load(recipe, overrides)
-    distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed, download=True)
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
     arguments = _train_arguments(loaded, overrides, resume=resume, allow_changed=allow_changed, prompts=prompts)
     if distributed.launcher == "torchrun":

@@ -69,11 +69,8 @@ def check_inputs(
             recipe requests.
     """
     from peftchat.conversations.readers import find_files
-    from peftchat.logging_setup import quiet_libraries
-    from peftchat.training.distributed import resolve_distributed
-
-    quiet_libraries()
     from peftchat.evaluating.recipe_tasks import check_recipe_tasks
+    from peftchat.training.distributed import resolve_distributed
     from peftchat.training.questions import read_questions
 
     read_questions(loaded)

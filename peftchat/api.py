@@ -6,18 +6,23 @@
 import contextlib
 import dataclasses
 import gc
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftchat.before_training import (
+    check_inputs,
+    check_rate_file,
+    choose_settings,
+    prepare_training,
+    refuse_pairs,
+    settle_processes,
+)
 from peftchat.conversation import Message
 from peftchat.errors import UserError, VerificationError
-from peftchat.files import write_text
-from peftchat.output_paths import check_output
-from peftchat.recipe import LoadedRecipe, dump_recipe, load_recipe
+from peftchat.recipe import LoadedRecipe, load_recipe
 
 if TYPE_CHECKING:
     from peftchat.comparing.results import ComparisonResult
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
     from peftchat.launching.targets import JobPlaces, Target
     from peftchat.merging import MergeOptions, MergeResult
     from peftchat.planning.plan import TrainingPlan
-    from peftchat.runs.run_summary import AutoSetting, RunSummary
+    from peftchat.runs.run_summary import RunSummary
     from peftchat.serving.chat_model import ChatModel
     from peftchat.serving.generate import ChatAnswer
     from peftchat.training.context import TrainOptions
@@ -189,13 +194,13 @@ def find_learning_rate(
     settle_processes()
     loaded = _load(recipe, overrides)
     what = "the search compares losses of conversations, and the recipe learns from pairs"
-    _refuse_pairs(loaded, what, "Leave `--find-lr` out; training.learning_rate: auto gives a rate.")
+    refuse_pairs(loaded, what, "Leave `--find-lr` out; training.learning_rate: auto gives a rate.")
     file = RunFolder(Path(loaded.recipe.output_dir)).rate_search
     refuse_processes(loaded)
     # The rule is where the search begins, whatever the recipe says.
     training = loaded.recipe.training.model_copy(update={"learning_rate": "auto"})
     loaded = dataclasses.replace(loaded, recipe=loaded.recipe.model_copy(update={"training": training}))
-    distributed = _prepare_inputs(loaded, download=True)
+    distributed = check_inputs(loaded, download=True)
     loaded, _ = choose_settings(loaded, distributed)
 
     def tell(line: str) -> None:
@@ -203,7 +208,7 @@ def find_learning_rate(
 
     if not loaded.recipe.data.has_eval:
         tell("The recipe holds out no conversations, so the search holds out a tenth of those to train on.")
-    _check_rate_file(loaded, file)
+    check_rate_file(loaded, file)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             search = find_rate(loaded, distributed, steps=steps, tell=tell)
@@ -245,9 +250,7 @@ def plan(
     from peftchat.planning.plan import plan_training
 
     loaded = _load(recipe, overrides, to_train=False)
-    _refuse_pairs(
-        loaded, "`plan` does not search settings of runs with pairs", "`train --dry-run` predicts the memory."
-    )
+    refuse_pairs(loaded, "`plan` does not search settings of runs with pairs", "`train --dry-run` predicts the memory.")
     check_base(loaded, for_plan=True)
     distributed = loaded.recipe.distributed
     count = gpus or (distributed.processes * distributed.nodes if distributed.processes else None)
@@ -522,138 +525,9 @@ def chat(
     return generate_answer(model, history, apply_sampling(model.generation_config, sampling))
 
 
-def settle_processes() -> None:
-    """Leave in the environment what a launcher says about this process, and say once what else is ignored.
-
-    Raises:
-        UserError: the launcher's variables contradict each other.
-    """
-    from peftchat.console import stderr
-    from peftchat.training.launcher_environment import clean_environment
-
-    ignored = clean_environment(os.environ)
-    if ignored and os.environ.get("RANK", "0") == "0":
-        stderr.print(f"Ignored from the environment: {', '.join(ignored)}", markup=False, highlight=False)
-
-
-def prepare_training(
-    loaded: LoadedRecipe, *, resume: bool = False, allow_changed: bool = False, download: bool = False
-) -> "DistributedSetup":
-    """Resolve the processes of a run, and check the base, paths and folders before anything heavy is loaded.
-
-    Args:
-        loaded: the recipe.
-        resume: continue from the last complete checkpoint, if there is one.
-        allow_changed: continue although base, tokenizer, template or data changed.
-        download: download the weights of a hub model that is not in the cache, to check them.
-
-    Raises:
-        UserError: a path does not exist, the base is incomplete or cannot be trained, the run folder is occupied, or
-            the machine lacks what the recipe requests.
-    """
-    return _prepare_inputs(
-        loaded,
-        lambda: _check_run_folder(loaded, resume=resume, allow_changed=allow_changed),
-        download=download,
-    )
-
-
-def _prepare_inputs(
-    loaded: LoadedRecipe, check_folder: Callable[[], None] = lambda: None, *, download: bool
-) -> "DistributedSetup":
-    from peftchat.conversations.readers import find_files
-    from peftchat.logging_setup import quiet_libraries
-    from peftchat.training.distributed import resolve_distributed
-
-    quiet_libraries()
-    from peftchat.evaluating.recipe_tasks import check_recipe_tasks
-    from peftchat.training.questions import read_questions
-
-    read_questions(loaded)
-    distributed = resolve_distributed(loaded)
-    check_recipe_tasks(loaded, distributed)
-    recipe = loaded.recipe
-    for source in (*recipe.data.train, *(recipe.data.eval or ())):
-        find_files(source.path, source.split)
-    check_folder()
-    # Last, because it imports the model's code.
-    from peftchat.models.base_check import check_base
-
-    check_base(loaded, download=download)
-    return distributed
-
-
-def _check_rate_file(loaded: LoadedRecipe, file: Path) -> None:
-    """Check, by writing, that a search may write its file into the run folder, which may hold a run.
-
-    Raises:
-        UserError: it may not.
-    """
-    from peftchat.runs.run_folder import RunFolder
-
-    folder = file.parent
-    where = f"output_dir: {folder}"
-    inputs = [entry for entry in loaded.inputs() if entry.path.parent != folder]
-    check_output(folder, inputs, where, continues=RunFolder(folder).has_started)
-    if folder.exists() and not folder.is_dir():
-        raise UserError("the run folder cannot be created: a file has its name", where=where)
-    if file.is_dir():
-        raise UserError("a folder has the name of the search's file", where=str(file), hint="Move it away.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(file.with_name(".find_lr.tmp"), "")
-        file.with_name(".find_lr.tmp").unlink()
-    except OSError as error:
-        raise UserError(f"the folder is not writable: {error.strerror}", where=where) from error
-
-
-def _check_run_folder(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool) -> None:
-    """Check that the run may write to its folder: nothing that the recipe reads is there."""
-    from peftchat.runs.claim import refuse_held
-    from peftchat.runs.run_folder import RunFolder
-    from peftchat.training.several_processes import is_main_process
-
-    run_folder = RunFolder(Path(loaded.recipe.output_dir))
-    goes_on = resume and run_folder.has_started
-    own = set()
-    if goes_on or (run_folder.is_run and run_folder.recipe.read_text("utf-8", "replace") == dump_recipe(loaded.recipe)):
-        own = {Path(os.path.realpath(run_folder.recipe))}
-    inputs = [entry for entry in loaded.inputs() if Path(os.path.realpath(entry.path)) not in own]
-    check_output(run_folder.path, inputs, f"output_dir: {run_folder.path}", continues=goes_on)
-    if is_main_process():
-        refuse_held(run_folder.path, option="output_dir")
-    run_folder.check_usable(loaded.recipe, resume=resume, allow_changed=allow_changed)
-
-
-def choose_settings(
-    loaded: LoadedRecipe, distributed: "DistributedSetup", *, resume: bool = False
-) -> "tuple[LoadedRecipe, tuple[AutoSetting, ...]]":
-    """Choose the settings that a recipe leaves open, and print them once for all processes."""
-    from peftchat.console import stderr
-    from peftchat.planning.auto_settings import resolve_auto_settings
-    from peftchat.training.several_processes import is_main_process
-
-    loaded, auto_settings = resolve_auto_settings(loaded, distributed, resume=resume)
-    if is_main_process():
-        for setting in auto_settings:
-            stderr.print(f"Chosen: {setting}", markup=False, highlight=False)
-    return loaded, auto_settings
-
-
 def comparison_folder(recipe: Path | str, output: Path | str | None) -> Path:
     """Return the folder of a comparison."""
     return Path(output) if output is not None else Path("runs") / f"compare-{Path(recipe).stem}"
-
-
-def _refuse_pairs(loaded: LoadedRecipe, what: str, hint: str) -> None:
-    """Refuse a recipe whose objective learns from pairs.
-
-    Raises:
-        UserError: it does.
-    """
-    if loaded.recipe.has_pairs:
-        where = f"{loaded.where('objective')}: {loaded.recipe.objective}"
-        raise UserError(what, where=where, hint=hint)
 
 
 def _load(recipe: RecipeSource, overrides: Sequence[str], *, to_train: bool = True) -> LoadedRecipe:

@@ -11,6 +11,9 @@ from peftchat.json_text import split_json_list
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
+RankPairs = Literal["best_worst", "adjacent", "all"]
+"""Which ranked replies to one prompt are preference pairs (`peftchat.conversations.formats.oasst_pairs`)."""
+
 
 class ToolCall(NamedTuple):
     """One call of a tool, as an assistant's turn holds it.

@@ -5,6 +5,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from peftchat.errors import UserError
+
 APPEARS_SECONDS = 60.0
 """How long a new file of another machine may stay unseen: NFS keeps what it knows of a folder so long (`acdirmax`)."""
 
@@ -47,3 +49,23 @@ def appears(path: Path) -> bool:
             with suppress(OSError):
                 next(folder.iterdir(), None)
     return True
+
+
+def write_new_text(path: Path, text: str) -> None:
+    """Write a text file whose name nothing has; nothing stays of one that cannot be written.
+
+    Raises:
+        UserError: the name is taken, or the file cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            try:
+                file.write(text)
+                file.flush()
+            except BaseException:
+                path.unlink()
+                raise
+    except FileExistsError as error:
+        raise UserError("the file already exists", where=str(path), hint="Choose another name with `-o`.") from error
+    except OSError as error:
+        raise UserError(f"the file cannot be written: {error.strerror}", where=str(path)) from error

@@ -16,13 +16,13 @@ from peftchat.cli.common import (
     note,
     output_option,
 )
-from peftchat.cli.reading_options import HubKeys, reading_options
+from peftchat.cli.reading_options import HubKeys, check_pairs_are_read, oasst_pairs_option, reading_options
 from peftchat.output_paths import InputPath
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from peftchat.conversation import Role
+    from peftchat.conversation import RankPairs, Role
     from peftchat.conversations import ReadOptions
     from peftchat.conversations.dataset_card import Card
     from peftchat.conversations.stats import StatsPart
@@ -59,6 +59,7 @@ def _split_languages(context: click.Context, parameter: click.Parameter, value: 
 @click.option("--strict", is_flag=True, help="Stop at the first invalid record instead of writing it to a file.")
 @click.option("--keep-going", is_flag=True, help="Keep what was read of a file whose rest cannot be read.")
 @click.option("--pairs", is_flag=True, help="Keep chosen and rejected answers, for objectives with pairs.")
+@oasst_pairs_option
 @click.option("--max-samples", type=click.IntRange(min=1), help="Stop after this many conversations.")
 @json_option("Print the dataset card as one JSON object.")
 def prepare(
@@ -78,6 +79,7 @@ def prepare(
     strict: bool,
     keep_going: bool,
     pairs: bool,
+    oasst_pairs: "RankPairs | None",
     max_samples: int | None,
     as_json: bool,
 ) -> None:
@@ -93,6 +95,7 @@ def prepare(
     from peftchat.conversations.prepare import PrepareOptions
     from peftchat.conversations.prepare import prepare as prepare_dataset
 
+    check_pairs_are_read(pairs, oasst_pairs)
     options = PrepareOptions(
         format=format_name,
         split=split,
@@ -108,6 +111,7 @@ def prepare(
         strict=strict,
         keep_going=keep_going,
         pairs=pairs,
+        oasst_pairs=oasst_pairs,
         max_samples=max_samples,
     )
     with conversation_progress("reading") as advance:
@@ -151,6 +155,8 @@ def _print_card(card: "Card", folder: Path) -> None:
     help="Look for this benchmark's questions. Repeatable.",
 )
 @reading_options
+@click.option("--pairs", is_flag=True, help="Read chosen and rejected answers, and describe them as pairs.")
+@oasst_pairs_option
 @json_option()
 @click.option("--html", "page", type=PathType("file"), help="Write an HTML page.")
 def stats(
@@ -162,6 +168,8 @@ def stats(
     columns: dict[str, str],
     roles: "dict[str, Role]",
     consecutive: str,
+    pairs: bool,
+    oasst_pairs: "RankPairs | None",
     as_json: bool,
     page: Path | None,
 ) -> None:
@@ -178,8 +186,9 @@ def stats(
     from peftchat.conversations import ReadOptions
     from peftchat.conversations.stats import gather
 
-    options = ReadOptions(consecutive=consecutive, columns=columns, roles=roles)
+    options = ReadOptions(consecutive=consecutive, columns=columns, roles=roles, pairs=pairs, oasst_pairs=oasst_pairs)
     parts, inputs, count_tokens = _open_parts(sources, tokenizer, options, HubKeys(subset, revision))
+    check_pairs_are_read(pairs, oasst_pairs)
     if page is not None:
         from peftchat.reports.page import check_page
 
@@ -241,6 +250,8 @@ def _check_recipe_decides(recipe: str, options: "ReadOptions", hub: HubKeys) -> 
         "columns": bool(options.columns),
         "roles": bool(options.roles),
         "consecutive": options.consecutive != "error",
+        "pairs": options.pairs,
+        "oasst-pairs": options.oasst_pairs is not None,
         "subset": hub.subset is not None,
         "revision": hub.revision is not None,
     }
@@ -249,7 +260,9 @@ def _check_recipe_decides(recipe: str, options: "ReadOptions", hub: HubKeys) -> 
             raise UserError(
                 f"`--{name}` speaks of files, and this is a recipe",
                 where=recipe,
-                hint=f"Write `{name}` in the recipe's `data` section, or leave the option out.",
+                hint="Leave the option out: the recipe's `objective` says whether pairs are read."
+                if name == "pairs"
+                else f"Write `{name.replace('-', '_')}` in the recipe's `data` section, or leave the option out.",
             )
 
 

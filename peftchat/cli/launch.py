@@ -7,6 +7,7 @@ import click
 
 from peftchat.cli.common import Command, RecipeType, note, output_option, set_option
 from peftchat.errors import UserError
+from peftchat.files import write_new_text
 from peftchat.output_paths import check_output
 
 if TYPE_CHECKING:
@@ -89,14 +90,7 @@ def command(
         click.echo(text, nl=False)
         return
     check_output(output, loaded.inputs(), "-o")
-    try:
-        with output.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        _check_new(output)
-    except OSError as error:
-        output.unlink(missing_ok=True)
-        raise UserError(f"the file cannot be written: {error.strerror}", where=str(output)) from error
+    write_new_text(output, text)
     send = {"slurm": "sbatch", "kubernetes": "kubectl apply -f", "skypilot": "sky launch"}[target]
     note(f"Wrote {output}. Read it, then: {send} {output}")
 

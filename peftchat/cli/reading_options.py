@@ -53,6 +53,32 @@ def reading_options(function: _Function) -> _Function:
     return function
 
 
+def oasst_pairs_option(function: _Function) -> _Function:
+    """Add `--oasst-pairs`."""
+    option = click.option(
+        "--oasst-pairs",
+        type=click.Choice(["best_worst", "adjacent", "all"]),
+        help="OpenAssistant, with --pairs: the best reply and the worst (default), neighbors in rank, or every two.",
+    )
+    return option(function)
+
+
+def check_pairs_are_read(pairs: bool, rule: str | None) -> None:
+    """Check that pairs are read where an option says which ones.
+
+    Raises:
+        UserError: they are not.
+    """
+    from peftchat.errors import UserError
+
+    if rule is not None and not pairs:
+        raise UserError(
+            "the option chooses preference pairs, and conversations are read",
+            where=f"--oasst-pairs {rule}",
+            hint="Add --pairs, or leave the option out.",
+        )
+
+
 def _parse_columns(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     from peftchat.recipe.sections import ColumnName
 

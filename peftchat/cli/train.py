@@ -54,9 +54,10 @@ def command(
     if not (find_lr or dry_run):
         CHECKPOINT.begin()
     from peftchat import api
+    from peftchat.before_training import choose_settings, prepare_training, settle_processes
     from peftchat.recipe import load_recipe
 
-    api.settle_processes()
+    settle_processes()
     loaded = load_recipe(recipe, overrides)
     if find_lr:
         from peftchat.reports.rate_terminal import print_rate_search
@@ -69,8 +70,8 @@ def command(
         note(f"Written: {file}")
         return
     if dry_run:
-        distributed = api.prepare_training(loaded, resume=resume, allow_changed=allow_changed)
-        loaded, _ = api.choose_settings(loaded, distributed, resume=resume)
+        distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed)
+        loaded, _ = choose_settings(loaded, distributed, resume=resume)
         from peftchat.planning.plan_report import print_dry_run
 
         print_dry_run(loaded, distributed)

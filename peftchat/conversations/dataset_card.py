@@ -6,10 +6,12 @@ from typing import Any, NamedTuple, Self, get_args
 
 from peftchat.conversation import Conversation
 from peftchat.conversations.formats.oasst import RULES, TreeRule
+from peftchat.conversations.formats.oasst_pairs import PAIR_RULES
 from peftchat.conversations.problems import KINDS, NOTES, Kind, ProblemLog
 
 SKIPPED: dict[str, str] = {
     **{str(rule): meaning for rule, meaning in RULES.items()},
+    **{str(rule): meaning for rule, meaning in PAIR_RULES.items()},
     "label_is_false": "records whose label says false",
     "flagged_not_to_train": "records flagged not to be trained",
     "left_out_by_weight": "conversations left out by the weight of their source",
@@ -138,8 +140,9 @@ def funnel(card: Card) -> Iterator[tuple[str, int]]:
         yield f"changed: {NOTES[name]}", count
     for name, use in card.unused.items():
         yield f"not used: the field {printable_name(name)} (first {use['first']})", use["records"]
-    yield "conversations in train.jsonl", card.train.conversations
-    yield "conversations in eval.jsonl", card.eval.conversations
+    unit = "pairs" if card.settings.get("pairs") else "conversations"
+    yield f"{unit} in train.jsonl", card.train.conversations
+    yield f"{unit} in eval.jsonl", card.eval.conversations
 
 
 def printable_name(name: str) -> str:
@@ -156,7 +159,11 @@ def _oasst_steps(oasst: Mapping[str, int], skipped: Mapping[str, int]) -> Iterat
         if rule in skipped:
             messages = oasst[f"oasst_messages_in_{rule}"]
             yield f"left out: {RULES[rule]} (with {messages:,} messages)", -skipped[rule]
-    yield "paths from prompt to last reply in the trees that are left", oasst.get("oasst_paths", 0)
+    if "oasst_prompts" in oasst:
+        yield "prompts with replies in the trees that are left", oasst["oasst_prompts"]
+        yield "pairs of ranked replies to them", oasst["oasst_pairs"]
+    else:
+        yield "paths from prompt to last reply in the trees that are left", oasst.get("oasst_paths", 0)
 
 
 def card_text(card: Card) -> str:

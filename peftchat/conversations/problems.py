@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from peftchat.conversation import Role
+from peftchat.conversation import RankPairs, Role
 from peftchat.errors import UserError
 
 MAX_RECORD_BYTES = 16 * 2**20
@@ -43,6 +43,8 @@ class ReadOptions:
         languages: keep only conversations in these languages (`en`, `pt-BR`; `pt` includes `pt-BR`); empty keeps all.
             The record's own `lang` field decides where there is one, else a detector.
         oasst_top_k: OASST only: of each turn's ranked replies, follow the best `oasst_top_k`; None follows all.
+        oasst_pairs: OASST only: which ranked replies to one prompt are pairs; None is `best_worst`
+            (`peftchat.conversations.formats.oasst_pairs`).
         consecutive: what becomes of two turns of one role: `error`, `merge` or `keep`.
         columns: our name of a field -> the file's.
         roles: the file's name of a role, in lower case -> ours.
@@ -52,6 +54,7 @@ class ReadOptions:
 
     languages: tuple[str, ...] = ()
     oasst_top_k: int | None = None
+    oasst_pairs: RankPairs | None = None
     consecutive: str = "error"
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, Role] = field(default_factory=dict)

@@ -78,6 +78,7 @@ def read_numbered(
                 options=ReadOptions(
                     languages=entry.languages,
                     oasst_top_k=entry.oasst_top_k,
+                    oasst_pairs=entry.oasst_pairs,
                     consecutive=consecutive,
                     columns={str(ours): theirs for ours, theirs in entry.columns.items()},
                     roles={normalize_role(theirs): ours for theirs, ours in entry.roles.items()},
@@ -183,7 +184,7 @@ def read_and_make(
     data_format = None if format == "auto" else find_format(format)
     columns = Columns(settings.columns, str(path)) if settings.columns else None
     if data_format is not None:
-        _check_rank_limit(str(path), data_format, settings)
+        _check_ranks(str(path), data_format, settings)
     found = find_data(str(path), split)
     log.unread.update(found.unread)
     if found.files is None:
@@ -283,13 +284,7 @@ def _source(
         data_format = _detect(name, first, columns, pairs=options.pairs)
     if data_format is None:
         return
-    _check_rank_limit(name, data_format, options)
-    if options.pairs and not data_format.by_record:
-        raise UserError(
-            f"preference pairs are needed, and the format `{data_format.name}` has no chosen and rejected answers",
-            where=name,
-            hint="Give records with prompt, chosen and rejected, or leave `objective` out.",
-        )
+    _check_ranks(name, data_format, options)
     if columns is not None:
         columns.check_format(data_format.name, data_format.columns)
     if options.roles and not data_format.description.has_roles:
@@ -306,13 +301,15 @@ def _source(
         yield from read_rest(Work(source.file, data_format, options, make, takes_plain), problems)
 
 
-def _check_rank_limit(name: str, data_format: Format, options: ReadOptions) -> None:
-    if options.oasst_top_k is not None and not data_format.ranked:
-        raise UserError(
-            f"`oasst_top_k` chooses answers by rank, and the format `{data_format.name}` has no ranks",
-            where=name,
-            hint="Leave `oasst_top_k` out; OpenAssistant exports have ranks.",
-        )
+def _check_ranks(name: str, data_format: Format, options: ReadOptions) -> None:
+    """Check that a format has ranks, where an option speaks of them."""
+    for key in ("oasst_top_k", "oasst_pairs"):
+        if getattr(options, key) is not None and not data_format.ranked:
+            raise UserError(
+                f"`{key}` chooses answers by rank, and the format `{data_format.name}` has no ranks",
+                where=name,
+                hint=f"Leave `{key}` out; OpenAssistant exports have ranks.",
+            )
 
 
 def _chain(first: list[RawRecord], rest: Iterator[RawRecord]) -> Iterator[RawRecord]:

@@ -1,4 +1,4 @@
-"""Auto settings: checkpointing and micro-batch size by predicted memory, the learning rate by a rule."""
+"""Auto settings: checkpointing and micro-batch size by memory, the learning rate by a rule, the compute dtype."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from peftchat.errors import UserError
 from peftchat.formatting import format_bytes, format_rate
 from peftchat.models.source import ModelSource
+from peftchat.planning.compute_dtype import KEY as COMPUTE_DTYPE
+from peftchat.planning.compute_dtype import choose_compute_dtype
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.planner import Planner, largest_batch
 from peftchat.planning.settings import PlanSettings, settings_for
@@ -147,8 +149,9 @@ def choose_rate(recipe: "Recipe", *, resume: bool = False) -> "tuple[Recipe, tup
     """
     if recipe.training.learning_rate != "auto":
         return recipe, ()
-    started = _started_rate(recipe) if resume else None
-    if started is not None:
+    before = _started_recipe(recipe) if resume else None
+    started = None if before is None else before.training.learning_rate
+    if started is not None and started != "auto":
         value, reason = started, "the rate that the run was started with"
     else:
         rule = rule_rate(recipe)
@@ -158,12 +161,30 @@ def choose_rate(recipe: "Recipe", *, resume: bool = False) -> "tuple[Recipe, tup
     return recipe.model_copy(update={"training": training}), (setting,)
 
 
-def _started_rate(recipe: "Recipe") -> float | None:
+def _started_recipe(recipe: "Recipe") -> "Recipe | None":
+    """Return the recipe that the run in the folder was started with; None if none was."""
     run_folder = RunFolder(Path(recipe.output_dir))
     if not run_folder.has_started:
         return None
-    rate = load_recipe(run_folder.recipe, to_train=False, upgrade=True).recipe.training.learning_rate
-    return None if rate == "auto" else rate
+    return load_recipe(run_folder.recipe, to_train=False, upgrade=True).recipe
+
+
+def _with_compute_dtype(
+    recipe: "Recipe", distributed: "DistributedSetup", *, resume: bool
+) -> "tuple[Recipe, tuple[AutoSetting, ...]]":
+    """Choose the compute dtype; a resumed run keeps that of its start, or its numbers would change."""
+    before = _started_recipe(recipe) if resume and recipe.model.compute_dtype == "auto" else None
+    if before is not None:
+        setting = AutoSetting(COMPUTE_DTYPE, before.model.computed_in, "the one that the run was started with")
+    else:
+        hardware = this_machine(distributed.processes)
+        found = choose_compute_dtype(recipe, ModelSource.of_recipe(recipe).config(), distributed, hardware)
+        if found is None:
+            return recipe, ()
+        setting = found
+    model = recipe.model.model_copy(update={"compute_dtype": setting.value})
+    is_news = setting.value != recipe.model.dtype or before is None
+    return recipe.model_copy(update={"model": model}), (setting,) if is_news else ()
 
 
 def resolve_auto_settings(
@@ -184,9 +205,11 @@ def resolve_auto_settings(
             be read.
     """
     recipe, chosen_rate = choose_rate(loaded.recipe, resume=resume)
+    recipe, chosen_dtype = _with_compute_dtype(recipe, distributed, resume=resume)
+    chosen = (*chosen_rate, *chosen_dtype)
     training = recipe.training
     if training.gradient_checkpointing is not None and training.global_batch_size is None:
-        return replace(loaded, recipe=recipe), chosen_rate
+        return replace(loaded, recipe=recipe), chosen
     _check_divisible(loaded, distributed.world_size)
     hardware = this_machine(distributed.processes)
     planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
@@ -201,7 +224,7 @@ def resolve_auto_settings(
             "global_batch_size": None,
         }
     complete = recipe.model_copy(update={"training": training.model_copy(update=values)})
-    return replace(loaded, recipe=complete), (*chosen_rate, *auto_settings)
+    return replace(loaded, recipe=complete), (*chosen, *auto_settings)
 
 
 def _check_divisible(loaded: "LoadedRecipe", processes: int) -> None:

@@ -34,6 +34,12 @@ def objective_conflicts(recipe: "Recipe") -> "Iterator[tuple[Keys, Keys, str]]":
             yield (name,), ("objective",), f"`objective: {recipe.objective}` has no such options"
     if recipe.has_pairs:
         yield from _without_effect_on_pairs(recipe)
+    else:
+        for kind, entries in (("train", recipe.data.train), ("eval", recipe.data.eval or ())):
+            for number, entry in enumerate(entries):
+                if entry.oasst_pairs is not None:
+                    why = f"`objective: {recipe.objective}` reads no pairs"
+                    yield ("data", kind, number, "oasst_pairs"), ("objective",), why
     if recipe.dpo is not None and recipe.dpo.loss_type != "robust" and recipe.dpo.label_smoothing:
         yield ("dpo", "label_smoothing"), ("dpo", "loss_type"), "only `loss_type: robust` smooths labels"
 

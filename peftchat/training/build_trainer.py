@@ -48,8 +48,8 @@ def sft_config(context: TrainContext) -> "SFTConfig":
     return SFTConfig(
         **arguments,
         output_dir=str(context.run_folder.checkpoints),
-        bf16=recipe.model.dtype == "bfloat16",
-        fp16=recipe.model.dtype == "float16",
+        bf16=recipe.model.computed_in == "bfloat16",
+        fp16=recipe.model.computed_in == "float16",
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and distributed.world_size > 1 else None,
         ddp_find_unused_parameters=False,

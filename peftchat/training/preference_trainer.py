@@ -50,6 +50,11 @@ class PreferenceTrainer(ChatTrainer):
         super().__init__(context, model, config, layout)
         self._recipe = context.recipe
         self._initial_embeddings = model.initial_embeddings
+        self._start = model.start
+        # ZeRO-3 shards an adapter that goes on, so that its first values cannot be put back.
+        self._reference_first = self._recipe.method == "full" or (
+            model.start is not None and context.distributed.strategy == "zero3"
+        )
         self.reference = ReferenceLogProbs(context.content.digests)
         # A base that changed, and may, makes the numbers of the checkpoint those of something else.
         changed = context.content.record.allowed_changes and self._recipe.method != "full"
@@ -106,7 +111,7 @@ class PreferenceTrainer(ChatTrainer):
                 loss = loss - found.likelihood_weight * policy.chosen.sum() / num_items[1]
             return loss
 
-        outputs = model(**self._model_inputs(inputs), supervised=True, weigh=weigh)
+        outputs = model(**self.model_inputs(inputs), supervised=True, weigh=weigh)
         loss = outputs.loss
         return self._with_other_terms(loss, outputs, num_items_in_batch)
 
@@ -135,8 +140,8 @@ class PreferenceTrainer(ChatTrainer):
             # ZeRO-3 gathers weights in all processes at once.
             lacks = bool(self._sum_over_processes(torch.tensor(float(lacks), device=self.args.device)))
         if lacks:
-            with reference_model(self.model, self._initial_embeddings):
-                outputs = self.model(**self._model_inputs(inputs), supervised=True)
+            with reference_model(self.model, self._initial_embeddings, self._start):
+                outputs = self.model(**self.model_inputs(inputs), supervised=True)
             self.reference.add(split, places, answer_sums(outputs.losses, counts))
         return AnswerLogProbs.of(self.reference.of(split, places).to(inputs["labels"].device))
 
@@ -146,7 +151,7 @@ class PreferenceTrainer(ChatTrainer):
         Raises:
             UserError: a resumed run lacks the reference of some pairs, whose weights are gone.
         """
-        if not self._recipe.has_reference or self._recipe.method != "full":
+        if not self._recipe.has_reference or not self._reference_first:
             return
         splits = [split for split in self._context.splits if self.reference.lacks(split)]
         checkpoint = self._context.checkpoint
@@ -159,7 +164,7 @@ class PreferenceTrainer(ChatTrainer):
         for split in splits:
             for of_batch, batch, inputs in self._evaluation_batches(split):
                 with self.compute_loss_context_manager():
-                    outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
+                    outputs = self.model_wrapped(**self.model_inputs(inputs), supervised=True)
                 if of_batch is not None:
                     self.reference.add(split, batch["examples"], answer_sums(outputs.losses, batch["target_counts"]))
         if splits:
@@ -182,7 +187,7 @@ class PreferenceTrainer(ChatTrainer):
             counts = batch["target_counts"]
             with self.compute_loss_context_manager():
                 reference = self._reference_of("eval", batch["examples"], inputs, counts)
-                outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
+                outputs = self.model_wrapped(**self.model_inputs(inputs), supervised=True)
             if of_batch is None:
                 continue
             policy, found = self._pair_loss(outputs.losses, counts, reference)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from peftchat.console import stderr
 from peftchat.errors import UserError, first_line
+from peftchat.training.deepspeed_kernels import leave_out_inference_kernels, remove_dead_locks
 from peftchat.training.launcher_environment import LaunchedProcess, read_environment
 from peftchat.training.route import route_to
 
@@ -47,6 +48,9 @@ def join_processes(distributed: "DistributedSetup") -> "Store | None":
     process = read_environment(os.environ).process
     if distributed.launcher != "environment" or process is None:
         return None
+    if distributed.uses_deepspeed and process.local_rank == 0:
+        # Before the processes meet: behind that, one of them may already compile.
+        remove_dead_locks()
     store = None
     if not torch.distributed.is_initialized():
         store = _Meeting(process, os.environ).wait()
@@ -93,6 +97,8 @@ def _init_deepspeed(distributed: "DistributedSetup") -> None:
             where="distributed.strategy",
             hint="pip install 'peftchat[deepspeed]'",
         ) from error
+    if not distributed.gpus:
+        leave_out_inference_kernels()
     deepspeed.init_distributed(dist_backend="nccl" if distributed.gpus else "gloo", verbose=False)
 
 

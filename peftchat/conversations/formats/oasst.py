@@ -1,4 +1,4 @@
-"""OpenAssistant exports: which paths through their trees become conversations."""
+"""OpenAssistant exports: which paths through their trees become conversations, or preference pairs."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,17 +16,21 @@ from peftchat.conversations.formats.base import (
     validate_messages,
 )
 from peftchat.conversations.formats.keys import LeftOut, complete, shape_of
+from peftchat.conversations.formats.oasst_pairs import broken_prompt_rule, paths_to_prompts, ranked_pairs
 from peftchat.conversations.formats.oasst_trees import (
     ExportRole,
     FlatMessages,
     TreeMessage,
     all_messages,
+    all_paths,
     parse_message,
     parse_tree,
+    within_top,
 )
+from peftchat.conversations.formats.pairs import of_rejected
 from peftchat.conversations.languages import matches_language
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, ReadOptions, RecordError
-from peftchat.conversations.splitting import fingerprint
+from peftchat.conversations.splitting import conversation_fingerprint
 
 TreeRule = Literal["tree_not_ready", "prompt_not_reviewed", "prompt_in_other_language"]
 PathRule = Literal[
@@ -55,15 +59,7 @@ Path = Sequence[TreeMessage]
 
 def leaf_paths(root: TreeMessage) -> Iterator[list[TreeMessage]]:
     """Every path from the root to a message without replies, depth first in export order."""
-    path: list[TreeMessage] = []
-    open_messages = [(root, 0)]
-    while open_messages:
-        message, depth = open_messages.pop()
-        del path[depth:]
-        path.append(message)
-        if not message.replies:
-            yield list(path)
-        open_messages.extend((reply, depth + 1) for reply in reversed(message.replies))
+    return (path for path in all_paths(root) if not path[-1].replies)
 
 
 def without_open_turn(path: Path) -> Path:
@@ -82,7 +78,7 @@ def broken_rule(path: Path, top_k: int | None) -> PathRule | None:
     # Of several open questions below one answer, one stands for the conversation that ends there.
     if path[-1].role == "prompter" and path[-2].replies[0] is not path[-1]:
         return "open_turn_that_is_not_the_first_reply"
-    if top_k is not None and not _within_top(path, top_k):
+    if top_k is not None and not within_top(path, top_k):
         return "reply_ranked_below_top_k"
     if not alternates(without_open_turn(path)):
         return "roles_do_not_alternate"
@@ -93,18 +89,6 @@ def alternates(path: Path) -> bool:
     """Whether the path goes prompter, assistant, prompter, … and ends with an assistant."""
     roles = ("prompter", "assistant")
     return len(path) % 2 == 0 and all(message.role == roles[i % 2] for i, message in enumerate(path))
-
-
-def _within_top(path: Path, top_k: int) -> bool:
-    for parent, message in pairwise(path):
-        if message.role != "assistant":
-            continue
-        if message.rank is None:
-            if len(parent.replies) > 1:
-                return False
-        elif message.rank >= top_k:
-            return False
-    return True
 
 
 _READY = "ready_for_export"
@@ -146,6 +130,8 @@ class _Reading:
         fields = turn_list(record.value, "thread")
         if not fields:
             raise RecordError("no_answer", "the thread is empty")
+        if self.options.pairs:
+            raise RecordError("missing_field", "a thread has one reply to each prompt, and a preference pair needs two")
         path = [parse_message(message) for message in fields]
         for message, entry in zip(path, fields, strict=True):
             message.unused += ("replies",) if entry.get("replies") else ()
@@ -176,25 +162,23 @@ class _Reading:
         told: set[str] = {name for message in all_messages(prompt) for name in message.unused}
         if any(message.lang not in ("", prompt.lang) for message in all_messages(prompt)):
             told.add("lang")
-        for path in leaf_paths(prompt):
-            notes["oasst_paths"] += 1
-            if broken := broken_rule(path, self.options.oasst_top_k):
-                skipped[broken] += 1
-                continue
-            kept = without_open_turn(path)
-            if len(kept) < len(path):
-                notes["trailing_user_trimmed"] += 1
+        for kept, rejected in self._pairs(prompt) if self.options.pairs else self._paths(prompt):
             self.told.start(where, is_table=False)
             try:
                 conversation = complete(fields, shape, _messages(kept), self.told)
                 messages = validate_messages(conversation.messages, self.problems)
+                if rejected is not None:
+                    with of_rejected():
+                        others = validate_messages(_messages(rejected), self.problems)
+                    conversation = replace(conversation, rejected=others)
             except LeftOut as left_out:
                 skipped[left_out.rule] += 1
                 continue
             except RecordError as error:
                 self.problems.add(Problem(where, error.kind, error.detail), record and record.as_bytes())
                 continue
-            mark = fingerprint(messages, conversation.tools)
+            conversation = replace(conversation, messages=messages)
+            mark = conversation_fingerprint(conversation)
             if mark in self.seen:
                 skipped["duplicate"] += 1
                 continue
@@ -203,7 +187,38 @@ class _Reading:
                 self.told.unused(f"{name} in a message")
             told.clear()
             self.told.finish()
-            yield replace(conversation, messages=messages)
+            yield conversation
+
+    def _paths(self, prompt: TreeMessage) -> Iterator[tuple[Path, None]]:
+        """The paths of a tree that become conversations; no path is rejected for them."""
+        notes, skipped = self.problems.notes, self.problems.skipped
+        for path in leaf_paths(prompt):
+            notes["oasst_paths"] += 1
+            if broken := broken_rule(path, self.options.oasst_top_k):
+                skipped[broken] += 1
+                continue
+            kept = without_open_turn(path)
+            if len(kept) < len(path):
+                notes["trailing_user_trimmed"] += 1
+            yield kept, None
+
+    def _pairs(self, prompt: TreeMessage) -> Iterator[tuple[Path, Path]]:
+        """The paths of a tree that end with a chosen reply, each with that of the rejected one."""
+        notes, skipped, top_k = self.problems.notes, self.problems.skipped, self.options.oasst_top_k
+        for path in paths_to_prompts(prompt):
+            notes["oasst_prompts"] += 1
+            if broken := broken_prompt_rule(path, top_k):
+                skipped[broken] += 1
+                continue
+            pairs = ranked_pairs(path[-1], self.options.oasst_pairs or "best_worst", top_k)
+            if not pairs:
+                skipped["prompt_without_ranked_replies"] += 1
+            notes["oasst_pairs"] += len(pairs)
+            for chosen, rejected in pairs:
+                if chosen.text == rejected.text:
+                    skipped["replies_of_equal_text"] += 1
+                else:
+                    yield [*path, chosen], [*path, rejected]
 
     def _broken_tree_rule(self, prompt: TreeMessage, ready: bool, reviewed: bool) -> TreeRule | None:
         if not ready:
@@ -253,7 +268,7 @@ FORMAT = Format(
     "oasst",
     Description(
         "OpenAssistant exports: trees (message_tree_id, prompt), threads (thread_id, thread), single messages "
-        "(message_id)",
+        "(message_id); objectives with pairs compare ranked replies",
         {
             "prompt": "the first message of a tree: text, role, replies, lang, rank, review_result, deleted, synthetic",
             "tree_state": "trees other than ready_for_export are left out",

@@ -2,8 +2,9 @@
 
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from peftchat.conversations.formats import names
@@ -159,6 +160,31 @@ class FlatMessages:
                 detail = f"no prompt leads to this message: its parent {parent} is missing or in a circle"
                 text = entry.message.text.encode(errors="backslashreplace")
                 problems.add(Problem(entry.where, "broken_tree", detail), text)
+
+
+def within_top(path: Sequence[TreeMessage], top_k: int) -> bool:
+    """Whether each answer of a path is among its parent's best `top_k` replies, or the only one."""
+    for parent, message in pairwise(path):
+        if message.role != "assistant":
+            continue
+        if message.rank is None:
+            if len(parent.replies) > 1:
+                return False
+        elif message.rank >= top_k:
+            return False
+    return True
+
+
+def all_paths(root: TreeMessage) -> Iterator[list[TreeMessage]]:
+    """Every path from the root to a message, depth first in export order."""
+    path: list[TreeMessage] = []
+    open_messages = [(root, 0)]
+    while open_messages:
+        message, depth = open_messages.pop()
+        del path[depth:]
+        path.append(message)
+        yield list(path)
+        open_messages.extend((reply, depth + 1) for reply in reversed(message.replies))
 
 
 def all_messages(root: TreeMessage) -> Iterator[TreeMessage]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from peftchat.conversation import Conversation
 from peftchat.conversations.problems import ProblemLog, ReadOptions
 from peftchat.conversations.readers import find_files
-from peftchat.conversations.reading import read_conversations, read_sources
+from peftchat.conversations.reading import read_conversations, read_numbered
 from peftchat.conversations.splitting import fit_split
 from peftchat.errors import UserError
 
 if TYPE_CHECKING:
-    from peftchat.recipe import Recipe
+    from peftchat.recipe import DataEntry, Recipe
 
 
 _FILE = "tokenizer.json"
@@ -152,17 +152,18 @@ def parts_of_path(
 def parts_of_recipe(recipe: "Recipe") -> list[StatsPart]:
     """The training and the held-out conversations; each counts once, whatever the weight of its source."""
     data, seed = recipe.data, recipe.training.seed
-    train = [entry.model_copy(update={"weight": 1.0}) for entry in data.train]
+
+    def read(entries: "Sequence[DataEntry]", log: ProblemLog) -> Iterator[Conversation]:
+        found = read_numbered(entries, problems=log, consecutive=data.consecutive, weighted=False,
+                              pairs=recipe.has_pairs)  # fmt: skip
+        return (conversation for _, conversation in found)
 
     def read_train(log: ProblemLog) -> Iterator[Conversation]:
-        return read_sources(train, seed, problems=log, consecutive=data.consecutive)
+        return read(data.train, log)
 
-    if data.eval is not None:
-        held_out = [entry.model_copy(update={"weight": 1.0}) for entry in data.eval]
-        return [
-            StatsPart("train", read_train),
-            StatsPart("eval", lambda log: read_sources(held_out, seed, problems=log, consecutive=data.consecutive)),
-        ]
+    held_out = data.eval
+    if held_out is not None:
+        return [StatsPart("train", read_train), StatsPart("eval", lambda log: read(held_out, log))]
     if data.eval_fraction is None:
         return [StatsPart("train", read_train)]
     split = fit_split(read_train(ProblemLog()), data.eval_fraction, seed)

@@ -132,9 +132,3 @@ def test_prepared_pairs_are_the_same_pairs(tmp_path: Path) -> None:
     assert prompts[0].isdisjoint(prompts[1]) and all(prompts)
     (aside,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
     assert aside["where"].endswith("pairs.jsonl:32")
-
-
-def test_a_format_of_whole_trees_has_no_pairs(tmp_path: Path, shared_data: Path) -> None:
-    path = shared_data / "oasst_trees_en_60.jsonl"
-    with pytest.raises(UserError, match="the format `oasst` has no chosen and rejected answers"):
-        list(read_conversations(path, options=ReadOptions(pairs=True)))

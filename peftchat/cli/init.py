@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from peftchat.cli.common import note, output_option
-from peftchat.errors import UserError
+from peftchat.files import write_new_text
 from peftchat.output_paths import check_output
 
 if TYPE_CHECKING:
@@ -35,18 +35,7 @@ def command(method: str, model: str | None, data: str | None, output: Path) -> N
 
     text = starting_recipe(cast("Method", method), output, model=model, data=data)
     check_output(output, (), "-o")
-    try:
-        with output.open("x", encoding="utf-8") as file:
-            try:
-                file.write(text)
-                file.flush()
-            except OSError:
-                output.unlink()
-                raise
-    except FileExistsError as error:
-        raise UserError("the file already exists", where=str(output), hint="Choose another name with `-o`.") from error
-    except OSError as error:
-        raise UserError(f"the file cannot be written: {error.strerror}", where=str(output)) from error
+    write_new_text(output, text)
     open_keys = [key for key, given in (("model.name", model), ("data.train", data)) if given is None]
     todo = f"Fill in {' and '.join(open_keys)}, then: " if open_keys else "Next: "
     note(f"Wrote {output}. {todo}peftchat train {output} --dry-run")

@@ -112,7 +112,7 @@ def _take_from_run(document: Document, *, needed: bool) -> Recipe | None:
 def _read(path: Path, extending: tuple[Path, ...]) -> Document:
     """Return the document at `path`, merged over the recipes it extends."""
     name = str(path)
-    text = _read_text(path)
+    text = read_text(path, "a recipe", "`peftchat init` writes a recipe to start from.")
     values, places = to_plain(parse_yaml(text, name), name, file=path, layer=-len(extending))
     if values is None:
         raise UserError("the recipe is empty", where=name, hint="`peftchat init` writes one to start from.")
@@ -163,15 +163,23 @@ def _rename(document: Document, parent: Keys, former: str, key: str) -> None:
         document.places[*parent, key] = document.places.pop((*parent, former))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, kind: str, hint: str) -> str:
+    """Return the text of a file that should be UTF-8, without its byte order mark.
+
+    Args:
+        path: the file.
+        kind: what it should be, with its article.
+        hint: what to do where there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     if path.is_dir():
-        raise UserError("is a folder, not a recipe", where=str(path), hint="Give the YAML file.")
+        raise UserError(f"is a folder, not {kind}", where=str(path), hint="Give the YAML file.")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise UserError(
-            "no such file", where=str(path), hint="`peftchat init` writes a recipe to start from."
-        ) from error
+        raise UserError("no such file", where=str(path), hint=hint) from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError("not UTF-8", where=f"{path}:{line}", hint="Save the file as UTF-8.") from error

@@ -85,6 +85,7 @@ OWN_KEYS = (
     "max_train_minutes",
     "global_batch_size",
     "torch_compile",
+    "autotune",
     "load_best_model_at_end",
     "early_stopping_patience",
     "early_stopping_threshold",
@@ -198,7 +199,13 @@ class TrainingSection(StrictModel):
     torch_compile: bool | None = Field(
         None,
         description="Compile the model's layers: faster steps and less memory, after a wait of some seconds at the "
-        "start. Without it: on a CPU with a C++ compiler if the run is long.",
+        "start. Without it: on a CPU with a C++ compiler, if the run is long and that was measured to be faster here.",
+    )
+    autotune: bool | None = Field(
+        None,
+        description="Measure on a few batches before the first step which attention, threads, chunk of the loss and "
+        "compiled or plain layers are fastest here, and keep the result for later runs. Without it: within a hundredth "
+        "of the run's planned time, so only in long runs on a CPU. `true`: in any run; `false`: never.",
     )
     seed: int = Field(42, ge=0, description="Seed of adapter weights, dropout, and the split by `data.eval_fraction`.")
     data_seed: int | None = Field(None, ge=0, description="Seed of the order of examples. Without it `seed` is used.")

@@ -110,7 +110,7 @@ class PreferenceTrainer(ChatTrainer):
                 loss = loss - found.likelihood_weight * policy.chosen.sum() / num_items[1]
             return loss
 
-        outputs = model(**self._model_inputs(inputs), supervised=True, weigh=weigh)
+        outputs = model(**self.model_inputs(inputs), supervised=True, weigh=weigh)
         loss = outputs.loss
         return self._with_other_terms(loss, outputs, num_items_in_batch)
 
@@ -153,7 +153,7 @@ class PreferenceTrainer(ChatTrainer):
             lacks = bool(self._sum_over_processes(torch.tensor(float(lacks), device=self.args.device)))
         if lacks:
             with reference_model(self.model, self._initial_embeddings, self._start):
-                outputs = self.model(**self._model_inputs(inputs), supervised=True)
+                outputs = self.model(**self.model_inputs(inputs), supervised=True)
             self.reference.add(split, places, answer_sums(outputs.losses, counts))
         return AnswerLogProbs.of(self.reference.of(split, places).to(inputs["labels"].device))
 
@@ -176,7 +176,7 @@ class PreferenceTrainer(ChatTrainer):
         for split in splits:
             for of_batch, batch, inputs in self._evaluation_batches(split):
                 with self.compute_loss_context_manager():
-                    outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
+                    outputs = self.model_wrapped(**self.model_inputs(inputs), supervised=True)
                 if of_batch is not None:
                     self.reference.add(split, batch["examples"], answer_sums(outputs.losses, batch["target_counts"]))
         if splits:
@@ -199,7 +199,7 @@ class PreferenceTrainer(ChatTrainer):
             counts = batch["target_counts"]
             with self.compute_loss_context_manager():
                 reference = self._reference_of("eval", batch["examples"], inputs, counts)
-                outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
+                outputs = self.model_wrapped(**self.model_inputs(inputs), supervised=True)
             if of_batch is None:
                 continue
             policy, found = self._pair_loss(outputs.losses, counts, reference)

@@ -27,9 +27,20 @@ def test_stock_libraries_see_what_was_trained(
     )  # fmt: skip
     # `peftchat train` starts two interpreters by itself; one cell per strategy pays for them.
     is_launched = method == "lora" and not tied
-    done = peftchat("train", recipe) if is_launched else peftchat_in_processes(2, "train", recipe)
+    # A process that was killed while DeepSpeed compiled has left its lock behind.
+    lock = tmp_path / "kernels" / "deepspeed_cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    done = (
+        peftchat("train", recipe, TORCH_EXTENSIONS_DIR=str(tmp_path / "kernels"))
+        if is_launched
+        else peftchat_in_processes(2, "train", recipe)
+    )
     assert done.returncode == 0, done.stderr
     assert not done.stdout
+    if is_launched:
+        assert lock.exists() == (strategy == "ddp")
+        assert list((tmp_path / "kernels").iterdir()) == [lock.parent], "a kernel was compiled that nothing uses"
     check_run(run, base, held_out, method=method, tied=tied, processes=2)
 
 

@@ -124,7 +124,8 @@ def test_quantized_weights_are_as_large_as_those_of_bitsandbytes() -> None:
 
 def _with(**changed: object) -> PlanSettings:
     settings = PlanSettings(
-        method="qlora", dtype="bfloat16", bits=4, double=True, optimizer="adamw_torch", strategy="single", processes=1,
+        method="qlora", dtype="bfloat16", compute_dtype="bfloat16", bits=4, double=True,
+        optimizer="adamw_torch", strategy="single", processes=1,
         offload="none", checkpointing=False, batch=1, length=128, accumulation=1, supervised=0.5, attention="masked",
         conversation=64, device="cuda", new_tokens=0,
     )  # fmt: skip

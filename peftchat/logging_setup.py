@@ -17,6 +17,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Warnings of its stores about names without an address, and stacks when another machine ends first.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # None of these warnings concerns a setting of the recipe.
     warnings.filterwarnings("ignore")
 

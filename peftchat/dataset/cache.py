@@ -108,7 +108,7 @@ def _key(recipe: "Recipe", chat: ChatFormat) -> str:
         "chat": recipe.chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json", exclude={"packing", "pad_to_multiple_of"}),
         "seed": recipe.training.seed,
-        **({"pairs": True} if recipe.has_pairs else {}),
+        **{name: True for name, is_read in recipe.answers_read.items() if is_read},
         "sources": [_content(entry) for entry in [*data.train, *(data.eval or ())]],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
@@ -200,10 +200,10 @@ def _numbered(recipe: "Recipe", split: Split, log: ProblemLog) -> Iterator[tuple
     # The shares of an epoch are drawn from all conversations; what is held out is drawn once.
     weighted = split == "eval" or not data.resample
     selected = read_numbered(entries, seed, problems=log, consecutive=data.consecutive, weighted=weighted,
-                             pairs=recipe.has_pairs)  # fmt: skip
+                             **recipe.answers_read)  # fmt: skip
     if data.eval_fraction is not None:
         everything = read_numbered(data.train, seed, consecutive=data.consecutive, weighted=not data.resample,
-                                   pairs=recipe.has_pairs)  # fmt: skip
+                                   **recipe.answers_read)  # fmt: skip
         splitter = fit_split((conversation for _, conversation in everything), data.eval_fraction, seed)
         if split == "eval":
             log.told += splitter.remarks

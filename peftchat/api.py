@@ -271,6 +271,8 @@ def compare(
     equal_within: float = 0.005,
     halving: bool = True,
     fork: bool = True,
+    tasks: Sequence[str] = (),
+    task_limit: int | None = None,
 ) -> "ComparisonResult":
     """Train variants of a recipe on the same data, measure them, and recommend one.
 
@@ -294,6 +296,8 @@ def compare(
         halving: whether short runs select among more than three learning rates; otherwise all get full runs.
         fork: whether runs may be forks of one process that has imported the libraries.
         equal_within: fraction of the lowest held-out loss up to which differences count as ties.
+        tasks: `NAME[@SHOTS]` or `FILE.yaml[@SHOTS]` of EleutherAI's harness, which every finished run is asked.
+        task_limit: the most questions of each task.
 
     Raises:
         UserError: a candidate cannot be trained; raised before the first run.
@@ -328,8 +332,10 @@ def compare(
     quiet_libraries()
     from peftchat.comparing.compare import EvalOptions
     from peftchat.comparing.compare import compare as compare_candidates
+    from peftchat.comparing.task_scores import check_tasks
 
-    evaluation = EvalOptions(forgetting_text, prompts or None, num_samples, merge, fork)
+    choice = check_tasks(tasks, task_limit) if tasks else None
+    evaluation = EvalOptions(forgetting_text, prompts or None, num_samples, merge, fork, choice)
     result, _ = compare_candidates(comparison, comparison_folder(recipe, output), evaluation)
     return result
 

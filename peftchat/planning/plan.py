@@ -172,6 +172,11 @@ class TrainingPlan:
         """Whether the recipe fits the device."""
         return self.memory.total <= self.hardware.memory
 
+    def checkpoint_bytes(self, recipe: "Recipe") -> int:
+        """Return the disk that checkpoints take at most: weights in float32 and AdamW's two moments, and one more."""
+        trained = self.trainable.parameters + self.trainable.new_token_parameters
+        return trained * (4 + 8) * ((recipe.training.save_total_limit or 1) + 1)
+
 
 @dataclass(frozen=True)
 class Prediction:

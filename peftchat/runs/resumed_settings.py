@@ -35,6 +35,7 @@ _MAY_CHANGE = {
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
         "torch_compile",
+        "autotune",
         "global_batch_size",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",

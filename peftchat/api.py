@@ -8,7 +8,7 @@ import dataclasses
 import gc
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from peftchat.evaluating.run_evaluation import EvaluateOptions, Watch
     from peftchat.evaluating.side_by_side import Evaluation
     from peftchat.export.combine import CombinationReport, CombineOptions
+    from peftchat.launching.job import JobOptions
+    from peftchat.launching.targets import JobPlaces, Target
     from peftchat.merging import MergeOptions, MergeResult
     from peftchat.planning.plan import TrainingPlan
     from peftchat.runs.run_summary import RunSummary
@@ -92,25 +94,32 @@ def train(
 
     # First: the modules below import bitsandbytes, which logs while it is imported.
     quiet_libraries()
+    settle_processes()
+    loaded = _load(recipe, overrides)
+    distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed, download=True)
+    from peftchat.training.context import TrainOptions, check_content
+
+    if distributed.world_size == 1:
+        # Data that is refused is refused before anything heavy is imported, planned or loaded.
+        check_content(loaded, TrainOptions(resume, allow_changed), distributed)
     from peftchat.evaluating.recipe_tasks import evaluate_recipe_tasks
     from peftchat.reports.run_report import try_model_card, write_summaries
     from peftchat.runs.run_folder import RunFolder
     from peftchat.runs.run_summary import RunSummary
-    from peftchat.training.context import TrainOptions
+    from peftchat.training.machines import this_route
     from peftchat.training.several_processes import is_main_process
     from peftchat.training.train import claimed_by_run
     from peftchat.training.train import train as train_in_process
 
-    settle_processes()
-    loaded = _load(recipe, overrides)
-    distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed, download=True)
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
     arguments = _train_arguments(loaded, overrides, resume=resume, allow_changed=allow_changed, prompts=prompts)
     if distributed.launcher == "torchrun":
         # With several machines there is a launcher on each, so the first of all processes claims the folder.
         with claimed_by_run(run_folder) if distributed.nodes == 1 else contextlib.nullcontext():
             _launch(loaded, distributed, arguments, TrainOptions(resume, allow_changed))
-        evaluate_recipe_tasks(loaded)
+        # There is a launcher on each machine, and one run folder.
+        if distributed.nodes == 1 or this_route().is_first:
+            evaluate_recipe_tasks(loaded)
         return RunSummary.read(run_folder)
     with claimed_by_run(run_folder):
         loaded, auto_settings = choose_settings(loaded, distributed, resume=resume)
@@ -250,6 +259,44 @@ def plan(
     distributed = loaded.recipe.distributed
     count = gpus or (distributed.processes * distributed.nodes if distributed.processes else None)
     return plan_training(loaded.recipe, find_hardware(gpu, count), price=price, with_grid=alternatives)
+
+
+def write_job(
+    recipe: RecipeSource,
+    target: "Target",
+    options: "JobOptions",
+    places: "JobPlaces",
+    *,
+    overrides: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Return the file of a cluster's job that trains a recipe; nothing is sent to the cluster.
+
+    Args:
+        recipe: the path of a recipe, or a loaded one.
+        target: the scheduler.
+        options: devices, name and time limit.
+        places: where it runs: partition, image, volume and so on.
+        overrides: `section.key=value` texts; for a path only.
+        tell: prints what the cluster's limits changed.
+
+    Raises:
+        UserError: the plan refuses the recipe, the run does not fit, or the cluster takes a name or a number not.
+    """
+    from peftchat.launching.job import make_job, nodes_and_processes
+    from peftchat.launching.targets import job_text
+    from peftchat.planning.hardware import find_hardware
+
+    loaded = _load(recipe, overrides, to_train=False)
+    nodes, processes = nodes_and_processes(loaded, options)
+    if options.gpu is None and find_hardware(None, 1).device == "cpu":
+        raise UserError(
+            "this machine has no GPU, so those of the cluster have to be named",
+            where="--gpu",
+            hint="Such as `--gpu a100-80gb`, or `--gpu cpu`; `peftchat plan --list` shows all.",
+        )
+    planned = plan(loaded, gpu=options.gpu, gpus=nodes * processes)
+    return job_text(target, make_job(loaded, planned, options), loaded, places, tell)
 
 
 def compare(

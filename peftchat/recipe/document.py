@@ -220,6 +220,7 @@ def path_keys(values: dict[str, Any]) -> Iterator[Keys]:
     """Return the keys in `values` that can hold the path of an input."""
     if isinstance(values.get("model"), dict):
         yield ("model", "name")
+        yield ("model", "adapter")
     if isinstance(values.get("distributed"), dict):
         yield ("distributed", "deepspeed_config")
     evaluation = values.get("evaluation")

@@ -84,6 +84,12 @@ class ModelSection(StrictModel):
         description="The base model: a folder with a transformers model, or a hub id.",
         examples=["HuggingFaceTB/SmolLM2-135M"],
     )
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="A finished run to begin at, such as one of `sft`: its base, adapter and chat template are taken. "
+        "The adapter goes on; `method: full` merges it in memory first (docs/preferences.md).",
+    )
     revision: str | None = Field(
         None, description="Branch, tag or commit of a hub model. Without it the hub's main branch is taken."
     )

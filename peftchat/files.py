@@ -1,9 +1,16 @@
 """Atomic file writing (a reader sees the old file or the new one, never a part), and the cache folder."""
 
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from peftchat.errors import UserError
+
+APPEARS_SECONDS = 60.0
+"""How long a new file of another machine may stay unseen: NFS keeps what it knows of a folder so long (`acdirmax`)."""
+
+_POLL_SECONDS = 0.2
 
 
 def cache_root() -> Path:
@@ -28,6 +35,20 @@ def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def appears(path: Path) -> bool:
+    """Return whether a file that another machine has written is here, or comes to be seen here within a minute."""
+    end = time.monotonic() + APPEARS_SECONDS
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_POLL_SECONDS)
+        for folder in (path.parent.parent, path.parent):
+            # Opening a folder makes a network file system look at the server.
+            with suppress(OSError):
+                next(folder.iterdir(), None)
+    return True
 
 
 def write_new_text(path: Path, text: str) -> None:

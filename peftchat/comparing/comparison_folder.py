@@ -68,6 +68,11 @@ class ComparisonFolder:
         """Return the file with the evaluation of a run."""
         return self.path / "evaluations" / f"{name}.json"
 
+    @property
+    def answers(self) -> Path:
+        """The folder with the answers to tasks as they came."""
+        return self.path / "evaluations" / "answers"
+
     @contextmanager
     def locked(self, recipe: "Recipe") -> Iterator[None]:
         """Create the folder and lock it against a second process.

@@ -330,7 +330,7 @@ class RunSummary(BaseModel):
     @property
     def unit(self) -> str:
         """What an example is, in the plural."""
-        return "conversations" if self.objective == "sft" else "pairs"
+        return {"sft": "conversations", "kto": "labeled answers"}.get(self.objective, "pairs")
 
     @property
     def supervised_share(self) -> float | None:

@@ -22,6 +22,7 @@ from peftchat.training.position import Position, RunPosition
 from peftchat.training.process_group import join_processes
 from peftchat.training.run_content import RunContent, open_content, pin_base
 from peftchat.training.several_processes import is_main_process
+from peftchat.training.shared_folder import check_shared
 from peftchat.training.step_numbers import name_sources
 
 if TYPE_CHECKING:
@@ -151,7 +152,9 @@ def open_context(
         )
     run_folder = RunFolder(Path(recipe.output_dir))
     checkpoint = run_folder.check_usable(recipe, resume=options.resume, allow_changed=options.allow_changed)
-    join_processes(distributed)
+    store = join_processes(distributed)
+    if store is not None:
+        check_shared(run_folder.path, store, int(os.environ["RANK"]), distributed.world_size)
     pinned = pin_base(loaded, run_folder, resume=options.resume)
     chat = load_chat_format(pinned.recipe)
     first_stage = check_first_stage(pinned.recipe, chat)

@@ -9,7 +9,6 @@ DeepSpeed compiles kernels on first use, one folder each, with a file named `loc
   https://github.com/pytorch/pytorch/blob/main/torch/utils/file_baton.py
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def _kernel_folder() -> Path:
 def _open_files() -> Iterator[Path]:
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
-            yield Path(os.readlink(link))
+            yield link.readlink()
         except OSError:
             # The process has ended, or belongs to another user.
             continue

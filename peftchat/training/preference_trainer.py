@@ -103,9 +103,8 @@ class PreferenceTrainer(ChatTrainer):
 
         def weigh(losses: Tensor) -> Tensor:
             """Return this batch's part of the loss of the step."""
-            policy, found = self._pair_loss(losses, counts, reference)
-            metrics = pair_metrics(found, policy)
-            self._sums += torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
+            policy, found, sums = self._measure("train", self.current_examples, losses, counts, reference)
+            self._sums += sums
             loss = found.losses.sum() / num_items[0]
             if found.likelihood_weight:
                 loss = loss - found.likelihood_weight * policy.chosen.sum() / num_items[1]
@@ -118,6 +117,19 @@ class PreferenceTrainer(ChatTrainer):
     def _note_loss(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch; that of single pairs is nothing to judge conversations by."""
         self.checks.add(loss, self.current_examples[::2])
+
+    def _measure(
+        self, split: "Split", examples: Any, losses: Tensor, counts: Sequence[int], reference: AnswerLogProbs | None
+    ) -> tuple[AnswerLogProbs, PairLoss, Tensor]:
+        """Return the answers' log-probabilities, the losses, and the sums of the metrics with the number of pairs."""
+        policy, found = self._pair_loss(losses, counts, reference)
+        metrics = pair_metrics(found, policy)
+        return policy, found, torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
+
+    def _means(self, sums: Sequence[float]) -> dict[str, float]:
+        """Return the means of the metrics by name, from what `_measure` counted; nothing without pairs."""
+        *totals, count = sums
+        return {name: value / count for name, value in zip(PAIR_METRICS, totals, strict=True)} if count else {}
 
     def _pair_loss(
         self, losses: Tensor, counts: Sequence[int], reference: AnswerLogProbs | None
@@ -239,10 +251,8 @@ class PreferenceTrainer(ChatTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the pairs' metrics since the last line to the logs of training steps."""
         if "loss" in logs and "train_runtime" not in logs:
-            *sums, count = self._sum_over_processes(self._sums).tolist()
+            logs.update(self._means(self._sum_over_processes(self._sums).tolist()))
             self._sums = self._no_sums()
-            if count:
-                logs.update({name: value / count for name, value in zip(PAIR_METRICS, sums, strict=True)})
         super().log(logs, start_time)
 
     def _save_more(self, checkpoint: "Checkpoint") -> None:

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -479,8 +480,9 @@ class ChatTrainer(SFTTrainer):
             Trainer._save_checkpoint(self, model, trial)
             self._save_more(checkpoint)
             counts = self.gather_objects(self.throughput.collect().as_dict())
+            written = self.gather_objects(checkpoint.names())
             if self.args.should_save:
-                checkpoint.mark_complete(counts, self._content.marker())
+                checkpoint.mark_complete(counts, self._content.marker(), written=chain.from_iterable(written))
                 keep_newest(folder, self._keep, best_step=self.state.best_global_step if self._loads_best else None)
             self.accelerator.wait_for_everyone()
 

@@ -59,7 +59,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     first, second = pair(tmp_path)
     with pytest.raises(UserError, match="named twice"):
         read_runs([first, tmp_path / "b" / ".." / "a" / "demo"])
-    with pytest.raises(UserError, match="It holds runs: demo. Name those"):
+    with pytest.raises(UserError, match="It holds runs: demo"):
         read_runs([first, tmp_path / "b"])
     with pytest.raises(UserError, match="no such folder"):
         read_runs([first, tmp_path / "none"])

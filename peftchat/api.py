@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from peftchat.launching.targets import JobPlaces, Target
     from peftchat.merging import MergeOptions, MergeResult
     from peftchat.planning.plan import TrainingPlan
+    from peftchat.reports.run_report import ReportExtras
     from peftchat.runs.run_summary import RunSummary
     from peftchat.serving.chat_model import ChatModel
     from peftchat.serving.generate import ChatAnswer
@@ -482,6 +483,70 @@ def combine(runs: Sequence[Path | str], options: "CombineOptions") -> "Combinati
     from peftchat.export.combine import combine_into_adapter
 
     return combine_into_adapter([Path(run) for run in runs], options)
+
+
+def report(runs: Sequence[Path | str], *, output: Path | str | None = None, rows: int = 3) -> Path:
+    """Write the page of a run anew, with its plan and masks; or one page over several runs.
+
+    Args:
+        runs: run folders. One has to be finished; of several, some may still go on.
+        output: the page; None for `report.html` in the folder of the one run, or in the working folder for several.
+        rows: how many examples of one run to show with their masks.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: a folder is no run's, or its run has no losses.
+
+    Example:
+        >>> import peftchat
+        >>> peftchat.report(["runs/assistant"]).name
+        'report.html'
+    """
+    from peftchat.output_paths import InputPath
+    from peftchat.reports.overlay import check_run, read_runs, write_overlay
+    from peftchat.reports.page import check_page
+    from peftchat.reports.run_report import write_report
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.runs.run_summary import RunSummary
+
+    paths = [Path(run) for run in runs]
+    page = None if output is None else Path(output)
+    if len(paths) == 1:
+        check_run(paths[0])
+        RunSummary.read(RunFolder(paths[0]))
+        page = None if page is None else check_page(page, [InputPath(RunFolder(paths[0]).summary, "the run's summary")])
+        return write_report(paths[0], path=page, extras=_report_extras(paths[0], rows))
+    found = read_runs(paths)
+    page = check_page(
+        page or Path("report.html"), [InputPath(run.folder.summary, f"a file of {run.name}") for run in found]
+    )
+    return write_overlay(page, found)
+
+
+def _report_extras(run: Path, rows: int) -> "ReportExtras":
+    """Plan a run, and read examples of its data; what is not here any more is told on the page."""
+    from peftchat.logging_setup import quiet_libraries
+
+    quiet_libraries()
+    from peftchat.planning.planned_run import planned_values
+    from peftchat.reports.mask import inspect_mask
+    from peftchat.reports.run_report import ReportExtras
+    from peftchat.runs.run_folder import RunFolder
+
+    planned, examples, missing = [], [], []
+    try:
+        planned = planned_values(run)
+    except UserError as error:
+        missing.append(f"No plan beside the measurements: {error}")
+    try:
+        if rows:
+            recipe = load_recipe(RunFolder(run).recipe, to_train=False, upgrade=True).recipe
+            examples = list(inspect_mask(recipe, "train", lambda _: None).shown(rows))[:rows]
+    except (UserError, VerificationError) as error:
+        missing.append(f"No examples with their masks: {error}")
+    return ReportExtras(planned, examples, missing)
 
 
 def load_chat_model(name: Path | str, *, base: Path | str | None = None, allow_changed: bool = False) -> "ChatModel":

@@ -39,6 +39,7 @@ PREPARED = "peftchat encodes, orders and collates examples by itself"
 LAUNCH = "concerns how processes are started; `distributed` says that"
 RUN_FOLDER = "peftchat writes the run folder in one form"
 HUB = "`peftchat push` uploads a run when you have looked at it"
+OTHER_ADAPTER = "an adapter to go on with; `model.adapter` takes finished runs of peftchat, others are merged before"
 RESUME = "`peftchat train RECIPE --resume` goes on with a run"
 NOT_TEXT = "concerns images, sound or video, which peftchat does not read"
 PARALLEL = "peftchat gives every process examples of its own, so this would change the batch per step"
@@ -298,6 +299,9 @@ def precision(draft: Draft, *, bfloat16: bool, float16: bool, lines: list[Source
             draft.change(line, {"model.dtype": dtype}, why)
         else:
             draft.keep(line, "model.dtype", dtype)
+    if mixed and is_full and dtype != "float32" and not lines:
+        what = f"{draft.tool} keeps trained weights in float32; here they are in {dtype} unless `float32` is given"
+        draft.ask("model.dtype", what)
     draft.assume("model.dtype", dtype, f"what {draft.tool} computes in without a switch")
 
 

@@ -153,6 +153,13 @@ def _tracker(draft: Draft, line: SourceLine) -> None:
         draft.leave(line, "peftchat writes `metrics.jsonl` in any case")
 
 
+def _output(draft: Draft, line: SourceLine) -> None:
+    if is_templated(line.value):
+        draft.leave(line, "its value is filled in elsewhere; the run is named after the file")
+    else:
+        draft.keep(line, "output_dir", line.value)
+
+
 def _save_steps(draft: Draft, line: SourceLine) -> None:
     if line.key == "save_every_n_steps":
         draft.keep(line, "training.save_steps", line.value)
@@ -181,7 +188,7 @@ _TABLE: Table = {
     "checkpointer.keep_last_n_checkpoints": same("training.save_total_limit"),
     "checkpointer.adapter_checkpoint": refused("an adapter to go on with; merge it into its base first", blocks=True),
     "checkpointer": inert("peftchat reads a model's folder, and writes one"),
-    "output_dir": same("output_dir"),
+    "output_dir": by(_output),
     **DATASETS,
     "batch_size": same("training.per_device_train_batch_size"),
     "batch_size_val": same("training.per_device_eval_batch_size"),

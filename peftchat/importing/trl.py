@@ -162,8 +162,6 @@ _TABLE: Table = {
     "assistant_only_loss": _switch("chat.loss_on", "answers", "everything"),
     "completion_only_loss": _switch("chat.loss_on", "last_answer", "everything"),
     "config_file": by(_launcher_file),
-    "num_processes": same("distributed.processes"),
-    "num_machines": same("distributed.nodes"),
     "router_aux_loss_coef": refused("peftchat adds no loss of routers"),
     "shuffle_dataset": inert("examples are drawn at random in any case"),
     "model_init_kwargs": refused("see the section `model` of a recipe"),
@@ -188,7 +186,7 @@ _TABLE: Table = {
     ),
     "ignore_bias_buffers": inert(LAUNCH),
     "gradient_checkpointing_kwargs": TRAINING_ARGUMENTS["gradient_checkpointing_kwargs"],
-    **group(inert(LAUNCH), "env machine_rank main_process_port main_process_ip mixed_precision accelerate_config"),
+    **group(inert(LAUNCH), "env accelerate_config"),
     **group(inert(LOGGING), "log_completions"),
     **group(refused(NOT_TEXT), "max_pixels image_size"),
 }

@@ -122,6 +122,7 @@ class Conversation:
             trained on them, and conversations that differ in nothing else are equal.
         rejected: of a pair: the same turns with the rejected answer instead, which `messages` end with the chosen one;
             None for a conversation that is no pair.
+        label: whether the last answer is a good one, for an objective with labels; None where that is not asked.
     """
 
     messages: tuple[Message, ...]
@@ -129,6 +130,7 @@ class Conversation:
     tools: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
     rejected: tuple[Message, ...] | None = None
+    label: bool | None = None
 
     @property
     def shared_turns(self) -> int:

@@ -1,7 +1,16 @@
 """Atomic file writing (a reader sees the old file or the new one, never a part), and the cache folder."""
 
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
+
+from peftchat.errors import UserError
+
+APPEARS_SECONDS = 60.0
+"""How long a new file of another machine may stay unseen: NFS keeps what it knows of a folder so long (`acdirmax`)."""
+
+_POLL_SECONDS = 0.2
 
 
 def cache_root() -> Path:
@@ -26,3 +35,38 @@ def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def appears(path: Path) -> bool:
+    """Return whether a file that another machine has written is here, or comes to be seen here within a minute."""
+    end = time.monotonic() + APPEARS_SECONDS
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_POLL_SECONDS)
+        for folder in (path.parent.parent, path.parent):
+            # Opening a folder makes a network file system look at the server.
+            with suppress(OSError):
+                next(folder.iterdir(), None)
+    return True
+
+
+def write_new_text(path: Path, text: str) -> None:
+    """Write a text file whose name nothing has; nothing stays of one that cannot be written.
+
+    Raises:
+        UserError: the name is taken, or the file cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            try:
+                file.write(text)
+                file.flush()
+            except BaseException:
+                path.unlink()
+                raise
+    except FileExistsError as error:
+        raise UserError("the file already exists", where=str(path), hint="Choose another name with `-o`.") from error
+    except OSError as error:
+        hint = "Check that its folder is there, and that you may write to it."
+        raise UserError(f"the file cannot be written: {error.strerror}", where=str(path), hint=hint) from error

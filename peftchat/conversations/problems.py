@@ -50,6 +50,7 @@ class ReadOptions:
         roles: the file's name of a role, in lower case -> ours.
         max_record_bytes: a longer record is a problem and is not read into memory.
         pairs: read the rejected answer too, and refuse records without one.
+        labels: read the label of the answer, and refuse records without one. A pair is two labeled answers.
     """
 
     languages: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class ReadOptions:
     roles: Mapping[str, Role] = field(default_factory=dict)
     max_record_bytes: int = MAX_RECORD_BYTES
     pairs: bool = False
+    labels: bool = False
 
 
 Kind = Literal[

@@ -54,6 +54,7 @@ def read_numbered(
     consecutive: str = "error",
     weighted: bool = True,
     pairs: bool = False,
+    labels: bool = False,
 ) -> Iterator[tuple[int, Conversation]]:
     """What `read_sources` yields, each conversation with the number of its source.
 
@@ -64,6 +65,7 @@ def read_numbered(
         consecutive: what becomes of two turns of one role.
         weighted: whether the weights count; without them each conversation comes once.
         pairs: read preference pairs, and refuse records that are none.
+        labels: read labeled answers, and refuse records without a label.
     """
     log = ProblemLog(strict=True) if problems is None else problems
     streams = [
@@ -83,6 +85,7 @@ def read_numbered(
                     columns={str(ours): theirs for ours, theirs in entry.columns.items()},
                     roles={normalize_role(theirs): ours for theirs, ours in entry.roles.items()},
                     pairs=pairs,
+                    labels=labels,
                 ),
             ),
             entry.weight if weighted else 1.0,
@@ -281,7 +284,7 @@ def _source(
         source.as_one()
         first += itertools.islice(source.now, _DETECT_RECORDS - len(first))
     if data_format is None and first:
-        data_format = _detect(name, first, columns, pairs=options.pairs)
+        data_format = _detect(name, first, columns, pairs=options.pairs or options.labels)
     if data_format is None:
         return
     _check_ranks(name, data_format, options)

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Split = Literal["train", "eval"]
 
+_SMALL_FILES = 2**25
+"""Bytes of conversations that are read in half a second."""
+
 _FORMAT = 12
 """Version of the cache: to be raised when the same settings give other examples or other files."""
 
@@ -89,6 +92,23 @@ def encode_splits(
     return {split: _open(folder, split) for split in _splits(recipe)}
 
 
+def check_small_files(recipe: "Recipe") -> None:
+    """Read the conversations of a recipe whose files are small, so that a bad record is told at once.
+
+    No tokenizer is needed. Larger files are read when they are encoded.
+
+    Raises:
+        UserError: a record cannot be used.
+    """
+    found = [find_files(entry.path, entry.split) for entry in (*recipe.data.train, *(recipe.data.eval or ()))]
+    # A hub data set is in no file yet.
+    if sum(file.stat().st_size for files in found for file in files or ()) > _SMALL_FILES or None in found:
+        return
+    for split in _splits(recipe):
+        for _ in _numbered(recipe, split, ProblemLog(strict=True)):
+            pass
+
+
 def _splits(recipe: "Recipe") -> list[Split]:
     return ["train", "eval"] if recipe.data.has_eval else ["train"]
 
@@ -108,7 +128,7 @@ def _key(recipe: "Recipe", chat: ChatFormat) -> str:
         "chat": recipe.chat.model_dump(mode="json"),
         "data": data.model_dump(mode="json", exclude={"packing", "pad_to_multiple_of"}),
         "seed": recipe.training.seed,
-        **({"pairs": True} if recipe.has_pairs else {}),
+        **{name: True for name, is_read in recipe.answers_read.items() if is_read},
         "sources": [_content(entry) for entry in [*data.train, *(data.eval or ())]],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
@@ -200,10 +220,10 @@ def _numbered(recipe: "Recipe", split: Split, log: ProblemLog) -> Iterator[tuple
     # The shares of an epoch are drawn from all conversations; what is held out is drawn once.
     weighted = split == "eval" or not data.resample
     selected = read_numbered(entries, seed, problems=log, consecutive=data.consecutive, weighted=weighted,
-                             pairs=recipe.has_pairs)  # fmt: skip
+                             **recipe.answers_read)  # fmt: skip
     if data.eval_fraction is not None:
         everything = read_numbered(data.train, seed, consecutive=data.consecutive, weighted=not data.resample,
-                                   pairs=recipe.has_pairs)  # fmt: skip
+                                   **recipe.answers_read)  # fmt: skip
         splitter = fit_split((conversation for _, conversation in everything), data.eval_fraction, seed)
         if split == "eval":
             log.told += splitter.remarks

@@ -54,6 +54,7 @@ class EncodingStats:
         left_out: records and conversations that a rule of the recipe or a flag of their own leaves out, by rule.
         unused: fields that nothing is trained on, with the number of records that have them and the first.
         remarks: what else a user should know about the data, in sentences.
+        labels: of each example kept, whether its answer is a good one; empty where answers have no labels.
     """
 
     examples: int = 0
@@ -76,6 +77,7 @@ class EncodingStats:
     left_out: dict[str, int] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    labels: list[bool] = field(default_factory=list)
 
     def reading_notes(self) -> Iterator[str]:
         """Yield what reading left out, changed and did not use, each with its count."""

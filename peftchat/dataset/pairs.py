@@ -13,6 +13,7 @@ from peftchat.chat_template.loss_mask import loss_mask_table
 from peftchat.conversation import Conversation, Message
 from peftchat.dataset.collator import Batch, ChatCollator
 from peftchat.dataset.encode import EncodingStats, encode_ahead, special_token_text
+from peftchat.dataset.labels import cut, labeled_sides, with_other_answers
 from peftchat.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 SIDES = ("chosen", "rejected")
 """The two answers of a pair, in the order of their examples."""
+
+LABELED_SIDES = ("answer", "other")
+"""A labeled answer, and another record's answer to its prompt, which is never trained."""
 
 
 def sides(pair: Conversation) -> tuple[Conversation, Conversation]:
@@ -38,16 +42,19 @@ def encode_pairs(
 ) -> Iterator[ExampleBatch]:
     """Yield batches with the two examples of each pair, in the order of the pairs.
 
-    A pair is left out as a whole, and `stats.examples` counts pairs. The arguments are those of
+    A pair is left out as a whole, and `stats.examples` counts pairs. A labeled answer is one as well
+    (`peftchat.dataset.labels`), and `stats.labels` has the label of each that is kept. The arguments are those of
     `peftchat.dataset.encode.encode_conversations`.
 
     Raises:
         UserError: a pair has something that the recipe makes an error.
     """
-    loss_mask = loss_mask_table(recipe.chat.loss_policy)
+    loss_mask, has_labels = loss_mask_table(recipe.chat.loss_policy), recipe.has_labels
+    pairs = with_other_answers(pairs) if has_labels else pairs
+    sides_of = labeled_sides if has_labels else sides
 
     def encode(batch: Sequence[Conversation]) -> ExampleBatch:
-        return encoder.batch([side for pair in batch for side in sides(pair)])
+        return encoder.batch([side for pair in batch for side in sides_of(pair)])
 
     for batch, examples in encode_ahead(encoder, pairs, encode):
         found: list[list[EncodedExample]] = [[] for _ in range(2 * len(batch))]
@@ -56,13 +63,17 @@ def encode_pairs(
         kept: list[EncodedExample] = []
         for number, pair in enumerate(batch):
             if encoder.missing_roles:
-                stats.count_roles(sides(pair), encoder.missing_roles, recipe.chat.unsupported_roles)
+                stats.count_roles(sides_of(pair), encoder.missing_roles, recipe.chat.unsupported_roles)
             both = [_trained(of_side, loss_mask) for of_side in found[2 * number : 2 * number + 2]]
+            if has_labels:
+                both[1] = [cut(example, recipe.data.max_length) for example in both[1]]
             reason = _left_out(recipe, both, pair.source)
             if reason is not None:
                 stats.count_dropped(reason, pair.source)
                 continue
             kept += [example for of_side in both for example in of_side]
+            if has_labels:
+                stats.labels.append(bool(pair.label))
         made = ExampleBatch.of(kept)
         if recipe.chat.special_token_text == "error" and made.special_token_text.any():
             raise special_token_text(made.sources[int(made.special_token_text.argmax())])
@@ -105,7 +116,8 @@ def _left_out(recipe: "Recipe", both: Sequence[Sequence[EncodedExample]], source
                 hint="Raise data.max_length, or set data.truncation: drop.",
             )
         return "too_long"
-    return "identical_answers" if np.array_equal(chosen.ids, rejected.ids) else None
+    is_pair = not recipe.has_labels
+    return "identical_answers" if is_pair and np.array_equal(chosen.ids, rejected.ids) else None
 
 
 def pair_packs(examples: int) -> list[list[int]]:

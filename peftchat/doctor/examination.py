@@ -125,14 +125,12 @@ def _examine_memory(plan: "TrainingPlan") -> Finding:
 
 
 def _examine_disk(loaded: "LoadedRecipe", plan: "TrainingPlan") -> Finding:
-    """Compare the free disk with the checkpoints: weights in the run's type and AdamW's two float32 moments."""
+    """Compare the free disk with the checkpoints."""
     import shutil
     from pathlib import Path
 
     recipe = loaded.recipe
-    trained = plan.trainable.parameters + plan.trainable.new_token_parameters
-    kept = recipe.training.save_total_limit or 1
-    needed = trained * (4 + 8) * (kept + 1)
+    needed = plan.checkpoint_bytes(recipe)
     folder = Path(recipe.output_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free

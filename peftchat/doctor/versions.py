@@ -25,6 +25,7 @@ _USED_FOR = {
     "languages": "`data.languages` on conversations without a language of their own",
     "sentencepiece": "tokenizers of SentencePiece models",
     "sweep": "`compare --trials`",
+    "web": "`peftchat web`",
 }
 """Extra -> what needs it. Trackers are examined with the recipe that reports to them."""
 

@@ -86,6 +86,17 @@ def check_run(run: ModelSource, base: ModelSource, *, allow_changed: bool, exact
     trained = fingerprints_of(RunFolder(run.path))
     if trained is None:
         return ()
+    changes = changes_since(trained, run, base, exact=exact)
+    if changes and allow_changed:
+        stderr.print("Changed since the run, and allowed: " + "; ".join(changes), markup=False, highlight=False)
+    elif changes:
+        hint = "Restore it, name the base it was trained on with `--base`"
+        refuse_changes(changes, f"{run.where} on {base.name}", hint)
+    return tuple(changes)
+
+
+def changes_since(trained: Fingerprints, run: ModelSource, base: ModelSource, *, exact: bool) -> list[str]:
+    """Return how a run's base, tokenizer and template differ from those that it was trained with, in words."""
     changes = trained.changes_of_base(base_content(base, exact=exact))
     now = saved_files(run.path) if trained.saved else {}
     changes += [
@@ -93,12 +104,7 @@ def check_run(run: ModelSource, base: ModelSource, *, allow_changed: bool, exact
         for name, digest in sorted(trained.saved.items())
         if now.get(name) != digest
     ]
-    if changes and allow_changed:
-        stderr.print("Changed since the run, and allowed: " + "; ".join(changes), markup=False, highlight=False)
-    elif changes:
-        hint = "Restore it, name the base it was trained on with `--base`"
-        refuse_changes(changes, f"{run.where} on {base.name}", hint)
-    return tuple(changes)
+    return changes
 
 
 def fingerprints_of(run: RunFolder) -> Fingerprints | None:

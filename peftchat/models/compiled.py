@@ -23,13 +23,24 @@ def compile_layers(model: nn.Module) -> int:
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
-        layer.forward = _CompiledForTraining(layer.forward)
+        if not isinstance(vars(layer).get("forward"), _CompiledForTraining):
+            layer.forward = _CompiledForTraining(layer.forward)
+    switch_compiled(model, on=True)
     return len(layers)
 
 
+def switch_compiled(model: nn.Module, *, on: bool) -> None:
+    """Run layers that `compile_layers` has changed compiled, or as they were; what is compiled stays."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, _CompiledForTraining):
+            forward.is_on = on
+
+
 def has_compiled_layers(model: nn.Module) -> bool:
-    """Return whether `compile_layers` has changed the model."""
-    return any(isinstance(vars(module).get("forward"), _CompiledForTraining) for module in model.modules())
+    """Return whether layers run compiled."""
+    forwards = (vars(module).get("forward") for module in model.modules())
+    return any(isinstance(forward, _CompiledForTraining) and forward.is_on for forward in forwards)
 
 
 def missing_compiler(device: str) -> str | None:
@@ -41,7 +52,13 @@ def missing_compiler(device: str) -> str | None:
 
 
 class _CompiledForTraining:
-    """A layer's forward, compiled while gradients are enabled and unchanged otherwise."""
+    """A layer's forward, compiled while gradients are enabled and unchanged otherwise.
+
+    Attributes:
+        is_on: whether it is compiled at all.
+    """
+
+    is_on: bool = True
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._uncompiled = forward
@@ -49,4 +66,4 @@ class _CompiledForTraining:
         self._compiled = torch.compile(forward, dynamic=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self._compiled if torch.is_grad_enabled() else self._uncompiled)(*args, **kwargs)
+        return (self._compiled if self.is_on and torch.is_grad_enabled() else self._uncompiled)(*args, **kwargs)

@@ -76,15 +76,14 @@ def quantization_config(recipe: "Recipe") -> Any:
     assert section is not None
     if section.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    dtype = getattr(torch, recipe.model.dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=section.type,
         bnb_4bit_use_double_quant=section.double,
-        bnb_4bit_compute_dtype=dtype,
-        # ZeRO-3 partitions parameters of one dtype only, so the packed 4-bit values are stored as the compute dtype.
+        bnb_4bit_compute_dtype=getattr(torch, recipe.model.computed_in),
+        # ZeRO-3 partitions parameters of one dtype only, so the packed 4-bit values are stored as their dtype.
         # https://huggingface.co/docs/peft/accelerate/deepspeed
-        bnb_4bit_quant_storage=dtype,
+        bnb_4bit_quant_storage=getattr(torch, recipe.model.dtype),
     )
 
 
@@ -99,7 +98,7 @@ def attention_implementation(recipe: "Recipe") -> str | None:
         return None
     if recipe.model.attention != "auto":
         return recipe.model.attention
-    half = recipe.model.dtype != "float32"
+    half = recipe.model.computed_in != "float32"
     if torch.cuda.is_available() and half and importlib.util.find_spec("flash_attn") is not None:
         return "flash_attention_2"
     return None

@@ -1,4 +1,4 @@
-"""Auto settings: checkpointing and micro-batch size by predicted memory, the learning rate by a rule."""
+"""Auto settings: checkpointing and micro-batch size by memory, the learning rate by a rule, the compute dtype."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from peftchat.errors import UserError
 from peftchat.formatting import format_bytes, format_rate
 from peftchat.models.source import ModelSource
+from peftchat.planning.compute_dtype import KEY as COMPUTE_DTYPE
+from peftchat.planning.compute_dtype import choose_compute_dtype
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.planner import Planner, largest_batch
 from peftchat.planning.settings import PlanSettings, settings_for
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
 
 MARGIN = 0.9
 """Fraction of a device's memory that a setting may fill, since predictions have an error."""
+
+AMPLE = 0.5
+"""Fraction of a device's memory that an upper bound may fill, so that nothing is traced: tracing takes seconds."""
+
+_LOGITS = 2**30
+"""Bytes of the logits of a few chunks, and of what libraries hold."""
 
 MAX_TOKENS_PER_PASS: Mapping[str, int] = {"cuda": 16384, "cpu": 2048}
 """Tokens per forward pass beyond which larger matrices run no faster."""
@@ -93,6 +101,11 @@ def choose_checkpointing(planner: "Planner", settings: PlanSettings, device_memo
     """
     available = format_bytes(device_memory)
     without = settings.with_changes(checkpointing=False)
+    most = upper_bound(planner, without)
+    if most <= AMPLE * device_memory:
+        return ChosenSettings(
+            without, most, f"fits without checkpointing: less than {format_bytes(most)} of {available}"
+        )
     peak = planner.memory(without).total
     if peak <= MARGIN * device_memory:
         return ChosenSettings(
@@ -107,6 +120,23 @@ def choose_checkpointing(planner: "Planner", settings: PlanSettings, device_memo
         checkpointed_peak,
         f"{format_bytes(peak)} without checkpointing, {format_bytes(checkpointed_peak)} with it, of {available}",
     )
+
+
+def upper_bound(planner: "Planner", settings: PlanSettings) -> int:
+    """Return more bytes than a run without checkpointing takes, without tracing it.
+
+    It counts every weight as trained by Adam in float32, and the input and output of every linear layer as kept in
+    float32 beside eight more tensors of the model's width in each block. Half as much again is for adapters.
+    """
+    counts = planner.counts
+    tokens = settings.batch * settings.length
+    block = 8 * counts.hidden_size
+    if settings.attention != "fused":
+        block += 4 * counts.num_heads * settings.length
+    kept = 4 * tokens * (2 * counts.linear_outputs + counts.num_layers * block)
+    # The head, its gradient and its copies, and some chunks of logits.
+    head = 12 * counts.vocab_size * counts.hidden_size + _LOGITS
+    return round(1.5 * (16 * counts.parameters + kept + head))
 
 
 def choose_batch(planner: "Planner", settings: PlanSettings, device_memory: int, max_tokens: int) -> ChosenSettings:
@@ -147,8 +177,9 @@ def choose_rate(recipe: "Recipe", *, resume: bool = False) -> "tuple[Recipe, tup
     """
     if recipe.training.learning_rate != "auto":
         return recipe, ()
-    started = _started_rate(recipe) if resume else None
-    if started is not None:
+    before = _started_recipe(recipe) if resume else None
+    started = None if before is None else before.training.learning_rate
+    if started is not None and started != "auto":
         value, reason = started, "the rate that the run was started with"
     else:
         rule = rule_rate(recipe)
@@ -158,12 +189,30 @@ def choose_rate(recipe: "Recipe", *, resume: bool = False) -> "tuple[Recipe, tup
     return recipe.model_copy(update={"training": training}), (setting,)
 
 
-def _started_rate(recipe: "Recipe") -> float | None:
+def _started_recipe(recipe: "Recipe") -> "Recipe | None":
+    """Return the recipe that the run in the folder was started with; None if none was."""
     run_folder = RunFolder(Path(recipe.output_dir))
     if not run_folder.has_started:
         return None
-    rate = load_recipe(run_folder.recipe, to_train=False, upgrade=True).recipe.training.learning_rate
-    return None if rate == "auto" else rate
+    return load_recipe(run_folder.recipe, to_train=False, upgrade=True).recipe
+
+
+def _with_compute_dtype(
+    recipe: "Recipe", distributed: "DistributedSetup", *, resume: bool
+) -> "tuple[Recipe, tuple[AutoSetting, ...]]":
+    """Choose the compute dtype; a resumed run keeps that of its start, or its numbers would change."""
+    before = _started_recipe(recipe) if resume and recipe.model.compute_dtype == "auto" else None
+    if before is not None:
+        setting = AutoSetting(COMPUTE_DTYPE, before.model.computed_in, "the one that the run was started with")
+    else:
+        hardware = this_machine(distributed.processes)
+        found = choose_compute_dtype(recipe, ModelSource.of_recipe(recipe).config(), distributed, hardware)
+        if found is None:
+            return recipe, ()
+        setting = found
+    model = recipe.model.model_copy(update={"compute_dtype": setting.value})
+    is_news = setting.value != recipe.model.dtype or before is None
+    return recipe.model_copy(update={"model": model}), (setting,) if is_news else ()
 
 
 def resolve_auto_settings(
@@ -184,9 +233,11 @@ def resolve_auto_settings(
             be read.
     """
     recipe, chosen_rate = choose_rate(loaded.recipe, resume=resume)
+    recipe, chosen_dtype = _with_compute_dtype(recipe, distributed, resume=resume)
+    chosen = (*chosen_rate, *chosen_dtype)
     training = recipe.training
     if training.gradient_checkpointing is not None and training.global_batch_size is None:
-        return replace(loaded, recipe=recipe), chosen_rate
+        return replace(loaded, recipe=recipe), chosen
     _check_divisible(loaded, distributed.world_size)
     hardware = this_machine(distributed.processes)
     planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
@@ -201,7 +252,7 @@ def resolve_auto_settings(
             "global_batch_size": None,
         }
     complete = recipe.model_copy(update={"training": training.model_copy(update=values)})
-    return replace(loaded, recipe=complete), (*chosen_rate, *auto_settings)
+    return replace(loaded, recipe=complete), (*chosen, *auto_settings)
 
 
 def _check_divisible(loaded: "LoadedRecipe", processes: int) -> None:

@@ -392,8 +392,13 @@ def _chat_text(recipe: "Recipe", chat: ChatFormat) -> str:
     return f"{recipe.chat.template}, trains {recipe.chat.loss_policy}; new tokens: {new_tokens}"
 
 
+def _unit(recipe: "Recipe") -> str:
+    """Return what two examples are, in the plural."""
+    return "labeled answers" if recipe.has_labels else "pairs"
+
+
 def _split_text(recipe: "Recipe", split: Split, stats: EncodingStats) -> str:
-    unit = "pairs" if recipe.has_pairs else "examples"
+    unit = _unit(recipe) if recipe.has_pairs else "examples"
     text = (
         f"{format_count(stats.examples)} {unit}, {format_count(stats.tokens)} tokens, "
         f"{format_percent(stats.supervised / stats.tokens)} of them supervised"
@@ -423,7 +428,7 @@ def _steps_text(recipe: "Recipe", settings: PlanSettings, dataset: DatasetSize) 
     total, per_epoch = total_steps(recipe, dataset, settings), steps_per_epoch(dataset, settings)
     per_step = settings.batch * settings.accumulation * settings.processes
     if recipe.has_pairs:
-        return f"{total} ({per_epoch} per epoch) of {per_step // 2} pairs; {dataset.sequences // 2} per epoch"
+        return f"{total} ({per_epoch} per epoch) of {per_step // 2} {_unit(recipe)}; {dataset.sequences // 2} per epoch"
     return f"{total} ({per_epoch} per epoch) of {per_step} {shape}; {dataset.sequences} per epoch"
 
 

@@ -191,6 +191,7 @@ class PlanSettings:
     Attributes:
         method: full, lora or qlora.
         dtype: dtype of the unquantized base model.
+        compute_dtype: dtype of the computation.
         bits: 4 or 8 for a quantized base model, else None.
         double: whether the scales of 4-bit weights are quantized too.
         optimizer: its name in transformers.
@@ -210,6 +211,7 @@ class PlanSettings:
 
     method: "Method"
     dtype: "Dtype"
+    compute_dtype: "Dtype"
     bits: Literal[4, 8] | None
     double: bool
     optimizer: "Optimizer"
@@ -247,7 +249,7 @@ class PlanSettings:
         return TraceConfig(
             weight_dtype=self.weight_dtype,
             # DeepSpeed casts the model instead.
-            autocast=None if self.sharded or self.dtype == "float32" else self.dtype,
+            autocast=None if self.sharded or self.compute_dtype == "float32" else self.compute_dtype,
             trainable_dtype=self.dtype if self.sharded and self.method != "full" else None,
             attention=self.attention,
             quantized=self.bits is not None,
@@ -291,7 +293,8 @@ def plan_settings(
     multiple = recipe.data.pad_to_multiple_of or 1
     return PlanSettings(
         method=recipe.method,
-        dtype=recipe.model.dtype,
+        dtype=recipe.model.loaded_as,
+        compute_dtype=recipe.model.computed_in,
         bits=None if quantization is None else quantization.bits,
         double=quantization is not None and quantization.bits == 4 and quantization.double,
         optimizer=training.optim,
@@ -324,7 +327,7 @@ def attention_kind(recipe: "Recipe", device: Device) -> AttentionKind:
     if wanted == "sdpa":
         return "masked"
     if device == "cuda":
-        return "fused" if recipe.model.dtype != "float32" else "masked"
+        return "fused" if recipe.model.computed_in != "float32" else "masked"
     return "fused"
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from peftchat.errors import UserError
 from peftchat.output_paths import InputPath
 from peftchat.paths import expand_path
+from peftchat.recipe.begun_at_run import changes_of_run, recipe_of_run, take_from_run
 from peftchat.recipe.deepspeed_file import deepspeed_problems
 from peftchat.recipe.document import (
     Document,
@@ -29,6 +30,7 @@ from peftchat.recipe.validation import (
     find_conflicts,
     invalid_combinations,
     missing_dependencies,
+    recipe_values,
     resolve_defaults,
 )
 
@@ -52,6 +54,8 @@ class LoadedRecipe:
         files = {place.file for place in self.document.places.values() if place.file is not None}
         found = [InputPath(file, "the recipe") for file in sorted({self.path, *files})]
         found.append(InputPath(Path(recipe.model.name), "the base model"))
+        if recipe.model.adapter is not None:
+            found.append(InputPath(Path(recipe.model.adapter), "the run that it begins at"))
         for entry in (*recipe.data.train, *(recipe.data.eval or ())):
             found.append(InputPath(Path(entry.path), "the data", is_read_recursively=True))
         if isinstance(recipe.evaluation.questions, str):
@@ -84,18 +88,31 @@ def load_recipe(
     expand_paths(document)
     find_beside_recipe(document)
     drop_settings_of_other_variants(document)
+    run = _take_from_run(document, needed=to_train)
     recipe = _validate_without_conflicts(document, str(path))
     problems = list(invalid_combinations(recipe))
+    if run is not None:
+        problems += changes_of_run(recipe, run)
     if to_train:
         problems += [*missing_dependencies(recipe), *deepspeed_problems(recipe)]
     refuse(problems, document, str(path))
     return LoadedRecipe(recipe, Path(path), document, tuple(overrides))
 
 
+def _take_from_run(document: Document, *, needed: bool) -> Recipe | None:
+    """Fill in what the run determines that the recipe begins at, and return that run's recipe; None without one."""
+    file = recipe_of_run(document, needed=needed)
+    if file is None:
+        return None
+    run = load_recipe(file, to_train=False, upgrade=True).recipe
+    take_from_run(document, run, recipe_values(run), file)
+    return run
+
+
 def _read(path: Path, extending: tuple[Path, ...]) -> Document:
     """Return the document at `path`, merged over the recipes it extends."""
     name = str(path)
-    text = _read_text(path)
+    text = read_text(path, "a recipe", "`peftchat init` writes a recipe to start from.")
     values, places = to_plain(parse_yaml(text, name), name, file=path, layer=-len(extending))
     if values is None:
         raise UserError("the recipe is empty", where=name, hint="`peftchat init` writes one to start from.")
@@ -146,15 +163,23 @@ def _rename(document: Document, parent: Keys, former: str, key: str) -> None:
         document.places[*parent, key] = document.places.pop((*parent, former))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, kind: str, hint: str) -> str:
+    """Return the text of a file that should be UTF-8, without its byte order mark.
+
+    Args:
+        path: the file.
+        kind: what it should be, with its article.
+        hint: what to do where there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     if path.is_dir():
-        raise UserError("is a folder, not a recipe", where=str(path), hint="Give the YAML file.")
+        raise UserError(f"is a folder, not {kind}", where=str(path), hint="Give the YAML file.")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise UserError(
-            "no such file", where=str(path), hint="`peftchat init` writes a recipe to start from."
-        ) from error
+        raise UserError("no such file", where=str(path), hint=hint) from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError("not UTF-8", where=f"{path}:{line}", hint="Save the file as UTF-8.") from error

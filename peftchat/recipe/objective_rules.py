@@ -21,6 +21,14 @@ def objective_problems(recipe: "Recipe") -> Iterator[Problem]:
         what = f"`objective: {name}` compares answers, and `{recipe.chat.loss_on}` selects other text too"
         yield Problem(("chat", "loss_on"), what, "Use `answers`.")
     training = recipe.training
+    if recipe.has_labels and training.per_device_train_batch_size < 2 and recipe.kto and recipe.kto.loss_type == "kto":
+        what = "the KL term is a mean over the answers of a forward pass, and one answer is no mean"
+        yield Problem(("training", "per_device_train_batch_size"), what, "Use 2 or more, as TRL asks for.")
+    for kind, entries in (("train", recipe.data.train), ("eval", recipe.data.eval or ())):
+        for number, entry in enumerate(entries):
+            if recipe.has_labels and entry.oasst_pairs in ("adjacent", "all"):
+                what = f"`{entry.oasst_pairs}` would label a reply both good and bad"
+                yield Problem(("data", kind, number, "oasst_pairs"), what, "Use `best_worst`.")
     if training.global_batch_size is not None:
         what = f"`objective: {name}` counts pairs, and this key is not divided into batches of pairs"
         hint = "Give `per_device_train_batch_size` (pairs) and `gradient_accumulation_steps`."

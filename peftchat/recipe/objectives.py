@@ -6,15 +6,19 @@ from pydantic import Field
 
 from peftchat.strict_model import StrictModel
 
-Objective = Literal["sft", "dpo", "orpo", "simpo", "cpo"]
+Objective = Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto"]
 
 DpoLoss = Literal["sigmoid", "hinge", "ipo", "robust"]
+KtoLoss = Literal["kto", "apo_zero_unpaired"]
 CpoLoss = Literal["sigmoid", "hinge"]
 
-PAIR_OBJECTIVES: tuple[Objective, ...] = ("dpo", "orpo", "simpo", "cpo")
-"""The objectives that learn from pairs of a chosen and a rejected answer."""
+PAIR_OBJECTIVES: tuple[Objective, ...] = ("dpo", "orpo", "simpo", "cpo", "kto")
+"""The objectives that learn from pairs of a chosen and a rejected answer, or from labeled answers."""
 
-REFERENCE_OBJECTIVES: tuple[Objective, ...] = ("dpo",)
+LABEL_OBJECTIVES: tuple[Objective, ...] = ("kto",)
+"""Those of them that learn from labeled answers."""
+
+REFERENCE_OBJECTIVES: tuple[Objective, ...] = ("dpo", "kto")
 """Those of them that compare the model with a reference."""
 
 
@@ -79,3 +83,27 @@ class CpoSection(StrictModel):
         ge=0,
         description="Weight of the chosen answers' mean loss per token; `cpo_alpha` in TRL, whose default it is.",
     )
+
+
+class KtoSection(StrictModel):
+    """Kahneman-Tversky optimization, from single labeled answers (Ethayarajh et al., 2024,
+    https://arxiv.org/abs/2402.01306).
+    """
+
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="How strongly the model is held to its reference: higher is closer. The default is TRL's.",
+    )
+    loss_type: KtoLoss = Field(
+        "kto",
+        description="The loss of an answer: `kto`, or `apo_zero_unpaired` (https://arxiv.org/abs/2408.06266), which "
+        "has no KL term.",
+    )
+    desirable_weight: float = Field(
+        1.0,
+        ge=0,
+        description="Weight of good answers; lambda of the paper, which advises 1 to 1.33 times the ratio of bad to "
+        "good ones. The default is TRL's.",
+    )
+    undesirable_weight: float = Field(1.0, ge=0, description="Weight of bad answers. The default is TRL's.")

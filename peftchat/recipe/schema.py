@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, WithJsonSchema, create_model, model_validator
 from pydantic_core import PydanticCustomError
@@ -10,10 +10,12 @@ from pydantic_core import PydanticCustomError
 from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.recipe.document import Document
 from peftchat.recipe.objectives import (
+    LABEL_OBJECTIVES,
     PAIR_OBJECTIVES,
     REFERENCE_OBJECTIVES,
     CpoSection,
     DpoSection,
+    KtoSection,
     Objective,
     OrpoSection,
     SimpoSection,
@@ -83,6 +85,7 @@ OWN_KEYS = (
     "max_train_minutes",
     "global_batch_size",
     "torch_compile",
+    "autotune",
     "load_best_model_at_end",
     "early_stopping_patience",
     "early_stopping_threshold",
@@ -196,7 +199,13 @@ class TrainingSection(StrictModel):
     torch_compile: bool | None = Field(
         None,
         description="Compile the model's layers: faster steps and less memory, after a wait of some seconds at the "
-        "start. Without it: on a CPU with a C++ compiler if the run is long.",
+        "start. Without it: on a CPU with a C++ compiler, if the run is long and that was measured to be faster here.",
+    )
+    autotune: bool | None = Field(
+        None,
+        description="Measure on a few batches before the first step which attention, threads, chunk of the loss and "
+        "compiled or plain layers are fastest here, and keep the result for later runs. Without it: within a hundredth "
+        "of the run's planned time, so only in long runs on a CPU. `true`: in any run; `false`: never.",
     )
     seed: int = Field(42, ge=0, description="Seed of adapter weights, dropout, and the split by `data.eval_fraction`.")
     data_seed: int | None = Field(None, ge=0, description="Seed of the order of examples. Without it `seed` is used.")
@@ -286,6 +295,13 @@ class TrainingSection(StrictModel):
         return given
 
 
+class AnswersRead(TypedDict):
+    """What is read besides conversations: rejected answers too, or labels."""
+
+    pairs: bool
+    labels: bool
+
+
 class Recipe(StrictModel):
     """A complete recipe. `adapter` and `quantization` are set exactly where `method` uses them."""
 
@@ -301,7 +317,8 @@ class Recipe(StrictModel):
     objective: Objective = Field(
         "sft",
         description="What is learned: the answers of conversations (`sft`), or to prefer the chosen answer of a pair "
-        "to the rejected one (`dpo`, and without a reference `orpo`, `simpo`, `cpo`; docs/preferences.md).",
+        "to the rejected one (`dpo`, and without a reference `orpo`, `simpo`, `cpo`), or which answers are good "
+        "(`kto`; docs/preferences.md).",
     )
     dpo: DpoSection | None = Field(None, description="Options of direct preference optimization, for `objective: dpo`.")
     orpo: OrpoSection | None = Field(
@@ -313,6 +330,7 @@ class Recipe(StrictModel):
     cpo: CpoSection | None = Field(
         None, description="Options of contrastive preference optimization, for `objective: cpo`."
     )
+    kto: KtoSection | None = Field(None, description="Options of Kahneman-Tversky optimization, for `objective: kto`.")
     chat: ChatSection = Field(
         ChatSection(),
         description="How a conversation becomes tokens, and which of them are trained.",
@@ -368,8 +386,18 @@ class Recipe(StrictModel):
 
     @property
     def has_pairs(self) -> bool:
-        """Whether the objective learns from pairs of answers."""
+        """Whether the objective learns from pairs of answers, each of two examples; labeled answers are such too."""
         return self.objective in PAIR_OBJECTIVES
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the objective learns from labeled answers."""
+        return self.objective in LABEL_OBJECTIVES
+
+    @property
+    def answers_read(self) -> AnswersRead:
+        """What is read besides conversations (`peftchat.conversations.reading.read_numbered`)."""
+        return AnswersRead(pairs=self.has_pairs and not self.has_labels, labels=self.has_labels)
 
 
 def _with_implied(section: Mapping[str, Any], implied: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from peftchat.strict_model import StrictModel, list_to_tuple
 
 Method = Literal["full", "lora", "qlora"]
 Dtype = Literal["bfloat16", "float16", "float32"]
+ComputeDtype = Literal["auto", "bfloat16", "float32"]
 Attention = Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 QuantizationType = Literal["nf4", "fp4"]
@@ -83,12 +84,23 @@ class ModelSection(StrictModel):
         description="The base model: a folder with a transformers model, or a hub id.",
         examples=["HuggingFaceTB/SmolLM2-135M"],
     )
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="A finished run to begin at, such as one of `sft`: its base, adapter and chat template are taken. "
+        "The adapter goes on; `method: full` merges it in memory first (docs/preferences.md).",
+    )
     revision: str | None = Field(
         None, description="Branch, tag or commit of a hub model. Without it the hub's main branch is taken."
     )
     dtype: Dtype = Field(
         "bfloat16",
         description="Dtype of weights and computation. There is no separate `bf16` or `fp16`.",
+    )
+    compute_dtype: ComputeDtype = Field(
+        "auto",
+        description="What training computes in. `auto` takes `dtype`, or float32 on a CPU whose products of two "
+        "bfloat16 matrices are slower (most without AVX-512), if memory suffices. The model is saved in `dtype`.",
     )
     attention: Attention = Field(
         "auto",
@@ -105,6 +117,16 @@ class ModelSection(StrictModel):
         description="Decoder layers that `method: full` leaves as they are, from 0 on: `0-11`, or `0-3,8`.",
         examples=["0-11"],
     )
+
+    @property
+    def computed_in(self) -> Dtype:
+        """The dtype that training computes in."""
+        return self.dtype if self.compute_dtype == "auto" else self.compute_dtype
+
+    @property
+    def loaded_as(self) -> Dtype:
+        """The dtype of unquantized frozen weights in memory: the wider of the two."""
+        return "float32" if self.computed_in == "float32" else self.dtype
 
 
 class QuantizationSection(StrictModel):

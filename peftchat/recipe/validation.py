@@ -47,9 +47,10 @@ def invalid_combinations(recipe: Recipe) -> Iterator[Problem]:
         what = f"`{training.lr_scheduler_type}` needs one of: {', '.join(needed)}"
         example = f"Add `{needed[-1]}` to `lr_scheduler_kwargs`." if not given else "Remove one of the two."
         yield Problem(("training", "lr_scheduler_kwargs"), what, example)
-    if recipe.model.dtype == "float32" and recipe.model.attention.startswith("flash_attention"):
-        what = f"`{recipe.model.attention}` computes in 16 bits and the model is in float32"
-        yield Problem(("model", "attention"), what, "Use `auto`, or `model.dtype: bfloat16`.")
+    if recipe.model.computed_in == "float32" and recipe.model.attention.startswith("flash_attention"):
+        what = f"`{recipe.model.attention}` computes in 16 bits and the model computes in float32"
+        key = "dtype" if recipe.model.compute_dtype == "auto" else "compute_dtype"
+        yield Problem(("model", "attention"), what, f"Use `auto`, or `model.{key}: bfloat16`.")
     if recipe.distributed.strategy == "zero3" and recipe.quantization and recipe.quantization.bits == 8:
         what = "ZeRO-3 cannot shard 8-bit weights, whose storage is an integer type"
         yield Problem(("quantization", "bits"), what, "Use 4 bits, or `distributed.strategy: ddp`.")
@@ -269,6 +270,8 @@ def _distributed(recipe: Recipe) -> Iterator[Conflict]:
     if distributed.strategy in ZERO_STRATEGIES and recipe.training.torch_compile:
         why = f"under `{distributed.strategy}` layers are never compiled"
         yield Conflict(("training", "torch_compile"), because, why)
+    if distributed.strategy in ZERO_STRATEGIES and recipe.model.computed_in != recipe.model.dtype:
+        yield Conflict(("model", "compute_dtype"), because, "DeepSpeed computes in the dtype of the weights")
     if distributed.strategy not in ZERO_STRATEGIES:
         why = "only the strategies `zero2` and `zero3` run on DeepSpeed"
         yield Conflict(("distributed", "deepspeed_config"), because, why)

@@ -15,7 +15,7 @@ from peftchat.chat_template.text_encoder import special_tokens
 from peftchat.conversation import Role
 from peftchat.conversations import ProblemLog, read_sources
 from peftchat.dataset.cache import EncodedSplit, Split, encode_splits, with_full_examples
-from peftchat.dataset.pairs import SIDES
+from peftchat.dataset.pairs import LABELED_SIDES, SIDES
 from peftchat.errors import UserError, VerificationError
 from peftchat.models.source import ModelSource
 from peftchat.recipe import Recipe
@@ -212,13 +212,14 @@ class MaskReport:
     def as_json(self, limit: int | None) -> Iterator[dict[str, Any]]:
         """Yield the first `limit` examples (None: all) as values for JSON: number, source and lists per token."""
         table = loss_mask_table(self.recipe.chat.loss_policy)
+        sides = LABELED_SIDES if self.recipe.has_labels else SIDES
         for number, example in enumerate(islice(self.examples.store, limit)):
             ids = example.ids.tolist()
             trained = trained_tokens(example.token_tags, table)
             yield {
                 "row": number,
                 "source": example.source,
-                **({"side": SIDES[number % 2]} if self.recipe.has_pairs else {}),
+                **({"side": sides[number % 2]} if self.recipe.has_pairs else {}),
                 "input_ids": ids,
                 "labels": [token_id if target else IGNORE_INDEX for token_id, target in zip(ids, trained, strict=True)],
                 "tokens": self.chat.tokenizer.convert_ids_to_tokens(ids),

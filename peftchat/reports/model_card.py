@@ -210,6 +210,8 @@ def _introduction(recipe: Recipe, summary: RunSummary) -> str:
 
 
 def _kind_of_data(recipe: Recipe) -> str:
+    if recipe.has_labels:
+        return f"answers labeled good or bad ({recipe.objective})"
     return f"pairs of preferred and rejected answers ({recipe.objective})" if recipe.has_pairs else "conversations"
 
 

@@ -7,14 +7,14 @@ deleted.
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peftchat.errors import VerificationError
-from peftchat.files import write_text
+from peftchat.files import appears, write_text
 from peftchat.hashing import damage_digest
 
 _MARKER = "complete.json"
@@ -110,16 +110,25 @@ class Checkpoint:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / _BEGUN, json.dumps({"step": self.step}))
 
-    def mark_complete(self, token_counts: list[dict[str, Any]], record: Mapping[str, Any]) -> None:
+    def mark_complete(
+        self, token_counts: list[dict[str, Any]], record: Mapping[str, Any], *, written: Iterable[str] = ()
+    ) -> None:
         """Check the checkpoint's files and write its marker.
 
         Args:
             token_counts: the counts of each process up to this step, by rank.
             record: what else the marker holds: how and on what the run trains.
+            written: the files that the processes see in it, each by its own file system (`names`).
 
         Raises:
-            VerificationError: a file is empty.
+            VerificationError: a file is empty, or another process sees one that is not here.
         """
+        for name in sorted(set(written)):
+            if not appears(self.path / name):
+                raise VerificationError(
+                    f"{self.path}: the checkpoint lacks {name}, which another process has written. The processes do "
+                    "not see the same run folder: set output_dir to a folder that all machines mount"
+                )
         sizes = {str(file.relative_to(self.path)): file.stat().st_size for file in self._files()}
         empty = [name for name, size in sizes.items() if size == 0]
         if empty:
@@ -128,6 +137,10 @@ class Checkpoint:
         content = {"step": self.step, "files": sizes, "digests": digests, "totals": token_counts, **record}
         write_text(self.path / _MARKER, json.dumps(content, indent=1))
         (self.path / _BEGUN).unlink(missing_ok=True)
+
+    def names(self) -> list[str]:
+        """Return the names of the files that training wrote, as this machine sees them."""
+        return [str(file.relative_to(self.path)) for file in self._files()]
 
     def token_counts(self) -> list[dict[str, Any]]:
         """Return the counts of each process at this checkpoint, by rank."""

@@ -47,6 +47,7 @@ class Fingerprints(BaseModel):
         base_revision: the revision that was asked for.
         base_commit: the commit of a hub model.
         base: the base's weight files, config and code, by name.
+        first_stage: the digest of the adapter that the run began at.
         tokenizer: the digest of the tokenizer with the template's tokens.
         chat_template: the digest of the template's Jinja source.
         data: the encoded examples of each split.
@@ -60,6 +61,7 @@ class Fingerprints(BaseModel):
     base_revision: str | None = None
     base_commit: str | None = None
     base: dict[str, FileDigest] = {}
+    first_stage: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
     data: dict[str, DataDigest] = {}
@@ -79,6 +81,8 @@ class Fingerprints(BaseModel):
     def changes(self, now: "Fingerprints") -> list[str]:
         """Return everything that another run's fingerprints differ in, in words; the data without details."""
         found = self.changes_of_base(now)
+        if self.first_stage != now.first_stage:
+            found.append("first stage: the run that it began at has another adapter")
         if None not in (self.tokenizer, now.tokenizer) and self.tokenizer != now.tokenizer:
             found.append("tokenizer: it encodes text in another way")
         if None not in (self.chat_template, now.chat_template) and self.chat_template != now.chat_template:

@@ -35,12 +35,13 @@ _MAY_CHANGE = {
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
         "torch_compile",
+        "autotune",
         "global_batch_size",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
     },
     "distributed": {"processes", "nodes", "strategy", "offload", "deepspeed_config"},
-    "model": {"attention"},
+    "model": {"attention", "compute_dtype"},
 }
 
 # A checkpoint holds tensors that only these settings give their names and shapes.
@@ -75,6 +76,7 @@ def fixed_settings(recipe: "Recipe", *, with_paths: bool) -> dict[str, Any]:
     if not with_paths:
         values["model"].pop("name")
         values["model"].pop("revision")
+        values["model"].pop("adapter")
         for split in ("train", "eval"):
             values["data"][split] = [
                 {key: value for key, value in entry.items() if key != "path"} for entry in values["data"][split] or ()

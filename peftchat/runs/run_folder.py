@@ -78,6 +78,11 @@ class RunFolder:
         return self.path / "data_digests.npz"
 
     @property
+    def choices(self) -> Path:
+        """How the run computes its steps, for those who resume it."""
+        return self.path / "choices.json"
+
+    @property
     def rate_search(self) -> Path:
         """What `train --find-lr` found, in a folder that may hold no run yet."""
         return self.path / "find_lr.json"

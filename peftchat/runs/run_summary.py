@@ -200,6 +200,7 @@ class RunSummary(BaseModel):
     Attributes:
         objective: what was learned: `sft`, or from pairs of answers; `train_loss` and `eval_loss` are then means over
             pairs, and `train_examples` and `eval_examples` count pairs.
+        first_stage: the run folder that it began at; None for one that began at the base.
         base_vocabulary_size: rows of the base model's embedding before tokens were added.
         train_examples: encoded conversations trained on.
         examples_per_epoch: those of one epoch; others than `train_examples` where `data.resample` draws them anew.
@@ -232,6 +233,7 @@ class RunSummary(BaseModel):
     method: str | None = None
     objective: str = "sft"
     base_model: str | None = Field(None, validation_alias=AliasChoices("base_model", "base"))
+    first_stage: str | None = None
     base_vocabulary_size: int | None = None
     steps: int | None = None
     epochs: float | None = None
@@ -328,7 +330,7 @@ class RunSummary(BaseModel):
     @property
     def unit(self) -> str:
         """What an example is, in the plural."""
-        return "conversations" if self.objective == "sft" else "pairs"
+        return {"sft": "conversations", "kto": "labeled answers"}.get(self.objective, "pairs")
 
     @property
     def supervised_share(self) -> float | None:

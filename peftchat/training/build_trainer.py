@@ -7,6 +7,7 @@ from peftchat.models.source import ModelSource
 from peftchat.recipe import training_arguments
 from peftchat.training.context import TrainContext
 from peftchat.training.distributed import deepspeed_config
+from peftchat.training.label_trainer import LabelTrainer
 from peftchat.training.learning_rate import ContinuedScheduleCallback
 from peftchat.training.model import TrainableModel, select_attention
 from peftchat.training.preference_trainer import PreferenceTrainer
@@ -48,8 +49,8 @@ def sft_config(context: TrainContext) -> "SFTConfig":
     return SFTConfig(
         **arguments,
         output_dir=str(context.run_folder.checkpoints),
-        bf16=recipe.model.dtype == "bfloat16",
-        fp16=recipe.model.dtype == "float16",
+        bf16=recipe.model.computed_in == "bfloat16",
+        fp16=recipe.model.computed_in == "float16",
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and distributed.world_size > 1 else None,
         ddp_find_unused_parameters=False,
@@ -80,13 +81,20 @@ def _added_token_elements(recipe: "Recipe", chat: "ChatFormat") -> int:
     return max(len(chat.new_tokens), beyond) * int(config.hidden_size)
 
 
+def _trainer_class(recipe: "Recipe") -> type[ChatTrainer]:
+    """Return the trainer of a recipe's objective."""
+    if recipe.has_labels:
+        return LabelTrainer
+    return PreferenceTrainer if recipe.has_pairs else ChatTrainer
+
+
 def build_trainer(context: TrainContext, model: TrainableModel, config: "SFTConfig") -> "ChatTrainer":
     """Select the attention, and return the trainer of the recipe's objective with its callbacks."""
     layout = select_attention(context.recipe, model.model, model.causal_model)
     if layout == "padded":
         # Examples of similar length share a batch, so that little of it is padding.
         config.train_sampling_strategy = "group_by_length"
-    trainer = (PreferenceTrainer if context.recipe.has_pairs else ChatTrainer)(context, model, config, layout)
+    trainer = _trainer_class(context.recipe)(context, model, config, layout)
     shield_trackers(trainer, context)
     if has_budget(context.recipe.training):
         trainer.add_callback(BudgetCallback(trainer.gather_token_counts, context.recipe.training))

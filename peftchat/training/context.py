@@ -1,5 +1,6 @@
 """Train context: the inputs of a run, opened before its model is loaded."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -16,10 +17,12 @@ from peftchat.models.source import ModelSource
 from peftchat.runs.checkpoint import Checkpoint
 from peftchat.runs.run_folder import RunFolder
 from peftchat.training.distributed import DistributedSetup, resolve_distributed
+from peftchat.training.first_stage import begin_note, check_first_stage
 from peftchat.training.position import Position, RunPosition
 from peftchat.training.process_group import join_processes
 from peftchat.training.run_content import RunContent, open_content, pin_base
 from peftchat.training.several_processes import is_main_process
+from peftchat.training.shared_folder import check_shared
 from peftchat.training.step_numbers import name_sources
 
 if TYPE_CHECKING:
@@ -105,6 +108,11 @@ class TrainContext:
         return self.loaded.recipe
 
     @property
+    def threads_given(self) -> bool:
+        """Whether the environment says with how many threads a process computes."""
+        return bool(os.environ.get("OMP_NUM_THREADS"))
+
+    @property
     def is_main(self) -> bool:
         """Whether this is the process that writes and reports."""
         return is_main_process()
@@ -144,16 +152,21 @@ def open_context(
         )
     run_folder = RunFolder(Path(recipe.output_dir))
     checkpoint = run_folder.check_usable(recipe, resume=options.resume, allow_changed=options.allow_changed)
-    join_processes(distributed)
+    store = join_processes(distributed)
+    if store is not None:
+        check_shared(run_folder.path, store, int(os.environ["RANK"]), distributed.world_size)
     pinned = pin_base(loaded, run_folder, resume=options.resume)
     chat = load_chat_format(pinned.recipe)
+    first_stage = check_first_stage(pinned.recipe, chat)
     splits = load_splits(pinned.recipe, chat)
     content = open_content(pinned.recipe, recipe.model.revision, distributed, chat, splits, run_folder, checkpoint,
-                           resume=options.resume, allow_changed=options.allow_changed)  # fmt: skip
+                           first_stage, resume=options.resume, allow_changed=options.allow_changed)  # fmt: skip
     if is_main_process():
         for line in content.notes:
             stderr.print(line, markup=False, highlight=False)
     context = TrainContext(pinned, options, distributed, run_folder, checkpoint, chat, splits, content, started)
+    for note in begin_note(pinned.recipe):
+        context.notes.tell(note)
     if checkpoint is not None:
         for step, wrong in run_folder.resumable_checkpoint()[1].items():
             context.notes.tell(f"The checkpoint of step {step} is damaged ({wrong}). The run goes on from step "
@@ -174,10 +187,11 @@ def check_content(loaded: "LoadedRecipe", options: TrainOptions, distributed: Di
     checkpoint = run_folder.check_usable(loaded.recipe, resume=options.resume, allow_changed=options.allow_changed)
     recipe = pin_base(loaded, run_folder, resume=options.resume).recipe
     chat = load_chat_format(recipe)
+    first_stage = check_first_stage(recipe, chat)
     splits = load_splits(recipe, chat)
     if options.resume:
         open_content(recipe, loaded.recipe.model.revision, distributed, chat, splits, run_folder, checkpoint,
-                     resume=True, allow_changed=options.allow_changed)  # fmt: skip
+                     first_stage, resume=True, allow_changed=options.allow_changed)  # fmt: skip
 
 
 def load_chat_format(recipe: "Recipe") -> ChatFormat:

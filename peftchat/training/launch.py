@@ -1,22 +1,19 @@
 """Launching the processes of a run, and waiting for them."""
 
 import contextlib
-import logging
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import FrameType
 
 from peftchat.child_process import child_environment
-from peftchat.errors import UserError, VerificationError
+from peftchat.errors import VerificationError
 from peftchat.interruption import CHECKPOINT, ENDING, DeferredSignals, Interrupted
 from peftchat.training.distributed import DistributedSetup
-from peftchat.training.launcher_environment import check_port
+from peftchat.training.machines import launch_on_machines
 
 _POLL_SECONDS = 0.05
 
@@ -37,7 +34,7 @@ def launch(distributed: DistributedSetup, arguments: Sequence[str]) -> int:
         0, or the exit status of the first process that failed; that process has reported its error.
 
     Raises:
-        UserError: the recipe asks for several machines, and MASTER_ADDR is not set.
+        UserError: the recipe asks for several machines, and MASTER_ADDR is missing or wrong, or they do not meet.
         VerificationError: a process was killed.
         Interrupted: a signal ended the processes.
     """
@@ -46,7 +43,7 @@ def launch(distributed: DistributedSetup, arguments: Sequence[str]) -> int:
     environment = {"OMP_NUM_THREADS": threads, **child_environment()}
     command = [sys.executable, "-m", "peftchat", *arguments]
     if distributed.nodes > 1:
-        return _launch_on_machines(distributed, command, environment)
+        return launch_on_machines(distributed, command, environment)
     return _launch_here(distributed, command, environment)
 
 
@@ -199,64 +196,3 @@ class _Forwarded(DeferredSignals):
     def again(self, number: int) -> None:
         """Hand a further signal on too."""
         self._taken.append(number)
-
-
-def _launch_on_machines(distributed: DistributedSetup, command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Let torchrun's agent meet those of the other machines, and start the processes of this one."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    os.environ.update(environment)
-    config = LaunchConfig(
-        min_nodes=distributed.nodes,
-        max_nodes=distributed.nodes,
-        nproc_per_node=distributed.processes,
-        run_id="peftchat",
-        rdzv_backend="c10d",
-        rdzv_endpoint=_rendezvous_endpoint(distributed),
-        max_restarts=0,
-    )
-    CHECKPOINT.hand_on = _hand_on_to_children
-    try:
-        elastic_launch(config, command[0])(*command[1:])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            return int(failure.exitcode)
-        raise VerificationError(
-            f"process {rank} was killed by signal {-failure.exitcode}"
-            + (" (perhaps out of memory)" if failure.exitcode == -9 else "")
-        ) from error
-    except SignalException as error:
-        raise Interrupted(error.sigval) from error
-    finally:
-        CHECKPOINT.hand_on = None
-    return 0
-
-
-def _hand_on_to_children() -> None:
-    """Ask the processes that torchrun's agent has started, if they train already: the signal ends one that does not."""
-    import psutil
-
-    number = CHECKPOINT.number
-    for child in psutil.Process().children():
-        with contextlib.suppress(OSError, psutil.Error):
-            status = Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8", errors="replace")
-            caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
-            if number is not None and caught and int(caught[1], 16) >> (number - 1) & 1:
-                child.send_signal(number)
-
-
-def _rendezvous_endpoint(distributed: DistributedSetup) -> str:
-    host = os.environ.get("MASTER_ADDR")
-    if not host:
-        raise UserError(
-            f"the recipe asks for {distributed.nodes} machines, but MASTER_ADDR is not set",
-            where="distributed.nodes",
-            hint="Set MASTER_ADDR (and MASTER_PORT) on every machine to the first one, or start with srun or torchrun.",
-        )
-    port = os.environ.get("MASTER_PORT") or "29500"
-    check_port(port, ("MASTER_PORT",))
-    return f"{host}:{port}"

@@ -113,6 +113,7 @@ class Head:
         added_tokens: the output embeddings of added tokens, or None.
         transform: the transform after the head.
         logsumexp: `logsumexp_and_grad`, or the same function compiled.
+        chunk_factor: factor on the number of positions that are projected at a time.
     """
 
     weight: Tensor
@@ -120,6 +121,7 @@ class Head:
     added_tokens: AddedTokenHead | None
     transform: LogitTransform
     logsumexp: Callable[..., tuple[Tensor, Tensor | None]] = logsumexp_and_grad
+    chunk_factor: float = 1.0
 
     @property
     def size(self) -> int:

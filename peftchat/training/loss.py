@@ -49,7 +49,27 @@ Weigh = Callable[[Tensor], Tensor]
 """A differentiable function of the losses of all supervised positions, shape (N,), that returns a number, shape ()."""
 
 
-def install_supervised_forward(model: PreTrainedModel) -> None:
+@dataclass(slots=True)
+class LossSettings:
+    """How the loss is computed; none of it changes its value beyond rounding.
+
+    Attributes:
+        compiled: whether the log-sum-exp is compiled.
+        chunk_factor: factor on the number of positions that are projected at a time.
+    """
+
+    compiled: bool = False
+    chunk_factor: float = 1.0
+
+
+@functools.cache
+def _compiled_logsumexp() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    # Chunks differ in size; `dynamic` compiles one program for all of them.
+    compiled: Callable[..., tuple[Tensor, Tensor | None]] = torch.compile(logsumexp_and_grad, dynamic=True)
+    return compiled
+
+
+def install_supervised_forward(model: PreTrainedModel) -> LossSettings:
     """Let `model(..., labels=labels, supervised=True)` return a `SupervisedOutput`.
 
     With `weigh=function`, its `loss` is a function of the single losses instead of their sum. Without `supervised`, the
@@ -57,11 +77,13 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
 
     Args:
         model: the causal language model itself, inside any PEFT wrapper.
+
+    Returns:
+        What later calls go by; it may be changed.
     """
     original = model.forward
     transform = LogitTransform.of(model.config)
-    # Chunks differ in size; `dynamic` compiles one program for all of them.
-    logsumexp = torch.compile(logsumexp_and_grad, dynamic=True) if has_compiled_layers(model) else logsumexp_and_grad
+    settings = LossSettings(compiled=has_compiled_layers(model))
 
     @functools.wraps(original)
     def forward(
@@ -81,7 +103,9 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
         layer = self.get_output_embeddings()
         added = find_added_tokens(self)
         with maybe_gather_lm_head_ctx(layer.weight, layer.bias):
-            head = Head(layer.weight, layer.bias, None if added is None else added.head(), transform, logsumexp)
+            logsumexp = _compiled_logsumexp() if settings.compiled else logsumexp_and_grad
+            added_head = None if added is None else added.head()
+            head = Head(layer.weight, layer.bias, added_head, transform, logsumexp, settings.chunk_factor)
             states = backbone.last_hidden_state[:, :-1][supervised_positions]
             evaluates = not torch.is_grad_enabled()
             losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
@@ -91,6 +115,7 @@ def install_supervised_forward(model: PreTrainedModel) -> None:
         return SupervisedOutput(loss=loss, correct=correct, losses=losses, aux_loss=_aux_loss(self, backbone, kwargs))
 
     model.forward = types.MethodType(forward, model)
+    return settings
 
 
 def _aux_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) -> Tensor | None:
@@ -220,6 +245,7 @@ class _HeadPass:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         step = chunk_size(len(hidden), head.size, hidden.device.type, trains_head="weight" in grads)
+        step = max(1, min(len(hidden), int(step * head.chunk_factor)))
         # One buffer for all chunks: allocating this much memory is slow.
         buffer = torch.empty(step, len(self.weight), dtype=self.dtype, device=hidden.device)
         logit_mask = mask_overridden_logits(head)

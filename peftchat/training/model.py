@@ -1,24 +1,22 @@
 """The model of a run: base, added tokens and adapter, its attention, and compiled layers."""
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from peftchat.chat_template.chat_format import ChatFormat
-from peftchat.console import stderr
 from peftchat.dataset.collator import BatchLayout, ChatCollator
-from peftchat.dataset.mixture import examples_per_epoch
 from peftchat.errors import UserError
-from peftchat.formatting import format_duration
 from peftchat.models import varlen_attention
 from peftchat.models.added_tokens import EmbeddingSnapshot, attach_added_tokens, resize_embeddings, snapshot_embeddings
-from peftchat.models.compiled import compile_layers, missing_compiler
 from peftchat.models.experts import expert_parameters
 from peftchat.models.fused_lora import fuse_lora_forward, num_adapted_layers
 from peftchat.models.loading import VARLEN, end_ids, load_base
@@ -26,26 +24,20 @@ from peftchat.models.peft_model import add_adapter, cast_trainable, expert_notes
 from peftchat.models.savable import mend_generation_settings
 from peftchat.models.source import GENERATION_CONFIG, ModelSource
 from peftchat.models.zero import is_zero3
-from peftchat.runs.run_summary import AutoSetting
+from peftchat.training.compiling import compile_as_asked
 from peftchat.training.context import TrainContext
 from peftchat.training.distributed import DistributedSetup, weight_dtype
+from peftchat.training.first_stage import load_first_stage, merge_first_stage
 from peftchat.training.progress import memory_in_use
-from peftchat.training.throughput import count_parameters
+from peftchat.training.reference import trained_values
 
 if TYPE_CHECKING:
     from peftchat.chat_template.examples import ExampleStore
-    from peftchat.dataset.encode import EncodingStats
-    from peftchat.recipe import LoadedRecipe, Recipe
+    from peftchat.recipe import Recipe
 
 
 # The dtypes that torch's variable-length attention kernel supports.
 _KERNEL_DTYPES = ("bfloat16", "float16")
-
-_MIN_COMPILED_SECONDS = 150.0
-"""Shortest training time that repays compiling, which takes about 20 seconds the first time and 5 later."""
-
-_FAST_CORE_FLOPS = 2e11
-"""Floating-point operations per second of a fast core in training. A constant, because all processes must agree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +48,16 @@ class TrainableModel:
         model: the model, wrapped by PEFT on adapter paths.
         initial_embeddings: the added tokens' embeddings before training; None without added tokens.
         baseline_bytes: memory that this process held before the model was loaded; 0 on a GPU.
-        auto_settings: settings chosen while the model was prepared.
+        compilable: whether every layer is of a kind that is known to compile, and soon.
+        start: the trained weights before training, for a reference that the adapter is a part of; None where it is
+            the base.
     """
 
     model: "PreTrainedModel | PeftModel"
     initial_embeddings: EmbeddingSnapshot | None
     baseline_bytes: int = 0
-    auto_settings: tuple[AutoSetting, ...] = ()
+    compilable: bool = False
+    start: Mapping[str, Tensor] | None = None
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -72,7 +67,7 @@ class TrainableModel:
 
 
 def load_trainable_model(context: TrainContext) -> TrainableModel:
-    """Load the base, prepare it for the recipe's method, and fuse or compile its layers where that is faster.
+    """Load the base, prepare it for the recipe's method, fuse its adapters, and compile its layers if that is asked.
 
     Under ZeRO-3 the process group must exist and transformers must know the configuration; otherwise every process
     loads the unsharded model.
@@ -88,19 +83,15 @@ def load_trainable_model(context: TrainContext) -> TrainableModel:
         compilable = 0 < fuse_lora_forward(built.model) == num_adapted_layers(built.model)
     # Compiling a layer with experts takes minutes.
     compilable = compilable and not expert_parameters(built.causal_model)
-    stats = context.splits["train"].stats
-    setting = compile_if_faster(context.loaded, context.distributed, built, stats, compilable=compilable)
-    if setting is None:
-        return TrainableModel(built.model, built.initial_embeddings, baseline)
-    if context.is_main:
-        stderr.print(f"Chosen: {setting}", markup=False, highlight=False)
-    return TrainableModel(built.model, built.initial_embeddings, baseline, (setting,))
+    if recipe.training.torch_compile:
+        compile_as_asked(context.loaded, context.distributed, built.causal_model)
+    return replace(built, baseline_bytes=baseline, compilable=compilable)
 
 
 def _build_model(context: TrainContext) -> TrainableModel:
     recipe, chat = context.recipe, context.chat
     set_seed(recipe.training.seed)
-    dtype = weight_dtype(recipe.method, recipe.model.dtype, context.distributed.strategy)
+    dtype = weight_dtype(recipe.method, recipe.model.loaded_as, context.distributed.strategy)
     model = load_base(recipe, dtype=dtype, device_map=_device_map(recipe, context.distributed))
     if model.get_output_embeddings() is None:
         raise UserError("the model has no language-model head", where=f"model.name: {recipe.model.name}")
@@ -111,23 +102,30 @@ def _build_model(context: TrainContext) -> TrainableModel:
     for note in mend_generation_settings(model.config, model.generation_config):
         context.notes.tell(note)
     init = recipe.chat.new_token_init
+    first_stage = None if recipe.model.adapter is None else Path(recipe.model.adapter)
     if recipe.method == "full":
         resize_embeddings(model, chat.tokenizer, chat.new_tokens, init)
+        if first_stage is not None and context.checkpoint is None:
+            merge_first_stage(recipe, model, first_stage)
         freeze_layers(model, recipe.model.freeze_layers)
         return TrainableModel(model, snapshot_embeddings(model, chat.new_tokens))
     model.requires_grad_(False)
     attach_added_tokens(model, chat.tokenizer, chat.new_tokens, init)
-    checkpoint = context.checkpoint.path if context.checkpoint else None
+    # Both hold the shapes that an initialization has found, and values in its place.
+    checkpoint = context.checkpoint.path if context.checkpoint else first_stage
     for note in expert_notes(recipe, model):
         context.notes.tell(note)
     batches = partial(_calibration_batches, recipe, chat, context.splits["train"].store, model.device)
     wrapped = add_adapter(recipe, model, batches, checkpoint)
     _check_has_trainable(wrapped)
+    if first_stage is not None:
+        load_first_stage(recipe, wrapped, first_stage)
     if is_zero3() and recipe.method == "lora":
         # ZeRO-3 gathers parameters of one dtype at a time: https://github.com/deepspeedai/DeepSpeed/issues/8072
         # Its optimizer keeps float32 master weights of all of them.
-        cast_trainable(wrapped, getattr(torch, recipe.model.dtype))
-    return TrainableModel(wrapped, snapshot_embeddings(model, chat.new_tokens))
+        cast_trainable(wrapped, getattr(torch, recipe.model.computed_in))
+    start = trained_values(wrapped) if first_stage is not None and recipe.has_reference else None
+    return TrainableModel(wrapped, snapshot_embeddings(model, chat.new_tokens), start=start)
 
 
 def _check_has_trainable(model: "PreTrainedModel | PeftModel") -> None:
@@ -212,69 +210,4 @@ def _layout(recipe: "Recipe", base: "PreTrainedModel", *, has_prompt: bool) -> B
 
 
 def _has_kernel(recipe: "Recipe") -> bool:
-    return not torch.cuda.is_available() or recipe.model.dtype in _KERNEL_DTYPES
-
-
-def compile_if_faster(
-    loaded: "LoadedRecipe",
-    distributed: DistributedSetup,
-    built: TrainableModel,
-    stats: "EncodingStats",
-    *,
-    compilable: bool,
-) -> AutoSetting | None:
-    """Compile the model's layers if the recipe asks for it, or leaves it open and the run is long.
-
-    Args:
-        loaded: its `training.torch_compile`.
-        distributed: the processes and devices of the run.
-        built: the model.
-        stats: counts of the training examples.
-        compilable: whether every layer is of a kind that is known to compile, and soon.
-
-    Returns:
-        The setting and its reason, if it was chosen automatically.
-
-    Raises:
-        UserError: the recipe asks for compiled layers, and they are not available.
-    """
-    requested = loaded.recipe.training.torch_compile
-    if requested is False:
-        return None
-    missing = missing_compiler(distributed.device)
-    if requested:
-        where = f"{loaded.where('training', 'torch_compile')}: true"
-        if missing:
-            raise UserError(f"torch needs {missing} to compile", where=where, hint="Install it, or remove the key.")
-        if distributed.uses_deepspeed:
-            message = f"layers cannot be compiled under `{distributed.strategy}`"
-            raise UserError(message, where=where, hint="Remove the key, or set distributed.strategy: ddp.")
-        if not compile_layers(built.causal_model):
-            raise UserError("this model has no list of decoder layers to compile", where=where, hint="Remove the key.")
-        return None
-    # Elsewhere compiling was never measured to be faster.
-    if missing or not compilable or distributed.gpus or distributed.uses_deepspeed:
-        return None
-    seconds = _min_training_seconds(loaded.recipe, distributed, built, stats)
-    if seconds < _MIN_COMPILED_SECONDS or not compile_layers(built.causal_model):
-        return None
-    return AutoSetting("training.torch_compile", "true", f"the steps take at least {format_duration(seconds)}")
-
-
-def _min_training_seconds(
-    recipe: "Recipe", distributed: DistributedSetup, built: TrainableModel, stats: "EncodingStats"
-) -> float:
-    """Return the training time on fast cores, in seconds."""
-    training = recipe.training
-    share = examples_per_epoch(recipe, stats) / stats.examples
-    tokens = stats.tokens * share * training.num_train_epochs
-    if training.max_steps > 0:
-        examples = training.per_device_train_batch_size * training.gradient_accumulation_steps * distributed.world_size
-        length = recipe.data.max_length if recipe.data.packing else stats.tokens / stats.examples
-        tokens = training.max_steps * examples * length
-    if training.max_train_tokens is not None:
-        tokens = min(tokens, training.max_train_tokens)
-    flops_per_weight = 4 if isinstance(built.model, PeftModel) else 6
-    flops = flops_per_weight * count_parameters(built.causal_model) * tokens
-    seconds = flops / (_FAST_CORE_FLOPS * (os.cpu_count() or 1))
-    return min(seconds, training.max_train_minutes * 60) if training.max_train_minutes is not None else seconds
+    return not torch.cuda.is_available() or recipe.model.computed_in in _KERNEL_DTYPES

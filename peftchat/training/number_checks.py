@@ -61,7 +61,7 @@ class NumberChecks:
         self.by_source = SourceLosses()
         self._outlier_detector = OutlierDetector()
         processes = context.distributed.world_size
-        may_skip = context.recipe.model.dtype == "float16"
+        may_skip = context.recipe.model.computed_in == "float16"
         self._monitor = StepMonitor(
             device, may_skip, sum_over_processes if processes > 1 else None, processes, waits=self._on_spike == "skip"
         )
@@ -191,7 +191,7 @@ class NumberChecks:
             cure = f"Lower training.learning_rate ({format_decimal(training.peak_rate)})"
             if training.max_grad_norm == 0:
                 cure += ", or clip the gradients with training.max_grad_norm: 1 (0 clips nothing)"
-            if self._context.recipe.model.dtype == "float16":
+            if self._context.recipe.model.computed_in == "float16":
                 cure += ", or set model.dtype: bfloat16"
         else:
             cure = "The base itself gives it: check its weights, model.dtype and these conversations"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Part = Literal[
     "loading the model",
     "the checks before the first step",
+    "measuring what is fastest here",
     "waiting for the next batch",
     "the forward pass",
     "the backward pass",

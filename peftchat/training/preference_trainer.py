@@ -50,6 +50,11 @@ class PreferenceTrainer(ChatTrainer):
         super().__init__(context, model, config, layout)
         self._recipe = context.recipe
         self._initial_embeddings = model.initial_embeddings
+        self._start = model.start
+        # ZeRO-3 shards an adapter that goes on, so that its first values cannot be put back.
+        self._reference_first = self._recipe.method == "full" or (
+            model.start is not None and context.distributed.strategy == "zero3"
+        )
         self.reference = ReferenceLogProbs(context.content.digests)
         # A base that changed, and may, makes the numbers of the checkpoint those of something else.
         changed = context.content.record.allowed_changes and self._recipe.method != "full"
@@ -98,21 +103,33 @@ class PreferenceTrainer(ChatTrainer):
 
         def weigh(losses: Tensor) -> Tensor:
             """Return this batch's part of the loss of the step."""
-            policy, found = self._pair_loss(losses, counts, reference)
-            metrics = pair_metrics(found, policy)
-            self._sums += torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
+            policy, found, sums = self._measure("train", self.current_examples, losses, counts, reference)
+            self._sums += sums
             loss = found.losses.sum() / num_items[0]
             if found.likelihood_weight:
                 loss = loss - found.likelihood_weight * policy.chosen.sum() / num_items[1]
             return loss
 
-        outputs = model(**self._model_inputs(inputs), supervised=True, weigh=weigh)
+        outputs = model(**self.model_inputs(inputs), supervised=True, weigh=weigh)
         loss = outputs.loss
         return self._with_other_terms(loss, outputs, num_items_in_batch)
 
     def _note_loss(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch; that of single pairs is nothing to judge conversations by."""
         self.checks.add(loss, self.current_examples[::2])
+
+    def _measure(
+        self, split: "Split", examples: Any, losses: Tensor, counts: Sequence[int], reference: AnswerLogProbs | None
+    ) -> tuple[AnswerLogProbs, PairLoss, Tensor]:
+        """Return the answers' log-probabilities, the losses, and the sums of the metrics with the number of pairs."""
+        policy, found = self._pair_loss(losses, counts, reference)
+        metrics = pair_metrics(found, policy)
+        return policy, found, torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
+
+    def _means(self, sums: Sequence[float]) -> dict[str, float]:
+        """Return the means of the metrics by name, from what `_measure` counted; nothing without pairs."""
+        *totals, count = sums
+        return {name: value / count for name, value in zip(PAIR_METRICS, totals, strict=True)} if count else {}
 
     def _pair_loss(
         self, losses: Tensor, counts: Sequence[int], reference: AnswerLogProbs | None
@@ -135,8 +152,8 @@ class PreferenceTrainer(ChatTrainer):
             # ZeRO-3 gathers weights in all processes at once.
             lacks = bool(self._sum_over_processes(torch.tensor(float(lacks), device=self.args.device)))
         if lacks:
-            with reference_model(self.model, self._initial_embeddings):
-                outputs = self.model(**self._model_inputs(inputs), supervised=True)
+            with reference_model(self.model, self._initial_embeddings, self._start):
+                outputs = self.model(**self.model_inputs(inputs), supervised=True)
             self.reference.add(split, places, answer_sums(outputs.losses, counts))
         return AnswerLogProbs.of(self.reference.of(split, places).to(inputs["labels"].device))
 
@@ -146,7 +163,7 @@ class PreferenceTrainer(ChatTrainer):
         Raises:
             UserError: a resumed run lacks the reference of some pairs, whose weights are gone.
         """
-        if not self._recipe.has_reference or self._recipe.method != "full":
+        if not self._recipe.has_reference or not self._reference_first:
             return
         splits = [split for split in self._context.splits if self.reference.lacks(split)]
         checkpoint = self._context.checkpoint
@@ -159,7 +176,7 @@ class PreferenceTrainer(ChatTrainer):
         for split in splits:
             for of_batch, batch, inputs in self._evaluation_batches(split):
                 with self.compute_loss_context_manager():
-                    outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
+                    outputs = self.model_wrapped(**self.model_inputs(inputs), supervised=True)
                 if of_batch is not None:
                     self.reference.add(split, batch["examples"], answer_sums(outputs.losses, batch["target_counts"]))
         if splits:
@@ -182,7 +199,7 @@ class PreferenceTrainer(ChatTrainer):
             counts = batch["target_counts"]
             with self.compute_loss_context_manager():
                 reference = self._reference_of("eval", batch["examples"], inputs, counts)
-                outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
+                outputs = self.model_wrapped(**self.model_inputs(inputs), supervised=True)
             if of_batch is None:
                 continue
             policy, found = self._pair_loss(outputs.losses, counts, reference)
@@ -234,10 +251,8 @@ class PreferenceTrainer(ChatTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the pairs' metrics since the last line to the logs of training steps."""
         if "loss" in logs and "train_runtime" not in logs:
-            *sums, count = self._sum_over_processes(self._sums).tolist()
+            logs.update(self._means(self._sum_over_processes(self._sums).tolist()))
             self._sums = self._no_sums()
-            if count:
-                logs.update({name: value / count for name, value in zip(PAIR_METRICS, sums, strict=True)})
         super().log(logs, start_time)
 
     def _save_more(self, checkpoint: "Checkpoint") -> None:

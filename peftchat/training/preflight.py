@@ -50,7 +50,7 @@ def preflight(trainer: "ChatTrainer", context: TrainContext) -> None:
     if context.checkpoint is not None:
         _check_checkpoint(trainer, context.checkpoint)
     try:
-        _check_model(trainer, context.recipe)
+        check_model(trainer, context.recipe)
     except (UserError, RuntimeError) as error:
         # Only an attention that was selected automatically is replaced; for one that the recipe names it is an error.
         layout = fall_back_to_sdpa(context.recipe, trainer.causal_model)
@@ -64,7 +64,7 @@ def preflight(trainer: "ChatTrainer", context: TrainContext) -> None:
                 markup=False,
                 highlight=False,
             )
-        _check_model(trainer, context.recipe)
+        check_model(trainer, context.recipe)
     check_space(context.run_folder.path, trainer.model, context.recipe)
     if context.is_main:
         try_saving(trainer, context)
@@ -80,7 +80,12 @@ def _check_checkpoint(trainer: "ChatTrainer", checkpoint: "Checkpoint") -> None:
         )
 
 
-def _check_model(trainer: "ChatTrainer", recipe: "Recipe") -> None:
+def check_model(trainer: "ChatTrainer", recipe: "Recipe") -> None:
+    """Check the loss, and that packed conversations are isolated.
+
+    Raises:
+        UserError: one of them is wrong for this model.
+    """
     base, device = trainer.causal_model, trainer.args.device
     vocabulary = min(base.config.get_text_config().vocab_size, 1000)
     varlen = trainer.layout == "varlen"

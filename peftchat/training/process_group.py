@@ -9,30 +9,36 @@ from typing import TYPE_CHECKING
 
 from peftchat.console import stderr
 from peftchat.errors import UserError, first_line
+from peftchat.training.deepspeed_kernels import leave_out_inference_kernels, remove_dead_locks
 from peftchat.training.launcher_environment import LaunchedProcess, read_environment
+from peftchat.training.route import route_to
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
     from peftchat.training.distributed import DistributedSetup
 
-_LIMIT_VARIABLE = "PEFTCHAT_RENDEZVOUS_TIMEOUT"
+LIMIT_VARIABLE = "PEFTCHAT_RENDEZVOUS_TIMEOUT"
 _LIMIT_SECONDS = 60.0
 _NOTE_AFTER_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 _JOINED = "joined"
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others later on; transformers' `ddp_timeout`."""
 
 
-def join_processes(distributed: "DistributedSetup") -> None:
+def join_processes(distributed: "DistributedSetup") -> "Store | None":
     """Wait for the other processes of the run, and create torch's process group, for DeepSpeed too.
 
     It has to exist before the model is loaded: without one, DeepSpeed assumes a single process and does not shard.
 
     Args:
         distributed: the processes; one that no launcher started has nobody to wait for.
+
+    Returns:
+        The store that the processes share; None for one process, and where they have met before.
 
     Raises:
         UserError: the others did not come in time, they cannot connect, or DeepSpeed is not installed.
@@ -41,10 +47,16 @@ def join_processes(distributed: "DistributedSetup") -> None:
 
     process = read_environment(os.environ).process
     if distributed.launcher != "environment" or process is None:
-        return
+        return None
+    if distributed.uses_deepspeed and process.local_rank == 0:
+        # Before the processes meet: behind that, one of them may already compile.
+        remove_dead_locks()
+    store = None
     if not torch.distributed.is_initialized():
         store = _Meeting(process, os.environ).wait()
         store.set_timeout(_COLLECTIVE_TIMEOUT)
+        if not distributed.gpus:
+            _name_interface(process)
         try:
             torch.distributed.init_process_group(
                 "nccl" if distributed.gpus else "gloo",
@@ -61,6 +73,19 @@ def join_processes(distributed: "DistributedSetup") -> None:
             ) from error
     if distributed.uses_deepspeed:
         _init_deepspeed(distributed)
+    return store
+
+
+def _name_interface(process: LaunchedProcess) -> None:
+    """Let gloo use the network in which the machines meet; by itself it takes what the machine's own name resolves to.
+
+    https://github.com/pytorch/pytorch/blob/v2.8.0/torch/csrc/distributed/c10d/ProcessGroupGloo.cpp
+    """
+    if process.local_world_size == process.world_size or os.environ.get(_GLOO_INTERFACE):
+        return
+    interface = route_to(process.master_addr, int(process.master_port)).interface
+    if interface is not None:
+        os.environ[_GLOO_INTERFACE] = interface
 
 
 def _init_deepspeed(distributed: "DistributedSetup") -> None:
@@ -72,6 +97,8 @@ def _init_deepspeed(distributed: "DistributedSetup") -> None:
             where="distributed.strategy",
             hint="pip install 'peftchat[deepspeed]'",
         ) from error
+    if not distributed.gpus:
+        leave_out_inference_kernels()
     deepspeed.init_distributed(dist_backend="nccl" if distributed.gpus else "gloo", verbose=False)
 
 
@@ -87,7 +114,7 @@ class _Meeting:
 
     def __init__(self, process: LaunchedProcess, environment: Mapping[str, str]) -> None:
         self._process = process
-        self._seconds = _limit(environment)
+        self._seconds = meeting_limit(environment)
         self._started = time.monotonic()
         self._end = self._started + self._seconds
         # torchrun's agent holds the store of all its processes, and of each attempt.
@@ -161,12 +188,17 @@ class _Meeting:
             message,
             where=f"RANK={self._process.rank} WORLD_SIZE={self._process.world_size}",
             hint="Start all processes with torchrun, srun or mpirun; if they need longer to start, raise "
-            f"{_LIMIT_VARIABLE} (seconds). In an ordinary shell: `unset RANK WORLD_SIZE`.",
+            f"{LIMIT_VARIABLE} (seconds). In an ordinary shell: `unset RANK WORLD_SIZE`.",
         )
 
 
-def _limit(environment: Mapping[str, str]) -> float:
-    text = environment.get(_LIMIT_VARIABLE, "").strip()
+def meeting_limit(environment: Mapping[str, str]) -> float:
+    """Return how many seconds processes and machines wait for each other.
+
+    Raises:
+        UserError: the variable is not a number of seconds.
+    """
+    text = environment.get(LIMIT_VARIABLE, "").strip()
     if not text:
         return _LIMIT_SECONDS
     try:
@@ -175,6 +207,6 @@ def _limit(environment: Mapping[str, str]) -> float:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
         raise UserError(
-            f"{_LIMIT_VARIABLE}={text} is not a number of seconds", where="environment", hint="Write for example 300."
+            f"{LIMIT_VARIABLE}={text} is not a number of seconds", where="environment", hint="Write for example 300."
         )
     return seconds

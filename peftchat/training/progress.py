@@ -43,12 +43,14 @@ class ProgressMetrics:
     margin: float | None = None
     eval_pairs_right: float | None = None
     eval_margin: float | None = None
+    kl: float | None = None
+    eval_kl: float | None = None
 
     def labeled(self) -> list[tuple[str, str]]:
         """Return the name and the formatted value of each metric that was measured."""
         fields = [
             ("loss", format_decimal(self.loss), self.loss),
-            ("pairs right", format_percent(self.pairs_right), self.pairs_right),
+            (self._unit_right(), format_percent(self.pairs_right), self.pairs_right),
             ("margin", format_decimal(self.margin), self.margin),
             ("held out", self.held_out(), self.eval_loss),
             ("lr", format_decimal(self.learning_rate), self.learning_rate),
@@ -69,7 +71,12 @@ class ProgressMetrics:
         """Return what is told of held-out pairs, behind their loss."""
         if self.eval_pairs_right is None:
             return ""
-        return f"  pairs right {format_percent(self.eval_pairs_right)}  margin {format_decimal(self.eval_margin)}"
+        right = f"  {self._unit_right()} {format_percent(self.eval_pairs_right)}"
+        return right if self.eval_margin is None else f"{right}  margin {format_decimal(self.eval_margin)}"
+
+    def _unit_right(self) -> str:
+        """Return what is right: single answers have a KL term, which pairs have not."""
+        return "pairs right" if self.kl is None and self.eval_kl is None else "answers right"
 
 
 class Eta:
@@ -220,7 +227,7 @@ class LiveDisplay:
 Display = PlainDisplay | LiveDisplay
 
 _SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "supervised_share", "memory_bytes")
-_PAIRS_SHOWN = {"pairs_right": "rewards/accuracies", "margin": "rewards/margins"}
+_PAIRS_SHOWN = {"pairs_right": "rewards/accuracies", "margin": "rewards/margins", "kl": "kl"}
 """Names of `ProgressMetrics` -> the trainer's names of what only pairs of answers have."""
 _TRAIN_LINE = ("epoch", *_SHOWN)
 _EVAL_LINE = ("epoch", "eval_loss", "eval_tokens")

@@ -1,6 +1,9 @@
-"""Reference of a preference run: the base with its adapter switched off, and the log-probabilities it gave once."""
+"""Reference of a preference run: the model before the first step, and the log-probabilities it gave once.
 
-from collections.abc import Iterator, Mapping
+That is the base with the adapter switched off, or the run that the recipe begins at.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,22 +25,32 @@ FILE_NAME = "reference.npz"
 LogProbs = npt.NDArray[np.float32]
 
 
+def trained_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of every trained parameter, by name."""
+    return {name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad}
+
+
 @contextmanager
-def reference_model(model: nn.Module, initial: EmbeddingSnapshot | None) -> Iterator[None]:
+def reference_model(
+    model: nn.Module, initial: EmbeddingSnapshot | None, start: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
     """Make the model compute what it computed before training, without gradients and without dropout.
 
     The adapter is switched off, and the embeddings of added tokens, which PEFT does not know, are those of the start.
+    An adapter that goes on from a run has the values of that run instead.
 
     Args:
         model: the model that is trained, which no process may have sharded.
         initial: the added tokens' embeddings before training; None without added tokens.
+        start: the trained parameters before training, of a run that began at another one.
     """
     was_training = model.training
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapter_off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    adapter_off = model.disable_adapter() if isinstance(model, PeftModel) and start is None else nullcontext()
+    as_at_start = _initial_embeddings(model, initial) if start is None else _values(_pairs(model, start))
     model.eval()
     try:
-        with torch.no_grad(), adapter_off, _initial_embeddings(model, initial):
+        with torch.no_grad(), adapter_off, as_at_start:
             yield
     finally:
         model.train(was_training)
@@ -56,6 +69,17 @@ def _initial_embeddings(model: nn.Module, initial: EmbeddingSnapshot | None) -> 
     held = [(added.input_embeddings, initial.input)]
     if added.output_embeddings is not None and initial.output is not None:
         held.append((added.output_embeddings, initial.output))
+    with _values(held):
+        yield
+
+
+def _pairs(model: nn.Module, values: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+    return [(parameter, values[name]) for name, parameter in model.named_parameters() if name in values]
+
+
+@contextmanager
+def _values(held: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Give parameters other values for a while."""
     trained = [parameter.data for parameter, _ in held]
     try:
         for parameter, values in held:

@@ -125,6 +125,7 @@ def open_content(
     splits: "Mapping[Split, EncodedSplit]",
     run_folder: RunFolder,
     checkpoint: Checkpoint | None,
+    first_stage: str | None,
     *,
     resume: bool,
     allow_changed: bool,
@@ -139,6 +140,7 @@ def open_content(
         splits: the encoded examples.
         run_folder: the run folder.
         checkpoint: the checkpoint to resume from, or None.
+        first_stage: the digest of the adapter that the run begins at, or None.
         resume: whether the run in the folder is to go on.
         allow_changed: whether to go on with what changed.
 
@@ -152,6 +154,7 @@ def open_content(
     now = base.model_copy(
         update={
             "base_revision": requested_revision,
+            "first_stage": first_stage,
             "tokenizer": tokenizer_digest(chat.tokenizer),
             "chat_template": text_digest(chat.template.jinja),
             "data": {split: DataDigest.of(found) for split, found in digests.items()},

@@ -26,7 +26,7 @@ from peftchat.models.added_tokens import (
 from peftchat.models.experts import active_shares
 from peftchat.models.saving import is_adapted
 from peftchat.runs.eval_losses import ConversationLoss, group_losses
-from peftchat.runs.run_summary import AddedToken, KeptStep, MemoryParts, RunSummary, SampleAnswer
+from peftchat.runs.run_summary import AddedToken, AutoSetting, KeptStep, MemoryParts, RunSummary, SampleAnswer
 from peftchat.training.context import TrainContext
 from peftchat.training.model import TrainableModel
 from peftchat.training.number_checks import number_warnings
@@ -82,8 +82,17 @@ def summarize(
     model: TrainableModel,
     fitted: FitResult,
     samples_after: Sequence[SampleAnswer],
+    auto_settings: Sequence[AutoSetting] = (),
 ) -> RunSummary:
     """Collect the run's results and write them into the run folder; every process must call it.
+
+    Args:
+        context: the run.
+        trainer: the trainer.
+        model: the model.
+        fitted: what training returned.
+        samples_after: answers of the trained model.
+        auto_settings: settings chosen right before the first step.
 
     Returns:
         The summary, the same in every process.
@@ -92,7 +101,7 @@ def summarize(
     summaries: list[RunSummary | None] = [None]
     if context.is_main:
         context.content.finish(context.run_folder)
-        summary = _summary(context, trainer, model, fitted, samples_after, held_out)
+        summary = _summary(context, trainer, model, fitted, samples_after, held_out, auto_settings)
         summary.write(context.run_folder)
         summaries = [summary]
     (summary_of_main,) = broadcast_object_list(summaries)
@@ -107,6 +116,7 @@ def _summary(
     fitted: FitResult,
     samples_after: Sequence[SampleAnswer],
     held_out: Sequence[ConversationLoss],
+    auto_settings: Sequence[AutoSetting],
 ) -> RunSummary:
     recipe, distributed, splits = context.recipe, context.distributed, context.splits
     stats, counts = splits["train"].stats, fitted.token_counts
@@ -117,6 +127,7 @@ def _summary(
         method=recipe.method,
         objective=recipe.objective,
         base_model=recipe.model.name,
+        first_stage=recipe.model.adapter,
         base_vocabulary_size=_base_vocabulary(trainer, context.chat),
         steps=trainer.state.global_step,
         epochs=trainer.state.epoch,
@@ -163,7 +174,7 @@ def _summary(
         samples_after=tuple(samples_after),
         warnings=tuple(number_warnings(trainer.checks.counts, lines)),
         notes=tuple(context.notes.lines),
-        auto_settings=(*context.options.auto_settings, *model.auto_settings),
+        auto_settings=(*context.options.auto_settings, *auto_settings),
         fingerprints=context.content.record.fingerprints,
         allowed_changes=context.content.record.allowed_changes,
         command=context.options.command,

@@ -2,13 +2,14 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from peftchat.console import stderr
 from peftchat.errors import UserError
 from peftchat.interruption import CHECKPOINT, DeferredSignals
 from peftchat.malloc import keep_large_blocks
@@ -17,16 +18,18 @@ from peftchat.models.saving import save_model_files
 from peftchat.models.source import ModelSource
 from peftchat.runs.claim import claimed
 from peftchat.runs.run_folder import RunFolder
-from peftchat.runs.run_summary import RunSummary, SampleAnswer
+from peftchat.runs.run_summary import AutoSetting, RunSummary, SampleAnswer
+from peftchat.training.autotune import choose_fastest, present_choice, threads_restored
 from peftchat.training.best_checkpoint import best_callbacks, load_best
 from peftchat.training.build_trainer import build_trainer, sft_config
 from peftchat.training.context import TrainContext, TrainOptions, open_context
 from peftchat.training.hang_watch import watch_hangs
 from peftchat.training.hints import tell_hints
+from peftchat.training.kept_choices import write_choice
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
 from peftchat.training.out_of_memory import telling_out_of_memory
-from peftchat.training.preflight import is_disk_full, preflight
+from peftchat.training.preflight import check_model, is_disk_full, preflight
 from peftchat.training.progress import ProgressCallback
 from peftchat.training.questions import read_questions, sample_answers
 from peftchat.training.several_processes import is_main_process
@@ -58,7 +61,7 @@ def train(
         VerificationError: training or saving went wrong.
     """
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
-    with claimed_by_run(run_folder) as check_claim, _released_on_failure(run_folder):
+    with claimed_by_run(run_folder) as check_claim, _released_on_failure(run_folder), threads_restored():
         context = open_context(loaded, options, distributed)
         with telling_out_of_memory(context.position, context.name_sources):
             return _train(context, check_claim)
@@ -73,9 +76,12 @@ def _train(context: TrainContext, check_claim: Callable[[], None]) -> RunSummary
     longest = context.recipe.evaluation.max_new_tokens
     tell_hints(context, model, sequences=len(trainer.train_dataset))
 
+    chosen: list[AutoSetting] = []
+
     def start() -> list[SampleAnswer]:
         context.position.enter("the checks before the first step", 0)
         preflight(trainer, context)
+        chosen.extend(_choose(trainer, context, model))
         begin(trainer, context)
         trainer.prepare()
         return sample_answers(trainer.causal_model, context.chat, prompts, longest)
@@ -86,7 +92,19 @@ def _train(context: TrainContext, check_claim: Callable[[], None]) -> RunSummary
     samples_after = sample_answers(trainer.causal_model, context.chat, prompts, longest)
     context.position.enter("writing the model", trainer.state.global_step)
     save(trainer, context)
-    return summarize(context, trainer, model, fitted, samples_after)
+    return summarize(context, trainer, model, fitted, samples_after, chosen)
+
+
+def _choose(trainer: ChatTrainer, context: TrainContext, model: TrainableModel) -> Sequence[AutoSetting]:
+    """Choose how the steps are computed, and tell it."""
+    attention = trainer.causal_model.config._attn_implementation
+    settings = choose_fastest(trainer, context, model)
+    if trainer.causal_model.config._attn_implementation != attention:
+        check_model(trainer, context.recipe)
+    if context.is_main:
+        for setting in settings:
+            stderr.print(f"Chosen: {setting}", markup=False, highlight=False)
+    return settings
 
 
 @contextmanager
@@ -108,6 +126,7 @@ def begin(trainer: ChatTrainer, context: TrainContext) -> None:
     if context.is_main:
         context.run_folder.begin(context.recipe, context.checkpoint)
         context.content.write(context.run_folder)
+        write_choice(context.run_folder.choices, present_choice(trainer))
         context.content.read_base(ModelSource.of_recipe(context.recipe), context.run_folder)
     trainer.accelerator.wait_for_everyone()
 

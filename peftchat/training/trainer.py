@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ class ChatTrainer(SFTTrainer):
             self._epoch_sampler = EpochSampler(epochs, seed, size, context.notes.tell)
             self.add_callback(EpochCallback(self._epoch_sampler))
         self.remove_callback(PrinterCallback)
-        install_supervised_forward(self.causal_model)
+        self.loss_settings = install_supervised_forward(self.causal_model)
         self.model_accepts_loss_kwargs = True
         self.throughput = Throughput(self._collators["train"].num_tracked, _resumed_counts(context.checkpoint))
         self._reported = TokenCounts(**self.throughput.counts.as_dict())
@@ -140,6 +141,13 @@ class ChatTrainer(SFTTrainer):
         """
         for collator in self._collators.values():
             collator.layout = layout
+
+    def micro_batch(self, first: int) -> "Batch":
+        """Return a micro-batch of training packs, from one on, in the present layout and on the model's device."""
+        packs = [self.train_dataset[place] for place in range(first, min(first + self.args.train_batch_size,
+                                                                         len(self.train_dataset)))]  # fmt: skip
+        batch: Batch = self._prepare_inputs(self._collators["train"](packs))
+        return batch
 
     def _make_halving(self) -> Halving:
         """Return what redoes a step in smaller micro-batches.
@@ -261,7 +269,7 @@ class ChatTrainer(SFTTrainer):
         """
         if self._halving is None:
             self._count(inputs)
-        outputs = model(**self._model_inputs(inputs), supervised=True)
+        outputs = model(**self.model_inputs(inputs), supervised=True)
         self._target_losses = outputs.losses.detach()
         count = (inputs["labels"] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         loss: Tensor = outputs.loss / torch.as_tensor(count, device=outputs.loss.device).clamp(min=1)
@@ -282,7 +290,8 @@ class ChatTrainer(SFTTrainer):
         self.position.enter("the backward pass", self.state.global_step + 1, self.position.now.examples)
         return loss
 
-    def _model_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the model in a batch."""
         arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name not in _COUNTS}
         if self.aux_loss_enabled:
             arguments["output_router_logits"] = True
@@ -328,7 +337,7 @@ class ChatTrainer(SFTTrainer):
         not_finite: list[int] = []
         for of_batch, batch, inputs in self._evaluation_batches("eval"):
             with self.compute_loss_context_manager():
-                outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
+                outputs = self.model_wrapped(**self.model_inputs(inputs), supervised=True)
             if of_batch is None:
                 continue
             count = (inputs["labels"] >= 0).sum()
@@ -389,7 +398,7 @@ class ChatTrainer(SFTTrainer):
         return is_best
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add speed, supervised share and memory to the logs of training steps."""
+        """Add tokens, speed, supervised share and memory to the logs of training steps."""
         if "loss" in logs and "train_runtime" not in logs:
             self.checks.check_steps()
             logs.update(self._speed())
@@ -404,6 +413,7 @@ class ChatTrainer(SFTTrainer):
         seconds = now.seconds - before.seconds
         self._reported = TokenCounts(**now.as_dict())
         return {
+            "tokens": tokens,
             "tokens_per_second": tokens / seconds if seconds else 0.0,
             "supervised_share": supervised / tokens if tokens else 0.0,
             "memory_bytes": memory_in_use(),
@@ -470,8 +480,9 @@ class ChatTrainer(SFTTrainer):
             Trainer._save_checkpoint(self, model, trial)
             self._save_more(checkpoint)
             counts = self.gather_objects(self.throughput.collect().as_dict())
+            written = self.gather_objects(checkpoint.names())
             if self.args.should_save:
-                checkpoint.mark_complete(counts, self._content.marker())
+                checkpoint.mark_complete(counts, self._content.marker(), written=chain.from_iterable(written))
                 keep_newest(folder, self._keep, best_step=self.state.best_global_step if self._loads_best else None)
             self.accelerator.wait_for_everyone()
 

@@ -9,7 +9,7 @@ from peftchat.conversation import NOTHING_ELSE, Conversation, Message, Role
 from peftchat.conversations.formats.columns import IN_RECORDS, Columns
 from peftchat.conversations.formats.fields import Fields, Notes, field_names, optional_text, text_field, type_name
 from peftchat.conversations.formats.keys import LeftOut, RecordShape, complete, shape_of
-from peftchat.conversations.formats.pairs import check_pair, of_rejected, pair_of
+from peftchat.conversations.formats.pairs import check_pair, labeled_of, of_rejected, pair_of, unpaired
 from peftchat.conversations.formats.turns import turn_list
 from peftchat.conversations.languages import is_in_languages
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, ReadOptions, RecordError
@@ -130,6 +130,8 @@ def record_format(
             return complete(fields, shape, messages, notes)
 
         def read_one(fields: Fields) -> Conversation:
+            if options.labels:
+                return labeled_of(fields, notes, conversation_of)
             return pair_of(fields, notes, conversation_of) if options.pairs else conversation_of(fields)
 
         for record in records:
@@ -157,7 +159,12 @@ def record_format(
                 problems.skipped["other_language"] += 1
                 continue
             notes.finish()
-            yield conversation if kept is conversation.messages else replace(conversation, messages=kept)
+            if kept is not conversation.messages:
+                conversation = replace(conversation, messages=kept)
+            if options.labels and conversation.rejected is not None:
+                yield from unpaired(conversation)
+            else:
+                yield conversation
 
     return Format(name, description, matches, read, fixed_fields=fixed_fields, by_record=True, plain_turns=plain_turns)
 

@@ -113,7 +113,7 @@ _FLAGS = frozenset({*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS, names.LABEL})
 _FLAG_TEXTS: dict[str, Any] = {"true": True, "false": False, "1": 1, "0": 0, "1.0": 1, "0.0": 0, "": None}
 
 
-def _flag_of_text(value: object) -> object:
+def flag_of_text(value: object) -> object:
     """The flag that a text stands for: all cells of a CSV are text. Anything else as it is."""
     return _FLAG_TEXTS.get(value.strip().lower(), value) if isinstance(value, str) else value
 
@@ -129,7 +129,7 @@ def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> li
     for name in sorted(special & names.MEDIA):
         if fields[name]:
             raise RecordError("unsupported_content", f"the record has {name}, which are not text")
-    fields = {**fields, **{name: _flag_of_text(fields[name]) for name in special & _FLAGS if name in fields}}
+    fields = {**fields, **{name: flag_of_text(fields[name]) for name in special & _FLAGS if name in fields}}
     label = fields.get(names.LABEL) if names.LABEL in special else None
     if label is False:
         raise LeftOut("label_is_false")

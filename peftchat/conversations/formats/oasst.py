@@ -27,7 +27,7 @@ from peftchat.conversations.formats.oasst_trees import (
     parse_tree,
     within_top,
 )
-from peftchat.conversations.formats.pairs import of_rejected
+from peftchat.conversations.formats.pairs import of_rejected, unpaired
 from peftchat.conversations.languages import matches_language
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, ReadOptions, RecordError
 from peftchat.conversations.splitting import conversation_fingerprint
@@ -130,7 +130,7 @@ class _Reading:
         fields = turn_list(record.value, "thread")
         if not fields:
             raise RecordError("no_answer", "the thread is empty")
-        if self.options.pairs:
+        if self.options.pairs or self.options.labels:
             raise RecordError("missing_field", "a thread has one reply to each prompt, and a preference pair needs two")
         path = [parse_message(message) for message in fields]
         for message, entry in zip(path, fields, strict=True):
@@ -162,7 +162,7 @@ class _Reading:
         told: set[str] = {name for message in all_messages(prompt) for name in message.unused}
         if any(message.lang not in ("", prompt.lang) for message in all_messages(prompt)):
             told.add("lang")
-        for kept, rejected in self._pairs(prompt) if self.options.pairs else self._paths(prompt):
+        for kept, rejected in self._pairs(prompt) if self.options.pairs or self.options.labels else self._paths(prompt):
             self.told.start(where, is_table=False)
             try:
                 conversation = complete(fields, shape, _messages(kept), self.told)
@@ -187,7 +187,10 @@ class _Reading:
                 self.told.unused(f"{name} in a message")
             told.clear()
             self.told.finish()
-            yield conversation
+            if self.options.labels and conversation.rejected is not None:
+                yield from unpaired(conversation)
+            else:
+                yield conversation
 
     def _paths(self, prompt: TreeMessage) -> Iterator[tuple[Path, None]]:
         """The paths of a tree that become conversations; no path is rejected for them."""

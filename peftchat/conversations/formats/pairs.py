@@ -1,5 +1,6 @@
 """Preference pairs of a record: the conversation with the chosen answer, and with the rejected one."""
 
+import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.fields import Fields, Notes, field_names
+from peftchat.conversations.formats.keys import flag_of_text
 from peftchat.conversations.problems import RecordError
 
 
@@ -33,6 +35,30 @@ def pair_of(fields: Fields, notes: Notes, conversation_of: Callable[[Fields], Co
         rejected = conversation_of({**fields, names.CHOSEN: fields[names.REJECTED], names.REJECTED: ""})
     notes.used(names.REJECTED)
     return replace(chosen, rejected=rejected.messages)
+
+
+def labeled_of(fields: Fields, notes: Notes, conversation_of: Callable[[Fields], Conversation]) -> Conversation:
+    """Return a record's conversation with its label; a pair where it has a chosen and a rejected answer instead.
+
+    Raises:
+        RecordError: it has neither, or the label is something other than true, false, 1 or 0.
+    """
+    label = flag_of_text(fields.get(names.LABEL))
+    if label is None and names.CHOSEN in fields and names.REJECTED in fields:
+        return pair_of(fields, notes, conversation_of)
+    if label is None:
+        detail = f"no field {names.LABEL!r} that says whether the answer is good; fields: {field_names(fields)}"
+        raise RecordError("missing_field", detail)
+    if not isinstance(label, bool | int | float) or label not in (0, 1):
+        raise RecordError("wrong_type", f"{names.LABEL!r} must be true or false, it is {reprlib.repr(label)}")
+    conversation = conversation_of({name: value for name, value in fields.items() if name != names.LABEL})
+    return replace(conversation, label=bool(label))
+
+
+def unpaired(pair: Conversation) -> Iterator[Conversation]:
+    """Yield the answers of a pair as labeled ones."""
+    yield replace(pair, rejected=None, label=True)
+    yield replace(pair, messages=pair.rejected or (), rejected=None, label=False)
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def parts_of_recipe(recipe: "Recipe") -> list[StatsPart]:
 
     def read(entries: "Sequence[DataEntry]", log: ProblemLog) -> Iterator[Conversation]:
         found = read_numbered(entries, problems=log, consecutive=data.consecutive, weighted=False,
-                              pairs=recipe.has_pairs)  # fmt: skip
+                              **recipe.answers_read)  # fmt: skip
         return (conversation for _, conversation in found)
 
     def read_train(log: ProblemLog) -> Iterator[Conversation]:

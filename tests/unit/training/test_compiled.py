@@ -12,12 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftchat.dataset.encode import EncodingStats
 from peftchat.errors import UserError
-from peftchat.models.compiled import compile_layers
+from peftchat.models.compiled import compile_layers, has_compiled_layers, switch_compiled
 from peftchat.models.fused_lora import fuse_lora_forward
 from peftchat.recipe import load_recipe
+from peftchat.training.compiling import MIN_LONG_SECONDS, compile_as_asked, least_training_seconds, may_compile
 from peftchat.training.distributed import DistributedSetup
 from peftchat.training.loss import install_supervised_forward
-from peftchat.training.model import TrainableModel, compile_if_faster
 
 ALONE = DistributedSetup(strategy="single", processes=1, nodes=1, gpus=0, launcher="none")
 
@@ -108,24 +108,20 @@ def recipe_file(folder: Path, **training: object) -> Path:
     return path
 
 
-def choose(folder: Path, tokens: int, placement: DistributedSetup = ALONE, plain: bool = True, **training: object):
-    loaded = load_recipe(recipe_file(folder, **training), to_train=False)
-    built = TrainableModel(small_model(), None)
-    before = [layer.forward for layer in built.causal_model.model.layers]
-    choice = compile_if_faster(loaded, placement, built, EncodingStats(examples=10, tokens=tokens), compilable=plain)
-    changed = [layer.forward for layer in built.causal_model.model.layers] != before
-    return choice, changed
+def is_tried(folder: Path, tokens: int, placement: DistributedSetup = ALONE, **training: object) -> bool:
+    """Whether a run that leaves it open may compile, and is long enough to repay that on fast cores."""
+    recipe = load_recipe(recipe_file(folder, **training), to_train=False).recipe
+    stats = EncodingStats(examples=10, tokens=tokens)
+    seconds = least_training_seconds(recipe, placement, small_model(), stats)
+    return may_compile(recipe, placement) and seconds >= MIN_LONG_SECONDS
 
 
 LONG = 10**12
 
 
 @needs_compiler
-def test_long_runs_are_compiled_and_told(tmp_path):
-    choice, changed = choose(tmp_path, LONG)
-    assert changed
-    assert choice is not None
-    assert choice.key == "training.torch_compile"
+def test_long_runs_may_compile(tmp_path):
+    assert is_tried(tmp_path, LONG)
 
 
 @needs_compiler
@@ -136,30 +132,44 @@ def test_long_runs_are_compiled_and_told(tmp_path):
         (LONG, {"torch_compile": "false"}),
         (LONG, {"max_steps": 2}),
         (LONG, {"max_train_minutes": 1}),
-        (LONG, {"plain": False}),
         (LONG, {"placement": replace(ALONE, gpus=1)}),
         (LONG, {"placement": replace(ALONE, strategy="zero3", processes=2)}),
     ],
 )
 def test_what_would_not_pay_is_left_as_it_is(tmp_path, tokens, how):
-    assert choose(tmp_path, tokens, **how) == (None, False)
+    assert not is_tried(tmp_path, tokens, **how)
+
+
+def ask(folder: Path, placement: DistributedSetup = ALONE) -> LlamaForCausalLM:
+    model = small_model()
+    compile_as_asked(load_recipe(recipe_file(folder, torch_compile="true"), to_train=False), placement, model)
+    return model
 
 
 @needs_compiler
-def test_a_wish_is_granted_without_a_word(tmp_path):
-    assert choose(tmp_path, 1000, torch_compile="true") == (None, True)
+def test_compiled_layers_can_be_switched_off_and_on(tmp_path):
+    model = ask(tmp_path)
+    assert has_compiled_layers(model)
+    switch_compiled(model, on=False)
+    assert not has_compiled_layers(model)
+    torch._dynamo.utils.counters.clear()
+    ids = torch.randint(64, (1, 9))
+    assert torch.equal(model(ids).logits, small_model()(ids).logits)
+    assert not torch._dynamo.utils.counters["frames"]
+    assert compile_layers(model) == 2
+    assert has_compiled_layers(model)
 
 
 def test_a_wish_that_cannot_be_granted_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="C\\+\\+ compiler") as told:
-        choose(tmp_path, 1000, torch_compile="true")
+        ask(tmp_path)
     assert "torch_compile" in str(told.value.where)
 
 
 def test_a_run_that_turns_out_sharded_refuses_the_key(tmp_path):
     with pytest.raises(UserError, match="cannot be compiled"):
-        choose(tmp_path, 1000, replace(ALONE, strategy="zero3", processes=2), torch_compile="true")
+        ask(tmp_path, replace(ALONE, strategy="zero3", processes=2))
 
 
 def test_sharded_runs_refuse_the_key(tmp_path):

@@ -1,0 +1,355 @@
+"""Autotuning: the fastest way to compute this run's steps on this machine, measured on real batches before the first.
+
+Only long runs measure, for at most a hundredth of their time; what they found serves later runs of the same kind.
+Weights, optimizer, random numbers and the order of the data are afterwards what they were.
+"""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from peftchat.formatting import format_duration
+from peftchat.models.compiled import compile_layers, switch_compiled
+from peftchat.models.loading import VARLEN
+from peftchat.runs.run_summary import AutoSetting
+from peftchat.training.compiling import MIN_LONG_SECONDS, has_matrix_tiles, least_training_seconds, may_compile
+from peftchat.training.kept_choices import (
+    Choice,
+    Measurement,
+    circumstances,
+    keep,
+    physical_cores,
+    read_choice,
+    read_kept,
+)
+from peftchat.training.model import TrainableModel
+from peftchat.training.packs import optimizer_steps
+
+if TYPE_CHECKING:
+    from peftchat.dataset.collator import BatchLayout
+    from peftchat.training.context import TrainContext
+    from peftchat.training.trainer import ChatTrainer
+
+_BUDGET = 0.01
+"""Fraction of the planned time that a measurement may take."""
+
+_ROUNDS = 3
+"""Measured passes of each way. All ways take turns, so that other work on the machine disturbs them alike."""
+
+_GAIN = 0.97
+"""A way is chosen if it takes at most this fraction of the default's time, and was slower in no round."""
+
+_HOPELESS = 1.3
+"""A way that takes this much longer in its first round is not tried again."""
+
+_LOSS_TOLERANCE = 0.02
+"""By how much the loss of a way may differ, in nats per target: rounding, and dropout drawn in another order."""
+
+_COMPILE_SECONDS = 25.0
+"""What the compiler takes at first."""
+
+_NAMES = {
+    "compiled": "training.torch_compile",
+    "attention": "model.attention",
+    "threads": "OMP_NUM_THREADS",
+    "loss_chunk": "positions of the loss at a time, as a factor",
+}
+
+
+def choose_fastest(trainer: "ChatTrainer", context: "TrainContext", model: TrainableModel) -> tuple[AutoSetting, ...]:
+    """Choose how to compute the steps, by what the run began with, by a kept measurement or by a new one.
+
+    Every process calls it, and all take what the first one decides.
+
+    Returns:
+        What was chosen or refused, with the figures.
+    """
+    tuner = _Tuner(trainer, context, model)
+    started = read_choice(context.run_folder.choices) if context.options.resume else None
+    started = trainer.gather_objects(started)[0]
+    if started is not None:
+        wanted = tuner.possible(started)
+        tuner.apply(wanted)
+        return tuple(_setting(name, value, "as the run was started")
+                     for name, value in tuner.default.differences(wanted).items())  # fmt: skip
+    candidates = tuner.candidates() if tuner.is_open else ()
+    measured = tuner.measured(candidates) if candidates else None
+    if measured is not None:
+        tuner.apply(measured.chosen)
+        return _told(measured)
+    if tuner.may_compile and tuner.least_seconds >= MIN_LONG_SECONDS and has_matrix_tiles():
+        tuner.apply(replace(tuner.default, compiled=True))
+        least = format_duration(tuner.least_seconds)
+        return (_setting("compiled", True, f"the steps take at least {least}, and this CPU has AMX; not measured"),)
+    return ()
+
+
+def present_choice(trainer: "ChatTrainer") -> Choice:
+    """Return how a trainer computes its steps."""
+    attention = str(trainer.causal_model.config._attn_implementation)
+    settings = trainer.loss_settings
+    return Choice(settings.compiled, attention, torch.get_num_threads(), settings.chunk_factor)
+
+
+@contextmanager
+def threads_restored() -> Iterator[None]:
+    """Give this process back its number of threads at the end of the block."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+class _Tuner:
+    """Applies ways to compute the steps to a trainer, and measures them.
+
+    Attributes:
+        default: what the run takes without measuring.
+        may_compile: whether layers may be compiled without being asked.
+        is_open: whether anything may be chosen at all.
+        least_seconds: training time on fast cores.
+    """
+
+    def __init__(self, trainer: "ChatTrainer", context: "TrainContext", model: TrainableModel) -> None:
+        self._trainer, self._context = trainer, context
+        recipe, distributed = context.recipe, context.distributed
+        self.default = present_choice(trainer)
+        self.may_compile = model.compilable and not recipe.has_pairs and may_compile(recipe, distributed)
+        # The loss of a pair is of another kind, and DeepSpeed gathers weights in every pass.
+        self.is_open = not (distributed.gpus or distributed.uses_deepspeed or recipe.has_pairs)
+        self.is_open = self.is_open and recipe.training.autotune is not False
+        self.least_seconds = least_training_seconds(
+            recipe, distributed, trainer.causal_model, context.splits["train"].stats
+        )
+        self._layout: BatchLayout = trainer.layout
+        self._compile_seconds = 0.0
+
+    def candidates(self) -> tuple[Choice, ...]:
+        """Return the other ways, each with one difference from the default, those that gain most first."""
+        recipe, default = self._context.recipe, self.default
+        found = [replace(default, compiled=True)] if self.may_compile and not default.compiled else []
+        # Rows of another shape draw other random numbers, so with dropout the losses would be others.
+        is_random = any(isinstance(one, nn.Dropout) and one.p > 0 for one in self._trainer.model.modules())
+        is_open = recipe.model.attention == "auto" and recipe.data.packing and not is_random
+        if is_open and default.attention == VARLEN:
+            found += [replace(default, attention=name) for name in ("sdpa", "eager")]
+        if not self._context.threads_given:
+            fewer = {physical_cores(), default.threads // 2} if default.threads > 1 else set()
+            found += [replace(default, threads=n) for n in sorted(fewer, reverse=True) if 0 < n < default.threads]
+        return (*found, *(replace(default, loss_chunk=factor) for factor in (0.5, 2.0)))
+
+    def possible(self, wanted: Choice) -> Choice:
+        """Return a choice of another machine without what this one, or the recipe as it is now, does not allow."""
+        recipe, default = self._context.recipe, self.default
+        values = default.differences(wanted)
+        if wanted.compiled and not self.may_compile:
+            values.pop("compiled", None)
+        if recipe.model.attention != "auto" or not recipe.data.packing:
+            values.pop("attention", None)
+        if self._context.threads_given or wanted.threads > default.threads:
+            values.pop("threads", None)
+        return default.with_values(values)
+
+    def apply(self, choice: Choice) -> None:
+        """Compute all later steps this way."""
+        trainer, model = self._trainer, self._trainer.causal_model
+        if choice.compiled:
+            compile_layers(model)
+        else:
+            switch_compiled(model, on=False)
+        trainer.loss_settings.compiled = choice.compiled
+        trainer.loss_settings.chunk_factor = choice.loss_chunk
+        if choice.attention != model.config._attn_implementation:
+            model.set_attn_implementation(choice.attention)
+        trainer.set_layout(self._layout if choice.attention == self.default.attention else "packed")
+        if choice.threads != torch.get_num_threads():
+            torch.set_num_threads(choice.threads)
+
+    def measured(self, candidates: Sequence[Choice]) -> Measurement | None:
+        """Return the kept measurement of these circumstances, or a new one; None where the run is too short for it."""
+        trainer, context = self._trainer, self._context
+        key = circumstances(context, trainer, self.default)
+        known = trainer.gather_objects(read_kept(key))[0]
+        asked = context.recipe.training.autotune is True
+        if known is not None:
+            return self._worth_its_wait(known)
+        if not asked and self.least_seconds < MIN_LONG_SECONDS:
+            return None
+        context.position.enter("measuring what is fastest here", 0)
+        with self._left_as_it_was():
+            found = self._measure(candidates, asked=asked)
+        if found is not None and context.is_main and not keep(key, found):
+            context.notes.tell("The measurement of what is fastest here could not be kept for later runs.")
+        return found
+
+    def _planned_seconds(self, pass_seconds: float) -> float:
+        recipe, distributed = self._context.recipe, self._context.distributed
+        training = recipe.training
+        steps = optimizer_steps(training, len(self._trainer.train_dataset), distributed.world_size)
+        seconds = steps * training.gradient_accumulation_steps * pass_seconds
+        limit = training.max_train_minutes
+        return seconds if limit is None else min(seconds, 60 * limit)
+
+    def _worth_its_wait(self, known: Measurement) -> Measurement:
+        """Return a kept measurement, without the compiler if the run is too short to repay its wait."""
+        if not known.chosen.compiled or self.default.compiled:
+            return known
+        gain = 1 - known.ratios.get("compiled=True", 1.0)
+        if gain * self._planned_seconds(known.seconds) > known.compile_seconds:
+            return known
+        return replace(known, chosen=replace(known.chosen, compiled=False))
+
+    def _measure(self, candidates: Sequence[Choice], *, asked: bool) -> Measurement | None:
+        began = time.perf_counter()
+        gathered = self._trainer.gather_objects
+        self._time(self.default, 0)
+        seconds, loss = self._time(self.default, 0)
+        limit = float("inf") if asked else _BUDGET * self._planned_seconds(seconds)
+        ways = gathered(self._affordable(candidates, seconds, limit))[0]
+        if not ways:
+            return None
+        ratios, slowest, differs = self._ratios(self.default, ways, loss)
+        named = {way: _name(self.default, way) for way in ways}
+        faster = [way for way, name in named.items() if ratios[name] <= _GAIN and slowest[name] <= 1.0]
+        winners = gathered([way for way in faster if named[way] not in differs])[0]
+        chosen = self._together(winners, {way: ratios[_name(self.default, way)] for way in winners}, loss)
+        return Measurement(
+            self.default, gathered(chosen)[0], seconds, ratios, differs, round(self._compile_seconds, 2),
+            round(time.perf_counter() - began, 2), datetime.now(UTC).date().isoformat(),
+        )  # fmt: skip
+
+    def _affordable(self, candidates: Sequence[Choice], seconds: float, limit: float) -> list[Choice]:
+        """Return the ways that can be measured within a time, the first ones first."""
+        # The default is measured beside them, and has been twice already.
+        cost, ways = (_ROUNDS + 2) * seconds, []
+        for way in candidates:
+            own = (_ROUNDS + 1) * seconds + (_COMPILE_SECONDS if way.compiled and not self.default.compiled else 0.0)
+            if cost + own <= limit:
+                cost += own
+                ways.append(way)
+        return ways
+
+    def _ratios(
+        self, base: Choice, ways: Sequence[Choice], loss: float
+    ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
+        """Measure ways beside another one, in turns.
+
+        Returns:
+            The median ratio of each to the other one's time, the largest, and the names of those with another loss.
+        """
+        times: dict[str, list[float]] = {_name(self.default, way): [] for way in ways}
+        differs, failed = [], set()
+        for way in ways:
+            began = time.perf_counter()
+            try:
+                _, found = self._time(way, 0)
+                if way.compiled and not base.compiled:
+                    self._time(way, 1)  # Another shape may be compiled anew.
+                    self._compile_seconds = time.perf_counter() - began
+            except RuntimeError:
+                # The compiler fails, or memory runs out: the run needs none of the ways but the default.
+                self._trainer.model_wrapped.zero_grad(set_to_none=True)
+                failed.add(way)
+                found = math.inf
+            if not abs(found - loss) <= _LOSS_TOLERANCE * max(1.0, abs(loss)):
+                differs.append(_name(self.default, way))
+        for number in range(_ROUNDS):
+            beside, _ = self._time(base, number % 2)
+            for way in ways:
+                ratios = times[_name(self.default, way)]
+                if way not in failed and (not ratios or min(ratios) < _HOPELESS):
+                    ratios.append(self._time(way, number % 2)[0] / beside)
+        medians = {name: round(statistics.median(ratios), 4) if ratios else math.inf for name, ratios in times.items()}
+        return medians, {name: max(ratios, default=math.inf) for name, ratios in times.items()}, tuple(differs)
+
+    def _together(self, winners: Sequence[Choice], ratios: dict[Choice, float], loss: float) -> Choice:
+        """Return the best of the ways that won, or all of them together if that is no slower."""
+        best: dict[str, Choice] = {}
+        for way in sorted(winners, key=lambda one: ratios[one], reverse=True):
+            best[next(iter(self.default.differences(way)))] = way
+        if not best:
+            return self.default
+        first = min(best.values(), key=lambda one: ratios[one])
+        if len(best) == 1:
+            return first
+        values = {name: value for way in best.values() for name, value in self.default.differences(way).items()}
+        joined = self.default.with_values(values)
+        found, _, differs = self._ratios(first, [joined], loss)
+        return joined if not differs and next(iter(found.values())) <= 1.0 else first
+
+    def _time(self, choice: Choice, number: int) -> tuple[float, float]:
+        """Compute the loss and the gradients of a micro-batch; return the seconds and the loss per target."""
+        trainer = self._trainer
+        self.apply(choice)
+        half = len(trainer.train_dataset) // 2 if number else 0
+        batch = trainer.micro_batch(half)
+        targets = max(1, int((batch["labels"] >= 0).sum()))
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        # Gradients that are not exchanged leave DDP's buckets as they are.
+        with trainer.accelerator.no_sync(trainer.model_wrapped):
+            with trainer.compute_loss_context_manager():
+                loss = trainer.model_wrapped(**trainer.model_inputs(batch), supervised=True).loss / targets
+            loss.backward()
+        seconds = time.perf_counter() - start
+        trainer.model_wrapped.zero_grad(set_to_none=True)
+        return seconds, float(loss.detach())
+
+    @contextmanager
+    def _left_as_it_was(self) -> Iterator[None]:
+        """Restore random numbers, buffers and the mode of the model at the end of the block."""
+        model = self._trainer.model_wrapped
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        python, numpy, was_training = random.getstate(), np.random.get_state(), model.training
+        model.train()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            model.train(was_training)
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for name, buffer in model.named_buffers():
+                if name in buffers and not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])
+
+
+def _name(default: Choice, way: Choice) -> str:
+    """Return what is particular to a way, as `field=value`."""
+    return ", ".join(f"{name}={value}" for name, value in default.differences(way).items())
+
+
+def _setting(name: str, value: object, reason: str) -> AutoSetting:
+    text = str(value).lower() if isinstance(value, bool) else f"{value}"
+    return AutoSetting(_NAMES[name], text, reason)
+
+
+def _told(measured: Measurement) -> tuple[AutoSetting, ...]:
+    """Return a setting for each field of which several values were measured."""
+    settings = []
+    for name, default in ((name, getattr(measured.default, name)) for name in _NAMES):
+        tried = {key: ratio for key, ratio in measured.ratios.items() if key.startswith(f"{name}=")}
+        if not tried:
+            continue
+        figures = ", ".join(
+            f"{key.removeprefix(f'{name}=')} failed" if ratio == math.inf
+            else f"{key.removeprefix(f'{name}=')} {ratio:.2f} times as long"
+            + (" with another loss" if key in measured.differs else "")
+            for key, ratio in tried.items()
+        )  # fmt: skip
+        value = getattr(measured.chosen, name)
+        reason = f"measured here on {measured.date}: {default} {measured.seconds:.2f} s a pass, {figures}"
+        settings.append(_setting(name, value, reason))
+    return tuple(settings)

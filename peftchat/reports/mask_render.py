@@ -165,11 +165,12 @@ def write_mask_page(path: Path, name: str, examples: Sequence[ShownExample], sum
         examples: the examples to show.
         summary: the counts over all examples.
     """
-    bodies = [(example, _page_body(example)) for example in examples]
+    bodies = [(example, example_html(example)) for example in examples]
     return write_page(path, "mask.html.jinja", name=name, summary=summary, examples=bodies)
 
 
-def _page_body(example: ShownExample) -> Markup:
+def example_html(example: ShownExample) -> Markup:
+    """Return an example as the spans of a page."""
     parts = []
     for removed, tokens in groupby(example.all_tokens, key=itemgetter(1)):
         spans = Markup().join(_page_span(token, removed=removed) for token, _ in tokens)

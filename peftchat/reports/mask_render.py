@@ -207,7 +207,8 @@ def write_mask_page(
 def _page_example(example: ShownExample | ShownPair) -> dict[str, Any]:
     """Return what the page shows of an example or a pair: its place, facts, text, and columns below it."""
     if isinstance(example, ShownExample):
-        return {"source": example.source, "facts": _facts(example), "body": _page_body(example.all_tokens)}
+        body = _page_body(example.all_tokens)
+        return {"source": example.source, "facts": _facts(example), "body": body, "columns": []}
     columns = [(name, _facts(one), _page_body(tokens)) for name, one, tokens in example.sides]
     facts = f"{format_count(example.shared)} tokens in common"
     return {"source": example.source, "facts": facts, "body": _page_body(example.prompt), "columns": columns}

@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: demo test check lint docs docs-check setup clean
+.PHONY: demo test check lint docs docs-check site setup clean
 
 setup: $(READY)
 
@@ -55,6 +55,11 @@ lint: setup
 # What is generated from the code: the recipe's schema and reference, the reference of the commands.
 docs: setup
 	$(BIN)/python scripts/make_recipe_docs.py
+
+# The manual as a site, with search; fails on a link or an anchor that leads nowhere. Its packages are an extra.
+site: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	$(BIN)/mkdocs build
 
 docs-check:
 	$(BIN)/python scripts/make_recipe_docs.py --check

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from peftchat.launching.targets import JobPlaces, Target
     from peftchat.merging import MergeOptions, MergeResult
     from peftchat.planning.plan import TrainingPlan
+    from peftchat.reports.run_report import ReportExtras
     from peftchat.runs.run_summary import RunSummary
     from peftchat.serving.chat_model import ChatModel
     from peftchat.serving.generate import ChatAnswer
@@ -94,19 +95,23 @@ def train(
 
     # First: the modules below import bitsandbytes, which logs while it is imported.
     quiet_libraries()
+    settle_processes()
+    loaded = _load(recipe, overrides)
+    distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed, download=True)
+    from peftchat.training.context import TrainOptions, check_content
+
+    if distributed.world_size == 1:
+        # Data that is refused is refused before anything heavy is imported, planned or loaded.
+        check_content(loaded, TrainOptions(resume, allow_changed), distributed)
     from peftchat.evaluating.recipe_tasks import evaluate_recipe_tasks
     from peftchat.reports.run_report import try_model_card, write_summaries
     from peftchat.runs.run_folder import RunFolder
     from peftchat.runs.run_summary import RunSummary
-    from peftchat.training.context import TrainOptions
     from peftchat.training.machines import this_route
     from peftchat.training.several_processes import is_main_process
     from peftchat.training.train import claimed_by_run
     from peftchat.training.train import train as train_in_process
 
-    settle_processes()
-    loaded = _load(recipe, overrides)
-    distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed, download=True)
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
     arguments = _train_arguments(loaded, overrides, resume=resume, allow_changed=allow_changed, prompts=prompts)
     if distributed.launcher == "torchrun":
@@ -314,6 +319,8 @@ def compare(
     equal_within: float = 0.005,
     halving: bool = True,
     fork: bool = True,
+    tasks: Sequence[str] = (),
+    task_limit: int | None = None,
 ) -> "ComparisonResult":
     """Train variants of a recipe on the same data, measure them, and recommend one.
 
@@ -337,6 +344,8 @@ def compare(
         halving: whether short runs select among more than three learning rates; otherwise all get full runs.
         fork: whether runs may be forks of one process that has imported the libraries.
         equal_within: fraction of the lowest held-out loss up to which differences count as ties.
+        tasks: `NAME[@SHOTS]` or `FILE.yaml[@SHOTS]` of EleutherAI's harness, which every finished run is asked.
+        task_limit: the most questions of each task.
 
     Raises:
         UserError: a candidate cannot be trained; raised before the first run.
@@ -371,8 +380,10 @@ def compare(
     quiet_libraries()
     from peftchat.comparing.compare import EvalOptions
     from peftchat.comparing.compare import compare as compare_candidates
+    from peftchat.comparing.task_scores import check_tasks
 
-    evaluation = EvalOptions(forgetting_text, prompts or None, num_samples, merge, fork)
+    choice = check_tasks(tasks, task_limit) if tasks else None
+    evaluation = EvalOptions(forgetting_text, prompts or None, num_samples, merge, fork, choice)
     result, _ = compare_candidates(comparison, comparison_folder(recipe, output), evaluation)
     return result
 
@@ -472,6 +483,70 @@ def combine(runs: Sequence[Path | str], options: "CombineOptions") -> "Combinati
     from peftchat.export.combine import combine_into_adapter
 
     return combine_into_adapter([Path(run) for run in runs], options)
+
+
+def report(runs: Sequence[Path | str], *, output: Path | str | None = None, rows: int = 3) -> Path:
+    """Write the page of a run anew, with its plan and masks; or one page over several runs.
+
+    Args:
+        runs: run folders. One has to be finished; of several, some may still go on.
+        output: the page; None for `report.html` in the folder of the one run, or in the working folder for several.
+        rows: how many examples of one run to show with their masks.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: a folder is no run's, or its run has no losses.
+
+    Example:
+        >>> import peftchat
+        >>> peftchat.report(["runs/assistant"]).name
+        'report.html'
+    """
+    from peftchat.output_paths import InputPath
+    from peftchat.reports.overlay import check_run, read_runs, write_overlay
+    from peftchat.reports.page import check_page
+    from peftchat.reports.run_report import write_report
+    from peftchat.runs.run_folder import RunFolder
+    from peftchat.runs.run_summary import RunSummary
+
+    paths = [Path(run) for run in runs]
+    page = None if output is None else Path(output)
+    if len(paths) == 1:
+        check_run(paths[0])
+        RunSummary.read(RunFolder(paths[0]))
+        page = None if page is None else check_page(page, [InputPath(RunFolder(paths[0]).summary, "the run's summary")])
+        return write_report(paths[0], path=page, extras=_report_extras(paths[0], rows))
+    found = read_runs(paths)
+    page = check_page(
+        page or Path("report.html"), [InputPath(run.folder.summary, f"a file of {run.name}") for run in found]
+    )
+    return write_overlay(page, found)
+
+
+def _report_extras(run: Path, rows: int) -> "ReportExtras":
+    """Plan a run, and read examples of its data; what is not here any more is told on the page."""
+    from peftchat.logging_setup import quiet_libraries
+
+    quiet_libraries()
+    from peftchat.planning.planned_run import planned_values
+    from peftchat.reports.mask import inspect_mask
+    from peftchat.reports.run_report import ReportExtras
+    from peftchat.runs.run_folder import RunFolder
+
+    planned, examples, missing = [], [], []
+    try:
+        planned = planned_values(run)
+    except UserError as error:
+        missing.append(f"No plan beside the measurements: {error}")
+    try:
+        if rows:
+            recipe = load_recipe(RunFolder(run).recipe, to_train=False, upgrade=True).recipe
+            examples = list(inspect_mask(recipe, "train", lambda _: None).shown(rows))[:rows]
+    except (UserError, VerificationError) as error:
+        missing.append(f"No examples with their masks: {error}")
+    return ReportExtras(planned, examples, missing)
 
 
 def load_chat_model(name: Path | str, *, base: Path | str | None = None, allow_changed: bool = False) -> "ChatModel":

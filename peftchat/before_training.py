@@ -69,20 +69,23 @@ def check_inputs(
             recipe requests.
     """
     from peftchat.conversations.readers import find_files
-    from peftchat.logging_setup import quiet_libraries
-    from peftchat.training.distributed import resolve_distributed
+    from peftchat.dataset.cache import check_small_files
+    from peftchat.training.several_processes import is_main_process
 
-    quiet_libraries()
+    recipe = loaded.recipe
+    for source in (*recipe.data.train, *(recipe.data.eval or ())):
+        find_files(source.path, source.split)
+    check_folder()
+    if is_main_process():
+        check_small_files(recipe)
+    # From here on torch is imported.
     from peftchat.evaluating.recipe_tasks import check_recipe_tasks
+    from peftchat.training.distributed import resolve_distributed
     from peftchat.training.questions import read_questions
 
     read_questions(loaded)
     distributed = resolve_distributed(loaded)
     check_recipe_tasks(loaded, distributed)
-    recipe = loaded.recipe
-    for source in (*recipe.data.train, *(recipe.data.eval or ())):
-        find_files(source.path, source.split)
-    check_folder()
     # Last, because it imports the model's code.
     from peftchat.models.base_check import check_base
 

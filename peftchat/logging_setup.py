@@ -4,11 +4,17 @@ import logging
 import os
 import warnings
 
+from peftchat.late_imports import postpone_imports
+
 _LOGGERS = ("DeepSpeed", "bitsandbytes", "bitsandbytes.backends.cpu.ops", "torch.distributed", "accelerate", "peft")
 
 
 def quiet_libraries() -> None:
-    """Restrict libraries to errors. Call it before importing them: some log while they are imported."""
+    """Restrict libraries to errors, and postpone imports that they may not need.
+
+    Call it before importing them, where a command or a function of the API begins: some log while they are imported.
+    """
+    postpone_imports()
     for name in _LOGGERS:
         # Some set their own level when they are imported; a filter stays.
         logging.getLogger(name).addFilter(_is_error)

@@ -1,6 +1,6 @@
 """Train one recipe in 1, 2, 4 and 8 processes, and go on with a checkpoint in another number of them.
 
-    python scripts/bench_width.py [--processes 2,4,8] [--write]
+    python scripts/bench_width.py [--processes 2,4,8] [--only TEXT] [--write]
 
 All runs have the same batch in an optimizer step. The first table compares the losses of all steps with those of one
 process; the second resumes a run of some processes with others. `--write` puts both into docs/faults.md. The processes
@@ -50,23 +50,27 @@ RESUMES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", default="2,4,8")
+    parser.add_argument("--only", default="", help="runs that contain this text, or `resumes`; nothing is written")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/faults.md")
     chosen = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     counts = [int(one) for one in chosen.processes.split(",")]
     with tempfile.TemporaryDirectory(prefix="peftchat-width-") as name:
         os.environ["PEFTCHAT_CACHE"] = f"{name}/cache"
-        text = "\n".join([*widths(Path(name), counts), "", *resumes(Path(name))])
-    if chosen.write:
+        shapes = [shape for shape in SHAPES if chosen.only in shape]
+        first = widths(Path(name), counts, shapes) if shapes else ()
+        second = resumes(Path(name)) if chosen.only in "resumes" else ()
+        text = "\n".join([*first, "", *second])
+    if chosen.write and not chosen.only:
         page = PAGE.read_text(encoding="utf-8")
         before, _, rest = page.partition(BEGIN)
         write_text(PAGE, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
 
 
-def widths(folder: Path, counts: list[int]) -> Iterator[str]:
+def widths(folder: Path, counts: list[int], shapes: list[str]) -> Iterator[str]:
     yield told(f"| run | {' | '.join(f'{count} processes' for count in counts)} |")
     yield told("| --- |" + " --- |" * len(counts))
-    for shape in SHAPES:
+    for shape in shapes:
         expected = losses(train(folder, shape, "single", 1)[0])
         for strategy in ("ddp", "zero2", "zero3"):
             cells = [difference(losses(train(folder, shape, strategy, count)[0]), expected) for count in counts]
@@ -80,8 +84,10 @@ def resumes(folder: Path) -> Iterator[str]:
     for number, (before, after) in enumerate(RESUMES):
         run, status, said = train(folder, "LoRA", *before, steps=STEPS // 2, name=f"resumed{number}")
         assert status == 0, said
-        run, status, said = train(folder, "LoRA", *after, "--resume", name=f"resumed{number}")
-        error = next((line for line in said.splitlines() if "Error" in line), said).replace(str(folder), "")
+        # With other processes each has another share of the batch, which has to be allowed.
+        flags = ("--resume", "--allow-changed")
+        run, status, said = train(folder, "LoRA", *after, *flags, name=f"resumed{number}")
+        error = next((line for line in said.splitlines() if "Error" in line), said).replace(f"{folder}/", "")
         how = f"losses {difference(losses(run), expected)}" if status == 0 else f"status {status}: `{error}`"
         yield told(f"| {before[0]}, {before[1]} | {after[0]}, {after[1]} | {how} |")
 

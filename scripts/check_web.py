@@ -105,10 +105,16 @@ def check(name: str, holds: Any) -> None:
 FAILED: list[str] = []
 
 
+def limit_answers(page: Browser) -> None:
+    """Keep answers short, so that all of this takes minutes on a CPU; the settings are open."""
+    page.type("#settings input[aria-label='Most tokens']", str(ARGUMENTS.tokens))
+
+
 def try_chat(page: Browser, pictures: Path) -> None:
     page.click("#settings > button")
     page.until(lambda: page.find("#settings input[type=number]").is_displayed(), "the settings")
     page.type("#settings input[type=number]", "0")
+    limit_answers(page)
     page.click("#settings > button")
     page.type("#question textarea", QUESTION + Keys.ENTER)
     lengths = set()
@@ -213,20 +219,27 @@ def try_keyboard(page: Browser) -> None:
     print("       the keyboard reaches", list(dict.fromkeys(reached)))
 
 
+def serving_at(server: subprocess.Popen[bytes], said: Path) -> str:
+    """Wait until the server names its address, and return it."""
+    while server.poll() is None:
+        for line in said.read_text(encoding="utf-8").splitlines():
+            if "Serving on " in line:
+                return line.split()[2]
+        time.sleep(0.2)
+    raise SystemExit(f"the server ended:\n{said.read_text(encoding='utf-8')}")
+
+
 def main() -> None:
     pictures = ARGUMENTS.pictures
     pictures.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "peftchat", "web", *ARGUMENTS.models, "-o", f"{folder}/chats"]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        said = Path(folder, "server.txt")
+        with said.open("w", encoding="utf-8") as file:
+            server = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         try:
-            assert server.stderr is not None
-            lines = iter(server.stderr.readline, "")
-            line = next((line for line in lines if "Serving on " in line or print(line, end="")), None)
-            if line is None:
-                raise SystemExit("the server ended")
-            page = Browser(line.split()[2])
+            page = Browser(serving_at(server, said))
             steps = [lambda: try_chat(page, pictures)]
             steps += [lambda: try_comparison(page, pictures)] if len(ARGUMENTS.models) > 1 else []
             steps += [lambda: try_phone(page, pictures), lambda: try_keyboard(page)]
@@ -249,6 +262,7 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait(30)
+            print(said.read_text(encoding="utf-8"))
     if FAILED:
         raise SystemExit(f"{len(FAILED)} checks failed")
 
@@ -257,5 +271,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", help="As for `peftchat web`.")
     parser.add_argument("--pictures", type=Path, required=True, help="Folder for the pictures.")
+    parser.add_argument("--tokens", type=int, default=80, help="Most tokens of an answer.  [default: 80]")
     ARGUMENTS = parser.parse_args()
     main()

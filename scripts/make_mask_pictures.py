@@ -4,12 +4,10 @@ The terminal is what rich records of the command's own output; the page is photo
 """
 
 import io
-import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from photograph import photograph
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
@@ -37,25 +35,9 @@ def main() -> None:
     console = Console(record=True, width=96, force_terminal=True, color_system="standard", file=io.StringIO())
     print_mask(look.shown(ROWS), look.summary, console)
     console.save_svg(str(PICTURES / "mask-terminal.svg"), title=f"peftchat mask {RECIPE}", theme=THEME)
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        sys.exit("no Chromium here: the page was not photographed")
     with tempfile.TemporaryDirectory() as folder:
         page = write_mask_page(Path(folder) / "mask.html", RECIPE.name, list(look.shown(ROWS)), look.summary)
-        command = [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            f"--user-data-dir={folder}/user",
-        ]
-        command += [
-            f"--window-size={PAGE_SIZE}",
-            f"--screenshot={PICTURES.absolute() / 'mask-page.png'}",
-            page.as_uri(),
-        ]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        photograph(page, PICTURES / "mask-page.png", PAGE_SIZE)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def train(path: Path, model: str, data: str, scratch: Path) -> tuple[int, str]:
         "distributed.strategy": "auto",
         "distributed.offload": "none",
         "training.max_steps": str(_STEPS),
+        "training.lr_scheduler_type": "linear",
         "training.warmup_steps": "0",
         "training.per_device_train_batch_size": "2",
         "training.gradient_accumulation_steps": "1",
@@ -112,8 +113,9 @@ def main(paths: tuple[Path, ...], model: str | None, data: str | None) -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         if model is not None:
-            for path in paths:
-                status, said = train(path, model, str(data), scratch)
+            for number, path in enumerate(paths):
+                (scratch / str(number)).mkdir()
+                status, said = train(path, model, str(data), scratch / str(number))
                 click.echo(f"{'trained' if status == 0 else f'status {status}'}  {path}: {said}")
             return
         click.echo("| folder | files | whole recipe | recipe without lines | no recipe | trains nothing | " + _heads())

@@ -53,9 +53,7 @@ def command(
     prompt = sys.stdin.read().strip() if prompt == "-" else prompt
     if prompt is not None and not prompt.strip():
         raise UserError("the prompt is empty", where="--prompt", hint="Give it some text, or leave the option out.")
-    from peftchat.logging_setup import quiet_libraries
 
-    quiet_libraries()
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 

@@ -44,6 +44,10 @@ from peftchat.cli.common import Command, PathType, RecipeType, echo_json, json_o
 )
 @click.option("--merge/--no-merge", default=True, help="Merge each variant and verify the merge.  [default: on]")
 @click.option(
+    "--tasks", multiple=True, metavar="NAME|FILE[@SHOTS],...", help="Tasks of the harness that every run is asked."
+)
+@click.option("--task-limit", type=click.IntRange(1), help="Most questions of each task.")
+@click.option(
     "--equal-within",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.005,
@@ -67,6 +71,8 @@ def command(
     prompts: tuple[str, ...],
     samples: int,
     merge: bool,
+    tasks: tuple[str, ...],
+    task_limit: int | None,
     equal_within: float,
     output: Path | None,
     as_json: bool,
@@ -80,6 +86,7 @@ def command(
     peftchat compare recipes/demo_cpu.yaml --variants lora,dora,qlora,full --budget steps=50
     peftchat compare my.yaml --variants lora --set adapter.r=8,16,64 --learning-rates 1e-4,3e-4
     peftchat compare my.yaml --variants lora,dora --trials 12 --search training.learning_rate=1e-5..1e-3:log
+    peftchat compare my.yaml --variants lora,dora,full --tasks arc_easy@5,tasks/own.yaml --task-limit 200
     """
     from peftchat import api
     from peftchat.comparing.candidates import split_names
@@ -92,6 +99,9 @@ def command(
     if trials and learning_rates is not None:
         hint = "Use --search training.learning_rate=LOW..HIGH:log."
         raise UserError("--learning-rates is a grid, and --trials searches ranges", hint=hint)
+    if task_limit is not None and not tasks:
+        hint = "Name tasks with --tasks, or leave it out."
+        raise UserError("there is no task to limit", where=f"--task-limit {task_limit}", hint=hint)
     result = api.compare(
         recipe,
         split_names(variants),
@@ -109,6 +119,8 @@ def command(
         merge=merge,
         equal_within=equal_within,
         halving=halving,
+        tasks=tasks,
+        task_limit=task_limit,
     )
     from peftchat.comparing.compare_report import print_comparison
     from peftchat.comparing.comparison_folder import ComparisonFolder

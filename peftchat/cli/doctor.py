@@ -34,11 +34,9 @@ def command(recipe: Path | None, quick: bool, overrides: tuple[str, ...], as_jso
     """
     if recipe is None and overrides:
         raise UserError("overrides a recipe, and none is given", where="--set", hint="Give a recipe.")
-    from peftchat.logging_setup import quiet_libraries
     from peftchat.recipe import load_recipe
 
     loaded = None if recipe is None else load_recipe(recipe, overrides, to_train=False)
-    quiet_libraries()
     from peftchat.doctor.examination import sections
     from peftchat.doctor.findings import worst
 

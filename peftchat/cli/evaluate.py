@@ -101,9 +101,7 @@ def command(
     peftchat evaluate runs/assistant --code HumanEval.jsonl.gz --run-code
     peftchat evaluate runs/assistant --data data/eval.jsonl
     """
-    from peftchat.logging_setup import quiet_libraries
 
-    quiet_libraries()
     from peftchat.errors import UserError
     from peftchat.evaluating.task_catalog import parse_tasks, require_harness
 

@@ -94,9 +94,7 @@ def command(
             raise VerificationError(f"vLLM cannot serve {model}: {'; '.join(support.reasons)}")
         click.echo(support.command)
         return
-    from peftchat.logging_setup import quiet_libraries
 
-    quiet_libraries()
     from peftchat.console import stderr
     from peftchat.export.run_export import ExportOptions, export_gguf, export_ollama
 
@@ -112,9 +110,7 @@ def command(
 
 
 def _convert(model: str, options: "LoraOptions", *, as_json: bool) -> None:
-    from peftchat.logging_setup import quiet_libraries
 
-    quiet_libraries()
     from peftchat.export.lora import export_lora
 
     folder, report = export_lora(Path(model), options)

@@ -84,7 +84,6 @@ def command(
     peftchat generate questions.jsonl --models models/base -o answers --prompting dialogue
     """
     from peftchat.errors import UserError
-    from peftchat.logging_setup import quiet_libraries
     from peftchat.output_paths import InputPath, check_output
     from peftchat.serving.sampling import Sampling
 
@@ -100,7 +99,6 @@ def command(
     from peftchat.answering.questions import read_questions
 
     asked = [question.with_system(system) for question in read_questions(questions)[:max_samples]]
-    quiet_libraries()
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -1,11 +1,13 @@
-"""`peftchat init`: write a recipe to start from."""
+"""`peftchat init`: write a recipe to start from, by questions or by flags."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import click
 
 from peftchat.cli.common import note, output_option
+from peftchat.errors import UserError
 from peftchat.files import write_new_text
 from peftchat.output_paths import check_output
 
@@ -24,18 +26,64 @@ if TYPE_CHECKING:
 @click.option("--model", metavar="MODEL", help="Base model: a folder or a hub id.")
 @click.option("--data", metavar="DATA", help="Conversations: a file, a folder or a hub id.")
 @output_option("The file to write.", default=Path("recipe.yaml"), show_default=True)
-def command(method: str, model: str | None, data: str | None, output: Path) -> None:
+@click.option("--ask/--no-ask", default=None, help="Ask for these.  [default: in a terminal, if none is given]")
+@click.option("--gpu", metavar="NAME", help="Ask for a recipe that fits this GPU.  [default: this machine's]")
+@click.pass_context
+def command(
+    context: click.Context,
+    method: str,
+    model: str | None,
+    data: str | None,
+    output: Path,
+    ask: bool | None,
+    gpu: str | None,
+) -> None:
     """Write a recipe to start from, with every key explained.
 
+    In a terminal and without flags, at most five questions are asked about the data, the base model and the method.
+    The recipe is one that fits this machine by `peftchat plan`.
+
     \b
+    peftchat init
     peftchat init --method qlora --model HuggingFaceTB/SmolLM2-135M --data conversations.jsonl
     peftchat train recipe.yaml --dry-run
     """
+    given = [name for name in ("method", "model", "data") if _is_given(context, name)]
+    if ask and given:
+        raise UserError(f"`--{given[0]}` is an answer already", where="--ask", hint="Give flags, or answer questions.")
+    check_output(output, (), "-o")
+    is_asked = ask if ask is not None else not given and sys.stdin.isatty() and sys.stdout.isatty()
+    if is_asked:
+        _by_questions(output, gpu)
+        return
+    if gpu is not None:
+        raise UserError("only the questions take it", where="--gpu", hint="`peftchat plan RECIPE --gpu NAME` plans.")
     from peftchat.recipe.reference import starting_recipe
 
-    text = starting_recipe(cast("Method", method), output, model=model, data=data)
-    check_output(output, (), "-o")
-    write_new_text(output, text)
-    open_keys = [key for key, given in (("model.name", model), ("data.train", data)) if given is None]
+    write_new_text(output, starting_recipe(cast("Method", method), output, model=model, data=data))
+    open_keys = [key for key, value in (("model.name", model), ("data.train", data)) if value is None]
     todo = f"Fill in {' and '.join(open_keys)}, then: " if open_keys else "Next: "
     note(f"Wrote {output}. {todo}peftchat train {output} --dry-run")
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _by_questions(output: Path, gpu: str | None) -> None:
+    from peftchat.cli.init_questions import ask_for_recipe
+
+    if output.exists():
+        raise UserError("the file already exists", where=str(output), hint="Choose another name with `-o`.")
+    answered = ask_for_recipe(output, gpu)
+    write_new_text(output, answered.text)
+    fits = "" if answered.fits else " It does not fit here: try another GPU with `peftchat plan --gpu NAME`."
+    note(f"Wrote {output}.{fits} Every key is explained in it. Next:")
+    run = f"runs/{output.stem}"
+    for line, what in (
+        (f"peftchat mask {output}", "see what is trained, token by token"),
+        (f"peftchat plan {output}", "memory, time and cost"),
+        (f"peftchat train {output}", "train"),
+        (f"peftchat chat {run}", "talk to the result"),
+    ):
+        note(f"  {line:<32} {what}")

@@ -177,9 +177,7 @@ def _open(
     for name in names:
         if name not in opened:
             from peftchat import api
-            from peftchat.logging_setup import quiet_libraries
 
-            quiet_libraries()
             opened[name] = LocalJudge(api.load_chat_model(name), max_tokens)
     return [opened[name] for name in names]
 

@@ -27,6 +27,7 @@ from peftchat.cli import (
     push,
     recipe_import,
     recipes,
+    report,
     serve,
     template,
     train,
@@ -36,6 +37,7 @@ from peftchat.cli import (
 from peftchat.cli.common import OrderedGroup
 from peftchat.errors import UserError, VerificationError, first_line
 from peftchat.interruption import end, interruptible, interruption, leave
+from peftchat.logging_setup import quiet_libraries
 from peftchat.streams import BROKEN_PIPE_STATUS, check_output, discard_output, prepare_streams
 from peftchat.training.launcher_environment import clean_environment
 from peftchat.training.several_processes import is_lost_process, is_main_process, let_others_speak
@@ -72,6 +74,8 @@ _TOO_MANY = {errno.EMFILE, errno.ENFILE}
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Fine-tune a chat assistant of your own: full, LoRA or QLoRA, from one recipe."""
+    # First: libraries log while they are imported.
+    quiet_libraries()
     if context.invoked_subcommand != train.command.name:
         clean_environment(os.environ, trains=False)
     try:
@@ -93,6 +97,7 @@ for _module in (
     plan,
     launch,
     train,
+    report,
     compare,
     evaluate,
     merge,

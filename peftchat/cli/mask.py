@@ -80,7 +80,6 @@ def command(
     peftchat mask recipes/demo_cpu.yaml --rows all --json > examples.jsonl
     peftchat mask recipes/demo_cpu.yaml --html mask.html --set chat.loss_on=last_answer
     """
-    from peftchat.logging_setup import quiet_libraries
     from peftchat.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, to_train=False)
@@ -88,7 +87,6 @@ def command(
         from peftchat.reports.page import check_page
 
         page = check_page(page, loaded.inputs())
-    quiet_libraries()
     if turn is not None and number is None:
         raise UserError("a turn without its conversation", where="--turn", hint="Add `--conversation N`.")
     if number is not None and (as_json or page is not None):

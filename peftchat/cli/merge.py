@@ -133,9 +133,7 @@ def command(
     """
     given = {"--weights": weights, "--density": density, "--seed": seed, "--as": result, "--rank": rank}
     _check_kind(runs, rule, {**given, "--tolerance": tolerance}, is_blend=bool(adapters) or scale != 1.0)
-    from peftchat.logging_setup import quiet_libraries
 
-    quiet_libraries()
     import torch
 
     from peftchat import api

@@ -53,11 +53,9 @@ def command(
     peftchat plan recipes/demo_cpu.yaml --probe
     """
     from peftchat import api
-    from peftchat.logging_setup import quiet_libraries
     from peftchat.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, to_train=False)
-    quiet_libraries()
     from peftchat.console import stdout
     from peftchat.planning.measure import measure_run
     from peftchat.planning.plan_report import as_json as plan_json

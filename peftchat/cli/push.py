@@ -22,9 +22,7 @@ def command(model: str, repo: str, public: bool, base: str | None, dry_run: bool
     peftchat push runs/assistant me/assistant --dry-run
     peftchat push runs/assistant/merged me/assistant-merged --public
     """
-    from peftchat.logging_setup import quiet_libraries
 
-    quiet_libraries()
     from peftchat.cli.common import echo_json, note
     from peftchat.console import stdout
     from peftchat.formatting import format_bytes

@@ -50,9 +50,7 @@ def command(
     peftchat template my_template.jinja --model runs/demo --data data/train.jsonl
     peftchat template Qwen/Qwen3-0.6B --set enable_thinking=false
     """
-    from peftchat.logging_setup import quiet_libraries
 
-    quiet_libraries()
     from peftchat.chat_template.chat_format import make_format
     from peftchat.chat_template.template_check import PLAIN, TemplateCheck, sample_conversations
     from peftchat.chat_template.template_settings import TemplateSettings

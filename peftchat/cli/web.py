@@ -57,12 +57,9 @@ def command(
     from peftchat.web.kept_files import KeptFiles
 
     kept = KeptFiles(output, list(models))
-    from peftchat.console import stderr
-    from peftchat.logging_setup import quiet_libraries
-
-    quiet_libraries()
     from transformers.utils.logging import disable_progress_bar
 
+    from peftchat.console import stderr
     from peftchat.web.loaded_models import load_models, open_models
     from peftchat.web.page import serve_page
 

@@ -22,6 +22,7 @@ from peftchat.comparing.evidence import read_clusters
 from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult, read_run_result
 from peftchat.comparing.results import ComparisonResult
 from peftchat.comparing.run_processes import RunProcesses
+from peftchat.comparing.task_scores import TaskAnswers, TaskChoice, TaskRequest, TaskScore
 from peftchat.console import stderr
 from peftchat.conversations.dataset_card import SplitCount
 from peftchat.conversations.messages_file import ConversationFile
@@ -56,6 +57,7 @@ class EvalOptions:
         num_samples: how many of those.
         merge: whether to merge each variant and verify the result.
         fork: whether runs may be forks of one process that has imported the libraries.
+        tasks: tasks that every finished run and the base are asked; from `check_tasks`.
     """
 
     general_text: Path | None = None
@@ -63,6 +65,7 @@ class EvalOptions:
     num_samples: int = 3
     merge: bool = True
     fork: bool = True
+    tasks: TaskChoice | None = None
 
 
 def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[ComparisonResult, ComparisonFolder]:
@@ -106,7 +109,12 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
         candidates = [replace(candidate, evaluation=evaluator.evaluate(candidate)) for candidate in candidates]
         trained = any(candidate.best for candidate in candidates)
         base_loss = evaluator.base_general_loss() if trained else None
-        result = ComparisonResult.of(plan, candidates, base_loss, clusters)
+        base_tasks: Sequence[TaskScore] = ()
+        if trained and options.tasks is not None:
+            asker = _TaskAsker(folder, progress, processes, options.tasks)
+            candidates = [asker.ask(candidate) for candidate in candidates]
+            base_tasks = asker.ask_base()
+        result = ComparisonResult.of(plan, candidates, base_loss, clusters, base_tasks)
         write_comparison_files(result, folder)
     return result, folder
 
@@ -273,14 +281,72 @@ class _RunEvaluator:
             prompts=self._prompts,
             merge=self._merge,
         )
-        request_file, result_file = self._folder.evaluation(f"{name}.request"), self._folder.evaluation(name)
-        content = request.model_dump_json(indent=2) + "\n"
-        unchanged = request_file.is_file() and request_file.read_text(encoding="utf-8") == content
-        if result_file.is_file() and unchanged:
-            return Evaluation.read(result_file)
-        result_file.unlink(missing_ok=True)
-        write_text(request_file, content)
-        self._progress.start_evaluation(title)
-        arguments = ["peftchat.comparing.evaluate", str(request_file), str(result_file)]
-        error = self._processes.run(arguments, self._folder.log(f"{name}.evaluation"), lambda: None)
+        result_file = self._folder.evaluation(name)
+        error = _answer_request(
+            request, "peftchat.comparing.evaluate", name, title, self._folder, self._progress, self._processes
+        )
         return Evaluation(error=error) if error is not None else Evaluation.read(result_file)
+
+
+class _TaskAsker:
+    """Asks finished runs the tasks; answers in the folder are kept if the request is the same."""
+
+    def __init__(
+        self, folder: ComparisonFolder, progress: CompareProgress, processes: RunProcesses, choice: TaskChoice
+    ) -> None:
+        self._folder = folder
+        self._progress = progress
+        self._processes = processes
+        self._choice = choice
+
+    def ask(self, candidate: CandidateResult) -> CandidateResult:
+        """Ask the runs of all seeds; the first one that fails ends it."""
+        scores = []
+        for run in candidate.runs:
+            title = f"{candidate.candidate.name}, seed {run.job.seed}"
+            answers = self._ask(run.job.name, title, self._folder.run(run.job.name))
+            if answers.error is not None:
+                return replace(candidate, task_error=answers.error)
+            scores.append(answers.scores)
+        return replace(candidate, task_scores=scores)
+
+    def ask_base(self) -> Sequence[TaskScore]:
+        """Ask the base; nothing if it cannot be asked."""
+        return self._ask("base", "the base model", None).scores
+
+    def _ask(self, name: str, title: str, run: Path | None) -> TaskAnswers:
+        request = TaskRequest(
+            run=run,
+            recipe=self._folder.base if run is None else RunFolder(run).recipe,
+            choice=self._choice,
+            answers=self._folder.answers,
+        )
+        module, name = "peftchat.comparing.task_scores", f"{name}.tasks"
+        title = f"{title} on {', '.join(self._choice.tasks)}"
+        error = _answer_request(request, module, name, title, self._folder, self._progress, self._processes)
+        return TaskAnswers(error=error) if error is not None else TaskAnswers.read(self._folder.evaluation(name))
+
+
+def _answer_request(
+    request: EvaluationRequest | TaskRequest,
+    module: str,
+    name: str,
+    title: str,
+    folder: ComparisonFolder,
+    progress: CompareProgress,
+    processes: RunProcesses,
+) -> str | None:
+    """Have a request answered by a module in a process of its own, unless the folder has the answer.
+
+    Returns:
+        None if there is an answer, else why there is none, in one line.
+    """
+    request_file, result_file = folder.evaluation(f"{name}.request"), folder.evaluation(name)
+    content = request.model_dump_json(indent=2) + "\n"
+    unchanged = request_file.is_file() and request_file.read_text(encoding="utf-8") == content
+    if result_file.is_file() and unchanged:
+        return None
+    result_file.unlink(missing_ok=True)
+    write_text(request_file, content)
+    progress.start_evaluation(title)
+    return processes.run([module, str(request_file), str(result_file)], folder.log(f"{name}.evaluation"), lambda: None)

@@ -321,9 +321,9 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
         )
     if base.recipe.evaluation.tasks:
         raise UserError(
-            "a comparison chooses by held-out loss and asks no tasks",
+            "a comparison asks the tasks of its option, of all runs alike",
             where=base.where("evaluation", "tasks"),
-            hint="Add `--set evaluation.tasks=[]`, and run `peftchat evaluate` on the runs to choose from.",
+            hint="Add `--set evaluation.tasks=[]`, and name the tasks with `--tasks`.",
         )
     _check_sources(base.recipe)
     plan = ComparePlan(options, base, make_candidates(options.variants, options.axes))

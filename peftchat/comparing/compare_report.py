@@ -17,7 +17,8 @@ from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.hyperparameter_search import LEARNING_RATE
 from peftchat.comparing.outcomes import CandidateResult
 from peftchat.comparing.recommend import Recommendation, format_estimate, format_gap
-from peftchat.comparing.results import ComparisonResult, ComparisonSummary
+from peftchat.comparing.results import ComparisonResult, ComparisonSummary, TaskSummary
+from peftchat.comparing.task_reasons import format_score, format_task_gap
 from peftchat.files import write_text
 from peftchat.formatting import (
     UNKNOWN,
@@ -49,7 +50,41 @@ HEADERS = (
     "on disk",
     "merged",
 )
-"""Columns of the table; all but the first two and the last hold numbers."""
+"""Columns of the table beside those of tasks; all but the first two and the last hold numbers."""
+
+_BEFORE_TASKS = HEADERS.index("general loss") + 1
+
+
+def table_headers(result: ComparisonResult) -> tuple[str, ...]:
+    """Return the columns of the table: for each task its score and the gap to the best score, after general loss."""
+    tasks = [header for task in result.tasks.tasks for header in (task.title, f"{task.task} gap")]
+    return (*HEADERS[:_BEFORE_TASKS], *tasks, *HEADERS[_BEFORE_TASKS:])
+
+
+def _task_cells(result: ComparisonResult, candidate: CandidateResult) -> list[str]:
+    name, cells = candidate.candidate.name, []
+    for task in result.tasks.tasks:
+        score, gap = task.score(name), task.gap(task.best, name)
+        sign = "-" if task.higher_is_better else "+"
+        cells += [
+            UNKNOWN if score is None else format_score(score[0]) + format_standard_error(score[1]),
+            "" if gap is None or name == task.best else f"{sign}{format_task_gap(gap)}",
+        ]
+    return cells
+
+
+def format_standard_error(error: float | None) -> str:
+    """Format the standard error of a score, with a blank before it."""
+    return "" if error is None else f" (SE {format_score(error)})"
+
+
+def base_task_line(result: ComparisonResult) -> str | None:
+    """Return the scores of the untouched base, in a sentence."""
+    scores = TaskSummary.all_of("base", result.tasks)
+    told = ", ".join(
+        f"{one.task} {one.metric} {format_score(one.score)}{format_standard_error(one.stderr)}" for one in scores
+    )
+    return f"The base model: {told}." if told else None
 
 
 @dataclass(frozen=True)
@@ -83,7 +118,7 @@ def _table_row(result: ComparisonResult, candidate: CandidateResult) -> TableRow
     recommendation, best, loss = result.recommendation, candidate.best, candidate.loss
     if best is None or loss is None or recommendation is None:
         failures = [run.failure for run in candidate.failures if run.failure]
-        blank = [""] * (len(HEADERS) - 1)
+        blank = [""] * (len(table_headers(result)) - 1)
         return TableRow((candidate.candidate.name, *blank), failures[0] if failures else "not run yet")
     gap = recommendation.evidence.gap(recommendation.lowest, candidate)
     cells = (
@@ -92,6 +127,7 @@ def _table_row(result: ComparisonResult, candidate: CandidateResult) -> TableRow
         format_estimate(loss),
         "" if candidate is recommendation.lowest or gap is None else format_gap(gap),
         format_general_loss(candidate, result.base_general_loss),
+        *_task_cells(result, candidate),
         format_count(candidate.tokens_per_second),
         format_duration(candidate.seconds),
         format_bytes(candidate.peak_memory_bytes),
@@ -121,10 +157,13 @@ _OPTIONAL_COLUMNS = ("on disk", "loss gap", "merged", "time", "general loss", "t
 
 def print_comparison(result: ComparisonResult, console: Console) -> None:
     """Print the table, the recommendation and its reasons."""
-    table = _fit_table(table_rows(result), console.width if console.is_terminal else None)
+    table = _fit_table(result, console.width if console.is_terminal else None)
     # A file or a pipe has no limited width.
     Console(file=console.file, width=max(console.width, _natural_width(table))).print(table)
     wrap = not console.is_terminal
+    base = base_task_line(result)
+    if base is not None:
+        console.print(Text(base), soft_wrap=wrap)
     recommendation = result.recommendation
     if recommendation is None:
         return
@@ -135,15 +174,17 @@ def print_comparison(result: ComparisonResult, console: Console) -> None:
         console.print(Text.assemble(("  note: ", "yellow"), warning), soft_wrap=wrap)
 
 
-def _fit_table(rows: Sequence[TableRow], width: int | None) -> Table:
+def _fit_table(result: ComparisonResult, width: int | None) -> Table:
     """Return the table with as many columns as fit `width`; None means all."""
-    shown = list(HEADERS)
-    table = _table(rows, shown)
-    for header in _OPTIONAL_COLUMNS:
+    rows, headers = table_rows(result), table_headers(result)
+    shown = list(headers)
+    table = _table(rows, headers, shown)
+    gaps = [f"{task.task} gap" for task in result.tasks.tasks]
+    for header in (*_OPTIONAL_COLUMNS, *gaps):
         if width is None or _natural_width(table) <= width:
             break
         shown.remove(header)
-        table = _table(rows, shown)
+        table = _table(rows, headers, shown)
     return table
 
 
@@ -152,15 +193,15 @@ def _natural_width(table: Table) -> int:
     return Console(width=_UNLIMITED_WIDTH).measure(table).maximum
 
 
-def _table(rows: Sequence[TableRow], headers: Sequence[str]) -> Table:
+def _table(rows: Sequence[TableRow], headers: Sequence[str], shown: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
-    for header in headers:
+    for header in shown:
         table.add_column(header, justify="left" if header in _TEXT_COLUMNS else "right", no_wrap=True)
     for row in rows:
         if row.failure is not None:
             table.add_row(Text(row.cells[0], style="red"), Text("failed", style="red"))
             continue
-        cells = [cell for header, cell in zip(HEADERS, row.cells, strict=True) if header in headers]
+        cells = [cell for header, cell in zip(headers, row.cells, strict=True) if header in shown]
         style = "bold green" if row.recommended else "" if row.tied else "dim"
         table.add_row(*(Text(cell) for cell in cells), style=style)
     return table
@@ -210,7 +251,8 @@ def write_comparison_page(path: Path, result: ComparisonResult, recommended: Pat
         path,
         "compare.html.jinja",
         recommendation=recommendation,
-        headers=HEADERS,
+        headers=table_headers(result),
+        base_tasks=base_task_line(result),
         rows=table_rows(result),
         lines=[lines[candidate.candidate.name] for candidate in finished],
         colors=COLORS,

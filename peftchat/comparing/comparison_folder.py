@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe, load_recipe
-from peftchat.recipe.document import parse_yaml, to_plain
+from peftchat.recipe.document import flat_values
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
@@ -68,6 +68,11 @@ class ComparisonFolder:
         """Return the file with the evaluation of a run."""
         return self.path / "evaluations" / f"{name}.json"
 
+    @property
+    def answers(self) -> Path:
+        """The folder with the answers to tasks as they came."""
+        return self.path / "evaluations" / "answers"
+
     @contextmanager
     def locked(self, recipe: "Recipe") -> Iterator[None]:
         """Create the folder and lock it against a second process.
@@ -118,7 +123,7 @@ class ComparisonFolder:
 def _check_same(file: Path, text: str) -> None:
     # Loading and dumping adds keys that are newer than the file.
     before = dump_recipe(load_recipe(file, to_train=False, upgrade=True).recipe)
-    old, new = _flat(before), _flat(text)
+    old, new = flat_values(before), flat_values(text)
     for key in sorted(old.keys() | new.keys()):
         if key != "output_dir" and old.get(key) != new.get(key):
             raise UserError(
@@ -126,12 +131,3 @@ def _check_same(file: Path, text: str) -> None:
                 where=str(file),
                 hint="Use the same value, or start another comparison with -o.",
             )
-
-
-def _flat(text: str) -> dict[str, Any]:
-    """Return the values of a recipe's YAML by dotted key."""
-    values, _ = to_plain(parse_yaml(text, "recipe"), "recipe")
-    flat: dict[str, Any] = {}
-    for section, value in values.items():
-        flat |= {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {section: value}
-    return flat

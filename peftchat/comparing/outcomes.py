@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from peftchat.comparing.candidates import Candidate, Settings
 from peftchat.comparing.compare_plan import TrainingJob
 from peftchat.comparing.hyperparameter_search import LEARNING_RATE
+from peftchat.comparing.task_scores import TaskScore
 from peftchat.files import write_text
 from peftchat.runs.eval_losses import ConversationLoss, read_eval_losses
 from peftchat.runs.run_folder import RunFolder
@@ -167,12 +168,16 @@ class CandidateResult:
         trials: one run per settings tried, on the first seed; short runs of a search are among them.
         seed_runs: runs with the best settings on the other seeds.
         evaluation: the evaluation of the best trial.
+        task_scores: for each of `runs`, the scores on all tasks; empty where none are asked.
+        task_error: why a run could not be asked.
     """
 
     candidate: Candidate
     trials: Sequence[RunResult] = ()
     seed_runs: Sequence[RunResult] = ()
     evaluation: Evaluation = field(default_factory=Evaluation)
+    task_scores: Sequence[Sequence[TaskScore]] = ()
+    task_error: str | None = None
 
     @property
     def best(self) -> RunResult | None:

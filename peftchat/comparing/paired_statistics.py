@@ -166,11 +166,15 @@ def practical_threshold(lowest: float, num_seeds: int, negligible: float = NEGLI
     return abs(lowest) * (negligible if num_seeds > 1 else max(negligible, ONE_SEED_NOISE))
 
 
-def compare_paired(losses: PairedLosses) -> PairedComparison:
+def compare_paired(losses: PairedLosses, confidence: float = CONFIDENCE) -> PairedComparison:
     """Compare all pairs of candidates.
 
     Runs on the same conversations in another order, or on other numbers of the clusters, give the same result up to
     rounding.
+
+    Args:
+        losses: of every candidate, seed and conversation.
+        confidence: of every interval.
     """
     sums, tokens = losses.by_cluster()
     candidates, seeds, clusters = sums.shape
@@ -189,8 +193,8 @@ def compare_paired(losses: PairedLosses) -> PairedComparison:
         parts = _Parts.of(moves, means, first, second)
         error = np.sqrt(parts.variance)
         draws = _draw_ratios(parts, moves.mean(axis=1), error, first, second, freedom=max(1.0, effective - 1))
-        alone = (np.quantile(draws.wide, CONFIDENCE, axis=0) + np.quantile(draws.narrow, CONFIDENCE, axis=0)) / 2
-        together = float(np.quantile(draws.wide.max(axis=1), CONFIDENCE))
+        alone = (np.quantile(draws.wide, confidence, axis=0) + np.quantile(draws.narrow, confidence, axis=0)) / 2
+        together = float(np.quantile(draws.wide.max(axis=1), confidence))
         for table, values in ((errors, error), (quantiles, alone)):
             table[first, second] = table[second, first] = values
     return PairedComparison(mean, errors, quantiles, together, len(losses.tokens), clusters, seeds, effective)

@@ -7,6 +7,8 @@ from peftchat.comparing.candidates import describe
 from peftchat.comparing.evidence import Clusters, Evidence, forgetting_gap
 from peftchat.comparing.outcomes import CandidateResult, Estimate
 from peftchat.comparing.paired_statistics import NEGLIGIBLE, Gap
+from peftchat.comparing.task_evidence import TaskEvidence
+from peftchat.comparing.task_reasons import split_by_tasks, task_reasons, task_warnings
 from peftchat.formatting import format_count, format_percent
 
 _EQUAL_COST = 0.95
@@ -53,16 +55,19 @@ def recommend(
     base_general_loss: float | None = None,
     clusters: Clusters | None = None,
     negligible: float = NEGLIGIBLE,
+    tasks: TaskEvidence | None = None,
 ) -> Recommendation | None:
     """Return plain LoRA if no other candidate is certainly better, else the cheapest of those that are tied.
 
-    Of the tied candidates, those that certainly forget more than another one of them are set aside first.
+    Of the tied candidates, those that certainly forget more than another one of them are set aside first. Then it is
+    those that are certainly worse on a task than another one that is left.
 
     Args:
         candidates: the results.
         base_general_loss: the base model's loss on general text.
         clusters: which held-out conversations belong together; None if none do.
         negligible: fraction of the lowest loss up to which losses count as equal.
+        tasks: the scores on tasks; None if none were asked.
 
     Returns:
         The recommendation; None if no run has finished.
@@ -72,8 +77,12 @@ def recommend(
         return None
     tied = evidence.tied
     remembering = [one for one in tied if not _forgets_more(one, tied, base_general_loss)]
-    plain = [one for one in remembering if _is_plain_lora(one)]
-    recommended = _cheapest(plain or remembering, evidence)
+    tasks = tasks or TaskEvidence((), {}, {})
+    staying, aside = split_by_tasks([one.candidate.name for one in remembering], tasks)
+    left = [one for one in remembering if one.candidate.name in staying]
+    plain = [one for one in left if _is_plain_lora(one)]
+    recommended = _cheapest(plain or left, evidence)
+    name, names = recommended.candidate.name, [one.candidate.name for one in tied]
     forgetful = [one for one in tied if one not in remembering]
     return Recommendation(
         recommended,
@@ -81,8 +90,8 @@ def recommend(
         tied,
         evidence,
         f"Recommended: {name_with_settings(recommended)}",
-        _reasons(recommended, evidence, tied, forgetful, candidates),
-        _warnings(recommended, evidence, candidates, base_general_loss),
+        [*_reasons(recommended, evidence, tied, forgetful, candidates), *task_reasons(name, names, aside, tasks)],
+        [*_warnings(recommended, evidence, candidates, base_general_loss), *task_warnings(name, tasks)],
     )
 
 

@@ -12,6 +12,8 @@ from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.evidence import Clusters, Evidence, forgetting_gap
 from peftchat.comparing.outcomes import CandidateResult, Estimate, MergeResult, RunResult
 from peftchat.comparing.recommend import Recommendation, recommend
+from peftchat.comparing.task_evidence import TaskEvidence
+from peftchat.comparing.task_scores import TaskScore
 from peftchat.files import write_text
 from peftchat.recipe import dump_recipe
 from peftchat.runs.run_summary import SampleAnswer
@@ -26,12 +28,14 @@ class ComparisonResult:
         candidates: the result of each candidate, in the order of the options.
         base_general_loss: the loss of the untrained base model on general text.
         recommendation: None until a run has finished.
+        tasks: the scores on tasks, if any were asked.
     """
 
     plan: ComparePlan
     candidates: Sequence[CandidateResult]
     base_general_loss: float | None
     recommendation: Recommendation | None
+    tasks: TaskEvidence
 
     @classmethod
     def of(
@@ -40,10 +44,12 @@ class ComparisonResult:
         candidates: Sequence[CandidateResult],
         base_general_loss: float | None = None,
         clusters: Clusters | None = None,
+        base_tasks: Sequence[TaskScore] = (),
     ) -> "ComparisonResult":
         """Return the result with its recommendation."""
-        advice = recommend(candidates, base_general_loss, clusters, plan.options.negligible)
-        return cls(plan, candidates, base_general_loss, advice)
+        tasks = TaskEvidence.of(candidates, base_tasks)
+        advice = recommend(candidates, base_general_loss, clusters, plan.options.negligible, tasks)
+        return cls(plan, candidates, base_general_loss, advice, tasks)
 
     def recommended_recipe(self, folder: ComparisonFolder) -> str:
         """Return the recommended recipe as YAML, with the reasons as a comment on top."""
@@ -95,6 +101,57 @@ class TrialSummary(_Summary):
         return summary.model_copy(update={"loss": result.loss, "seconds": result.seconds, "tokens": result.tokens})
 
 
+class TaskSummary(_Summary):
+    """The score of a candidate, or of the base, on a task.
+
+    Attributes:
+        score: the mean over questions and seeds.
+        stderr: its standard error, over questions.
+        gap: how much worse it is than the best candidate on this task.
+        gap_margin: half the interval that holds for all pairs and tasks at once.
+        below_base: how much worse it is than the base.
+        below_base_margin: half the interval that holds for all tasks at once.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    questions: int
+    clusters: int
+    seeds: int
+    score: float
+    stderr: float | None
+    gap: float | None = None
+    gap_margin: float | None = None
+    below_base: float | None = None
+    below_base_margin: float | None = None
+
+    @classmethod
+    def all_of(cls, name: str, evidence: TaskEvidence) -> "tuple[TaskSummary, ...]":
+        """Summarize the scores of a candidate; `base` is the base."""
+        found = []
+        against = evidence.against_base.get(name, ())
+        if name == "base":
+            against = next(iter(evidence.against_base.values()), ())
+        for place, task in enumerate(evidence.tasks):
+            beside = against[place] if against else None
+            score = task.score(name) or (beside.score(name) if beside is not None else None)
+            if score is None:
+                continue
+            gap = task.gap(task.best, name)
+            below = None if beside is None or name == "base" else beside.gap("base", name)
+            found.append(
+                cls(
+                    task=task.task, metric=task.metric, higher_is_better=task.higher_is_better,
+                    questions=task.questions, clusters=task.clusters, seeds=task.seeds, score=score[0], stderr=score[1],
+                    gap=None if gap is None else gap.mean, gap_margin=None if gap is None else gap.margin,
+                    below_base=None if below is None else below.mean,
+                    below_base_margin=None if below is None else below.margin,
+                )
+            )  # fmt: skip
+        return tuple(found)
+
+
 class CandidateSummary(_Summary):
     """The results of one candidate.
 
@@ -112,6 +169,8 @@ class CandidateSummary(_Summary):
         general_loss: loss on general text after training.
         merge: whether the merged model computes the same.
         evaluation_error: why the evaluation failed.
+        tasks: its scores on tasks.
+        task_error: why it could not be asked.
     """
 
     name: str
@@ -135,9 +194,17 @@ class CandidateSummary(_Summary):
     merge_message: str | None = None
     answers: tuple[SampleAnswer, ...] | None = None
     evaluation_error: str | None = None
+    tasks: tuple[TaskSummary, ...] = ()
+    task_error: str | None = None
 
     @classmethod
-    def of(cls, result: CandidateResult, recommendation: Recommendation | None, folder: ComparisonFolder) -> Self:
+    def of(
+        cls,
+        result: CandidateResult,
+        recommendation: Recommendation | None,
+        folder: ComparisonFolder,
+        tasks: TaskEvidence,
+    ) -> Self:
         """Summarize the result of a candidate."""
         summary = cls(
             name=result.candidate.name,
@@ -169,6 +236,8 @@ class CandidateSummary(_Summary):
                 "merge_message": evaluation.merge_message,
                 "answers": evaluation.answers,
                 "evaluation_error": evaluation.error,
+                "tasks": TaskSummary.all_of(result.candidate.name, tasks),
+                "task_error": result.task_error,
             }
         )
 
@@ -250,6 +319,7 @@ class ComparisonSummary(_Summary):
     candidates: tuple[CandidateSummary, ...]
     recommendation: RecommendationSummary | None
     evidence: EvidenceSummary | None = None
+    base_tasks: tuple[TaskSummary, ...] = ()
 
     @classmethod
     def of(cls, result: ComparisonResult, folder: ComparisonFolder) -> Self:
@@ -262,9 +332,12 @@ class ComparisonSummary(_Summary):
             budget=None if budget is None else str(budget),
             seeds=tuple(result.plan.seeds),
             base_general_loss=result.base_general_loss,
-            candidates=tuple(CandidateSummary.of(candidate, recommendation, folder) for candidate in result.candidates),
+            candidates=tuple(
+                CandidateSummary.of(candidate, recommendation, folder, result.tasks) for candidate in result.candidates
+            ),
             recommendation=None if recommendation is None else RecommendationSummary.of(recommendation, folder),
             evidence=None if recommendation is None else EvidenceSummary.of(recommendation.evidence),
+            base_tasks=TaskSummary.all_of("base", result.tasks),
         )
 
     @classmethod

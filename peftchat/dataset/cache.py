@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Split = Literal["train", "eval"]
 
+_SMALL_FILES = 2**25
+"""Bytes of conversations that are read in half a second."""
+
 _FORMAT = 12
 """Version of the cache: to be raised when the same settings give other examples or other files."""
 
@@ -87,6 +90,23 @@ def encode_splits(
             if not folder.is_dir():
                 _build(recipe, chat, folder, progress)
     return {split: _open(folder, split) for split in _splits(recipe)}
+
+
+def check_small_files(recipe: "Recipe") -> None:
+    """Read the conversations of a recipe whose files are small, so that a bad record is told at once.
+
+    No tokenizer is needed. Larger files are read when they are encoded.
+
+    Raises:
+        UserError: a record cannot be used.
+    """
+    found = [find_files(entry.path, entry.split) for entry in (*recipe.data.train, *(recipe.data.eval or ()))]
+    # A hub data set is in no file yet.
+    if sum(file.stat().st_size for files in found for file in files or ()) > _SMALL_FILES or None in found:
+        return
+    for split in _splits(recipe):
+        for _ in _numbered(recipe, split, ProblemLog(strict=True)):
+            pass
 
 
 def _splits(recipe: "Recipe") -> list[Split]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from peftchat.files import write_text
 from peftchat.formatting import format_count, format_percent
 from peftchat.judging.judge_run import Judgment, Outcome
+from peftchat.judging.style import STYLE
 from peftchat.judging.verdicts import ExamResult, JudgeVerdict, Rate
 from peftchat.reports.page import write_page
 
@@ -87,8 +88,8 @@ class Judging:
 
 
 _TITLES = (
-    "wins of A", "wins of B", "ties", "win rate of A", "at equal length", "orders disagree", "first preferred",
-    "length A / B",
+    "wins of A", "wins of B", "ties", "win rate of A", "at equal length", "at equal style", "orders disagree",
+    "first preferred", "length A / B", "headers A / B", "list items A / B", "bold A / B", "style that wins",
 )  # fmt: skip
 
 
@@ -100,10 +101,23 @@ def _row(verdict: JudgeVerdict) -> list[str]:
         str(verdict.ties),
         _shown(verdict.win_rate),
         _shown(verdict.length_controlled),
+        _shown(verdict.style_controlled),
         f"{verdict.disagreements} of {verdict.read}",
         "—" if verdict.first_preferred is None else format_percent(verdict.first_preferred),
         f"{format_count(round(verdict.mean_length_a))} / {format_count(round(verdict.mean_length_b))}",
+        *(f"{verdict.style_a[name]:.1f} / {verdict.style_b[name]:.1f}" for name in STYLE[1:]),
+        _winning_style(verdict),
     ]
+
+
+def _winning_style(verdict: JudgeVerdict) -> str:
+    """Name the covariates whose slope certainly is not zero, with the sign that wins."""
+    told = [
+        f"{'more' if slope.value > 0 else 'less'} {name}"
+        for name, slope in verdict.style_slopes.items()
+        if slope.low > 0 or slope.high < 0
+    ]
+    return ", ".join(told) or "none certainly"
 
 
 def _shown(rate: Rate | None) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peftchat.judging.judge_run import Outcome
+from peftchat.judging.style import STYLE, fit_style, style_differences, style_of
 
 _DRAWS = 1000
 _SEED = 20240229
@@ -44,6 +45,10 @@ class JudgeVerdict:
         ties: the others.
         win_rate: of A; a tie counts as half a win. None if nothing could be read.
         length_controlled: the same at equal length of the answers. None if nothing could be read.
+        style_controlled: the same at equal length, headers, list items and bold parts. None if nothing could be read.
+        style_slopes: covariate -> change of the log-odds of A by a typical difference of it; above zero, more wins.
+        style_a: covariate -> its mean in an answer of A.
+        style_b: covariate -> its mean in an answer of B.
         disagreements: pairs in which the orders have different winners.
         first_preferred: share of replies, ties left out, that prefer the answer shown first. None if all are ties.
         scores_a: score of A -> how often; empty for verdicts.
@@ -63,6 +68,10 @@ class JudgeVerdict:
     ties: int
     win_rate: Rate | None
     length_controlled: Rate | None
+    style_controlled: Rate | None
+    style_slopes: dict[str, Rate]
+    style_a: dict[str, float]
+    style_b: dict[str, float]
     disagreements: int
     first_preferred: float | None
     scores_a: dict[str, int]
@@ -86,6 +95,7 @@ def verdict_of(judge: str, outcomes: Sequence[Outcome]) -> JudgeVerdict:
     winners = Counter(outcome.winner for outcome in read)
     chosen = [judgment.preference for judgment in judgments if judgment.preference in ("first", "second")]
     scores_a, scores_b = _scores(read)
+    style_rate, slopes = _style(read, points)
     return JudgeVerdict(
         judge,
         len(outcomes),
@@ -96,6 +106,10 @@ def verdict_of(judge: str, outcomes: Sequence[Outcome]) -> JudgeVerdict:
         winners["tie"],
         _rate(lambda at: float(points[at].mean()), len(read)),
         _rate(lambda at: length_controlled(points[at], lengths[at]), len(read)),
+        style_rate,
+        slopes,
+        _mean_style([outcome.pair.answer_a for outcome in outcomes]),
+        _mean_style([outcome.pair.answer_b for outcome in outcomes]),
         sum(not outcome.agrees for outcome in read),
         chosen.count("first") / len(chosen) if chosen else None,
         scores_a,
@@ -119,14 +133,41 @@ def _scores(outcomes: Sequence[Outcome]) -> tuple[dict[str, int], dict[str, int]
     return of_a, of_b
 
 
+def _style(outcomes: Sequence[Outcome], points: Floats) -> tuple[Rate | None, dict[str, Rate]]:
+    """Return the win rate at equal style and the slopes, with intervals of the same bootstrap as the others'."""
+    count = len(outcomes)
+    if not count:
+        return None, {}
+    random = np.random.default_rng(_SEED)
+    weights = np.stack([np.bincount(random.integers(0, count, count), minlength=count) for _ in range(_DRAWS)])
+    differences = style_differences([(one.pair.answer_a, one.pair.answer_b) for one in outcomes])
+    whole = fit_style(points, differences, np.ones((1, count)))
+    parts = [fit_style(points, differences, part) for part in np.array_split(weights.astype(np.float64), 10)]
+    rates, slopes = np.concatenate([one.rates for one in parts]), np.concatenate([one.slopes for one in parts])
+    # A covariate in which no pair differs says nothing.
+    told = {name: at for at, name in enumerate(STYLE) if differences[:, at].any()}
+    return _with_interval(whole.rates[0], rates), {
+        name: _with_interval(whole.slopes[0, at], slopes[:, at]) for name, at in told.items()
+    }
+
+
+def _with_interval(value: float, draws: Floats) -> Rate:
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Rate(float(value), float(low), float(high))
+
+
+def _mean_style(answers: Sequence[str]) -> dict[str, float]:
+    means = np.mean([style_of(answer) for answer in answers], axis=0)
+    return dict(zip(STYLE, map(float, means), strict=True))
+
+
 def _rate(statistic: Callable[[npt.NDArray[np.int64]], float], count: int) -> Rate | None:
     """Return a statistic of questions with its bootstrap interval; the draws are the same in each call."""
     if not count:
         return None
     random = np.random.default_rng(_SEED)
     draws = [statistic(random.integers(0, count, count)) for _ in range(_DRAWS)]
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return Rate(statistic(np.arange(count)), float(low), float(high))
+    return _with_interval(statistic(np.arange(count)), np.array(draws))
 
 
 def length_controlled(points: Floats, lengths: Floats) -> float:

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 MARGIN = 0.9
 """Fraction of a device's memory that a setting may fill, since predictions have an error."""
 
+AMPLE = 0.5
+"""Fraction of a device's memory that an upper bound may fill, so that nothing is traced: tracing takes seconds."""
+
+_LOGITS = 2**30
+"""Bytes of the logits of a few chunks, and of what libraries hold."""
+
 MAX_TOKENS_PER_PASS: Mapping[str, int] = {"cuda": 16384, "cpu": 2048}
 """Tokens per forward pass beyond which larger matrices run no faster."""
 
@@ -95,6 +101,11 @@ def choose_checkpointing(planner: "Planner", settings: PlanSettings, device_memo
     """
     available = format_bytes(device_memory)
     without = settings.with_changes(checkpointing=False)
+    most = upper_bound(planner, without)
+    if most <= AMPLE * device_memory:
+        return ChosenSettings(
+            without, most, f"fits without checkpointing: less than {format_bytes(most)} of {available}"
+        )
     peak = planner.memory(without).total
     if peak <= MARGIN * device_memory:
         return ChosenSettings(
@@ -109,6 +120,23 @@ def choose_checkpointing(planner: "Planner", settings: PlanSettings, device_memo
         checkpointed_peak,
         f"{format_bytes(peak)} without checkpointing, {format_bytes(checkpointed_peak)} with it, of {available}",
     )
+
+
+def upper_bound(planner: "Planner", settings: PlanSettings) -> int:
+    """Return more bytes than a run without checkpointing takes, without tracing it.
+
+    It counts every weight as trained by Adam in float32, and the input and output of every linear layer as kept in
+    float32 beside eight more tensors of the model's width in each block. Half as much again is for adapters.
+    """
+    counts = planner.counts
+    tokens = settings.batch * settings.length
+    block = 8 * counts.hidden_size
+    if settings.attention != "fused":
+        block += 4 * counts.num_heads * settings.length
+    kept = 4 * tokens * (2 * counts.linear_outputs + counts.num_layers * block)
+    # The head, its gradient and its copies, and some chunks of logits.
+    head = 12 * counts.vocab_size * counts.hidden_size + _LOGITS
+    return round(1.5 * (16 * counts.parameters + kept + head))
 
 
 def choose_batch(planner: "Planner", settings: PlanSettings, device_memory: int, max_tokens: int) -> ChosenSettings:

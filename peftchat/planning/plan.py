@@ -178,6 +178,66 @@ class TrainingPlan:
         return trained * (4 + 8) * ((recipe.training.save_total_limit or 1) + 1)
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """The memory of a recipe on a device, before anything else is searched.
+
+    Attributes:
+        recipe: the recipe, with its learning rate chosen.
+        hardware: the device.
+        planner: predicts the memory of other settings.
+        settings: the settings of the run.
+        memory: the predicted peak.
+        dataset: the size of the data, if it was read.
+        unread_reason: why the data was not read.
+        auto_settings: the settings that the recipe leaves open, with the reason of each choice.
+    """
+
+    recipe: "Recipe"
+    hardware: Hardware
+    planner: Planner
+    settings: PlanSettings
+    memory: MemoryPlan
+    dataset: DatasetSize | None
+    unread_reason: str | None
+    auto_settings: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the recipe fits the device."""
+        return self.memory.total <= self.hardware.memory
+
+
+def predict(recipe: "Recipe", hardware: Hardware, *, read_data: bool = True) -> Prediction:
+    """Predict the memory of a run of the recipe on a device.
+
+    Args:
+        recipe: the recipe.
+        hardware: the device, and how many of them.
+        read_data: whether to encode local data for exact lengths.
+
+    Raises:
+        UserError: the config cannot be read, or the adapter does not fit the model.
+    """
+    recipe, chosen_rate = choose_rate(recipe)
+    found = read_dataset_size(recipe) if read_data else "not requested"
+    dataset = found if isinstance(found, DatasetSize) else None
+    planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
+    settings, chosen = choose_auto_settings(
+        recipe, planner, planner.with_own_attention(settings_for(recipe, hardware, dataset)), hardware.memory
+    )
+    return Prediction(
+        recipe=recipe,
+        hardware=hardware,
+        planner=planner,
+        settings=settings,
+        memory=planner.memory(settings),
+        dataset=dataset,
+        unread_reason=None if isinstance(found, DatasetSize) else found,
+        auto_settings=tuple(str(setting) for setting in (*chosen_rate, *chosen)),
+    )
+
+
 def plan_training(
     recipe: "Recipe", hardware: Hardware, *, price: float | None = None, with_grid: bool = True, read_data: bool = True
 ) -> TrainingPlan:
@@ -193,35 +253,27 @@ def plan_training(
     Raises:
         UserError: the config cannot be read, or the adapter does not fit the model.
     """
-    recipe, chosen_rate = choose_rate(recipe)
-    found = read_dataset_size(recipe) if read_data else "not requested"
-    dataset = found if isinstance(found, DatasetSize) else None
-    planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
+    found = predict(recipe, hardware, read_data=read_data)
+    recipe, planner, settings, dataset = found.recipe, found.planner, found.settings, found.dataset
     device_memory = hardware.memory
-    settings, auto_settings = choose_auto_settings(
-        recipe, planner, planner.with_own_attention(settings_for(recipe, hardware, dataset)), device_memory
-    )
-    auto_settings = (*chosen_rate, *auto_settings)
-    memory = planner.memory(settings)
-    fits = memory.total <= device_memory
     return TrainingPlan(
         model=recipe.model.name,
         counts=planner.counts,
         trainable=planner.trainable(settings),
         settings=settings,
         hardware=hardware,
-        memory=memory,
+        memory=found.memory,
         largest_batch=largest_batch(planner, settings, device_memory),
         largest_length=largest_length(planner, settings, device_memory),
         changes=changes(planner, settings),
-        cheapest_fix=None if fits else cheapest_fix(planner, settings, device_memory),
+        cheapest_fix=None if found.fits else cheapest_fix(planner, settings, device_memory),
         grid=alternatives(planner, settings, device_memory) if with_grid else (),
         cost=_plan_cost(recipe, planner, settings, hardware, dataset, price),
         dataset=dataset,
-        unread_reason=None if isinstance(found, DatasetSize) else found,
+        unread_reason=found.unread_reason,
         estimated=planner.estimated,
         hints=planned_hints(recipe, planner, settings, dataset),
-        auto_settings=tuple(str(setting) for setting in auto_settings),
+        auto_settings=found.auto_settings,
     )
 
 

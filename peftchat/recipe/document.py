@@ -365,3 +365,12 @@ def _index(step: str, holder: list[Any], keys: Keys, where: str) -> int:
         where=where,
         hint=f"Use a number from 0 to {len(holder) - 1}, or set the whole list.",
     )
+
+
+def flat_values(text: str) -> dict[str, Any]:
+    """Return the values of a recipe's YAML by dotted key."""
+    values, _ = to_plain(parse_yaml(text, "recipe"), "recipe")
+    flat: dict[str, Any] = {}
+    for section, value in values.items():
+        flat |= {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {section: value}
+    return flat

@@ -1,7 +1,7 @@
 """Every key of a recipe as a row (type, default, meaning): for the manual, and for a first recipe to fill in."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
@@ -276,7 +276,14 @@ _SECTIONS_OF: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def starting_recipe(method: Method, target: Path, *, model: str | None = None, data: str | None = None) -> str:
+def starting_recipe(
+    method: Method,
+    target: Path,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> str:
     """The text of a commented recipe for `method`.
 
     Args:
@@ -284,7 +291,9 @@ def starting_recipe(method: Method, target: Path, *, model: str | None = None, d
         target: where the recipe will lie, for the command in its first lines.
         model: folder or hub id of the base model; left to be filled in where it is None.
         data: file, folder or hub id of the conversations; left to be filled in where it is None.
+        settings: further keys with their values as YAML; they are written out.
     """
+    chosen = settings or {}
     values = {
         "method": method,
         "output_dir": json.dumps(f"runs/{target.stem}", ensure_ascii=False),
@@ -292,6 +301,7 @@ def starting_recipe(method: Method, target: Path, *, model: str | None = None, d
         "data.train": "" if data is None else f"[{{path: {json.dumps(data, ensure_ascii=False)}}}]",
         "data.eval_fraction": "0.05",
         "training.learning_rate": "auto",
+        **chosen,
     }
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
@@ -305,23 +315,24 @@ def starting_recipe(method: Method, target: Path, *, model: str | None = None, d
         optional = ("adapter", "quantization", *PAIR_OBJECTIVES)
         if section.name in optional and section.name not in _SECTIONS_OF[method]:
             continue
-        lines += ["", *_starter_section(section, values)]
+        lines += ["", *_starter_section(section, values, chosen)]
     return "\n".join(lines) + "\n"
 
 
-def _starter_section(section: SectionRows, values: Mapping[str, str]) -> Iterator[str]:
+def _starter_section(section: SectionRows, values: Mapping[str, str], chosen: Collection[str]) -> Iterator[str]:
     indent = "  " if section.name else ""
     if section.name:
         yield from _comment(section.meaning, "")
         yield f"{section.name}:"
     for row in section.keys:
         yield from _comment(row.meaning, indent)
-        yield from _key(row, section.name, values, indent)
+        key = f"{section.name}.{row.name}" if section.name else row.name
+        is_written = not section.name or row.name in _ALWAYS.get(section.name, ()) or key in chosen
+        yield from _key(row, values.get(key, row.default), indent, is_written=is_written)
 
 
-def _key(row: KeyRow, section: str, values: Mapping[str, str], indent: str) -> Iterator[str]:
-    value = values.get(f"{section}.{row.name}" if section else row.name, row.default)
-    if section and row.name not in _ALWAYS.get(section, ()):
+def _key(row: KeyRow, value: str | None, indent: str, *, is_written: bool) -> Iterator[str]:
+    if not is_written:
         yield f"{indent}# {row.name}: {value}"
     elif value:
         yield f"{indent}{row.name}: {value}"

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup, escape
 from rich.box import SIMPLE
@@ -199,22 +198,24 @@ def write_mask_page(
         summary: the counts over all examples.
         sides: what the two examples of a pair are called; None for conversations.
     """
-    shown = [_page_example(one) for one in (examples if sides is None else pairs_of(sides, examples))]
     unit = "examples" if sides is None else "pairs" if sides == SIDES else "labeled answers"
+    found = examples if sides is None else pairs_of(sides, examples)
+    shown = [_pair_html(one) if isinstance(one, ShownPair) else (one, example_html(one), None) for one in found]
     return write_page(path, "mask.html.jinja", name=name, summary=summary, examples=shown, unit=unit)
 
 
-def _page_example(example: ShownExample | ShownPair) -> dict[str, Any]:
-    """Return what the page shows of an example or a pair: its place, facts, text, and columns below it."""
-    if isinstance(example, ShownExample):
-        body = _page_body(example.all_tokens)
-        return {"source": example.source, "facts": _facts(example), "body": body, "columns": []}
-    columns = [(name, _facts(one), _page_body(tokens)) for name, one, tokens in example.sides]
-    facts = f"{format_count(example.shared)} tokens in common"
-    return {"source": example.source, "facts": facts, "body": _page_body(example.prompt), "columns": columns}
+def _pair_html(pair: ShownPair) -> tuple[ShownPair, Markup, list[tuple[str, str, Markup]]]:
+    """Return a pair, what both answers follow as spans of a page, and of each answer its name, facts and spans."""
+    columns = [(name, _facts(one), _tokens_html(tokens)) for name, one, tokens in pair.sides]
+    return pair, _tokens_html(pair.prompt), columns
 
 
-def _page_body(shown: Iterable[tuple[ShownToken, bool]]) -> Markup:
+def example_html(example: ShownExample) -> Markup:
+    """Return an example as the spans of a page."""
+    return _tokens_html(example.all_tokens)
+
+
+def _tokens_html(shown: Iterable[tuple[ShownToken, bool]]) -> Markup:
     parts = []
     for removed, tokens in groupby(shown, key=itemgetter(1)):
         spans = Markup().join(_page_span(token, removed=removed) for token, _ in tokens)

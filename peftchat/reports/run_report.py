@@ -1,7 +1,10 @@
 """HTML report and model card of a finished run."""
 
 import json
+import os
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
@@ -20,6 +23,9 @@ from peftchat.formatting import (
 )
 from peftchat.recipe import Recipe, dump_recipe
 from peftchat.reports.assessment import assess_run, run_warnings
+from peftchat.reports.curves import mean_window, points, smoothed
+from peftchat.reports.mask import ShownExample
+from peftchat.reports.mask_render import example_html
 from peftchat.reports.model_card import model_card
 from peftchat.reports.page import write_page
 from peftchat.reports.svg import Series, line_plot
@@ -54,13 +60,30 @@ def try_model_card(recipe: Recipe) -> None:
         ) from error
 
 
-_MIN_POINTS_FOR_MEAN = 40
+@dataclass(frozen=True)
+class ReportExtras:
+    """What a page shows beside the files of the run.
+
+    Attributes:
+        planned: names, planned values, measured values, and how far the plan is off.
+        examples: examples of the training data with their masks.
+        missing: why a part is not there, one sentence each.
+    """
+
+    planned: Sequence[tuple[str, str, str, str]] = ()
+    examples: Sequence[ShownExample] = ()
+    missing: Sequence[str] = ()
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, *, path: Path | None = None, extras: ReportExtras | None = None) -> Path:
     """Write `report.html` into a run folder from its `run.json`, `metrics.jsonl` and `recipe.yaml`.
 
     The last two may be missing, and so may any key of `run.json`; the page then shows "not measured".
+
+    Args:
+        run: the run folder.
+        path: another file to write to.
+        extras: the plan and examples, which take the base's config, the tokenizer and the data.
 
     Returns:
         The path of the page.
@@ -70,8 +93,9 @@ def write_report(run: Path) -> Path:
     """
     folder = RunFolder(run)
     summary = RunSummary.read(folder)
+    extras = extras or ReportExtras()
     return write_page(
-        folder.report,
+        path or folder.report,
         "run_report.html.jinja",
         name=run.resolve().name,
         summary=summary,
@@ -82,6 +106,9 @@ def write_report(run: Path) -> Path:
         plots=_plots(folder.metrics.read()),
         answers=_by_question(folder),
         samples=_paired(summary.samples_before, summary.samples_after),
+        extras=extras,
+        masks=[(example, example_html(example)) for example in extras.examples],
+        run=shlex.quote(os.path.relpath(run)),
         weights_size=folder.weights_bytes(),
         recipe=folder.recipe.read_text(encoding="utf-8") if folder.recipe.exists() else None,
         record=json.dumps(json.loads(folder.summary.read_text(encoding="utf-8")), indent=2, ensure_ascii=False),
@@ -113,12 +140,12 @@ def _plots(lines: Sequence[Mapping[str, Scalar]]) -> list[tuple[str, Markup]]:
         "Pairs with the higher reward for the chosen answer": _both(lines, "rewards/accuracies"),
         "Margin of the rewards": _both(lines, "rewards/margins"),
         "Log-probability of whole answers, held out": [
-            Series("chosen", _points(lines, "eval_logps/chosen")),
-            Series("rejected", _points(lines, "eval_logps/rejected"), color=1),
+            Series("chosen", points(lines, "eval_logps/chosen")),
+            Series("rejected", points(lines, "eval_logps/rejected"), color=1),
         ],
-        "Learning rate": [Series("learning rate", _points(lines, "learning_rate"))],
-        "Tokens per second": [Series("tokens per second", _points(lines, "tokens_per_second"))],
-        "Gradient norm, before clipping": [Series("gradient norm", _points(lines, "grad_norm"))],
+        "Learning rate": [Series("learning rate", points(lines, "learning_rate"))],
+        "Tokens per second": [Series("tokens per second", points(lines, "tokens_per_second"))],
+        "Gradient norm, before clipping": [Series("gradient norm", points(lines, "grad_norm"))],
     }
     drawn = [(title, line_plot(series, label=f"{title} by step", x_name="step")) for title, series in wanted.items()]
     return [(title, plot) for title, plot in drawn if plot]
@@ -126,38 +153,19 @@ def _plots(lines: Sequence[Mapping[str, Scalar]]) -> list[tuple[str, Markup]]:
 
 def _losses(lines: Sequence[Mapping[str, Scalar]]) -> list[Series]:
     """Return training and held-out loss, with a moving mean over a long training curve."""
-    train = _points(lines, "loss")
-    held_out = Series("held out", _points(lines, "eval_loss"), color=1)
-    if len(train) < _MIN_POINTS_FOR_MEAN:
+    train = points(lines, "loss")
+    held_out = Series("held out", points(lines, "eval_loss"), color=1)
+    window = mean_window(train)
+    if window == 1:
         return [Series("training", train), held_out]
-    window = len(train) // 20 * 2 + 1
-    mean = Series(f"mean of {window}", _smoothed(train, window))
+    mean = Series(f"mean of {window}", smoothed(train, window))
     return [Series("training", train, faint=True), mean, held_out]
 
 
 def _both(lines: Sequence[Mapping[str, Scalar]], key: str) -> list[Series]:
     """Return a metric in training and on held-out pairs."""
-    held_out = _points(lines, f"eval_{key}")
-    return [Series("training", _points(lines, key)), Series("held out", held_out, color=1)]
-
-
-def _points(lines: Sequence[Mapping[str, Scalar]], key: str) -> list[tuple[float, float]]:
-    return [
-        (float(step), float(value))
-        for step, value in ((line.get("step"), line.get(key)) for line in lines)
-        if isinstance(step, int | float) and isinstance(value, int | float)
-    ]
-
-
-def _smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Return the centered moving mean, over a shorter window near the ends."""
-    half = window // 2
-    values = [y for _, y in points]
-    means = []
-    for place, (x, _) in enumerate(points):
-        near = values[max(0, place - half) : place + half + 1]
-        means.append((x, sum(near) / len(near)))
-    return means
+    held_out = points(lines, f"eval_{key}")
+    return [Series("training", points(lines, key)), Series("held out", held_out, color=1)]
 
 
 def _by_question(folder: RunFolder) -> list[tuple[str, list[tuple[int, SampleAnswer]]]]:

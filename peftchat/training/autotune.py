@@ -47,7 +47,7 @@ _ROUNDS = 3
 """Measured passes of each way. All ways take turns, so that other work on the machine disturbs them alike."""
 
 _GAIN = 0.97
-"""A way is chosen if it takes at most this fraction of the default's time: less is noise."""
+"""A way is chosen if it takes at most this fraction of the default's time, and was slower in no round."""
 
 _HOPELESS = 1.3
 """A way that takes this much longer in its first round is not tried again."""
@@ -220,9 +220,10 @@ class _Tuner:
         ways = gathered(self._affordable(candidates, seconds, limit))[0]
         if not ways:
             return None
-        ratios, differs = self._ratios(self.default, ways, loss)
-        winners = [way for way in ways if ratios[_name(self.default, way)] <= _GAIN]
-        winners = gathered([way for way in winners if _name(self.default, way) not in differs])[0]
+        ratios, slowest, differs = self._ratios(self.default, ways, loss)
+        named = {way: _name(self.default, way) for way in ways}
+        faster = [way for way, name in named.items() if ratios[name] <= _GAIN and slowest[name] <= 1.0]
+        winners = gathered([way for way in faster if named[way] not in differs])[0]
         chosen = self._together(winners, {way: ratios[_name(self.default, way)] for way in winners}, loss)
         return Measurement(
             self.default, gathered(chosen)[0], seconds, ratios, differs, round(self._compile_seconds, 2),
@@ -240,11 +241,13 @@ class _Tuner:
                 ways.append(way)
         return ways
 
-    def _ratios(self, base: Choice, ways: Sequence[Choice], loss: float) -> tuple[dict[str, float], tuple[str, ...]]:
+    def _ratios(
+        self, base: Choice, ways: Sequence[Choice], loss: float
+    ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
         """Measure ways beside another one, in turns.
 
         Returns:
-            The median ratio of each to the other one's time, and the names of those with another loss.
+            The median ratio of each to the other one's time, the largest, and the names of those with another loss.
         """
         times: dict[str, list[float]] = {_name(self.default, way): [] for way in ways}
         differs, failed = [], set()
@@ -269,7 +272,7 @@ class _Tuner:
                 if way not in failed and (not ratios or min(ratios) < _HOPELESS):
                     ratios.append(self._time(way, number % 2)[0] / beside)
         medians = {name: round(statistics.median(ratios), 4) if ratios else math.inf for name, ratios in times.items()}
-        return medians, tuple(differs)
+        return medians, {name: max(ratios, default=math.inf) for name, ratios in times.items()}, tuple(differs)
 
     def _together(self, winners: Sequence[Choice], ratios: dict[Choice, float], loss: float) -> Choice:
         """Return the best of the ways that won, or all of them together if that is no slower."""
@@ -283,7 +286,7 @@ class _Tuner:
             return first
         values = {name: value for way in best.values() for name, value in self.default.differences(way).items()}
         joined = self.default.with_values(values)
-        found, differs = self._ratios(first, [joined], loss)
+        found, _, differs = self._ratios(first, [joined], loss)
         return joined if not differs and next(iter(found.values())) <= 1.0 else first
 
     def _time(self, choice: Choice, number: int) -> tuple[float, float]:

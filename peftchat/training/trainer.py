@@ -398,7 +398,7 @@ class ChatTrainer(SFTTrainer):
         return is_best
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add speed, supervised share and memory to the logs of training steps."""
+        """Add tokens, speed, supervised share and memory to the logs of training steps."""
         if "loss" in logs and "train_runtime" not in logs:
             self.checks.check_steps()
             logs.update(self._speed())
@@ -413,6 +413,7 @@ class ChatTrainer(SFTTrainer):
         seconds = now.seconds - before.seconds
         self._reported = TokenCounts(**now.as_dict())
         return {
+            "tokens": tokens,
             "tokens_per_second": tokens / seconds if seconds else 0.0,
             "supervised_share": supervised / tokens if tokens else 0.0,
             "memory_bytes": memory_in_use(),

@@ -228,6 +228,9 @@ def test_slurms_partitions_are_read_and_bound_the_job(write: Any, monkeypatch: M
             write("slurm", partition=name)
     text, told = write("slurm", partition="gpu", seconds=3 * 86400)
     assert "--time=2-00:00:00" in text and "queued again until the run is complete" in told[0]
+    monkeypatch.setattr(slurm, "read_partitions", lambda: {"gpu": Partition("gpu", None, 4, 2, 12)})
+    text, told = write("slurm", partition="gpu")
+    assert "--cpus-per-task=1\n" in text and "--mem=12G" in text and len(told) == 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftchat.planning.activations import LossProfile, activation_profile
-from peftchat.planning.auto_settings import choose_batch, choose_checkpointing
+from peftchat.planning.auto_settings import choose_batch, choose_checkpointing, upper_bound
 from peftchat.planning.memory import base_bytes, static_memory
 from peftchat.planning.planner import Planner, changes, cheapest_fix, largest_batch, largest_length
 from peftchat.planning.settings import AttentionKind, PlanSettings, plan_settings
@@ -222,3 +222,19 @@ def test_a_chosen_batch_fits_and_leaves_the_step_as_it_is(planners: Callable[[st
     tight = choose_batch(planner, settings, int(1.2 * planner.memory(settings.with_changes(batch=3)).total), 4096)
     assert tight.settings.batch * tight.settings.accumulation == 24
     assert tight.peak_bytes <= 1.2 * planner.memory(settings.with_changes(batch=3)).total
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("attention", ["fused", "masked"])
+def test_the_upper_bound_is_above_what_is_traced(
+    planners: Callable[[str], Planner], method: str, attention: str
+) -> None:
+    """Where it fits into half of the memory nothing is traced, so it must never be too low."""
+    planner = planners(method)
+    bits = {"bits": None, "double": False}
+    for batch, length in ((1, 128), (8, 512), (4, 2048)):
+        settings = _with(
+            method=method, **bits, dtype="float32", compute_dtype="float32", attention=attention, device="cpu",
+            batch=batch, length=length,
+        )  # fmt: skip
+        assert upper_bound(planner, settings) > planner.memory(settings).total

@@ -1,0 +1,31 @@
+"""Draw the pictures of `peftchat report` in the manual: `python scripts/make_report_pictures.py RUN RUN`.
+
+The pages are those of the command, photographed by a headless Chromium. Folders of the machine are taken out of them.
+"""
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from photograph import photograph
+
+from peftchat import api
+
+PICTURES = Path("docs/pictures")
+SIZE_OF_ONE = "1000,1120"
+SIZE_OF_SEVERAL = "1000,1000"
+
+
+def main() -> None:
+    runs = [Path(name) for name in sys.argv[1:]]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, size, named in (("run", SIZE_OF_ONE, runs[:1]), ("overlay", SIZE_OF_SEVERAL, runs)):
+            page = api.report(named, output=Path(folder, f"{name}.html"))
+            text = page.read_text(encoding="utf-8")
+            page.write_text(re.sub(r"(?<=[\s>])/[\w./-]*/", "", text), encoding="utf-8")
+            photograph(page, PICTURES / f"report-{name}.png", size)
+
+
+if __name__ == "__main__":
+    main()

@@ -68,4 +68,5 @@ def write_new_text(path: Path, text: str) -> None:
     except FileExistsError as error:
         raise UserError("the file already exists", where=str(path), hint="Choose another name with `-o`.") from error
     except OSError as error:
-        raise UserError(f"the file cannot be written: {error.strerror}", where=str(path)) from error
+        hint = "Check that its folder is there, and that you may write to it."
+        raise UserError(f"the file cannot be written: {error.strerror}", where=str(path), hint=hint) from error

@@ -275,7 +275,7 @@ def _answer(candidate: Candidate, questions: Sequence[Question], options: Answer
 
 
 def _make_missing(candidate: Candidate, questions: Sequence[Question], options: AnswerOptions) -> None:
-    from peftchat.answering.batch import needs_single_prompts
+    from peftchat.models.padded_prompts import needs_single_prompts
 
     size = options.batch_size
     single = needs_single_prompts(candidate.generation)

@@ -18,6 +18,7 @@ from transformers.generation import logits_process
 
 from peftchat.answering.prompting import Prompting
 from peftchat.errors import UserError
+from peftchat.models.padded_prompts import pad_left
 from peftchat.serving.chat_model import ChatModel
 from peftchat.serving.generate import Finish, decode_answer, finish_of
 
@@ -42,9 +43,6 @@ _WARPERS = (
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/generation/utils.py (_get_logits_processor)
 """
 
-_READ_THE_PROMPT = ("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty")
-"""Settings that look at all ids before the next one, so that padding would change an answer."""
-
 
 @dataclass(frozen=True, slots=True)
 class Generated:
@@ -59,12 +57,6 @@ class Generated:
     ids: list[int]
     text: str
     finish: Finish
-
-
-def needs_single_prompts(settings: "GenerationConfig") -> str | None:
-    """Return the first setting that forbids padding; None where there is none."""
-    neutral = {None, 0, 1.0}
-    return next((name for name in _READ_THE_PROMPT if getattr(settings, name, None) not in neutral), None)
 
 
 def seed_of(seed: int, *parts: object) -> int:
@@ -118,9 +110,8 @@ def _generate(
 ) -> list[Generated]:
     stops = prompting.end_ids | prompting.turn_ids
     pad = settings.pad_token_id if settings.pad_token_id is not None else min(stops, default=0)
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=chat.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=chat.device)
+    ids, mask = pad_left(prompts, pad, chat.device)
+    width = ids.shape[1]
     stop_text = None
     criteria = StoppingCriteriaList()
     if prompting.stop_text is not None:

@@ -62,7 +62,7 @@ def import_command(
         (write_text if overwrite else write_new_text)(output, text)
         note(f"Wrote {output}.")
         for key, what in imported.to_give.items():
-            note(f"Still to give, {key}: {what}.")
+            note(f"Give it, or look at it: {key}: {what}.")
         note(f"Next: peftchat train {output} --dry-run")
     elif imported.blocking:
         first = imported.blocking[0]

@@ -13,6 +13,7 @@ from peftchat.importing.shared_rules import (
     OBJECTIVES,
     OPTIMIZER_WHY,
     OPTIMIZERS,
+    OTHER_ADAPTER,
     SCHEDULES,
     ask_targets,
     attention,
@@ -188,7 +189,7 @@ def _tensorboard(draft: Draft, line: SourceLine) -> None:
 
 
 def _base_adapter(draft: Draft, line: SourceLine) -> None:
-    draft.refuse(line, "an adapter to go on with; merge it into its base first: `peftchat merge`", blocks=True)
+    draft.refuse(line, OTHER_ADAPTER, blocks=True)
 
 
 def _model_type(draft: Draft, line: SourceLine) -> None:
@@ -302,6 +303,9 @@ def _finish(draft: Draft) -> None:
     ask_targets(draft)
     _objective(draft)
     finish_data(draft)
+    if draft.values.get("method") != "full":
+        draft.assume("adapter.r", 8, "PEFT's default, as Axolotl has none")
+        draft.assume("adapter.alpha", 8, "PEFT's default, as Axolotl has none")
     because = "Axolotl's default"
     draft.assume("training.num_train_epochs", 1.0, because)
     draft.assume("training.gradient_accumulation_steps", 1, because)

@@ -130,6 +130,9 @@ def _at(values: Any, keys: Keys) -> Any:
 
 
 def _refuse_unknown(draft: Draft, line: SourceLine, tool: Tool) -> None:
+    if any(pattern.startswith(f"{line.key}.") for pattern in tool.table):
+        draft.refuse(line, f"is not of the form that {tool.title} reads: expected keys below it")
+        return
     known = sorted({pattern.rpartition(".")[2] for pattern in tool.table} - {"*"})
     name = str(line.keys[-1])
     near = get_close_matches(name, known, n=1, cutoff=0.75)

@@ -6,6 +6,7 @@ from peftchat.importing.llamafactory_left import LLAMAFACTORY_LEFT
 from peftchat.importing.rules import Rule, Table, by, deferred, group, inert, refused, same, words
 from peftchat.importing.shared_rules import (
     OBJECTIVES,
+    OTHER_ADAPTER,
     attention,
     held_out,
     loraplus,
@@ -90,7 +91,7 @@ def _checkpointing_off(draft: Draft, line: SourceLine) -> None:
 
 
 def _base_adapter(draft: Draft, line: SourceLine) -> None:
-    draft.refuse(line, "an adapter to go on with; merge it into its base first: `peftchat merge`", blocks=True)
+    draft.refuse(line, OTHER_ADAPTER, blocks=True)
 
 
 def _thinking(draft: Draft, line: SourceLine) -> None:
@@ -149,6 +150,8 @@ _TABLE: Table = {
     "use_reentrant_gc": inert("results are the same"),
     "early_stopping_steps": same("training.early_stopping_patience"),
     "disable_shuffling": refused("examples are drawn at random"),
+    "kto_chosen_weight": same("kto.desirable_weight"),
+    "kto_rejected_weight": same("kto.undesirable_weight"),
     **LLAMAFACTORY_LEFT,
 }
 

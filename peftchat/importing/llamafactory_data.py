@@ -106,6 +106,8 @@ def source_keys(entry: Mapping[str, Any], columns: Mapping[str, Any], folder: Pa
         given = columns.get(theirs)
         if given and given != _DEFAULTS.get(theirs) and given != ours:
             keys[f"columns.{ours}"] = given
+    if columns.get("kto_tag", "label") != "label":
+        keys["columns.label"] = columns["kto_tag"]
     found = entry.get("tags")
     tags: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
     for theirs, (ours, usual) in _ROLES.items():

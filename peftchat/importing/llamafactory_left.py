@@ -86,10 +86,6 @@ LLAMAFACTORY_LEFT: Table = {
     ),
     **group(refused("give the reference as the base: it is the base with the adapter switched off"), "ref_model"),
     "reward_model": refused("learns from rewards; peftchat learns from answers and pairs", blocks=True),
-    **group(
-        refused("weights of the two answers; see the options of the objective", unless=(1, 1.0, None)),
-        "kto_chosen_weight kto_rejected_weight",
-    ),
     **group(refused(_MEGATRON, blocks=True), "use_mca use_megatron_bridge use_hyper_parallel"),
     **group(
         refused(_MEGATRON, blocks=True, unless=()),

@@ -33,12 +33,14 @@ NO_SCHEDULE = "is not among peftchat's schedules; choose one of docs/recipe.md"
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
 FASTEST = "`model.attention: auto` takes the fastest kernel that is installed; results are the same"
+FLOAT32_WEIGHTS = "products are computed in it, and trained weights are kept in float32: more exact, with more memory"
 KERNEL = "a faster kernel with the same results; peftchat chooses its own"
 LOGGING = "concerns what is printed, not what is learned"
 PREPARED = "peftchat encodes, orders and collates examples by itself"
 LAUNCH = "concerns how processes are started; `distributed` says that"
 RUN_FOLDER = "peftchat writes the run folder in one form"
 HUB = "`peftchat push` uploads a run when you have looked at it"
+OTHER_ADAPTER = "an adapter to go on with; `model.adapter` takes finished runs of peftchat, others are merged before"
 RESUME = "`peftchat train RECIPE --resume` goes on with a run"
 NOT_TEXT = "concerns images, sound or video, which peftchat does not read"
 PARALLEL = "peftchat gives every process examples of its own, so this would change the batch per step"
@@ -293,9 +295,8 @@ def precision(draft: Draft, *, bfloat16: bool, float16: bool, lines: list[Source
     for line in lines:
         if as_bool(line.value) in (False, None):
             draft.leave(line, "off; the dtype follows from the others")
-        elif mixed and is_full and dtype != "float32":
-            why = "all weights are kept in it too; ZeRO keeps a copy in float32, one process does not"
-            draft.change(line, {"model.dtype": dtype}, why)
+        elif not mixed and is_full and dtype != "float32":
+            draft.change(line, {"model.dtype": dtype}, FLOAT32_WEIGHTS)
         else:
             draft.keep(line, "model.dtype", dtype)
     draft.assume("model.dtype", dtype, f"what {draft.tool} computes in without a switch")

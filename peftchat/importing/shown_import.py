@@ -19,6 +19,8 @@ def print_import(imported: Imported, console: "Console") -> None:
 
     table = Table("line", "key and value", "", "becomes, or why", box=None, pad_edge=False)
     table.columns[0].justify = "right"
+    for column in table.columns:
+        column.overflow = "fold"
     for line in imported.lines:
         given = f"{line.source.key}: {_short(shown(line.source.value))}"
         outcome = "; ".join(part for part in (_becomes(line), line.why) if part)
@@ -34,9 +36,8 @@ def print_import(imported: Imported, console: "Console") -> None:
 def summary(imported: Imported) -> str:
     """Return the counts in one sentence."""
     counts = ", ".join(f"{imported.count(status)} {status}" for status in STATUSES)
-    assumed = (
-        f"; {len(imported.assumed)} defaults of {imported.tool.title} are written down" if imported.assumed else ""
-    )
+    number = len(imported.assumed)
+    assumed = f"; {number} {'default' if number == 1 else 'defaults'} of its own written down" if number else ""
     return f"{imported.tool.title}, {len(imported.lines)} lines: {counts}{assumed}."
 
 

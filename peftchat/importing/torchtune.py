@@ -6,6 +6,7 @@ from typing import Any
 from peftchat.importing.draft import IS_OFF, Draft, SourceLine, as_bool, as_number, shown
 from peftchat.importing.rules import Table, by, deferred, group, inert, is_templated, refused, same
 from peftchat.importing.shared_rules import (
+    FLOAT32_WEIGHTS,
     KERNEL,
     LAUNCH,
     LOGGING,
@@ -130,8 +131,12 @@ def _max_steps(draft: Draft, line: SourceLine) -> None:
 
 def _dtype(draft: Draft, line: SourceLine) -> None:
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    if str(line.value) in names:
-        draft.keep(line, "model.dtype", names[str(line.value)])
+    dtype = names.get(str(line.value))
+    has_adapter = "lora_" in _name(draft.get("model._component_"))
+    if dtype is not None and (has_adapter or dtype == "float32"):
+        draft.keep(line, "model.dtype", dtype)
+    elif dtype is not None:
+        draft.change(line, {"model.dtype": dtype}, FLOAT32_WEIGHTS)
     else:
         draft.refuse(line, f"`{shown(line.value)}` is not among peftchat's dtypes")
 
@@ -151,6 +156,13 @@ def _tracker(draft: Draft, line: SourceLine) -> None:
         draft.keep(line, "training.report_to", [names[name]])
     else:
         draft.leave(line, "peftchat writes `metrics.jsonl` in any case")
+
+
+def _output(draft: Draft, line: SourceLine) -> None:
+    if is_templated(line.value):
+        draft.leave(line, "its value is filled in elsewhere; the run is named after the file")
+    else:
+        draft.keep(line, "output_dir", line.value)
 
 
 def _save_steps(draft: Draft, line: SourceLine) -> None:
@@ -181,7 +193,7 @@ _TABLE: Table = {
     "checkpointer.keep_last_n_checkpoints": same("training.save_total_limit"),
     "checkpointer.adapter_checkpoint": refused("an adapter to go on with; merge it into its base first", blocks=True),
     "checkpointer": inert("peftchat reads a model's folder, and writes one"),
-    "output_dir": same("output_dir"),
+    "output_dir": by(_output),
     **DATASETS,
     "batch_size": same("training.per_device_train_batch_size"),
     "batch_size_val": same("training.per_device_eval_batch_size"),

@@ -134,6 +134,13 @@ TRAINING_ARGUMENTS: Table = {
         inert(KERNEL),
         "tf32 torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config torch_empty_cache_steps",
     ),
+    **group(same("distributed.processes"), "num_processes nproc_per_node"),
+    **group(same("distributed.nodes"), "num_machines nnodes"),
+    **group(
+        inert(LAUNCH),
+        "machine_rank main_process_port main_process_ip mixed_precision node_rank master_addr master_port rdzv_backend "
+        "rdzv_endpoint rdzv_id multi_gpu standalone include",
+    ),
     "use_cache": inert("training never uses the cache of generation"),
     "average_tokens_across_devices": inert("always so: the loss is the mean over the tokens of a step"),
     "parallelism_config": refused("peftchat has no parallelism within a model except ZeRO's"),

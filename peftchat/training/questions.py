@@ -10,6 +10,7 @@ import torch
 from peftchat.chat_template.chat_format import ChatFormat
 from peftchat.errors import UserError, first_line
 from peftchat.models.loading import end_ids
+from peftchat.models.padded_prompts import needs_single_prompts, pad_left
 from peftchat.runs.run_summary import SampleAnswer
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from peftchat.training.context import TrainContext
 
 _MAX_NEW_TOKENS = 120
+
+_BATCH = 8
+"""Questions that are answered together: as many rows cost a CPU in float32 hardly more than one."""
 
 _KEYS = ("evaluation", "questions")
 
@@ -101,28 +105,58 @@ def sample_answers(
     model: "PreTrainedModel", chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int = _MAX_NEW_TOKENS
 ) -> list[SampleAnswer]:
     """Return greedy answers to single user messages; under ZeRO-3 every process must call it."""
+    if not prompts:
+        return []
     was_training = model.training
     model.eval()
-    answers = [_answer(model, chat, prompt, max_new_tokens) for prompt in prompts]
+    encoded = [_prompt_ids(chat, prompt) for prompt in prompts]
+    answers: dict[int, SampleAnswer] = {}
+    # Prompts of like length share a batch, so that little is padded.
+    order = sorted(range(len(prompts)), key=lambda place: len(encoded[place]))
+    size = 1 if needs_single_prompts(model.generation_config) else _BATCH
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        found = _generate(model, chat, [encoded[place] for place in places], max_new_tokens)
+        for place, ids in zip(places, found, strict=True):
+            answers[place] = _sample_answer(model, chat, prompts[place], ids)
     model.train(was_training)
-    return answers
+    return [answers[place] for place in range(len(prompts))]
 
 
-def _answer(model: "PreTrainedModel", chat: ChatFormat, prompt: str, max_new_tokens: int) -> SampleAnswer:
-    tokenizer = chat.tokenizer
+def _prompt_ids(chat: ChatFormat, prompt: str) -> list[int]:
     messages = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = inputs["input_ids"].to(next(model.parameters()).device)
+    ids: list[int] = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+    return ids
+
+
+def _generate(
+    model: "PreTrainedModel", chat: ChatFormat, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """Return what the model writes behind each prompt, up to and with the token that ends it."""
+    ids, mask = pad_left(prompts, int(chat.tokenizer.pad_token_id), next(model.parameters()).device)
     with torch.no_grad():
         output = model.generate(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
             top_p=None,
             top_k=None,
-        )[0, ids.shape[1] :].tolist()
-    stopped = bool(output) and output[-1] in end_ids(model.generation_config.eos_token_id)
-    text = tokenizer.decode(output[:-1] if stopped else output, skip_special_tokens=True)
+        )[:, ids.shape[1] :].tolist()
+    ends = end_ids(model.generation_config.eos_token_id)
+    return [_through_end(row, ends) for row in output]
+
+
+def _through_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Return the ids up to and with the first that ends an answer; behind it a batch is padded."""
+    end = next((place for place, token in enumerate(ids) if token in ends), None)
+    return ids if end is None else ids[: end + 1]
+
+
+def _sample_answer(model: "PreTrainedModel", chat: ChatFormat, prompt: str, ids: list[int]) -> SampleAnswer:
+    stopped = bool(ids) and ids[-1] in end_ids(model.generation_config.eos_token_id)
+    text = chat.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
     return SampleAnswer(prompt, text.strip(), stopped)

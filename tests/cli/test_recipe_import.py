@@ -25,7 +25,7 @@ def test_a_recipe_is_written_once_and_says_what_is_still_to_give(
     out = tmp_path / "recipe.yaml"
     done = peftchat_in_process(capsys, "recipe", "import", source(tmp_path), "-o", out)
     assert done.returncode == 0, done.stderr
-    assert "Still to give, data.train.0.path: a.jsonl is not here." in done.stderr
+    assert "Give it, or look at it: data.train.0.path: a.jsonl is not here." in done.stderr
     assert YAML(typ="safe").load(out.read_text(encoding="utf-8"))["adapter"]["r"] == 8
     before = out.read_text(encoding="utf-8")
     again = peftchat_in_process(capsys, "recipe", "import", source(tmp_path), "-o", out)

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peftchat.chat_template.chat_format import make_format
 from peftchat.errors import UserError
 from peftchat.evaluating.run_evaluation import EvaluateOptions, evaluate_data
+from peftchat.models.added_tokens import resize_embeddings
 from peftchat.recipe import load_recipe
 from peftchat.runs.eval_losses import read_eval_losses
-from peftchat.training.questions import read_questions
+from peftchat.training.questions import read_questions, sample_answers
 from tests.support.cli import peftchat
 from tests.support.data import write_small_talk
 from tests.support.models import small_model
@@ -70,6 +74,34 @@ def test_losses_of_data_are_those_of_training(run: Path, tmp_path: Path) -> None
         for group, values in groups.items() if len(groups) > 1 else ():
             assert rows[by, group].tokens == values["tokens"]
             assert rows[by, group].losses == pytest.approx((values["after"], values["before"]), rel=1e-4)
+
+
+def test_answers_of_a_batch_are_those_of_stock_generate_for_one_prompt(stories: Path) -> None:
+    """Ten prompts of many lengths, in two batches; some answers end and others go on."""
+    model = AutoModelForCausalLM.from_pretrained(str(stories), dtype=torch.float32).eval()
+    chat = make_format("chatml", None, AutoTokenizer.from_pretrained(str(stories)))
+    resize_embeddings(model, chat.tokenizer, chat.new_tokens, "mean")
+    model.generation_config.pad_token_id = chat.tokenizer.pad_token_id
+    model.generation_config.eos_token_id = None
+    prompts = ["Once upon a time " + "there was a cat " * number for number in range(10)]
+    written = []
+    for prompt in prompts:
+        ids = chat.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        written.append(alone[0, ids.shape[1] :].tolist())
+    # A token of some answers, and not of all of them, ends them from now on.
+    counts = {token: sum(token in one for one in written) for one in written for token in one}
+    end = next(token for token, count in counts.items() if 0 < count < len(prompts))
+    model.generation_config.eos_token_id = end
+    answers = sample_answers(model, chat, prompts, 16)
+    assert [one.prompt for one in answers] == prompts
+    assert {one.stopped for one in answers} == {True, False}
+    for found, ids in zip(answers, written, strict=True):
+        assert found.stopped == (end in ids)
+        expected = ids[: ids.index(end)] if end in ids else ids
+        assert found.answer == chat.tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
 def test_something_else_than_questions_is_one_problem(tmp_path: Path) -> None:

@@ -90,6 +90,12 @@ def named_tokens(name: str, source: str) -> tuple[str, str]:
     raise AssertionError("the last pattern matches everything")
 
 
+def special_tokens_of(name: str, *texts: str) -> tuple[list[str], str, str]:
+    """Return what a template and its renderings spell like control tokens, `bos_token` and `eos_token`."""
+    special = {token for text in texts for token in _SPECIAL.findall(text)} - _PROSE
+    return (sorted(special), *named_tokens(name, texts[0]))
+
+
 def make_tokenizer(name: str, source: str, rendered: Iterable[str] = ()) -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer in which what the template spells like a control token is a special token.
 
@@ -98,13 +104,12 @@ def make_tokenizer(name: str, source: str, rendered: Iterable[str] = ()) -> PreT
         source: its Jinja source.
         rendered: texts that it writes, for tokens that it puts together from pieces.
     """
-    bos, eos = named_tokens(name, source)
     texts = [source, *rendered]
-    special = {token for text in texts for token in _SPECIAL.findall(text)} - _PROSE
+    special, bos, eos = special_tokens_of(name, *texts)
     ordinary = {token for text in texts for token in _ORDINARY.findall(text)} | {"<think>", "</think>"}
     tokenizer = Tokenizer.from_str(_base_tokenizer())
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(special)])
-    added = sorted(ordinary - special)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    added = sorted(ordinary - set(special))
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -5,6 +5,7 @@ The answer's text is what the template writes behind that prompt once the answer
 the turn. Nothing is searched for, and a template may rewrite earlier turns: the next answer then has another prompt.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,6 +93,10 @@ class AnswerRenderer:
             UserError: the template refuses them.
         """
         key = (count, generation_prompt)
+        if key not in self._rendered and generation_prompt:
+            both = self._renderer.render_both(self._messages[:count], self._tools)
+            if both is not None:
+                self._rendered[count, True], self._rendered[count, False] = both
         if key not in self._rendered:
             try:
                 self._rendered[key] = self._renderer.render(
@@ -103,6 +108,18 @@ class AnswerRenderer:
         if isinstance(found, UserError):
             raise found
         return found
+
+    def _closed(self, count: int) -> str:
+        """Return the rendering of the first messages without a generation prompt, which comes with the one that has it.
+
+        Raises:
+            UserError: the template refuses them.
+        """
+        if count < len(self._messages) and self._messages[count]["role"] == "assistant":
+            # Its prompt is asked for next. What refuses the prompt need not refuse this.
+            with contextlib.suppress(UserError):
+                self._render(count, generation_prompt=True)
+        return self._render(count, generation_prompt=False)
 
     def agrees(self, index: int) -> bool:
         """Return whether the rendering that ends with an answer begins with the answer's prompt."""
@@ -247,7 +264,7 @@ class AnswerRenderer:
             messages.append(probe)
         try:
             full = (
-                self._render(index + 2, generation_prompt=False)
+                self._closed(index + 2)
                 if followed
                 else self._renderer.render(messages, self._tools, generation_prompt=False)
             )
@@ -262,6 +279,9 @@ class AnswerRenderer:
 
     def _behind_plain_answer(self) -> str:
         """Return what stands behind a plain answer before another turn; "" if the template refuses these turns."""
+        return self._renderer.remember("behind a plain answer", self._render_plain_answer)
+
+    def _render_plain_answer(self) -> str:
         messages = [probe_turn("user"), {"role": "assistant", "content": MARK}, probe_turn("user")]
         try:
             return self._renderer.render(messages, None, generation_prompt=False).partition(MARK)[2]

@@ -6,6 +6,7 @@ and the JSON of each value is written once.
 https://github.com/huggingface/transformers/blob/main/src/transformers/utils/chat_template_utils.py
 """
 
+import secrets
 import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -37,12 +38,25 @@ class _Memory:
         return made
 
 
+CLOSED = f"x{secrets.token_hex(8)}closed"
+"""What `render_both` has written where the generation prompt begins."""
+
+
 @lru_cache(maxsize=64)
-def _compiled(source: str) -> Any:
-    """Return a template compiled as transformers does, whose `tojson` writes each value once."""
+def _compiled(source: str, *, marked: bool = False) -> Any:
+    """Return a template compiled as transformers does, whose `tojson` writes each value once.
+
+    Args:
+        source: of the template.
+        marked: whether it writes `CLOSED` in front of the generation prompt. The result is then None where that
+            prompt is not the last thing that the template writes, or asked for elsewhere too.
+    """
     from transformers.utils import chat_template_utils
 
     template = chat_template_utils._cached_compile_jinja_template(source)
+    if marked:
+        quick, tree = _compiled(source), _with_mark(template.environment._parse(source, None, None))
+        return None if tree is None else quick.environment.from_string(tree)
     written = template.environment.filters["tojson"]
     memory = _Memory()
 
@@ -55,6 +69,27 @@ def _compiled(source: str) -> Any:
     template.environment.filters["tojson"] = tojson
     template.environment.getattr = _quick_getattr(template.environment)
     return template
+
+
+def _with_mark(tree: Any) -> Any:
+    """Return the syntax tree of a template with `CLOSED` in front of its generation prompt; None if that is not sure.
+
+    Where the whole rest of a template is `{% if add_generation_prompt %}…{% endif %}`, and nothing before asks for the
+    variable, the rendering without a generation prompt is the one with it up to there.
+    """
+    from jinja2 import nodes
+
+    name = "add_generation_prompt"
+    if len([one for one in tree.find_all(nodes.Name) if one.name == name]) != 1 or not tree.body:
+        return None
+    last = tree.body[-1]
+    if not isinstance(last, nodes.If) or last.elif_ or last.else_:
+        return None
+    if not isinstance(last.test, nodes.Name) or last.test.name != name:
+        return None
+    mark = nodes.Output([nodes.TemplateData(CLOSED)], lineno=last.lineno)
+    tree.body.insert(len(tree.body) - 1, mark)
+    return tree.set_environment(tree.environment)
 
 
 def _quick_getattr(environment: Any) -> Callable[[Any, str], Any]:
@@ -103,12 +138,15 @@ def template_writer(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., str]:
     """Return a function that renders as the tokenizer's `apply_chat_template(tokenize=False)` does.
 
     It takes the source, the messages, the tools and variables of the template. What it is given must not be changed
-    afterwards. A tokenizer with an `apply_chat_template` of its own is asked itself.
+    afterwards. A tokenizer with an `apply_chat_template` of its own is asked itself. With `marked`, the rendering has
+    `CLOSED` in it where its generation prompt begins; "" where that is not to be had.
     """
     from transformers import PreTrainedTokenizerBase
     from transformers.utils import chat_template_utils
 
-    def stock(source: str, messages: Sequence[Any], tools: Any, **variables: Any) -> str:
+    def stock(source: str, messages: Sequence[Any], tools: Any, *, marked: bool = False, **variables: Any) -> str:
+        if marked:
+            return ""
         given = list(messages)
         return str(tokenizer.apply_chat_template(given, tools=tools, chat_template=source, tokenize=False, **variables))
 
@@ -122,11 +160,14 @@ def template_writer(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., str]:
     def prepared(message: Mapping[str, Any]) -> Any:
         return alias([plain({key: value for key, value in message.items() if value is not None})])[0]
 
-    def write(source: str, messages: Sequence[Any], tools: Any, **variables: Any) -> str:
+    def write(source: str, messages: Sequence[Any], tools: Any, *, marked: bool = False, **variables: Any) -> str:
         if not messages or not all(isinstance(message, dict) for message in messages):
-            return stock(source, messages, tools, **variables)
+            return stock(source, messages, tools, marked=marked, **variables)
+        template = _compiled(source, marked=marked)
+        if template is None:
+            return ""
         given = {"documents": None, **tokenizer.special_tokens_map, **plain(variables)}
-        written = _compiled(source).render(
+        written = template.render(
             messages=[memory.get(message, prepared) for message in messages],
             tools=None if tools is None else memory.get(tools, plain),
             **given,

@@ -255,13 +255,8 @@ class ChatEncoder:
             by_text = dict(zip(spans, located, strict=True))
             for index in by_spans:
                 span_tags, tokens = runs[index].tags, by_text[tuple(runs[index].texts)]
-                done[index] = (
-                    tokens.ids,
-                    bytes(
-                        span_tags[first] if first == last else tag_of(span_tags, first, last)
-                        for first, last in tokens.spans
-                    ),
-                )
+                tag_by_spans = {pair: tag_of(span_tags, *pair) for pair in set(tokens.spans)}
+                done[index] = tokens.ids, bytes(map(tag_by_spans.__getitem__, tokens.spans))
         return done
 
     def _encode_texts(self, texts: Sequence[str], place: Place) -> list[list[int]]:

@@ -3,10 +3,10 @@
 import copy
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peftchat.chat_template.compiled_template import template_writer
+from peftchat.chat_template.compiled_template import CLOSED, template_writer
 from peftchat.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class TemplateRenderer:
         self.jinja = jinja
         self.variables = dict(variables or {})
         self.reasoning_in_parts = False
+        self._remembered: dict[str, str] = {}
         by_length = sorted(special, key=len, reverse=True)
         # `(?!)` matches nothing.
         self.special = re.compile("(" + ("|".join(map(re.escape, by_length)) or "(?!)") + ")")
@@ -102,22 +103,43 @@ class TemplateRenderer:
         except TemplateError as error:
             raise UserError(f"the chat template cannot write the conversation: {first_line(error)}") from error
 
-    def render_all(self, conversations: Sequence[Sequence[TemplateMessage]]) -> list[str]:
-        """Return the renderings of conversations without tools and without generation prompts.
+    def render_all(self, conversations: Iterable[tuple[Sequence[TemplateMessage], Tools]]) -> list[str | None]:
+        """Return the renderings of conversations without generation prompts; None for one that the template refuses."""
+        found: list[str | None] = []
+        for messages, tools in conversations:
+            try:
+                found.append(self._apply(messages, tools, generation_prompt=False))
+            except Exception:  # a template is code; each conversation is told for itself
+                found.append(None)
+        return found
 
-        Raises:
-            UserError: the template refuses one of them.
-        """
+    def render_both(self, messages: Sequence[TemplateMessage], tools: Tools) -> tuple[str, str] | None:
+        """Return the renderings with and without a generation prompt; None if one of them has to be made for itself."""
         try:
-            return [self._apply(messages, None, generation_prompt=False) for messages in conversations]
-        except Exception as error:  # a template is code; each conversation is told for itself
-            raise UserError(f"the chat template refuses a conversation: {first_line(error)}") from error
+            text = self._apply(messages, tools, generation_prompt=True, marked=True)
+        except Exception:  # `render` tells what it is
+            return None
+        closed, mark, opening = text.partition(CLOSED)
+        return (closed + opening, closed) if mark else None
 
-    def _apply(self, messages: Sequence[TemplateMessage], tools: Tools, *, generation_prompt: bool) -> str:
+    def remember(self, name: str, make: Callable[[], str]) -> str:
+        """Return a text that depends on nothing but the template and its variables, which is made once."""
+        if name not in self._remembered:
+            self._remembered[name] = make()
+        return self._remembered[name]
+
+    def _apply(
+        self, messages: Sequence[TemplateMessage], tools: Tools, *, generation_prompt: bool, marked: bool = False
+    ) -> str:
         if self.reasoning_in_parts:
             messages = [with_reasoning_parts(message) for message in messages]
         return self._write(
-            self._template(tools), messages, tools or None, add_generation_prompt=generation_prompt, **self.variables
+            self._template(tools),
+            messages,
+            tools or None,
+            marked=marked,
+            add_generation_prompt=generation_prompt,
+            **self.variables,
         )
 
     def _renders(self, messages: Sequence[TemplateMessage], tools: Tools) -> bool:
@@ -143,12 +165,14 @@ class TemplateRenderer:
         """Return a renderer of the same template with these variables on top; placeholders stay the same."""
         other = copy.copy(self)
         other.variables = {**self.variables, **variables}
+        other._remembered = {}
         return other
 
     def with_template(self, jinja: str | Mapping[str, str]) -> "TemplateRenderer":
         """Return a renderer of another template; placeholders stay the same."""
         other = copy.copy(self)
         other.jinja = jinja
+        other._remembered = {}
         return other
 
     def _template(self, tools: Tools) -> str:

@@ -6,8 +6,10 @@ messages are changed as the recipe says before the template sees them.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -212,3 +214,16 @@ _INLINE_REASONING = (
     "{% else %}{% set kept.messages = kept.messages + [message] %}{% endif %}{% endfor %}"
     "{% set messages = kept.messages %}"
 )
+
+
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def with_date(jinja: Any, today: date) -> Any:
+    """Return a template that writes this date where it would write the clock's.
+
+    A run that reads the clock would make other examples on another day. Formats that are no literal are left alone.
+    """
+    if isinstance(jinja, Mapping):
+        return {name: with_date(source, today) for name, source in jinja.items()}
+    return _DATE_CALL.sub(lambda match: f"{match[1]}{today.strftime(match[2])}{match[1]}", str(jinja))

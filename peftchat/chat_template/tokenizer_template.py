@@ -5,7 +5,6 @@ earlier turns, such as one that takes reasoning out of them, makes an example fo
 """
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftchat.chat_template.answer_rendering import AnswerRenderer, RenderedAnswer
 from peftchat.chat_template.answer_spans import ExampleBuilder
+from peftchat.chat_template.content_conditions import check_syntax, content_conditions, source_of, variables_of
 from peftchat.chat_template.template_probes import (
     find_end_tokens,
     has_place_for_reasoning,
@@ -24,17 +24,15 @@ from peftchat.chat_template.template_probes import (
     with_text_arguments,
 )
 from peftchat.chat_template.template_renderer import TemplateRenderer, Tools
-from peftchat.chat_template.template_settings import TemplateSettings, check_variables, with_settings
+from peftchat.chat_template.template_settings import TemplateSettings, check_variables, with_date, with_settings
 from peftchat.chat_template.template_shapes import (
     FilledText,
     Marks,
+    NoShapeError,
     Shape,
     ShapeCache,
-    check_syntax,
-    content_conditions,
     shape_key,
-    source_of,
-    variables_of,
+    texts_of,
 )
 from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE, TemplateSpan, last_answer_index
 from peftchat.chat_template.text_encoder import TextEncoder
@@ -47,7 +45,8 @@ if TYPE_CHECKING:
 
 _OTHERS = f"Set `chat.template` to {' or '.join(f'`{name}`' for name in CHAT_TEMPLATES)}."
 
-_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_KNOWN_TOOLS = 256
+"""The most lists of tools that are kept."""
 
 _BOUNDARY_CHARACTERS = 48
 """Characters on each side of a border in which tokens could merge across it."""
@@ -100,7 +99,7 @@ class TokenizerTemplate:
         today = today or date.today()
         special, variables = list(self._text.special), settings.variables
         self.missing_roles: frozenset[Role] = frozenset()
-        own = TemplateRenderer(tokenizer, _with_date(tokenizer.chat_template, today), special, variables)
+        own = TemplateRenderer(tokenizer, with_date(tokenizer.chat_template, today), special, variables)
         if settings.unsupported_roles != "error":
             self.missing_roles = missing_roles(own)
         if settings.reasoning_format == "inline" and has_place_for_reasoning(own):
@@ -114,7 +113,7 @@ class TokenizerTemplate:
         self.jinja = with_settings(tokenizer.chat_template, settings, self._system, self.missing_roles)
         check_syntax(source_of(self.jinja))
         check_variables(variables, _all_variables(tokenizer.chat_template))
-        written = _with_date(self.jinja, today)
+        written = with_date(self.jinja, today)
         self.reads_documents = "documents" in variables_of(source_of(tokenizer.chat_template))
         self.written_date = None if written == self.jinja else today.isoformat()
         self._renderer = TemplateRenderer(tokenizer, written, special, variables)
@@ -127,6 +126,7 @@ class TokenizerTemplate:
         self._conditions = None if changes else content_conditions(source_of(written))
         self._shapes = ShapeCache()
         self._marks = Marks()
+        self._known_tools: dict[str, Tools] = {}
         self.end_token = self.end_tokens[0]
 
     def examples(self, conversation: Conversation) -> list[list[TemplateSpan]]:
@@ -181,7 +181,19 @@ class TokenizerTemplate:
         if added:
             dicts.insert(0, {"role": "system", "content": self._system})
         protect = self._renderer.protect
-        return [protect(message) for message in dicts], protect(conversation.tool_schemas()), int(added)
+        return [protect(message) for message in dicts], self._tools(conversation), int(added)
+
+    def _tools(self, conversation: Conversation) -> Tools:
+        """Return the tools for the template, protected. Their JSON is written once for all conversations with them."""
+        text = conversation.tools
+        if text is None:
+            return None
+        found = self._known_tools.get(text)
+        if found is None:
+            if len(self._known_tools) >= _KNOWN_TOOLS:
+                self._known_tools.clear()
+            self._known_tools[text] = found = self._renderer.protect(conversation.tool_schemas())
+        return found
 
     def _renderer_of(self, conversation: Conversation) -> TemplateRenderer:
         """Return what renders a conversation: with its documents, if the template reads them."""
@@ -217,16 +229,20 @@ class TokenizerTemplate:
         try:
             builder, answers = self._answers(twin)
             whole = self._renderer.render(messages, tools, generation_prompt=False)
-        except UserError:
+            if not answers:
+                return None
+            borders: list[tuple[FilledText, FilledText] | None] = []
+            for before, answer in itertools.pairwise(answers):
+                follows = answer.prompt.startswith(before.prompt + before.text)
+                tail, head = self._border(before)
+                borders.append((marks.text(tail), marks.text(head)) if follows else None)
+            for answer in answers:
+                # Each answer's own text is put together from marks, or there is no shape.
+                marks.text(answer.prompt)
+                marks.text(answer.text + answer.trailer)
+            return Shape(marks.text(whole), answers, borders, builder)
+        except (UserError, NoShapeError):
             return None
-        if not answers:
-            return None
-        borders: list[tuple[FilledText, FilledText] | None] = []
-        for before, answer in itertools.pairwise(answers):
-            follows = answer.prompt.startswith(before.prompt + before.text)
-            tail, head = self._border(before)
-            borders.append((marks.text(tail), marks.text(head)) if follows else None)
-        return Shape(marks.text(whole), answers, borders, builder)
 
     def _fill(
         self, conversations: Sequence[Conversation], shapes: Mapping[int, Shape]
@@ -234,11 +250,8 @@ class TokenizerTemplate:
         """Return the examples of conversations that the template writes as their shapes say."""
         if not shapes:
             return {}
-        contents = {number: [one.content for one in conversations[number].messages] for number in shapes}
-        try:
-            rendered = self._renderer.render_all([self._inputs(conversations[number])[0] for number in shapes])
-        except UserError:
-            return {}
+        contents = {number: texts_of(conversations[number]) for number in shapes}
+        rendered = self._renderer.render_all([self._inputs(conversations[number])[:2] for number in shapes])
         right = [
             number
             for (number, shape), text in zip(shapes.items(), rendered, strict=True)
@@ -285,7 +298,7 @@ class TokenizerTemplate:
             spans = []
             for span in shape.builder.spans(group, repeated=number > 0):
                 text = self._marks.text(span.text)
-                spans.append((span, text if text.messages else None))
+                spans.append((span, text if text.numbers else None))
             found.append(spans)
         return found
 
@@ -392,13 +405,3 @@ def _all_variables(jinja: str | Mapping[str, str]) -> frozenset[str]:
     """Return the variables that a template, or one of several, reads."""
     sources = [jinja] if isinstance(jinja, str) else list(jinja.values())
     return frozenset[str]().union(*map(variables_of, sources))
-
-
-def _with_date(jinja: Any, today: date) -> Any:
-    """Return a template that writes this date where it would write the clock's.
-
-    A run that reads the clock would make other examples on another day. Formats that are no literal are left alone.
-    """
-    if isinstance(jinja, Mapping):
-        return {name: _with_date(source, today) for name, source in jinja.items()}
-    return _DATE_CALL.sub(lambda match: f"{match[1]}{today.strftime(match[2])}{match[1]}", str(jinja))

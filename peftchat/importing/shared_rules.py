@@ -33,6 +33,7 @@ NO_SCHEDULE = "is not among peftchat's schedules; choose one of docs/recipe.md"
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
 FASTEST = "`model.attention: auto` takes the fastest kernel that is installed; results are the same"
+FLOAT32_WEIGHTS = "products are computed in it, and trained weights are kept in float32: more exact, with more memory"
 KERNEL = "a faster kernel with the same results; peftchat chooses its own"
 LOGGING = "concerns what is printed, not what is learned"
 PREPARED = "peftchat encodes, orders and collates examples by itself"
@@ -294,14 +295,10 @@ def precision(draft: Draft, *, bfloat16: bool, float16: bool, lines: list[Source
     for line in lines:
         if as_bool(line.value) in (False, None):
             draft.leave(line, "off; the dtype follows from the others")
-        elif mixed and is_full and dtype != "float32":
-            why = "all weights are kept in it too; ZeRO keeps a copy in float32, one process does not"
-            draft.change(line, {"model.dtype": dtype}, why)
+        elif not mixed and is_full and dtype != "float32":
+            draft.change(line, {"model.dtype": dtype}, FLOAT32_WEIGHTS)
         else:
             draft.keep(line, "model.dtype", dtype)
-    if mixed and is_full and dtype != "float32" and not lines:
-        what = f"{draft.tool} keeps trained weights in float32; here they are in {dtype} unless `float32` is given"
-        draft.ask("model.dtype", what)
     draft.assume("model.dtype", dtype, f"what {draft.tool} computes in without a switch")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from peftchat.importing.draft import IS_OFF, Draft, SourceLine, as_bool, as_number, shown
 from peftchat.importing.rules import Table, by, deferred, group, inert, is_templated, refused, same
 from peftchat.importing.shared_rules import (
+    FLOAT32_WEIGHTS,
     KERNEL,
     LAUNCH,
     LOGGING,
@@ -130,8 +131,12 @@ def _max_steps(draft: Draft, line: SourceLine) -> None:
 
 def _dtype(draft: Draft, line: SourceLine) -> None:
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    if str(line.value) in names:
-        draft.keep(line, "model.dtype", names[str(line.value)])
+    dtype = names.get(str(line.value))
+    has_adapter = "lora_" in _name(draft.get("model._component_"))
+    if dtype is not None and (has_adapter or dtype == "float32"):
+        draft.keep(line, "model.dtype", dtype)
+    elif dtype is not None:
+        draft.change(line, {"model.dtype": dtype}, FLOAT32_WEIGHTS)
     else:
         draft.refuse(line, f"`{shown(line.value)}` is not among peftchat's dtypes")
 

@@ -24,11 +24,12 @@ from peftchat.importing.shared_rules import (
 from peftchat.importing.source_file import SourceFile
 from peftchat.importing.tool import Tool, names
 from peftchat.importing.training_arguments import TRAINING_ARGUMENTS, assume_training_arguments
+from peftchat.recipe.document import SourceLocation
 
 _PRECISION = ("bf16", "fp16")
 _METHOD = ("use_peft", "load_in_4bit", "load_in_8bit")
 _COMMAND = re.compile(r"\b(?:trl\s+|scripts?/)(\w+)\b")
-_OBJECTIVE_KEY = "_objective"
+_OBJECTIVE_KEY = "command"
 
 _TRAINERS = names("sft dpo kto orpo cpo grpo rloo reward ppo online_dpo gkd nash_md xpo prm")
 _BETA = ("beta", "loss_type", "label_smoothing", "simpo_gamma", "cpo_alpha", "rpo_alpha")
@@ -195,11 +196,14 @@ _TABLE: Table = {
 def _prepare(source: SourceFile) -> SourceFile:
     """Find the trainer that a script, or a comment of a file, names: it is not among the keys."""
     text = " ".join(source.command) if source.command else source.text
-    found = {match[1] for match in _COMMAND.finditer(text)} & _TRAINERS
-    if len(found) != 1:
+    found = {match[1]: match for match in _COMMAND.finditer(text) if match[1] in _TRAINERS}
+    if len(found) != 1 or _OBJECTIVE_KEY in source.document.values:
         return source
-    values = {_OBJECTIVE_KEY: found.pop(), **source.document.values}
-    source.document.places[(_OBJECTIVE_KEY,)] = source.document.place(())
+    ((name, match),) = found.items()
+    around = source.document.place(())
+    line = around.line if source.command else text[: match.start()].count("\n") + 1
+    values = {_OBJECTIVE_KEY: name, **source.document.values}
+    source.document.places[(_OBJECTIVE_KEY,)] = SourceLocation(around.name, line, around.file)
     return SourceFile(source.path, source.text, type(source.document)(values, source.document.places), source.command)
 
 
@@ -222,6 +226,7 @@ def _finish(draft: Draft) -> None:
     draft.assume("data.max_length", 1024, "TRL's default")
     if objective == "sft":
         draft.assume("data.packing", False, "TRL's default")
+        draft.ask("data.train", "conversations are read, or prompts with answers; TRL also trains plain `text`")
         if "chat.loss_on" not in draft.values and draft.get("dataset_text_field") != "prompt":
             draft.assume(
                 "chat.loss_on",

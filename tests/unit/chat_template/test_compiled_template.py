@@ -6,7 +6,8 @@ import pytest
 from jinja2 import TemplateError
 
 from peftchat.chat_template.compiled_template import template_writer
-from peftchat.chat_template.template_shapes import content_conditions
+from peftchat.chat_template.content_conditions import content_conditions
+from peftchat.chat_template.template_renderer import TemplateRenderer
 from tests.support.template_families import FAMILIES, rich_conversations
 from tests.unit.chat_template.test_template_families import tokenizer_of
 
@@ -43,6 +44,44 @@ def test_it_is_stocks_rendering(source: str) -> None:
                     messages[:count], tools=tools, chat_template=source, tokenize=False, **settings
                 )
                 assert found == stock
+
+
+ASKED_LAST = ("chatml", "llama3", "gemma", "qwen3", "channels", "deepseek", "zephyr")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_rendering_has_the_prompt_and_what_precedes_it(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    renderer = TemplateRenderer(tokenizer, FAMILIES[family], [])
+    tried = 0
+    for conversation in rich_conversations(12, 4, hostile=False):
+        messages, tools = conversation.as_dicts(), conversation.tool_schemas()
+        for count in range(1, len(messages) + 1):
+            both = renderer.render_both(messages[:count], tools)
+            if both is not None:
+                tried += 1
+                assert both == tuple(
+                    tokenizer.apply_chat_template(
+                        messages[:count], tools=tools, add_generation_prompt=prompt, tokenize=False
+                    )
+                    for prompt in (True, False)
+                )
+    assert (tried > 10) == (family in (*ASKED_LAST, "roles-as-ends"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if add_generation_prompt %}{{ 'a' }}{% else %}{{ 'b' }}{% endif %}",
+        "{% if add_generation_prompt %}{{ 'a' }}{% endif %}b",
+        "{% if add_generation_prompt and messages %}{{ 'a' }}{% endif %}",
+        "{{ add_generation_prompt }}{% if add_generation_prompt %}{{ 'a' }}{% endif %}",
+        "{% for m in messages %}{% if add_generation_prompt %}{{ 'a' }}{% endif %}{% endfor %}",
+    ],
+)
+def test_other_uses_of_the_generation_prompt_are_rendered_twice(source: str) -> None:
+    renderer = TemplateRenderer(tokenizer_of("chatml"), source, [])
+    assert renderer.render_both([{"role": "user", "content": "Hi"}], None) is None
 
 
 @pytest.mark.parametrize(

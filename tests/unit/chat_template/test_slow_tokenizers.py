@@ -1,6 +1,7 @@
 """Tokenizers without the `tokenizers` library: SentencePiece through its own Python package, and bytes."""
 
 import itertools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,22 @@ def test_an_ordinary_added_token_stays_one_token(model_file: Path) -> None:
     assert tokenizer.convert_tokens_to_ids("<think>") in row.ids
     stock = chat.tokenizer.apply_chat_template([{"role": "user", "content": "Hello<think>you"}], return_dict=False)
     assert row.ids.tolist() == stock
+
+
+def test_spans_by_bytes_are_those_by_offsets() -> None:
+    from peftchat.chat_template.text_encoder import FastTextEncoder
+    from tests.support.tokenizers import built
+
+    tokenizer = built("byte-level-digits").tokenizer
+    encoder = FastTextEncoder(tokenizer, special_tokens(tokenizer))
+    draw = random.Random(1)
+    words = ["日本", "naïve", " ", "\n\n", "🎉", "hello world", "", "x", "12", "e\u0301", "\u00a0"]
+    texts = [
+        ["".join(draw.choices(words, k=draw.randint(0, 4))) for _ in range(draw.randint(1, 5))] for _ in range(900)
+    ]
+    by_bytes = encoder.encode_spans(texts, at_start=False)
+    assert encoder._byte_level
+    assert by_bytes == encoder._encode_with_offsets(encoder._inner, texts)
 
 
 def test_spans_by_prefix_agree_with_spans_by_offsets() -> None:

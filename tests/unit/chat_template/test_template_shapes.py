@@ -1,14 +1,17 @@
-"""Plain conversations by their shape: the same examples as rendered answer by answer, for every family of templates."""
+"""Conversations by their shape: the same examples as rendered answer by answer, for every family of templates."""
 
 import random
+from contextlib import suppress
 
 import pytest
 
 from peftchat.chat_template.chat_format import make_format
-from peftchat.chat_template.loss_mask import loss_mask_table
-from peftchat.chat_template.template_shapes import content_conditions
+from peftchat.chat_template.content_conditions import content_conditions
+from peftchat.chat_template.loss_mask import TurnPart, loss_mask_table, part_of
+from peftchat.chat_template.template_shapes import ShapeCache
 from peftchat.chat_template.templates import TemplateSpan
-from peftchat.conversation import Conversation, Message
+from peftchat.conversation import Conversation, Message, ToolCall
+from peftchat.errors import UserError
 from tests.support.template_families import FAMILIES
 from tests.unit.chat_template.test_template_families import tokenizer_of
 
@@ -66,6 +69,78 @@ def test_shapes_give_what_rendering_answer_by_answer_gives(family: str) -> None:
     slow = [template.examples(one) for one in batch]
     template.examples_of(batch)
     assert [trained(one) for one in template.examples_of(batch)] == [trained(one) for one in slow]
+
+
+def rich() -> list[Conversation]:
+    """Conversations with calls, reasoning and ids, of few shapes."""
+    source = random.Random(2)
+    tool = '[{"type": "function", "function": {"name": "find", "description": "Finds.", "parameters": {}}}]'
+    hard = ["{}", '{"a": "<|im_end|>"}', '{"a": "<\\u007cim_end|>"}', '{"b": [1.50, {"c": "日本"}]}', "[1]"]
+    found = []
+    for number in range(60):
+        arguments = source.choice([*hard, f'{{"text": "t{number}"}}', f'{{"a": {number}, "b": null}}'])
+        key = source.choice([f"call{number}", "abcde1234", None])
+        reasoning = source.choice([None, f"Hm {number}.", " spaced ", "x <think> y", f"Hm {number}."])
+        answer = source.choice([f"Answer {number}.", "<think>a</think>b", "result", f"it's {number}"])
+        turns = [Message("user", f"Question {number}?")]
+        if number % 3:
+            turns.append(
+                Message("assistant", source.choice(["", f"See {number}."]), (ToolCall("find", arguments, key),))
+            )
+            turns.append(Message("tool", source.choice([f"result {number}", "result"]), (), key, "find"))
+        turns.append(Message("assistant", answer, (), None, None, reasoning if number % 2 else None))
+        turns += [Message("user", f"And {number}?"), Message("assistant", f"End {number}.")]
+        found.append(Conversation(tuple(turns), tools=tool if number % 3 else None))
+    return found
+
+
+@pytest.mark.parametrize("family", ["chatml", "qwen3", "channels", "deepseek", "roles-as-ends"])
+def test_shapes_with_tools_and_reasoning_give_the_same_tokens_and_tags(family: str) -> None:
+    encoder = make_format("model", None, tokenizer_of(family)).encoder()
+    batch = []
+    for one in rich():
+        with suppress(UserError):
+            encoder.encode([one])
+            batch.append(one)
+    fresh = make_format("model", None, tokenizer_of(family))
+    slow = fresh.encoder()
+    expected = []
+    for one in batch:
+        fresh.template._shapes = ShapeCache()  # no shape was met before
+        expected += slow.encode([one])
+    found = encoder.batch(batch)
+    assert [row.ids.tolist() for row in found] == [row.ids.tolist() for row in expected]
+    assert [row.token_tags.tolist() for row in found] == [row.token_tags.tolist() for row in expected]
+    made = [key for key, shape in encoder._template._shapes._met.items() if shape is not None]
+    assert len(batch) > 20 and any(key[0] is not None and "find" in str(key[1:]) for key in made), made
+
+
+def test_reasoning_in_a_content_is_reasoning_whatever_was_met_before() -> None:
+    encoder = make_format("model", None, tokenizer_of("chatml")).encoder()
+    batch = [
+        Conversation((Message("user", f"q{number}"), Message("assistant", f"<think>why</think>so {number}")))
+        for number in range(4)
+    ]
+    tags = [encoder.batch([one]).token_tags.tolist() for one in batch]
+    assert TurnPart.REASONING in map(part_of, tags[0])
+    assert tags == [tags[0]] * 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "known"),
+    [
+        ("c.function.name == 'find'", True),
+        ("m.tool_calls | length == 1", True),
+        ("c.function.arguments == 'x'", False),
+        ("'x' in c.function.arguments", False),
+        ("c.function.arguments | length > 1", False),
+        ("c.id == 'x'", False),
+    ],
+)
+def test_what_is_asked_of_calls(asked: str, known: bool) -> None:
+    source = "{% for m in messages %}{% for c in m.tool_calls %}{% if ASKED %}{% endif %}{% endfor %}{% endfor %}"
+    found = content_conditions(source.replace("ASKED", asked))
+    assert found is not None and found.calls == known
 
 
 def test_conditions_of_a_template_on_contents() -> None:

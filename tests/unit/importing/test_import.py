@@ -122,7 +122,7 @@ def written(folder: Path, imported: Imported) -> dict[str, Any]:
 def test_every_line_has_one_outcome_and_the_recipe_says_what_the_table_says(tool: str, tmp_path: Path) -> None:
     imported = read(tmp_path, EXAMPLES[tool])
     assert imported.tool.name == tool
-    outcomes = [line.source.keys for line in imported.lines if line.source.key != "_objective"]
+    outcomes = [line.source.keys for line in imported.lines if line.source.key != "command"]
     assert len(outcomes) == len(set(outcomes))
     for line in read_source(tmp_path / "other.yaml").lines():
         assert [keys for keys in outcomes if line.keys[: len(keys)] == keys], f"{line.key} is missing"

@@ -83,14 +83,18 @@ class Browser:
         self.driver.save_screenshot(str(path))
 
     def foreign_requests(self) -> list[str]:
-        found = []
+        """Return what was asked of other hosts; what the browser refused by the page's policy never left it."""
+        found: dict[str, str] = {}
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
+            event = message["params"]
             if message["method"] == "Network.requestWillBeSent":
-                url = message["params"]["request"]["url"]
+                url = event["request"]["url"]
                 if not url.startswith((self.url, "data:", "blob:", "about:", "chrome:")):
-                    found.append(url)
-        return found
+                    found[event["requestId"]] = url
+            elif message["method"] == "Network.loadingFailed" and event.get("blockedReason") == "csp":
+                found.pop(event["requestId"], None)
+        return list(found.values())
 
 
 def idle(page: Browser, prefix: str = "") -> bool:

@@ -501,7 +501,7 @@ def report(runs: Sequence[Path | str], *, output: Path | str | None = None, rows
 
     Example:
         >>> import peftchat
-        >>> peftchat.report(["runs/assistant"]).name
+        >>> peftchat.api.report(["runs/assistant"]).name
         'report.html'
     """
     from peftchat.output_paths import InputPath

@@ -1,6 +1,6 @@
 """Inject faults into real runs, resume each run, and write the table of docs/faults.md from what happened.
 
-    python scripts/bench_faults.py [--only NAME] [--write]
+    python scripts/bench_faults.py [--only NAME] [--json FILE] [--write]
 
 Each fault hits a small run: its processes are killed or stopped, its disk fills up, its memory runs out, a checkpoint
 is damaged. The table tells what the user saw, the exit status, what was left on disk, and how `--resume` went on. A run
@@ -10,6 +10,7 @@ The whole takes about ten minutes on two cores.
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +127,14 @@ class Trial:
         self.begin(*flags, **named)
         self.end()
 
-    def until(self, ready: Callable[[], object], seconds: float = 120) -> None:
-        """Wait for something to happen while the run goes on."""
+    def until(self, ready: Callable[[], object], seconds: float = 900) -> None:
+        """Wait for something to happen while the run goes on; on a busy machine it may take minutes to begin."""
         assert self.started is not None
         last = time.monotonic() + seconds
-        while not ready() and self.started.poll() is None and time.monotonic() < last:
+        while not ready() and self.started.poll() is None:
+            if time.monotonic() > last:
+                self.started.kill()
+                raise SystemExit(f"nothing happened within {seconds:g} seconds: {self.so_far()}")
             time.sleep(0.002)
 
     def steps(self) -> int:
@@ -178,7 +183,7 @@ def signaled(number: int, target: str = "launcher") -> Callable[[Trial], None]:
         for one in targets:
             one.send_signal(number)
         if number == getattr(signal, "SIGUSR2", None):
-            trial.until(lambda: "as asked" in trial.so_far(), 20)
+            trial.until(lambda: "as asked" in trial.so_far())
         trial.end()
         _, alive = psutil.wait_procs(workers, timeout=20)
         trial.said += f"\n{len(alive)} processes were left behind\n" if alive else ""
@@ -283,26 +288,41 @@ FAULTS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="faults that contain this text; nothing is written")
+    parser.add_argument("--only", default="", help="faults that contain this text")
+    parser.add_argument("--json", type=Path, help="keep the rows here after each fault, and go on with them")
     parser.add_argument("--write", action="store_true", help="put the table into docs/faults.md")
     chosen = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    rows = [
-        "| injected | what the user saw | status | left on disk | how it went on |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    rows: dict[str, str] = {}
+    if chosen.json and chosen.json.is_file():
+        rows = json.loads(chosen.json.read_text())
     with tempfile.TemporaryDirectory(prefix="peftchat-faults-") as name:
         folder = Path(name)
-        expected = {processes: losses(undisturbed(folder, processes)) for processes in (1, 2)}
+        expected = cache(lambda processes: losses(undisturbed(folder, processes)))
         for number, fault in enumerate(FAULTS):
-            if chosen.only in fault.name:
-                rows.append(try_fault(folder / str(number), fault, expected[fault.processes]))
-                print(rows[-1], flush=True)
-    if chosen.write and not chosen.only:
+            if chosen.only not in fault.name or fault.name in rows:
+                continue
+            rows[fault.name] = try_fault(folder / str(number), fault, expected(fault.processes))
+            print(rows[fault.name], flush=True)
+            if chosen.json:
+                write_text(chosen.json, json.dumps(rows, indent=1))
+    if chosen.write:
         page = PAGE.read_text(encoding="utf-8")
         before, _, rest = page.partition(BEGIN)
-        table = "\n".join(rows)
-        write_text(PAGE, f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}")
+        write_text(PAGE, f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}")
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """Return the rows as a table in Markdown, and the faults that were not tried."""
+    lines = [
+        "| injected | what the user saw | status | left on disk | how it went on |",
+        "| --- | --- | --- | --- | --- |",
+        *(rows[fault.name] for fault in FAULTS if fault.name in rows),
+    ]
+    missing = [fault.name for fault in FAULTS if fault.name not in rows]
+    if missing:
+        lines += ["", f"Not run on this version: {'; '.join(missing)}."]
+    return "\n".join(lines)
 
 
 def undisturbed(folder: Path, processes: int) -> Scene:

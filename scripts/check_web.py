@@ -5,11 +5,12 @@
 
 The first model has to answer a short question within three minutes. What is checked: streaming, stop, retry, undo,
 editing an answer, tags in text, keeping, tokens, branches, two hidden models and a vote, phone width, keyboard only,
-no request to another host, no error in the browser's console.
+the password page, axe-core, no request to another host, no error in the browser's console.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 QUESTION = "How do I boil an egg?"
+PASSWORD = "an egg takes seven minutes"
 LONG = "Write a long story about a fox who learns to sail."
 MARKUP = "What does <b>bold</b> or <div hidden>this</div> mean? ![p](http://elsewhere.example/p.png)"
 
@@ -34,7 +36,7 @@ MARKUP = "What does <b>bold</b> or <div hidden>this</div> mean? ![p](http://else
 class Browser:
     """A headless Chromium with what it logs."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, ready: str = "#question textarea") -> None:
         options = webdriver.ChromeOptions()
         for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
             options.add_argument(flag)
@@ -43,7 +45,7 @@ class Browser:
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
         self.url = url
         self.driver.get(url)
-        self.until(lambda: self.find("#question textarea"), "the page")
+        self.until(lambda: self.find(ready), "the page")
 
     def find(self, selector: str) -> Any:
         return next(iter(self.driver.find_elements(By.CSS_SELECTOR, selector)), None)
@@ -55,10 +57,11 @@ class Browser:
         found = self.find(selector)
         return found.text if found else ""
 
-    def click(self, selector: str) -> None:
-        self.until(lambda: (found := self.find(selector)) and found.is_enabled(), selector)
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", self.find(selector))
-        self.find(selector).click()
+    def click(self, selector: str, place: int = 0) -> None:
+        self.until(lambda: self.all(selector)[place].is_enabled(), selector)
+        found = self.all(selector)[place]
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+        found.click()
 
     def type(self, selector: str, text: str) -> None:
         self.find(selector).send_keys(text)
@@ -69,6 +72,8 @@ class Browser:
             with contextlib.suppress(WebDriverException, AttributeError, IndexError):
                 if found := holds():
                     return found
+                if self.all("span.error"):
+                    break
             time.sleep(0.05)
         self.driver.save_screenshot("check_web_failed.png")
         raise SystemExit(f"waited in vain for {what}; see check_web_failed.png")
@@ -78,14 +83,18 @@ class Browser:
         self.driver.save_screenshot(str(path))
 
     def foreign_requests(self) -> list[str]:
-        found = []
+        """Return what was asked of other hosts; what the browser refused by the page's policy never left it."""
+        found: dict[str, str] = {}
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
+            event = message["params"]
             if message["method"] == "Network.requestWillBeSent":
-                url = message["params"]["request"]["url"]
+                url = event["request"]["url"]
                 if not url.startswith((self.url, "data:", "blob:", "about:", "chrome:")):
-                    found.append(url)
-        return found
+                    found[event["requestId"]] = url
+            elif message["method"] == "Network.loadingFailed" and event.get("blockedReason") == "csp":
+                found.pop(event["requestId"], None)
+        return list(found.values())
 
 
 def idle(page: Browser, prefix: str = "") -> bool:
@@ -105,15 +114,40 @@ def check(name: str, holds: Any) -> None:
 FAILED: list[str] = []
 
 
+def check_accessibility(page: Browser, what: str) -> None:
+    """Check a page with axe-core, if the package axe-core-python is there, which brings it."""
+    found = importlib.util.find_spec("axe_core_python")
+    folders = [] if found is None else list(found.submodule_search_locations or ())
+    source = next((file for folder in folders for file in Path(folder).glob("axe*.js")), None)
+    if source is None:
+        print(f"skipped {what} with axe-core: pip install axe-core-python")
+        return
+    page.driver.execute_script(source.read_text(encoding="utf-8"))
+    result = page.driver.execute_async_script("axe.run().then(arguments[0])")
+    serious = [
+        f"{one['id']}: {one['help']} {[node['target'] for node in one['nodes'][:3]]}"
+        for one in result["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
+    check(
+        f"axe-core {page.driver.execute_script('return axe.version')} finds nothing serious on {what}: {serious}",
+        not serious,
+    )
+
+
 def limit_answers(page: Browser) -> None:
     """Keep answers short, so that all of this takes minutes on a CPU; the settings are open."""
-    page.type("#settings input[aria-label='Most tokens']", str(ARGUMENTS.tokens))
+    page.type(field("most-tokens"), str(ARGUMENTS.tokens))
+
+
+def field(name: str) -> str:
+    return f"#{name} textarea, #{name} input"
 
 
 def try_chat(page: Browser, pictures: Path) -> None:
     page.click("#settings > button")
-    page.until(lambda: page.find("#settings input[type=number]").is_displayed(), "the settings")
-    page.type("#settings input[type=number]", "0")
+    page.until(lambda: page.find(field("temperature")).is_displayed(), "the settings")
+    page.type(field("temperature"), "0")
     limit_answers(page)
     page.click("#settings > button")
     page.type("#question textarea", QUESTION + Keys.ENTER)
@@ -151,7 +185,7 @@ def try_chat(page: Browser, pictures: Path) -> None:
     page.type("#question textarea", QUESTION + Keys.ENTER)
     page.until(lambda: bubbles(page, "bot") and idle(page), "an answer", 180)
     check("greedy decoding repeats", bubbles(page, "bot")[-1] == first)
-    page.click("#chat .message-buttons-bot button[aria-label='Edit'], #chat .bot button[title='Edit']")
+    page.click("#chat button[aria-label='Edit'], #chat button[title='Edit']", -1)
     page.until(lambda: page.find("#chat textarea"), "the editor")
     page.find("#chat textarea").send_keys(Keys.CONTROL, "a")
     page.find("#chat textarea").send_keys("Put it into boiling water for seven minutes.")
@@ -161,6 +195,7 @@ def try_chat(page: Browser, pictures: Path) -> None:
     page.click("#keep")
     page.until(lambda: "examples.jsonl" in page.text("#status"), "the kept example")
     page.picture(pictures / "web-edited.png")
+    check_accessibility(page, "the chat")
 
 
 def try_comparison(page: Browser, pictures: Path) -> None:
@@ -181,6 +216,7 @@ def try_comparison(page: Browser, pictures: Path) -> None:
     page.click("#tally > button")
     page.until(lambda: page.find("#tally-table tbody tr").is_displayed(), "the table of votes")
     page.picture(pictures / "web-voted.png")
+    check_accessibility(page, "the comparison")
 
 
 def try_phone(page: Browser, pictures: Path) -> None:
@@ -217,6 +253,34 @@ def try_keyboard(page: Browser) -> None:
     for name in ("Send", "Keep as training example", "Show tokens", "New chat", "Settings"):
         check(f"Tab reaches {name}", any(name in one for one in reached))
     print("       the keyboard reaches", list(dict.fromkeys(reached)))
+
+
+def try_password(folder: str) -> None:
+    """Start the page with a password, and try a wrong and the right one."""
+    said = Path(folder, "password.txt")
+    command = [sys.executable, "-m", "peftchat", "web", ARGUMENTS.models[-1], "-o", f"{folder}/chats"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PEFTCHAT_WEB_PASSWORD": PASSWORD}
+    with said.open("w", encoding="utf-8") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        page = Browser(serving_at(server, said), "input[type=password]")
+        check("there is no chat without the password", page.find("#question") is None)
+        for password, wanted in (("wrong" + PASSWORD, False), (PASSWORD, True)):
+            page.driver.get(page.url)
+            page.until(lambda: page.find("input[type=password]"), "the password page")
+            page.all("input:not([type=password]), textarea")[0].send_keys("visitor")
+            page.type("input[type=password]", password + Keys.ENTER)
+            page.click("button.primary, button.lg")
+            time.sleep(3)
+            if wanted:
+                page.until(lambda: page.find("#question textarea"), "the chat behind the password")
+            check(f"{'the right' if wanted else 'a wrong'} password", (page.find("#question") is not None) == wanted)
+        foreign = page.foreign_requests()
+        page.driver.quit()
+        check(f"the password page asks no other host {foreign}", not foreign)
+    finally:
+        server.terminate()
+        server.wait(120)
 
 
 def serving_at(server: subprocess.Popen[bytes], said: Path) -> str:
@@ -261,8 +325,9 @@ def main() -> None:
             check("data prepare reads the kept example", result.returncode == 0)
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(120)
             print(said.read_text(encoding="utf-8"))
+        try_password(folder)
     if FAILED:
         raise SystemExit(f"{len(FAILED)} checks failed")
 

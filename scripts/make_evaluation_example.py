@@ -97,7 +97,7 @@ def main() -> None:
     answers = folder / "answers"
     peftchat(
         "generate", folder / "questions.jsonl", "--models", base, options.run, "--prompting", f"{base}=dialogue",
-        "--greedy", "--max-new-tokens", options.max_new_tokens, "-o", answers,
+        "--greedy", "--dtype", "float32", "--max-new-tokens", options.max_new_tokens, "-o", answers,
     )  # fmt: skip
     files = sorted(answers.glob("*.jsonl"), key=lambda file: file.stem != Path(base).name)
     peftchat(

@@ -109,7 +109,7 @@ def command(
         from peftchat.console import stdout
         from peftchat.reports.mask_render import print_mask
 
-        print_mask(report.shown(_number(limit, _EXAMPLES_IN_TERMINAL)), report.summary, stdout)
+        print_mask(report.shown(_number(limit, _EXAMPLES_IN_TERMINAL)), report.summary, stdout, report.sides)
     if report.summary.failures:
         raise VerificationError("; ".join(report.summary.failures))
 
@@ -123,7 +123,7 @@ def _number(limit: int | Literal["all"] | None, default: int | Literal["all"]) -
 def _write_page(page: Path, name: str, report: "MaskReport", limit: int | Literal["all"] | None) -> None:
     from peftchat.reports.mask_render import write_mask_page
 
-    available = len(report.examples.store)
+    available = len(report.examples.store) // (1 if report.sides is None else 2)
     number = _number(limit, _EXAMPLES_ON_PAGE)
     shown = available if number is None else min(number, available)
     if shown > _MAX_EXAMPLES_ON_PAGE:
@@ -132,5 +132,5 @@ def _write_page(page: Path, name: str, report: "MaskReport", limit: int | Litera
             where="--rows",
             hint="Give a smaller number, or use `--json`, which has no limit.",
         )
-    write_mask_page(page, name, list(report.shown(shown)), report.summary)
+    write_mask_page(page, name, list(report.shown(shown)), report.summary, report.sides)
     note(f"{report.summary.headline}\nWrote {page}.")

@@ -28,9 +28,10 @@ def command() -> None:
 def import_command(
     file: Path, tool: str | None, output: Path, overwrite: bool, check: bool, partial: bool, as_json: bool
 ) -> None:
-    """Read a configuration of Axolotl, LLaMA-Factory, TRL or torchtune.
+    """Read another tool's configuration as a recipe.
 
-    FILE is YAML or JSON, or a shell script with the flags of one training. Each of its lines is kept, changed, left
+    The tools are Axolotl, LLaMA-Factory, TRL and torchtune. FILE is YAML or JSON, or a shell script with the flags of
+    one training. Each of its lines is kept, changed, left
     out because it has no bearing on what is learned, or refused. With a refused line the status is 1, and nothing is
     written without `--partial`.
 

@@ -19,10 +19,10 @@ from peftchat.errors import UserError
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
 
-SIDES = ("chosen", "rejected")
+SIDES: tuple[str, str] = ("chosen", "rejected")
 """The two answers of a pair, in the order of their examples."""
 
-LABELED_SIDES = ("answer", "other")
+LABELED_SIDES: tuple[str, str] = ("answer", "other")
 """A labeled answer, and another record's answer to its prompt, which is never trained."""
 
 

@@ -235,8 +235,9 @@ def parse_time(text: str) -> int:
 
 
 def _name(recipe: Path) -> str:
-    name = re.sub(r"[^a-z0-9]+", "-", recipe.stem.lower()).strip("-")[:40].rstrip("-")
-    return name if name[:1].isalpha() else f"peftchat-{name}".rstrip("-")
+    """Return a name that all schedulers take: small letters, digits and hyphens, a letter first."""
+    name = re.sub(r"[^a-z0-9]+", "-", recipe.stem.lower()).strip("-")
+    return (name if name[:1].isalpha() else f"peftchat-{name}")[:40].rstrip("-")
 
 
 def _not_a_time(text: str) -> UserError:

@@ -188,8 +188,19 @@ class MaskReport:
     examples: EncodedSplit
     summary: MaskSummary
 
+    @property
+    def sides(self) -> tuple[str, str] | None:
+        """What the two examples of a pair are called; None for conversations."""
+        if not self.recipe.has_pairs:
+            return None
+        return LABELED_SIDES if self.recipe.has_labels else SIDES
+
     def shown(self, limit: int | None) -> Iterator[ShownExample]:
-        """Yield the first `limit` examples (None: all) and, if any were truncated, at least one of those."""
+        """Yield the first `limit` examples (None: all) and, if any were truncated, at least one of those.
+
+        Of pairs, both examples of the first `limit`.
+        """
+        limit = limit if limit is None or self.sides is None else 2 * limit
         reader = ExampleReader(self.chat.tokenizer, loss_mask_table(self.recipe.chat.loss_policy))
         pairs: Iterable[tuple[EncodedExample, EncodedExample]]
         # A conversation that was split is complete in its examples.
@@ -212,14 +223,14 @@ class MaskReport:
     def as_json(self, limit: int | None) -> Iterator[dict[str, Any]]:
         """Yield the first `limit` examples (None: all) as values for JSON: number, source and lists per token."""
         table = loss_mask_table(self.recipe.chat.loss_policy)
-        sides = LABELED_SIDES if self.recipe.has_labels else SIDES
+        sides = self.sides
         for number, example in enumerate(islice(self.examples.store, limit)):
             ids = example.ids.tolist()
             trained = trained_tokens(example.token_tags, table)
             yield {
                 "row": number,
                 "source": example.source,
-                **({"side": sides[number % 2]} if self.recipe.has_pairs else {}),
+                **({} if sides is None else {"side": sides[number % 2]}),
                 "input_ids": ids,
                 "labels": [token_id if target else IGNORE_INDEX for token_id, target in zip(ids, trained, strict=True)],
                 "tokens": self.chat.tokenizer.convert_ids_to_tokens(ids),

@@ -6,13 +6,16 @@ from operator import itemgetter
 from pathlib import Path
 
 from markupsafe import Markup, escape
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from peftchat.chat_template.loss_mask import TurnPart
+from peftchat.dataset.pairs import SIDES
 from peftchat.formatting import format_count, format_percent
 from peftchat.reports.mask import ShownExample, ShownToken, escape_control_chars
+from peftchat.reports.mask_pairs import ShownPair, pairs_of
 from peftchat.reports.mask_summary import MaskSummary
 from peftchat.reports.page import write_page
 
@@ -27,17 +30,28 @@ _LEGEND_KINDS = {"reasoning": "magenta", "tool call": "cyan"}
 _BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 
 
-def print_mask(examples: Iterable[ShownExample], summary: MaskSummary, console: Console) -> None:
+def print_mask(
+    examples: Iterable[ShownExample], summary: MaskSummary, console: Console, sides: tuple[str, str] | None = None
+) -> None:
     """Print examples, a legend, and the counts over all examples.
 
     Without colors (a pipe, NO_COLOR) brackets replace them: `[+trained+]` and `[-truncated-]`.
+
+    Args:
+        examples: the examples; of pairs, one after the other.
+        summary: the counts over all of them.
+        console: where to print.
+        sides: what the two examples of a pair are called; None for conversations.
     """
     colored = console.color_system is not None
     any_example = False
-    for example in examples:
+    for example in examples if sides is None else pairs_of(sides, examples):
         any_example = True
-        console.print(_title(example))
-        console.print(_body(example, colored))
+        if isinstance(example, ShownPair):
+            _print_pair(example, colored, console)
+        else:
+            console.print(_title(example.source, _facts(example)))
+            console.print(_body(example.all_tokens, colored))
         console.print()
     if any_example:
         console.print(_legend(colored))
@@ -47,21 +61,36 @@ def print_mask(examples: Iterable[ShownExample], summary: MaskSummary, console: 
     console.print(_summary_lines(summary))
 
 
-def _title(example: ShownExample) -> Text:
+def _print_pair(pair: ShownPair, colored: bool, console: Console) -> None:
+    """Print what both answers follow, and the answers beside each other."""
+    console.print(_title(pair.source, f"{format_count(pair.shared)} tokens in common"))
+    console.print(_body(pair.prompt, colored))
+    table = Table(box=SIMPLE, pad_edge=False, expand=True, header_style="dim")
+    bodies = []
+    for name, example, tokens in pair.sides:
+        table.add_column(f"{name}: {_facts(example)}", ratio=1)
+        bodies.append(_body(tokens, colored))
+    table.add_row(*bodies)
+    console.print(table)
+
+
+def _facts(example: ShownExample) -> str:
+    """Return how long an example is, and how much of it is trained."""
     trained = example.trained / example.length if example.length else 0.0
     removed = sum(len(token.ids) for token in example.removed)
-    text = Text(escape_control_chars(example.source), style="bold underline")
-    text.append(
-        f"  {format_count(example.length)} tokens, {format_percent(trained)} trained", style="not bold not underline"
-    )
-    if removed:
-        text.append(f", {format_count(removed)} truncated", style="not bold not underline red")
+    text = f"{format_count(example.length)} tokens, {format_percent(trained)} trained"
+    return f"{text}, {format_count(removed)} truncated" if removed else text
+
+
+def _title(source: str, facts: str) -> Text:
+    text = Text(escape_control_chars(source), style="bold underline")
+    text.append(f"  {facts}", style=f"not bold not underline{' red' if facts.endswith('truncated') else ''}")
     return text
 
 
-def _body(example: ShownExample, colored: bool) -> Text:
+def _body(tokens: Iterable[tuple[ShownToken, bool]], colored: bool) -> Text:
     text = Text()
-    for style, piece in _styled_text(example):
+    for style, piece in _styled_text(tokens):
         if not colored and style.startswith("bold "):
             piece = f"[+{piece}+]"
         elif not colored and style == _REMOVED:
@@ -70,10 +99,10 @@ def _body(example: ShownExample, colored: bool) -> Text:
     return Text(text.plain.replace("+][+", "")) if not colored else text
 
 
-def _styled_text(example: ShownExample) -> Iterator[tuple[str, str]]:
+def _styled_text(tokens: Iterable[tuple[ShownToken, bool]]) -> Iterator[tuple[str, str]]:
     """Yield neighboring tokens of one style as one text."""
     style, joined = "", ""
-    for token, removed in example.all_tokens:
+    for token, removed in tokens:
         current = _style(token, removed)
         if current != style and joined:
             yield style, joined
@@ -156,7 +185,10 @@ _PARTS = {
 _PAGE_BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 
 
-def write_mask_page(path: Path, name: str, examples: Sequence[ShownExample], summary: MaskSummary) -> Path:
+def write_mask_page(
+    path: Path, name: str, examples: Sequence[ShownExample], summary: MaskSummary,
+    sides: tuple[str, str] | None = None,
+) -> Path:  # fmt: skip
     """Write a self-contained HTML page.
 
     Args:
@@ -164,15 +196,28 @@ def write_mask_page(path: Path, name: str, examples: Sequence[ShownExample], sum
         name: the name of the recipe.
         examples: the examples to show.
         summary: the counts over all examples.
+        sides: what the two examples of a pair are called; None for conversations.
     """
-    bodies = [(example, example_html(example)) for example in examples]
-    return write_page(path, "mask.html.jinja", name=name, summary=summary, examples=bodies)
+    unit = "examples" if sides is None else "pairs" if sides == SIDES else "labeled answers"
+    found = examples if sides is None else pairs_of(sides, examples)
+    shown = [_pair_html(one) if isinstance(one, ShownPair) else (one, example_html(one), None) for one in found]
+    return write_page(path, "mask.html.jinja", name=name, summary=summary, examples=shown, unit=unit)
+
+
+def _pair_html(pair: ShownPair) -> tuple[ShownPair, Markup, list[tuple[str, str, Markup]]]:
+    """Return a pair, what both answers follow as spans of a page, and of each answer its name, facts and spans."""
+    columns = [(name, _facts(one), _tokens_html(tokens)) for name, one, tokens in pair.sides]
+    return pair, _tokens_html(pair.prompt), columns
 
 
 def example_html(example: ShownExample) -> Markup:
     """Return an example as the spans of a page."""
+    return _tokens_html(example.all_tokens)
+
+
+def _tokens_html(shown: Iterable[tuple[ShownToken, bool]]) -> Markup:
     parts = []
-    for removed, tokens in groupby(example.all_tokens, key=itemgetter(1)):
+    for removed, tokens in groupby(shown, key=itemgetter(1)):
         spans = Markup().join(_page_span(token, removed=removed) for token, _ in tokens)
         parts.append(Markup("<del>{}</del>").format(spans) if removed else spans)
     return Markup().join(parts)

@@ -12,7 +12,8 @@ from rich.text import Text
 from peftchat.conversations.dataset_card import SKIPPED, printable_name
 from peftchat.conversations.problems import KINDS, NOTES
 from peftchat.conversations.stats import BenchmarkOverlap, DataStats, Overlap, PartStats
-from peftchat.conversations.stats.result import LengthSketch
+from peftchat.conversations.stats.lengths import LengthSketch
+from peftchat.conversations.stats.pairs import PairStats
 from peftchat.formatting import format_count, format_percent
 from peftchat.reports.mask import escape_control_chars
 from peftchat.reports.page import write_page
@@ -44,6 +45,10 @@ def describe_part(part: PartStats) -> Iterator[tuple[str, str]]:
             f"{role} turns",
             f"{format_count(tally.messages)}, {_mean(tally.characters, tally.messages)} characters each",
         )
+    if part.pairs is not None:
+        yield from _describe_pairs(part.pairs)
+    if part.labels is not None:
+        yield "labels", ", ".join(f"{format_count(number)} {name}" for name, number in part.labels.items())
     yield "languages", _languages(part)
     with_code = format_percent(part.with_code / part.conversations if part.conversations else 0.0)
     yield "code", f"in {with_code} of the conversations, {format_percent(part.code_share)} of the characters"
@@ -51,6 +56,39 @@ def describe_part(part: PartStats) -> Iterator[tuple[str, str]]:
     near = part.near_duplicates
     yield "near duplicates", _NO_HYGIENE if near is None else _of(near, part.conversations)
     yield "invalid records", _of(sum(part.problems.values()), part.records)
+
+
+def _describe_pairs(pairs: PairStats) -> Iterator[tuple[str, str]]:
+    """Yield what is told of pairs. Above, their conversations are those with the chosen answer."""
+    yield "pairs", format_count(pairs.pairs)
+    yield "chosen answers", f"characters {_lengths(pairs.chosen)}"
+    yield "rejected answers", f"characters {_lengths(pairs.rejected)}"
+    shorter = pairs.pairs - pairs.chosen_longer - pairs.same_length
+    yield (
+        "longer answer",
+        f"the chosen one in {_of(pairs.chosen_longer, pairs.pairs)}, the rejected one in {_of(shorter, pairs.pairs)}",
+    )
+    yield "shared prompt", f"{format_percent(pairs.prompt_share)} of the characters of both conversations"
+    yield "answers' start", f"{format_percent(pairs.shared_share)} of their characters are the same in both"
+    yield "answers alike", _of(pairs.same_but_for_space + pairs.nearly_the_same, pairs.pairs)
+
+
+_LONGER = 0.65
+"""The share of pairs with the longer answer chosen, or rejected, that is worth a word."""
+_FEW_PAIRS = 20
+
+
+def _findings_of_pairs(pairs: PairStats) -> Iterator[Finding]:
+    alike = pairs.same_but_for_space + pairs.nearly_the_same
+    if alike:
+        text = f"answers with nearly the same words in {_of(alike, pairs.pairs)} of the pairs: little to learn from"
+        yield Finding(text, tuple(pairs.examples))
+    longer = pairs.longer_share
+    if pairs.pairs >= _FEW_PAIRS and max(longer, 1 - longer) >= _LONGER:
+        side, share = ("chosen", longer) if longer > 0.5 else ("rejected", 1 - longer)
+        yield Finding(
+            f"the {side} answer is the longer one in {format_percent(share)} of the pairs: length is learned too", ()
+        )
 
 
 def findings_of(part: PartStats) -> Iterator[Finding]:
@@ -66,6 +104,8 @@ def findings_of(part: PartStats) -> Iterator[Finding]:
         yield Finding(f"not used: field {printable_name(name)} in {records}", ())
     for remark in part.remarks:
         yield Finding(remark, ())
+    if part.pairs is not None:
+        yield from _findings_of_pairs(part.pairs)
     if part.exact_duplicates:
         yield Finding(
             f"{format_count(part.exact_duplicates)} repeat an earlier conversation", _pairs(part.duplicate_examples)

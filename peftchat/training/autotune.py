@@ -183,7 +183,7 @@ class _Tuner:
         key = circumstances(context, trainer, self.default)
         known = trainer.gather_objects(read_kept(key))[0]
         asked = context.recipe.training.autotune is True
-        if known is not None:
+        if known is not None and not self._can_try_more(known, candidates, asked=asked):
             return self._worth_its_wait(known)
         if not asked and self.least_seconds < MIN_LONG_SECONDS:
             return None
@@ -193,6 +193,13 @@ class _Tuner:
         if found is not None and context.is_main and not keep(key, found):
             context.notes.tell("The measurement of what is fastest here could not be kept for later runs.")
         return found
+
+    def _can_try_more(self, known: Measurement, candidates: Sequence[Choice], *, asked: bool) -> bool:
+        """Return whether a shorter run left ways untried, and this one has the time for all of them."""
+        if all(_name(self.default, way) in known.ratios for way in candidates):
+            return False
+        limit = float("inf") if asked else _BUDGET * self._planned_seconds(known.seconds)
+        return len(self._affordable(candidates, known.seconds, limit)) == len(candidates)
 
     def _planned_seconds(self, pass_seconds: float) -> float:
         recipe, distributed = self._context.recipe, self._context.distributed

@@ -1,5 +1,6 @@
 """The settings of the page: system prompt, sampling, tools."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -28,11 +29,11 @@ class SettingsPanel:
                 label="System prompt", info="Empty: the one of the model's template.", lines=2, elem_id="system"
             )
             with gr.Row():
-                temperature = _number("Temperature", f"{_told(own.temperature, 1)}" if sampled else "0, greedy", 0)
-                top_p = _number("Top p", _told(own.top_p if sampled else None, 1), 0)
-                top_k = _number("Top k", _told(own.top_k if sampled else None, "all"), 1, precision=0)
-                longest = _number("Most tokens", _told(own.max_new_tokens, DEFAULT_NEW_TOKENS), 1, precision=0)
-                seed = _number("Seed", "none", 0, precision=0)
+                temperature = _number("Temperature", f"{_told(own.temperature, 1)}" if sampled else "0, greedy")
+                top_p = _number("Top p", _told(own.top_p if sampled else None, 1))
+                top_k = _number("Top k", _told(own.top_k if sampled else None, "all"))
+                longest = _number("Most tokens", _told(own.max_new_tokens, DEFAULT_NEW_TOKENS))
+                seed = _number("Seed", "none")
             self._tools = gr.Textbox(
                 label="Tools", info=f"A JSON list of functions: {_TOOLS_EXAMPLE}", lines=2, elem_id="tools"
             )
@@ -49,7 +50,11 @@ def read_settings(values: tuple[Any, ...]) -> tuple[str | None, str | None, Samp
     Raises:
         UserError: a field holds what it cannot.
     """
-    system, tools, temperature, top_p, top_k, longest, seed = values
+    system, tools, *numbers = values
+    names = ("Temperature", "Top p", "Top k", "Most tokens", "Seed")
+    temperature, top_p, top_k, longest, seed = (
+        _read_number(value, name, whole=name in names[2:]) for value, name in zip(numbers, names, strict=True)
+    )
     if temperature is not None and temperature < 0:
         raise UserError(f"expected 0 or more, got {temperature:g}", where="Temperature")
     if top_p is not None and not 0 < top_p <= 1:
@@ -73,9 +78,27 @@ def _told(value: Any, default: Any) -> str:
     return str(default if value is None else value)
 
 
-def _number(label: str, own: str, minimum: float, *, precision: int | None = None) -> Any:
+def _read_number(value: str | float | None, name: str, *, whole: bool) -> float | None:
+    """Return the number that a field holds; None if it is empty."""
+    text = "" if value is None else str(value).strip()
+    if not text:
+        return None
+    kind = "a whole number" if whole else "a number such as 0.7"
+    try:
+        number = float(text)
+    except ValueError:
+        raise UserError(f"expected {kind} or nothing, got `{text}`", where=name) from None
+    if not math.isfinite(number) or (whole and number != int(number)):
+        raise UserError(f"expected {kind} or nothing, got `{text}`", where=name)
+    return number
+
+
+def _number(label: str, own: str) -> Any:
+    """Return a field for a number that may stay empty.
+
+    Gradio's own field makes 0 of nothing once it is shown (`value ??= 0`): https://github.com/gradio-app/gradio/issues/6728
+    """
     import gradio as gr
 
-    return gr.Number(
-        label=label, info=f"Empty: {own}.", value=None, minimum=minimum, precision=precision, min_width=120
-    )
+    name = label.lower().replace(" ", "-")
+    return gr.Textbox(label=label, info=f"Empty: {own}.", max_lines=1, min_width=120, elem_id=name)

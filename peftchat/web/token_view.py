@@ -15,6 +15,7 @@ from peftchat.serving.chat_model import ChatModel
 ALTERNATIVES = 5
 _MOST_ROWS = 400
 _BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
+_WORD = "\N{LOWER ONE EIGHTH BLOCK}"
 _SPACE = "\N{OPEN BOX}"
 
 
@@ -67,7 +68,10 @@ def view_tokens(chat: ChatModel, conversation: Conversation) -> list[TokenView]:
     values, indices = top.values.tolist(), top.indices.tolist()
 
     def text_of(token: int) -> str:
-        return str(chat.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = str(chat.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        # SentencePiece's decoder drops the space before the first token of a text, here of each.
+        begins_word = str(chat.tokenizer.convert_ids_to_tokens(token)).startswith(_WORD)
+        return f" {text}" if begins_word and not text.startswith(" ") else text
 
     found = []
     for at, (token, tag) in enumerate(zip(example.ids.tolist(), example.token_tags.tolist(), strict=True)):

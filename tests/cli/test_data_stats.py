@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 
 from peftchat.conversations import read_conversations
 from peftchat.conversations.stats import gather, parts_of_path
+from peftchat.conversations.stats.lengths import LengthSketch
 from peftchat.conversations.stats.overlap import run_hashes, word_hashes
-from peftchat.conversations.stats.result import LengthSketch
 from peftchat.errors import UserError
 from tests.support.cli import peftchat
 from tests.support.data import CONVERSATIONS, write_conversations

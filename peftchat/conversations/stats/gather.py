@@ -15,13 +15,13 @@ from peftchat.conversation import Conversation
 from peftchat.conversations.languages import detect_language
 from peftchat.conversations.problems import ProblemLog
 from peftchat.conversations.splitting import conversation_fingerprint, fingerprint
+from peftchat.conversations.stats.lengths import EXAMPLES, LengthSketch
 from peftchat.conversations.stats.overlap import Benchmark, NearDuplicates, can_find_near_duplicates, word_hashes
+from peftchat.conversations.stats.pairs import PairStats
 from peftchat.conversations.stats.parts import FirstSeen, FirstSeenIndex, StatsPart
 from peftchat.conversations.stats.result import (
-    EXAMPLES,
     DataStats,
     LanguageCount,
-    LengthSketch,
     LongConversation,
     Overlap,
     PartStats,
@@ -130,6 +130,12 @@ class _Gathering:
             characters += len(message.content)
             if "```" in message.content or "~~~" in message.content:
                 code += sum(len(match.group(2)) for match in _FENCED.finditer(message.content))
+        if conversation.rejected is not None:
+            stats.pairs = stats.pairs or PairStats()
+            stats.pairs.add(conversation)
+        if conversation.label is not None:
+            stats.labels = stats.labels or {"good": 0, "bad": 0}
+            stats.labels["good" if conversation.label else "bad"] += 1
         stats.characters.add(characters)
         stats.with_code += code > 0
         stats.code_characters += code
@@ -185,7 +191,9 @@ class _Repeats:
         fresh = []
         for conversation in batch:
             is_new = self._compare(conversation, stats, part)
-            text = "\n".join(message.content for message in conversation.messages)
+            # A pair is another one where either answer is.
+            said = (*conversation.messages, *(conversation.rejected or ())[conversation.shared_turns :])
+            text = "\n".join(message.content for message in said)
             if is_new and self._near is not None:
                 fresh.append((word_hashes(text), FirstSeen(part, conversation.source)))
             if benchmarks:

@@ -75,6 +75,12 @@ def test_a_kept_measurement_serves_the_next_run_and_a_resumed_run_goes_on_as_it_
     assert read_json(second / "choices.json")["loss_chunk"] == 4.0
     assert losses(second)[:2] == pytest.approx(losses(run), rel=1e-5)
 
+    # A way that no run has tried is tried by one that has the time.
+    removed = content["measurement"]["ratios"].popitem()[0]
+    kept.write_text(json.dumps(content), encoding="utf-8")
+    trained(tmp_path / "fourth", conversations, max_steps=1)
+    assert removed in read_json(kept)["measurement"]["ratios"]
+
     # But a run goes on as it began.
     resumed, run = trained(tmp_path / "first", conversations, resume=True, max_steps=4)
     assert read_json(run / "choices.json") == began

@@ -254,6 +254,20 @@ def test_every_target_says_which_options_it_uses() -> None:
             check_places("slurm" if name not in ("partition", "account") else "skypilot", JobPlaces(**{name: "x"}))
 
 
+@pytest.mark.parametrize("stem", ["My Recipe", "7b.v2", "Ünïcode", "---", "x" * 80, "9" * 80, "a-" * 30])
+def test_every_scheduler_takes_the_name_of_any_recipe(
+    stem: str, loaded: LoadedRecipe, plan: TrainingPlan, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "read_partitions", lambda: None)
+    named = replace(loaded, path=Path(f"{stem}.yaml"))
+    job = make_job(named, plan, JobOptions())
+    for target in ("slurm", "kubernetes", "skypilot"):
+        image = None if target == "slurm" else IMAGE
+        volume = None if target == "slurm" else "data"
+        text = job_text(target, job, named, JobPlaces(image=image, volume=volume), lambda line: None)
+        assert job.name in text
+
+
 def test_a_file_that_is_there_stays(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "job.sbatch"
     file.write_text("mine")

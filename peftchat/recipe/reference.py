@@ -187,13 +187,17 @@ def recipe_schema() -> dict[str, Any]:
         "description": "Another recipe, relative to this file, whose keys hold where this one has none.",
     }
     schema["if"] = {"not": {"required": ["extends"]}}
+    begins_at_run = {"properties": {"model": {"required": ["adapter"]}}}
+    # A run that a recipe begins at brings the base and the method.
     schema["then"] = {
-        "required": schema.pop("required"),
-        "properties": {
-            "model": {"required": needed["ModelSection"]},
-            "data": {"required": needed["DataSection"]},
-        },
+        "required": [key for key in schema["required"] if key != "method"],
+        "properties": {"data": {"required": needed["DataSection"]}},
+        "anyOf": [
+            begins_at_run,
+            {"required": ["method"], "properties": {"model": {"required": needed["ModelSection"]}}},
+        ],
     }
+    del schema["required"]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "peftchat recipe",

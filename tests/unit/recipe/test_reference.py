@@ -95,7 +95,10 @@ def test_the_schema_judges_recipes_as_the_loader_does() -> None:
     assert not validator.is_valid({**least, "model": {}})
     assert not validator.is_valid({**least, "trainng": {}})
     assert not validator.is_valid({**least, "adapter": {"r": "8"}})
-    assert not validator.is_valid({key: value for key, value in least.items() if key != "method"})
+    without_method = {key: value for key, value in least.items() if key != "method"}
+    assert not validator.is_valid(without_method)
+    assert validator.is_valid({**without_method, "model": {"adapter": "runs/first"}})
+    assert not validator.is_valid({"model": {"adapter": "runs/first"}, "output_dir": "o"})
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])

@@ -10,7 +10,7 @@ from peftchat.formatting import format_bytes, format_rate
 from peftchat.models.source import ModelSource
 from peftchat.planning.compute_dtype import KEY as COMPUTE_DTYPE
 from peftchat.planning.compute_dtype import choose_compute_dtype
-from peftchat.planning.hardware import this_machine
+from peftchat.planning.hardware import Hardware, this_cpu, this_machine
 from peftchat.planning.planner import Planner, largest_batch
 from peftchat.planning.settings import PlanSettings, settings_for
 from peftchat.recipe import load_recipe
@@ -204,15 +204,34 @@ def _with_compute_dtype(
     before = _started_recipe(recipe) if resume and recipe.model.compute_dtype == "auto" else None
     if before is not None:
         setting = AutoSetting(COMPUTE_DTYPE, before.model.computed_in, "the one that the run was started with")
+    elif distributed.gpus:
+        return recipe, ()
     else:
-        hardware = this_machine(distributed.processes)
-        found = choose_compute_dtype(recipe, ModelSource.of_recipe(recipe).config(), distributed, hardware)
-        if found is None:
-            return recipe, ()
-        setting = found
+        return planned_compute_dtype(recipe, this_cpu(distributed.processes), sharded=distributed.uses_deepspeed)
+    is_news = setting.value != recipe.model.dtype
+    return _computing_in(recipe, setting), (setting,) if is_news else ()
+
+
+def planned_compute_dtype(
+    recipe: "Recipe", hardware: Hardware, *, sharded: bool
+) -> "tuple[Recipe, tuple[AutoSetting, ...]]":
+    """Choose the compute dtype of a recipe on a device.
+
+    Args:
+        recipe: the recipe.
+        hardware: the device.
+        sharded: whether DeepSpeed shards the run.
+
+    Returns:
+        The recipe with it, and the setting if one was chosen.
+    """
+    found = choose_compute_dtype(recipe, ModelSource.of_recipe(recipe).config(), hardware, sharded=sharded)
+    return (recipe, ()) if found is None else (_computing_in(recipe, found), (found,))
+
+
+def _computing_in(recipe: "Recipe", setting: AutoSetting) -> "Recipe":
     model = recipe.model.model_copy(update={"compute_dtype": setting.value})
-    is_news = setting.value != recipe.model.dtype or before is None
-    return recipe.model_copy(update={"model": model}), (setting,) if is_news else ()
+    return recipe.model_copy(update={"model": model})
 
 
 def resolve_auto_settings(

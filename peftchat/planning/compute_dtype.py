@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from peftchat.recipe import Recipe
-    from peftchat.training.distributed import DistributedSetup
 
 KEY = "model.compute_dtype"
 
@@ -25,21 +24,21 @@ _WEIGHTS_SHARE = 0.4
 
 
 def choose_compute_dtype(
-    recipe: "Recipe", config: "PretrainedConfig", distributed: "DistributedSetup", hardware: Hardware
+    recipe: "Recipe", config: "PretrainedConfig", hardware: Hardware, *, sharded: bool
 ) -> AutoSetting | None:
     """Choose float32 where the recipe leaves the compute dtype open and this CPU is faster with it.
 
     Args:
         recipe: the recipe.
         config: of its model.
-        distributed: the processes of the run.
-        hardware: this machine.
+        hardware: this machine, or what is planned for.
+        sharded: whether DeepSpeed shards the run; it computes in the dtype of the weights.
 
     Returns:
         The setting, or None where the run computes in the recipe's dtype.
     """
     model = recipe.model
-    if model.compute_dtype != "auto" or model.dtype != "bfloat16" or distributed.gpus or distributed.uses_deepspeed:
+    if model.compute_dtype != "auto" or model.dtype != "bfloat16" or hardware.device != "cpu" or sharded:
         return None
     # Of oneDNN, without whose kernels torch has slow ones of its own. All processes of a machine get one answer.
     import torch
@@ -47,7 +46,7 @@ def choose_compute_dtype(
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
     wide, narrow = product_flops("float32"), product_flops("bfloat16")
-    if distributed.world_size == 1 and wide <= narrow:
+    if hardware.count == 1 and wide <= narrow:
         return None
     figures = f"products of matrices run at {_giga(wide)} here in float32, at {_giga(narrow)} in bfloat16"
     weights = 4 * parameter_counts(config).parameters

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftchat.models.source import ModelSource
-from peftchat.planning.auto_settings import choose_auto_settings, choose_rate
+from peftchat.planning.auto_settings import choose_auto_settings, choose_rate, planned_compute_dtype
 from peftchat.planning.hardware import Hardware
 from peftchat.planning.memory import MemoryPlan
 from peftchat.planning.parameter_counts import ParameterCounts, TrainableCounts
@@ -220,6 +220,7 @@ def predict(recipe: "Recipe", hardware: Hardware, *, read_data: bool = True) -> 
         UserError: the config cannot be read, or the adapter does not fit the model.
     """
     recipe, chosen_rate = choose_rate(recipe)
+    recipe, chosen_dtype = planned_compute_dtype(recipe, hardware, sharded=settings_for(recipe, hardware, None).sharded)
     found = read_dataset_size(recipe) if read_data else "not requested"
     dataset = found if isinstance(found, DatasetSize) else None
     planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
@@ -234,7 +235,7 @@ def predict(recipe: "Recipe", hardware: Hardware, *, read_data: bool = True) -> 
         memory=planner.memory(settings),
         dataset=dataset,
         unread_reason=None if isinstance(found, DatasetSize) else found,
-        auto_settings=tuple(str(setting) for setting in (*chosen_rate, *chosen)),
+        auto_settings=tuple(str(setting) for setting in (*chosen_rate, *chosen_dtype, *chosen)),
     )
 
 

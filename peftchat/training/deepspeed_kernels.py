@@ -10,6 +10,7 @@ DeepSpeed compiles kernels on first use, one folder each, with a file named `loc
 """
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 from peftchat.console import stderr
@@ -17,9 +18,11 @@ from peftchat.console import stderr
 
 def leave_out_inference_kernels() -> None:
     """Keep DeepSpeed from compiling the kernel of its inference engine when it joins a process group."""
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # As an attribute, `deepspeed.comm.torch` is torch itself.
+    backend = import_module("deepspeed.comm.torch")
+    if not hasattr(backend, "build_shm_op"):
+        raise AttributeError("DeepSpeed has no build_shm_op any more; leave_out_inference_kernels can go")
+    backend.build_shm_op = lambda: None
 
 
 def remove_dead_locks() -> list[Path]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from peftchat.errors import UserError
 from peftchat.planning.auto_settings import resolve_auto_settings
 from peftchat.planning.compute_dtype import KEY, choose_compute_dtype, product_flops
-from peftchat.planning.hardware import this_machine
+from peftchat.planning.hardware import Device, this_machine
 from peftchat.recipe import load_recipe
 from peftchat.training.distributed import DistributedSetup
 from peftchat.training.train import train
@@ -40,9 +40,9 @@ def test_float32_is_chosen_only_where_it_is_faster(tmp_path: Path, conversations
     recipe = load_recipe(path, to_train=False).recipe
     machine, config = this_machine(1), small_config("llama-tied")
 
-    def chosen(distributed: DistributedSetup = ALONE, memory: int = machine.memory, **model: str) -> str | None:
+    def chosen(device: Device = "cpu", memory: int = machine.memory, sharded: bool = False, **model: str) -> str | None:
         given = recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
-        setting = choose_compute_dtype(given, config, distributed, replace(machine, memory=memory))
+        setting = choose_compute_dtype(given, config, replace(machine, memory=memory, device=device), sharded=sharded)
         return None if setting is None else setting.value
 
     slow = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -52,8 +52,8 @@ def test_float32_is_chosen_only_where_it_is_faster(tmp_path: Path, conversations
     assert chosen(memory=1000) == ("bfloat16" if faster else None)
     assert chosen(compute_dtype="bfloat16") is None
     assert chosen(dtype="float32") is None
-    assert chosen(replace(ALONE, gpus=1)) is None
-    assert chosen(replace(ALONE, strategy="zero3", processes=2)) is None
+    assert chosen("cuda") is None
+    assert chosen(sharded=True) is None
 
 
 def test_computing_in_float32_trains_as_float32_and_saves_as_asked(tmp_path: Path, conversations: Path) -> None:

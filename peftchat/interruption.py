@@ -97,7 +97,7 @@ def _is_importing(frame: FrameType | None) -> bool:
             importer = frame.f_back
         frame = frame.f_back
     name = "" if importer is None else importer.f_globals.get("__name__", "")
-    return name == "peftchat.api" or name.startswith("peftchat.cli.")
+    return name in ("peftchat.api", "peftchat.before_training") or name.startswith("peftchat.cli.")
 
 
 class _Raise:

@@ -102,3 +102,21 @@ def attention_implementation(recipe: "Recipe") -> str | None:
     if torch.cuda.is_available() and half and importlib.util.find_spec("flash_attn") is not None:
         return "flash_attention_2"
     return None
+
+
+def compute_in_float32_if_faster(model: nn.Module) -> None:
+    """Turn a bfloat16 model on a CPU into float32, if the CPU has no kernels for bfloat16 and memory suffices.
+
+    Without AVX-512 oneDNN has none, and torch's own take many times as long. A quantized model stays as it is.
+    """
+    import psutil
+    import torch
+
+    parameters = list(model.parameters())
+    in_bfloat16 = [one for one in parameters if one.dtype == torch.bfloat16]
+    is_quantized = getattr(model, "is_quantized", False) or any(one.dtype == torch.uint8 for one in parameters)
+    if not in_bfloat16 or is_quantized or any(one.device.type != "cpu" for one in parameters):
+        return
+    needed = 4 * sum(one.numel() for one in in_bfloat16)
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() and needed < psutil.virtual_memory().available / 2:
+        model.float()

@@ -10,7 +10,7 @@ import torch
 from peftchat.console import stderr
 from peftchat.errors import UserError, first_line
 from peftchat.models.base_content import check_run
-from peftchat.models.loading import end_ids, load_base
+from peftchat.models.loading import compute_in_float32_if_faster, end_ids, load_base
 from peftchat.models.source import LOAD_ERRORS, MISFIT_ERRORS, ModelKind, ModelSource
 from peftchat.recipe import Recipe
 from peftchat.serving.prompt import PromptEncoder
@@ -109,6 +109,7 @@ def load_for_chat(
     source, tokenizer = open_for_chat(name, base=base, needs_template=needs_template)
     model = load_with_adapter(source, allow_changed=allow_changed)
     check_vocabulary(tokenizer, model, name)
+    compute_in_float32_if_faster(model)
     return ChatModel(name, model, tokenizer, source.generation_config())
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftchat.console import stderr
 from peftchat.errors import UserError, first_line
+from peftchat.models.loading import compute_in_float32_if_faster
 from peftchat.models.source import LOAD_ERRORS, MISFIT_ERRORS, ModelKind, ModelSource
 from peftchat.serving.chat_model import ChatModel, check_vocabulary, load_with_adapter, open_for_chat
 
@@ -175,12 +176,14 @@ def _load_group(group: Sequence[_Named], *, allow_changed: bool) -> dict[str, Pa
     first, *others = group
     model: Any = load_with_adapter(first.source, allow_changed=allow_changed)
     check_vocabulary(first.tokenizer, model, first.name)
+    compute_in_float32_if_faster(model)
     found = {first.name: PageModel(first.name, _chat_model(first, model))}
     for number, one in enumerate(others, start=1):
         shared = _switched(one, model, f"adapter{number}", allow_changed=allow_changed)
         if shared is None:
             own: Any = load_with_adapter(one.source, allow_changed=allow_changed)
             check_vocabulary(one.tokenizer, own, one.name)
+            compute_in_float32_if_faster(own)
             found[one.name] = PageModel(one.name, _chat_model(one, own))
             continue
         found[one.name] = shared

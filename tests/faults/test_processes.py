@@ -18,7 +18,9 @@ from tests.support.faults import Scene
 SECONDS = 30.0
 """Far more than a process may take to end, and far less than any of these runs would."""
 
-LONG = {"max_steps": 100000, "save_strategy": "steps", "save_steps": 100000, "logging_steps": 1}
+# A run that seems long would be tuned first.
+ENDLESS = {"max_steps": 100000, "logging_steps": 1, "autotune": False, "torch_compile": False}
+LONG = {**ENDLESS, "save_strategy": "steps", "save_steps": 100000}
 
 
 def begun(scene: Scene) -> Started:
@@ -114,7 +116,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
 
 def test_without_checkpoints_the_line_says_so(tmp_path: Path) -> None:
     scene = Scene.build(tmp_path)
-    scene.sections = {"training": {"max_steps": 100000, "logging_steps": 1}}
+    scene.sections = {"training": ENDLESS}
     started = begun(scene)
     until(lambda: has_trained(scene), started)
     started.send_signal(signal.SIGTERM)

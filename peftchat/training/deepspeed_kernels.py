@@ -12,6 +12,7 @@ DeepSpeed compiles kernels on first use, one folder each, with a file named `loc
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from peftchat.console import stderr
 
@@ -19,7 +20,7 @@ from peftchat.console import stderr
 def leave_out_inference_kernels() -> None:
     """Keep DeepSpeed from compiling the kernel of its inference engine when it joins a process group."""
     # As an attribute, `deepspeed.comm.torch` is torch itself.
-    backend = import_module("deepspeed.comm.torch")
+    backend: Any = import_module("deepspeed.comm.torch")
     if not hasattr(backend, "build_shm_op"):
         raise AttributeError("DeepSpeed has no build_shm_op any more; leave_out_inference_kernels can go")
     backend.build_shm_op = lambda: None

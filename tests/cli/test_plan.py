@@ -11,6 +11,7 @@ from peftchat.errors import UserError
 from peftchat.planning.hardware import find_hardware, gpu_catalog, system_memory
 from tests.support.cli import peftchat
 from tests.support.in_process import peftchat_in_process
+from tests.support.machine import needs_bfloat16_kernels
 from tests.support.planning import recipe_dict
 
 GIB = 2**30
@@ -90,6 +91,7 @@ def test_the_machine_has_no_more_memory_than_it_has() -> None:
     assert find_hardware("cpu", 4).memory == system_memory() // 4
 
 
+@needs_bfloat16_kernels
 @pytest.mark.real
 def test_a_probe_is_within_a_sixth_of_the_prediction(tmp_path: Path, demo_model: Path) -> None:
     recipe = recipe_dict("small", tmp_path, "lora", per_device_train_batch_size=1)

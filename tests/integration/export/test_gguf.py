@@ -15,6 +15,7 @@ from peftchat.errors import UserError
 from peftchat.export.run_export import ExportOptions, export_gguf
 from tests.support.chat_models import QUESTIONS, in_format, save_adapter_run, save_model
 from tests.support.cli import peftchat
+from tests.support.machine import needs_bfloat16_kernels
 from tests.support.tokenizers import TEXT, byte_level
 
 gguf = pytest.importorskip("gguf")
@@ -181,6 +182,7 @@ def test_sentencepiece_travels_with_its_byte_tokens(tmp_path: Path, stories: Pat
         assert engine.tokenize(text.encode(), add_bos=False) == ids
 
 
+@needs_bfloat16_kernels
 @pytest.mark.real
 def test_the_real_model_says_the_same(tmp_path: Path, demo_model: Path) -> None:
     path = export_gguf(str(demo_model), ExportOptions(tmp_path / "smollm.gguf")).path

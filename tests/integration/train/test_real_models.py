@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support.cli import PROJECT, peftchat
 from tests.support.data import read_json
+from tests.support.machine import needs_bfloat16_kernels
 from tests.support.recipes import write_training_recipe
 from tests.support.stock import stock_loss, stock_run
 
@@ -48,18 +48,13 @@ def docstrings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "train.jsonl"
 
 
-def _float32_where_bfloat16_is_slow() -> list[str]:
-    """Without AVX-512 a product in bfloat16 takes 25 times as long; DeepSpeed computes in the weights' dtype."""
-    return [] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["--set", "model.dtype=float32"]
-
-
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("name", "processes"),
     [
         ("lora_1gpu", 1),
         ("qlora_1gpu", 1),
-        pytest.param("zero3_full", 2, marks=pytest.mark.distributed),
+        pytest.param("zero3_full", 2, marks=[pytest.mark.distributed, needs_bfloat16_kernels]),
     ],
 )
 def test_the_shipped_recipes_run_here(
@@ -72,7 +67,6 @@ def test_the_shipped_recipes_run_here(
         "--set", f"model.name={demo_model}",
         "--set", f"data.train=[{{path: {docstrings}}}]",
         "--set", f"distributed.processes={processes}",
-        *_float32_where_bfloat16_is_slow(),
         "--set", "training.max_steps=2",
         # The recipes accumulate thousands of tokens per step, which take minutes here and show nothing more.
         "--set", "training.gradient_accumulation_steps=1",

@@ -106,7 +106,7 @@ class LabelTrainer(PreferenceTrainer):
             examples, counts = batch["examples"], batch["target_counts"]
             with self.compute_loss_context_manager():
                 reference = self._reference_of("eval", examples, inputs, counts)
-                outputs = self.model_wrapped(**self._model_inputs(inputs), supervised=True)
+                outputs = self.model_wrapped(**self.model_inputs(inputs), supervised=True)
             _, found, measured = self._measure(
                 "eval", examples, outputs.losses, counts, reference, is_counted=of_batch is not None
             )

@@ -104,10 +104,20 @@ def attention_implementation(recipe: "Recipe") -> str | None:
     return None
 
 
+def has_bfloat16_kernels() -> bool:
+    """Return whether oneDNN multiplies bfloat16 matrices on this CPU.
+
+    Without AVX-512 it does not, and torch's own kernels take many times as long as those for float32.
+    """
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def compute_in_float32_if_faster(model: nn.Module) -> None:
     """Turn a bfloat16 model on a CPU into float32, if the CPU has no kernels for bfloat16 and memory suffices.
 
-    Without AVX-512 oneDNN has none, and torch's own take many times as long. A quantized model stays as it is.
+    A quantized model stays as it is.
     """
     import psutil
     import torch
@@ -118,5 +128,5 @@ def compute_in_float32_if_faster(model: nn.Module) -> None:
     if not in_bfloat16 or is_quantized or any(one.device.type != "cpu" for one in parameters):
         return
     needed = 4 * sum(one.numel() for one in in_bfloat16)
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() and needed < psutil.virtual_memory().available / 2:
+    if not has_bfloat16_kernels() and needed < psutil.virtual_memory().available / 2:
         model.float()

@@ -40,10 +40,10 @@ def choose_compute_dtype(
     model = recipe.model
     if model.compute_dtype != "auto" or model.dtype != "bfloat16" or hardware.device != "cpu" or sharded:
         return None
-    # Of oneDNN, without whose kernels torch has slow ones of its own. All processes of a machine get one answer.
-    import torch
+    from peftchat.models.loading import has_bfloat16_kernels
 
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    # All processes of a machine get one answer.
+    if has_bfloat16_kernels():
         return None
     wide, narrow = product_flops("float32"), product_flops("bfloat16")
     if hardware.count == 1 and wide <= narrow:

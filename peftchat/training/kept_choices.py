@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from peftchat.files import cache_root, write_text
+from peftchat.models.loading import has_bfloat16_kernels
 
 if TYPE_CHECKING:
     from peftchat.training.context import TrainContext
@@ -97,7 +98,7 @@ def circumstances(context: "TrainContext", trainer: "ChatTrainer", default: Choi
         "machine": {
             "cpu": _cpu_name(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
-            "bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+            "bfloat16": has_bfloat16_kernels(),
             "variables": {name: os.environ[name] for name in variables if name in os.environ},
             "cores": os.cpu_count(),
             "processes": context.distributed.processes,

@@ -1,9 +1,10 @@
 """What this machine can do, for tests that are too slow elsewhere."""
 
 import pytest
-import torch
+
+from peftchat.models.loading import has_bfloat16_kernels
 
 needs_bfloat16_kernels = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    not has_bfloat16_kernels(),
     reason="without AVX-512, a model of 135M parameters takes minutes here",
 )

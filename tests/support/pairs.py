@@ -5,13 +5,17 @@ import random
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from peftchat.recipe import load_recipe
 from peftchat.training.build_trainer import build_trainer, sft_config
 from peftchat.training.context import TrainOptions, open_context
 from peftchat.training.model import load_trainable_model
 from peftchat.training.preference_trainer import PreferenceTrainer
 from tests.support.data import WORDS
+from tests.support.models import random_model
 from tests.support.recipes import write_training_recipe
+from tests.support.tokenizers import train_byte_level
 
 
 def write_pairs(path: Path, count: int = 12, seed: int = 0, *, rounds: int = 1) -> Path:
@@ -38,6 +42,15 @@ def write_pairs(path: Path, count: int = 12, seed: int = 0, *, rounds: int = 1) 
         records.append({"prompt": prompt, "chosen": f"{say(8)} water", "rejected": f"{say(8)} hills"})
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def save_chatml_base(folder: Path) -> Path:
+    """Save a base whose tokenizer has the tokens of the template, so that stock libraries need only the adapter."""
+    tokens = ["<eos>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = train_byte_level([" ".join(WORDS)] * 4, 320, tokens)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    random_model("llama", tokenizer.get_vocab_size(), tied=False).save_pretrained(folder)
+    return folder
 
 
 def pair_recipe(folder: Path, base: Path, train: Path, held_out: Path | None, **sections: Any) -> Path:

@@ -8,17 +8,16 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftchat.conversations import ProblemLog, ReadOptions, read_conversations
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
 from peftchat.training.label_trainer import LabelTrainer
 from peftchat.training.train import train
-from tests.support.data import WORDS, read_json_lines
-from tests.support.models import random_model, small_model
-from tests.support.pairs import open_trainer, pair_recipe, write_pairs
-from tests.support.tokenizers import train_byte_level
+from tests.support.data import read_json_lines
+from tests.support.models import small_model
+from tests.support.pairs import open_trainer, pair_recipe, save_chatml_base, write_pairs
 
 
 def write_labels(path: Path, count: int, seed: int = 0) -> Path:
@@ -38,12 +37,7 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chatml_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tokens = ["<eos>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = train_byte_level([" ".join(WORDS)] * 4, 320, tokens)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
-    random_model("llama", tokenizer.get_vocab_size(), tied=False).save_pretrained(folder)
-    return folder
+    return save_chatml_base(tmp_path_factory.mktemp("base"))
 
 
 def rows_of(trainer: LabelTrainer, count: int) -> list[dict[str, Any]]:

@@ -10,18 +10,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from peftchat.recipe import load_recipe
 from peftchat.training.context import TrainOptions
 from peftchat.training.preference_trainer import PreferenceTrainer
 from peftchat.training.reference import reference_model
 from peftchat.training.train import train
-from tests.support.data import WORDS, read_json, read_json_lines
+from tests.support.data import read_json, read_json_lines
 from tests.support.launch import peftchat_in_processes
-from tests.support.models import random_model, small_model
-from tests.support.pairs import open_trainer, pair_recipe, write_pairs
-from tests.support.tokenizers import train_byte_level
+from tests.support.models import small_model
+from tests.support.pairs import open_trainer, pair_recipe, save_chatml_base, write_pairs
 
 ADAPTER = {"r": 4, "alpha": 8}
 CHATML = {"template": "chatml"}
@@ -40,12 +39,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chatml_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose tokenizer has the tokens of the template, so that stock libraries need no more than the adapter."""
-    folder = tmp_path_factory.mktemp("base")
-    tokens = ["<eos>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = train_byte_level([" ".join(WORDS)] * 4, 320, tokens)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
-    random_model("llama", tokenizer.get_vocab_size(), tied=False).save_pretrained(folder)
-    return folder
+    return save_chatml_base(tmp_path_factory.mktemp("base"))
 
 
 def move(model: torch.nn.Module, *, noise: float = 0.05) -> None:

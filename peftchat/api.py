@@ -486,7 +486,7 @@ def combine(runs: Sequence[Path | str], options: "CombineOptions") -> "Combinati
 
 
 def report(runs: Sequence[Path | str], *, output: Path | str | None = None, rows: int = 3) -> Path:
-    """Write the page of a run anew, with its plan and masks; or one page over several runs.
+    """Write the page of a run again, with its plan and masks; or one page over several runs.
 
     Args:
         runs: run folders. One has to be finished; of several, some may still go on.

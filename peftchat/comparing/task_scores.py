@@ -35,7 +35,7 @@ class TaskChoice(BaseModel):
     Attributes:
         tasks: `NAME[@SHOTS]` or `FILE.yaml[@SHOTS]`.
         limit: the most questions of each.
-        sha256: digest of their questions and settings, so that changed ones are asked anew.
+        sha256: digest of their questions and settings, so that changed ones are asked again.
     """
 
     model_config = ConfigDict(frozen=True)

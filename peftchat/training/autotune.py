@@ -263,7 +263,7 @@ class _Tuner:
             try:
                 _, found = self._time(way, 0)
                 if way.compiled and not base.compiled:
-                    self._time(way, 1)  # Another shape may be compiled anew.
+                    self._time(way, 1)  # Another shape may be compiled again.
                     self._compile_seconds = time.perf_counter() - began
             except RuntimeError:
                 # The compiler fails, or memory runs out: the run needs none of the ways but the default.

@@ -125,7 +125,9 @@ def largest_length(planner: "Planner", settings: PlanSettings, device_memory: in
     def fits(blocks: int) -> bool:
         return planner.memory(settings.with_changes(length=64 * blocks)).total <= device_memory
 
-    return 64 * _largest(fits, max(1, planner.counts.max_positions // 64))
+    # A line has both answers of a pair.
+    answers = 2 if settings.unit == "pairs" and settings.rows == 1 else 1
+    return 64 * _largest(fits, max(1, answers * planner.counts.max_positions // 64))
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
@@ -204,13 +206,15 @@ def _options(settings: PlanSettings) -> Iterator[_Option]:
             {"checkpointing": True},
             requires="checkpointing",
         )
-    if settings.batch > 1:
-        accumulation = settings.accumulation * settings.batch
+    # The KL term of labeled answers is a mean over a forward pass, so that one of them is none.
+    least = 2 if settings.unit == "labeled answers" else 1
+    if settings.batch > least and settings.batch % least == 0:
+        accumulation = settings.accumulation * settings.batch // least
         yield _Option(
-            "a batch of 1 with accumulation",
+            f"a batch of {least} with accumulation",
             "smaller matrix products",
-            ("training.per_device_train_batch_size=1", f"training.gradient_accumulation_steps={accumulation}"),
-            {"batch": 1, "accumulation": accumulation},
+            (f"training.per_device_train_batch_size={least}", f"training.gradient_accumulation_steps={accumulation}"),
+            {"batch": least, "accumulation": accumulation},
         )
     if settings.device == "cuda" and "8bit" not in settings.optimizer and settings.optimizer.startswith("adamw"):
         yield _Option(

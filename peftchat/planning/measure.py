@@ -105,7 +105,7 @@ def long_pairs(recipe: "Recipe", settings: "PlanSettings") -> str:
     from peftchat.conversation import Conversation, Message
     from peftchat.dataset.pairs import shared_tokens
     from peftchat.models.source import ModelSource
-    from peftchat.planning.pairs import pair_layout
+    from peftchat.planning.planner import pair_layout
     from peftchat.training.context import load_chat_format
 
     encoder, mask = load_chat_format(recipe).encoder(), loss_mask_table(recipe.chat.loss_policy)

@@ -2,13 +2,9 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from peftchat.models.loading import VARLEN
-from peftchat.planning.hardware import Device
-
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from transformers import PretrainedConfig
 
     from peftchat.chat_template.examples import ExampleStore
     from peftchat.recipe import Recipe
@@ -20,27 +16,6 @@ PairLayout = Literal["rows", "lines", "shared"]
 - `lines`: side by side, each behind its prompt.
 - `shared`: side by side, behind one prompt.
 """
-
-
-def pair_layout(recipe: "Recipe", device: Device, config: "PretrainedConfig") -> PairLayout:
-    """Return how training lays out pairs; a labeled answer is one of a line or of a row.
-
-    `peftchat.training.model` selects the attention, and `peftchat.training.shared_prompts` what is shared.
-
-    Args:
-        recipe: the recipe.
-        device: `cuda` or `cpu`.
-        config: the base's.
-    """
-    from peftchat.planning.settings import attention_kind
-    from peftchat.planning.tracing import needs_eager_attention
-    from peftchat.training.shared_prompts import can_share_prompts
-
-    if attention_kind(recipe, device) != "fused" or needs_eager_attention(config):
-        return "rows"
-    is_own = recipe.model.attention in ("auto", VARLEN)
-    shares = is_own and not recipe.has_labels and can_share_prompts(config, recipe.data.max_length)
-    return "shared" if shares else "lines"
 
 
 def pair_lengths(recipe: "Recipe", store: "ExampleStore", layout: PairLayout) -> "tuple[npt.NDArray[np.int64], int]":

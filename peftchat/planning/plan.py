@@ -8,7 +8,7 @@ from peftchat.models.source import ModelSource
 from peftchat.planning.auto_settings import choose_auto_settings, choose_rate, planned_compute_dtype
 from peftchat.planning.hardware import Hardware
 from peftchat.planning.memory import MemoryPlan
-from peftchat.planning.pairs import pair_layout, passes_without_gradient
+from peftchat.planning.pairs import passes_without_gradient
 from peftchat.planning.parameter_counts import ParameterCounts, TrainableCounts
 from peftchat.planning.planner import (
     Change,
@@ -19,6 +19,7 @@ from peftchat.planning.planner import (
     cheapest_fix,
     largest_batch,
     largest_length,
+    pair_layout,
 )
 from peftchat.planning.settings import DatasetSize, PlanSettings, read_dataset_size, settings_for, total_steps
 from peftchat.training.hints import RunSize, find_hints

@@ -20,9 +20,8 @@ from peftchat.formatting import format_bytes, format_count, format_duration, for
 from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.memory import PARTS
-from peftchat.planning.pairs import pair_layout
 from peftchat.planning.plan import planned_hints
-from peftchat.planning.planner import Planner
+from peftchat.planning.planner import Planner, pair_layout
 from peftchat.planning.settings import (
     DatasetSize,
     PlanSettings,

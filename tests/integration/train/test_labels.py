@@ -140,7 +140,7 @@ def test_an_evaluation_does_not_depend_on_its_batches(labels: Path, tmp_path: Pa
         trainer = open_trainer(
             pair_recipe(folder, small_model(tied=True), labels, labels, objective="kto", training=training)
         )
-        torch.manual_seed(3)
+        torch.manual_seed(8)
         with torch.no_grad():
             for parameter in trainer.model.parameters():
                 if parameter.requires_grad:

@@ -8,7 +8,7 @@ import pytest
 from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import find_hardware
 from peftchat.planning.measure import long_pairs
-from peftchat.planning.pairs import pair_layout
+from peftchat.planning.planner import pair_layout
 from peftchat.planning.settings import DatasetSize, PlanSettings, read_dataset_size, settings_for, total_steps
 from peftchat.recipe import Recipe, load_recipe
 from tests.support.models import small_model

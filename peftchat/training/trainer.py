@@ -32,6 +32,7 @@ from peftchat.models.saving import (
     save_training_modules,
 )
 from peftchat.runs.checkpoint import Checkpoint, keep_newest
+from peftchat.runs.eval_labels import LabelSummary
 from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.runs.eval_pairs import PairSummary
 from peftchat.training.context import TrainContext
@@ -56,8 +57,8 @@ if TYPE_CHECKING:
     from peftchat.dataset.collator import Batch, BatchLayout
 
 
-# Batch entries that are counts, not arguments of the model.
-_COUNTS = ("real_tokens", "tracked_counts", "examples", "target_counts", "pack_sizes")
+# Batch entries that are counts or another batch, not arguments of the model.
+_COUNTS = ("real_tokens", "tracked_counts", "examples", "target_counts", "pack_sizes", "others")
 
 
 class ChatTrainer(SFTTrainer):
@@ -72,6 +73,7 @@ class ChatTrainer(SFTTrainer):
 
     control: TrainerControl
     pair_summary: PairSummary | None = None
+    label_summary: LabelSummary | None = None
 
     def __init__(
         self, context: TrainContext, model: TrainableModel, config: "SFTConfig", layout: "BatchLayout"
@@ -187,6 +189,13 @@ class ChatTrainer(SFTTrainer):
 
     def prepare(self) -> None:
         """Do what needs the weights of the start, right before the first step; every process must call it."""
+
+    def check_batches(self, vocabulary: int) -> None:
+        """Check what this trainer's batches ask of the model; every process must call it.
+
+        Args:
+            vocabulary: token ids below this are ordinary tokens.
+        """
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

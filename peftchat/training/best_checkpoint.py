@@ -111,7 +111,8 @@ def _load(trainer: "ChatTrainer", context: "TrainContext", step: int) -> None:
         )
     if trainer.is_deepspeed_enabled:
         # The adapter alone is in a checkpoint of an adapter.
-        load_sharded(trainer, checkpoint, whole=context.recipe.adapter is None)
+        is_whole = context.recipe.adapter is None
+        load_sharded(trainer.model_wrapped, trainer.accelerator, checkpoint, whole=is_whole)
     else:
         trainer.load_weights(checkpoint)
     noted, found = _evaluation(trainer.state, step)["eval_loss"], trainer.held_out_metrics()["eval_loss"]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
@@ -20,7 +21,7 @@ from peftchat.runs.checkpoint import Checkpoint
 from peftchat.runs.layout import Layout
 
 if TYPE_CHECKING:
-    from peftchat.training.trainer import ChatTrainer
+    from accelerate import Accelerator
 
 _FOLDER = ".universal"
 """Within the checkpoint; a hidden name is none of a checkpoint's files."""
@@ -34,23 +35,22 @@ def is_of_other_processes(checkpoint: Checkpoint, processes: int) -> bool:
     return layout is not None and layout.is_sharded and layout.processes != processes
 
 
-def load_sharded(trainer: "ChatTrainer", checkpoint: Checkpoint, *, whole: bool) -> None:
+def load_sharded(engine: Any, accelerator: "Accelerator", checkpoint: Checkpoint, *, whole: bool) -> None:
     """Load weights and optimizer from a checkpoint into DeepSpeed's engine; every process must call it.
 
     Args:
-        trainer: the trainer, its model wrapped.
+        engine: the model as DeepSpeed has wrapped it.
+        accelerator: knows the processes.
         checkpoint: the checkpoint.
         whole: whether it holds every weight, not those of an adapter alone.
 
     Raises:
         VerificationError: the shards cannot be joined.
     """
-    engine = trainer.model_wrapped
-    if not is_of_other_processes(checkpoint, trainer.args.world_size):
+    if not is_of_other_processes(checkpoint, accelerator.num_processes):
         deepspeed_load_checkpoint(engine, str(checkpoint.path), load_module_strict=whole)
         return
-    failure = _join(checkpoint) if trainer.args.should_save else None
-    failure = trainer.gather_objects(failure)[0]
+    (failure,) = broadcast_object_list([_join(checkpoint) if accelerator.is_main_process else None])
     if failure is not None:
         raise VerificationError(
             f"{checkpoint.path}: DeepSpeed cannot join the shards of {Layout.of_checkpoint(checkpoint)}: {failure}"
@@ -62,9 +62,9 @@ def load_sharded(trainer: "ChatTrainer", checkpoint: Checkpoint, *, whole: bool)
         engine.load_checkpoint(str(checkpoint.path / _FOLDER), load_module_strict=whole)
     finally:
         engine._config.load_universal_checkpoint = False
-        trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save:
-            shutil.rmtree(checkpoint.path / _FOLDER, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(checkpoint.path / _FOLDER, ignore_errors=True)
     for state in engine.optimizer.optimizer.state.values():
         # One tensor would count the steps of all groups of ZeRO-3.
         if isinstance(state.get("step"), Tensor):

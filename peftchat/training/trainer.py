@@ -542,7 +542,7 @@ class ChatTrainer(SFTTrainer):
             return whole
         prepared: tuple[nn.Module, Any] = super()._prepare_for_training(max_steps, train_dataloader, None)
         if is_joined:
-            load_sharded(self, checkpoint, whole=self._adapter is None)
+            load_sharded(self.model_wrapped, self.accelerator, checkpoint, whole=self._adapter is None)
         schedule = torch.load(checkpoint.path / SCHEDULER_NAME, weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):

@@ -35,6 +35,7 @@ from peftchat.cli import (
     web,
 )
 from peftchat.cli.common import OrderedGroup
+from peftchat.cli.manual_pages import manual_page
 from peftchat.errors import UserError, VerificationError, first_line
 from peftchat.interruption import end, interruptible, interruption, leave
 from peftchat.logging_setup import quiet_libraries
@@ -157,7 +158,8 @@ def _run() -> int:
     except click.Abort as error:
         raise KeyboardInterrupt from error
     except UserError as error:
-        _print_error(f"Error: {error}")
+        page = manual_page(error, sys.argv[1:])
+        _print_error(f"Error: {error}" if page is None else f"Error: {str(error).rstrip('.')}. See {page}.")
         return 2
     except VerificationError as error:
         _print_error(f"Failed: {error}")

@@ -92,7 +92,7 @@ def command(
     opened = _open(judges, temperature, max_tokens, concurrency, key_variable)
     output.mkdir(parents=True, exist_ok=True)
 
-    from peftchat.console import stdout
+    from peftchat.console import print_table
     from peftchat.judging.judge_report import Judging, judging_table
     from peftchat.judging.verdicts import exam_result, kappa, verdict_of
 
@@ -111,17 +111,17 @@ def command(
     names = _names(answers_a, answers_b)
     judging = Judging(*names, outcomes, verdicts, exams, kappa(*both) if len(both) == 2 else None, cost, settings)
     judging.write(output)
+    if as_json:
+        echo_json({"folder": str(output), **judging.as_dict()})
+    else:
+        print_table(judging_table(judging))
+        for line in judging.notes():
+            note(line)
+        note(f"Every question: {output / 'report.html'}")
     for verdict in verdicts:
         if not verdict.read:
             what = f"{verdict.judge}: no pair has two replies that can be read; they are in {output / 'replies.jsonl'}"
             raise VerificationError(what)
-    if as_json:
-        echo_json({"folder": str(output), **judging.as_dict()})
-        return
-    stdout.print(judging_table(judging), soft_wrap=False)
-    for line in judging.notes():
-        note(line)
-    note(f"Every question: {output / 'report.html'}")
 
 
 def _prompt(text: str, scale: tuple[float, float] | None) -> "JudgePrompt":

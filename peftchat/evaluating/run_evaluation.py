@@ -311,6 +311,7 @@ def _model_row(model: EvaluatedModel, scores: ModelScores, key: str) -> ModelRow
         model.precision,
         scores.through_template,
         scores.device,
+        scores.dtype,
         scores.context,
         scores.batch_sizes,
         scores.cut,

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from peftchat.cli.main import cli
 from peftchat.errors import UserError, VerificationError
+from peftchat.judging.judged_pairs import read_exam
 from peftchat.judging.verdicts import length_controlled
 
 pytest.importorskip("openai", reason="needs the extra `judge`")
@@ -216,10 +217,33 @@ def test_two_judges_and_their_exam(answers: tuple[Path, Path], serve: Callable[.
     assert found["kappa"] == 0.0, "one says B always, the other tie"
 
 
-def test_a_judge_of_which_nothing_can_be_read_fails(answers: tuple[Path, Path], serve: Callable[..., Server]) -> None:
-    with pytest.raises(VerificationError, match="no pair has two replies that can be read"):
-        judged(answers, serve(lambda first, second: "Well."))
-    assert (answers[0].parent / "judged/report.html").is_file()
+def test_a_judge_of_which_nothing_can_be_read_fails(
+    answers: tuple[Path, Path], serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    exam, output = tmp_path / "exam.jsonl", tmp_path / "judged"
+    exam.write_text('{"prompt": "1 + 1?", "good": "right, 2", "bad": "3"}\n')
+    server = serve(lambda first, second: "Well.")
+    words = ["judge", *answers, "--judge", server.url, "--exam", exam, "-o", output]
+    done = CliRunner().invoke(cli, list(map(str, words)), standalone_mode=False)
+    assert isinstance(done.exception, VerificationError)
+    assert "no pair has two replies that can be read" in str(done.exception)
+    # What is known is shown all the same: the exam, and how many replies nobody could read.
+    assert "0 % (0 % to 0 %)" in done.output and f"{2 * QUESTIONS} replies could not be read" in done.output
+    assert (output / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"prompt": "?", "good": "a", "bad": "b", "id": 2}\n{"prompt": "!", "good": "a", "bad": "b"}', ":2: the id 2"),
+        ('{"prompt": "?", "good": "a", "bad": "a"}', ":1: both answers of the pair are the same"),
+    ],
+)
+def test_an_exam_whose_pairs_cannot_be_told_apart_is_refused(tmp_path: Path, lines: str, message: str) -> None:
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text(lines)
+    with pytest.raises(UserError, match=message):
+        read_exam(exam)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +252,7 @@ def test_a_judge_of_which_nothing_can_be_read_fails(answers: tuple[Path, Path], 
         (lambda a, b, s: replace(b, '"question_id": 3,', '"question_id": 99,'), "have one answer only: 3, 99"),
         (lambda a, b, s: replace(b, "What is 3?", "Why is 3?"), "question 3 is another one than in"),
         (lambda a, b, s: b.write_text("{}\n"), r"good.jsonl:1: the line has no `question_id`"),
+        (lambda a, b, s: (b.unlink(), b.hardlink_to(a)), "both files of answers are the same one"),
         (lambda a, b, s: s.models.append("second"), r"the endpoint has 2 models: only, second. Name one"),
         (lambda a, b, s: s.end(), "the endpoint does not answer: Connection error"),
     ],

@@ -140,8 +140,7 @@ def dataset_size(
     if recipe.has_pairs:
         sequences, longest = pair_lengths(recipe, split.store, layout)
         units = len(sequences)
-        if not recipe.has_labels:
-            supervised = split.stats.supervised / int(sequences.sum())
+        supervised = split.stats.supervised / int(sequences.sum())
     return DatasetSize(
         conversations=units,
         sequences=len(sequences),

@@ -255,7 +255,6 @@ def plan(
     from peftchat.planning.plan import plan_training
 
     loaded = _load(recipe, overrides, to_train=False)
-    refuse_pairs(loaded, "`plan` does not search settings of runs with pairs", "`train --dry-run` predicts the memory.")
     check_base(loaded, for_plan=True)
     distributed = loaded.recipe.distributed
     count = gpus or (distributed.processes * distributed.nodes if distributed.processes else None)

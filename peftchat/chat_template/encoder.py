@@ -108,6 +108,11 @@ class ChatEncoder:
             if not strips and BlockEncoder.supports(self._text, template):
                 self._blocks = BlockEncoder(self._text, template)
 
+    @property
+    def renders(self) -> bool:
+        """Whether the template is rendered, which takes more of the time than the tokenizer."""
+        return self._blocks is None
+
     def encode(self, conversations: Iterable[Conversation]) -> list[EncodedExample]:
         """Return the examples of the conversations, in order. The tokenizer gets their text as one batch.
 

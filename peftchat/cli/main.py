@@ -35,6 +35,7 @@ from peftchat.cli import (
     web,
 )
 from peftchat.cli.common import OrderedGroup
+from peftchat.cli.manual_pages import manual_page
 from peftchat.errors import UserError, VerificationError, first_line
 from peftchat.interruption import end, interruptible, interruption, leave
 from peftchat.logging_setup import quiet_libraries
@@ -65,7 +66,7 @@ _DISK_ERRORS = {
     errno.ESTALE,
     errno.EXDEV,
 }
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _TOO_MANY = {errno.EMFILE, errno.ENFILE}
 
 
@@ -157,7 +158,8 @@ def _run() -> int:
     except click.Abort as error:
         raise KeyboardInterrupt from error
     except UserError as error:
-        _print_error(f"Error: {error}")
+        page = manual_page(error, sys.argv[1:])
+        _print_error(f"Error: {error}" if page is None else f"Error: {str(error).rstrip('.')}. See {page}.")
         return 2
     except VerificationError as error:
         _print_error(f"Failed: {error}")
@@ -195,6 +197,8 @@ def _disk_message(error: OSError) -> str:
     where = error.filename2 or error.filename
     if error.errno in _FULL:
         hint = "Free disk space or choose another directory."
+    elif error.errno == errno.EFBIG:
+        hint = "Raise the limit of a file's size (`ulimit -f`), or choose another file system."
     elif error.errno in _TOO_MANY:
         hint = "Raise the limit of open files (`ulimit -n`)."
     else:

@@ -4,22 +4,14 @@ The first process finds the parts and asks the others for them in turn, two ahea
 parts. Small files, packed ones, and formats that join records are read by one process.
 """
 
-import gc
 import io
 import itertools
-import os
-import pickle
-import signal
-import struct
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
-from peftchat.child_process import child_environment, end_with_parent
 from peftchat.conversation import Conversation
 from peftchat.conversations.formats import Format
 from peftchat.conversations.problems import PartLog, PartOfLog, ProblemLog, RawRecord, ReadOptions
@@ -27,20 +19,17 @@ from peftchat.conversations.readers.json_values import KEYS_CHECKED
 from peftchat.conversations.readers.jsonl import is_values, read_lines
 from peftchat.conversations.readers.opening import check_first_bytes
 from peftchat.errors import UserError
+from peftchat.forked_worker import ForkedWorker, usable_cores
 
 T = TypeVar("T")
+_Reader = ForkedWorker["Part", tuple[list[Any], PartOfLog]]
 
 _ENDINGS = (".jsonl", ".ndjson")
 SMALLEST_FILE = 32 * 2**20
 _HEAD = 2**16
-_BYTES_OF_SIZE = 8
 _PART_BYTES = 2**19
 _LARGE_PART = 2**22
-_PIPE_BYTES = 2**20
-"""What is made of a part fits into the pipe, so that a process goes on with the next one while others are at work."""
 _PARTS_AHEAD = 2
-_REQUEST = struct.Struct("<QQQ")
-"""A part, as it is asked for: its fields."""
 _MOST_PROCESSES = 4
 """One process takes what this many make."""
 
@@ -101,9 +90,7 @@ def _is_text(path: Path, head: bytes) -> bool:
 
 def usable_processes() -> int:
     """How many processes may read one file: 1 where a process cannot go on as two."""
-    if sys.platform != "linux":
-        return 1
-    return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
+    return min(usable_cores(), _MOST_PROCESSES)
 
 
 def parts_of(path: Path) -> Iterator[Part]:
@@ -177,7 +164,8 @@ class Work(Generic[T]):
     def _conversations(self, records: Iterator[RawRecord], log: ProblemLog) -> Iterator[Conversation | PlainRecord]:
         plain_turns = self.format.plain_turns
         options = self.options
-        if not self.takes_plain or plain_turns is None or options.languages or options.roles or options.pairs:
+        asks_more = options.languages or options.roles or options.pairs or options.labels
+        if not self.takes_plain or plain_turns is None or asks_more:
             yield from self.format.read(records, self.options, log)
             return
         # The format reads ahead over plain records, which are put here and come before what it makes of the next one.
@@ -208,7 +196,7 @@ def read_rest(work: Work[T], problems: ProblemLog) -> Iterator[T]:
     count = usable_processes()
     try:
         for _ in range(count):
-            readers.append(_start(work, readers))
+            readers.append(ForkedWorker(work.of_part, "reads the file", str(work.path)))
         ahead: deque[tuple[_Reader, Part]] = deque()
         for reader, part in zip(itertools.cycle(readers), itertools.islice(parts_of(work.path), 1, None)):
             if len(ahead) == count * _PARTS_AHEAD:
@@ -222,7 +210,7 @@ def read_rest(work: Work[T], problems: ProblemLog) -> Iterator[T]:
             reader.end()
 
 
-def _take(work: Work[T], reader: "_Reader", part: Part, problems: ProblemLog) -> list[T]:
+def _take(work: Work[T], reader: _Reader, part: Part, problems: ProblemLog) -> list[T]:
     """What was made of a part; what happened to its records goes to the log."""
     found = reader.fetch()
     if found is None:  # whatever it is that fails there shall say so here
@@ -230,95 +218,3 @@ def _take(work: Work[T], reader: "_Reader", part: Part, problems: ProblemLog) ->
     made, log = found
     problems.take(log)
     return made
-
-
-@dataclass(slots=True)
-class _Reader:
-    """A process that reads, and two pipes: from it, and to it."""
-
-    pid: int
-    pipe: BinaryIO
-    requests: BinaryIO
-    name: str
-
-    def ask(self, part: Part) -> None:
-        """Let it read one more part."""
-        with suppress(BrokenPipeError):  # `fetch` says that it is gone
-            self.requests.write(_REQUEST.pack(part.start, part.end, part.lines_before))
-
-    def fetch(self) -> tuple[list, PartOfLog] | None:
-        """What was made of the next part; None where that failed."""
-        count, blocks = self._number(), []
-        for _ in range(count):
-            size = self._number()
-            blocks.append(self.pipe.read(size))
-            if len(blocks[-1]) < size:
-                count = 0
-        if not count:
-            hint = "The system ends processes when memory runs out; look at `dmesg`."
-            raise UserError("a process that reads the file was ended from outside", where=self.name, hint=hint)
-        return pickle.loads(blocks[0], buffers=blocks[1:])  # noqa: S301 - from a fork of this process, through a pipe
-
-    def _number(self) -> int:
-        return int.from_bytes(self.pipe.read(_BYTES_OF_SIZE))
-
-    def end(self) -> None:
-        """End the process, whatever it does."""
-        self.pipe.close()
-        self.requests.close()
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-
-
-def _start(work: Work[T], others: Iterable[_Reader]) -> _Reader:
-    """Start a process for some of the parts.
-
-    It is a fork: it has nothing to import, and the caller's script need not be one that can be imported. It writes to
-    its pipe alone, and leaves without a word to anything that this process has open.
-    """
-    import fcntl  # not on Windows
-
-    source, target = os.pipe()
-    asked, asking = os.pipe()
-    with suppress(OSError):  # the system's limit; the smaller pipe will do
-        fcntl.fcntl(target, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-    environment = child_environment({})
-    pid = os.fork()
-    if pid:
-        os.close(target)
-        os.close(asked)
-        return _Reader(pid, os.fdopen(source, "rb"), os.fdopen(asking, "wb", buffering=0), str(work.path))
-    try:
-        end_with_parent(environment)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
-        for ending in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(ending, signal.SIG_DFL)
-        os.close(source)
-        os.close(asking)
-        for other in others:
-            os.close(other.pipe.fileno())
-            os.close(other.requests.fileno())
-        _serve(work, asked, target)
-    finally:
-        os._exit(1)
-
-
-def _serve(work: Work[T], asked: int, target: int) -> NoReturn:
-    gc.freeze()  # the memory that both processes have stays one
-    with os.fdopen(asked, "rb") as requests, os.fdopen(target, "wb") as pipe:
-        while request := requests.read(_REQUEST.size):
-            part = Part(*_REQUEST.unpack(request))
-            # What says that it may travel beside the pickle is copied once less.
-            beside: list[pickle.PickleBuffer] = []
-            try:
-                found = pickle.dumps(work.of_part(part), pickle.HIGHEST_PROTOCOL, buffer_callback=beside.append)
-            except Exception:
-                found, beside = pickle.dumps(None), []
-            blocks = [memoryview(found), *(block.raw() for block in beside)]
-            pipe.write(len(blocks).to_bytes(_BYTES_OF_SIZE))
-            for block in blocks:
-                pipe.write(len(block).to_bytes(_BYTES_OF_SIZE))
-                pipe.write(block)
-            pipe.flush()
-    os._exit(0)

@@ -30,21 +30,23 @@ Batch = dict[str, Any]
 """A model's arguments by name: tensors, and the lengths that attention kernels take as numbers."""
 
 
-def cu_seqlens(lengths: Sequence[int]) -> Batch:
+def cu_seqlens(lengths: Sequence[int], shared: Sequence[int] | None = None) -> Batch:
     """Return the offsets of concatenated sequences as transformers' flash attention takes them.
 
     Args:
         lengths: tokens of each sequence; empty ones are left out.
+        shared: for each sequence, with how many tokens of the one before it begins (`peftchat.models.attention_line`).
 
     Returns:
         `cu_seq_lens_q` and `cu_seq_lens_k`, int32, shape (sequences + 1,); `max_length_q` and `max_length_k`, numbers.
     """
     import torch
 
+    keys = [length + more for length, more in zip(lengths, shared or [0] * len(lengths), strict=True) if length]
     lengths = [length for length in lengths if length]
-    offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    longest = max(lengths)
-    return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+    queries_at, keys_at = (torch.tensor([0, *np.cumsum(each)], dtype=torch.int32) for each in (lengths, keys))
+    longest = {"max_length_q": max(lengths), "max_length_k": max(keys)}
+    return {"cu_seq_lens_q": queries_at, "cu_seq_lens_k": keys_at if shared else queries_at, **longest}
 
 
 _TAGS, _LAST_TURN = 256, 2**16 - 1

@@ -1,11 +1,15 @@
 """Encoding: conversations as examples that fit and have something to learn, with counts of the others."""
 
 import gc
+import itertools
+import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +24,7 @@ from peftchat.conversations.dataset_card import SKIPPED, printable_name
 from peftchat.conversations.problems import NOTES
 from peftchat.dataset.truncation import truncate_to_fit
 from peftchat.errors import UserError
+from peftchat.forked_worker import ForkedWorker, usable_cores
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
@@ -140,11 +145,17 @@ class EncodingStats:
 
 
 _BATCH = 1024
+_RENDERED_BATCH = 128
+"""Conversations of a batch that are rendered, which takes about a second."""
 _BATCH_CHARACTERS = 2**21
 """Characters of a batch: it then ends even with few conversations, so that long ones do not fill the memory."""
 _NEW_OBJECTS = 100_000
 _WORKERS = 2
 """Batches in flight: the tokenizer's threads work on one while Python works on the other."""
+_SECONDS_ALONE = 2
+"""Seconds of encoding after which processes are worth their start."""
+_MOST_PROCESSES = 16
+"""One process reads and writes what this many encode."""
 
 
 def encode_conversations(
@@ -191,24 +202,95 @@ def encode_ahead(
 ) -> Iterator[tuple[Sequence[Conversation], ExampleBatch]]:
     """Yield each batch with its examples, in order, while the next ones are read and encoded.
 
+    A template that is rendered answer by answer keeps Python at work, which threads do not share. Where it takes more
+    than a moment, several processes go on with it.
+
     Args:
-        encoder: tells whether batches can be encoded at the same time.
+        encoder: tells whether batches can be encoded at the same time, and what keeps it at work.
         conversations: read while earlier ones are encoded.
         encode: encodes a batch.
+
+    Raises:
+        UserError: the template cannot write one of them, or a process was ended from outside.
     """
+    batches = _batches(conversations, _RENDERED_BATCH if encoder.renders else _BATCH)
+    processes = usable_cores() if encoder.renders else 1
+    began = time.monotonic()
+
+    def is_long() -> bool:
+        return processes > 1 and time.monotonic() - began > _SECONDS_ALONE
+
+    with _seldom_collected():
+        yield from _in_threads(encode, batches, _WORKERS if encoder.parallel else 1, is_long)
+        # No thread is at work here, so that a fork finds no lock held.
+        first = next(batches, None)
+        if first is not None:
+            with _EncodingProcesses(encode, min(processes, _MOST_PROCESSES)) as pool:
+                yield from _in_threads(pool.encode, itertools.chain([first], batches), pool.size)
+
+
+def _in_threads(
+    encode: Callable[[Sequence[Conversation]], ExampleBatch],
+    batches: Iterator[list[Conversation]],
+    workers: int,
+    is_over: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Sequence[Conversation], ExampleBatch]]:
+    """Yield batches with their examples; no more of them are taken once `is_over`."""
     waiting: deque[tuple[Sequence[Conversation], Future[ExampleBatch]]] = deque()
-    with _seldom_collected(), ThreadPoolExecutor(_WORKERS if encoder.parallel else 1) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         try:
-            for batch in _batches(conversations):
+            for batch in batches:
                 waiting.append((batch, pool.submit(encode, batch)))
-                if len(waiting) > _WORKERS:
+                if len(waiting) > workers:
                     done, examples = waiting.popleft()
                     yield done, examples.result()
+                if is_over():
+                    break
             while waiting:
                 done, examples = waiting.popleft()
                 yield done, examples.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _EncodingProcesses:
+    """Forks of this process that encode batches.
+
+    Args:
+        encode: encodes a batch.
+        size: how many there are.
+    """
+
+    def __init__(self, encode: Callable[[Sequence[Conversation]], ExampleBatch], size: int) -> None:
+        self.size = size
+        self._encode = encode
+        self._free: SimpleQueue[ForkedWorker[Sequence[Conversation], ExampleBatch]] = SimpleQueue()
+
+    def __enter__(self) -> "_EncodingProcesses":
+        self._workers = [ForkedWorker(self._in_worker, "encodes conversations") for _ in range(self.size)]
+        for worker in self._workers:
+            self._free.put(worker)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.end()
+
+    def _in_worker(self, batch: Sequence[Conversation]) -> ExampleBatch:
+        # The threads of the tokenizer were not forked, and the other processes need the cores.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        return self._encode(batch)
+
+    def encode(self, batch: Sequence[Conversation]) -> ExampleBatch:
+        """Return the examples of a batch, which a process that is free makes."""
+        worker = self._free.get()
+        try:
+            worker.ask(batch)
+            found = worker.fetch()
+        finally:
+            self._free.put(worker)
+        # Whatever it is that fails there shall say so here.
+        return self._encode(batch) if found is None else found
 
 
 @contextmanager
@@ -225,7 +307,7 @@ def _seldom_collected() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+def _batches(conversations: Iterable[Conversation], size: int) -> Iterator[list[Conversation]]:
     batch: list[Conversation] = []
     characters = 0
     for conversation in conversations:
@@ -234,7 +316,7 @@ def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversatio
             characters += len(message.content)
             if message.reasoning or message.tool_calls:
                 characters += len(message_text(message)) - len(message.content)
-        if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
+        if len(batch) == size or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:

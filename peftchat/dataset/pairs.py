@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from peftchat.chat_template.encoder import ChatEncoder
 from peftchat.chat_template.examples import EncodedExample, ExampleBatch
-from peftchat.chat_template.loss_mask import loss_mask_table
+from peftchat.chat_template.loss_mask import IGNORE_INDEX, loss_mask_table
 from peftchat.conversation import Conversation, Message
-from peftchat.dataset.collator import Batch, ChatCollator
+from peftchat.dataset.collator import Batch, ChatCollator, cu_seqlens
 from peftchat.dataset.encode import EncodingStats, encode_ahead, special_token_text
 from peftchat.dataset.labels import cut, labeled_sides, with_other_answers
 from peftchat.errors import UserError
@@ -77,9 +77,11 @@ def encode_pairs(
         made = ExampleBatch.of(kept)
         if recipe.chat.special_token_text == "error" and made.special_token_text.any():
             raise special_token_text(made.sources[int(made.special_token_text.argmax())])
+        # An answer to another record's prompt is not trained.
+        trained = slice(None, None, 2 if has_labels else 1)
         stats.examples += len(made) // 2
-        stats.tokens += len(made.ids)
-        stats.supervised += int(made.counts(loss_mask).sum())
+        stats.tokens += int(made.lengths[trained].sum())
+        stats.supervised += int(made.counts(loss_mask)[trained].sum())
         stats.special_token_text += int(made.special_token_text.sum())
         yield made
 
@@ -125,14 +127,84 @@ def pair_packs(examples: int) -> list[list[int]]:
     return [[first, first + 1] for first in range(0, examples, 2)]
 
 
+_FEWEST_SHARED = 32
+"""Tokens of a prompt that are worth an attention of its own for the rejected answer."""
+
+
+def shared_tokens(chosen: EncodedExample, rejected: EncodedExample, loss_mask: npt.NDArray[np.bool_]) -> int:
+    """Return how many first tokens of a pair are worth sharing; the last one before a target is each answer's own.
+
+    Args:
+        chosen: one answer behind the prompt.
+        rejected: the other one.
+        loss_mask: whether each kind of token is trained.
+    """
+    number = min(len(chosen.ids), len(rejected.ids))
+    differs = np.flatnonzero(chosen.ids[:number] != rejected.ids[:number])
+    before_targets = (int(np.argmax(loss_mask[one.token_tags[1:]])) for one in (chosen, rejected))
+    number = min(int(differs[0]) if len(differs) else number, *before_targets)
+    return number if number >= _FEWEST_SHARED else 0
+
+
 class PairCollator(ChatCollator):
     """Lays out pairs as `ChatCollator` lays out packs; the examples of a batch are chosen, rejected, chosen, …
 
-    With the layout `padded`, each answer has a row of its own.
+    With the layout `padded`, each answer has a row of its own. With `varlen`, a rejected answer can go on from the
+    tokens that it shares with the chosen one, which are then in the line once.
+
+    Attributes:
+        shares_prompts: whether it does; the attention must know such lines.
     """
+
+    shares_prompts = False
 
     def __call__(self, packs: Sequence[Mapping[str, Sequence[int]]]) -> Batch:
         """Return the batch of some pairs, each of which lists its two examples under `examples`."""
+        pairs = len(packs)
         if self.layout == "padded":
             packs = [{"examples": [index]} for pack in packs for index in pack["examples"]]
-        return super().__call__(packs)
+        # Rows of their own or not, the answers of a pair stay together where a batch is cut.
+        return {**super().__call__(packs), "pack_sizes": np.full(pairs, 2, dtype=np.int64)}
+
+    def collate(self, packs: Sequence[Sequence[EncodedExample]]) -> Batch:
+        """Return the batch of these packs."""
+        if self.layout != "varlen" or not self.shares_prompts:
+            return super().collate(packs)
+        shared = [shared_tokens(chosen, rejected, self._loss_mask) for chosen, rejected in packs]
+        batch = super().collate(
+            [[chosen, _without(rejected, number)] for (chosen, rejected), number in zip(packs, shared, strict=True)]
+        )
+        ends = batch["cu_seq_lens_q"].tolist()
+        for place, number in enumerate(shared):
+            batch["position_ids"][0, ends[2 * place + 1] : ends[2 * place + 2]] += number
+        lengths = np.diff(ends).tolist()
+        before = [number for each in shared for number in (0, each)]
+        return batch | cu_seqlens(lengths, before + [0] * (len(lengths) - len(before)))
+
+
+def _without(example: EncodedExample, number: int) -> EncodedExample:
+    """Return an example without its first tokens."""
+    return replace(example, ids=example.ids[number:], token_tags=example.token_tags[number:])
+
+
+class LabelCollator(PairCollator):
+    """Lays out labeled answers, and apart from them, under `others`, the other answers to their prompts.
+
+    `examples` and `target_counts` list both in turn. Everything else is of the answers, which alone are trained.
+    """
+
+    def __call__(self, packs: Sequence[Mapping[str, Sequence[int]]]) -> Batch:
+        """Return the batch of some answers, each of which lists its two examples under `examples`."""
+        answers, others = (
+            ChatCollator.__call__(self, [{"examples": [pack["examples"][place]]} for pack in packs])
+            for place in range(2)
+        )
+        both = {key: np.stack([answers[key], others[key]], axis=1).flatten() for key in ("examples", "target_counts")}
+        return {**answers, **both, "pack_sizes": np.full(len(packs), 2, dtype=np.int64), "others": others}
+
+    def keep_first(self, batch: Batch, count: int) -> Batch:
+        """Return a batch with its first answers alone; with none, it has no targets."""
+        kept = super().keep_first(batch, count)
+        if not count:
+            kept["others"]["labels"].fill_(IGNORE_INDEX)
+        return kept

@@ -129,7 +129,7 @@ def upper_bound(planner: "Planner", settings: PlanSettings) -> int:
     float32 beside eight more tensors of the model's width in each block. Half as much again is for adapters.
     """
     counts = planner.counts
-    tokens = settings.batch * settings.length
+    tokens = settings.tokens
     block = 8 * counts.hidden_size
     if settings.attention != "fused":
         block += 4 * counts.num_heads * settings.length

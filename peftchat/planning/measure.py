@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from peftchat.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
     from peftchat.planning.plan import TrainingPlan
+    from peftchat.planning.settings import PlanSettings
     from peftchat.recipe import Recipe
 
 _STEPS = 3
@@ -55,7 +57,8 @@ def measure_run(recipe: "Recipe", plan: "TrainingPlan") -> MeasuredRun:
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "conversations.jsonl").write_text(_long_examples(settings.length, settings.batch), encoding="utf-8")
+        text = long_pairs(recipe, settings) if recipe.has_pairs else _long_examples(settings.length, settings.batch)
+        (folder / "conversations.jsonl").write_text(text, encoding="utf-8")
         path = folder / "recipe.yaml"
         run = RunFolder(folder / "run")
         path.write_text(dump_recipe(_probe_recipe(recipe, folder)), encoding="utf-8")
@@ -94,3 +97,51 @@ def _long_examples(length: int, batch: int) -> str:
     # The two turns have at least eight tokens with any tokenizer; truncation removes the rest.
     line = json.dumps({"messages": turns * (length // 8 + 1)})
     return f"{line}\n" * (2 * batch)
+
+
+def long_pairs(recipe: "Recipe", settings: "PlanSettings") -> str:
+    """Return pairs, or labeled answers, as long as the longest ones of a plan, with its share of supervised tokens."""
+    from peftchat.chat_template.loss_mask import loss_mask_table
+    from peftchat.conversation import Conversation, Message
+    from peftchat.dataset.pairs import shared_tokens
+    from peftchat.models.source import ModelSource
+    from peftchat.planning.planner import pair_layout
+    from peftchat.training.context import load_chat_format
+
+    encoder, mask = load_chat_format(recipe).encoder(), loss_mask_table(recipe.chat.loss_policy)
+    layout = pair_layout(recipe, settings.device, ModelSource.of_recipe(recipe).config())
+    answers = 1 if layout == "rows" or recipe.has_labels else 2
+
+    def words(question: int, answer: int) -> tuple[str, str, str]:
+        return "on " * question + "?", "on " * answer + "yes", "go " * answer + "no"
+
+    def tokens(question: int, answer: int) -> tuple[int, int]:
+        """Return the tokens of a row or line, and those of them with a target."""
+        asked, *both = words(question, answer)
+        chosen, rejected = encoder.batch(
+            [Conversation((Message("user", asked), Message("assistant", one)), "") for one in both]
+        )
+        targets = int(mask[chosen.token_tags].sum()) * answers
+        if answers == 1:
+            return max(len(chosen.ids), len(rejected.ids)), targets
+        shared = shared_tokens(chosen, rejected, mask) if layout == "shared" else 0
+        return len(chosen.ids) + len(rejected.ids) - shared, targets
+
+    answer = _most(lambda number: tokens(0, number)[1] <= settings.supervised * settings.length)
+    question = _most(lambda number: tokens(number, answer)[0] <= settings.length)
+    asked, good, bad = words(question, answer)
+    records: list[dict[str, object]] = [{"prompt": asked, "chosen": good, "rejected": bad}]
+    if recipe.has_labels:
+        records = [{"prompt": asked, "completion": text, "label": text is good} for text in (good, bad)]
+    return "".join(json.dumps(record) + "\n" for record in records) * (2 * settings.batch)
+
+
+def _most(fits: Callable[[int], bool]) -> int:
+    """Return the largest number that fits, if all smaller ones do; 0 if none does."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -57,7 +57,7 @@ class StaticMemory:
 
     Attributes:
         weights: the base model, or all weights of full fine-tuning.
-        adapter: the adapter and the embeddings of added tokens.
+        adapter: the adapter and the embeddings of added tokens, with a copy where the reference needs their start.
         gradients: gradients of all trainable weights.
         optimizer: optimizer states, with DeepSpeed's float32 master weights.
         buffers: communication buffers and gathered weights.
@@ -89,6 +89,8 @@ def static_memory(settings: PlanSettings, counts: "ParameterCounts", trainable: 
     # PEFT keeps adapters in float32; DeepSpeed keeps everything in the dtype of the model.
     size = dtype_size if settings.sharded or full else 4
     adapter = 0.0 if full else float(count * size)
+    if settings.keeps_start and settings.strategy != "zero3":
+        adapter *= 2
     unsharded = weights
     freed = settings.in_backward and settings.weightwise
     gradients = float((trainable.largest if freed else count) * size)
@@ -257,7 +259,7 @@ def memory_plan(
         loss: the memory of the loss for the same.
     """
     static = static_memory(settings, counts, trainable)
-    step = activations.at(settings.batch, settings.length)
+    step = activations.at(settings.batch * settings.rows, settings.length)
     head = loss.at(settings.targets)
     phases: dict[Phase, dict[MemoryPart, float]] = {
         "loading": {"weights": static.loading},

@@ -8,6 +8,7 @@ from peftchat.models.source import ModelSource
 from peftchat.planning.auto_settings import choose_auto_settings, choose_rate, planned_compute_dtype
 from peftchat.planning.hardware import Hardware
 from peftchat.planning.memory import MemoryPlan
+from peftchat.planning.pairs import passes_without_gradient
 from peftchat.planning.parameter_counts import ParameterCounts, TrainableCounts
 from peftchat.planning.planner import (
     Change,
@@ -18,6 +19,7 @@ from peftchat.planning.planner import (
     cheapest_fix,
     largest_batch,
     largest_length,
+    pair_layout,
 )
 from peftchat.planning.settings import DatasetSize, PlanSettings, read_dataset_size, settings_for, total_steps
 from peftchat.training.hints import RunSize, find_hints
@@ -68,6 +70,7 @@ def cost_estimate(
     steps: int,
     tflops: float,
     price: float | None,
+    without_gradient: int = 0,
 ) -> CostEstimate:
     """Estimate time and cost.
 
@@ -80,6 +83,7 @@ def cost_estimate(
         steps: optimizer steps of the run.
         tflops: matrix rate of one device, in 10^12 operations per second.
         price: the price of one device per hour, in any currency.
+        without_gradient: tokens of the run in passes without a gradient, such as those of a reference.
     """
     full = settings.method == "full"
     # A token passes some of the experts alone, and their adapters alone.
@@ -93,6 +97,7 @@ def cost_estimate(
         supervised=round(tokens * settings.supervised),
     ) + _attention_flops(settings, counts, tokens)
     executed = flops * (1.33 if settings.checkpointing else 1.0)
+    executed += 2.0 * (body + counts.lm_head_size * settings.supervised) * without_gradient
     utilization = _UTILIZATION[settings.method] if settings.device == "cuda" else _UTILIZATION_ON_CPU
     # Processes on one CPU share its cores.
     devices = hardware.count if settings.device == "cuda" else 1
@@ -119,6 +124,8 @@ def _assumptions(settings: "PlanSettings", hardware: "Hardware", utilization: fl
         assumptions.append("a third more computation for checkpointing")
     if hardware.count > 1 and settings.device == "cuda":
         assumptions.append(f"communication among {hardware.count} devices costs no time")
+    if settings.unit != "sequences":
+        assumptions.append("passes of a reference and of a KL term included")
     if settings.offload != "none":
         assumptions.append("offloading costs no time (it does)")
     assumptions.append("loading, evaluation and saving are not included")
@@ -221,12 +228,13 @@ def predict(recipe: "Recipe", hardware: Hardware, *, read_data: bool = True) -> 
     """
     recipe, chosen_rate = choose_rate(recipe)
     recipe, chosen_dtype = planned_compute_dtype(recipe, hardware, sharded=settings_for(recipe, hardware, None).sharded)
-    found = read_dataset_size(recipe) if read_data else "not requested"
+    config = ModelSource.of_recipe(recipe).config()
+    layout = pair_layout(recipe, hardware.device, config)
+    found = read_dataset_size(recipe, layout) if read_data else "not requested"
     dataset = found if isinstance(found, DatasetSize) else None
-    planner = Planner(ModelSource.of_recipe(recipe).config(), recipe)
-    settings, chosen = choose_auto_settings(
-        recipe, planner, planner.with_own_attention(settings_for(recipe, hardware, dataset)), hardware.memory
-    )
+    planner = Planner(config, recipe)
+    on_device = planner.with_own_attention(settings_for(recipe, hardware, dataset, layout=layout))
+    settings, chosen = choose_auto_settings(recipe, planner, on_device, hardware.memory)
     return Prediction(
         recipe=recipe,
         hardware=hardware,
@@ -317,7 +325,7 @@ def _plan_cost(
     if steps is None:
         return None
     per_step = settings.batch * settings.accumulation * settings.processes
-    tokens = steps * per_step * settings.length
+    tokens = steps * per_step * settings.rows * settings.length
     if dataset is not None:
         tokens = min(tokens, round(steps * per_step * dataset.tokens / dataset.sequences))
     return cost_estimate(
@@ -329,6 +337,7 @@ def _plan_cost(
         steps=steps,
         tflops=hardware.tflops or _measured_rate(settings),
         price=price,
+        without_gradient=passes_without_gradient(recipe, tokens, None if dataset is None else dataset.tokens),
     )
 
 

@@ -21,7 +21,7 @@ from peftchat.models.source import ModelSource
 from peftchat.planning.hardware import this_machine
 from peftchat.planning.memory import PARTS
 from peftchat.planning.plan import planned_hints
-from peftchat.planning.planner import Planner
+from peftchat.planning.planner import Planner, pair_layout
 from peftchat.planning.settings import (
     DatasetSize,
     PlanSettings,
@@ -126,7 +126,7 @@ def _overview(plan: "TrainingPlan") -> Table:
         ("hardware", f"{hardware.count} x {hardware.label}, {format_gib(hardware.memory)} each"),
     ]
     if plan.dataset is not None:
-        rows.append(("data", _dataset_text(plan.dataset)))
+        rows.append(("data", _dataset_text(plan.dataset, plan.settings)))
     if plan.cost is not None:
         rows.append(("time", _cost_text(plan)))
     rows.append(("fits", _largest_text(plan)))
@@ -165,15 +165,16 @@ def _settings_text(settings: "PlanSettings") -> str:
     bits = "" if settings.bits is None else f", base model in {settings.bits} bits"
     checkpointing = "checkpointing" if settings.checkpointing else "no checkpointing"
     return (
-        f"{settings.method}{bits}, {settings.strategy}, {settings.batch} x {settings.length} tokens, "
+        f"{settings.method}{bits}, {settings.strategy}, {settings.pass_text}, "
         f"{settings.accumulation} accumulated, {checkpointing}, {settings.optimizer}, {settings.attention} attention"
     )
 
 
-def _dataset_text(dataset: DatasetSize) -> str:
+def _dataset_text(dataset: DatasetSize, settings: "PlanSettings") -> str:
+    longest = f"at most {format_count(settings.rows * dataset.longest)} per {settings.unit.removesuffix('s')}"
     return (
-        f"{format_count(dataset.sequences)} sequences, {format_short_count(dataset.tokens)} tokens per epoch, "
-        f"at most {format_count(dataset.longest)} per sequence, {format_percent(dataset.supervised)} supervised"
+        f"{format_count(dataset.sequences)} {settings.unit}, {format_short_count(dataset.tokens)} tokens per epoch, "
+        f"{longest}, {format_percent(dataset.supervised)} supervised"
     )
 
 
@@ -186,11 +187,11 @@ def _cost_text(plan: "TrainingPlan") -> str:
 
 
 def _largest_text(plan: "TrainingPlan") -> str:
-    length, batch = plan.settings.length, plan.settings.batch
+    settings = plan.settings
     if not plan.largest_batch:
-        return f"not even a batch of 1 x {length} tokens"
-    longest = f"{batch} x {format_count(plan.largest_length)} tokens"
-    return f"batches of up to {format_count(plan.largest_batch)} x {length} tokens, or {longest}"
+        return f"not even a batch of {settings.with_changes(batch=1).pass_text}"
+    longest = settings.with_changes(length=plan.largest_length).pass_text
+    return f"batches of up to {settings.with_changes(batch=plan.largest_batch).pass_text}, or {longest}"
 
 
 def _memory_table(memory: "MemoryPlan") -> Table:
@@ -240,9 +241,10 @@ def _notes(plan: "TrainingPlan") -> list[str]:
     notes = [f"Chosen automatically: {setting}." for setting in plan.auto_settings]
     notes += plan.dataset.notes if plan.dataset is not None else ()
     if plan.unread_reason is not None:
+        settings = plan.settings
         notes.append(
-            f"The data was not read ({plan.unread_reason}). The plan assumes sequences of {plan.settings.length} "
-            f"tokens, {format_percent(plan.settings.supervised)} of them supervised."
+            f"The data was not read ({plan.unread_reason}). The plan assumes {settings.unit} of "
+            f"{settings.rows * settings.length} tokens, {format_percent(settings.supervised)} of them supervised."
         )
     notes += plan.trainable.notes
     if plan.estimated:
@@ -272,7 +274,7 @@ def print_measured(plan: "TrainingPlan", probe: "MeasuredRun", console: Console)
     error = predicted / probe.peak_bytes - 1
     text = (
         f"Probe: {format_gib(probe.peak_bytes)} measured, {format_gib(predicted)} predicted ({error:+.0%}); "
-        f"{format_duration(probe.seconds)} per step of {plan.settings.batch} x {plan.settings.length} tokens."
+        f"{format_duration(probe.seconds)} per step of {plan.settings.pass_text}."
     )
     console.print(Text(text, style="green" if abs(error) <= _MAX_PROBE_ERROR else "yellow"), soft_wrap=False)
 
@@ -327,9 +329,10 @@ def print_dry_run(loaded: "LoadedRecipe", distributed: DistributedSetup) -> None
     config = source.config()
     chat = load_chat_format(recipe)
     splits = load_splits(recipe, chat)
-    dataset = dataset_size(recipe, chat, splits["train"])
     hardware = this_machine(distributed.processes)
-    settings = settings_for(recipe, hardware, dataset, distributed)
+    layout = pair_layout(recipe, hardware.device, config)
+    dataset = dataset_size(recipe, chat, splits["train"], layout)
+    settings = settings_for(recipe, hardware, dataset, distributed, layout)
     planner = Planner(config, recipe)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -392,13 +395,8 @@ def _chat_text(recipe: "Recipe", chat: ChatFormat) -> str:
     return f"{recipe.chat.template}, trains {recipe.chat.loss_policy}; new tokens: {new_tokens}"
 
 
-def _unit(recipe: "Recipe") -> str:
-    """Return what two examples are, in the plural."""
-    return "labeled answers" if recipe.has_labels else "pairs"
-
-
 def _split_text(recipe: "Recipe", split: Split, stats: EncodingStats) -> str:
-    unit = _unit(recipe) if recipe.has_pairs else "examples"
+    unit = "labeled answers" if recipe.has_labels else "pairs" if recipe.has_pairs else "examples"
     text = (
         f"{format_count(stats.examples)} {unit}, {format_count(stats.tokens)} tokens, "
         f"{format_percent(stats.supervised / stats.tokens)} of them supervised"
@@ -428,7 +426,7 @@ def _steps_text(recipe: "Recipe", settings: PlanSettings, dataset: DatasetSize) 
     total, per_epoch = total_steps(recipe, dataset, settings), steps_per_epoch(dataset, settings)
     per_step = settings.batch * settings.accumulation * settings.processes
     if recipe.has_pairs:
-        return f"{total} ({per_epoch} per epoch) of {per_step // 2} {_unit(recipe)}; {dataset.sequences // 2} per epoch"
+        return f"{total} ({per_epoch} per epoch) of {per_step} {settings.unit}; {dataset.sequences} per epoch"
     return f"{total} ({per_epoch} per epoch) of {per_step} {shape}; {dataset.sequences} per epoch"
 
 
@@ -440,7 +438,9 @@ def _peak_text(planner: Planner, settings: PlanSettings, device_memory: int) -> 
 
 def _example_text(recipe: "Recipe", chat: ChatFormat, split: EncodedSplit) -> Text:
     """Show an example of median length with its trained tokens in green."""
-    median = int(np.argsort(split.store.lengths)[len(split.store) // 2])
+    # Every second example of labeled answers is another record's answer, which is not trained.
+    places = np.arange(0, len(split.store), 2 if recipe.has_labels else 1)
+    median = int(places[np.argsort(split.store.lengths[places])[len(places) // 2]])
     example = split.store[median]
     trained = loss_mask_table(recipe.chat.loss_policy)[example.token_tags]
     trained[:1] = False

@@ -20,13 +20,11 @@ def planned_values(run: Path) -> list[PlannedValue]:
     Time on a CPU is planned at the speed of this machine now.
 
     Raises:
-        UserError: the recipe, the base's config or the device is not known here, or the run learned from pairs.
+        UserError: the recipe, the base's config or the device is not known here.
     """
     folder = RunFolder(run)
     summary = RunSummary.read(folder)
     recipe = load_recipe(folder.recipe, to_train=False, upgrade=True).recipe
-    if recipe.has_pairs:
-        raise UserError("`peftchat plan` does not plan runs with pairs")
     if summary.device is None:
         raise UserError("the run did not note its device")
     plan = plan_training(recipe, find_hardware(summary.device, summary.world_size), with_grid=False)

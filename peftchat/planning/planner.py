@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from peftchat.models.loading import VARLEN
 from peftchat.planning.activations import (
     ActivationProfile,
     LossProfile,
@@ -13,10 +14,13 @@ from peftchat.planning.activations import (
     estimated_profile,
     loss_profile,
 )
+from peftchat.planning.hardware import Device
 from peftchat.planning.memory import MemoryPlan, memory_plan
+from peftchat.planning.pairs import PairLayout
 from peftchat.planning.parameter_counts import ParameterCounts, TrainableCounts, parameter_counts, trainable_counts
-from peftchat.planning.settings import PlanSettings
+from peftchat.planning.settings import PlanSettings, attention_kind
 from peftchat.planning.tracing import needs_eager_attention
+from peftchat.training.shared_prompts import can_share_prompts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -24,6 +28,23 @@ if TYPE_CHECKING:
     from peftchat.recipe import Recipe
     from peftchat.recipe.sections import Method
     from peftchat.training.distributed import Strategy
+
+
+def pair_layout(recipe: "Recipe", device: Device, config: "PretrainedConfig") -> PairLayout:
+    """Return how training lays out pairs; a labeled answer is one of a line or of a row.
+
+    `peftchat.training.model` selects the attention, and `peftchat.training.shared_prompts` what is shared.
+
+    Args:
+        recipe: the recipe.
+        device: `cuda` or `cpu`.
+        config: the base's.
+    """
+    if attention_kind(recipe, device) != "fused" or needs_eager_attention(config):
+        return "rows"
+    is_own = recipe.model.attention in ("auto", VARLEN)
+    shares = is_own and not recipe.has_labels and can_share_prompts(config, recipe.data.max_length)
+    return "shared" if shares else "lines"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +146,9 @@ def largest_length(planner: "Planner", settings: PlanSettings, device_memory: in
     def fits(blocks: int) -> bool:
         return planner.memory(settings.with_changes(length=64 * blocks)).total <= device_memory
 
-    return 64 * _largest(fits, max(1, planner.counts.max_positions // 64))
+    # A line has both answers of a pair.
+    answers = 2 if settings.unit == "pairs" and settings.rows == 1 else 1
+    return 64 * _largest(fits, max(1, answers * planner.counts.max_positions // 64))
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
@@ -204,13 +227,15 @@ def _options(settings: PlanSettings) -> Iterator[_Option]:
             {"checkpointing": True},
             requires="checkpointing",
         )
-    if settings.batch > 1:
-        accumulation = settings.accumulation * settings.batch
+    # The KL term of labeled answers is a mean over a forward pass, so that one of them is none.
+    least = 2 if settings.unit == "labeled answers" else 1
+    if settings.batch > least and settings.batch % least == 0:
+        accumulation = settings.accumulation * settings.batch // least
         yield _Option(
-            "a batch of 1 with accumulation",
+            f"a batch of {least} with accumulation",
             "smaller matrix products",
-            ("training.per_device_train_batch_size=1", f"training.gradient_accumulation_steps={accumulation}"),
-            {"batch": 1, "accumulation": accumulation},
+            (f"training.per_device_train_batch_size={least}", f"training.gradient_accumulation_steps={accumulation}"),
+            {"batch": least, "accumulation": accumulation},
         )
     if settings.device == "cuda" and "8bit" not in settings.optimizer and settings.optimizer.startswith("adamw"):
         yield _Option(

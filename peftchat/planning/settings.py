@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from peftchat.chat_template.templates import added_token_count
 from peftchat.errors import UserError
 from peftchat.planning.hardware import Device, Hardware
+from peftchat.planning.pairs import PairLayout, longest_row, pair_lengths, rows_of_pair
 from peftchat.training import packs
 from peftchat.training.distributed import is_sharded, weight_dtype
 
@@ -64,10 +65,10 @@ class DatasetSize:
     """The size of a recipe's training data.
 
     Attributes:
-        conversations: encoded conversations per epoch.
-        sequences: examples or packs per epoch.
-        tokens: tokens per epoch, without padding.
-        longest: tokens of the longest example or pack.
+        conversations: encoded conversations per epoch; of pairs, the pairs.
+        sequences: examples, packs or pairs per epoch.
+        tokens: tokens per epoch, without padding; of pairs, those that a trained pass computes.
+        longest: tokens of the longest example, pack, or row of a pair.
         conversation: mean length of a conversation in tokens, weighted by length.
         supervised: fraction of tokens with a target.
         new_tokens: tokens that the template adds to this tokenizer.
@@ -84,10 +85,14 @@ class DatasetSize:
     notes: tuple[str, ...] = ()
 
 
-def read_dataset_size(recipe: "Recipe") -> DatasetSize | str:
+def read_dataset_size(recipe: "Recipe", layout: PairLayout = "rows") -> DatasetSize | str:
     """Return the size of the dataset, or the reason why it was not read.
 
     It is read only if tokenizer and data are local.
+
+    Args:
+        recipe: the recipe.
+        layout: how pairs are laid out.
     """
     if not Path(recipe.model.name).is_dir():
         return "the tokenizer is not local"
@@ -99,12 +104,12 @@ def read_dataset_size(recipe: "Recipe") -> DatasetSize | str:
             return "the data is on the Hub"
         if sum(file.stat().st_size for found in files for file in found or ()) > _MAX_BYTES_READ:
             return f"the data is larger than {_MAX_BYTES_READ // 1_000_000} MB"
-        return _read(recipe)
+        return _read(recipe, layout)
     except UserError as error:
         return str(error)
 
 
-def _read(recipe: "Recipe") -> DatasetSize:
+def _read(recipe: "Recipe", layout: PairLayout) -> DatasetSize:
     from peftchat.dataset.cache import load_splits
     from peftchat.dataset.mixture import data_notes
     from peftchat.training.context import load_chat_format
@@ -114,27 +119,35 @@ def _read(recipe: "Recipe") -> DatasetSize:
     notes = tuple(
         f"{name} data: {note}" for name, split in splits.items() for note in data_notes(recipe, name, split.stats)
     )
-    return replace(dataset_size(recipe, chat, splits["train"]), notes=notes)
+    return replace(dataset_size(recipe, chat, splits["train"], layout), notes=notes)
 
 
-def dataset_size(recipe: "Recipe", chat: "ChatFormat", split: "EncodedSplit") -> DatasetSize:
+def dataset_size(
+    recipe: "Recipe", chat: "ChatFormat", split: "EncodedSplit", layout: PairLayout = "rows"
+) -> DatasetSize:
     """Return the size of an encoded split under the recipe's packing.
 
     Args:
         recipe: its packing and maximum length count.
         chat: the tokenizer in the recipe's chat format.
         split: the training split, at least one example.
+        layout: how pairs are laid out.
     """
     import numpy as np
 
     lengths, sequences = _of_an_epoch(recipe, split)
+    longest, units, supervised = int(sequences.max()), len(lengths), split.stats.supervised / split.stats.tokens
+    if recipe.has_pairs:
+        sequences, longest = pair_lengths(recipe, split.store, layout)
+        units = len(sequences)
+        supervised = split.stats.supervised / int(sequences.sum())
     return DatasetSize(
-        conversations=len(lengths),
+        conversations=units,
         sequences=len(sequences),
-        tokens=int(lengths.sum()),
-        longest=int(sequences.max()),
+        tokens=int(sequences.sum()),
+        longest=longest,
         conversation=math.ceil(float((lengths.astype(np.float64) ** 2).sum() / lengths.sum())),
-        supervised=split.stats.supervised / split.stats.tokens,
+        supervised=supervised,
         new_tokens=len(chat.new_tokens),
     )
 
@@ -199,8 +212,8 @@ class PlanSettings:
         processes: their number, on all machines.
         offload: what DeepSpeed keeps in RAM.
         checkpointing: whether activations are recomputed in the backward pass.
-        batch: examples or packs per forward pass of one process.
-        length: tokens per example or pack.
+        batch: examples, packs or pairs per forward pass of one process.
+        length: tokens per example or pack, or in a row of a pair.
         accumulation: forward passes per optimizer step.
         supervised: fraction of tokens with a target.
         attention: the kind of attention.
@@ -209,6 +222,9 @@ class PlanSettings:
         new_tokens: embeddings of added tokens trained beside a frozen embedding.
         master_weights: dtype in which full fine-tuning keeps the weights.
         in_backward: whether gradients are used and freed in the backward pass.
+        rows: rows that each example, pack or pair takes.
+        unit: what the batch counts, in the plural.
+        keeps_start: whether a copy of the adapter of an earlier run is kept, for the reference.
     """
 
     method: "Method"
@@ -231,6 +247,9 @@ class PlanSettings:
     new_tokens: int
     master_weights: "MasterWeights" = "float32"
     in_backward: bool = False
+    rows: int = 1
+    unit: str = "sequences"
+    keeps_start: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -255,7 +274,19 @@ class PlanSettings:
     @property
     def targets(self) -> int:
         """Supervised positions of one forward pass."""
-        return max(1, round(self.batch * self.length * self.supervised))
+        return max(1, round(self.tokens * self.supervised))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass."""
+        return self.batch * self.rows * self.length
+
+    @property
+    def pass_text(self) -> str:
+        """The largest forward pass, in words."""
+        if self.unit == "sequences":
+            return f"{self.batch} x {self.length} tokens"
+        return f"{self.batch} {self.unit} of {self.rows * self.length} tokens"
 
     @property
     def trace_config(self) -> TraceConfig:
@@ -288,6 +319,7 @@ def plan_settings(
     supervised: float | None = None,
     conversation: int | None = None,
     new_tokens: int | None = None,
+    layout: PairLayout = "rows",
 ) -> PlanSettings:
     """Return the recipe's settings on a device.
 
@@ -301,9 +333,11 @@ def plan_settings(
         supervised: fraction of tokens with a target, if the data was read.
         conversation: tokens per conversation, if the data was read.
         new_tokens: tokens that the template adds, if the tokenizer was read.
+        layout: how pairs are laid out.
     """
     training, quantization = recipe.training, recipe.quantization
-    length = min(longest or recipe.data.max_length, recipe.data.max_length)
+    most = longest_row(recipe, layout) if recipe.has_pairs else recipe.data.max_length
+    length = min(longest or most, most)
     multiple = recipe.data.pad_to_multiple_of or 1
     return PlanSettings(
         method=recipe.method,
@@ -316,8 +350,7 @@ def plan_settings(
         processes=processes,
         offload=recipe.distributed.offload,
         checkpointing=bool(training.gradient_checkpointing),
-        # Both answers of a pair are examples of one forward pass.
-        batch=training.per_device_train_batch_size * (2 if recipe.has_pairs else 1),
+        batch=training.per_device_train_batch_size,
         length=length + -length % multiple,
         accumulation=training.gradient_accumulation_steps,
         supervised=DEFAULT_SUPERVISED if supervised is None else supervised,
@@ -327,6 +360,9 @@ def plan_settings(
         new_tokens=added_token_count(recipe.chat.template) if new_tokens is None else new_tokens,
         master_weights=training.master_weights,
         in_backward=training.optimizer_in_backward,
+        rows=rows_of_pair(recipe, layout) if recipe.has_pairs else 1,
+        unit="sequences" if not recipe.has_pairs else "labeled answers" if recipe.has_labels else "pairs",
+        keeps_start=recipe.model.adapter is not None and recipe.has_reference,
     )
 
 
@@ -348,7 +384,11 @@ def attention_kind(recipe: "Recipe", device: Device) -> AttentionKind:
 
 
 def settings_for(
-    recipe: "Recipe", hardware: Hardware, dataset: DatasetSize | None, distributed: "DistributedSetup | None" = None
+    recipe: "Recipe",
+    hardware: Hardware,
+    dataset: DatasetSize | None,
+    distributed: "DistributedSetup | None" = None,
+    layout: PairLayout | None = None,
 ) -> PlanSettings:
     """Return the recipe's settings on a device.
 
@@ -357,7 +397,11 @@ def settings_for(
         hardware: the device, of this machine or another.
         dataset: the size of the data, if it was read.
         distributed: the distributed setup of a run; None for the one that training would select for the hardware.
+        layout: how pairs are laid out, if the data was read so.
     """
+    attention = attention_kind(recipe, hardware.device)
+    if layout is None:
+        layout = "lines" if attention == "fused" else "rows"
     if distributed is None:
         strategy, processes = _default_strategy(recipe, hardware)
     else:
@@ -367,7 +411,8 @@ def settings_for(
         strategy=strategy,
         processes=processes,
         device=hardware.device,
-        attention=attention_kind(recipe, hardware.device),
+        attention=attention,
+        layout=layout,
         longest=None if dataset is None else dataset.longest,
         supervised=None if dataset is None else dataset.supervised,
         conversation=None if dataset is None else dataset.conversation,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftchat.formatting import format_count, format_decimal, format_duration, format_percent
+from peftchat.runs.eval_labels import LabelSummary
 from peftchat.runs.eval_pairs import PairSummary
 from peftchat.runs.run_summary import RunSummary
 
@@ -21,7 +22,7 @@ class RunAssessment:
     Attributes:
         headline: one sentence on the result.
         effort: steps, time, tokens, and the step that was kept, in sentences; may be empty.
-        outcome: whether the held-out loss got better, or most held-out pairs are right.
+        outcome: whether the held-out loss got better, or most held-out pairs or labeled answers are right.
     """
 
     headline: str
@@ -44,6 +45,8 @@ def _result(summary: RunSummary) -> tuple[str, Outcome]:
         return f"There were no held-out {summary.unit}, so it is unknown whether the model improved.", "unknown"
     if summary.eval_pairs is not None:
         return _pairs_result(summary.eval_pairs, summary.objective)
+    if summary.eval_labels is not None:
+        return _labels_result(summary.eval_labels)
     if before is None or before <= 0:
         text = f"Held-out loss is {format_decimal(after)}; it was not measured before training."
         return text, "unknown"
@@ -67,6 +70,16 @@ def _pairs_result(pairs: PairSummary, objective: str) -> tuple[str, Outcome]:
     if pairs.right_high < 0.5:
         # Without a reference, a reward is the likelihood itself, which had a side before the first step.
         return f"{text}: rejected answers are still the likelier ones.", "unknown"
+    return f"{text}, which may be chance.", "unknown"
+
+
+def _labels_result(answers: LabelSummary) -> tuple[str, Outcome]:
+    """Return the result of a run on labeled answers: better where more than half of them are right, beyond chance."""
+    text = f"The reward is on the side of its label in {answers.right_text}"
+    if answers.right_low > 0.5:
+        return f"{text}.", "better"
+    if answers.right_high < 0.5:
+        return f"{text}: the model learned the opposite.", "worse"
     return f"{text}, which may be chance.", "unknown"
 
 
@@ -99,6 +112,8 @@ def run_warnings(summary: RunSummary) -> list[str]:
         warnings.append(f"No held-out {summary.unit} were used; it is unknown whether it improved.")
     elif summary.eval_pairs is not None:
         warnings += _pair_warnings(summary.eval_pairs, summary.objective)
+    elif summary.eval_labels is not None:
+        warnings += _label_warnings(summary.eval_labels)
     elif summary.eval_loss_before is not None and summary.eval_loss >= summary.eval_loss_before:
         warnings.append("Its loss on held-out conversations did not fall.")
     times = _times_seen(summary)
@@ -140,6 +155,20 @@ def _pair_warnings(pairs: PairSummary, objective: str) -> list[str]:
         f"The chosen answers became less likely too: their mean log-probability fell from {fell}. Try {cure}, if they "
         "are answers that the model should give."
     ]
+
+
+def _label_warnings(answers: LabelSummary) -> list[str]:
+    """Return what held-out labeled answers say against a run."""
+    found = []
+    if not answers.good or not answers.bad:
+        found.append(f"All held-out answers are {'good' if answers.good else 'bad'} ones, so rewards tell little.")
+    if answers.both_fell:
+        fell = f"{format_decimal(answers.good_logp_before)} to {format_decimal(answers.good_logp)}"
+        found.append(
+            f"The good answers became less likely too: their mean log-probability fell from {fell}. Try a lower "
+            "learning rate, a higher `kto.beta` or a higher `kto.desirable_weight`."
+        )
+    return found
 
 
 def _times_seen(summary: RunSummary) -> float | None:

@@ -128,20 +128,34 @@ def _tiles(summary: RunSummary) -> list[tuple[str, str]]:
 
 
 def _pair_tiles(summary: RunSummary) -> list[tuple[str, str]]:
-    pairs = summary.eval_pairs
-    if pairs is None:
+    pairs, answers = summary.eval_pairs, summary.eval_labels
+    if pairs is not None:
+        return [
+            ("Held-out pairs right", format_percent(pairs.right)),
+            ("Held-out margin", format_decimal(pairs.margin)),
+        ]
+    if answers is None:
         return []
-    return [("Held-out pairs right", format_percent(pairs.right)), ("Held-out margin", format_decimal(pairs.margin))]
+    rewards = [("good", answers.good_reward), ("bad", answers.bad_reward)]
+    return [
+        ("Held-out answers right", format_percent(answers.right)),
+        *((f"Reward of {name} answers", format_decimal(value)) for name, value in rewards if value is not None),
+        ("KL term", format_decimal(answers.kl)),
+    ]
 
 
 def _plots(lines: Sequence[Mapping[str, Scalar]]) -> list[tuple[str, Markup]]:
+    has_labels = any("kl" in line or "eval_kl" in line for line in lines)
+    first, second = ("good", "bad") if has_labels else ("chosen", "rejected")
+    right = "Answers on the side of their label" if has_labels else "Pairs with the higher reward for the chosen answer"
     wanted = {
         "Loss": _losses(lines),
-        "Pairs with the higher reward for the chosen answer": _both(lines, "rewards/accuracies"),
+        right: _both(lines, "rewards/accuracies"),
         "Margin of the rewards": _both(lines, "rewards/margins"),
+        "KL term": _both(lines, "kl"),
         "Log-probability of whole answers, held out": [
-            Series("chosen", points(lines, "eval_logps/chosen")),
-            Series("rejected", points(lines, "eval_logps/rejected"), color=1),
+            Series(first, points(lines, "eval_logps/chosen")),
+            Series(second, points(lines, "eval_logps/rejected"), color=1),
         ],
         "Learning rate": [Series("learning rate", points(lines, "learning_rate"))],
         "Tokens per second": [Series("tokens per second", points(lines, "tokens_per_second"))],

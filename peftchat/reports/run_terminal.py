@@ -18,6 +18,7 @@ from peftchat.formatting import (
     format_short_count,
 )
 from peftchat.reports.assessment import assess_run, run_warnings
+from peftchat.runs.eval_labels import LabelSummary
 from peftchat.runs.eval_losses import GroupLoss
 from peftchat.runs.eval_pairs import PairSummary
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
@@ -73,6 +74,8 @@ def _figures(summary: RunSummary) -> Table:
         *_training_by_file(summary),
         *_losses_by_group(summary),
         *_held_out_pairs(summary.eval_pairs),
+        *_held_out_labels(summary.eval_labels),
+        *_answer_lengths(summary),
         ("steps", format_count(summary.steps)),
         ("time", format_duration(summary.seconds)),
         ("tokens", f"{format_count(summary.tokens)}, {format_percent(summary.supervised_share)} supervised"),
@@ -120,6 +123,28 @@ def _held_out_pairs(pairs: PairSummary | None) -> list[tuple[str, str]]:
         ("log-probability, chosen", _change(pairs.chosen_logp_before, pairs.chosen_logp)),
         ("log-probability, rejected", _change(pairs.rejected_logp_before, pairs.rejected_logp)),
     ]
+
+
+def _held_out_labels(answers: LabelSummary | None) -> list[tuple[str, str]]:
+    """Return the rows of held-out labeled answers."""
+    if answers is None:
+        return []
+    rewards = f"{format_decimal(answers.good_reward)} good, {format_decimal(answers.bad_reward)} bad"
+    rows = [("held-out rewards", f"{rewards}, KL term {format_decimal(answers.kl)}")]
+    for name, before, after in (
+        ("good", answers.good_logp_before, answers.good_logp), ("bad", answers.bad_logp_before, answers.bad_logp),
+    ):  # fmt: skip
+        if after is not None:
+            rows.append((f"log-probability, {name}", _change(before, after)))
+    return rows
+
+
+def _answer_lengths(summary: RunSummary) -> list[tuple[str, str]]:
+    """Return the mean length of the sample answers of a preference run, which often learns to write more."""
+    lengths = summary.answer_lengths
+    if lengths is None or summary.objective == "sft":
+        return []
+    return [("sample answers", f"{_change(*lengths)} words on average")]
 
 
 def _change(before: float | None, after: float) -> str:

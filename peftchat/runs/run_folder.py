@@ -63,6 +63,11 @@ class RunFolder:
         return self.path / "eval_pairs.jsonl"
 
     @property
+    def eval_answers(self) -> Path:
+        """The held-out labeled answers of a run."""
+        return self.path / "eval_answers.jsonl"
+
+    @property
     def samples(self) -> KeptLines:
         """The answers to the recipe's questions at each evaluation."""
         return KeptLines(self.path / "samples.jsonl")

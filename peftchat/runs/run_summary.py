@@ -1,6 +1,7 @@
 """Run summary: the results of a finished run, kept in `run.json`."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -8,6 +9,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from peftchat.errors import UserError
 from peftchat.files import write_text
+from peftchat.runs.eval_labels import LabelSummary
 from peftchat.runs.eval_losses import GroupLoss
 from peftchat.runs.eval_pairs import PairSummary
 from peftchat.runs.fingerprints import Fingerprints
@@ -216,6 +218,7 @@ class RunSummary(BaseModel):
         eval_by: held-out losses by `source` (file), `role`, `kind` of text (content, reasoning, tool calls, and other
             text that answers consist of), `turn` among those of its role, and `length` of the conversation in tokens.
         eval_pairs: the held-out pairs of an objective with pairs.
+        eval_labels: the held-out answers of an objective with labels.
         special_token_text: stretches of text spelled like a special token and encoded as ordinary text.
         formats: the format of each data file.
         new_tokens: the tokens added to the vocabulary.
@@ -269,6 +272,7 @@ class RunSummary(BaseModel):
     eval_loss: float | None = None
     eval_by: dict[str, dict[str, GroupLoss]] | None = None
     eval_pairs: PairSummary | None = None
+    eval_labels: LabelSummary | None = None
     spikes: tuple[SpikeRecord, ...] = ()
     outliers: dict[str, OutlierRecord] = {}
     train_by_source: dict[str, SourceLoss] | None = None
@@ -339,6 +343,12 @@ class RunSummary(BaseModel):
         return {"sft": "conversations", "kto": "labeled answers"}.get(self.objective, "pairs")
 
     @property
+    def answer_lengths(self) -> tuple[float | None, float] | None:
+        """The mean number of words of the sample answers before training and after it; None without samples."""
+        before, after = (_mean_words(answers) for answers in (self.samples_before, self.samples_after))
+        return None if after is None else (before, after)
+
+    @property
     def supervised_share(self) -> float | None:
         """The fraction of the tokens that the loss is computed on."""
         if not self.tokens or self.supervised_tokens is None:
@@ -349,3 +359,7 @@ class RunSummary(BaseModel):
     def dropped_examples(self) -> int:
         """The number of conversations left out, for any reason."""
         return sum((self.dropped or {}).values())
+
+
+def _mean_words(answers: Sequence[SampleAnswer]) -> float | None:
+    return sum(len(one.answer.split()) for one in answers) / len(answers) if answers else None

@@ -10,7 +10,7 @@ import torch
 from peftchat.console import stderr
 from peftchat.errors import UserError, first_line
 from peftchat.models.base_content import check_run
-from peftchat.models.loading import compute_in_float32_if_faster, end_ids, load_base
+from peftchat.models.loading import compute_in_float32_if_faster, end_ids, has_bfloat16_kernels, load_base
 from peftchat.models.source import LOAD_ERRORS, MISFIT_ERRORS, ModelKind, ModelSource
 from peftchat.recipe import Recipe
 from peftchat.serving.prompt import PromptEncoder
@@ -146,6 +146,11 @@ def best_device() -> torch.device:
     """Return the machine's accelerator, or the CPU."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
+
+
+def bfloat16_is_slow() -> bool:
+    """Return whether models run on a CPU that has no kernels for bfloat16: there they compute in float32."""
+    return best_device().type == "cpu" and not has_bfloat16_kernels()
 
 
 def merge_added_tokens_of_biased_head(model: "PeftModel") -> bool:

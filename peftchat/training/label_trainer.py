@@ -1,13 +1,14 @@
 """Label trainer: answers that are good or bad, each for itself (Kahneman-Tversky optimization)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from peftchat.runs.eval_labels import AnswerResult, LabelSummary, write_eval_answers
 from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.training.preference_loss import AnswerLogProbs, PairLoss, answer_sums
 from peftchat.training.preference_trainer import PreferenceTrainer
@@ -50,9 +51,32 @@ def kto_loss(
 class LabelTrainer(PreferenceTrainer):
     """Trains on labeled answers. A pair of examples is an answer and another record's answer to its prompt.
 
-    The second one is never trained: how likely it became is the KL term, a mean over the forward pass of all processes.
-    A loss is a mean over the answers of the whole optimizer step.
+    The second one is never trained, and is computed in a pass of its own: how likely it became is the KL term, a mean
+    over the forward pass of all processes, and in an evaluation over all held-out answers. A loss is a mean over the
+    answers of the whole optimizer step.
     """
+
+    answers: Sequence[AnswerResult] = ()
+    _kl = 0.0
+
+    def _untrained(self, inputs: Mapping[str, Any], counts: Sequence[int]) -> Tensor:
+        """Return the log-probabilities of the other answers, shape (P,), without a gradient."""
+        with torch.no_grad():
+            outputs = self.model(**self.model_inputs(inputs["others"]), supervised=True)
+        return answer_sums(outputs.losses, counts[1::2])
+
+    def _policy(self, losses: Tensor, counts: Sequence[int], untrained: Tensor | None) -> AnswerLogProbs:
+        """Return the log-probabilities of the answers as chosen ones, and of the other answers as rejected ones."""
+        assert untrained is not None
+        return AnswerLogProbs(answer_sums(losses, counts[::2]), untrained)
+
+    def _log_probs(self, model: nn.Module, inputs: Mapping[str, Any], counts: Sequence[int]) -> Tensor:
+        """Return the log-probability of every answer and other answer in turn, shape (2 P,)."""
+        both = [
+            answer_sums(model(**self.model_inputs(part), supervised=True).losses, counts[place::2])
+            for place, part in enumerate((inputs, inputs["others"]))
+        ]
+        return torch.stack(both, dim=1).flatten()
 
     def _no_sums(self) -> Tensor:
         """Return the sums of the metrics, and the numbers of good answers, of bad ones and of all; all zero."""
@@ -74,16 +98,23 @@ class LabelTrainer(PreferenceTrainer):
         return torch.as_tensor(known[np.asarray(examples)[::2] // 2], device=self.args.device)
 
     def _measure(
-        self, split: "Split", examples: Any, losses: Tensor, counts: Sequence[int],
-        reference: AnswerLogProbs | None, *, is_counted: bool = True,
-    ) -> tuple[AnswerLogProbs, PairLoss, Tensor]:  # fmt: skip
-        """Return log-probabilities, losses and the sums of the metrics; every process must call it."""
+        self, split: "Split", examples: Any, policy: AnswerLogProbs, counts: Sequence[int],
+        reference: AnswerLogProbs | None,
+    ) -> tuple[PairLoss, Tensor]:  # fmt: skip
+        """Return the losses and the sums of the metrics; every process must call it."""
+        assert reference is not None
+        found, _, sums = self._judge(policy, reference, self._labels(split, examples))
+        return found, sums
+
+    def _judge(
+        self, policy: AnswerLogProbs, reference: AnswerLogProbs, labels: Tensor
+    ) -> tuple[PairLoss, Tensor, Tensor]:
+        """Return the losses, which answers are right, and the sums of the metrics; every process must call it."""
         kto = self._recipe.kto
-        assert kto is not None and reference is not None
-        policy, labels = AnswerLogProbs.of(answer_sums(losses, counts)), self._labels(split, examples)
+        assert kto is not None
         rises = (policy.rejected - reference.rejected).detach().double()
-        share = self._sum_over_processes(torch.stack([rises.sum(), rises.new_tensor(len(rises))]) * is_counted)
-        kl = (share[0] / share[1].clamp(min=1)).clamp(min=0).to(losses.dtype)
+        share = self._sum_over_processes(torch.stack([rises.sum(), rises.new_tensor(len(rises))]))
+        kl = (share[0] / share[1].clamp(min=1)).clamp(min=0).to(policy.chosen.dtype)
         if kto.loss_type != "kto":
             kl = torch.zeros_like(kl)
         found = kto_loss(kto, policy, reference, labels, kl)
@@ -93,36 +124,44 @@ class LabelTrainer(PreferenceTrainer):
         good, bad = labels.double(), (~labels).double()
         sums = [rewards * good, rewards * bad, own * good, own * bad, right, kl.expand(len(right)), good, bad]
         sums.append(torch.ones_like(right))
-        return policy, found, torch.stack([one.double().sum() for one in sums])
+        return found, right, torch.stack([one.double().sum() for one in sums])
 
     def held_out_metrics(self, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return the mean loss of the held-out answers, and their metrics; every process must call it.
 
-        `eval_accuracy` is the share of answers whose reward is on the side of the KL term that their label names.
+        `eval_accuracy` is the share of answers whose reward is on the side of the KL term that their label names. The
+        term is a mean over all held-out answers, so that no number depends on how they are spread over batches.
         """
-        loss_sum, token_sum, sums = 0.0, 0, self._no_sums()
-        not_finite: list[int] = []
+        examples, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        own, base = (torch.zeros(0, device=self.args.device) for _ in range(2))
         for of_batch, batch, inputs in self._evaluation_batches("eval"):
-            examples, counts = batch["examples"], batch["target_counts"]
             with self.compute_loss_context_manager():
-                reference = self._reference_of("eval", examples, inputs, counts)
-                outputs = self.model_wrapped(**self.model_inputs(inputs), supervised=True)
-            _, found, measured = self._measure(
-                "eval", examples, outputs.losses, counts, reference, is_counted=of_batch is not None
-            )
-            if of_batch is None:
+                reference = self._reference_of("eval", batch["examples"], inputs, batch["target_counts"])
+                log_probs = self._log_probs(self.model_wrapped, inputs, batch["target_counts"])
+            if of_batch is None or reference is None:
                 continue
-            if not torch.isfinite(found.losses).all():
-                not_finite += examples.tolist()
-            loss_sum += float(found.losses.double().sum())
-            token_sum += int(counts[::2].sum())
-            sums += measured
-        totals = torch.tensor([loss_sum, token_sum], dtype=torch.float64, device=self.args.device)
+            examples = np.concatenate([examples, batch["examples"]])
+            counts = np.concatenate([counts, batch["target_counts"]])
+            own = torch.cat([own, log_probs])
+            base = torch.cat([base, torch.stack([reference.chosen, reference.rejected], dim=1).flatten()])
+        labels = self._labels("eval", examples)
+        found, right, sums = self._judge(AnswerLogProbs.of(own), AnswerLogProbs.of(base), labels)
+        losses = found.losses.double()
+        totals = torch.stack([losses.sum(), losses.new_tensor(counts[::2].sum())])
         loss_sum, tokens, *reduced = self._sum_over_processes(torch.cat([totals, sums])).tolist()
         means, answers = self._means(reduced), reduced[-1]
-        loss = loss_sum / max(answers, 1)
+        loss, self._kl = loss_sum / max(answers, 1), means.get("kl", 0.0)
+        store = self._context.splits["eval"].store
+        self.answers = [
+            AnswerResult(example, store[example].source, *one)
+            for example, *one in zip(
+                examples[::2].tolist(), labels.tolist(), counts[::2].tolist(), own[::2].tolist(),
+                found.rewards.chosen.tolist(), right.tolist(), losses.tolist(), strict=True,
+            )
+        ]  # fmt: skip
         self._pairs_step = self.state.global_step
-        self.checks.check_evaluation(loss, not_finite, self.state.global_step)
+        finite = torch.isfinite(losses).cpu().numpy()
+        self.checks.check_evaluation(loss, examples[::2][~finite].tolist(), self.state.global_step)
         return {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_tokens": int(tokens),
@@ -132,5 +171,15 @@ class LabelTrainer(PreferenceTrainer):
         }
 
     def write_held_out_losses(self) -> Sequence[ConversationLoss]:
-        """Return nothing: labeled answers have no loss of their own that another model's could be compared with."""
+        """Write the last evaluation's answers into the run folder; every process must call it. Returns nothing."""
+        if self.eval_dataset is None:
+            return ()
+        if self._pairs_step is None:
+            self.held_out_metrics()
+        gathered = self.gather_objects(self.answers)
+        if self._context.is_main:
+            found = sorted((one for part in gathered for one in part), key=lambda one: one.example)
+            path = self._context.run_folder.eval_answers
+            written = write_eval_answers(path, found, before=self._pairs_step == 0)
+            self.label_summary = LabelSummary.of(written, self._kl)
         return ()

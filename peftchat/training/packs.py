@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from peftchat.dataset.collator import ChatCollator
 from peftchat.dataset.epochs import EpochPacks
 from peftchat.dataset.packing import pack
-from peftchat.dataset.pairs import PairCollator, pair_packs
+from peftchat.dataset.pairs import LabelCollator, PairCollator, pair_packs
 from peftchat.training.context import TrainContext
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def make_collator(context: TrainContext, split: "Split", layout: "BatchLayout") -> ChatCollator:
     """Return the collator of a split."""
     recipe, chat = context.recipe, context.chat
-    return (PairCollator if recipe.has_pairs else ChatCollator)(
+    kind = LabelCollator if recipe.has_labels else PairCollator if recipe.has_pairs else ChatCollator
+    return kind(
         context.splits[split].store,
         loss_on=recipe.chat.loss_policy,
         layout=layout,

@@ -1,13 +1,16 @@
 """Preference trainer: the trainer of conversations with a loss of pairs, and metrics of pairs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peftchat.dataset.pairs import PairCollator
 from peftchat.errors import UserError
+from peftchat.models.loading import VARLEN
 from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.runs.eval_pairs import PairResult, PairSummary, write_eval_pairs
 from peftchat.training.preference_loss import (
@@ -19,13 +22,14 @@ from peftchat.training.preference_loss import (
     pair_metrics,
 )
 from peftchat.training.reference import ReferenceLogProbs, reference_model
+from peftchat.training.shared_prompts import TOLERANCES, can_share_prompts, computes_shared_prompts
 from peftchat.training.trainer import ChatTrainer
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
     from peftchat.dataset.cache import Split
-    from peftchat.dataset.collator import Batch, BatchLayout
+    from peftchat.dataset.collator import BatchLayout
     from peftchat.runs.checkpoint import Checkpoint
     from peftchat.training.context import TrainContext
     from peftchat.training.model import TrainableModel
@@ -51,10 +55,8 @@ class PreferenceTrainer(ChatTrainer):
         self._recipe = context.recipe
         self._initial_embeddings = model.initial_embeddings
         self._start = model.start
-        # ZeRO-3 shards an adapter that goes on, so that its first values cannot be put back.
-        self._reference_first = self._recipe.method == "full" or (
-            model.start is not None and context.distributed.strategy == "zero3"
-        )
+        # ZeRO-3 gathers trained weights for each pass, so that their first values cannot be put back for several.
+        self._reference_first = self._recipe.method == "full" or context.distributed.strategy == "zero3"
         self.reference = ReferenceLogProbs(context.content.digests)
         # A base that changed, and may, makes the numbers of the checkpoint those of something else.
         changed = context.content.record.allowed_changes and self._recipe.method != "full"
@@ -64,14 +66,29 @@ class PreferenceTrainer(ChatTrainer):
         self.pairs: list[PairResult] = []
         self.pair_summary: PairSummary | None = None
         self._pairs_step: int | None = None
+        attention, longest = self.causal_model.config._attn_implementation, self._recipe.data.max_length
+        shares = attention == VARLEN and can_share_prompts(self.causal_model.config, longest)
+        self.share_prompts(shares and not self._recipe.has_labels)
+
+    def share_prompts(self, shares: bool) -> None:
+        """Set whether both answers of a pair go on from one prompt in later batches."""
+        for collator in self._collators.values():
+            if isinstance(collator, PairCollator):
+                collator.shares_prompts = shares
+
+    def check_batches(self, vocabulary: int) -> None:
+        """Give each answer a prompt of its own where the model computes a shared one otherwise."""
+        collator = self._collators["train"]
+        if not isinstance(collator, PairCollator) or not collator.shares_prompts or self.layout != "varlen":
+            return
+        tolerance = TOLERANCES[self._recipe.model.computed_in]
+        if not computes_shared_prompts(self.model_wrapped, vocabulary, self.args.device, tolerance):
+            self.share_prompts(False)
+            self._context.notes.tell("The prompt of a pair is computed twice: this model does not continue it twice.")
 
     def _no_sums(self) -> Tensor:
         """Return the sums of the metrics and the number of pairs, all zero."""
         return torch.zeros(len(PAIR_METRICS) + 1, dtype=torch.float64, device=self.args.device)
-
-    def _without_repeats(self, batches: "Iterator[Batch]") -> "Iterator[Batch]":
-        """Yield the batches as they are: a micro-batch without a pair has no loss."""
-        return batches
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Return the pairs of the optimizer step and the trained tokens of their chosen answers, shape (2,)."""
@@ -101,9 +118,12 @@ class PreferenceTrainer(ChatTrainer):
         else:
             num_items = num_items_in_batch
 
+        untrained = self._untrained(inputs, counts)
+
         def weigh(losses: Tensor) -> Tensor:
             """Return this batch's part of the loss of the step."""
-            policy, found, sums = self._measure("train", self.current_examples, losses, counts, reference)
+            policy = self._policy(losses, counts, untrained)
+            found, sums = self._measure("train", self.current_examples, policy, counts, reference)
             self._sums += sums
             loss = found.losses.sum() / num_items[0]
             if found.likelihood_weight:
@@ -118,26 +138,36 @@ class PreferenceTrainer(ChatTrainer):
         """Note the loss of a micro-batch; that of single pairs is nothing to judge conversations by."""
         self.checks.add(loss, self.current_examples[::2])
 
+    def _untrained(self, inputs: Mapping[str, Any], counts: Sequence[int]) -> Tensor | None:
+        """Return the log-probabilities of the answers that take part without a gradient; pairs have none."""
+        return None
+
+    def _policy(self, losses: Tensor, counts: Sequence[int], untrained: Tensor | None) -> AnswerLogProbs:
+        """Return the model's log-probabilities of the answers of a batch, from the losses of its targets."""
+        return AnswerLogProbs.of(answer_sums(losses, counts))
+
+    def _log_probs(self, model: nn.Module, inputs: Mapping[str, Any], counts: Sequence[int]) -> Tensor:
+        """Return the log-probability of every answer of a batch, where no gradient is computed; shape (2 P,)."""
+        return answer_sums(model(**self.model_inputs(inputs), supervised=True).losses, counts)
+
     def _measure(
-        self, split: "Split", examples: Any, losses: Tensor, counts: Sequence[int], reference: AnswerLogProbs | None
-    ) -> tuple[AnswerLogProbs, PairLoss, Tensor]:
-        """Return the answers' log-probabilities, the losses, and the sums of the metrics with the number of pairs."""
-        policy, found = self._pair_loss(losses, counts, reference)
+        self, split: "Split", examples: Any, policy: AnswerLogProbs, counts: Sequence[int],
+        reference: AnswerLogProbs | None,
+    ) -> tuple[PairLoss, Tensor]:  # fmt: skip
+        """Return the losses, and the sums of the metrics with the number of pairs; every process must call it."""
+        found = self._pair_loss(policy, counts, reference)
         metrics = pair_metrics(found, policy)
-        return policy, found, torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
+        return found, torch.cat([metrics.sum(1), metrics.new_tensor([metrics.shape[1]])])
 
     def _means(self, sums: Sequence[float]) -> dict[str, float]:
         """Return the means of the metrics by name, from what `_measure` counted; nothing without pairs."""
         *totals, count = sums
         return {name: value / count for name, value in zip(PAIR_METRICS, totals, strict=True)} if count else {}
 
-    def _pair_loss(
-        self, losses: Tensor, counts: Sequence[int], reference: AnswerLogProbs | None
-    ) -> tuple[AnswerLogProbs, PairLoss]:
-        """Return the model's log-probabilities of the answers, and the loss of each pair."""
-        policy = AnswerLogProbs.of(answer_sums(losses, counts))
-        tokens = AnswerLogProbs.of(torch.as_tensor(counts, device=losses.device))
-        return policy, pair_loss(self._recipe, policy, reference, tokens)
+    def _pair_loss(self, policy: AnswerLogProbs, counts: Sequence[int], reference: AnswerLogProbs | None) -> PairLoss:
+        """Return the loss of each pair."""
+        tokens = AnswerLogProbs.of(torch.as_tensor(counts, device=policy.chosen.device))
+        return pair_loss(self._recipe, policy, reference, tokens)
 
     def _reference_of(
         self, split: "Split", examples: Any, inputs: Mapping[str, Tensor], counts: Sequence[int]
@@ -153,8 +183,8 @@ class PreferenceTrainer(ChatTrainer):
             lacks = bool(self._sum_over_processes(torch.tensor(float(lacks), device=self.args.device)))
         if lacks:
             with reference_model(self.model, self._initial_embeddings, self._start):
-                outputs = self.model(**self.model_inputs(inputs), supervised=True)
-            self.reference.add(split, places, answer_sums(outputs.losses, counts))
+                log_probs = self._log_probs(self.model, inputs, counts)
+            self.reference.add(split, places, log_probs)
         return AnswerLogProbs.of(self.reference.of(split, places).to(inputs["labels"].device))
 
     def prepare(self) -> None:
@@ -175,14 +205,20 @@ class PreferenceTrainer(ChatTrainer):
             )
         for split in splits:
             for of_batch, batch, inputs in self._evaluation_batches(split):
-                with self.compute_loss_context_manager():
-                    outputs = self.model_wrapped(**self.model_inputs(inputs), supervised=True)
+                with self.compute_loss_context_manager(), self._adapter_off():
+                    log_probs = self._log_probs(self.model_wrapped, inputs, batch["target_counts"])
                 if of_batch is not None:
-                    self.reference.add(split, batch["examples"], answer_sums(outputs.losses, batch["target_counts"]))
+                    self.reference.add(split, batch["examples"], log_probs)
         if splits:
             self.reference.merge(self.gather_objects(self.reference.known))
             pairs = sum(len(self.reference.known[split]) for split in splits) // 2
             self._context.notes.tell(f"The reference of {pairs:,} pairs was computed before the first step.")
+
+    def _adapter_off(self) -> AbstractContextManager[None]:
+        """Return a context in which a model that is not trained yet computes its reference."""
+        # All weights, and an adapter that goes on from a run, are their own reference at the start.
+        is_own = self._recipe.method == "full" or self._start is not None
+        return nullcontext() if is_own else reference_model(self.model, None)
 
     def held_out_metrics(self, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return the mean loss of the held-out pairs, and their metrics; every process must call it.
@@ -199,10 +235,10 @@ class PreferenceTrainer(ChatTrainer):
             counts = batch["target_counts"]
             with self.compute_loss_context_manager():
                 reference = self._reference_of("eval", batch["examples"], inputs, counts)
-                outputs = self.model_wrapped(**self.model_inputs(inputs), supervised=True)
+                policy = AnswerLogProbs.of(self._log_probs(self.model_wrapped, inputs, counts))
             if of_batch is None:
                 continue
-            policy, found = self._pair_loss(outputs.losses, counts, reference)
+            found = self._pair_loss(policy, counts, reference)
             losses, likelihood_weight = found.losses.double(), found.likelihood_weight
             if not torch.isfinite(losses).all():
                 not_finite += batch["examples"].tolist()

@@ -93,6 +93,7 @@ def check_model(trainer: "ChatTrainer", recipe: "Recipe") -> None:
         check_loss(trainer.model_wrapped, base, vocabulary, device, varlen=varlen)
         if varlen or recipe.data.packing:
             check_isolation(trainer.model_wrapped, vocabulary, device, varlen=varlen)
+        trainer.check_batches(vocabulary)
 
 
 def check_space(folder: Path, model: nn.Module, recipe: "Recipe") -> None:

@@ -160,6 +160,7 @@ def _summary(
         eval_loss=_final_loss(evaluations, fitted.kept),
         eval_by=group_losses(held_out) if held_out else None,
         eval_pairs=trainer.pair_summary,
+        eval_labels=trainer.label_summary,
         spikes=tuple(trainer.checks.spikes),
         outliers=trainer.checks.outliers,
         train_by_source=trainer.checks.by_source.means() or None,

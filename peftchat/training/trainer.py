@@ -32,6 +32,7 @@ from peftchat.models.saving import (
     save_training_modules,
 )
 from peftchat.runs.checkpoint import Checkpoint, keep_newest
+from peftchat.runs.eval_labels import LabelSummary
 from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.runs.eval_pairs import PairSummary
 from peftchat.training.context import TrainContext
@@ -45,6 +46,7 @@ from peftchat.training.out_of_memory import Halving
 from peftchat.training.packs import make_collator, make_packs
 from peftchat.training.progress import MetricsCallback, memory_in_use
 from peftchat.training.questions import answer_questions
+from peftchat.training.sharded_checkpoint import is_of_other_processes, load_sharded
 from peftchat.training.throughput import Throughput, TokenCounts
 from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs, trainer_hooks
 from peftchat.training.weightwise import WeightwiseOptimizer, uses_little_memory
@@ -56,8 +58,8 @@ if TYPE_CHECKING:
     from peftchat.dataset.collator import Batch, BatchLayout
 
 
-# Batch entries that are counts, not arguments of the model.
-_COUNTS = ("real_tokens", "tracked_counts", "examples", "target_counts", "pack_sizes")
+# Batch entries that are counts or another batch, not arguments of the model.
+_COUNTS = ("real_tokens", "tracked_counts", "examples", "target_counts", "pack_sizes", "others")
 
 
 class ChatTrainer(SFTTrainer):
@@ -73,6 +75,7 @@ class ChatTrainer(SFTTrainer):
     control: TrainerControl
     optimizer: Any
     pair_summary: PairSummary | None = None
+    label_summary: LabelSummary | None = None
 
     def __init__(
         self, context: TrainContext, model: TrainableModel, config: "SFTConfig", layout: "BatchLayout"
@@ -194,6 +197,13 @@ class ChatTrainer(SFTTrainer):
 
     def prepare(self) -> None:
         """Do what needs the weights of the start, right before the first step; every process must call it."""
+
+    def check_batches(self, vocabulary: int) -> None:
+        """Check what this trainer's batches ask of the model; every process must call it.
+
+        Args:
+            vocabulary: token ids below this are ordinary tokens.
+        """
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -553,13 +563,21 @@ class ChatTrainer(SFTTrainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, Any]:
         """Leave the optimizer's state of a checkpoint out where it cannot be read; the schedule goes on."""
-        if resume_from_checkpoint is None or not self._content.fresh_optimizer:
+        checkpoint = None if resume_from_checkpoint is None else Checkpoint(Path(resume_from_checkpoint))
+        is_joined = (
+            self.is_deepspeed_enabled
+            and checkpoint is not None
+            and is_of_other_processes(checkpoint, self.args.world_size)
+        )
+        if checkpoint is None or not (self._content.fresh_optimizer or is_joined):
             whole: tuple[nn.Module, Any] = super()._prepare_for_training(
                 max_steps, train_dataloader, resume_from_checkpoint
             )
             return whole
         prepared: tuple[nn.Module, Any] = super()._prepare_for_training(max_steps, train_dataloader, None)
-        schedule = torch.load(Path(resume_from_checkpoint) / SCHEDULER_NAME, weights_only=True)
+        if is_joined:
+            load_sharded(self.model_wrapped, self.accelerator, checkpoint, whole=self._adapter is None)
+        schedule = torch.load(checkpoint.path / SCHEDULER_NAME, weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

@@ -12,7 +12,7 @@ from peftchat.training.build_trainer import build_trainer, sft_config
 from peftchat.training.context import TrainOptions, open_context
 from peftchat.training.model import load_trainable_model
 from peftchat.training.preference_trainer import PreferenceTrainer
-from tests.support.data import WORDS
+from tests.support.data import WORDS, read_json_lines
 from tests.support.models import random_model
 from tests.support.recipes import write_training_recipe
 from tests.support.tokenizers import train_byte_level
@@ -41,6 +41,16 @@ def write_pairs(path: Path, count: int = 12, seed: int = 0, *, rounds: int = 1) 
             prompt = [*earlier, {"role": "user", "content": prompt}]
         records.append({"prompt": prompt, "chosen": f"{say(8)} water", "rejected": f"{say(8)} hills"})
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def write_labels(path: Path, count: int, seed: int = 0) -> Path:
+    """Write answers that end with "water" as good ones, and those that end with "hills" as bad ones, in turn."""
+    records = read_json_lines(write_pairs(path, count, seed))
+    for number, record in enumerate(records):
+        chosen, rejected = record.pop("chosen"), record.pop("rejected")
+        record |= {"completion": rejected if number % 3 == 2 else chosen, "label": number % 3 != 2}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 

@@ -17,17 +17,7 @@ from peftchat.training.label_trainer import LabelTrainer
 from peftchat.training.train import train
 from tests.support.data import read_json_lines
 from tests.support.models import small_model
-from tests.support.pairs import open_trainer, pair_recipe, save_chatml_base, write_pairs
-
-
-def write_labels(path: Path, count: int, seed: int = 0) -> Path:
-    """Write answers that end with "water" as good ones, and those that end with "hills" as bad ones, in turn."""
-    records = read_json_lines(write_pairs(path, count, seed))
-    for number, record in enumerate(records):
-        chosen, rejected = record.pop("chosen"), record.pop("rejected")
-        record |= {"completion": rejected if number % 3 == 2 else chosen, "label": number % 3 != 2}
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+from tests.support.pairs import open_trainer, pair_recipe, save_chatml_base, write_labels
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +120,37 @@ def test_a_rule_is_learned_from_labels(pretrained: Path, tmp_path: Path) -> None
     before, *_, after = (line for line in lines if "eval_loss" in line)
     assert before["eval_loss"] == pytest.approx(0.5) and before["eval_accuracy"] == 0.5 and before["eval_kl"] == 0.0
     assert after["eval_rewards/chosen"] > 0 > after["eval_rewards/rejected"]
+    told, answers = summary.eval_labels, read_json_lines(tmp_path / "run" / "eval_answers.jsonl")
+    assert told is not None and (told.good, told.bad) == (6, 3) and told.right == after["eval_accuracy"]
+    assert (told.good_reward, told.kl) == pytest.approx((after["eval_rewards/chosen"], after["eval_kl"]))
+    assert told.good_logp_before == pytest.approx(before["eval_logps/chosen"])
+    assert sum(line["loss"] for line in answers) / 9 == pytest.approx(after["eval_loss"])
+    for line in answers:
+        assert line["reward"] == pytest.approx(0.1 * (line["logp"] - line["logp_before"]), abs=1e-4)
     assert after["eval_loss"] < 0.46 and after["eval_rewards/margins"] > 1 and after["eval_accuracy"] > 0.5
+
+
+def test_an_evaluation_does_not_depend_on_its_batches(labels: Path, tmp_path: Path) -> None:
+    """The KL term is a mean over all held-out answers, and answers to other prompts are never trained."""
+    found = []
+    for size in (2, 9):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        training = {"per_device_eval_batch_size": size}
+        trainer = open_trainer(
+            pair_recipe(folder, small_model(tied=True), labels, labels, objective="kto", training=training)
+        )
+        batch = trainer.micro_batch(0)
+        assert int((batch["labels"] >= 0).sum()) == batch["target_counts"][::2].sum()
+        # The other answers become likelier.
+        trainer.model(**trainer.model_inputs(batch["others"]), supervised=True).loss.backward()
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 1e-2 * parameter.grad
+        trainer.model_wrapped = trainer.model
+        found.append(trainer.held_out_metrics())
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6) and found[0]["eval_kl"] > 0
 
 
 def read(path: Path, *records: Any, log: ProblemLog | None = None) -> list[tuple[str, bool | None]]:

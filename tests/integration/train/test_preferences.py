@@ -235,16 +235,29 @@ def check_equal(loss: Tensor, found: dict[str, Tensor], expected: Tensor, wanted
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * largest)
 
 
-def test_batches_and_layouts_do_not_matter(pairs: Path, tmp_path: Path) -> None:
-    """Added tokens are trained here, so that the head's gradients are weighed in the backward pass."""
-    losses, grads = [], []
+def test_batches_and_layouts_do_not_matter(tmp_path: Path) -> None:
+    """Added tokens are trained here, so that the head's gradients are weighed in the backward pass.
+
+    Some of the prompts are long enough to be shared, and one is in more than one block of queries.
+    """
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 6, rounds=4)
+    lines = pairs.read_text().splitlines()
+    longer = json.loads(lines[3])
+    longer |= {"chosen": longer["chosen"] * 40, "rejected": longer["rejected"] * 30}
+    pairs.write_text("\n".join([*lines[:3], json.dumps(longer), *lines[4:]]))
+    losses, grads, tokens = [], [], []
     for name, batches, overrides in (
-        ("whole", [6], ()), ("parts", [2, 4], ()), ("padded", [6], ("model.attention=sdpa",)),
+        ("shared", [6], ()), ("whole", [6], ()), ("parts", [2, 4], ()), ("padded", [6], ("model.attention=sdpa",)),
     ):  # fmt: skip
         folder = tmp_path / name
         folder.mkdir()
-        trainer = open_trainer(pair_recipe(folder, small_model(tied=False), pairs, None, adapter=ADAPTER), *overrides)
+        recipe = pair_recipe(
+            folder, small_model(tied=False), pairs, None, adapter=ADAPTER, data={"max_length": 2048}
+        )  # fmt: skip
+        trainer = open_trainer(recipe, *overrides)
         assert trainer.layout == ("padded" if overrides else "varlen")
+        if name == "whole":
+            trainer.share_prompts(False)
         move(trainer.model)
         packs = [trainer.train_dataset[number] for number in range(6)]
         starts = [sum(batches[:place]) for place in range(len(batches))]
@@ -262,7 +275,9 @@ def test_batches_and_layouts_do_not_matter(pairs: Path, tmp_path: Path) -> None:
             total += float(loss.detach())
         losses.append(total)
         grads.append(gradients(trainer.model))
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+        tokens.append(sum(int(batch["real_tokens"]) for batch in made))
+    assert tokens[0] == tokens[2] < tokens[1] == tokens[3]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
     assert any("added_tokens" in name for name in grads[0])
     for other in grads[1:]:
         for key, gradient in grads[0].items():
@@ -351,17 +366,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(method: str, pairs: Path, held_o
 
 
 @pytest.mark.distributed
-def test_two_processes_that_share_all_weights_train_as_one(pairs: Path, tmp_path: Path) -> None:
-    """ZeRO-3 with a trained head: its weights are gathered for the loss of pairs, and are not in the backward pass."""
-    lines = []
+def test_two_processes_that_share_all_weights_train_as_one(tmp_path: Path) -> None:
+    """ZeRO-3 with a trained head: its weights are gathered for the loss of pairs, and are not in the backward pass.
+
+    With five pairs, the second process has none in the last step, nor in the end of an evaluation.
+    """
+    train_file, held_out = (write_pairs(tmp_path / f"{seed}.jsonl", 5, seed, rounds=2) for seed in (0, 1))
+    lines, told = [], []
     for name, processes in (("one", 1), ("two", 2)):
         folder = tmp_path / name
         folder.mkdir()
-        training = {"max_steps": 2, "gradient_accumulation_steps": 2 // processes, "learning_rate": 1e-3}
+        training = {
+            "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 // processes,
+            "per_device_eval_batch_size": 2, "learning_rate": 1e-3,
+        }  # fmt: skip
         strategy = {"strategy": "single" if processes == 1 else "zero3", "processes": processes}
         recipe = pair_recipe(
-            folder, small_model(tied=False), pairs, None, training=training, method="full", distributed=strategy,
-            dpo={"rpo_alpha": 0.5},
+            folder, small_model(tied=False), train_file, held_out, training=training, method="full",
+            distributed=strategy, dpo={"rpo_alpha": 0.5},
         )  # fmt: skip
         if processes == 1:
             train(load_recipe(recipe))
@@ -369,6 +391,11 @@ def test_two_processes_that_share_all_weights_train_as_one(pairs: Path, tmp_path
             done = peftchat_in_processes(processes, "train", recipe)
             assert done.returncode == 0, done.stderr
         lines.append(read_json_lines(folder / "run" / "metrics.jsonl"))
+        told.append(read_json_lines(folder / "run" / "eval_pairs.jsonl"))
     for one, other in zip(*lines, strict=True):
-        for key in ("loss", "rewards/margins", "grad_norm"):
+        assert one.keys() == other.keys() and ("loss" in one or one["eval_pairs"] == 5)
+        for key in {"loss", "rewards/margins", "grad_norm", "eval_loss", "eval_accuracy", "eval_rewards/margins"} & {
+            *one
+        }:
             assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
+    assert [line["source"] for line in told[0]] == [line["source"] for line in told[1]]

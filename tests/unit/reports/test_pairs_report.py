@@ -7,8 +7,9 @@ import pytest
 
 from peftchat.reports.assessment import assess_run, run_warnings
 from peftchat.reports.run_report import write_report
+from peftchat.runs.eval_labels import AnswerResult, LabelSummary, write_eval_answers
 from peftchat.runs.eval_pairs import PairResult, PairSummary, wilson_interval, write_eval_pairs
-from peftchat.runs.run_summary import RunSummary
+from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from tests.support.reports import RUN_JSON, run_folder
 
 
@@ -64,3 +65,37 @@ def test_the_page_has_the_pairs(tmp_path: Path) -> None:
     (folder / "run.json").write_text(json.dumps(facts))
     html = write_report(folder).read_text(encoding="utf-8")
     assert "Held-out pairs right" in html and "Pairs trained on" in html and "100 % of 60 held-out pairs" in html
+
+
+def answer(number: int, label: bool, reward: float, logp: float) -> AnswerResult:
+    right = float((reward > 0) is label)
+    return AnswerResult(number, f"labels.jsonl:{number + 1}", label, 3, logp, reward, right, 0.5, logp_before=-9.0)
+
+
+@pytest.mark.parametrize(
+    ("sign", "outcome", "words"),
+    [
+        (1.0, "better", "in 100 % of 40 held-out answers (95 % interval 91 % to 100 %)."),
+        (-1.0, "worse", "the model learned the opposite."),
+    ],
+)
+def test_a_run_is_judged_by_its_labeled_answers(sign: float, outcome: str, words: str, tmp_path: Path) -> None:
+    answers = [answer(number, number % 2 == 0, sign * (1 - 2 * (number % 2)), -10.0) for number in range(40)]
+    told = LabelSummary.of(write_eval_answers(tmp_path / "answers.jsonl", answers, before=False), kl=0.25)
+    assert (told.good, told.bad, told.margin) == (20, 20, 2 * sign)
+    # Without a line of before the first step, what is known of it stays.
+    assert told.both_fell
+    samples = {"samples_before": (SampleAnswer("Hi", "a b"),), "samples_after": (SampleAnswer("Hi", "a b c"),)}
+    summary = RunSummary(objective="kto", eval_loss=0.5, eval_loss_before=0.5, eval_labels=told, **samples)
+    found = assess_run(summary)
+    assert found.outcome == outcome and words in found.headline and summary.answer_lengths == (2, 3)
+    assert any("good answers became less likely too" in line for line in run_warnings(summary))
+    folder = run_folder(tmp_path / "run")
+    facts = {**RUN_JSON, "objective": "kto", "eval_labels": told.model_dump()}
+    facts |= {
+        name: [{"prompt": "Hi", "answer": "a b c"[:end]}] for name, end in (("samples_before", 3), ("samples_after", 5))
+    }
+    (folder / "run.json").write_text(json.dumps(facts))
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert "On average 2.0 words before and 3.0 after." in html
+    assert "Held-out answers right" in html and "KL term" in html and "Labeled answers trained on" in html

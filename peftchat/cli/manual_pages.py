@@ -1,0 +1,72 @@
+"""The page of the manual that an error names: that of the recipe's section it is about, or of the command."""
+
+import re
+from collections.abc import Iterable
+
+from peftchat.errors import UserError
+
+SECTION_PAGES = {
+    "model": "training",
+    "method": "variants",
+    "adapter": "variants",
+    "quantization": "variants",
+    "objective": "preferences",
+    "dpo": "preferences",
+    "orpo": "preferences",
+    "simpo": "preferences",
+    "cpo": "preferences",
+    "kto": "preferences",
+    "chat": "templates",
+    "data": "data",
+    "training": "training",
+    "evaluation": "evaluate",
+    "distributed": "clusters",
+    "output_dir": "training",
+}
+"""For each section of the recipe, the page that explains it."""
+
+COMMAND_PAGES = {
+    "doctor": "guide-one-gpu",
+    "recipes": "recipe",
+    "init": "index",
+    "recipe": "import",
+    "data": "data",
+    "mask": "data",
+    "template": "templates",
+    "variants": "variants",
+    "plan": "plan",
+    "launch": "clusters",
+    "train": "training",
+    "report": "report",
+    "compare": "compare",
+    "evaluate": "evaluate",
+    "merge": "merge",
+    "chat": "serving",
+    "web": "web",
+    "generate": "evaluate",
+    "judge": "evaluate",
+    "export": "serving",
+    "serve": "serving",
+    "push": "serving",
+}
+"""For each command, the page that explains it."""
+
+_FILE = r"\.(?:jsonl?|ya?ml|csv|tsv|txt|parquet|arrow|gz|zip)\b"
+_SECTION = re.compile(rf"(?:^|(?<=[\s`(:]))({'|'.join(SECTION_PAGES)})(?!{_FILE})(?=[.:\s`,]|$)")
+
+
+def manual_page(error: UserError, arguments: Iterable[str]) -> str | None:
+    """Return the page of the manual for an error, such as `docs/data.md`; None if no command was named.
+
+    Args:
+        error: what will be shown.
+        arguments: those of the command line.
+    """
+    # A place in a recipe names its section; a message may name one, followed by a key.
+    of_place = _SECTION.search(error.where or "")
+    of_message = re.search(rf"`?\b({'|'.join(SECTION_PAGES)})\.[a-z_]+", f"{error.message} {error.hint or ''}")
+    section = of_place or of_message
+    page = SECTION_PAGES[section[1]] if section else None
+    if page is None:
+        page = next((COMMAND_PAGES[argument] for argument in arguments if argument in COMMAND_PAGES), None)
+    return None if page is None else f"docs/{page}.md"

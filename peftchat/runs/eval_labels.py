@@ -1,0 +1,148 @@
+"""Held-out labeled answers: `eval_answers.jsonl`, a line an answer, and what a run's summary says of them."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from peftchat.files import write_text
+from peftchat.formatting import format_count, format_percent
+from peftchat.runs.eval_pairs import wilson_interval
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerResult:
+    """A held-out labeled answer under the model, and its log-probability before training.
+
+    Attributes:
+        example: the index of its example; not in the file.
+        source: where it came from, `file:line`.
+        label: whether it is a good one.
+        tokens: its trained tokens.
+        logp: its log-probability.
+        reward: its reward against the reference.
+        right: 1 if the reward is on the side of the KL term that the label names, a half on the term itself, else 0.
+        loss: by the objective.
+        logp_before: its log-probability before the first step; None where it was not measured.
+    """
+
+    example: int
+    source: str
+    label: bool
+    tokens: int
+    logp: float
+    reward: float
+    right: float
+    loss: float
+    logp_before: float | None = None
+
+    def as_line(self) -> dict[str, Any]:
+        """Return the line of the file."""
+        values = asdict(self)
+        del values["example"]
+        return values
+
+
+def write_eval_answers(path: Path, answers: Sequence[AnswerResult], *, before: bool) -> list[AnswerResult]:
+    """Write one line per answer, beside the log-probability before the first step that the file has already.
+
+    Args:
+        path: the file.
+        answers: the results, in order.
+        before: whether they are those before the first step.
+
+    Returns:
+        The results as written.
+    """
+    noted = [one.logp for one in answers] if before else _read_before(path, [one.source for one in answers])
+    if noted:
+        answers = [replace(one, logp_before=logp) for one, logp in zip(answers, noted, strict=True)]
+    write_text(path, "".join(json.dumps(one.as_line(), ensure_ascii=False) + "\n" for one in answers))
+    return list(answers)
+
+
+def _read_before(path: Path, sources: Sequence[str]) -> list[float]:
+    """Return what the file notes of before the first step; nothing where it is of other answers, or missing."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if [line["source"] for line in lines] != list(sources):
+            return []
+        return [float(line["logp_before"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+class LabelSummary(BaseModel):
+    """What a run's summary says of its held-out labeled answers, by the weights that are kept.
+
+    Attributes:
+        good: the number of good answers.
+        bad: that of bad ones.
+        right: the share whose reward is on the side of the KL term that the label names.
+        right_low: the lower end of the share's 95 % interval.
+        right_high: its upper end.
+        kl: the KL term in nats.
+        good_reward: mean reward of the good answers; None without one, as are the others.
+        bad_reward: that of the bad ones.
+        good_logp: mean log-probability of the good answers, in nats.
+        bad_logp: that of the bad ones.
+        good_logp_before: the first before training; None where it was not measured.
+        bad_logp_before: the second.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    good: int
+    bad: int
+    right: float
+    right_low: float
+    right_high: float
+    kl: float
+    good_reward: float | None = None
+    bad_reward: float | None = None
+    good_logp: float | None = None
+    bad_logp: float | None = None
+    good_logp_before: float | None = None
+    bad_logp_before: float | None = None
+
+    @classmethod
+    def of(cls, answers: Sequence[AnswerResult], kl: float) -> Self:
+        """Summarize results; there must be one."""
+        right = sum(one.right for one in answers) / len(answers)
+        low, high = wilson_interval(right, len(answers))
+        good, bad = ([one for one in answers if one.label is label] for label in (True, False))
+        return cls(
+            good=len(good), bad=len(bad), right=right, right_low=low, right_high=high, kl=kl,
+            good_reward=_mean(one.reward for one in good), bad_reward=_mean(one.reward for one in bad),
+            good_logp=_mean(one.logp for one in good), bad_logp=_mean(one.logp for one in bad),
+            good_logp_before=_mean(one.logp_before for one in good),
+            bad_logp_before=_mean(one.logp_before for one in bad),
+        )  # fmt: skip
+
+    @property
+    def right_text(self) -> str:
+        """How many answers are right, with the interval, in words."""
+        low, high = format_percent(self.right_low), format_percent(self.right_high)
+        number = format_count(self.good + self.bad)
+        return f"{format_percent(self.right)} of {number} held-out answers (95 % interval {low} to {high})"
+
+    @property
+    def margin(self) -> float | None:
+        """How much higher the reward of good answers is than that of bad ones, in the mean."""
+        return None if self.good_reward is None or self.bad_reward is None else self.good_reward - self.bad_reward
+
+    @property
+    def both_fell(self) -> bool:
+        """Whether good and bad answers became less likely."""
+        sides = ((self.good_logp_before, self.good_logp), (self.bad_logp_before, self.bad_logp))
+        return all(before is not None and after is not None and after < before for before, after in sides)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean; None where one is not known, or there is none."""
+    found = list(values)
+    known = [one for one in found if one is not None]
+    return sum(known) / len(known) if known and len(known) == len(found) else None

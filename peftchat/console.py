@@ -1,10 +1,13 @@
 """The two consoles: results go to standard output, progress and notes to standard error."""
 
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
 from peftchat.streams import BROKEN_PIPE_STATUS, discard_output
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class _Console(Console):
@@ -21,3 +24,18 @@ stderr = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 stdout = _Console(highlight=False, soft_wrap=True)
 """Results: tables, answers."""
+
+_UNLIMITED_WIDTH = 400
+
+
+def natural_width(table: "Table") -> int:
+    """Return the width in characters of a table that is not wrapped."""
+    return Console(width=_UNLIMITED_WIDTH).measure(table).maximum
+
+
+def print_table(table: "Table") -> None:
+    """Print a table of results as wide as the terminal; a file or a pipe has no limited width."""
+    if stdout.is_terminal:
+        stdout.print(table, soft_wrap=False)
+    else:
+        _Console(file=stdout.file, width=max(stdout.width, natural_width(table))).print(table)

@@ -5,7 +5,7 @@
 Each fault hits a small run: its processes are killed or stopped, its disk fills up, its memory runs out, a checkpoint
 is damaged. The table tells what the user saw, the exit status, what was left on disk, and how `--resume` went on. A run
 must end with the losses of one that nobody disturbed. Disks of their own are mounted, which Linux permits root alone.
-The whole takes about ten minutes on two cores.
+All processes are forks of one that has imported everything.
 """
 
 import argparse
@@ -29,15 +29,16 @@ from peftchat.files import write_text
 from tests.support.cli import Started, start
 from tests.support.data import read_json_lines, write_small_talk
 from tests.support.faults import Scene
+from tests.support.forked_workers import RUN_PEFTCHAT
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
 BEGIN, END = "<!-- bench_faults: begin -->", "<!-- bench_faults: end -->"
 
 STEPS = 16
-TRAINING = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 4, "logging_steps": 1, "hang_timeout": 5}
+TRAINING = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 4, "logging_steps": 1, "hang_timeout": 8}
 
 INJECTED = """
-import importlib.util, os, resource, runpy, sys, time
+import os, resource, sys, time
 KIND, RANK, STEP = os.environ["FAULT"], os.environ.get("FAULT_RANK", "0"), int(os.environ.get("FAULT_STEP", "6"))
 def patch(module):
     import torch
@@ -64,23 +65,9 @@ def patch(module):
                     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
         return real(hidden, *arguments, **named)
     module.linear_cross_entropy = linear_cross_entropy
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name != "peftchat.training.loss":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (execute(module), patch(module))
-        return spec
-if "peftchat.training.loss" in sys.modules:
-    patch(sys.modules["peftchat.training.loss"])
-elif KIND:
-    sys.meta_path.insert(0, Finder())
+patch(sys.modules["peftchat.training.loss"])
 """
-"""Runs inside the disturbed process, before peftchat: in a fork, or as `sitecustomize` of a process of several."""
-
-_RUN = "\nsys.argv[0:1] = []\nrunpy.run_module('peftchat', run_name='__main__', alter_sys=True)\n"
+"""Runs inside the disturbed process, before peftchat."""
 
 
 @dataclass
@@ -102,17 +89,13 @@ class Trial:
     def begin(self, *flags: object, kind: str = "", limit: int | None = None, **variables: str) -> Started:
         """Start the run, with a fault inside it."""
         environment = {**self.scene.environment, **variables, "FAULT": kind}
-        arguments: list[object] = ["train", self.scene.recipe, *flags]
-        processes = self.scene.sections["distributed"]["processes"]
-        if kind and processes == 1:
-            given: list[object] = ["-c", INJECTED + _RUN, "peftchat", *arguments]
+        arguments = [str(one) for one in ("train", self.scene.recipe, *flags)]
+        injected = INJECTED if kind else ""
+        if self.scene.sections["distributed"]["processes"] == 1:
+            given = ["-c", injected + RUN_PEFTCHAT, "peftchat", *arguments]
         else:
-            given = ["-m", "peftchat", *arguments]
-        if kind and processes > 1:
-            folder = self.scene.folder / "injected"
-            folder.mkdir(exist_ok=True)
-            (folder / "sitecustomize.py").write_text(INJECTED)
-            environment["PYTHONPATH"] = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+            code = "from tests.support.forked_workers import launch_with_forks\n"
+            given = ["-c", f"{code}launch_with_forks({arguments!r}, {injected!r})"]
         self.started = start(*given, cwd=self.scene.folder, environment=environment, file_size_limit=limit)
         return self.started
 
@@ -293,6 +276,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into docs/faults.md")
     chosen = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A shell has what it starts in the background ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rows: dict[str, str] = {}
     if chosen.json and chosen.json.is_file():
         rows = json.loads(chosen.json.read_text())
@@ -399,7 +384,7 @@ def spoken(stderr: str, folder: Path) -> str:
     lines = [line for line in lines if line not in frames[:-1]]
     text = " ".join(" ".join(lines).split()).replace(str(folder), "").replace("|", "\\|")
     text = re.sub(r"/\S*/site-packages/|/tmp/\S*?/(?=injected)", "…/", text)
-    text = re.sub(r"pid \d+ on [\w.-]+", "pid 4321 on host", text)
+    text = re.sub(r"(pid|Process) \d+ on [\w.-]+", r"\1 4321 on host", text)
     text = re.sub(r"(process|-CONT|kill) \d{3,}", r"\1 4321", text)
     return f"`{text}`" if text else "nothing"
 

@@ -10,8 +10,10 @@ Contenders run in turn, each in a process of its own, with the same batches, LoR
 - `peftchat`: the command `peftchat train`.
 
 Pairs are encoded once by peftchat (`chatml` template, whose tokens the model must know), and TRL gets them as prompts
-and completions. Speed counts the real tokens of both answers over all steps but the first; the reference's pass is in
-the time and not in the tokens. Memory is the most that a process has held.
+and completions. Speed counts the real tokens of both answers, each with its prompt, over all steps but the first, for
+every contender alike: what is computed once for both counts twice. The reference's pass is in the time and not in the
+tokens. Memory is the most that a process has held. The time of the CPU is told too, which other programs on the machine
+change little.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 RATE = 1e-5
 CONTENDERS = ("trl", "trl tuned", "peftchat")
 
@@ -34,12 +38,16 @@ class Measured:
     """One contender's run.
 
     Attributes:
-        speed: real tokens a second behind the first step.
+        tokens: real tokens of both answers behind the first step.
+        seconds: the time of these steps.
+        cpu_seconds: the time of the CPU in them.
         peak: bytes the process held at most.
         losses: the loss of each step.
     """
 
-    speed: float
+    tokens: int
+    seconds: float
+    cpu_seconds: float
     peak: int
     losses: list[float]
 
@@ -56,7 +64,10 @@ def main() -> None:
         for round_number in range(arguments.rounds):
             for name in CONTENDERS:
                 print(f"round {round_number + 1}: {name}", file=sys.stderr, flush=True)
-                run = with_peftchat(arguments, Path(folder)) if name == "peftchat" else with_trl(name, arguments)
+                if name == "peftchat":
+                    run = with_peftchat(arguments, Path(folder), found["trl"][0].tokens)
+                else:
+                    run = with_trl(name, arguments)
                 found[name].append(run)
     report(found)
 
@@ -130,28 +141,50 @@ def finished(command: list[str]) -> str:
 
 def report(found: dict[str, list[Measured]]) -> None:
     """Print the table."""
-    print("| | real tokens/s | against trl | peak GB |\n|---|---:|---:|---:|")
-    base = statistics.median(run.speed for run in found["trl"])
+    print("| | real tokens/s | against trl | tokens by second of the CPU | against trl | peak GB |")
+    print("|---|---:|---:|---:|---:|---:|")
+    base, cpu_base = medians(found["trl"])
     for name, runs in found.items():
-        speeds = sorted(run.speed for run in runs)
-        middle = statistics.median(speeds)
+        speeds = sorted(run.tokens / run.seconds for run in runs)
+        middle, cpu = medians(runs)
         peak = max(run.peak for run in runs) / 1e9
-        print(f"| {name} | {middle:.0f} ({speeds[0]:.0f} to {speeds[-1]:.0f}) | {middle / base:.2f} | {peak:.2f} |")
+        wall = f"{middle:.0f} ({speeds[0]:.0f} to {speeds[-1]:.0f}) | {middle / base:.2f}"
+        print(f"| {name} | {wall} | {cpu:.0f} | {cpu / cpu_base:.2f} | {peak:.2f} |")
     for name, runs in found.items():
         pairs = zip(runs[0].losses, found["trl"][0].losses, strict=True)
         print(f"largest difference of {name}'s losses from trl's: {max(abs(a / b - 1) for a, b in pairs):.2%}")
 
 
-def with_peftchat(arguments: argparse.Namespace, folder: Path) -> Measured:
-    """`peftchat train` as a user runs it."""
+def medians(runs: list[Measured]) -> tuple[float, float]:
+    """Tokens by second, and by second of the CPU."""
+    return (
+        statistics.median(run.tokens / run.seconds for run in runs),
+        statistics.median(run.tokens / run.cpu_seconds for run in runs),
+    )
+
+
+def with_peftchat(arguments: argparse.Namespace, folder: Path, tokens: int) -> Measured:
+    """`peftchat train` as a user runs it, on the batches of TRL's trainer, which have so many tokens."""
     subprocess.run(["rm", "-rf", str(folder / "run")], check=True)
-    finished([sys.executable, "-m", "peftchat", "train", str(recipe(arguments, folder))])
+    metrics = folder / "run" / "metrics.jsonl"
+    process = psutil.Popen(
+        [sys.executable, "-m", "peftchat", "train", str(recipe(arguments, folder))],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    spent: dict[int, float] = {}
+    while process.poll() is None:
+        done = metrics.read_text().count("\n") if metrics.is_file() else 0
+        if done in (1, arguments.steps) and done not in spent:
+            times = process.cpu_times()
+            spent[done] = times.user + times.system
+        time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(process.stderr.read())
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "run" / "run.json").read_text())
-    first, last = lines[0], lines[-1]
-    tokens = summary["tokens"] - first["tokens_per_second"] * first["seconds"]
-    speed = tokens / (last["seconds"] - first["seconds"])
-    return Measured(speed, summary["peak_memory_bytes"], [line["loss"] for line in lines])
+    seconds = lines[-1]["seconds"] - lines[0]["seconds"]
+    cpu_seconds = spent[arguments.steps] - spent[1]
+    return Measured(tokens, seconds, cpu_seconds, summary["peak_memory_bytes"], [line["loss"] for line in lines])
 
 
 def with_trl(name: str, arguments: argparse.Namespace) -> Measured:
@@ -173,14 +206,14 @@ def train_with_trl(name: str, arguments: argparse.Namespace) -> Measured:
     from trl import DPOConfig, DPOTrainer
 
     on_gpu = torch.cuda.is_available()
-    stamps: list[float] = []
+    stamps: list[tuple[float, float]] = []
     counts: list[int] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if on_gpu:
                 torch.cuda.synchronize()
-            stamps.append(time.time())
+            stamps.append((time.time(), time.process_time()))
 
     with tempfile.TemporaryDirectory() as output:
         config = DPOConfig(
@@ -222,9 +255,12 @@ def train_with_trl(name: str, arguments: argparse.Namespace) -> Measured:
 
         trainer.data_collator = counted
         trainer.train()
-    speed = sum(counts[1 : arguments.steps]) / (stamps[-1] - stamps[0])
+    tokens = sum(counts[1 : arguments.steps])
+    seconds, cpu_seconds = (last - first for first, last in zip(stamps[0], stamps[-1], strict=True))
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Measured(speed, peak, [line["loss"] for line in trainer.state.log_history if "loss" in line])
+    return Measured(
+        tokens, seconds, cpu_seconds, peak, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train one recipe in 1, 2, 4 and 8 processes, and go on with a checkpoint in another number of them.
 
-    python scripts/bench_width.py [--processes 2,4,8] [--only TEXT] [--write]
+    python scripts/bench_width.py [--processes 2,4,8] [--only TEXT] [--json FILE] [--write]
 
 All runs have the same batch in an optimizer step. The first table compares the losses of all steps with those of one
 process; the second resumes a run of some processes with others. `--write` puts both into docs/faults.md. The processes
@@ -8,9 +8,12 @@ are forks of one that has imported everything, so that eight of them start on tw
 """
 
 import argparse
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 unevenly too.
 """
 
-RESUMES = (
+Layout = tuple[str, int]
+STRATEGIES = ("ddp", "zero2", "zero3")
+
+RESUMES: tuple[tuple[Layout, Layout], ...] = (
     (("ddp", 2), ("ddp", 4)),
     (("ddp", 4), ("single", 1)),
     (("single", 1), ("ddp", 4)),
@@ -47,49 +53,98 @@ RESUMES = (
 )
 
 
+@dataclass
+class Cells:
+    """The cells of both tables, kept in a file as they come.
+
+    Attributes:
+        file: None keeps them in memory alone.
+        known: text of each cell by its name.
+    """
+
+    file: Path | None
+    known: dict[str, str]
+
+    @classmethod
+    def read(cls, file: Path | None) -> "Cells":
+        return cls(file, json.loads(file.read_text()) if file and file.is_file() else {})
+
+    def keep(self, name: str, text: str) -> None:
+        self.known[name] = text
+        print(f"{name}: {text}", flush=True)
+        if self.file:
+            write_text(self.file, json.dumps(self.known, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", default="2,4,8")
-    parser.add_argument("--only", default="", help="runs that contain this text, or `resumes`; nothing is written")
+    parser.add_argument("--only", default="", help="cells that contain this text")
+    parser.add_argument("--json", type=Path, help="keep the cells here as they come, and go on with them")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/faults.md")
     chosen = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("PEFTCHAT_TEST_IMPORTS", "deepspeed")
     counts = [int(one) for one in chosen.processes.split(",")]
+    cells = Cells.read(chosen.json)
     with tempfile.TemporaryDirectory(prefix="peftchat-width-") as name:
         os.environ["PEFTCHAT_CACHE"] = f"{name}/cache"
-        shapes = [shape for shape in SHAPES if chosen.only in shape]
-        first = widths(Path(name), counts, shapes) if shapes else ()
-        second = resumes(Path(name)) if chosen.only in "resumes" else ()
-        text = "\n".join([*first, "", *second])
-    if chosen.write and not chosen.only:
+        folder = Path(name)
+        expected = cache(lambda shape: losses(train(folder, shape, "single", 1)[0]))
+        for strategy, count, shape in ((a, b, c) for b in counts for a in STRATEGIES for c in SHAPES):
+            cell = width_cell(shape, strategy, count)
+            if chosen.only in cell and cell not in cells.known:
+                found = losses(train(folder, shape, strategy, count)[0])
+                cells.keep(cell, difference(found, expected(shape)))
+        for number, (before, after) in enumerate(RESUMES):
+            cell = resume_cell(before, after)
+            if chosen.only in cell and cell not in cells.known:
+                cells.keep(cell, resume(folder, number, before, after, expected("LoRA")))
+    if chosen.write:
         page = PAGE.read_text(encoding="utf-8")
         before, _, rest = page.partition(BEGIN)
+        text = "\n".join([*widths(cells.known, counts), "", *resumes(cells.known)])
         write_text(PAGE, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
 
 
-def widths(folder: Path, counts: list[int], shapes: list[str]) -> Iterator[str]:
-    yield told(f"| run | {' | '.join(f'{count} processes' for count in counts)} |")
-    yield told("| --- |" + " --- |" * len(counts))
-    for shape in shapes:
-        expected = losses(train(folder, shape, "single", 1)[0])
-        for strategy in ("ddp", "zero2", "zero3"):
-            cells = [difference(losses(train(folder, shape, strategy, count)[0]), expected) for count in counts]
-            yield told(f"| {shape}, {strategy} | {' | '.join(cells)} |")
+def width_cell(shape: str, strategy: str, count: int) -> str:
+    return f"{shape}, {strategy}, {count}"
 
 
-def resumes(folder: Path) -> Iterator[str]:
-    expected = losses(train(folder, "LoRA", "single", 1)[0])
-    yield told("| LoRA, checkpoint of | resumed with | what happens |")
-    yield told("| --- | --- | --- |")
-    for number, (before, after) in enumerate(RESUMES):
-        run, status, said = train(folder, "LoRA", *before, steps=STEPS // 2, name=f"resumed{number}")
-        assert status == 0, said
-        # With other processes each has another share of the batch, which has to be allowed.
-        flags = ("--resume", "--allow-changed")
-        run, status, said = train(folder, "LoRA", *after, *flags, name=f"resumed{number}")
-        error = next((line for line in said.splitlines() if "Error" in line), said).replace(f"{folder}/", "")
-        how = f"losses {difference(losses(run), expected)}" if status == 0 else f"status {status}: `{error}`"
-        yield told(f"| {before[0]}, {before[1]} | {after[0]}, {after[1]} | {how} |")
+def resume_cell(before: Layout, after: Layout) -> str:
+    return f"resume, {before[0]}, {before[1]} with {after[0]}, {after[1]}"
+
+
+def widths(known: Mapping[str, str], counts: list[int]) -> Iterable[str]:
+    """Yield the lines of the first table."""
+    yield f"| run | {' | '.join(f'{count} processes' for count in counts)} |"
+    yield "| --- |" + " --- |" * len(counts)
+    for shape in SHAPES:
+        for strategy in STRATEGIES:
+            found = [known.get(width_cell(shape, strategy, count), "not run") for count in counts]
+            yield f"| {shape}, {strategy} | {' | '.join(found)} |"
+
+
+def resumes(known: Mapping[str, str]) -> Iterable[str]:
+    """Yield the lines of the second table."""
+    yield "| LoRA, checkpoint of | resumed with | what happens |"
+    yield "| --- | --- | --- |"
+    for before, after in RESUMES:
+        found = known.get(resume_cell(before, after), "not run")
+        yield f"| {before[0]}, {before[1]} | {after[0]}, {after[1]} | {found} |"
+
+
+def resume(folder: Path, number: int, before: Layout, after: Layout, expected: list[float]) -> str:
+    """Train half the steps with one layout and the rest with another; return what happened."""
+    run, status, said = train(folder, "LoRA", *before, steps=STEPS // 2, name=f"resumed{number}")
+    assert status == 0, said
+    flags = ("--resume", "--allow-changed")
+    run, status, said = train(folder, "LoRA", *after, *flags, name=f"resumed{number}")
+    error = next((line for line in said.splitlines() if "Error" in line), said).replace(f"{folder}/", "")
+    if status:
+        return f"status {status}: `{error}`"
+    fresh = "; the optimizer starts afresh" if "optimizer starts afresh" in said else ""
+    return f"losses {difference(losses(run), expected)}{fresh}"
 
 
 def train(
@@ -107,7 +162,7 @@ def train(
     recipe = write_training_recipe(
         run.with_suffix(".yaml"), small_model(), data, None, run, training=training, **sections
     )
-    done = peftchat_in_processes(processes, "train", recipe, *flags)
+    done = peftchat_in_processes(processes, "train", recipe, *flags, timeout=900)
     if done.returncode and not flags:
         raise SystemExit(done.stderr)
     return run, done.returncode, done.stderr
@@ -122,11 +177,6 @@ def difference(found: list[float], expected: list[float]) -> str:
         return "equal"
     worst = max(abs(one - other) / other for one, other in zip(found, expected, strict=True))
     return f"equal to {worst:.0e}"
-
-
-def told(line: str) -> str:
-    print(line, flush=True)
-    return line
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def _split_languages(context: click.Context, parameter: click.Parameter, value: 
 @click.option("--strict", is_flag=True, help="Stop at the first invalid record instead of writing it to a file.")
 @click.option("--keep-going", is_flag=True, help="Keep what was read of a file whose rest cannot be read.")
 @click.option("--pairs", is_flag=True, help="Keep chosen and rejected answers, for objectives with pairs.")
+@click.option("--labels", is_flag=True, help="Keep each answer with its label, good or bad, for `objective: kto`.")
 @oasst_pairs_option
 @click.option("--max-samples", type=click.IntRange(min=1), help="Stop after this many conversations.")
 @json_option("Print the dataset card as one JSON object.")
@@ -79,6 +80,7 @@ def prepare(
     strict: bool,
     keep_going: bool,
     pairs: bool,
+    labels: bool,
     oasst_pairs: "RankPairs | None",
     max_samples: int | None,
     as_json: bool,
@@ -95,7 +97,7 @@ def prepare(
     from peftchat.conversations.prepare import PrepareOptions
     from peftchat.conversations.prepare import prepare as prepare_dataset
 
-    check_pairs_are_read(pairs, oasst_pairs)
+    check_pairs_are_read(pairs, oasst_pairs, labels=labels)
     options = PrepareOptions(
         format=format_name,
         split=split,
@@ -111,6 +113,7 @@ def prepare(
         strict=strict,
         keep_going=keep_going,
         pairs=pairs,
+        labels=labels,
         oasst_pairs=oasst_pairs,
         max_samples=max_samples,
     )
@@ -156,6 +159,7 @@ def _print_card(card: "Card", folder: Path) -> None:
 )
 @reading_options
 @click.option("--pairs", is_flag=True, help="Read chosen and rejected answers, and describe them as pairs.")
+@click.option("--labels", is_flag=True, help="Read each answer with its label, good or bad, and count both.")
 @oasst_pairs_option
 @json_option()
 @click.option("--html", "page", type=PathType("file"), help="Write an HTML page.")
@@ -169,6 +173,7 @@ def stats(
     roles: "dict[str, Role]",
     consecutive: str,
     pairs: bool,
+    labels: bool,
     oasst_pairs: "RankPairs | None",
     as_json: bool,
     page: Path | None,
@@ -186,9 +191,11 @@ def stats(
     from peftchat.conversations import ReadOptions
     from peftchat.conversations.stats import gather
 
-    options = ReadOptions(consecutive=consecutive, columns=columns, roles=roles, pairs=pairs, oasst_pairs=oasst_pairs)
+    check_pairs_are_read(pairs, oasst_pairs, labels=labels)
+    options = ReadOptions(
+        consecutive=consecutive, columns=columns, roles=roles, pairs=pairs, labels=labels, oasst_pairs=oasst_pairs
+    )
     parts, inputs, count_tokens = _open_parts(sources, tokenizer, options, HubKeys(subset, revision))
-    check_pairs_are_read(pairs, oasst_pairs)
     if page is not None:
         from peftchat.reports.page import check_page
 
@@ -251,6 +258,7 @@ def _check_recipe_decides(recipe: str, options: "ReadOptions", hub: HubKeys) -> 
         "roles": bool(options.roles),
         "consecutive": options.consecutive != "error",
         "pairs": options.pairs,
+        "labels": options.labels,
         "oasst-pairs": options.oasst_pairs is not None,
         "subset": hub.subset is not None,
         "revision": hub.revision is not None,
@@ -260,8 +268,8 @@ def _check_recipe_decides(recipe: str, options: "ReadOptions", hub: HubKeys) -> 
             raise UserError(
                 f"`--{name}` speaks of files, and this is a recipe",
                 where=recipe,
-                hint="Leave the option out: the recipe's `objective` says whether pairs are read."
-                if name == "pairs"
+                hint="Leave the option out: the recipe's `objective` says whether pairs or labels are read."
+                if name in ("pairs", "labels")
                 else f"Write `{name.replace('-', '_')}` in the recipe's `data` section, or leave the option out.",
             )
 

@@ -116,7 +116,7 @@ def command(
 
     from peftchat import api
     from peftchat.cli.common import echo_json, note
-    from peftchat.console import stdout
+    from peftchat.console import print_table, stdout
     from peftchat.evaluating.data_losses import loss_table
     from peftchat.evaluating.evaluation_progress import EvaluationProgress
     from peftchat.evaluating.evaluation_report import evaluation_table, notes
@@ -142,7 +142,7 @@ def command(
         if as_json:
             echo_json({"folder": str(folder), **losses.as_dict()})
             return
-        stdout.print(loss_table(losses), soft_wrap=False)
+        print_table(loss_table(losses))
         note("Losses in nats per target. Intervals of 95 % are paired by conversation.")
         stdout.print(f"Results: {folder}", markup=False, soft_wrap=True)
         return
@@ -151,7 +151,7 @@ def command(
     if as_json:
         echo_json({"folder": str(folder), **evaluation.as_dict()})
         return
-    stdout.print(evaluation_table(evaluation), soft_wrap=False)
+    print_table(evaluation_table(evaluation))
     for text in notes(evaluation):
         note(text)
     stdout.print(f"Results: {folder}", markup=False, soft_wrap=True)

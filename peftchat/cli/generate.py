@@ -103,7 +103,7 @@ def command(
 
     disable_progress_bar()
     from peftchat.answering.answer_run import AnswerOptions, answer_questions
-    from peftchat.console import stdout
+    from peftchat.console import print_table
 
     options = AnswerOptions(sampling, batch_size, dialogue_file, dtype, base, allow_changed)
     answered = answer_questions(asked, list(zip(models, kinds, strict=True)), output, options, source=str(questions))
@@ -113,7 +113,7 @@ def command(
         return
     from peftchat.answering.answer_table import answer_notes, answer_table
 
-    stdout.print(answer_table(answered))
+    print_table(answer_table(answered))
     for line in answer_notes(answered):
         note(line)
 

@@ -1,5 +1,6 @@
 """`peftchat judge`: which of two models answers better, by a judge that sees each pair in both orders."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +93,7 @@ def command(
     opened = _open(judges, temperature, max_tokens, concurrency, key_variable)
     output.mkdir(parents=True, exist_ok=True)
 
-    from peftchat.console import stdout
+    from peftchat.console import print_table
     from peftchat.judging.judge_report import Judging, judging_table
     from peftchat.judging.verdicts import exam_result, kappa, verdict_of
 
@@ -111,17 +112,17 @@ def command(
     names = _names(answers_a, answers_b)
     judging = Judging(*names, outcomes, verdicts, exams, kappa(*both) if len(both) == 2 else None, cost, settings)
     judging.write(output)
+    if as_json:
+        echo_json({"folder": str(output), **judging.as_dict()})
+    else:
+        print_table(judging_table(judging))
+        for line in judging.notes():
+            note(line)
+        note(f"Every question: {output / 'report.html'}")
     for verdict in verdicts:
         if not verdict.read:
             what = f"{verdict.judge}: no pair has two replies that can be read; they are in {output / 'replies.jsonl'}"
             raise VerificationError(what)
-    if as_json:
-        echo_json({"folder": str(output), **judging.as_dict()})
-        return
-    stdout.print(judging_table(judging), soft_wrap=False)
-    for line in judging.notes():
-        note(line)
-    note(f"Every question: {output / 'report.html'}")
 
 
 def _prompt(text: str, scale: tuple[float, float] | None) -> "JudgePrompt":
@@ -163,6 +164,15 @@ def _open(
     from peftchat.errors import UserError
     from peftchat.judging.judge_client import EndpointJudge, LocalJudge
 
+    if not math.isfinite(temperature):
+        what = f"the temperature is {temperature}, expected a finite number"
+        raise UserError(what, where="--temperature", hint="Write for example 0.")
+    other = next((name for name in names if "://" in name and not name.startswith(("http://", "https://"))), None)
+    if other is not None:
+        hint = "Write http://… or https://…, or name a model on this machine."
+        raise UserError(
+            "the address of an endpoint begins with http:// or https://", where=f"--judge {other}", hint=hint
+        )
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise UserError("the judge is named twice", where=f"--judge {repeated}", hint="Name it once.")

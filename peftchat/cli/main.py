@@ -66,7 +66,7 @@ _DISK_ERRORS = {
     errno.ESTALE,
     errno.EXDEV,
 }
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _TOO_MANY = {errno.EMFILE, errno.ENFILE}
 
 
@@ -197,6 +197,8 @@ def _disk_message(error: OSError) -> str:
     where = error.filename2 or error.filename
     if error.errno in _FULL:
         hint = "Free disk space or choose another directory."
+    elif error.errno == errno.EFBIG:
+        hint = "Raise the limit of a file's size (`ulimit -f`), or choose another file system."
     elif error.errno in _TOO_MANY:
         hint = "Raise the limit of open files (`ulimit -n`)."
     else:

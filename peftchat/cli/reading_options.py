@@ -63,14 +63,20 @@ def oasst_pairs_option(function: _Function) -> _Function:
     return option(function)
 
 
-def check_pairs_are_read(pairs: bool, rule: str | None) -> None:
-    """Check that pairs are read where an option says which ones.
+def check_pairs_are_read(pairs: bool, rule: str | None, *, labels: bool) -> None:
+    """Check that pairs or labeled answers are read, not both, and pairs where an option says which ones.
 
     Raises:
         UserError: they are not.
     """
     from peftchat.errors import UserError
 
+    if pairs and labels:
+        raise UserError(
+            "a record is read as a pair or as labeled answers, not as both",
+            where="--labels",
+            hint="Leave one of --pairs and --labels out; `objective: kto` reads labels, the others read pairs.",
+        )
     if rule is not None and not pairs:
         raise UserError(
             "the option chooses preference pairs, and conversations are read",

@@ -36,7 +36,7 @@ from peftchat.recipe import dump_recipe, load_recipe
 from peftchat.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from peftchat.comparing.candidates import Settings
+    from peftchat.comparing.candidates import Axis, Settings
     from peftchat.recipe import Recipe
 
 
@@ -156,6 +156,21 @@ def first_prompts(folder: ComparisonFolder, count: int) -> list[str]:
     return list(found)[:count]
 
 
+def check_data(failure: str | None, axes: "Sequence[Axis]") -> None:
+    """Stop at data that no run can use: all other runs would fail alike.
+
+    Args:
+        failure: why a run failed.
+        axes: the settings of the comparison.
+
+    Raises:
+        UserError: the failure is about the data, which the same settings encode for all runs.
+    """
+    varied = any(len(axis.values) > 1 and axis.key.startswith(("data.", "chat.")) for axis in axes)
+    if failure is not None and failure.startswith(("data.train", "data.eval")) and not varied:
+        raise UserError(f"no run can use the data. {failure}", hint="Then compare into another folder (-o).")
+
+
 class _RunTrainer:
     """Trains the runs that are not finished yet."""
 
@@ -220,6 +235,7 @@ class _RunTrainer:
             shutil.rmtree(run.checkpoints, ignore_errors=True)
         else:
             result = RunResult(job, failure=failure)
+            check_data(failure, self._plan.options.axes)
         self._progress.finish_run(result, kept=kept)
         return result
 

@@ -248,7 +248,7 @@ class ComparePlan:
             "data.train": [{"path": escape_path(str(data / "train.jsonl")), "format": "messages"}],
             "data.eval": [{"path": escape_path(str(data / "eval.jsonl")), "format": "messages"}],
         }
-        requested = {**_shared_settings(self.options), **self._evaluation_settings(), **job.candidate.settings}
+        requested = {**_shared_settings(self.options), **self._evaluation_settings(job), **job.candidate.settings}
         settings = {key: value for key, value in requested.items() if not key.startswith(_DATA_KEYS)}
         settings |= {"data.max_train_samples": None, "data.max_eval_samples": None, **files}
         settings |= chosen or {}
@@ -267,12 +267,13 @@ class ComparePlan:
         """
         return load_recipe(self.options.recipe, override_flags({**candidate.settings, **settings})).recipe
 
-    def _evaluation_settings(self) -> dict[str, object]:
+    def _evaluation_settings(self, job: TrainingJob) -> dict[str, object]:
         """Return settings for a few evaluations during the run.
 
         If the recipe sets its own, only the one before the first step is added.
         """
-        settings: dict[str, object] = {"training.eval_on_start": True}
+        # Other seeds need not measure the loss before training again.
+        settings: dict[str, object] = {"training.eval_on_start": job.seed == self.seeds[0]}
         written = self.base.document.value
         if any(written(("training", key)) is not None for key in ("eval_strategy", "eval_steps")):
             return settings

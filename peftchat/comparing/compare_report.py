@@ -19,6 +19,7 @@ from peftchat.comparing.outcomes import CandidateResult
 from peftchat.comparing.recommend import Recommendation, format_estimate, format_gap
 from peftchat.comparing.results import ComparisonResult, ComparisonSummary, TaskSummary
 from peftchat.comparing.task_reasons import format_score, format_task_gap
+from peftchat.console import natural_width
 from peftchat.files import write_text
 from peftchat.formatting import (
     UNKNOWN,
@@ -65,7 +66,7 @@ def _task_cells(result: ComparisonResult, candidate: CandidateResult) -> list[st
     name, cells = candidate.candidate.name, []
     for task in result.tasks.tasks:
         score, gap = task.score(name), task.gap(task.best, name)
-        sign = "-" if task.higher_is_better else "+"
+        sign = "" if gap is None or not round(gap.mean, 6) else "-" if task.higher_is_better else "+"
         cells += [
             UNKNOWN if score is None else format_score(score[0]) + format_standard_error(score[1]),
             "" if gap is None or name == task.best else f"{sign}{format_task_gap(gap)}",
@@ -150,7 +151,6 @@ def format_general_loss(candidate: CandidateResult, base: float | None) -> str:
 
 
 _TEXT_COLUMNS = ("variant", "settings", "merged")
-_UNLIMITED_WIDTH = 400
 _OPTIONAL_COLUMNS = ("on disk", "loss gap", "merged", "time", "general loss", "trained", "tokens/s")
 """Columns that a narrow terminal omits, in this order; the page has them all."""
 
@@ -159,7 +159,7 @@ def print_comparison(result: ComparisonResult, console: Console) -> None:
     """Print the table, the recommendation and its reasons."""
     table = _fit_table(result, console.width if console.is_terminal else None)
     # A file or a pipe has no limited width.
-    Console(file=console.file, width=max(console.width, _natural_width(table))).print(table)
+    Console(file=console.file, width=max(console.width, natural_width(table))).print(table)
     wrap = not console.is_terminal
     base = base_task_line(result)
     if base is not None:
@@ -181,16 +181,11 @@ def _fit_table(result: ComparisonResult, width: int | None) -> Table:
     table = _table(rows, headers, shown)
     gaps = [f"{task.task} gap" for task in result.tasks.tasks]
     for header in (*_OPTIONAL_COLUMNS, *gaps):
-        if width is None or _natural_width(table) <= width:
+        if width is None or natural_width(table) <= width:
             break
         shown.remove(header)
         table = _table(rows, headers, shown)
     return table
-
-
-def _natural_width(table: Table) -> int:
-    """Return the width in characters of a table that is not wrapped."""
-    return Console(width=_UNLIMITED_WIDTH).measure(table).maximum
 
 
 def _table(rows: Sequence[TableRow], headers: Sequence[str], shown: Sequence[str]) -> Table:

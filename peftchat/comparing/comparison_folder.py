@@ -120,12 +120,16 @@ class ComparisonFolder:
             _check_same(file, text)
 
 
+_FREE = ("output_dir", "training.eval_on_start")
+"""Keys that do not change what a run becomes."""
+
+
 def _check_same(file: Path, text: str) -> None:
     # Loading and dumping adds keys that are newer than the file.
     before = dump_recipe(load_recipe(file, to_train=False, upgrade=True).recipe)
     old, new = flat_values(before), flat_values(text)
     for key in sorted(old.keys() | new.keys()):
-        if key != "output_dir" and old.get(key) != new.get(key):
+        if key not in _FREE and old.get(key) != new.get(key):
             raise UserError(
                 f"the comparison was started with {key}: {old.get(key)}, and it is {new.get(key)} now",
                 where=str(file),

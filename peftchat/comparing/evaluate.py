@@ -105,12 +105,14 @@ def _with_general_loss(evaluation: Evaluation, parts: Sequence[tuple[float, int]
 
 
 def _base_losses(recipe: "Recipe", text: str) -> list[tuple[float, int]]:
-    from peftchat.models.loading import load_base
+    from peftchat.models.loading import compute_in_float32_if_faster, load_base
     from peftchat.models.source import ModelSource
     from peftchat.serving.chat_model import best_device
 
     unquantized = recipe.model_copy(update={"quantization": None})
     model: Any = load_base(unquantized, dtype=recipe.model.dtype).to(best_device())
+    # As `load_for_chat` does with the runs that are compared with it.
+    compute_in_float32_if_faster(model)
     return general_losses(model.eval(), ModelSource.of_recipe(recipe).tokenizer(), text)
 
 

@@ -140,7 +140,9 @@ def funnel(card: Card) -> Iterator[tuple[str, int]]:
         yield f"changed: {NOTES[name]}", count
     for name, use in card.unused.items():
         yield f"not used: the field {printable_name(name)} (first {use['first']})", use["records"]
-    unit = "pairs" if card.settings.get("pairs") else "conversations"
+    unit = "conversations"
+    if card.settings.get("pairs") or card.settings.get("labels"):
+        unit = "pairs" if card.settings.get("pairs") else "labeled answers"
     yield f"{unit} in train.jsonl", card.train.conversations
     yield f"{unit} in eval.jsonl", card.eval.conversations
 

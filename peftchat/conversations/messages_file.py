@@ -1,6 +1,6 @@
 """Files in messages format: how a conversation is written, so that it is the same one when it is read again.
 
-A preference pair is written as two conversations, `chosen` and `rejected`.
+A preference pair is written as two conversations, `chosen` and `rejected`; a labeled answer has its `label` in front.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,9 +32,11 @@ def turns_text(conversation: Conversation) -> bytes:
     if conversation.rejected is not None:
         tools = {} if conversation.tools is None else {"tools": orjson.Fragment(conversation.tools)}
         return orjson.dumps({"chosen": turns, "rejected": _turns(conversation.rejected), **tools})[:-1]
-    if conversation.tools is None:
+    if conversation.label is None and conversation.tools is None:
         return written_turns(turns)
-    return orjson.dumps({"messages": turns, "tools": orjson.Fragment(conversation.tools)})[:-1]
+    label = {} if conversation.label is None else {"label": conversation.label}
+    tools = {} if conversation.tools is None else {"tools": orjson.Fragment(conversation.tools)}
+    return orjson.dumps({**label, "messages": turns, **tools})[:-1]
 
 
 def _turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
@@ -58,7 +60,8 @@ def columns_text(conversation: Conversation) -> bytes:
     """The rest of `record_line`, from the comma behind the turns and tools on: the place and the other columns."""
     if not conversation.columns:
         return written_place(conversation.source)
-    columns = {name: value for name, value in conversation.columns.items() if name not in _OWN}
+    own = _OWN if conversation.label is None else (*_OWN, "label")
+    columns = {name: value for name, value in conversation.columns.items() if name not in own}
     record = {"source": conversation.source, **columns}
     if record["source"] == "":  # an empty cell of a table
         record["source"] = conversation.source

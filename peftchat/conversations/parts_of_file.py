@@ -164,7 +164,8 @@ class Work(Generic[T]):
     def _conversations(self, records: Iterator[RawRecord], log: ProblemLog) -> Iterator[Conversation | PlainRecord]:
         plain_turns = self.format.plain_turns
         options = self.options
-        if not self.takes_plain or plain_turns is None or options.languages or options.roles or options.pairs:
+        asks_more = options.languages or options.roles or options.pairs or options.labels
+        if not self.takes_plain or plain_turns is None or asks_more:
             yield from self.format.read(records, self.options, log)
             return
         # The format reads ahead over plain records, which are put here and come before what it makes of the next one.

@@ -220,7 +220,7 @@ def prepare(
                 "no conversation is left", where=source, hint=_why_nothing(card) + _kept_beside(bad, folder)
             )
         if split is not None:
-            _split_again(draft, split, card, pairs=settings.pairs)
+            _split_again(draft, split, card, settings)
         card.seconds = round(time.monotonic() - started, 3)
         (draft / "card.md").write_text(card_text(card), encoding="utf-8")
         (draft / "card.json").write_bytes(orjson.dumps(card.as_dict(), option=orjson.OPT_INDENT_2))
@@ -312,7 +312,7 @@ def _one_of(batch: Batch, indexes: Sequence[int], place: int) -> Conversation:
     return batch.conversation(indexes[place])
 
 
-def _split_again(draft: Path, split: EvalSplit, card: Card, *, pairs: bool) -> None:
+def _split_again(draft: Path, split: EvalSplit, card: Card, settings: PrepareOptions) -> None:
     """Divide the conversations of both files by another split."""
     whole = []
     for name in (_TRAIN, _EVAL):
@@ -320,13 +320,14 @@ def _split_again(draft: Path, split: EvalSplit, card: Card, *, pairs: bool) -> N
     card.train, card.eval = SplitCount(), SplitCount()
     with ConversationFile(draft / _TRAIN, card.train) as train, ConversationFile(draft / _EVAL, card.eval) as held_out:
         for path in whole:
-            for conversation in _reread(path, pairs=pairs) if path.stat().st_size else ():
+            for conversation in _reread(path, settings) if path.stat().st_size else ():
                 (held_out if split.is_eval(conversation) else train).write(conversation)
             path.unlink()
 
 
-def _reread(path: Path, *, pairs: bool) -> Iterator[Conversation]:
-    data_format, options = "preference" if pairs else "messages", replace(REREAD, pairs=pairs)
+def _reread(path: Path, settings: PrepareOptions) -> Iterator[Conversation]:
+    data_format = "preference" if settings.pairs else "messages"
+    options = replace(REREAD, pairs=settings.pairs, labels=settings.labels)
     for conversation in read_conversations(path, format=data_format, problems=ProblemLog(), options=options):
         # Its place is the column `source` of the file.
         columns = dict(conversation.columns)

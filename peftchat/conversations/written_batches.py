@@ -8,7 +8,7 @@ import hashlib
 import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peftchat.conversation import Conversation
@@ -68,7 +68,8 @@ class Batch:
         line = self.lines[self.ends[index - 1] if index else 0 : self.ends[index]]
         records = read_lines(io.BytesIO(line), "", REREAD.max_record_bytes, ProblemLog())
         data_format = "preference" if line.startswith(b'{"chosen"') else "messages"
-        return next(find_format(data_format).read(records, REREAD, ProblemLog()))
+        options = replace(REREAD, labels=line.startswith(b'{"label"'))
+        return next(find_format(data_format).read(records, options, ProblemLog()))
 
     def count(self, indexes: Sequence[int]) -> SplitCount:
         """How much is in some of the conversations."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from peftchat.dataset.labels import label_notes
 from peftchat.formatting import format_count
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ def examples_per_epoch(recipe: "Recipe", stats: "EncodingStats") -> int:
 def data_notes(recipe: "Recipe", split: "Split", stats: "EncodingStats") -> Iterator[str]:
     """Yield what is to be said about the data of a split: of reading (`EncodingStats`), and of the draw."""
     yield from stats.reading_notes()
+    if split == "train":
+        yield from label_notes(recipe, stats.labels)
     mixture = Mixture.of(recipe, stats) if split == "train" else None
     if mixture is None:
         return

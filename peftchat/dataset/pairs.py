@@ -77,9 +77,11 @@ def encode_pairs(
         made = ExampleBatch.of(kept)
         if recipe.chat.special_token_text == "error" and made.special_token_text.any():
             raise special_token_text(made.sources[int(made.special_token_text.argmax())])
+        # An answer to another record's prompt is not trained.
+        trained = slice(None, None, 2 if has_labels else 1)
         stats.examples += len(made) // 2
-        stats.tokens += len(made.ids)
-        stats.supervised += int(made.counts(loss_mask).sum())
+        stats.tokens += int(made.lengths[trained].sum())
+        stats.supervised += int(made.counts(loss_mask)[trained].sum())
         stats.special_token_text += int(made.special_token_text.sum())
         yield made
 

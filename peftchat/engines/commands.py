@@ -249,9 +249,16 @@ def _transformers_command(program: str, served: Sequence[Served], place: Place) 
     is_hub = model.source.kind is ModelKind.HUB
     # Its clients name a model by what was loaded.
     name = model.source.name if is_hub else str(model.source.path.resolve())
-    arguments = [program, "serve", name, "--host", place.host, "--port", str(place.port), "--dtype", model.dtype]
-    notes = () if is_hub else (f"transformers' server calls it by its folder: {name}",)
-    return EngineCommand("transformers", tuple(arguments), (name,), notes=notes)
+    notes = [] if is_hub else [f"transformers' server calls it by its folder: {name}"]
+    dtype = model.dtype
+    if model.saved_dtype == "bfloat16":
+        from peftchat.serving.chat_model import bfloat16_is_slow
+
+        if bfloat16_is_slow():
+            dtype = "float32"
+            notes.append("This CPU has no kernels for bfloat16: the model computes in float32, which is faster.")
+    arguments = [program, "serve", name, "--host", place.host, "--port", str(place.port), "--dtype", dtype]
+    return EngineCommand("transformers", tuple(arguments), (name,), notes=tuple(notes))
 
 
 # llama.cpp

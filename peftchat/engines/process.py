@@ -61,14 +61,18 @@ class Engine:
                 )
             time.sleep(_SECONDS_BETWEEN_TRIES)
             try:
-                listed = {str(model.get("id")) for model in self._request("/models").get("data", [])}
-                # transformers lists what is in the cache of the hub, and serves what it was given.
-                if self._command.engine == "transformers":
-                    listed |= set(self._command.models)
+                listed = self._listed()
                 problem = f"it lists {', '.join(sorted(listed)) or 'no model'}"
             except (OSError, ValueError) as error:
                 problem = first_line(error)
         return {model: self._ask(model, max(30.0, deadline - time.monotonic())) for model in self._command.models}
+
+    def _listed(self) -> set[str]:
+        if self._command.engine == "transformers":
+            # It lists what is in the cache of the hub, which need not exist, and serves what it was given.
+            self._request(f"{self.url.removesuffix('/v1')}/health")
+            return set(self._command.models)
+        return {str(model.get("id")) for model in self._request(f"{self.url}/models").get("data", [])}
 
     def wait(self) -> int:
         """Wait until the engine ends, and return its status."""
@@ -78,7 +82,7 @@ class Engine:
         message = {"role": "user", "content": _QUESTION}
         body = {"model": model, "messages": [message], "max_tokens": 16, "temperature": 0}
         try:
-            reply = self._request("/chat/completions", body, seconds)
+            reply = self._request(f"{self.url}/chat/completions", body, seconds)
             answer = reply["choices"][0]["message"]
         except urllib.error.HTTPError as error:
             with contextlib.suppress(OSError):
@@ -88,12 +92,12 @@ class Engine:
             raise VerificationError(f"{model} does not answer: {type(error).__name__}: {first_line(error)}") from error
         return str(answer.get("content") or answer.get("reasoning_content") or "")
 
-    def _request(self, path: str, body: dict[str, Any] | None = None, seconds: float = 10.0) -> Any:
+    def _request(self, url: str, body: dict[str, Any] | None = None, seconds: float = 10.0) -> Any:
         headers = {"Content-Type": "application/json"}
         if self._place.key is not None:
             headers["Authorization"] = f"Bearer {self._place.key}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data, headers)  # noqa: S310 - http, by `url`
+        request = urllib.request.Request(url, data, headers)  # noqa: S310 - http, by `url`
         # A proxy of the environment must not be asked for this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=seconds) as reply:

@@ -43,6 +43,15 @@ class Served:
         return "auto" if recipe is None else recipe.recipe.model.dtype
 
     @property
+    def saved_dtype(self) -> str | None:
+        """The dtype of the weights by the config of a full model's folder; None for others, and where it names none."""
+        if self.source is None or self.source.kind is not ModelKind.FULL:
+            return None
+        config = read_json(self.source.path / MODEL_CONFIG)
+        found = config.get("dtype") or config.get("torch_dtype")
+        return None if found is None or config.get("quantization_config") else str(found)
+
+    @property
     def base(self) -> str:
         """Folder or hub id of an adapter's base.
 

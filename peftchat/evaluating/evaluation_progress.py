@@ -67,7 +67,8 @@ class EvaluationProgress:
             return
         self._shown = now
         rate = self._answers / max(1e-9, now - self._started)
-        text = f"{self._title}: {format_count(self._answers)} answers, {rate:,.1f} per second"
+        answers = "answer" if self._answers == 1 else "answers"
+        text = f"{self._title}: {format_count(self._answers)} {answers}, {rate:,.1f} per second"
         if self._status is not None:
             self._status.update(text)
         else:

@@ -62,7 +62,8 @@ def _of(tasks: Sequence[TaskRow]) -> str:
 def _how(model: ModelRow) -> str:
     through = "through its chat template" if model.through_template else "without a chat template"
     where = "" if model.name == model.model else f"{model.model}, "
-    return f"{where}weights {model.precision}, on {model.device}, asked {through}"
+    computed = "" if model.dtype in model.precision else f", computed in {model.dtype}"
+    return f"{where}weights {model.precision}{computed}, on {model.device}, asked {through}"
 
 
 def markdown(evaluation: Evaluation) -> str:

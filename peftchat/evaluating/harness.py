@@ -75,6 +75,7 @@ class ModelScores:
         scores: by task and group.
         through_template: whether it was asked through its chat template.
         device: where it ran.
+        dtype: what it computed in.
         context: tokens of its context.
         batch_sizes: the batches that were found or given.
         cut: requests whose beginning did not fit into its context.
@@ -84,6 +85,7 @@ class ModelScores:
     scores: Mapping[str, TaskScores]
     through_template: bool
     device: str
+    dtype: str
     context: int
     batch_sizes: tuple[int, ...]
     cut: int
@@ -165,8 +167,9 @@ def score_model(
             scores[name] = score(harness, through_template)
             on_finished(scores[name])
     sizes = tuple(sorted({int(size) for size in harness.batch_sizes.values()} or _fixed(options.batch_size)))
+    dtype = str(loaded.get_input_embeddings().weight.dtype).removeprefix("torch.")
     return ModelScores(
-        scores, through_template, str(harness.device), int(harness.max_length), sizes, harness.cut, requests
+        scores, through_template, str(harness.device), dtype, int(harness.max_length), sizes, harness.cut, requests
     )
 
 

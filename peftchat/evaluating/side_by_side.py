@@ -26,6 +26,7 @@ class ModelRow:
         precision: the dtype and the quantization that it was loaded with, in words.
         through_template: whether it was asked through its chat template.
         device: where it ran.
+        dtype: what it computed in.
         context: tokens of its context.
         batch_sizes: the batches that were found or given.
         cut: requests whose beginning did not fit into its context.
@@ -39,6 +40,7 @@ class ModelRow:
     precision: str
     through_template: bool
     device: str
+    dtype: str
     context: int
     batch_sizes: tuple[int, ...]
     cut: int

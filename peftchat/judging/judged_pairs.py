@@ -41,6 +41,9 @@ def read_pairs(first: Path, second: Path, questions: Path | None = None) -> list
     Raises:
         UserError: a file cannot be read, or the files answer other questions.
     """
+    if first.exists() and second.exists() and first.samefile(second):
+        hint = "Name the answers of two models."
+        raise UserError("both files of answers are the same one", where=str(second), hint=hint)
     one, other = _read_answers(first), _read_answers(second)
     missing = sorted(set(one) ^ set(other))
     if missing:
@@ -58,6 +61,8 @@ def read_pairs(first: Path, second: Path, questions: Path | None = None) -> list
             what = f"question {key} is another one than in {first}"
             raise UserError(what, where=other[key][1], hint="Answer the same questions with both models.")
         answers_a, answers_b = _answers(record, place), _answers(theirs, other[key][1])
+        if not turns:
+            raise UserError(f"question {key} has no turn", where=place, hint="Remove it from both files.")
         if not len(turns) == len(answers_a) == len(answers_b):
             what = f"question {key} has {len(turns)} turns and {len(answers_a)} and {len(answers_b)} answers"
             raise UserError(what, where=place, hint="Answer every turn with both models.")
@@ -69,18 +74,25 @@ def read_exam(path: Path) -> list[Pair]:
     """Read objective pairs, one JSON object per line: `prompt`, `good`, `bad`; the good answer is A.
 
     Raises:
-        UserError: a line has another form.
+        UserError: a line has another form, or the id of another line, which is its number where it names none.
     """
-    pairs = []
+    pairs: dict[str, Pair] = {}
     for number, record in _lines(path):
         fields = [record.get(name) for name in ("prompt", "good", "bad")] if isinstance(record, dict) else [None]
         if not all(isinstance(value, str) and value for value in fields):
             hint = 'Write {"prompt": "…", "good": "…", "bad": "…"}, texts that are not empty.'
             raise UserError("the line is no objective pair", where=f"{path}:{number}", hint=hint)
-        pairs.append(Pair(str(record.get("id", number)), "exam", *map(str, fields)))
+        if fields[1] == fields[2]:
+            hint = "Give the better answer as `good`, and another one as `bad`."
+            raise UserError("both answers of the pair are the same", where=f"{path}:{number}", hint=hint)
+        pair = Pair(str(record.get("id", number)), "exam", *map(str, fields))
+        if pair.id in pairs:
+            hint = "Give each pair an id of its own, or leave all ids out."
+            raise UserError(f"the id {pair.id} is there twice", where=f"{path}:{number}", hint=hint)
+        pairs[pair.id] = pair
     if not pairs:
         raise UserError("the file has no pairs", where=str(path))
-    return pairs
+    return list(pairs.values())
 
 
 def _dialogue(turns: Sequence[str], first: Sequence[str], second: Sequence[str]) -> tuple[str, str, str]:

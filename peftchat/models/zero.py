@@ -1,7 +1,7 @@
 """Full parameters under ZeRO-3, which leaves each process a partition of them (Rajbhandari et al., 2020)."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
 
@@ -44,6 +44,21 @@ def is_zero3() -> bool:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     return bool(is_deepspeed_zero3_enabled())
+
+
+@contextmanager
+def models_unpartitioned() -> Iterator[None]:
+    """Let the models that are made inside the block be whole, such as those without weights, under ZeRO-3 too."""
+    from transformers.integrations import deepspeed
+
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if held is None else held()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:

@@ -438,7 +438,9 @@ def _peak_text(planner: Planner, settings: PlanSettings, device_memory: int) -> 
 
 def _example_text(recipe: "Recipe", chat: ChatFormat, split: EncodedSplit) -> Text:
     """Show an example of median length with its trained tokens in green."""
-    median = int(np.argsort(split.store.lengths)[len(split.store) // 2])
+    # Every second example of labeled answers is another record's answer, which is not trained.
+    places = np.arange(0, len(split.store), 2 if recipe.has_labels else 1)
+    median = int(places[np.argsort(split.store.lengths[places])[len(places) // 2]])
     example = split.store[median]
     trained = loss_mask_table(recipe.chat.loss_policy)[example.token_tags]
     trained[:1] = False

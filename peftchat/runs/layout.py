@@ -75,7 +75,7 @@ def layout_change(checkpoint: Checkpoint, now: Layout) -> LayoutChange:
         return _change_of_old_version(checkpoint, now)
     changes, notes = [], []
     fresh = False
-    if (before.is_sharded or now.is_sharded) and _shards(before) != _shards(now):
+    if (before.is_sharded or now.is_sharded) and _shards(before) != _shards(now) and not _is_converted(before, now):
         fresh = True
         changes.append(f"layout: {now}, and the checkpoint's optimizer state is that of {before}")
     elif before.optimizer != now.optimizer:
@@ -92,6 +92,15 @@ def layout_change(checkpoint: Checkpoint, now: Layout) -> LayoutChange:
             "exactly. Dropout draws other random numbers"
         )
     return LayoutChange(tuple(changes), tuple(notes), fresh)
+
+
+def _is_converted(before: Layout, now: Layout) -> bool:
+    """Return whether DeepSpeed's converter makes one layout's shards those of the other.
+
+    It knows AdamW's state alone: https://github.com/deepspeedai/DeepSpeed/blob/v0.18.0/deepspeed/checkpoint/ds_to_universal.py
+    """
+    same = (before.strategy, before.offload, before.optimizer) == (now.strategy, now.offload, now.optimizer)
+    return same and now.is_sharded and now.offload == "none" and now.optimizer.startswith("adamw_torch")
 
 
 def _shards(layout: Layout) -> tuple[str, int, str]:

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from peftchat.errors import VerificationError
 from peftchat.formatting import format_decimal
 from peftchat.runs.checkpoint import Checkpoint
 from peftchat.runs.run_summary import KeptStep
+from peftchat.training.sharded_checkpoint import load_sharded
 
 if TYPE_CHECKING:
     from peftchat.training.context import TrainContext
@@ -112,7 +112,7 @@ def _load(trainer: "ChatTrainer", context: "TrainContext", step: int) -> None:
     if trainer.is_deepspeed_enabled:
         # The adapter alone is in a checkpoint of an adapter.
         is_whole = context.recipe.adapter is None
-        deepspeed_load_checkpoint(trainer.model_wrapped, str(checkpoint.path), load_module_strict=is_whole)
+        load_sharded(trainer.model_wrapped, trainer.accelerator, checkpoint, whole=is_whole)
     else:
         trainer.load_weights(checkpoint)
     noted, found = _evaluation(trainer.state, step)["eval_loss"], trainer.held_out_metrics()["eval_loss"]

@@ -20,7 +20,7 @@ from peftchat.merging.merge_plan import file_digest
 from peftchat.models.base_content import changes_since, fingerprints_of
 from peftchat.models.saving import TOKEN_ROWS, WEIGHTS, adapter_state, load_adapter_state
 from peftchat.models.source import MISFIT_ERRORS, ModelSource
-from peftchat.models.zero import gathered
+from peftchat.models.zero import gathered, models_unpartitioned
 from peftchat.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ def merge_first_stage(recipe: "Recipe", model: "PreTrainedModel", folder: Path) 
     """
     quantized = AdapterSource.open(folder).quantization is not None
     options = MergeOptions(base="dequantized" if quantized else "original", base_model=recipe.model.name)
-    job = prepare_merge(folder, options)
+    with models_unpartitioned():
+        job = prepare_merge(folder, options)
     if job.plan.untied:
         raise UserError(
             f"the run trained `{job.plan.untied[0]}` apart from the embedding that it is tied to",

@@ -46,6 +46,9 @@ _WAITING = (
 )  # fmt: skip
 """Where a process waits for another one or for its GPU: collectives, the backward pass, synchronization."""
 
+_STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+_ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+
 _COMPILERS = ("torch/_dynamo/convert_frame", "torch/_inductor/", "torch/utils/cpp_extension", "triton/compiler/")
 
 
@@ -78,6 +81,7 @@ class Sign:
         beat: how often it has said so. Clocks of several machines differ, and any clock may jump.
         pid: its process id.
         host: its machine.
+        has_left: whether its training loop has ended, perhaps by an error that it will tell.
     """
 
     rank: int
@@ -91,6 +95,7 @@ class Sign:
     beat: int
     pid: int = 0
     host: str = ""
+    has_left: bool = False
 
 
 class HangWatch(TrainerCallback):
@@ -139,6 +144,7 @@ class HangWatch(TrainerCallback):
         self._ended.set()
         if self._thread is not None:
             self._thread.join(self._pause + 1)
+        self._publish(replace(self._sign(0.0, with_stack=False), has_left=True))
 
     def go_on(self, step: int, doing: str) -> None:
         """Note that the training loop goes on with something else."""
@@ -190,6 +196,7 @@ class HangWatch(TrainerCallback):
 
     def _watch(self) -> None:
         looked = time.monotonic()
+        self._publish(self._sign(0.0, with_stack=False))  # The others know this process from the beginning.
         while not self._ended.wait(self._pause):
             before, looked = looked, time.monotonic()
             if looked - before > 3 * self._pause + 1:
@@ -197,14 +204,14 @@ class HangWatch(TrainerCallback):
                 self._went_on += looked - before
             went_on = self._went_on
             still = time.monotonic() - went_on
-            is_late = still > self.allowed() and not self._compiles()
             self._beat += 1
+            is_late = self._is_late(still)
             sign = self._sign(still, with_stack=is_late)
             if not self._publish(sign):
                 return
             is_told = self._reported[0] == went_on and still < 10 * self._reported[1]
             if is_late and not is_told:
-                heard = self._beats()
+                heard = {sign.rank: sign.beat for sign in self._others()}
                 # Others may be a moment behind with what they say, and those that live say something new.
                 for _ in range(3 if self._processes > 1 else 0):
                     self._ended.wait(self._pause)
@@ -249,19 +256,28 @@ class HangWatch(TrainerCallback):
             frame = frame.f_back
         return False
 
-    def _beats(self) -> dict[int, int]:
-        """Return how often each other process has said something."""
+    def _is_late(self, still: float) -> bool:
+        if still <= self._limit or self._compiles():
+            return False
+        others = self._others()
+        if any(sign.has_left for sign in others) and still < _RARE_SECONDS:
+            return False  # It will say what has ended it.
+        # No usual wait explains a process that was stopped or has ended.
+        return still > self.allowed() or any(_status(sign) in (*_STOPPED, *_ENDED) for sign in others)
+
+    def _others(self) -> list[Sign]:
+        """Return what each other process has said last."""
         signs = [self._read(rank) for rank in range(self._processes) if rank != self._rank]
-        return {sign.rank: sign.beat for sign in signs if sign is not None}
+        return [sign for sign in signs if sign is not None]
 
     def _report(self, own: Sign, heard: Mapping[int, int]) -> None:
         if self._store is None:
             self._tell(report([own], []))
             return
-        signs, silent = [], []
-        for rank in range(self._processes):
-            sign = own if rank == self._rank else self._read(rank)
-            if sign is None or (rank != self._rank and heard.get(rank) == sign.beat):
+        signs, silent = [own], []
+        for rank in (rank for rank in range(self._processes) if rank != self._rank):
+            sign = self._read(rank)
+            if sign is None or heard.get(rank) == sign.beat:
                 silent.append((rank, sign))
             else:
                 signs.append(sign)
@@ -290,8 +306,7 @@ def report(signs: Sequence[Sign], silent: Sequence[tuple[int, Sign | None]]) -> 
     first = max(signs, key=lambda sign: sign.still)
     lines = [f"No progress for {format_duration(first.still)} {first.doing} {first.step}."]
     if not signs[1:] and not silent:
-        lines += _whereabouts(first)
-        return "\n".join(lines)
+        return "\n".join([*lines, *_whereabouts(first)])
     for rank, sign in silent:
         if sign is None:
             lines.append(f"Rank {rank} has given no sign of life ever: it hangs in native code, or is stopped.")
@@ -303,8 +318,8 @@ def report(signs: Sequence[Sign], silent: Sequence[tuple[int, Sign | None]]) -> 
         lines += _whereabouts(sign)
     at_work = [sign for sign in signs if not sign.waits]
     for sign in at_work:
-        lines += [f"Rank {sign.rank} has stood still for {format_duration(sign.still)} {sign.doing} {sign.step}."]
-        lines += _whereabouts(sign)
+        stands = f"Rank {sign.rank} has stood still for {format_duration(sign.still)} {sign.doing} {sign.step}."
+        lines += [stands, *_whereabouts(sign)]
     waiting = [sign for sign in signs if sign.waits]
     if waiting:
         ranks = ", ".join(str(sign.rank) for sign in waiting)
@@ -315,15 +330,24 @@ def report(signs: Sequence[Sign], silent: Sequence[tuple[int, Sign | None]]) -> 
     return "\n".join(lines)
 
 
+def _status(sign: Sign) -> str:
+    """Return psutil's status of a process, on another machine an empty text."""
+    if sign.host != socket.gethostname():
+        return ""
+    try:
+        return str(psutil.Process(sign.pid).status())
+    except psutil.Error:
+        return str(psutil.STATUS_DEAD)
+
+
 def _state(sign: Sign) -> str:
     """Return what the system says about a process that is silent."""
-    if sign.host != socket.gethostname():
+    status = _status(sign)
+    if not status:
         return "hangs in native code, is stopped, or has gone"
-    try:
-        status = psutil.Process(sign.pid).status()
-    except psutil.Error:
+    if status in _ENDED:
         return "has ended"
-    if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+    if status in _STOPPED:
         return f"is stopped; `kill -CONT {sign.pid}` lets it go on"
     if status == psutil.STATUS_DISK_SLEEP:
         return "waits for a disk or a network file system"

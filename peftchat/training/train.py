@@ -1,7 +1,5 @@
 """Training: from a recipe to a finished run folder."""
 
-import errno
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +10,7 @@ from transformers import TrainerCallback
 from peftchat.console import stderr
 from peftchat.errors import UserError
 from peftchat.interruption import CHECKPOINT, DeferredSignals
-from peftchat.malloc import keep_large_blocks
+from peftchat.malloc import keep_large_blocks, return_large_blocks
 from peftchat.models.added_tokens import snapshot_embeddings
 from peftchat.models.saving import save_model_files
 from peftchat.models.source import ModelSource
@@ -23,19 +21,21 @@ from peftchat.training.autotune import choose_fastest, present_choice, threads_r
 from peftchat.training.best_checkpoint import best_callbacks, load_best
 from peftchat.training.build_trainer import build_trainer, sft_config
 from peftchat.training.context import TrainContext, TrainOptions, open_context
+from peftchat.training.failed_writes import disk_error
 from peftchat.training.hang_watch import watch_hangs
 from peftchat.training.hints import tell_hints
 from peftchat.training.kept_choices import write_choice
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.number_checks import check_moved, check_trend
 from peftchat.training.out_of_memory import telling_out_of_memory
-from peftchat.training.preflight import check_model, is_disk_full, preflight
+from peftchat.training.preflight import check_model, preflight
 from peftchat.training.progress import ProgressCallback
 from peftchat.training.questions import read_questions, sample_answers
 from peftchat.training.several_processes import is_main_process
 from peftchat.training.stopping import EvaluationStopped, StopCallback
 from peftchat.training.summary import FitResult, added_tokens, seconds_since_start, summarize
 from peftchat.training.trainer import ChatTrainer
+from peftchat.training.weightwise import uses_little_memory
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe
@@ -164,7 +164,8 @@ def fit(
     trainer.add_callback(stopping)
     hang_watch = watch_hangs(trainer, context)
     if not context.distributed.gpus:
-        keep_large_blocks()
+        # Blocks that are kept are faster to take again, but seldom fit: weights are updated one by one.
+        return_large_blocks() if uses_little_memory(context.recipe) else keep_large_blocks()
     try:
         with suppress(EvaluationStopped):
             output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
@@ -266,7 +267,7 @@ def save(trainer: ChatTrainer, context: TrainContext) -> None:
 
 @contextmanager
 def _released_on_failure(run_folder: RunFolder) -> Iterator[None]:
-    """Release the run folder if the run fails, and report a full disk as such."""
+    """Release the run folder if the run fails, and report a full disk or a file that is too large as such."""
     try:
         yield
     except BaseException as error:
@@ -274,7 +275,7 @@ def _released_on_failure(run_folder: RunFolder) -> Iterator[None]:
         # What the user can mend has its message already.
         if not isinstance(error, Exception) or isinstance(error, UserError):
             raise
-        if is_disk_full(run_folder.path):
-            # Every library has its own words for a full disk.
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run_folder.path)) from error
+        of_disk = disk_error(error, run_folder.path)
+        if of_disk is not None:
+            raise of_disk from error
         raise

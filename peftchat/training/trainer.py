@@ -46,8 +46,10 @@ from peftchat.training.out_of_memory import Halving
 from peftchat.training.packs import make_collator, make_packs
 from peftchat.training.progress import MetricsCallback, memory_in_use
 from peftchat.training.questions import answer_questions
+from peftchat.training.sharded_checkpoint import is_of_other_processes, load_sharded
 from peftchat.training.throughput import Throughput, TokenCounts
 from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs, trainer_hooks
+from peftchat.training.weightwise import WeightwiseOptimizer, uses_little_memory
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -71,6 +73,7 @@ class ChatTrainer(SFTTrainer):
     """
 
     control: TrainerControl
+    optimizer: Any
     pair_summary: PairSummary | None = None
     label_summary: LabelSummary | None = None
 
@@ -122,6 +125,7 @@ class ChatTrainer(SFTTrainer):
         self.position = context.position
         self._items_of_step: Tensor | int | None = None
         self.current_gradient_accumulation_steps: int = config.gradient_accumulation_steps
+        self._weightwise: WeightwiseOptimizer | None = None
         self._halving = self._make_halving() if context.recipe.training.on_oom == "halve" else None
 
     @property
@@ -129,6 +133,11 @@ class ChatTrainer(SFTTrainer):
         """The language model itself, inside any PEFT wrapper."""
         base: PreTrainedModel = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return base
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether gradients are used and freed in the backward pass."""
+        return self._weightwise is not None and self._weightwise.updates_in_backward
 
     @property
     def layout(self) -> "BatchLayout":
@@ -202,8 +211,11 @@ class ChatTrainer(SFTTrainer):
         """Compute the gradient of a micro-batch, and note its loss and its examples."""
         self.current_examples, self._target_counts = inputs.pop("examples"), inputs.pop("target_counts")
         self.position.enter("the forward pass", self.state.global_step + 1, self.current_examples)
-        if self._halving is None:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._weightwise is not None:
+            with self._weightwise.training():
+                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        elif self._halving is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             self._count(inputs)
             self._items_of_step = num_items_in_batch
@@ -258,6 +270,8 @@ class ChatTrainer(SFTTrainer):
         self.position.enter("the optimizer's update", self.state.global_step + 1)
         if self._halving is not None:
             self._halving.begin_step()
+        if self._weightwise is not None and self.frees_gradients:
+            grad_norm = self._weightwise.take_norm()
         norm: Tensor | float | None = super()._get_grad_norm(model, grad_norm)
         if self.checks.end_step(self.state.global_step + 1, norm, self._get_learning_rate()):
             # An optimizer leaves weights without a gradient alone, their moments and weight decay included.
@@ -445,11 +459,32 @@ class ChatTrainer(SFTTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with the variant's learning rates for some of its parameters."""
         is_new = self.optimizer is None
+        if is_new and uses_little_memory(self._context.recipe):
+            self.optimizer = self._weightwise = self._make_weightwise()
+            return self._weightwise
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if is_new:
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
             set_param_group_lrs(optimizer, names, self._hooks)
         return optimizer
+
+    def _make_weightwise(self) -> WeightwiseOptimizer:
+        """Return the recipe's optimizer, which updates one weight at a time."""
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        decayed = set(self.get_decay_parameter_names(self.model))
+        trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+        groups = [
+            {"params": [weight for name, weight in trained if (name in decayed) is decays], "weight_decay": decay}
+            for decays, decay in ((True, self.args.weight_decay), (False, 0.0))
+        ]
+        training = self._context.recipe.training
+        return WeightwiseOptimizer(
+            lambda made: kind(made, **options),
+            groups,
+            optim=training.optim,
+            seed=training.seed,
+            in_backward=training.optimizer_in_backward,
+        )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the parameters with weight decay: none of the added tokens' embeddings.
@@ -528,13 +563,21 @@ class ChatTrainer(SFTTrainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, Any]:
         """Leave the optimizer's state of a checkpoint out where it cannot be read; the schedule goes on."""
-        if resume_from_checkpoint is None or not self._content.fresh_optimizer:
+        checkpoint = None if resume_from_checkpoint is None else Checkpoint(Path(resume_from_checkpoint))
+        is_joined = (
+            self.is_deepspeed_enabled
+            and checkpoint is not None
+            and is_of_other_processes(checkpoint, self.args.world_size)
+        )
+        if checkpoint is None or not (self._content.fresh_optimizer or is_joined):
             whole: tuple[nn.Module, Any] = super()._prepare_for_training(
                 max_steps, train_dataloader, resume_from_checkpoint
             )
             return whole
         prepared: tuple[nn.Module, Any] = super()._prepare_for_training(max_steps, train_dataloader, None)
-        schedule = torch.load(Path(resume_from_checkpoint) / SCHEDULER_NAME, weights_only=True)
+        if is_joined:
+            load_sharded(self.model_wrapped, self.accelerator, checkpoint, whole=self._adapter is None)
+        schedule = torch.load(checkpoint.path / SCHEDULER_NAME, weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

@@ -144,6 +144,7 @@ def import_all() -> None:
         "peftchat.merging",
         "peftchat.serving.chat_model",
         "peftchat.reports.run_terminal",
+        *os.environ.get("PEFTCHAT_TEST_IMPORTS", "").split(),
     ):  # fmt: skip
         __import__(name)
 

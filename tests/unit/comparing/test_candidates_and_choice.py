@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftchat.comparing.candidates import Candidate, format_lr, make_candidates, override_flags, parse_axis, slug
+from peftchat.comparing.compare import check_data
 from peftchat.comparing.compare_plan import (
     CompareOptions,
     TrainingJob,
@@ -394,3 +395,13 @@ def test_a_short_run_has_the_schedule_of_the_full_one(tmp_path: Path, training: 
     unlike = {"eval_on_start", "eval_steps", "eval_strategy", "save_strategy", "save_steps", *short}
     assert {key for key, value in shortened if value != getattr(full, key)} <= unlike
     assert shortened.eval_steps == shortened.save_steps == 10**9 and not shortened.eval_on_start
+
+
+def test_data_that_no_run_can_use_ends_a_comparison() -> None:
+    """The other runs would fail alike, unless the grid encodes the data in several ways."""
+    failure = "data.train: 582 of 960 conversations have more tokens than data.max_length: 64. Raise data.max_length."
+    with pytest.raises(UserError, match=r"no run can use the data\. data\.train: 582 of 960"):
+        check_data(failure, [parse_axis("data.max_length=64")])
+    check_data(failure, [parse_axis("data.max_length=64,128")])
+    check_data("adapter.r: too large for the layer", [])
+    check_data(None, [])

@@ -9,6 +9,7 @@ import pytest
 from peftchat.engines.commands import EngineCommand, EngineName, Place, check_place, engine_command
 from peftchat.engines.served import open_served
 from peftchat.errors import UserError
+from peftchat.serving import chat_model
 
 ALL: dict[EngineName, str] = {"vllm": "vllm", "transformers": "transformers", "llama.cpp": "llama-server"}
 HERE = Place("127.0.0.1", 8123)
@@ -95,6 +96,18 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=reason):
             command(*names)
+
+
+@pytest.mark.parametrize(("is_slow", "dtype"), [(True, "float32"), (False, "auto")])
+def test_transformers_serves_bfloat16_in_float32_where_the_cpu_has_no_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_slow: bool, dtype: str
+) -> None:
+    monkeypatch.setattr(chat_model, "bfloat16_is_slow", lambda: is_slow)
+    folder = model(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}))
+    found = command(folder, engine="transformers")
+    assert value(found, "--dtype") == dtype
+    assert any("float32" in note for note in found.notes) == is_slow
 
 
 def test_the_engine_is_the_first_that_is_here_and_can(tmp_path: Path) -> None:

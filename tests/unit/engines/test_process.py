@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftchat.engines.commands import EngineCommand, Place
+from peftchat.engines.commands import EngineCommand, EngineName, Place
 from peftchat.engines.process import running
 from peftchat.errors import UserError, VerificationError
 
@@ -23,6 +23,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status if self.headers.get("Authorization", "") == key else 401)
         self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
     def do_GET(self):
+        # As transformers' server where there is no cache of the hub.
+        if sys.argv[5] == "transformers" and self.path != "/health":
+            return self.reply({}, 500)
         self.reply({"data": [{"id": "one"}, {"id": "two"}]})
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -38,10 +41,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def server(place: Place, pids: Path, status: int = 200, models: tuple[str, ...] = ("one", "two")) -> EngineCommand:
+def server(
+    place: Place, pids: Path, status: int = 200, models: tuple[str, ...] = ("one", "two"), engine: EngineName = "vllm"
+) -> EngineCommand:
     key = "" if place.key is None else f"Bearer {place.key}"
-    arguments = (sys.executable, "-c", SERVER, str(place.port), str(status), str(pids), key)
-    return EngineCommand("vllm", arguments, models)
+    arguments = (sys.executable, "-c", SERVER, str(place.port), str(status), str(pids), key, engine)
+    return EngineCommand(engine, arguments, models)
 
 
 def is_alive(pid: str) -> bool:
@@ -63,6 +68,12 @@ def test_every_model_answers_and_all_processes_end(tmp_path: Path) -> None:
     while any(map(is_alive, pids)) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(map(is_alive, pids))
+
+
+def test_the_engine_of_transformers_need_not_list_its_model(tmp_path: Path) -> None:
+    place = Place("127.0.0.1", free_port())
+    with running(server(place, tmp_path / "pids", models=("folder",), engine="transformers"), place) as engine:
+        assert engine.wait_until_it_answers(30) == {"folder": "folder here"}
 
 
 def test_a_model_that_fails_or_is_not_there_is_told(tmp_path: Path) -> None:

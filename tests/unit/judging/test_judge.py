@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from peftchat.cli.main import cli
 from peftchat.errors import UserError, VerificationError
+from peftchat.judging.judged_pairs import read_exam
 from peftchat.judging.verdicts import length_controlled
 
 pytest.importorskip("openai", reason="needs the extra `judge`")
@@ -31,6 +32,7 @@ class Server:
         self.keys: set[str | None] = set()
         self.models = ["only"]
         self.list_status = 200
+        self.finish = "stop"
         lock = threading.Lock()
         server = self
 
@@ -56,7 +58,7 @@ class Server:
                 message = {"role": "assistant", "content": server.reply(*found)}
                 done = {
                     "id": "x", "object": "chat.completion", "created": 0, "model": asked["model"],
-                    "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                    "choices": [{"index": 0, "message": message, "finish_reason": server.finish}],
                     "usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105},
                 }  # fmt: skip
                 self.send(200, {}, json.dumps(done).encode())
@@ -216,10 +218,52 @@ def test_two_judges_and_their_exam(answers: tuple[Path, Path], serve: Callable[.
     assert found["kappa"] == 0.0, "one says B always, the other tie"
 
 
-def test_a_judge_of_which_nothing_can_be_read_fails(answers: tuple[Path, Path], serve: Callable[..., Server]) -> None:
-    with pytest.raises(VerificationError, match="no pair has two replies that can be read"):
-        judged(answers, serve(lambda first, second: "Well."))
-    assert (answers[0].parent / "judged/report.html").is_file()
+def test_a_judge_of_which_nothing_can_be_read_fails(
+    answers: tuple[Path, Path], serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    exam, output = tmp_path / "exam.jsonl", tmp_path / "judged"
+    exam.write_text('{"prompt": "1 + 1?", "good": "right, 2", "bad": "3"}\n')
+    server = serve(lambda first, second: "Well.")
+    server.finish = "length"
+    words = ["judge", *answers, "--judge", server.url, "--exam", exam, "-o", output]
+    done = CliRunner().invoke(cli, list(map(str, words)), standalone_mode=False)
+    assert isinstance(done.exception, VerificationError)
+    assert "no pair has two replies that can be read" in str(done.exception)
+    # What is known is shown all the same: the exam, and how many replies nobody could read.
+    # One wrong pair leaves room for a judge that is right in 79 % of them.
+    assert "0 % (0 % to 79 %)" in done.output and f"{2 * QUESTIONS} replies could not be read" in done.output
+    assert f"{2 * QUESTIONS} of them were cut by --max-tokens" in done.output
+    assert (output / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"prompt": "?", "good": "a", "bad": "b", "id": 2}\n{"prompt": "!", "good": "a", "bad": "b"}', ":2: the id 2"),
+        ('{"prompt": "?", "good": "a", "bad": "a"}', ":1: both answers of the pair are the same"),
+    ],
+)
+def test_an_exam_whose_pairs_cannot_be_told_apart_is_refused(tmp_path: Path, lines: str, message: str) -> None:
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text(lines)
+    with pytest.raises(UserError, match=message):
+        read_exam(exam)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--judge", "ws://here/v1"], "begins with http:// or https://"),
+    ],
+)
+def test_what_no_endpoint_can_take_is_refused(
+    answers: tuple[Path, Path], serve: Callable[..., Server], options: list[str], message: str
+) -> None:
+    server = serve(by_quality)
+    with pytest.raises(UserError, match=message):
+        judged(answers, server, *options)
+    assert server.requests == 0 and not (answers[0].parent / "judged").exists()
 
 
 @pytest.mark.parametrize(
@@ -228,6 +272,7 @@ def test_a_judge_of_which_nothing_can_be_read_fails(answers: tuple[Path, Path], 
         (lambda a, b, s: replace(b, '"question_id": 3,', '"question_id": 99,'), "have one answer only: 3, 99"),
         (lambda a, b, s: replace(b, "What is 3?", "Why is 3?"), "question 3 is another one than in"),
         (lambda a, b, s: b.write_text("{}\n"), r"good.jsonl:1: the line has no `question_id`"),
+        (lambda a, b, s: (b.unlink(), b.hardlink_to(a)), "both files of answers are the same one"),
         (lambda a, b, s: s.models.append("second"), r"the endpoint has 2 models: only, second. Name one"),
         (lambda a, b, s: s.end(), "the endpoint does not answer: Connection error"),
     ],

@@ -24,7 +24,8 @@ def checkpoint(folder: Path, layout: Layout | None, *, processes: int = 2, shard
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        (ZERO, replace(ZERO, processes=1)),
+        (replace(ZERO, optimizer="lion_32bit"), replace(ZERO, optimizer="lion_32bit", processes=1)),
+        (replace(ZERO, offload="optimizer"), replace(ZERO, offload="optimizer", processes=1)),
         (ZERO, replace(ZERO, strategy="zero3")),
         (ZERO, replace(ZERO, offload="optimizer")),
         (ZERO, DDP),
@@ -46,6 +47,14 @@ def test_processes_without_shards_go_on_with_a_note(tmp_path: Path) -> None:
     assert not change.changes
     assert not change.fresh_optimizer
     assert "2 processes, strategy: ddp" in change.notes[0]
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_shards_of_adamw_go_on_in_other_processes_with_a_note(strategy: str, tmp_path: Path) -> None:
+    before = replace(ZERO, strategy=strategy)
+    change = layout_change(checkpoint(tmp_path, before), replace(before, processes=4))
+    assert not change.changes and not change.fresh_optimizer
+    assert f"2 processes, strategy: {strategy}" in change.notes[0]
 
 
 def test_another_batch_is_a_change(tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
 """The hang watch: silent while a run goes on, and one report where it does not, by the process that can speak."""
 
+import json
 import os
+import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 import pytest
 import torch.distributed as dist
@@ -104,11 +109,40 @@ def test_a_process_that_falls_silent_is_named_with_its_conversations(watches: li
     store, told = dist.HashStore(), []
     silent = begun(watches, [], rank=1, processes=2, store=store)
     until(lambda: silent._beat)
-    silent.end()
+    silent._ended.set()
+    silent._thread.join()
     begun(watches, told, rank=0, processes=2, store=store)
     until(lambda: told)
     assert "Rank 1 gives no sign of life; the last was in step 10." in told[0]
     assert f"Process {os.getpid()} on " in told[0] and "Its micro-batch has 1 conversation: a.jsonl:7" in told[0]
+
+
+def test_a_process_whose_training_has_ended_is_waited_for(watches: list[HangWatch]) -> None:
+    """It was ended by an error, which it tells seconds later, or waits for nobody any more."""
+    store, told = dist.HashStore(), []
+    begun(watches, [], rank=1, processes=2, store=store).end()
+    begun(watches, told, rank=0, processes=2, store=store)
+    time.sleep(4 * LIMIT)
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("number", "state"), [(signal.SIGSTOP, "is stopped; `kill -CONT"), (signal.SIGKILL, "has ended")]
+)
+def test_a_process_that_was_stopped_or_has_ended_is_named_behind_a_step_too(
+    number: int, state: str, watches: list[HangWatch]
+) -> None:
+    """A checkpoint may take minutes, but not where nobody writes it."""
+    store, told = dist.HashStore(), []
+    process = subprocess.Popen(["sleep", "60"])
+    process.send_signal(number)
+    sign = Sign(1, 10, "after step", 0.0, False, "", "", "", 1, process.pid, socket.gethostname())
+    store.set("peftchat/hang_watch/1", json.dumps(asdict(sign)))
+    begun(watches, told, rank=0, processes=2, store=store).go_on(10, "after step")
+    until(lambda: told)
+    process.kill()
+    process.wait()
+    assert f"Process {process.pid} on {socket.gethostname()} {state}" in told[0]
 
 
 def test_a_process_that_was_stopped_itself_does_not_take_that_for_a_hang(

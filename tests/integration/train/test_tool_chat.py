@@ -47,7 +47,8 @@ def test_a_chat_takes_results_of_calls(
 
     def chat(*lines: str, flags: tuple[str, ...] = ()) -> list[dict[str, object]]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-        done = peftchat_in_process(capsys, "chat", tmp_path / "run", "--greedy", "--json", "--max-new-tokens", 200, *flags)
+        always = ("--greedy", "--json", "--max-new-tokens", 200)
+        done = peftchat_in_process(capsys, "chat", tmp_path / "run", *always, *flags)
         assert done.returncode == 0, done.stderr
         said.append(done.stderr)
         return [json.loads(line) for line in done.stdout.splitlines()]

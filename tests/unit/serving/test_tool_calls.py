@@ -68,7 +68,8 @@ def test_a_file_without_tools_is_refused(text: str, told: str, tmp_path: Path) -
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tools.json").write_bytes(b"\xff\xfe[]")
-    for path, told in ((tmp_path, "directory"), (tmp_path / "none", "No such file"), (tmp_path / "tools.json", "UTF-8")):
+    refused = [(tmp_path, "directory"), (tmp_path / "none", "No such file"), (tmp_path / "tools.json", "UTF-8")]
+    for path, told in refused:
         with pytest.raises(UserError, match=told):
             read_tools_file(str(path), "--tools")
 

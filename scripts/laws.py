@@ -348,6 +348,7 @@ def write(laws: list[Law], arguments: argparse.Namespace, docs: Path) -> None:
         "- Intervals are two standard errors over conversations and seeds; with two seeds the part of seeds is rough.",
         "- Small models need not show the laws of large ones, and short runs say little about long ones.",
         "- What forgets most is not among them.",
+        f"- All runs are of `{Path(arguments.model).name}`: no law was tried on another model for this page.",
         "- Other models and data can be given; an interrupted script goes on from its file of results.\n",
         "| law | found | verdict |\n|---|---|---|",
         *(f"| {law.title} ({law.source}) | {law.found}{_edges(law)} | **{law.verdict}** |" for law in laws),

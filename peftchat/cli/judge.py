@@ -1,5 +1,6 @@
 """`peftchat judge`: which of two models answers better, by a judge that sees each pair in both orders."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,6 +164,15 @@ def _open(
     from peftchat.errors import UserError
     from peftchat.judging.judge_client import EndpointJudge, LocalJudge
 
+    if not math.isfinite(temperature):
+        what = f"the temperature is {temperature}, expected a finite number"
+        raise UserError(what, where="--temperature", hint="Write for example 0.")
+    other = next((name for name in names if "://" in name and not name.startswith(("http://", "https://"))), None)
+    if other is not None:
+        hint = "Write http://… or https://…, or name a model on this machine."
+        raise UserError(
+            "the address of an endpoint begins with http:// or https://", where=f"--judge {other}", hint=hint
+        )
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise UserError("the judge is named twice", where=f"--judge {repeated}", hint="Name it once.")

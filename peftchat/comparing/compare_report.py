@@ -66,7 +66,7 @@ def _task_cells(result: ComparisonResult, candidate: CandidateResult) -> list[st
     name, cells = candidate.candidate.name, []
     for task in result.tasks.tasks:
         score, gap = task.score(name), task.gap(task.best, name)
-        sign = "-" if task.higher_is_better else "+"
+        sign = "" if gap is None or not round(gap.mean, 6) else "-" if task.higher_is_better else "+"
         cells += [
             UNKNOWN if score is None else format_score(score[0]) + format_standard_error(score[1]),
             "" if gap is None or name == task.best else f"{sign}{format_task_gap(gap)}",

@@ -134,7 +134,7 @@ def _paired_by_conversation(
 
 
 def forgetting_gap(less: CandidateResult, more: CandidateResult) -> Gap | None:
-    """Return how much higher the loss of `more` on plain text is, with an interval over parts of the text.
+    """Return how much higher the loss of `more` on general text is, with an interval over parts of the text.
 
     It is that of one seed. None if one of them has no such loss.
     """

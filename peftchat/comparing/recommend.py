@@ -15,7 +15,7 @@ _EQUAL_COST = 0.95
 """Costs whose ratio is above this count as equal, since timings vary by as much."""
 
 MAX_FORGETTING = 0.05
-"""Relative rise of the loss on plain text from which on forgetting counts."""
+"""Relative rise of the loss on general text from which on forgetting counts."""
 
 _SAME = 0.03
 """Ratios this close to 1 are told as equal."""
@@ -204,7 +204,7 @@ def _forgetful_reason(result: CandidateResult, recommended: CandidateResult) -> 
     gap = forgetting_gap(recommended, result)
     assert gap is not None
     margin = "" if gap.margin is None else f" ± {format_loss(gap.margin)}"
-    return f"{result.candidate.name} is set aside: its loss on plain text is {gap.mean:+.3f}{margin} against that."
+    return f"{result.candidate.name} is set aside: its loss on general text is {gap.mean:+.3f}{margin} against that."
 
 
 def _trade_off(recommended: CandidateResult, evidence: Evidence) -> str | None:
@@ -222,7 +222,7 @@ def _trade_off(recommended: CandidateResult, evidence: Evidence) -> str | None:
     cost = evidence.gap(recommended, other)
     assert cost is not None and forgotten.margin is not None
     return (
-        f"Trade-off: {other.candidate.name} forgets less. Its loss on plain text is lower by {forgotten.mean:.3f} ± "
+        f"Trade-off: {other.candidate.name} forgets less. Its loss on general text is lower by {forgotten.mean:.3f} ± "
         f"{format_loss(forgotten.margin)}, and its held-out loss differs by {format_gap(cost)}."
     )
 

@@ -238,11 +238,16 @@ def _models(name: str, options: EvaluateOptions) -> list[EvaluatedModel]:
     others = [EvaluatedModel.open(other, allow_changed=options.allow_changed) for other in options.against]
     base = None if options.against or options.alone else first.base()
     models = [first, *others] if base is None else [first, base]
-    names = [model.name for model in models]
-    for one in names:
-        if names.count(one) > 1:
-            raise UserError(f"{one} is named twice", where="--against", hint="Name each model once.")
+    places = [model.source.name if model.is_base else str(_place(model.name)) for model in models]
+    for model, place in zip(models, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"{model.name} is named twice", where="--against", hint="Name each model once.")
     return models
+
+
+def _place(name: str) -> Path | str:
+    """Return the folder that a name stands for, or the hub id."""
+    return Path(name).resolve() if Path(name).exists() else name
 
 
 def _check_templates(models: Sequence[EvaluatedModel], options: EvaluateOptions) -> None:

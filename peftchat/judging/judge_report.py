@@ -74,7 +74,10 @@ class Judging:
                 )
         for verdict in self.verdicts:
             if verdict.unread_replies:
-                lines.append(f"{verdict.judge}: {verdict.unread_replies} replies could not be read and do not count.")
+                cut = f" {verdict.cut_replies} of them were cut by --max-tokens." if verdict.cut_replies else ""
+                lines.append(
+                    f"{verdict.judge}: {verdict.unread_replies} replies could not be read and do not count.{cut}"
+                )
             if verdict.read and verdict.disagreements / verdict.read > 0.5:
                 lines.append(f"{verdict.judge}: the order decides more often than the answers.")
             if verdict.win_rate is not None and verdict.win_rate.low <= 0.5 <= verdict.win_rate.high:
@@ -93,6 +96,9 @@ _TITLES = (
 )  # fmt: skip
 
 
+_EXAM = "exam: the better answer chosen"
+
+
 def _row(verdict: JudgeVerdict) -> list[str]:
     return [
         verdict.judge,
@@ -108,6 +114,13 @@ def _row(verdict: JudgeVerdict) -> list[str]:
         *(f"{verdict.style_a[name]:.1f} / {verdict.style_b[name]:.1f}" for name in STYLE[1:]),
         _winning_style(verdict),
     ]
+
+
+def _page_rows(judging: Judging) -> list[list[str]]:
+    rows = [_row(verdict) for verdict in judging.verdicts]
+    if not judging.exams:
+        return rows
+    return [[*row, _shown(exam.accuracy)] for row, exam in zip(rows, judging.exams, strict=True)]
 
 
 def _winning_style(verdict: JudgeVerdict) -> str:
@@ -142,7 +155,7 @@ def judging_table(judging: Judging) -> Table:
         if any(shown):
             table.add_row(title, *shown)
     if judging.exams:
-        table.add_row("exam", *(_shown(exam.accuracy) for exam in judging.exams))
+        table.add_row(_EXAM, *(_shown(exam.accuracy) for exam in judging.exams))
     return table
 
 
@@ -183,8 +196,8 @@ def _write_page(judging: Judging, path: Path) -> None:
         "judge.html.jinja",
         name_a=judging.name_a,
         name_b=judging.name_b,
-        titles=_TITLES,
-        rows=[_row(verdict) for verdict in judging.verdicts],
+        titles=[*_TITLES, _EXAM] if judging.exams else _TITLES,
+        rows=_page_rows(judging),
         notes=judging.notes(),
         kinds=kinds,
         outcomes=shown,

@@ -33,6 +33,7 @@ class Judgment:
         scores: of the answers in the order in which they were shown, if scores were asked for.
         prompt_tokens: tokens of the request.
         tokens: tokens of the reply.
+        finish: why it ended, in the judge's words; `length` where it was cut.
     """
 
     order: Order
@@ -41,6 +42,7 @@ class Judgment:
     scores: Scores | None
     prompt_tokens: int
     tokens: int
+    finish: str = ""
 
     @property
     def winner(self) -> Winner | None:
@@ -183,4 +185,4 @@ def _key(judge: Judge, messages: Sequence[dict[str, str]]) -> str:
 
 def _judgment(line: dict[str, Any], order: Order, prompt: JudgePrompt) -> Judgment:
     preference, scores = prompt.read(line["text"])
-    return Judgment(order, line["text"], preference, scores, line["prompt_tokens"], line["tokens"])
+    return Judgment(order, line["text"], preference, scores, line["prompt_tokens"], line["tokens"], line["finish"])

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from peftchat.judging.judge_run import Outcome
 from peftchat.judging.style import STYLE, fit_style, style_differences, style_of
+from peftchat.runs.eval_pairs import wilson_interval
 
 _DRAWS = 1000
 _SEED = 20240229
@@ -40,6 +41,7 @@ class JudgeVerdict:
         questions: pairs that were judged.
         read: those whose two replies could be read; only they count.
         unread_replies: replies that could not be read.
+        cut_replies: those of them that ended at the limit of tokens.
         wins_a: pairs that A wins in both orders.
         wins_b: pairs that B wins in both orders.
         ties: the others.
@@ -63,6 +65,7 @@ class JudgeVerdict:
     questions: int
     read: int
     unread_replies: int
+    cut_replies: int
     wins_a: int
     wins_b: int
     ties: int
@@ -101,6 +104,7 @@ def verdict_of(judge: str, outcomes: Sequence[Outcome]) -> JudgeVerdict:
         len(outcomes),
         len(read),
         sum(judgment.preference is None for judgment in judgments),
+        sum(judgment.winner is None and judgment.finish == "length" for judgment in judgments),
         winners["A"],
         winners["B"],
         winners["tie"],
@@ -220,7 +224,7 @@ class ExamResult:
     Attributes:
         judge: its name.
         pairs: how many.
-        accuracy: share of pairs whose good answer wins in both orders.
+        accuracy: share of pairs whose good answer wins in both orders, with Wilson's interval.
         disagreements: pairs in which the orders have different winners.
         first_preferred: share of replies, ties left out, that prefer the answer shown first.
         unread_replies: replies that could not be read.
@@ -240,10 +244,10 @@ class ExamResult:
 
 def exam_result(judge: str, outcomes: Sequence[Outcome]) -> ExamResult:
     """Return how a judge did; the good answer of each pair is A, and a reply that cannot be read is wrong."""
-    right = np.array([outcome.winner == "A" for outcome in outcomes], dtype=np.float64)
+    share = sum(outcome.winner == "A" for outcome in outcomes) / len(outcomes)
     verdict = verdict_of(judge, outcomes)
-    accuracy = _rate(lambda at: float(right[at].mean()), len(outcomes))
-    assert accuracy is not None
+    # Draws of pairs that are all right would be all right too: a bootstrap would be certain after one pair.
+    accuracy = Rate(share, *wilson_interval(share, len(outcomes)))
     return ExamResult(
         judge, len(outcomes), accuracy, verdict.disagreements, verdict.first_preferred, verdict.unread_replies
     )

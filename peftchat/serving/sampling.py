@@ -1,6 +1,7 @@
 """Sampling settings: the user's, and the model's own with them."""
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,10 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Reject settings that contradict each other."""
+        """Reject a temperature without end, and settings that contradict each other."""
+        if self.temperature is not None and not math.isfinite(self.temperature):
+            what = f"the temperature is {self.temperature}, expected a finite number"
+            raise UserError(what, where="--temperature", hint="Write for example 0.7.")
         flags = {"--temperature": self.temperature, "--top-p": self.top_p, "--top-k": self.top_k}
         first = next((flag for flag, value in flags.items() if value), None)
         if self.greedy and first is not None:

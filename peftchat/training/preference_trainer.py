@@ -1,6 +1,7 @@
 """Preference trainer: the trainer of conversations with a loss of pairs, and metrics of pairs."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,10 +55,8 @@ class PreferenceTrainer(ChatTrainer):
         self._recipe = context.recipe
         self._initial_embeddings = model.initial_embeddings
         self._start = model.start
-        # ZeRO-3 shards an adapter that goes on, so that its first values cannot be put back.
-        self._reference_first = self._recipe.method == "full" or (
-            model.start is not None and context.distributed.strategy == "zero3"
-        )
+        # ZeRO-3 gathers trained weights for each pass, so that their first values cannot be put back for several.
+        self._reference_first = self._recipe.method == "full" or context.distributed.strategy == "zero3"
         self.reference = ReferenceLogProbs(context.content.digests)
         # A base that changed, and may, makes the numbers of the checkpoint those of something else.
         changed = context.content.record.allowed_changes and self._recipe.method != "full"
@@ -206,7 +205,7 @@ class PreferenceTrainer(ChatTrainer):
             )
         for split in splits:
             for of_batch, batch, inputs in self._evaluation_batches(split):
-                with self.compute_loss_context_manager():
+                with self.compute_loss_context_manager(), self._adapter_off():
                     log_probs = self._log_probs(self.model_wrapped, inputs, batch["target_counts"])
                 if of_batch is not None:
                     self.reference.add(split, batch["examples"], log_probs)
@@ -214,6 +213,12 @@ class PreferenceTrainer(ChatTrainer):
             self.reference.merge(self.gather_objects(self.reference.known))
             pairs = sum(len(self.reference.known[split]) for split in splits) // 2
             self._context.notes.tell(f"The reference of {pairs:,} pairs was computed before the first step.")
+
+    def _adapter_off(self) -> AbstractContextManager[None]:
+        """Return a context in which a model that is not trained yet computes its reference."""
+        # All weights, and an adapter that goes on from a run, are their own reference at the start.
+        is_own = self._recipe.method == "full" or self._start is not None
+        return nullcontext() if is_own else reference_model(self.model, None)
 
     def held_out_metrics(self, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return the mean loss of the held-out pairs, and their metrics; every process must call it.

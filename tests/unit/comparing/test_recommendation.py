@@ -47,7 +47,7 @@ def test_of_ties_the_one_that_certainly_forgets_more_is_set_aside() -> None:
     dora = forgetting(made("dora", [2.0, 2.0, 2.01], seconds=30), 3.0, 3.1, 3.0, 3.1, 2.9)
     advice = advise(lora, dora)
     assert advice.recommended.candidate.name == "dora"
-    assert "lora is set aside: its loss on plain text is +0.500" in " ".join(advice.reasons)
+    assert "lora is set aside: its loss on general text is +0.500" in " ".join(advice.reasons)
     # The same rise on two parts that disagree is noise.
     unsure = forgetting(lora, 4.6, 2.4)
     assert advise(unsure, forgetting(dora, 2.0, 4.0)).recommended.candidate.name == "lora"

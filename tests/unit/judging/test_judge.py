@@ -32,6 +32,7 @@ class Server:
         self.keys: set[str | None] = set()
         self.models = ["only"]
         self.list_status = 200
+        self.finish = "stop"
         lock = threading.Lock()
         server = self
 
@@ -57,7 +58,7 @@ class Server:
                 message = {"role": "assistant", "content": server.reply(*found)}
                 done = {
                     "id": "x", "object": "chat.completion", "created": 0, "model": asked["model"],
-                    "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                    "choices": [{"index": 0, "message": message, "finish_reason": server.finish}],
                     "usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105},
                 }  # fmt: skip
                 self.send(200, {}, json.dumps(done).encode())
@@ -223,12 +224,15 @@ def test_a_judge_of_which_nothing_can_be_read_fails(
     exam, output = tmp_path / "exam.jsonl", tmp_path / "judged"
     exam.write_text('{"prompt": "1 + 1?", "good": "right, 2", "bad": "3"}\n')
     server = serve(lambda first, second: "Well.")
+    server.finish = "length"
     words = ["judge", *answers, "--judge", server.url, "--exam", exam, "-o", output]
     done = CliRunner().invoke(cli, list(map(str, words)), standalone_mode=False)
     assert isinstance(done.exception, VerificationError)
     assert "no pair has two replies that can be read" in str(done.exception)
     # What is known is shown all the same: the exam, and how many replies nobody could read.
-    assert "0 % (0 % to 0 %)" in done.output and f"{2 * QUESTIONS} replies could not be read" in done.output
+    # One wrong pair leaves room for a judge that is right in 79 % of them.
+    assert "0 % (0 % to 79 %)" in done.output and f"{2 * QUESTIONS} replies could not be read" in done.output
+    assert f"{2 * QUESTIONS} of them were cut by --max-tokens" in done.output
     assert (output / "report.html").is_file()
 
 
@@ -244,6 +248,22 @@ def test_an_exam_whose_pairs_cannot_be_told_apart_is_refused(tmp_path: Path, lin
     exam.write_text(lines)
     with pytest.raises(UserError, match=message):
         read_exam(exam)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--judge", "ws://here/v1"], "begins with http:// or https://"),
+    ],
+)
+def test_what_no_endpoint_can_take_is_refused(
+    answers: tuple[Path, Path], serve: Callable[..., Server], options: list[str], message: str
+) -> None:
+    server = serve(by_quality)
+    with pytest.raises(UserError, match=message):
+        judged(answers, server, *options)
+    assert server.requests == 0 and not (answers[0].parent / "judged").exists()
 
 
 @pytest.mark.parametrize(

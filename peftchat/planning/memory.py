@@ -43,6 +43,9 @@ Eight-bit states also have one float32 scale per 256 values, which is added belo
 one column per matrix (Shazeer and Stern, 2018).
 """
 
+_WEIGHTWISE_COPIES = 5
+"""Float32 tensors of a part's size that exist at once: weights, gradient, and three of the optimizer's."""
+
 _MAX_GATHERED = 1_000_000_000
 """Most elements that ZeRO-3 keeps gathered, and that it updates at once (`stage3_max_live_parameters`,
 `sub_group_size`)."""
@@ -62,6 +65,7 @@ class StaticMemory:
         loading: the peak while weights are loaded.
         heap_leftover: heap that quantizing the weights leaves in a CPU process.
         host: bytes in RAM instead, by offloading.
+        widened: float32 copies of weights in bfloat16, while they are computed with.
     """
 
     weights: float
@@ -73,6 +77,7 @@ class StaticMemory:
     loading: float
     heap_leftover: float
     host: float
+    widened: float = 0.0
 
 
 def static_memory(settings: PlanSettings, counts: "ParameterCounts", trainable: "TrainableCounts") -> StaticMemory:
@@ -87,8 +92,9 @@ def static_memory(settings: PlanSettings, counts: "ParameterCounts", trainable: 
     if settings.keeps_start and settings.strategy != "zero3":
         adapter *= 2
     unsharded = weights
-    gradients = float(count * size)
-    optimizer = count * optimizer_state_bytes(settings)
+    freed = settings.in_backward and settings.weightwise
+    gradients = float((trainable.largest if freed else count) * size)
+    optimizer = count * optimizer_state_bytes(settings) + _wide_embedding_bytes(settings, counts)
     host = buffers = 0.0
     if settings.sharded:
         optimizer = (optimizer + 4 * count) / n
@@ -117,6 +123,8 @@ def static_memory(settings: PlanSettings, counts: "ParameterCounts", trainable: 
         loading=_loading_bytes(settings, counts, weights),
         heap_leftover=2.0 * counts.linear if settings.bits is not None and settings.device == "cpu" else 0.0,
         host=host,
+        # Besides the block that is computed, the LM head has a copy.
+        widened=4.0 * trainable.largest if settings.widened else 0.0,
     )
 
 
@@ -160,10 +168,27 @@ def _step_bytes(settings: PlanSettings, trainable: int, largest: int) -> float:
             return 0.0
         # The shard's gradients in float32, and Adam's denominator.
         return 8.0 * min(trainable / settings.processes, _MAX_GATHERED)
+    if settings.weightwise:
+        return _weightwise_bytes(settings, largest)
     if settings.optimizer != "adamw_torch":
         return 0.0
     # Adam's denominator exists for one weight at a time on a CPU, and for all at once on a GPU.
     return 8.0 * largest if settings.device == "cpu" else 4.0 * trainable
+
+
+def _weightwise_bytes(settings: PlanSettings, largest: int) -> float:
+    """Return the float32 copies of a part's weights and gradients, and the optimizer's temporary tensors."""
+    from peftchat.training.weightwise import PART_ELEMENTS, WHOLE
+
+    part = largest if settings.optimizer in WHOLE else min(largest, PART_ELEMENTS)
+    return 4.0 * part * _WEIGHTWISE_COPIES
+
+
+def _wide_embedding_bytes(settings: PlanSettings, counts: "ParameterCounts") -> float:
+    """Return what 8-bit optimizers have for embeddings besides: transformers lets bitsandbytes keep 32 bits there."""
+    if settings.method != "full" or settings.weightwise or "8bit" not in settings.optimizer:
+        return 0.0
+    return counts.embedding * (4 * _STATE_BYTES[settings.optimizer] - optimizer_state_bytes(settings))
 
 
 def _loading_bytes(settings: PlanSettings, counts: "ParameterCounts", weights: float) -> float:
@@ -267,7 +292,7 @@ def _forward(
     return {
         "gradients": _accumulated_gradients(settings, static),
         "activations": step.saved if at_loss else step.forward,
-        "logits": head.forward if at_loss else 0.0,
+        "logits": head.forward + static.widened if at_loss else 0.0,
         "buffers": static.buffers,
     }
 

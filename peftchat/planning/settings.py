@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peftchat.chat_template.chat_format import ChatFormat
     from peftchat.dataset.cache import EncodedSplit
     from peftchat.recipe import Recipe
-    from peftchat.recipe.sections import Dtype, Method, Offload, Optimizer
+    from peftchat.recipe.sections import Dtype, MasterWeights, Method, Offload, Optimizer
     from peftchat.training.distributed import DistributedSetup, Strategy
 
 
@@ -220,6 +220,8 @@ class PlanSettings:
         conversation: tokens per conversation.
         device: `cuda` or `cpu`.
         new_tokens: embeddings of added tokens trained beside a frozen embedding.
+        master_weights: dtype in which full fine-tuning keeps the weights.
+        in_backward: whether gradients are used and freed in the backward pass.
         rows: rows that each example, pack or pair takes.
         unit: what the batch counts, in the plural.
         keeps_start: whether a copy of the adapter of an earlier run is kept, for the reference.
@@ -243,6 +245,8 @@ class PlanSettings:
     conversation: int
     device: Device
     new_tokens: int
+    master_weights: "MasterWeights" = "float32"
+    in_backward: bool = False
     rows: int = 1
     unit: str = "sequences"
     keeps_start: bool = False
@@ -255,7 +259,17 @@ class PlanSettings:
     @property
     def weight_dtype(self) -> "Dtype":
         """The dtype of unquantized weights."""
-        return weight_dtype(self.method, self.dtype, self.strategy)
+        return weight_dtype(self.method, self.dtype, self.strategy, self.master_weights)
+
+    @property
+    def widened(self) -> bool:
+        """Whether weights in bfloat16 are copied to float32, block by block, to compute with them."""
+        return self.method == "full" and self.weight_dtype != "float32" and self.compute_dtype == "float32"
+
+    @property
+    def weightwise(self) -> bool:
+        """Whether weights are updated one by one (`peftchat.training.weightwise`)."""
+        return self.method == "full" and (self.master_weights != "float32" or self.in_backward)
 
     @property
     def targets(self) -> int:
@@ -278,7 +292,7 @@ class PlanSettings:
     def trace_config(self) -> TraceConfig:
         """The part of the settings that the trace of a step depends on."""
         return TraceConfig(
-            weight_dtype=self.weight_dtype,
+            weight_dtype="float32" if self.widened else self.weight_dtype,
             # DeepSpeed casts the model instead.
             autocast=None if self.sharded or self.compute_dtype == "float32" else self.compute_dtype,
             trainable_dtype=self.dtype if self.sharded and self.method != "full" else None,
@@ -344,6 +358,8 @@ def plan_settings(
         conversation=conversation or DEFAULT_CONVERSATION,
         device=device,
         new_tokens=added_token_count(recipe.chat.template) if new_tokens is None else new_tokens,
+        master_weights=training.master_weights,
+        in_backward=training.optimizer_in_backward,
         rows=rows_of_pair(recipe, layout) if recipe.has_pairs else 1,
         unit="sequences" if not recipe.has_pairs else "labeled answers" if recipe.has_labels else "pairs",
         keeps_start=recipe.model.adapter is not None and recipe.has_reference,

@@ -28,6 +28,7 @@ from peftchat.recipe.sections import (
     DistributedSection,
     EvalStrategy,
     EvaluationSection,
+    MasterWeights,
     Method,
     ModelSection,
     Optimizer,
@@ -92,6 +93,8 @@ OWN_KEYS = (
     "on_spike",
     "on_oom",
     "hang_timeout",
+    "master_weights",
+    "optimizer_in_backward",
 )
 """The keys that transformers does not have, or that are not passed to it."""
 
@@ -182,12 +185,23 @@ class TrainingSection(StrictModel):
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm. 0 clips nothing.")
     optim: Optimizer = Field(
         "adamw_torch_fused",
-        description="The optimizer. 8-bit and paged ones come from bitsandbytes and want a GPU.",
+        description="The optimizer. 8-bit and paged ones come from bitsandbytes. Paged ones want a GPU.",
     )
     optim_args: str | None = Field(None, description="The optimizer's own options, as `name=value,name=value`.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's decay of the mean of gradients.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's decay of the mean of squared gradients.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Adam's guard against division by zero.")
+    master_weights: MasterWeights = Field(
+        "float32",
+        description="What `method: full` keeps the trained weights in. `bfloat16` takes half the memory; each update "
+        "is rounded up or down at random, so that small ones are not lost (docs/training.md).",
+    )
+    optimizer_in_backward: bool = Field(
+        False,
+        description="Update each weight of `method: full` in the backward pass, once its gradient is there, and free "
+        "the gradient. It then clips nothing and accumulates nothing: `max_grad_norm` is 0 and "
+        "`gradient_accumulation_steps` 1.",
+    )
     gradient_checkpointing: bool | None = Field(
         None,
         description="Recompute activations in the backward pass: much less memory, about a third more time. Without "
@@ -372,6 +386,9 @@ class Recipe(StrictModel):
             filled["quantization"] = {}
         if filled.get("objective") in PAIR_OBJECTIVES:
             _fill_in_objective(filled)
+        training = filled.get("training")
+        if isinstance(training, Mapping) and training.get("optimizer_in_backward") is True:
+            filled["training"] = _with_implied(training, {"max_grad_norm": 0, "gradient_accumulation_steps": 1})
         data = filled.get("data")
         if isinstance(data, Mapping):
             implied: dict[str, Any] = {"packing": False} if _needs_unpacked(filled) else {}

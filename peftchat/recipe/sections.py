@@ -20,6 +20,7 @@ from peftchat.strict_model import StrictModel, list_to_tuple
 Method = Literal["full", "lora", "qlora"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
+MasterWeights = Literal["float32", "bfloat16"]
 Attention = Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 QuantizationType = Literal["nf4", "fp4"]

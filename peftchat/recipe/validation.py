@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from peftchat.chat_template.templates import CHAT_TEMPLATES
 from peftchat.recipe.document import Document, Keys, dotted, make_absolute
 from peftchat.recipe.error_messages import Problem
+from peftchat.recipe.memory_rules import memory_conflicts
 from peftchat.recipe.objective_rules import objective_conflicts, objective_problems
 from peftchat.recipe.schema import OWN_KEYS, Recipe
 
@@ -115,6 +116,8 @@ def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(keys, because, why)
     yield from _chat_and_data(recipe)
     yield from _optimizer(recipe)
+    for keys, because, why in memory_conflicts(recipe):
+        yield Conflict(keys, because, why)
     yield from _saving(recipe)
     yield from _spikes(recipe)
     yield from _halving(recipe)

@@ -45,7 +45,15 @@ _MAY_CHANGE = {
 }
 
 # A checkpoint holds tensors that only these settings give their names and shapes.
-_NEVER = ("method", "adapter.", "quantization.", "chat.template", "model.freeze_layers")
+_NEVER = (
+    "method",
+    "adapter.",
+    "quantization.",
+    "chat.template",
+    "model.freeze_layers",
+    "training.master_weights",
+    "training.optimizer_in_backward",
+)
 
 _BATCH = "training: batch size per process and optimizer step"
 

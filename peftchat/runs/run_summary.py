@@ -202,6 +202,9 @@ class RunSummary(BaseModel):
     Attributes:
         objective: what was learned: `sft`, or from pairs of answers; `train_loss` and `eval_loss` are then means over
             pairs, and `train_examples` and `eval_examples` count pairs.
+        optimizer: its name in transformers.
+        master_weights: the dtype in which it keeps the trained weights.
+        optimizer_in_backward: whether weights were updated, and gradients freed, in the backward pass.
         first_stage: the run folder that it began at; None for one that began at the base.
         base_vocabulary_size: rows of the base model's embedding before tokens were added.
         train_examples: encoded conversations trained on.
@@ -235,6 +238,9 @@ class RunSummary(BaseModel):
 
     method: str | None = None
     objective: str = "sft"
+    optimizer: str | None = None
+    master_weights: str | None = None
+    optimizer_in_backward: bool | None = None
     base_model: str | None = Field(None, validation_alias=AliasChoices("base_model", "base"))
     first_stage: str | None = None
     base_vocabulary_size: int | None = None

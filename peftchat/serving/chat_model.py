@@ -28,17 +28,19 @@ class ChatModel:
         name: the folder or hub id that the user gave.
         model: in evaluation mode, on its device.
         generation_config: the model's own generation settings.
+        checked: the encoder that checked the template; None where nothing did.
     """
 
     name: str
     model: "PreTrainedModel | PeftModel"
     tokenizer: "PreTrainedTokenizerBase"
     generation_config: "GenerationConfig"
+    checked: PromptEncoder | None = None
 
     @cached_property
     def prompts(self) -> PromptEncoder:
         """The encoder of conversations for this model."""
-        return PromptEncoder(self.tokenizer)
+        return self.checked or PromptEncoder(self.tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +82,14 @@ def open_for_chat(
     Raises:
         UserError: there is no such model, or it has no usable chat template.
     """
+    source, tokenizer, _ = _open(name, base, needs_template=needs_template)
+    return source, tokenizer
+
+
+def _open(
+    name: str, base: str | None, *, needs_template: bool
+) -> "tuple[ModelSource, PreTrainedTokenizerBase, PromptEncoder | None]":
+    """Return what `open_for_chat` does, and the encoder that checked the template."""
     source = ModelSource.open(name, base=base)
     source.require_model()
     if base is not None and source.kind is not ModelKind.ADAPTER:
@@ -87,9 +97,7 @@ def open_for_chat(
     if source.kind is not ModelKind.ADAPTER:
         source.check_weights()
     tokenizer = source.tokenizer()
-    if needs_template:
-        _check_template(tokenizer, name)
-    return source, tokenizer
+    return source, tokenizer, _checked_encoder(tokenizer, name) if needs_template else None
 
 
 def load_for_chat(
@@ -106,11 +114,11 @@ def load_for_chat(
     Raises:
         UserError: the model cannot be loaded, or has no usable chat template.
     """
-    source, tokenizer = open_for_chat(name, base=base, needs_template=needs_template)
+    source, tokenizer, encoder = _open(name, base, needs_template=needs_template)
     model = load_with_adapter(source, allow_changed=allow_changed)
     check_vocabulary(tokenizer, model, name)
     compute_in_float32_if_faster(model)
-    return ChatModel(name, model, tokenizer, source.generation_config())
+    return ChatModel(name, model, tokenizer, source.generation_config(), encoder)
 
 
 def load_with_adapter(source: ModelSource, *, allow_changed: bool = False) -> "PreTrainedModel | PeftModel":
@@ -241,14 +249,16 @@ def load_trained_base(recipe: Recipe, base: ModelSource) -> "PreTrainedModel":
     return load_base(recipe, dtype=recipe.model.dtype, device_map=device_map)
 
 
-def _check_template(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+def _checked_encoder(tokenizer: "PreTrainedTokenizerBase", name: str) -> PromptEncoder:
     if not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template, which a chat needs",
             where=name,
             hint="A base model completes text: train it first (`peftchat init`), or name a chat model.",
         )
-    PromptEncoder(tokenizer).check(name)
+    encoder = PromptEncoder(tokenizer)
+    encoder.check(name)
+    return encoder
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", model: Any, name: str) -> None:

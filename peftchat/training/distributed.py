@@ -3,7 +3,10 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
+
+from packaging.version import Version
 
 from peftchat.errors import UserError
 from peftchat.recipe.deepspeed_file import read_deepspeed_file
@@ -89,9 +92,9 @@ def is_sharded(strategy: Strategy) -> bool:
     return strategy in ("zero2", "zero3")
 
 
-def weight_dtype(method: "Method", dtype: "Dtype", strategy: Strategy) -> "Dtype":
-    """Return the dtype of unquantized weights: float32 for full fine-tuning without DeepSpeed's float32 masters."""
-    return "float32" if method == "full" and not is_sharded(strategy) else dtype
+def weight_dtype(method: "Method", dtype: "Dtype", strategy: Strategy, master: "Dtype" = "float32") -> "Dtype":
+    """Return the dtype of unquantized weights: the master's for full fine-tuning without DeepSpeed's own masters."""
+    return master if method == "full" and not is_sharded(strategy) else dtype
 
 
 def _inside_launcher(loaded: "LoadedRecipe", process: LaunchedProcess, gpus: int) -> DistributedSetup:
@@ -126,6 +129,14 @@ def _resolve_strategy(recipe: "Recipe", world_size: int) -> Strategy:
     if world_size == 1:
         return "single"
     # Adapters leave little to shard; full fine-tuning is what ZeRO-3 is for.
+    training = recipe.training
+    if training.master_weights == "bfloat16" or training.optimizer_in_backward:
+        key = "optimizer_in_backward" if training.optimizer_in_backward else "master_weights"
+        raise UserError(
+            f"only a single process takes it, and this run has {world_size}: DeepSpeed updates the weights by itself",
+            where=f"training.{key}",
+            hint="Set distributed.strategy: single, or remove the key: ZeRO-3 shards weights and gradients.",
+        )
     if recipe.method == "full" and recipe.training.on_spike == "skip":
         raise UserError(
             "DeepSpeed updates the weights by itself, so no update can be left out",
@@ -133,6 +144,10 @@ def _resolve_strategy(recipe: "Recipe", world_size: int) -> Strategy:
             hint="Set distributed.strategy: ddp, or training.on_spike: log or stop.",
         )
     return "zero3" if recipe.method == "full" else "ddp"
+
+
+_BITSANDBYTES_ON_CPU = ("adamw_8bit", "ademamix_8bit", "lion_8bit")
+"""The optimizers of bitsandbytes with states in 8 bits that it has for CPUs too."""
 
 
 def _check_cpu(loaded: "LoadedRecipe") -> None:
@@ -144,11 +159,14 @@ def _check_cpu(loaded: "LoadedRecipe") -> None:
             where=loaded.where("model", "dtype"),
             hint="Use bfloat16 or float32.",
         )
-    if "8bit" in recipe.training.optim or recipe.training.optim.startswith("paged_"):
+    optim = recipe.training.optim
+    has_kernels = optim in _BITSANDBYTES_ON_CPU and Version(version("bitsandbytes")) >= Version("0.50")
+    if ("8bit" in optim or optim.startswith("paged_")) and not has_kernels:
+        likely = [name for name in _BITSANDBYTES_ON_CPU if name in optim]
         raise UserError(
-            f"the optimizer {recipe.training.optim} needs a GPU, and this machine has none",
+            f"the optimizer {optim} needs a GPU, and this machine has none",
             where=loaded.where("training", "optim"),
-            hint="Use adamw_torch_fused.",
+            hint=f"Use {' or '.join([*likely, 'adamw_torch_fused'])}.",
         )
 
 

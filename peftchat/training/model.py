@@ -23,6 +23,7 @@ from peftchat.models.loading import VARLEN, end_ids, load_base
 from peftchat.models.peft_model import add_adapter, cast_trainable, expert_notes, freeze_layers
 from peftchat.models.savable import mend_generation_settings
 from peftchat.models.source import GENERATION_CONFIG, ModelSource
+from peftchat.models.widened import compute_in_float32
 from peftchat.models.zero import is_zero3
 from peftchat.training.compiling import compile_as_asked
 from peftchat.training.context import TrainContext
@@ -30,6 +31,7 @@ from peftchat.training.distributed import DistributedSetup, weight_dtype
 from peftchat.training.first_stage import load_first_stage, merge_first_stage
 from peftchat.training.progress import memory_in_use
 from peftchat.training.reference import trained_values
+from peftchat.training.weightwise import uses_little_memory
 
 if TYPE_CHECKING:
     from peftchat.chat_template.examples import ExampleStore
@@ -83,6 +85,7 @@ def load_trainable_model(context: TrainContext) -> TrainableModel:
         compilable = 0 < fuse_lora_forward(built.model) == num_adapted_layers(built.model)
     # Compiling a layer with experts takes minutes.
     compilable = compilable and not expert_parameters(built.causal_model)
+    compilable = compilable and not uses_little_memory(recipe)
     if recipe.training.torch_compile:
         compile_as_asked(context.loaded, context.distributed, built.causal_model)
     return replace(built, baseline_bytes=baseline, compilable=compilable)
@@ -91,7 +94,8 @@ def load_trainable_model(context: TrainContext) -> TrainableModel:
 def _build_model(context: TrainContext) -> TrainableModel:
     recipe, chat = context.recipe, context.chat
     set_seed(recipe.training.seed)
-    dtype = weight_dtype(recipe.method, recipe.model.loaded_as, context.distributed.strategy)
+    master = recipe.training.master_weights
+    dtype = weight_dtype(recipe.method, recipe.model.loaded_as, context.distributed.strategy, master)
     model = load_base(recipe, dtype=dtype, device_map=_device_map(recipe, context.distributed))
     if model.get_output_embeddings() is None:
         raise UserError("the model has no language-model head", where=f"model.name: {recipe.model.name}")
@@ -108,6 +112,8 @@ def _build_model(context: TrainContext) -> TrainableModel:
         if first_stage is not None and context.checkpoint is None:
             merge_first_stage(recipe, model, first_stage)
         freeze_layers(model, recipe.model.freeze_layers)
+        if master == "bfloat16" and recipe.model.computed_in == "float32":
+            compute_in_float32(model)
         return TrainableModel(model, snapshot_embeddings(model, chat.new_tokens))
     model.requires_grad_(False)
     attach_added_tokens(model, chat.tokenizer, chat.new_tokens, init)

@@ -126,6 +126,9 @@ def _summary(
     return RunSummary(
         method=recipe.method,
         objective=recipe.objective,
+        optimizer=recipe.training.optim,
+        master_weights=_master_weights(context),
+        optimizer_in_backward=trainer.frees_gradients,
         base_model=recipe.model.name,
         first_stage=recipe.model.adapter,
         base_vocabulary_size=_base_vocabulary(trainer, context.chat),
@@ -197,6 +200,12 @@ def added_tokens(chat: ChatFormat, initial: EmbeddingSnapshot | None, fitted: Fi
     )
 
 
+def _master_weights(context: TrainContext) -> str:
+    """Return the dtype in which the optimizer keeps trained weights."""
+    recipe = context.recipe
+    return recipe.training.master_weights if recipe.method == "full" else "float32"
+
+
 def _memory_parts(trainer: "ChatTrainer", baseline: int, peak: int) -> MemoryParts:
     """Return this process's peak memory by part, in bytes.
 
@@ -206,14 +215,15 @@ def _memory_parts(trainer: "ChatTrainer", baseline: int, peak: int) -> MemoryPar
         peak: held at most.
     """
     parameters = list(trainer.model.parameters())
+    frees_gradients = trainer.frees_gradients
     trained = sum(_local_bytes(parameter) for parameter in parameters if parameter.requires_grad)
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     known = {
         "baseline": baseline,
         "frozen_weights": sum(map(_local_bytes, frozen)) + _total_bytes(trainer.model.buffers()),
         "trained_weights": trained,
-        # As large as the weights, wherever they are accumulated.
-        "gradients": trained,
+        # As large as the weights, wherever they are accumulated; of one weight where they are freed at once.
+        "gradients": max(map(_local_bytes, parameters)) if frees_gradients else trained,
         "optimizer": _total_bytes(_tensors(_optimizer_states(trainer))),
     }
     return MemoryParts(**known, activations_and_other=max(0, peak - sum(known.values())))

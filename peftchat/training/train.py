@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from peftchat.console import stderr
 from peftchat.errors import UserError
 from peftchat.interruption import CHECKPOINT, DeferredSignals
-from peftchat.malloc import keep_large_blocks
+from peftchat.malloc import keep_large_blocks, return_large_blocks
 from peftchat.models.added_tokens import snapshot_embeddings
 from peftchat.models.saving import save_model_files
 from peftchat.models.source import ModelSource
@@ -35,6 +35,7 @@ from peftchat.training.several_processes import is_main_process
 from peftchat.training.stopping import EvaluationStopped, StopCallback
 from peftchat.training.summary import FitResult, added_tokens, seconds_since_start, summarize
 from peftchat.training.trainer import ChatTrainer
+from peftchat.training.weightwise import uses_little_memory
 
 if TYPE_CHECKING:
     from peftchat.recipe import LoadedRecipe
@@ -163,7 +164,8 @@ def fit(
     trainer.add_callback(stopping)
     hang_watch = watch_hangs(trainer, context)
     if not context.distributed.gpus:
-        keep_large_blocks()
+        # Blocks that are kept are faster to take again, but seldom fit: weights are updated one by one.
+        return_large_blocks() if uses_little_memory(context.recipe) else keep_large_blocks()
     try:
         with suppress(EvaluationStopped):
             output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)

@@ -49,6 +49,7 @@ from peftchat.training.questions import answer_questions
 from peftchat.training.sharded_checkpoint import is_of_other_processes, load_sharded
 from peftchat.training.throughput import Throughput, TokenCounts
 from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs, trainer_hooks
+from peftchat.training.weightwise import WeightwiseOptimizer, uses_little_memory
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -72,6 +73,7 @@ class ChatTrainer(SFTTrainer):
     """
 
     control: TrainerControl
+    optimizer: Any
     pair_summary: PairSummary | None = None
     label_summary: LabelSummary | None = None
 
@@ -123,6 +125,7 @@ class ChatTrainer(SFTTrainer):
         self.position = context.position
         self._items_of_step: Tensor | int | None = None
         self.current_gradient_accumulation_steps: int = config.gradient_accumulation_steps
+        self._weightwise: WeightwiseOptimizer | None = None
         self._halving = self._make_halving() if context.recipe.training.on_oom == "halve" else None
 
     @property
@@ -130,6 +133,11 @@ class ChatTrainer(SFTTrainer):
         """The language model itself, inside any PEFT wrapper."""
         base: PreTrainedModel = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return base
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether gradients are used and freed in the backward pass."""
+        return self._weightwise is not None and self._weightwise.updates_in_backward
 
     @property
     def layout(self) -> "BatchLayout":
@@ -203,8 +211,11 @@ class ChatTrainer(SFTTrainer):
         """Compute the gradient of a micro-batch, and note its loss and its examples."""
         self.current_examples, self._target_counts = inputs.pop("examples"), inputs.pop("target_counts")
         self.position.enter("the forward pass", self.state.global_step + 1, self.current_examples)
-        if self._halving is None:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._weightwise is not None:
+            with self._weightwise.training():
+                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        elif self._halving is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             self._count(inputs)
             self._items_of_step = num_items_in_batch
@@ -259,6 +270,8 @@ class ChatTrainer(SFTTrainer):
         self.position.enter("the optimizer's update", self.state.global_step + 1)
         if self._halving is not None:
             self._halving.begin_step()
+        if self._weightwise is not None and self.frees_gradients:
+            grad_norm = self._weightwise.take_norm()
         norm: Tensor | float | None = super()._get_grad_norm(model, grad_norm)
         if self.checks.end_step(self.state.global_step + 1, norm, self._get_learning_rate()):
             # An optimizer leaves weights without a gradient alone, their moments and weight decay included.
@@ -446,11 +459,32 @@ class ChatTrainer(SFTTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with the variant's learning rates for some of its parameters."""
         is_new = self.optimizer is None
+        if is_new and uses_little_memory(self._context.recipe):
+            self.optimizer = self._weightwise = self._make_weightwise()
+            return self._weightwise
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if is_new:
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
             set_param_group_lrs(optimizer, names, self._hooks)
         return optimizer
+
+    def _make_weightwise(self) -> WeightwiseOptimizer:
+        """Return the recipe's optimizer, which updates one weight at a time."""
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        decayed = set(self.get_decay_parameter_names(self.model))
+        trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+        groups = [
+            {"params": [weight for name, weight in trained if (name in decayed) is decays], "weight_decay": decay}
+            for decays, decay in ((True, self.args.weight_decay), (False, 0.0))
+        ]
+        training = self._context.recipe.training
+        return WeightwiseOptimizer(
+            lambda made: kind(made, **options),
+            groups,
+            optim=training.optim,
+            seed=training.seed,
+            in_backward=training.optimizer_in_backward,
+        )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the parameters with weight decay: none of the added tokens' embeddings.

@@ -137,7 +137,7 @@ def test_what_only_a_gpu_can_do(tmp_path: Path, files: dict[str, Path]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert "float16" in refused(tmp_path, files, model={"dtype": "float16"})
-    assert "adamw_8bit" in refused(tmp_path, files, training={"optim": "adamw_8bit"})
+    assert "paged_adamw_8bit" in refused(tmp_path, files, training={"optim": "paged_adamw_8bit"})
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_again(tmp_path: Path, files: dict[str, Path]) -> None:

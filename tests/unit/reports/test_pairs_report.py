@@ -92,6 +92,10 @@ def test_a_run_is_judged_by_its_labeled_answers(sign: float, outcome: str, words
     assert any("good answers became less likely too" in line for line in run_warnings(summary))
     folder = run_folder(tmp_path / "run")
     facts = {**RUN_JSON, "objective": "kto", "eval_labels": told.model_dump()}
+    facts |= {
+        name: [{"prompt": "Hi", "answer": "a b c"[:end]}] for name, end in (("samples_before", 3), ("samples_after", 5))
+    }
     (folder / "run.json").write_text(json.dumps(facts))
     html = write_report(folder).read_text(encoding="utf-8")
+    assert "On average 2.0 words before and 3.0 after." in html
     assert "Held-out answers right" in html and "KL term" in html and "Labeled answers trained on" in html

@@ -1,4 +1,4 @@
-"""The page of the manual that an error names: that of the recipe's section it is about, or of the command."""
+"""The page of the manual that an error names: that of the recipe's section or the command that it is about."""
 
 import re
 from collections.abc import Iterable
@@ -68,5 +68,6 @@ def manual_page(error: UserError, arguments: Iterable[str]) -> str | None:
     section = of_place or of_message
     page = SECTION_PAGES[section[1]] if section else None
     if page is None:
-        page = next((COMMAND_PAGES[argument] for argument in arguments if argument in COMMAND_PAGES), None)
+        advised = re.findall(r"`peftchat ([a-z]+)", f"{error.message} {error.hint or ''}")
+        page = next((COMMAND_PAGES[name] for name in (*advised, *arguments) if name in COMMAND_PAGES), None)
     return None if page is None else f"docs/{page}.md"

@@ -1,72 +1,36 @@
-"""Terminal chat: history, slash commands, input and output."""
+"""Terminal chat: slash commands, calls of tools, input and output."""
 
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftchat.console import stderr
-from peftchat.conversation import Conversation, Message
+from peftchat.conversation import Message, ToolCall
 from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.output_paths import check_output
 from peftchat.paths import expand_path
 from peftchat.serving.chat_model import ChatModel
 from peftchat.serving.generate import ChatAnswer, generate_answer
+from peftchat.serving.history import ChatHistory
 from peftchat.serving.reasoning import ReasoningStream, split_reasoning
+from peftchat.serving.tool_calls import read_tools_file, tool_name
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 
-@dataclass(slots=True)
-class ChatHistory:
-    """The conversation so far.
-
-    Attributes:
-        system: the system prompt; None keeps the template's own.
-        turns: the messages after it.
-    """
-
-    system: str | None = None
-    turns: list[Message] = field(default_factory=list)
-
-    def with_question(self, question: str) -> tuple[Message, ...]:
-        """Return the messages with a further question, which is not added to the history."""
-        return (*self.messages(), Message("user", question))
-
-    def add(self, question: str, answer: str) -> None:
-        """Add a question and its answer."""
-        self.turns += [Message("user", question), Message("assistant", answer)]
-
-    def undo(self) -> str | None:
-        """Remove the last question and answer and return the question.
-
-        It is None if there is none.
-        """
-        if not self.turns:
-            return None
-        question = self.turns[-2].content
-        del self.turns[-2:]
-        return question
-
-    def messages(self) -> tuple[Message, ...]:
-        """Return all messages, the system message first."""
-        first = () if self.system is None else (Message("system", self.system),)
-        return (*first, *self.turns)
-
-    def as_record(self) -> dict[str, list[dict[str, str]]]:
-        """Return the conversation as a record of the `messages` format."""
-        return {"messages": Conversation(self.messages()).as_dicts()}
-
-
 HELP = """\
-/undo         remove the last question and answer
+/undo         remove the last question and what followed
 /clear        remove all questions and answers, keep the system prompt
 /system TEXT  set the system prompt; without TEXT, use the template's own
+/tools FILE   define the tools of a JSON list; without FILE, none
+/result TEXT  give what the next call of the last answer returns; behind the last one, the model goes on
 /tokens       show how much of the context is used
 /save FILE    write the conversation as a record of the messages format
 /help         show this list
@@ -81,15 +45,19 @@ class SlashCommands:
     Args:
         chat: the model, for counting tokens.
         conversation: the history, which the commands change.
+        go_on: has the model answer once every call has its result.
     """
 
-    def __init__(self, chat: ChatModel, conversation: ChatHistory) -> None:
+    def __init__(self, chat: ChatModel, conversation: ChatHistory, go_on: Callable[[], None]) -> None:
         self._chat = chat
         self._conversation = conversation
+        self._go_on = go_on
         self._table: dict[str, Callable[[str], None]] = {
             "/undo": self._undo,
             "/clear": self._clear,
             "/system": self._system,
+            "/tools": self._tools,
+            "/result": self._result,
             "/tokens": self._tokens,
             "/save": self._save,
             "/help": lambda rest: _note(HELP),
@@ -124,10 +92,32 @@ class SlashCommands:
         self._conversation.system = rest or None
         _note(f"System prompt: {rest}" if rest else "The system prompt is the one of the model's template.")
 
+    def _tools(self, rest: str) -> None:
+        try:
+            tools = read_tools_file(rest, "/tools") if rest else None
+            check_tools(self._chat, tools, f"/tools {rest}")
+        except UserError as error:
+            _note(str(error))
+            return
+        self._conversation.tools = tools
+        names = [] if tools is None else [str(tool_name(one)) for one in json.loads(tools)]
+        _note(f"Tools: {', '.join(names)}." if names else "No tools are defined.")
+
+    def _result(self, rest: str) -> None:
+        calls = self._conversation.open_calls()
+        if not calls:
+            _note("No call waits for a result.")
+            return
+        self._conversation.turns.append(Message("tool", rest, (), calls[0].id, calls[0].name))
+        if len(calls) == 1:
+            self._go_on()
+        else:
+            _note(f"Next: {_shown_call(calls[1])}")
+
     def _tokens(self, rest: str) -> None:
         context = self._chat.context_length
         # The template's text around the next question counts too.
-        used = len(self._chat.prompts.encode(self._conversation.with_question("")).ids)
+        used = len(self._chat.prompts.encode(self._conversation.with_question(""), self._conversation.tools).ids)
         rounds = sum(message.role == "user" for message in self._conversation.turns)
         _note(f"{used:,} of {context:,} tokens in {rounds} round{'' if rounds == 1 else 's'}.")
 
@@ -162,6 +152,31 @@ def system_prompt_error(chat: ChatModel, system: str) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def check_tools(chat: ChatModel, tools: str | None, where: str) -> None:
+    """Check that the model's template writes definitions of tools.
+
+    Raises:
+        UserError: it refuses them, or writes the same prompt with and without.
+    """
+    if tools is None:
+        return
+    question = (Message("user", "question"),)
+    try:
+        written = chat.prompts.encode(question, tools).ids != chat.prompts.encode(question).ids
+    except UserError as error:
+        raise UserError(f"the model's template cannot write these tools: {error}", where=where) from error
+    if not written:
+        raise UserError(
+            "the model's template does not write tools, so the model would not see them",
+            where=where,
+            hint="Choose a model whose template has tools; `peftchat template MODEL` tells.",
+        )
+
+
+def _shown_call(call: ToolCall) -> str:
+    return f"{call.name}({call.arguments})"
 
 
 def _first_words(text: str) -> str:
@@ -200,13 +215,30 @@ class Chat:
         Raises:
             UserError: the question does not fit into the model's context.
         """
-        show = _Shown(self.model.prompts.opens_reasoning)
+        return self._answer(question, (Message("user", question),))
+
+    def go_on(self) -> ChatAnswer:
+        """Generate and print the answer to the results of calls, and add it to the history.
+
+        Raises:
+            UserError: the conversation does not fit into the model's context.
+        """
+        return self._answer(self.conversation.turns[-1].content, ())
+
+    def _answer(self, asked: str, messages: tuple[Message, ...]) -> ChatAnswer:
+        history, opened = self.conversation, self.model.prompts.opens_reasoning
+        show = _Shown(opened)
         on_text = (lambda text: None) if self.as_json else show.write
-        answer = generate_answer(self.model, self.conversation.with_question(question), self.settings, on_text)
+        given = (*history.messages(), *messages)
+        answer = generate_answer(self.model, given, self.settings, on_text, tools=history.tools)
         show.end()
-        self.conversation.add(question, answer.text)
+        written = history.answer(answer.text, opened=opened)
+        history.turns += [*messages, written]
         if self.as_json:
-            record = as_record(question, answer, opened=self.model.prompts.opens_reasoning)
+            record = as_record(asked, answer, opened=opened)
+            if history.tools is not None:
+                record["tool_calls"] = [{"name": call.name, "arguments": call.parsed()} for call in written.tool_calls]
+                record["answer"] = written.content if written.tool_calls else record["answer"]
             print(json.dumps(record, ensure_ascii=False), flush=True)
         else:
             print(flush=True)
@@ -214,27 +246,33 @@ class Chat:
 
     def loop(self) -> None:
         """Answer questions and run commands until the input ends."""
-        commands = SlashCommands(self.model, self.conversation)
+        reported_drops = 0
+
+        def show(ask: Callable[[], ChatAnswer]) -> None:
+            nonlocal reported_drops
+            try:
+                answer = ask()
+            except UserError as error:
+                stderr.print(str(error), style="red", markup=False)
+                return
+            if answer.finish in _UNFINISHED:
+                _note(_UNFINISHED[answer.finish])
+            if answer.dropped > reported_drops:
+                stderr.print(f"[the first {answer.dropped} rounds no longer fit into the context]", style="dim")
+            reported_drops = answer.dropped
+            for call in self.conversation.open_calls()[:1]:
+                _note(f"[{_shown_call(call)} waits for /result TEXT]")
+
+        commands = SlashCommands(self.model, self.conversation, lambda: show(self.go_on))
         is_terminal = sys.stdin.isatty()
         if is_terminal:
             _prepare_line_editing(commands.names)
             stderr.print(f"{self.model.name}  (/help lists the commands)", style="bold", markup=False)
-        reported_drops = 0
         for entry in read_turns(_terminal_line if is_terminal else _piped_line):
-            if entry.is_command:
-                if not commands.run(entry.text):
-                    return
-                continue
-            try:
-                answer = self.ask(entry.text)
-            except UserError as error:
-                stderr.print(str(error), style="red", markup=False)
-                continue
-            if answer.finish in _UNFINISHED:
-                stderr.print(_UNFINISHED[answer.finish], style="dim", markup=False)
-            if answer.dropped > reported_drops:
-                stderr.print(f"[the first {answer.dropped} rounds no longer fit into the context]", style="dim")
-            reported_drops = answer.dropped
+            if not entry.is_command:
+                show(partial(self.ask, entry.text))
+            elif not commands.run(entry.text):
+                return
 
 
 class _Shown:

@@ -5,7 +5,6 @@ from typing import Any
 
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
-from peftchat.json_text import normalize_json, parse_json, split_json_list
 from peftchat.serving.reasoning import split_reasoning
 
 
@@ -152,27 +151,6 @@ class ChatSession:
             return
         self.branches.append(turns)
         self.current = len(self.branches) - 1
-
-
-def read_tools(text: str | None) -> str | None:
-    """Return definitions of tools as a user typed them in the spelling of `normalize_json`; None where there are none.
-
-    Raises:
-        UserError: the text is no JSON list of functions with names.
-    """
-    if text is None or not text.strip():
-        return None
-    try:
-        tools = split_json_list(text)
-        values = [parse_json(tool) for tool in tools]
-    except ValueError as error:
-        hint = 'Write [{"type": "function", "function": {"name": …, "parameters": …}}].'
-        raise UserError(f"expected a JSON list: {error}", where="Tools", hint=hint) from error
-    for number, value in enumerate(values, start=1):
-        function = value.get("function", value) if isinstance(value, dict) else None
-        if not (isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]):
-            raise UserError("the tool has no name", where=f"Tools, number {number}", hint="Give it a `name`.")
-    return normalize_json(text) if tools else None
 
 
 def _last_words(turns: list[Message]) -> str:

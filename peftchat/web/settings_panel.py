@@ -7,7 +7,7 @@ from typing import Any
 from peftchat.errors import UserError
 from peftchat.serving.chat_model import ChatModel
 from peftchat.serving.sampling import DEFAULT_NEW_TOKENS, Sampling
-from peftchat.web.chat_session import read_tools
+from peftchat.serving.tool_calls import read_tools
 
 _TOOLS_EXAMPLE = '[{"type": "function", "function": {"name": "weather", "parameters": {…}}}]'
 

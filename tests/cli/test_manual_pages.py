@@ -30,6 +30,7 @@ def test_every_command_and_section_has_a_page_that_exists():
         (UserError("the record is empty", where="/data/chat/rows.jsonl:3"), ["train", "my.yaml"], "training"),
         (UserError("the record is empty", where="model.jsonl:3"), ["data", "stats", "model.jsonl"], "data"),
         (UserError("bad", hint="Set `data.truncation: drop`."), ["compare", "my.yaml"], "data"),
+        (UserError("no known format (`peftchat data formats` shows them)"), ["train", "my.yaml"], "data"),
         (UserError("bad"), ["-q", "judge", "a", "b"], "evaluate"),
     ],
 )

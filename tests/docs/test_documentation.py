@@ -148,7 +148,7 @@ def test_a_python_block_runs(block: Block, sandbox: Path, monkeypatch: pytest.Mo
 def test_a_yaml_block_is_a_recipe(block: Block, sandbox: Path) -> None:
     """A whole recipe loads; a part of one loads on top of another."""
     path = sandbox / "shown.yaml"
-    is_whole = "model:" in block.text
+    is_whole = "model:" in block.text and "data:" in block.text
     path.write_text(block.text if is_whole else f"extends: my.yaml\n{block.text}", encoding="utf-8")
     assert load_recipe(path, to_train=False).recipe.data.train
 

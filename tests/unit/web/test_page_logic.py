@@ -14,8 +14,9 @@ from peftchat.conversations.problems import ReadOptions
 from peftchat.conversations.reading import read_conversations
 from peftchat.errors import UserError
 from peftchat.recipe import DataEntry
+from peftchat.serving.tool_calls import read_tools
 from peftchat.web.access import check_access
-from peftchat.web.chat_session import ChatSession, read_tools
+from peftchat.web.chat_session import ChatSession
 from peftchat.web.kept_files import KeptFiles
 from peftchat.web.shown_turns import read_tags, show_tags, show_turns, turn_at
 from peftchat.web.votes import WINNERS, BlindRound, VoteFile, new_round, tally

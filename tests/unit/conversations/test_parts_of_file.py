@@ -14,6 +14,7 @@ from peftchat.conversations.parts_of_file import parts_of
 from peftchat.conversations.prepare import PrepareOptions, prepare
 from peftchat.conversations.reading import read_and_make
 from peftchat.errors import UserError
+from tests.support.forks import watch_forks
 
 RECORDS = 3_000
 
@@ -126,14 +127,7 @@ def test_parts_are_all_lines_once(mixed: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def reading(file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Iterator[str | None], list[int]]:
     """A file that two processes begin to read, and their ids once they are started."""
-    started: list[int] = []
-    fork = os.fork
-
-    def noted() -> int:
-        started.append(fork())
-        return started[-1]
-
-    monkeypatch.setattr(os, "fork", noted)
+    started = watch_forks(monkeypatch)
     small_parts(monkeypatch, 2)
     stream = read_and_make(file, lambda made: (one.source for one in made), problems=parts_of_file.PartLog())
     return stream, started

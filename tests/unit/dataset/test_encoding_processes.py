@@ -14,6 +14,7 @@ from peftchat.chat_template.examples import ExampleBatch
 from peftchat.conversation import Conversation, Message
 from peftchat.dataset import encode
 from peftchat.errors import UserError
+from tests.support.forks import watch_forks
 from tests.support.template_families import FAMILIES
 from tests.unit.chat_template.test_template_families import tokenizer_of
 
@@ -34,18 +35,10 @@ def encoder_of(family: str) -> ChatEncoder:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The processes that were started; they begin after the first batches."""
-    found: list[int] = []
-    fork = os.fork
-
-    def noted() -> int:
-        found.append(fork())
-        return found[-1]
-
-    monkeypatch.setattr(os, "fork", noted)
     monkeypatch.setattr(encode, "_RENDERED_BATCH", BATCH)
     monkeypatch.setattr(encode, "_SECONDS_ALONE", -1)
     monkeypatch.setattr(encode, "usable_cores", lambda: 3)
-    return found
+    return watch_forks(monkeypatch)
 
 
 def encoded(encoder: ChatEncoder, given: Iterator[Conversation]) -> list[tuple[Sequence[Conversation], ExampleBatch]]:

@@ -39,6 +39,9 @@ class ForkedWorker(Generic[A, R]):
         function: what it calls. Arguments and results must be such that they can be pickled.
         task: what it does, for the message when it is killed: "reads the file".
         where: the place that the message names.
+
+    Raises:
+        OSError: the system starts no more processes.
     """
 
     def __init__(self, function: Callable[[A], R], task: str, where: str | None = None) -> None:
@@ -50,7 +53,12 @@ class ForkedWorker(Generic[A, R]):
         with suppress(OSError):  # the system's limit; the smaller pipe will do
             fcntl.fcntl(target, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         environment = child_environment({})
-        self._pid = os.fork()
+        try:
+            self._pid = os.fork()
+        except OSError:
+            for descriptor in (source, target, asked, asking):
+                os.close(descriptor)
+            raise
         if self._pid:
             os.close(target)
             os.close(asked)

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -258,18 +258,21 @@ class _EncodingProcesses:
 
     Args:
         encode: encodes a batch.
-        size: how many there are.
+        size: how many there are at most.
     """
 
     def __init__(self, encode: Callable[[Sequence[Conversation]], ExampleBatch], size: int) -> None:
         self.size = size
         self._encode = encode
+        self._workers: list[ForkedWorker[Sequence[Conversation], ExampleBatch]] = []
         self._free: SimpleQueue[ForkedWorker[Sequence[Conversation], ExampleBatch]] = SimpleQueue()
 
     def __enter__(self) -> "_EncodingProcesses":
-        self._workers = [ForkedWorker(self._in_worker, "encodes conversations") for _ in range(self.size)]
-        for worker in self._workers:
-            self._free.put(worker)
+        with suppress(OSError):  # a limit of processes or memory: those that could be started do
+            while len(self._workers) < self.size:
+                self._workers.append(ForkedWorker(self._in_worker, "encodes conversations"))
+                self._free.put(self._workers[-1])
+        self.size = max(1, len(self._workers))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -283,6 +286,8 @@ class _EncodingProcesses:
 
     def encode(self, batch: Sequence[Conversation]) -> ExampleBatch:
         """Return the examples of a batch, which a process that is free makes."""
+        if not self._workers:
+            return self._encode(batch)
         worker = self._free.get()
         try:
             worker.ask(batch)

@@ -1,5 +1,6 @@
 """Encoding in several processes: the examples of one process, in its order, and its errors."""
 
+import errno
 import os
 import signal
 import sys
@@ -100,3 +101,20 @@ def test_quick_templates_and_single_cores_start_none(started: list[int], monkeyp
     monkeypatch.setattr(encode, "usable_cores", lambda: 1)
     encoded(encoder_of("gemma"), conversations(60))
     assert started == []
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_limit_of_processes_slows_down_only(
+    allowed: int, started: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork = os.fork
+
+    def limited() -> int:
+        if len(started) == allowed:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", limited)
+    found = encoded(encoder_of("gemma"), conversations(60))
+    assert [one for batch, _ in found for one in batch] == list(conversations(60))
+    assert len(started) == allowed

@@ -229,7 +229,7 @@ def _options(settings: PlanSettings) -> Iterator[_Option]:
         )
     # The KL term of labeled answers is a mean over a forward pass, so that one of them is none.
     least = 2 if settings.unit == "labeled answers" else 1
-    if settings.batch > least and settings.batch % least == 0:
+    if settings.batch > least and settings.batch % least == 0 and not settings.in_backward:
         accumulation = settings.accumulation * settings.batch // least
         yield _Option(
             f"a batch of {least} with accumulation",
@@ -244,6 +244,8 @@ def _options(settings: PlanSettings) -> Iterator[_Option]:
             ("training.optim=paged_adamw_8bit",),
             {"optimizer": "paged_adamw_8bit"},
         )
+    if settings.method == "full" and settings.strategy == "single":
+        yield from _little_memory(settings)
     if settings.method == "full":
         yield _Option("LoRA", "trains an adapter only", ("method=lora",), {"method": "lora"})
     if settings.method != "qlora" and settings.strategy != "zero2":
@@ -255,6 +257,24 @@ def _options(settings: PlanSettings) -> Iterator[_Option]:
             requires="4 bits",
         )
     yield from _sharding(settings)
+
+
+def _little_memory(settings: PlanSettings) -> Iterator[_Option]:
+    """Yield what full fine-tuning in one process can do without (`peftchat.recipe.memory_rules`)."""
+    if settings.master_weights == "float32" and settings.dtype == "bfloat16":
+        yield _Option(
+            "weights in bfloat16",
+            "updates rounded at random",
+            ("training.master_weights=bfloat16",),
+            {"master_weights": "bfloat16"},
+        )
+    if not settings.in_backward and settings.dtype != "float16" and settings.accumulation == 1:
+        yield _Option(
+            "gradients freed as they are used",
+            "no clipping, no accumulation",
+            ("training.optimizer_in_backward=true", "training.max_grad_norm=0"),
+            {"in_backward": True},
+        )
 
 
 def _sharding(settings: PlanSettings) -> Iterator[_Option]:

@@ -166,9 +166,18 @@ def test_saving_memory_saves_memory(planners: Callable[[str], Planner]) -> None:
     settings = settings_of(planner.recipe, batch=4, length=1024, method="full")
     before = planner.memory(settings)
     found = changes(planner, settings)
-    assert {"gradient checkpointing", "a batch of 1 with accumulation"} <= {change.name for change in found}
+    names = {"gradient checkpointing", "a batch of 1 with accumulation", "weights in bfloat16"}
+    assert names <= {change.name for change in found}
     assert all(change.memory.total < before.total for change in found)
     assert sum(before.parts.values()) == before.total == before.phases[before.peak_phase] == max(before.phases.values())
+
+
+def test_freed_gradients_are_not_accumulated(planners: Callable[[str], Planner]) -> None:
+    planner = planners("full")
+    settings = settings_of(planner.recipe, batch=4, length=1024, method="full")
+    assert any("accumulation" in change.name for change in changes(planner, settings))
+    freed = settings.with_changes(in_backward=True)
+    assert not any("accumulation" in change.name for change in changes(planner, freed))
 
 
 def test_the_largest_batch_fits_and_one_more_row_does_not(planners: Callable[[str], Planner]) -> None:

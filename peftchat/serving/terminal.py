@@ -176,7 +176,7 @@ def check_tools(chat: ChatModel, tools: str | None, where: str) -> None:
 
 
 def _shown_call(call: ToolCall) -> str:
-    return f"{call.name}({call.arguments})"
+    return _escape_control_chars(f"{call.name}({call.arguments})")
 
 
 def _first_words(text: str) -> str:

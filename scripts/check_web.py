@@ -196,6 +196,31 @@ def try_chat(page: Browser, pictures: Path) -> None:
     page.until(lambda: "examples.jsonl" in page.text("#status"), "the kept example")
     page.picture(pictures / "web-edited.png")
     check_accessibility(page, "the chat")
+    try_branches(page, first)
+
+
+def try_branches(page: Browser, first: str) -> None:
+    """Go back to the branch that was edited, and have its answer written again."""
+    choose_branch(page, 0)
+    page.until(lambda: bubbles(page, "bot")[-1] == first, "the former branch")
+    check("a branch that was left can be chosen again", bubbles(page, "user") == [QUESTION])
+    before = choose_branch(page, 0)
+    page.click("#chat button[aria-label='Retry'], #chat button[title='Retry']", -1)
+    page.until(lambda: not idle(page) or choose_branch(page, None) > before, "the retry")
+    page.until(lambda: idle(page) and bubbles(page, "bot")[-1] == first, "the same answer", 180)
+    check("retry answers on a branch of its own", choose_branch(page, None) == before + 1)
+
+
+def choose_branch(page: Browser, number: int | None) -> int:
+    """Choose a branch, or none, and return how many there are."""
+    page.click("#branch input")
+    page.until(lambda: page.all("[role='option']"), "the list of branches")
+    options = page.all("[role='option']")
+    if number is None:
+        page.find("#branch input").send_keys(Keys.ESCAPE)
+    else:
+        options[number].click()
+    return len(options)
 
 
 def try_comparison(page: Browser, pictures: Path) -> None:

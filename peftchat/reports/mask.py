@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -195,20 +195,26 @@ class MaskReport:
             return None
         return LABELED_SIDES if self.recipe.has_labels else SIDES
 
+    @property
+    def _tables(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """The loss masks of the two sides of a pair. Beside a labeled answer stands another, which is never trained."""
+        table = loss_mask_table(self.recipe.chat.loss_policy)
+        return table, np.zeros_like(table) if self.recipe.has_labels else table
+
     def shown(self, limit: int | None) -> Iterator[ShownExample]:
         """Yield the first `limit` examples (None: all) and, if any were truncated, at least one of those.
 
         Of pairs, both examples of the first `limit`.
         """
         limit = limit if limit is None or self.sides is None else 2 * limit
-        reader = ExampleReader(self.chat.tokenizer, loss_mask_table(self.recipe.chat.loss_policy))
+        readers = [ExampleReader(self.chat.tokenizer, table) for table in self._tables]
         pairs: Iterable[tuple[EncodedExample, EncodedExample]]
         # A conversation that was split is complete in its examples.
         if not self.examples.stats.truncated or self.recipe.data.truncation == "split":
             pairs = ((example, example) for example in islice(self.examples.store, limit))
         else:
             pairs = with_full_examples(self.recipe, self.chat, self.split, self._with_a_truncated_one(limit))
-        for example, full in pairs:
+        for reader, (example, full) in zip(cycle(readers), pairs, strict=False):
             yield reader.read(example, full)
 
     def _with_a_truncated_one(self, limit: int | None) -> Iterator[EncodedExample]:
@@ -222,11 +228,10 @@ class MaskReport:
 
     def as_json(self, limit: int | None) -> Iterator[dict[str, Any]]:
         """Yield the first `limit` examples (None: all) as values for JSON: number, source and lists per token."""
-        table = loss_mask_table(self.recipe.chat.loss_policy)
-        sides = self.sides
+        tables, sides = self._tables, self.sides
         for number, example in enumerate(islice(self.examples.store, limit)):
             ids = example.ids.tolist()
-            trained = trained_tokens(example.token_tags, table)
+            trained = trained_tokens(example.token_tags, tables[number % 2])
             yield {
                 "row": number,
                 "source": example.source,
@@ -260,7 +265,7 @@ def inspect_mask(recipe: Recipe, split: Split, progress: Callable[[int], None]) 
         if _has_no_answers(recipe):
             raise VerificationError(f"everything is masked: no conversation has an answer ({error})") from error
         raise
-    survey = survey_mask(iter(examples.store), recipe.chat.loss_policy)
+    survey = survey_mask(islice(examples.store, 0, None, 2 if recipe.has_labels else 1), recipe.chat.loss_policy)
     return MaskReport(lenient, chat, split, examples, summarize(recipe, split, examples, survey))
 
 

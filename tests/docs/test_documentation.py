@@ -83,6 +83,9 @@ def write_small_version(recipe: Path, path: Path, base: Path, train: Path) -> No
     if values["chat"]["template"] == "model":
         values["chat"]["template"] = "starchat"  # the small tokenizer has no template of its own
     values["distributed"] = {"strategy": values.get("distributed", {}).get("strategy", "auto")}
+    if values["distributed"]["strategy"].startswith("zero"):
+        # DeepSpeed computes in the dtype of the weights; without kernels for bfloat16 that takes a minute.
+        values["model"]["dtype"] = "float32"
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         YAML().dump(values, file)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from peftchat.judging.judge_run import Outcome
 from peftchat.judging.style import STYLE, fit_style, style_differences, style_of
-from peftchat.runs.eval_pairs import wilson_interval
+from peftchat.runs.eval_lines import wilson_interval
 
 _DRAWS = 1000
 _SEED = 20240229

@@ -1,16 +1,13 @@
 """Held-out labeled answers: `eval_answers.jsonl`, a line an answer, and what a run's summary says of them."""
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from peftchat.files import write_text
-from peftchat.formatting import format_count, format_percent
-from peftchat.runs.eval_pairs import wilson_interval
+from peftchat.runs.eval_lines import mean_if_known, read_before, share_text, wilson_interval, write_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +54,13 @@ def write_eval_answers(path: Path, answers: Sequence[AnswerResult], *, before: b
     Returns:
         The results as written.
     """
-    noted = [one.logp for one in answers] if before else _read_before(path, [one.source for one in answers])
+    noted: Sequence[tuple[float, ...]] = [(one.logp,) for one in answers]
+    if not before:
+        noted = read_before(path, [one.source for one in answers], ("logp_before",))
     if noted:
-        answers = [replace(one, logp_before=logp) for one, logp in zip(answers, noted, strict=True)]
-    write_text(path, "".join(json.dumps(one.as_line(), ensure_ascii=False) + "\n" for one in answers))
+        answers = [replace(one, logp_before=logp) for one, (logp,) in zip(answers, noted, strict=True)]
+    write_lines(path, (one.as_line() for one in answers))
     return list(answers)
-
-
-def _read_before(path: Path, sources: Sequence[str]) -> list[float]:
-    """Return what the file notes of before the first step; nothing where it is of other answers, or missing."""
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if [line["source"] for line in lines] != list(sources):
-            return []
-        return [float(line["logp_before"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
 
 
 class LabelSummary(BaseModel):
@@ -116,18 +104,16 @@ class LabelSummary(BaseModel):
         good, bad = ([one for one in answers if one.label is label] for label in (True, False))
         return cls(
             good=len(good), bad=len(bad), right=right, right_low=low, right_high=high, kl=kl,
-            good_reward=_mean(one.reward for one in good), bad_reward=_mean(one.reward for one in bad),
-            good_logp=_mean(one.logp for one in good), bad_logp=_mean(one.logp for one in bad),
-            good_logp_before=_mean(one.logp_before for one in good),
-            bad_logp_before=_mean(one.logp_before for one in bad),
+            good_reward=mean_if_known(one.reward for one in good), bad_reward=mean_if_known(one.reward for one in bad),
+            good_logp=mean_if_known(one.logp for one in good), bad_logp=mean_if_known(one.logp for one in bad),
+            good_logp_before=mean_if_known(one.logp_before for one in good),
+            bad_logp_before=mean_if_known(one.logp_before for one in bad),
         )  # fmt: skip
 
     @property
     def right_text(self) -> str:
         """How many answers are right, with the interval, in words."""
-        low, high = format_percent(self.right_low), format_percent(self.right_high)
-        number = format_count(self.good + self.bad)
-        return f"{format_percent(self.right)} of {number} held-out answers (95 % interval {low} to {high})"
+        return share_text(self.right, (self.right_low, self.right_high), self.good + self.bad, "answers")
 
     @property
     def margin(self) -> float | None:
@@ -139,10 +125,3 @@ class LabelSummary(BaseModel):
         """Whether good and bad answers became less likely."""
         sides = ((self.good_logp_before, self.good_logp), (self.bad_logp_before, self.bad_logp))
         return all(before is not None and after is not None and after < before for before, after in sides)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean; None where one is not known, or there is none."""
-    found = list(values)
-    known = [one for one in found if one is not None]
-    return sum(known) / len(known) if known and len(known) == len(found) else None

@@ -1,7 +1,5 @@
 """Held-out pairs: `eval_pairs.jsonl`, a line a pair, and what a run's summary says of them."""
 
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,10 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from peftchat.files import write_text
-from peftchat.formatting import format_count, format_percent
-
-_Z_95 = 1.959964
+from peftchat.runs.eval_lines import mean_if_known, read_before, share_text, wilson_interval, write_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,28 +87,16 @@ def write_eval_pairs(path: Path, pairs: Sequence[PairResult], *, before: bool) -
     Returns:
         The results as written.
     """
-    if before:
-        noted = [(one.chosen_logp, one.rejected_logp) for one in pairs]
-    else:
-        noted = _read_before(path, [one.source for one in pairs])
+    noted: Sequence[tuple[float, ...]] = [(one.chosen_logp, one.rejected_logp) for one in pairs]
+    if not before:
+        noted = read_before(path, [one.source for one in pairs], ("chosen_logp_before", "rejected_logp_before"))
     if noted:
         pairs = [
             replace(one, chosen_logp_before=chosen, rejected_logp_before=rejected)
             for one, (chosen, rejected) in zip(pairs, noted, strict=True)
         ]
-    write_text(path, "".join(json.dumps(one.as_line(), ensure_ascii=False) + "\n" for one in pairs))
+    write_lines(path, (one.as_line() for one in pairs))
     return list(pairs)
-
-
-def _read_before(path: Path, sources: Sequence[str]) -> list[tuple[float, float]]:
-    """Return what the file notes of before the first step; nothing where it is of other pairs, or missing."""
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if [line["source"] for line in lines] != list(sources):
-            return []
-        return [(float(line["chosen_logp_before"]), float(line["rejected_logp_before"])) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
 
 
 class PairSummary(BaseModel):
@@ -152,8 +135,6 @@ class PairSummary(BaseModel):
         """Summarize results; there must be one."""
         right = sum((one.margin > 0) + 0.5 * (one.margin == 0) for one in pairs) / len(pairs)
         low, high = wilson_interval(right, len(pairs))
-        before = [(one.chosen_logp_before, one.rejected_logp_before) for one in pairs]
-        known = all(one is not None for both in before for one in both)
         return cls(
             pairs=len(pairs), right=right, right_low=low, right_high=high,
             margin=_mean(one.margin for one in pairs),
@@ -161,17 +142,14 @@ class PairSummary(BaseModel):
             rejected_reward=_mean(one.rejected_reward for one in pairs),
             chosen_logp=_mean(one.chosen_logp for one in pairs),
             rejected_logp=_mean(one.rejected_logp for one in pairs),
-            chosen_logp_before=_mean(both[0] or 0.0 for both in before) if known else None,
-            rejected_logp_before=_mean(both[1] or 0.0 for both in before) if known else None,
+            chosen_logp_before=mean_if_known(one.chosen_logp_before for one in pairs),
+            rejected_logp_before=mean_if_known(one.rejected_logp_before for one in pairs),
         )  # fmt: skip
 
     @property
     def right_text(self) -> str:
         """How many pairs are right, with the interval, in words."""
-        low, high = format_percent(self.right_low), format_percent(self.right_high)
-        return (
-            f"{format_percent(self.right)} of {format_count(self.pairs)} held-out pairs (95 % interval {low} to {high})"
-        )
+        return share_text(self.right, (self.right_low, self.right_high), self.pairs, "pairs")
 
     @property
     def both_fell(self) -> bool:
@@ -179,14 +157,6 @@ class PairSummary(BaseModel):
         if self.chosen_logp_before is None or self.rejected_logp_before is None:
             return False
         return self.chosen_logp < self.chosen_logp_before and self.rejected_logp < self.rejected_logp_before
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of `count` cases (Wilson, 1927)."""
-    square = _Z_95**2
-    middle = (share + square / (2 * count)) / (1 + square / count)
-    half = _Z_95 * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from peftchat.conversation import Message
 from peftchat.errors import UserError
 from peftchat.kept_lines import KeptLines
-from peftchat.runs.eval_pairs import wilson_interval
+from peftchat.runs.eval_lines import wilson_interval
 
 Winner = Literal["model_a", "model_b", "tie", "tie (bothbad)"]
 WINNERS: tuple[Winner, ...] = get_args(Winner)

@@ -8,7 +8,8 @@ import pytest
 from peftchat.reports.assessment import assess_run, run_warnings
 from peftchat.reports.run_report import write_report
 from peftchat.runs.eval_labels import AnswerResult, LabelSummary, write_eval_answers
-from peftchat.runs.eval_pairs import PairResult, PairSummary, wilson_interval, write_eval_pairs
+from peftchat.runs.eval_lines import wilson_interval
+from peftchat.runs.eval_pairs import PairResult, PairSummary, write_eval_pairs
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from tests.support.reports import RUN_JSON, run_folder
 

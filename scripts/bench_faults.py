@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from page_tables import write_table
 
 from peftchat.files import write_text
 from tests.support.cli import Started, start
@@ -32,7 +33,6 @@ from tests.support.faults import Scene
 from tests.support.forked_workers import RUN_PEFTCHAT
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
-BEGIN, END = "<!-- bench_faults: begin -->", "<!-- bench_faults: end -->"
 
 STEPS = 16
 TRAINING = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 4, "logging_steps": 1, "hang_timeout": 8}
@@ -292,9 +292,7 @@ def main() -> None:
             if chosen.json:
                 write_text(chosen.json, json.dumps(rows, indent=1))
     if chosen.write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, _, rest = page.partition(BEGIN)
-        write_text(PAGE, f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}")
+        write_table(PAGE, "bench_faults", f"\n\n{table(rows)}\n\n")
 
 
 def table(rows: Mapping[str, str]) -> str:

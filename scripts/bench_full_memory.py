@@ -22,11 +22,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from page_tables import write_table
+
 from peftchat.planning.hardware import find_hardware
 from peftchat.planning.plan import plan_training
 from peftchat.recipe import load_recipe
-
-START, END = "<!-- bench_full_memory: begin -->", "<!-- bench_full_memory: end -->"
 
 LITTLE = {"master_weights": "bfloat16", "optimizer_in_backward": True}
 
@@ -147,8 +147,7 @@ def main() -> None:
     shown = table(results, args)
     print(shown)
     if args.write is not None:
-        before, _, rest = args.write.read_text(encoding="utf-8").partition(START)
-        args.write.write_text(f"{before}{START}\n{shown}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        write_table(args.write, "bench_full_memory", f"\n{shown}\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from page_tables import write_table
 
 from peftchat.files import write_text
 from tests.support.cli import Started, start
@@ -29,7 +30,6 @@ from tests.support.data import read_json_lines, write_small_talk
 from tests.support.faults import Scene
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
-BEGIN, END = "<!-- bench_kills: begin -->", "<!-- bench_kills: end -->"
 
 STEPS = 24
 KILLS_A_RUN = 4
@@ -116,9 +116,7 @@ def main() -> None:
             write_text(chosen.json, json.dumps({name: vars(one) for name, one in outcomes.items()}, indent=1))
     print(table(outcomes))
     if chosen.write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, _, rest = page.partition(BEGIN)
-        write_text(PAGE, f"{before}{BEGIN}\n\n{table(outcomes)}\n{END}{rest.partition(END)[2]}")
+        write_table(PAGE, "bench_kills", f"\n\n{table(outcomes)}\n")
 
 
 def try_kind(folder: Path, sections: Mapping[str, Any], kills: int, chance: random.Random) -> Outcome:

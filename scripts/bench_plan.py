@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from page_tables import write_table
+
 from peftchat.planning.hardware import find_hardware
 from peftchat.planning.memory import MemoryPlan
 from peftchat.planning.plan import plan_training
 from peftchat.recipe import load_recipe
-
-START, END = "<!-- bench_plan: begin -->", "<!-- bench_plan: end -->"
 
 
 @dataclass(frozen=True)
@@ -254,8 +254,7 @@ def main() -> None:
     shown = table([results[key] for key in sorted(results)])
     print(shown)
     if args.write is not None:
-        before, _, rest = args.write.read_text(encoding="utf-8").partition(START)
-        args.write.write_text(f"{before}{START}\n{shown}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        write_table(args.write, "bench_plan", f"\n{shown}\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from page_tables import write_table
+
 from peftchat.files import write_text
 from tests.support.data import read_json_lines, write_small_talk
 from tests.support.launch import peftchat_in_processes
@@ -24,7 +26,6 @@ from tests.support.models import small_model
 from tests.support.recipes import write_training_recipe
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
-BEGIN, END = "<!-- bench_width: begin -->", "<!-- bench_width: end -->"
 
 BATCH = 8
 STEPS = 12
@@ -101,10 +102,8 @@ def main() -> None:
             if chosen.only in cell and cell not in cells.known:
                 cells.keep(cell, resume(folder, number, before, after, expected("LoRA")))
     if chosen.write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, _, rest = page.partition(BEGIN)
         text = "\n".join([*widths(cells.known, counts), "", *resumes(cells.known)])
-        write_text(PAGE, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+        write_table(PAGE, "bench_width", f"\n\n{text}\n\n")
 
 
 def width_cell(shape: str, strategy: str, count: int) -> str:

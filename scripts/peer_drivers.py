@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,9 @@ def packs(rows: Sequence[Row], size: int) -> list[dict[str, list[int]]]:
 
 def llamafactory(spec: Mapping[str, Any], rows: Sequence[Row], *, packed: bool) -> dict[str, Any]:
     """Run LLaMA-Factory's `sft` stage on rows that are encoded already (its `tokenized_path`)."""
+    if find_spec("torchaudio") is None:
+        # It imports it for recordings, which these rows have none of, and no build may fit a torch for CPUs.
+        sys.modules["torchaudio"] = module_from_spec(ModuleSpec("torchaudio", None))
     from datasets import Dataset, DatasetDict
     from llamafactory.data import collator as collators
     from llamafactory.train.tuner import run_exp
@@ -113,6 +118,12 @@ def llamafactory(spec: Mapping[str, Any], rows: Sequence[Row], *, packed: bool) 
     folder, batch = Path(spec["folder"]), spec["batch"]
     data = packs(rows, batch) if packed else [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
     DatasetDict({"train": Dataset.from_list(data)}).save_to_disk(str(folder / "tokenized"))
+    model = folder / "model"
+    shutil.copytree(spec["model"], model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    # It computes in the dtype that the config names.
+    config["dtype"] = config["torch_dtype"] = spec["dtype"]
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     clock = Clock(spec["steps"])
 
     class Losses(TrainerCallback):
@@ -128,7 +139,7 @@ def llamafactory(spec: Mapping[str, Any], rows: Sequence[Row], *, packed: bool) 
 
     collators.SFTDataCollatorWith4DAttentionMask.__call__ = counted
     settings: dict[str, Any] = {
-        "stage": "sft", "do_train": True, "model_name_or_path": spec["model"], "template": "chatml",
+        "stage": "sft", "do_train": True, "model_name_or_path": str(model), "template": "chatml", "dataset": "rows",
         "tokenized_path": str(folder / "tokenized"), "output_dir": str(folder / "output"),
         "finetuning_type": "full" if spec["method"] == "full" else "lora",
         "per_device_train_batch_size": size, "gradient_accumulation_steps": 1, "max_steps": spec["steps"],

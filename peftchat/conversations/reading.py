@@ -363,7 +363,7 @@ def _found_below(fields: Fields) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict) and _are_turns(value[0]):
             return f"The field {field!r} holds turns: `columns: {{messages: {field}}}` reads it. "
     if fields.keys() == {"text"}:
-        return "A text without `### Human:` marks has no turns that could be told apart. "
+        return "A text without marks such as `### Human:` or `<|im_start|>` has no turns that could be told apart. "
     return "Give the file's names with `columns`, such as `{prompt: ask, completion: reply}`. "
 
 

@@ -106,6 +106,8 @@ def complete(fields: Fields, shape: RecordShape, messages: Sequence[Message], no
     for name in shape.told:
         if fields[name] not in ("", []):
             notes.unused(name)
+    if "split" in shape.columns and str(fields["split"]).lower().replace("-", "_") in names.HELD_OUT_SPLITS:
+        notes.unused(f"split: {fields['split']}")
     return Conversation(tuple(turns), notes.where, tools, {name: fields[name] for name in columns})
 
 

@@ -182,6 +182,7 @@ def test_the_list_of_formats_names_every_form_once() -> None:
             "alpaca",
             "prompt_completion",
             "guanaco",
+            "templated_text",
             "oasst",
             "chatgpt_export",
             "preference",

@@ -31,7 +31,7 @@ def section(results: Results, laws: list[Law], number: int, docs: Path) -> list[
     ]
     tried = {law.title for law in laws}
     if missing := [title for title in TITLES if title not in tried]:
-        lines += ["\nNot tried on this model: " + "; ".join(missing) + "."]
+        lines += ["\nNot tried on this model:\n", *(f"- {title}" for title in missing)]
     lines += ["\n| setting | parameters | seeds | rates | best rate | held-out loss | general text |"]
     lines += ["|---|---:|---:|---:|---:|---:|---:|", *(_row(results, one) for one in all_of_them)]
     for place, law in enumerate(laws, 1):
@@ -73,8 +73,8 @@ def page(sections: list[str], data: str, models: list[str]) -> str:
         "- Rates are a factor of 2.15 apart. Where a lowest loss is at the end of its rates, no verdict is given.",
         "- Differences are those at each side's best rate, paired by conversation and seed.",
         "- Intervals are two standard errors over conversations and seeds; with two seeds the part of seeds is rough.",
-        f"- With one seed, {ONE_SEED_NOISE:.1%} of the loss is added on both sides: a guess at the noise of runs, as in"
-        " `compare`.",
+        f"- With one seed, {100 * ONE_SEED_NOISE:g} % of the loss is added on both sides: a guess at the noise of "
+        "runs, as in `compare`.",
         "- A best rate has an interval over conversations and seeds drawn again, and half a step of the rates "
         "on each side.",
         "- What a model forgets is the rise of its loss on general text, the sample that `compare` uses.",
@@ -94,7 +94,8 @@ instance. An interrupted script goes on from its file of results. Other models a
 
 ```text
 peftchat data prepare tasks.jsonl --eval-fraction 0.2 -o instructions
-python scripts/laws.py stories260K instructions/train.jsonl instructions/eval.jsonl --results small.jsonl --steps 80
+S="instructions/train.jsonl instructions/eval.jsonl --steps 64 --rates 3"
+python scripts/laws.py stories260K $S --results small.jsonl
 D="--steps 16 --max-length 128 --max-eval-samples 44 --template chatml --center 2e-3"
 M="smollm2-135m instructions/train.jsonl instructions/eval.jsonl --results large.jsonl"
 python scripts/laws.py $M $D --seeds 1 --rates 4 --settings "LoRA r16" full "attention alone" "all layers"

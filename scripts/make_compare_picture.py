@@ -89,8 +89,8 @@ def of_table(page: str) -> str:
         color = BESTS if name == "lora" else BEHIND if is_behind else TIED
         drawn.append(Mark(f"{name} ({rate})", mean, half, (), color, gap))
     ties = (
-        f"All {len(drawn)} tie in loss. {' and '.join(forgetful)} (gray) forget more. Of the others, the one that every "
-        "tool can load, merge and serve is recommended."
+        f"All {len(drawn)} tie in loss. {' and '.join(forgetful)} (gray) forget more. Of the others, the one that "
+        "every tool can load, merge and serve is recommended."
     )
     basis = (
         "SmolLM2-135M, 10 steps at the rate of `learning_rate: auto` (in parentheses). Bars: 95 % intervals that "

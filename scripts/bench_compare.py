@@ -81,7 +81,8 @@ def main() -> None:
         recipe.write_text(
             f"model: {{name: {options.model}, dtype: float32}}\nmethod: lora\nchat: {{template: chatml}}\n"
             f"data: {{train: [{{path: {options.train}}}], eval: [{{path: {options.eval}}}], max_length: 512}}\n"
-            f"training: {{max_steps: {options.steps}, per_device_train_batch_size: 1}}\noutput_dir: {folder}/run\n",
+            f"training: {{max_steps: {options.steps}, per_device_train_batch_size: 1, "
+            f"gradient_accumulation_steps: 1}}\noutput_dir: {folder}/run\n",
             encoding="utf-8",
         )
         for number in range(options.repeat):

@@ -80,6 +80,24 @@ def run(arguments: Sequence[str], log: str) -> NoReturn:
     os._exit(status)
 
 
+def warm_up() -> None:
+    """Make what libraries make once in a process, and every run needs: a second of a short run's four.
+
+    None of it depends on a recipe, computes with tensors, or draws a random number.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from peftchat.reports.page import load_template
+
+    # Accelerate imports it wherever it is installed. If that fails, a run tells it as any process does.
+    with suppress(Exception):
+        importlib.import_module("deepspeed")
+    # transformers compiles the patterns of all architectures at the first model that is loaded.
+    get_checkpoint_conversion_mapping("llama")
+    for name in ("page.html.jinja", "run_report.html.jinja"):
+        load_template(name)
+
+
 def main() -> None:
     """Import the libraries and serve."""
     end_with_parent()
@@ -92,6 +110,7 @@ def main() -> None:
     quiet_libraries()
     for name in _MODULES:
         importlib.import_module(name)
+    warm_up()
     gc.freeze()
     requested = serve(channel)
     if requested is not None:

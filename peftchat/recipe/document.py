@@ -1,5 +1,6 @@
 """YAML documents as plain values, with the place where each value was written."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ def parse_yaml(text: str, name: str) -> Any:
         UserError: the text is not YAML, or a key occurs twice.
     """
     try:
-        return YAML(typ="rt").load(text)
+        return _parsed(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
@@ -112,6 +113,12 @@ def parse_yaml(text: str, name: str) -> Any:
         raise UserError("not valid as a recipe: nested too deeply", where=name) from error
     except ValueError as error:
         raise UserError(f"not valid YAML: {error}", where=name) from error
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(text: str) -> Any:
+    """Return a document that nobody changes: a run reads its recipe several times, and ruamel takes long for it."""
+    return YAML(typ="rt").load(text)
 
 
 def _hint(problem: str) -> str:

@@ -1,9 +1,10 @@
 """HTML pages from the templates of this package: one file each, without scripts or external resources."""
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from peftchat import formatting
 from peftchat.files import write_text
@@ -29,6 +30,19 @@ def _is_own_page(path: Path) -> bool:
 
 def write_page(path: Path, template: str, **values: object) -> Path:
     """Render a template to `path` atomically and return it; values are escaped unless they are `Markup`."""
+    text = load_template(template).render(values)
+    # Text from conversations may hold lone surrogates, which UTF-8 cannot encode.
+    write_text(path, text, errors="backslashreplace")
+    return path
+
+
+def load_template(name: str) -> Template:
+    """Return a template of this package, compiled once in a process."""
+    return _environment().get_template(name)
+
+
+@functools.cache
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("peftchat", "reports"),
         autoescape=True,
@@ -45,7 +59,4 @@ def write_page(path: Path, template: str, **values: object) -> Path:
         duration=formatting.format_duration,
         moment=formatting.format_time,
     )
-    text = environment.get_template(template).render(values)
-    # Text from conversations may hold lone surrogates, which UTF-8 cannot encode.
-    write_text(path, text, errors="backslashreplace")
-    return path
+    return environment

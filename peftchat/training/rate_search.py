@@ -156,8 +156,13 @@ class ShortRuns:
         self._start: _Start | None = None
         self.loss_before = math.nan
 
-    def train(self, rate: float) -> RateTrial:
-        """Train a run at a peak rate, and measure its held-out loss."""
+    def train(self, rate: float, look: Callable[[ChatTrainer], None] | None = None) -> RateTrial:
+        """Train a run at a peak rate, and measure its held-out loss.
+
+        Args:
+            rate: the peak rate.
+            look: called with the trainer, if the run did not fail, before the model's first values are put back.
+        """
         context = self._at(rate)
         is_new = self._start is None or self._start.is_stateful
         if is_new:
@@ -175,6 +180,8 @@ class ShortRuns:
             trainer.train()
             trainer.checks.check_weights(trainer.model, trainer.state.global_step)
             held_out = self._evaluate(trainer, context)
+            if look is not None:
+                look(trainer)
         except VerificationError as error:
             if math.isnan(self.loss_before):
                 raise  # The untrained model has no finite loss.

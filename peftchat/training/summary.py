@@ -293,6 +293,10 @@ def _final_loss(evaluations: Sequence[Mapping[str, Any]], kept: KeptStep | None)
     return losses[-1] if losses else None
 
 
+_PEAK_SECONDS = 0.4
+"""How long the rate of matrix products is measured; a tenth of it for short runs."""
+
+
 def _flops_utilization(context: TrainContext, trainer: "ChatTrainer", counts: TokenCounts) -> float | None:
     """Return the model FLOPs utilization (Chowdhery et al., 2022), relative to a measured rate of matrix products."""
     if not counts.seconds:
@@ -314,7 +318,10 @@ def _flops_utilization(context: TrainContext, trainer: "ChatTrainer", counts: To
     )
     dtype = torch.float32 if not (trainer.args.bf16 or trainer.args.fp16) else torch.bfloat16
     processes = context.distributed.world_size if context.distributed.gpus else 1
-    return flops / counts.seconds / (measure_matmul_flops(trainer.args.device, dtype) * processes)
+    # A run of a few seconds, of which a comparison has dozens, spends little on it.
+    seconds = _PEAK_SECONDS if counts.seconds > 20 * _PEAK_SECONDS else _PEAK_SECONDS / 10
+    peak = measure_matmul_flops(trainer.args.device, dtype, seconds)
+    return flops / counts.seconds / (peak * processes)
 
 
 def _version(package: str) -> str | None:

@@ -61,9 +61,14 @@ def training_flops(
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
     """Measure the floating-point operations per second of matrix products on a device, once per process.
 
-    On a CPU it is the better of two sizes, because libraries compute some products on one core.
+    On several cores of a CPU it is the better of two sizes, because libraries compute some products on one core.
+
+    Args:
+        device: where.
+        dtype: of the matrices.
+        seconds: how long to measure, at least one product of each size.
     """
-    sizes = (8192,) if device.type == "cuda" else (1024, 2048)
+    sizes = (8192,) if device.type == "cuda" else (1024, 2048)[: min(2, torch.get_num_threads())]
     return max(_matmul_flops(size, device, dtype, seconds / len(sizes)) for size in sizes)
 
 

@@ -101,6 +101,10 @@ class ChatTrainer(SFTTrainer):
             processing_class=context.chat.tokenizer,
             callbacks=[MetricsCallback(context.run_folder.metrics), VariantCallback(self._hooks)],
         )
+        text = self.causal_model.config.get_text_config()
+        if getattr(text, "num_local_experts", getattr(text, "num_experts", None)) == 0:
+            # TRL goes by the key alone, which dense models of a mixture's class have too, such as Granite 4.0 Micro.
+            self.aux_loss_enabled = text.output_router_logits = False
         # TRL casts trainable parameters on a quantized base to bfloat16, in which small updates round to zero.
         # https://github.com/huggingface/trl/issues/7268
         for name, parameter in self.model.named_parameters():

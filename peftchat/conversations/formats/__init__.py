@@ -14,6 +14,7 @@ from peftchat.conversations.formats import (
     oasst,
     preference,
     prompt_completion,
+    templated_text,
     xlam,
 )
 from peftchat.conversations.formats.base import Fields, Format
@@ -35,6 +36,7 @@ FORMATS: dict[str, Format] = {
         guanaco.FORMAT,
         alpaca.FORMAT,
         prompt_completion.FORMAT,
+        templated_text.FORMAT,
     )
 }
 

@@ -6,10 +6,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peftchat.conversation import NOTHING_ELSE, Conversation, Message, Role
+from peftchat.conversations.formats import names
 from peftchat.conversations.formats.columns import IN_RECORDS, Columns
 from peftchat.conversations.formats.fields import Fields, Notes, field_names, optional_text, text_field, type_name
 from peftchat.conversations.formats.keys import LeftOut, RecordShape, complete, shape_of
-from peftchat.conversations.formats.pairs import check_pair, labeled_of, of_rejected, pair_of, unpaired
+from peftchat.conversations.formats.pairs import (
+    check_pair,
+    labeled_of,
+    of_rejected,
+    pair_of,
+    renamed_preference,
+    unpaired,
+)
 from peftchat.conversations.formats.turns import turn_list
 from peftchat.conversations.languages import is_in_languages
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, ReadOptions, RecordError
@@ -173,10 +181,10 @@ _MOST_SHAPES = 10_000
 
 
 def _present(value: dict[str, Any]) -> dict[str, Any]:
-    """The record without the fields that are null."""
+    """The record without the fields that are null; a preference pair of OpenAI under our names."""
     if None in value.values():
-        return {name: item for name, item in value.items() if item is not None}
-    return value
+        value = {name: item for name, item in value.items() if item is not None}
+    return renamed_preference(value) if names.PREFERRED in value else value
 
 
 def _has_other_values(conversation: Conversation, notes: Notes) -> bool:

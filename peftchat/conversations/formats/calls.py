@@ -130,9 +130,45 @@ def read_tools(value: object, name: str, notes: Notes) -> str | None:
         value = [value]
     if not value:
         return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in _opened(value)):
+    tools = _opened(value) if isinstance(value, list) else None
+    if tools is None or not all(isinstance(tool, dict) for tool in tools):
         raise RecordError("wrong_type", f"{name!r} must be a list of objects, it is {type_name(value)}")
-    return json_text(_opened(value), repr(name), notes)
+    respelled = [one for tool in tools for one in _as_openai_writes(tool)]
+    if respelled != tools:
+        notes.change("tools_respelled")
+    return json_text(respelled, repr(name), notes)
+
+
+_SCHEMAS = ("parameters", "input_schema", "inputSchema")
+
+
+def _as_openai_writes(tool: Any) -> list[Any]:
+    """Definitions as OpenAI's chat API has them, which is the only form that chat templates know.
+
+    Anthropic and MCP write the schema as `input_schema` and `inputSchema`, Bedrock below `toolSpec`, Gemini several
+    functions in one object, and OpenAI's Responses API without `function`. Anything else stays as it is.
+    """
+    declared = tool.get("functionDeclarations", tool.get("function_declarations"))
+    if len(tool) == 1 and isinstance(declared, list) and all(isinstance(one, dict) for one in declared):
+        return [_wrapped(one) for one in declared]
+    if len(tool) == 1 and isinstance(tool.get("toolSpec"), dict):
+        tool = tool["toolSpec"]
+    elif not (tool.get("type") == "function" and "function" not in tool) and not any(
+        name in tool for name in _SCHEMAS[1:]
+    ):
+        return [tool]
+    return [_wrapped(tool)] if isinstance(tool.get("name"), str) else [tool]
+
+
+def _wrapped(function: dict[str, Any]) -> dict[str, Any]:
+    respelled = {}
+    for name, value in function.items():
+        if name in _SCHEMAS:
+            in_json = isinstance(value, dict) and value.keys() == {"json"}
+            respelled["parameters"] = value["json"] if in_json else value
+        elif name != "type":
+            respelled[name] = value
+    return {"type": "function", "function": respelled}
 
 
 def _opened(tools: Sequence[Any]) -> list[Any]:

@@ -64,6 +64,10 @@ LOOKS_LIKE_MASK = re.compile(r"mask|train_on|trainable|weights$", re.IGNORECASE)
 
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios", "image_url", "files", "pixel_values"})
 CHOSEN, REJECTED, LABEL = "chosen", "rejected", "label"
+PREFERRED, NOT_PREFERRED = "preferred_output", "non_preferred_output"
+"""What OpenAI's preference files call the chosen and the rejected answer; the prompt is below `input`."""
+HELD_OUT_SPLITS = frozenset({"test", "validation", "valid", "val", "dev", "eval", "evaluation", "held_out", "heldout"})
+"""Values of a field `split` of records that their author did not mean to be trained on."""
 
 METADATA = frozenset(
     {

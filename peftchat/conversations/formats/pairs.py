@@ -1,9 +1,10 @@
 """Preference pairs of a record: the conversation with the chosen answer, and with the rejected one."""
 
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats import names
@@ -78,6 +79,19 @@ def without_turns(fields: Fields) -> Fields:
         return fields
     repeated = [name for name in names.TURNS if name in fields and fields[name] == fields[names.CHOSEN]]
     return {name: value for name, value in fields.items() if name not in repeated} if repeated else fields
+
+
+def renamed_preference(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record of OpenAI's preference files under the names of `preference`.
+
+    Its `input` holds the turns of the prompt as `messages`, and the tools.
+    """
+    renamed = {names.PREFERRED: names.CHOSEN, names.NOT_PREFERRED: names.REJECTED}
+    record = {renamed.get(name, name): value for name, value in fields.items() if name != "input"}
+    asked = fields.get("input")
+    if not isinstance(asked, Mapping):
+        return record if asked is None else {"prompt": asked, **record}
+    return {**{"prompt" if name == "messages" else name: value for name, value in asked.items()}, **record}
 
 
 def check_pair(messages: tuple[Message, ...], rejected: tuple[Message, ...]) -> None:

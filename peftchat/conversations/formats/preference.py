@@ -53,6 +53,7 @@ FORMAT = record_format(
             "prompt": "what is asked: text or a list of turns; absent where `chosen` is the whole conversation",
             "chosen": "the answer: text, a turn, a list of turns, or all turns (also `Human: … Assistant: …`)",
             "rejected": "the other answer, in the same form; used by objectives with pairs alone",
+            "preferred_output": "the chosen answer in OpenAI's files, beside non_preferred_output and input",
         },
         (
             {"prompt": "A joke?", "chosen": "A horse walks into a bar.", "rejected": "No."},
@@ -64,7 +65,9 @@ FORMAT = record_format(
         ("prompt", "context", "role", "content", "tool_calls", "reasoning_content"),
         has_roles=True,
     ),
-    lambda fields: names.CHOSEN in fields and names.REJECTED in fields,
+    lambda fields: (
+        {names.CHOSEN, names.REJECTED} <= fields.keys() or {names.PREFERRED, names.NOT_PREFERRED} <= fields.keys()
+    ),
     _parse,
     lambda fields: {names.CHOSEN, names.REJECTED, _asked(fields) or "", *names.CONTEXT},
 )

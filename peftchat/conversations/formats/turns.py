@@ -19,7 +19,7 @@ _KNOWN = frozenset(
         *names.REASONING,
         *names.TRAIN_FLAGS,
         *names.TRAIN_WEIGHTS,
-        *("tool_calls", "function_call", "tool_call_id", "name"),
+        *("tool_calls", "function_call", "tool_call_id", "name", "channel"),
     }
 )
 
@@ -48,13 +48,26 @@ def parse_turns(turns: Sequence[Fields], notes: Notes) -> list[Message]:
 
 
 def _append(messages: list[Message], message: Message, turn: Fields) -> None:
-    """Add a message; a turn that is nothing but calls belongs to the assistant's turn before it."""
+    """Add a message; a turn that is nothing but calls belongs to the assistant's turn before it.
+
+    So does an answer in a channel of its own to the analysis before it.
+    """
     before = messages[-1] if messages else None
+    if before is not None and "channel" in turn and _continues(before, message):
+        messages[-1] = message._replace(reasoning=before.reasoning)
+        return
     calls_only = message.tool_calls and not message.content and _role_name(turn) in names.CALL_ROLES
     if before is None or not calls_only or before.role != "assistant" or before.train is not message.train:
         messages.append(message)
     else:
         messages[-1] = before._replace(tool_calls=before.tool_calls + message.tool_calls)
+
+
+def _continues(before: Message, message: Message) -> bool:
+    """Whether a turn is the answer to the reasoning before it."""
+    reasoning_only = before.role == "assistant" and before.reasoning and not before.content and not before.tool_calls
+    answers = message.role == "assistant" and message.reasoning is None and message.train is before.train
+    return bool(reasoning_only and answers)
 
 
 def _role_name(turn: Fields) -> str:
@@ -73,6 +86,11 @@ def _messages(turn: Fields, number: int, notes: Notes) -> list[Message]:
         _check_unknown(turn, unknown, number, notes)
     calls, reasoning = read_calls(turn, role, number, notes), _reasoning(turn, number)
     name, content = _content_of(turn, number, optional=bool(calls or reasoning or role == "tool"))
+    if "channel" in turn:
+        if turn["channel"] == "analysis" and role == "assistant" and isinstance(content, str) and reasoning is None:
+            content, reasoning = "", content or None
+        elif turn["channel"] != "final":
+            notes.unused_of({"channel": turn["channel"]}, (), "a turn")
     extra: list[Message] = []
     if isinstance(content, list):
         parts = parse_parts(content, number, notes)
@@ -179,6 +197,9 @@ def _content_of(turn: Fields, number: int, *, optional: bool) -> tuple[str, Any]
     present = next((name for name in names.CONTENT if name in turn), None)
     if optional:
         return present or "content", ""
+    if turn.get("refusal"):
+        detail = f"no content, and a 'refusal' (turn {number}); write the refusal as the content to train it"
+        raise RecordError("missing_field", detail)
     if present is None:
         raise RecordError("missing_field", f"no field 'content' (turn {number})")
     return present, None
@@ -274,17 +295,18 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
         raise RecordError("wrong_type", f"{name!r} must be a list of turns, it is {type_name(turns)}")
     for turn in turns:
         if not isinstance(turn, dict):
-            return _opened(turns)
+            return _opened(turns, name)
     return turns
 
 
-def _opened(turns: Sequence[object]) -> list[Fields]:
+def _opened(turns: Sequence[object], name: str) -> list[Fields]:
     """Turns of which some are JSON text, as tables without a type for them hold turns."""
     opened: list[Fields] = []
     for number, turn in enumerate(turns, start=1):
         value = _turn_of_text(turn) if isinstance(turn, str) else turn
         if not isinstance(value, dict):
-            raise RecordError("wrong_type", f"turn {number} must be an object, it is {type_name(value)}")
+            detail = f"{name!r} must hold one text or turns; its entry {number} is {type_name(value)} and no object"
+            raise RecordError("wrong_type", detail)
         opened.append(value)
     return opened
 

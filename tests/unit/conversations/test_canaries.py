@@ -108,6 +108,7 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
         {"prompt": [TURNS[1]], "chosen": [TURNS[4]], "rejected": [TURNS[4]]},
     ],
     "guanaco": [{"text": "rules### Human: question### Assistant:", "output": "answer", "lang": "en"}],
+    "templated_text": [{"text": "<s>[INST] <<SYS>>rules<</SYS>> question [/INST] answer </s>", "lang": "en"}],
     "alpaca": [{"instruction": "do", "input": "about", "output": "answer", "system": "rules", "history": [["a", "b"]]}],
     "prompt_completion": [
         {"prompt": "question", "completion": "answer", "context": "about", "reasoning": "thoughts"},

@@ -103,6 +103,7 @@ EXPECTED: dict[str, list[Conversation]] = {
         said("u: What is 2 + 2?", "a: It is 4."),
         said("s: Be brief.", "u: Who wrote it?\n\nAda wrote the notes.", "a: Ada."),
     ],
+    "templated_text": [said("u: Hi", "a: Hello!"), said("s: Be kind.", "u: Hi", "a: Hello!")],
 }
 
 

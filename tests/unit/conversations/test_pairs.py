@@ -28,6 +28,8 @@ def read(folder: Path, *records: Any, log: ProblemLog | None = None, pairs: bool
     "record",
     [
         {"prompt": "Hi", "chosen": GOOD, "rejected": BAD},
+        {"input": {"messages": [USER], "tools": []}, "preferred_output": [CHOSEN], "non_preferred_output": [REJECTED]},
+        {"input": "Hi", "preferred_output": GOOD, "non_preferred_output": BAD},
         {"question": "Hi", "chosen": GOOD, "rejected": BAD},
         {"prompt": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]},
         {"prompt": [USER], "chosen": CHOSEN, "rejected": REJECTED},

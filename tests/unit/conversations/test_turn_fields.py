@@ -255,3 +255,62 @@ def test_parts_hold_nothing_that_is_passed_over(tmp_path: Path) -> None:
     row = {"messages": [U, {**A, "refusal": "I cannot."}]}
     (one,) = read(tmp_path, row, log=log)
     assert "refusal in a turn" in log.unused
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"name": "weather", "description": "d", "input_schema": SCHEMA},
+        {"name": "weather", "description": "d", "inputSchema": SCHEMA},
+        {"toolSpec": {"name": "weather", "description": "d", "inputSchema": {"json": SCHEMA}}},
+        {"functionDeclarations": [{"name": "weather", "description": "d", "parameters": SCHEMA}]},
+        {"type": "function", "name": "weather", "description": "d", "parameters": SCHEMA},
+    ],
+)
+def test_tools_are_written_as_templates_know_them(tool: Any, tmp_path: Path) -> None:
+    log = ProblemLog(strict=True)
+    (one,) = read(tmp_path, {"messages": [U, A], "tools": [tool]}, log=log)
+    function = {"name": "weather", "description": "d", "parameters": SCHEMA}
+    assert json.loads(one.tools or "") == [{"type": "function", "function": function}]
+    assert dict(log.notes) == {"tools_respelled": 1}
+
+
+def test_an_analysis_is_the_reasoning_of_the_answer(tmp_path: Path) -> None:
+    analysis, final = {**A, "content": "hm", "channel": "analysis"}, {**A, "channel": "final"}
+    call = {
+        "role": "assistant",
+        "channel": "commentary",
+        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+    }
+    result = {"role": "tool", "content": "4"}
+    log = ProblemLog(strict=True)
+    first, second = read(
+        tmp_path, {"messages": [U, analysis, final]}, {"messages": [U, analysis, call, result, final]}, log=log
+    )
+    assert [(message.content, message.reasoning) for message in first.messages[1:]] == [(A["content"], "hm")]
+    assert [(message.reasoning, len(message.tool_calls)) for message in second.messages[1:]] == [
+        ("hm", 1),
+        (None, 0),
+        (None, 0),
+    ]
+    assert list(log.unused) == ["channel in a turn"]
+
+
+def test_a_record_of_another_split_is_told(tmp_path: Path) -> None:
+    log = ProblemLog(strict=True)
+    assert (
+        len(read(tmp_path, {"messages": [U, A], "split": "test"}, {"messages": [U, A], "split": "train"}, log=log)) == 2
+    )
+    assert {name: one.records for name, one in log.unused.items()} == {"split: test": 1}
+
+
+@pytest.mark.parametrize(("called", "noted"), [("weather", {}), ("clock", {"call_of_no_tool": 1})])
+def test_a_call_of_a_function_that_no_tool_defines_is_told(called: str, noted: dict[str, int], tmp_path: Path) -> None:
+    log = ProblemLog(strict=True)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": called, "arguments": "{}"}}]}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+    assert read(tmp_path, {"messages": [U, call, {"role": "tool", "content": "4"}, A], "tools": tools}, log=log)
+    assert dict(log.notes) == noted

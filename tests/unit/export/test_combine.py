@@ -198,6 +198,23 @@ def test_layers_that_store_their_weights_transposed(tmp_path: Path) -> None:
     assert apart(merged_logits(tmp_path / "model"), stock_logits(base, tmp_path / "dare")) < 1e-5
 
 
+def test_experts_are_combined_into_a_model_and_refused_as_an_adapter(tmp_path: Path) -> None:
+    base, runs = make_base(tmp_path / "base", "qwen3_moe"), [tmp_path / "one", tmp_path / "other"]
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    for run, rank, noise in zip(runs, (2, 3), (0.1, -0.15), strict=True):
+        config = LoraConfig(r=rank, target_modules=["q_proj"], target_parameters=experts)
+        train_by_noise(base, run, config, noise=noise)
+    with pytest.raises(UserError, match=r"stacked experts .*--as model"):
+        combine_into_adapter(runs, CombineOptions(tmp_path / "both"))
+    assert not (tmp_path / "both").exists()
+    _, losses = combine_into_model(runs, CombineOptions(tmp_path / "model", weights=WEIGHTS))
+    assert losses[0].written == pytest.approx(losses[0].combined, abs=1e-6)
+    one, other = (stock_updates(base, run) for run in runs)
+    total = {name: WEIGHTS[0] * one[name] + WEIGHTS[1] * other[name] for name in one}
+    assert any("experts" in name for name in total)
+    assert apart(merged_logits(tmp_path / "model"), moved_logits(base, total)) < 1e-5
+
+
 def test_a_rank_that_is_too_low_is_refused_and_leaves_nothing(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=r"what the combination computes.*Rank \d+ is within .*--as model"):
         combine_into_adapter(runs, CombineOptions(tmp_path / "low", rank=1, tolerance=1e-7))

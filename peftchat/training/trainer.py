@@ -277,6 +277,8 @@ class ChatTrainer(SFTTrainer):
         if self._weightwise is not None and self.frees_gradients:
             grad_norm = self._weightwise.take_norm()
         norm: Tensor | float | None = super()._get_grad_norm(model, grad_norm)
+        if self.state.global_step == 0 and not self.frees_gradients and not self.is_deepspeed_enabled:
+            self.checks.tell_without_gradient(self.model)
         if self.checks.end_step(self.state.global_step + 1, norm, self._get_learning_rate()):
             # An optimizer leaves weights without a gradient alone, their moments and weight decay included.
             model.zero_grad(set_to_none=True)

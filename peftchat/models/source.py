@@ -357,6 +357,12 @@ class ModelSource:
 
     def _load_error(self, part: str, error: Exception) -> UserError:
         hint = "Check the name, the network and the login, or name a folder." if self.kind is ModelKind.HUB else None
+        message = str(error)
+        if "trust_remote_code" in message:
+            code = "the model comes with code of its own, which transformers does not have"
+            return self._error(code, "Read that code; `model.trust_remote_code: true` lets it run.")
+        if "does not recognize this architecture" in message:
+            hint = "Check `model_type` in config.json, or install a newer transformers."
         return self._error(f"{part} cannot be loaded: {first_line(error)}", hint)
 
     def _hub_arguments(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ LLAMA = small_config("llama").to_dict()
         ({"model_type": "bert"}, "got an encoder (bert)"),
         ({"model_type": "xlm-roberta"}, "got an encoder (xlm-roberta)"),
         ({"model_type": "t5"}, "got an encoder-decoder (t5)"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}}, "code of its own"),
         ({"model_type": "bart"}, "got an encoder-decoder (bart)"),
         ({"model_type": "vit"}, "transformers has none of the type vit"),
         ({**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, "got a classification model"),

@@ -83,7 +83,8 @@ def _by_questions(output: Path, gpu: str | None) -> None:
     for line, what in (
         (f"peftchat mask {output}", "see what is trained, token by token"),
         (f"peftchat plan {output}", "memory, time and cost"),
-        (f"peftchat train {output}", "train"),
-        (f"peftchat chat {run}", "talk to the result"),
+        (f"peftchat train {output}", f"train; the report is {run}/report.html"),
+        (f"peftchat chat {run}", "talk to the result; `web` does so in the browser"),
+        (f"peftchat merge {run}", "make one model of base and adapter"),
     ):
         note(f"  {line:<32} {what}")

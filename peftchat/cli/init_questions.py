@@ -37,7 +37,7 @@ def ask_for_recipe(target: Path, gpu: str | None) -> Answered:
     from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
-    from peftchat.planning.first_recipe import Choice, find_data, look_at_data, look_at_model
+    from peftchat.planning.first_recipe import Choice, find_data, find_model, look_at_data, look_at_model
     from peftchat.planning.hardware import find_hardware
     from peftchat.planning.plan_report import format_gib
 
@@ -46,10 +46,10 @@ def ask_for_recipe(target: Path, gpu: str | None) -> Answered:
     click.echo(f"Device: {several}{hardware.label}, {format_gib(hardware.memory)}. Enter takes what is in brackets.")
     data = _ask("Conversations (file, folder or hub id)", find_data(Path()), look_at_data)
     click.echo(f"  {data.text}")
-    model = _ask("Base model (folder or hub id)", _DEFAULT_MODEL, look_at_model)
+    model = _ask("Base model (folder or hub id)", find_model(Path()) or _DEFAULT_MODEL, look_at_model)
     click.echo(f"  {model.kind}, {'with' if model.has_template else 'without'} a chat template of its own")
     template = _ask_template("model" if model.has_template else "chatml")
-    choice = Choice("lora", model.name, data.path, template)
+    choice = Choice("lora", model.name, data.path, template, is_packed=model.is_packed)
     plans: dict[Method, Prediction] = {"lora": _plan(choice, hardware, target)}
     fitting: Method = "lora" if plans["lora"].fits else "qlora"
     method = cast("Method", click.prompt("Method", default=fitting, type=click.Choice(_METHODS)))

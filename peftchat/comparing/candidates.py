@@ -11,10 +11,13 @@ from typing import Any
 
 from peftchat.errors import UserError
 from peftchat.recipe.document import parse_yaml, to_plain
+from peftchat.recipe.objectives import PAIR_OBJECTIVES
 from peftchat.variants import ADAPTERS, canonical_name
 
 Settings = Mapping[str, Any]
 """Dotted keys of a recipe and their values."""
+
+OBJECTIVE = "objective"
 
 _SHORT_KEYS = {"learning_rate": "lr"}
 _RESERVED_KEYS = {
@@ -85,7 +88,7 @@ def override_flags(settings: Settings) -> list[str]:
 def make_candidates(names: Sequence[str], axes: Sequence[Axis]) -> list[Candidate]:
     """Combine every variant with every combination of values.
 
-    Adapter settings do not apply to `full`, which has no adapter.
+    Adapter settings do not apply to `full`, which has no adapter, nor an objective's options to another objective.
 
     Raises:
         UserError: a name is unknown or given twice.
@@ -95,9 +98,13 @@ def make_candidates(names: Sequence[str], axes: Sequence[Axis]) -> list[Candidat
         variant, settings = _parse_variant(name)
         used = [axis for axis in axes if variant != "full" or not axis.key.startswith("adapter.")]
         compared = [axis.key for axis in used if len(axis.values) > 1]
-        for values in itertools.product(*(axis.values for axis in used)):
-            chosen = {axis.key: value for axis, value in zip(used, values, strict=True)}
-            labels = [f"{_short_key(key)}={_format_value(chosen[key])}" for key in compared]
+        combined = [
+            _without_other_objectives({axis.key: value for axis, value in zip(used, values, strict=True)})
+            for values in itertools.product(*(axis.values for axis in used))
+        ]
+        # Without the options of other objectives, some combinations are the same.
+        for chosen in (one for place, one in enumerate(combined) if one not in combined[:place]):
+            labels = [_label(key, chosen[key]) for key in compared if key in chosen]
             candidate = Candidate(" ".join([name, *labels]), variant, settings | chosen)
             if candidate.name in candidates:
                 raise UserError(f"`{candidate.name}` is given twice", where="--variants", hint="Name it once.")
@@ -105,6 +112,19 @@ def make_candidates(names: Sequence[str], axes: Sequence[Axis]) -> list[Candidat
     if not candidates:
         raise UserError("no variant is given", where="--variants", hint="Name some, such as lora,dora,full.")
     return list(candidates.values())
+
+
+def is_of_all(key: str) -> bool:
+    """Return whether a recipe key is no option of an objective."""
+    return key.partition(".")[0] not in PAIR_OBJECTIVES
+
+
+def _without_other_objectives(settings: Settings) -> dict[str, Any]:
+    """Return settings without the options of other objectives, where they name an objective."""
+    if OBJECTIVE not in settings:
+        return dict(settings)
+    own = f"{settings[OBJECTIVE]}."
+    return {key: value for key, value in settings.items() if is_of_all(key) or key.startswith(own)}
 
 
 def _parse_variant(name: str) -> tuple[str, dict[str, Any]]:
@@ -133,6 +153,11 @@ def _short_key(key: str) -> str:
     """Return the last part of a dotted key, abbreviated where that is common."""
     last = key.rpartition(".")[2]
     return _SHORT_KEYS.get(last, last)
+
+
+def _label(key: str, value: Any) -> str:
+    """Return what a setting adds to the name of a candidate: `r=8`; an objective is named as it is."""
+    return str(value) if key == OBJECTIVE else f"{_short_key(key)}={_format_value(value)}"
 
 
 def describe(settings: Settings) -> str:

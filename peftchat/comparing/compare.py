@@ -8,12 +8,12 @@ where it stopped.
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftchat.comparing.compare_plan import ComparePlan, TrainingJob, check_base_fits
+from peftchat.comparing.compare_plan import ComparePlan, TrainingJob, check_base_fits, written_format
 from peftchat.comparing.compare_progress import CompareProgress
 from peftchat.comparing.compare_report import write_comparison_files
 from peftchat.comparing.comparison_folder import ComparisonFolder
@@ -24,10 +24,13 @@ from peftchat.comparing.results import ComparisonResult
 from peftchat.comparing.run_processes import RunProcesses
 from peftchat.comparing.task_scores import TaskAnswers, TaskChoice, TaskRequest, TaskScore
 from peftchat.console import stderr
+from peftchat.conversation import Conversation
+from peftchat.conversations import read_conversations
 from peftchat.conversations.dataset_card import SplitCount
 from peftchat.conversations.messages_file import ConversationFile
 from peftchat.conversations.prepare import atomic_directory
 from peftchat.conversations.problems import ProblemLog
+from peftchat.conversations.reading import ReadOptions
 from peftchat.dataset.cache import conversations
 from peftchat.errors import UserError
 from peftchat.files import write_text
@@ -96,7 +99,7 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
         RunProcesses(fork=options.fork) as processes,
     ):
         write_splits(plan.base.recipe, folder)
-        clusters = read_clusters(folder.data / "eval.jsonl")
+        clusters = read_clusters(read_held_out(plan.base.recipe, folder))
         trainer = _RunTrainer(plan, folder, progress, processes)
         candidates = trainer.run_trials()
         write_comparison_files(ComparisonResult.of(plan, candidates, clusters=clusters), folder)
@@ -104,7 +107,7 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
         write_comparison_files(ComparisonResult.of(plan, candidates, clusters=clusters), folder)
         prompts = options.prompts
         if prompts is None:
-            prompts = first_prompts(folder, options.num_samples)
+            prompts = first_prompts(read_held_out(plan.base.recipe, folder), options.num_samples)
         evaluator = _RunEvaluator(folder, progress, processes, text.absolute(), tuple(prompts), options.merge)
         candidates = [replace(candidate, evaluation=evaluator.evaluate(candidate)) for candidate in candidates]
         trained = any(candidate.best for candidate in candidates)
@@ -139,15 +142,19 @@ def write_splits(recipe: "Recipe", folder: ComparisonFolder) -> None:
                 raise UserError(f"the {split} split has no conversations", where="data")
 
 
-def first_prompts(folder: ComparisonFolder, count: int) -> list[str]:
+def read_held_out(recipe: "Recipe", folder: ComparisonFolder) -> Iterator[Conversation]:
+    """Return what `write_splits` has written as the held-out split."""
+    options = ReadOptions(**recipe.answers_read)
+    return read_conversations(str(folder.data / "eval.jsonl"), format=written_format(recipe), options=options)
+
+
+def first_prompts(held_out: Iterable[Conversation], count: int) -> list[str]:
     """Return the first user messages of the first held-out conversations.
 
     Repeated messages occur once.
     """
-    from peftchat.conversations import read_conversations
-
     found: dict[str, None] = {}
-    for conversation in read_conversations(str(folder.data / "eval.jsonl"), format="messages"):
+    for conversation in held_out:
         if len(found) >= count:
             break
         first = next((message.content for message in conversation.messages if message.role == "user"), "")

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftchat.comparing.candidates import Axis, Candidate, Settings, make_candidates, override_flags, slug
+from peftchat.comparing.candidates import (
+    Axis,
+    Candidate,
+    Settings,
+    is_of_all,
+    make_candidates,
+    override_flags,
+    slug,
+)
 from peftchat.comparing.hyperparameter_search import (
     LEARNING_RATE,
     LearningRateGrid,
@@ -17,6 +25,8 @@ from peftchat.comparing.hyperparameter_search import (
     TPESearch,
     check_optuna,
 )
+from peftchat.comparing.measure import measure_of
+from peftchat.comparing.objectives import check_objectives, first_objective, written_format
 from peftchat.comparing.paired_statistics import NEGLIGIBLE
 from peftchat.comparing.short_runs import short_settings, short_share
 from peftchat.errors import UserError
@@ -244,9 +254,10 @@ class ComparePlan:
             data: both splits.
             chosen: settings that the recipe leaves open, as an earlier run of the candidate has chosen them.
         """
+        written = written_format(self.base.recipe)
         files = {
-            "data.train": [{"path": escape_path(str(data / "train.jsonl")), "format": "messages"}],
-            "data.eval": [{"path": escape_path(str(data / "eval.jsonl")), "format": "messages"}],
+            f"data.{split}": [{"path": escape_path(str(data / f"{split}.jsonl")), "format": written}]
+            for split in ("train", "eval")
         }
         requested = {**_shared_settings(self.options), **self._evaluation_settings(job), **job.candidate.settings}
         settings = {key: value for key, value in requested.items() if not key.startswith(_DATA_KEYS)}
@@ -302,15 +313,10 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
                 hint="Give one value, or run one comparison per value.",
             )
     base = load_recipe(options.recipe, override_flags(_shared_settings(options)))
-    if base.recipe.has_pairs:
-        raise UserError(
-            "a comparison is one of held-out losses of conversations, and the recipe learns from pairs",
-            where=f"{base.where('objective')}: {base.recipe.objective}",
-            hint="Compare with `objective: sft`.",
-        )
+    check_objectives(base, options.axes, options.ranges)
     if not base.recipe.data.has_eval:
         raise UserError(
-            "a comparison needs held-out conversations, and the recipe has none",
+            f"a comparison needs held-out {measure_of(base.recipe).cases}, and the recipe has none",
             where=base.where("data"),
             hint="Add `--set data.eval_fraction=0.1`, or name files in data.eval.",
         )
@@ -401,10 +407,12 @@ def _tried(plan: ComparePlan, candidate: Candidate) -> list[Settings]:
 def _shared_settings(options: CompareOptions) -> dict[str, object]:
     """Return the settings of all candidates: the budget, and keys with one value.
 
-    Adapter keys are left out, since `full` has no adapter.
+    Adapter keys are left out, since `full` has no adapter, and so are options of one of several objectives.
     """
     shared = {axis.key: axis.values[0] for axis in options.axes if len(axis.values) == 1}
     shared = {key: value for key, value in shared.items() if not key.startswith("adapter.")}
+    if several := first_objective(options.axes):
+        shared = {key: value for key, value in shared.items() if is_of_all(key)} | several
     return {**shared, **(options.budget.settings if options.budget else {})}
 
 

@@ -17,7 +17,7 @@ from peftchat.comparing.compare_plan import TrainingJob
 from peftchat.comparing.outcomes import RunResult
 from peftchat.console import stderr
 from peftchat.errors import UserError
-from peftchat.formatting import format_clock, format_decimal, format_duration
+from peftchat.formatting import format_clock, format_decimal, format_duration, format_percent
 from peftchat.runs.run_folder import RunFolder
 
 
@@ -85,6 +85,7 @@ class CompareProgress:
             Text.assemble(
                 f"{counter}  {_title(result.job)}  held-out loss ",
                 (format_decimal(result.loss), "bold"),
+                "" if result.own_right is None else f", {format_percent(result.own_right)} right",
                 (f"  {time_taken}" + (f", {format_clock(left)} left" if left else ""), "dim"),
             ),
             soft_wrap=True,

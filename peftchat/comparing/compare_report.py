@@ -1,22 +1,20 @@
 """Comparison report: the files, the table in the terminal and the HTML page."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
 
-from markupsafe import Markup
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from peftchat.comparing.candidates import describe
+from peftchat.comparing.compare_plots import COLORS, comparison_plots, interval_marks, line_styles, search_plot
 from peftchat.comparing.comparison_folder import ComparisonFolder
-from peftchat.comparing.hyperparameter_search import LEARNING_RATE
 from peftchat.comparing.outcomes import CandidateResult
-from peftchat.comparing.recommend import Recommendation, format_estimate, format_gap
+from peftchat.comparing.pair_scores import value_of, wrong
 from peftchat.comparing.results import ComparisonResult, ComparisonSummary, TaskSummary
 from peftchat.comparing.task_reasons import format_score, format_task_gap
 from peftchat.console import natural_width
@@ -31,18 +29,11 @@ from peftchat.formatting import (
     format_short_count,
 )
 from peftchat.reports.page import write_page
-from peftchat.reports.svg import Mark, Series, interval_plot, line_plot
 from peftchat.runs.run_summary import SampleAnswer
 
-if TYPE_CHECKING:
-    from peftchat.comparing.outcomes import Curve
-
-
-HEADERS = (
-    "variant",
-    "settings",
-    "held-out loss",
-    "loss gap",
+_FIRST = ("variant", "settings")
+_OF_PAIRS = ("margin", "own reward")
+_LAST = (
     "general loss",
     "tokens/s",
     "time",
@@ -53,13 +44,13 @@ HEADERS = (
 )
 """Columns of the table beside those of tasks; all but the first two and the last hold numbers."""
 
-_BEFORE_TASKS = HEADERS.index("general loss") + 1
-
 
 def table_headers(result: ComparisonResult) -> tuple[str, ...]:
     """Return the columns of the table: for each task its score and the gap to the best score, after general loss."""
     tasks = [header for task in result.tasks.tasks for header in (task.title, f"{task.task} gap")]
-    return (*HEADERS[:_BEFORE_TASKS], *tasks, *HEADERS[_BEFORE_TASKS:])
+    gap = "gap" if result.measure.is_share else "loss gap"
+    of_pairs = _OF_PAIRS if result.measure.has_pairs else ()
+    return (*_FIRST, result.measure.title, gap, *of_pairs, _LAST[0], *tasks, *_LAST[1:])
 
 
 def _task_cells(result: ComparisonResult, candidate: CandidateResult) -> list[str]:
@@ -106,18 +97,19 @@ class TableRow:
 
 
 def table_rows(result: ComparisonResult) -> list[TableRow]:
-    """Return the candidates in the order of their loss, failed ones last."""
+    """Return the candidates from the best on, by their loss or by what is right; failed ones last."""
     finished = sorted(
         (candidate for candidate in result.candidates if candidate.loss is not None),
-        key=lambda candidate: candidate.loss.mean if candidate.loss else 0.0,
+        key=lambda candidate: fmean(wrong(run, result.measure) for run in candidate.runs),
     )
     failed = [candidate for candidate in result.candidates if candidate.loss is None]
     return [_table_row(result, candidate) for candidate in (*finished, *failed)]
 
 
 def _table_row(result: ComparisonResult, candidate: CandidateResult) -> TableRow:
-    recommendation, best, loss = result.recommendation, candidate.best, candidate.loss
-    if best is None or loss is None or recommendation is None:
+    recommendation, best, measure = result.recommendation, candidate.best, result.measure
+    value = value_of(candidate, measure)
+    if best is None or value is None or recommendation is None:
         failures = [run.failure for run in candidate.failures if run.failure]
         blank = [""] * (len(table_headers(result)) - 1)
         return TableRow((candidate.candidate.name, *blank), failures[0] if failures else "not run yet")
@@ -125,8 +117,9 @@ def _table_row(result: ComparisonResult, candidate: CandidateResult) -> TableRow
     cells = (
         candidate.candidate.name,
         describe(candidate.settings),
-        format_estimate(loss),
-        "" if candidate is recommendation.lowest or gap is None else format_gap(gap),
+        measure.format_interval(value.mean, value.margin),
+        "" if candidate is recommendation.lowest or gap is None else measure.format_gap(gap),
+        *_pair_cells(result, candidate),
         format_general_loss(candidate, result.base_general_loss),
         *_task_cells(result, candidate),
         format_count(candidate.tokens_per_second),
@@ -137,6 +130,14 @@ def _table_row(result: ComparisonResult, candidate: CandidateResult) -> TableRow
         candidate.evaluation.merge or "",
     )
     return TableRow(cells, recommended=candidate is recommendation.recommended, tied=candidate in recommendation.tied)
+
+
+def _pair_cells(result: ComparisonResult, candidate: CandidateResult) -> list[str]:
+    """Return what the table has of pairs beside the share that is right."""
+    if not result.measure.has_pairs:
+        return []
+    margin = "" if candidate.margin is None else f"{candidate.margin:+.3f}"
+    return [margin, format_percent(candidate.own_right)]
 
 
 def format_general_loss(candidate: CandidateResult, base: float | None) -> str:
@@ -151,7 +152,8 @@ def format_general_loss(candidate: CandidateResult, base: float | None) -> str:
 
 
 _TEXT_COLUMNS = ("variant", "settings", "merged")
-_OPTIONAL_COLUMNS = ("on disk", "loss gap", "merged", "time", "general loss", "trained", "tokens/s")
+_OPTIONAL_COLUMNS = ("on disk", "own reward", "loss gap", "gap", "merged", "margin", "time", "general loss", "trained",
+                     "tokens/s")  # fmt: skip
 """Columns that a narrow terminal omits, in this order; the page has them all."""
 
 
@@ -183,6 +185,8 @@ def _fit_table(result: ComparisonResult, width: int | None) -> Table:
     for header in (*_OPTIONAL_COLUMNS, *gaps):
         if width is None or natural_width(table) <= width:
             break
+        if header not in shown:
+            continue
         shown.remove(header)
         table = _table(rows, headers, shown)
     return table
@@ -200,21 +204,6 @@ def _table(rows: Sequence[TableRow], headers: Sequence[str], shown: Sequence[str
         style = "bold green" if row.recommended else "" if row.tied else "dim"
         table.add_row(*(Text(cell) for cell in cells), style=style)
     return table
-
-
-COLORS = 10
-"""Line colors of the page; further lines reuse them, dashed."""
-
-_MIN_POINTS_WITHOUT_FIRST = 3
-
-
-@dataclass(frozen=True)
-class LineStyle:
-    """How a candidate is drawn in the plots."""
-
-    name: str
-    color: int
-    dashed: bool
 
 
 def write_comparison_files(result: ComparisonResult, folder: ComparisonFolder) -> None:
@@ -238,10 +227,7 @@ def write_comparison_page(path: Path, result: ComparisonResult, recommended: Pat
     """
     recommendation = result.recommendation
     finished = [candidate for candidate in result.candidates if candidate.best is not None]
-    lines = {
-        candidate.candidate.name: LineStyle(candidate.candidate.name, place % COLORS, place >= COLORS)
-        for place, candidate in enumerate(result.candidates)
-    }
+    lines = line_styles(result.candidates)
     return write_page(
         path,
         "compare.html.jinja",
@@ -251,9 +237,11 @@ def write_comparison_page(path: Path, result: ComparisonResult, recommended: Pat
         rows=table_rows(result),
         lines=[lines[candidate.candidate.name] for candidate in finished],
         colors=COLORS,
-        plots=_plots(finished, lines),
-        intervals=_intervals(recommendation, finished, lines),
-        search=_search_plot(finished, lines),
+        measure=result.measure,
+        notes=NOTES[result.measure.key],
+        plots=comparison_plots(result, finished, lines),
+        intervals=interval_marks(recommendation, finished, lines),
+        search=search_plot(result, finished, lines),
         trials=[(candidate.candidate.name, _trials(candidate)) for candidate in result.candidates],
         merges=[(one.candidate.name, one.evaluation) for one in finished if one.evaluation.merge is not None],
         answers=_answers(finished),
@@ -271,7 +259,25 @@ def _selection(result: ComparisonResult, seeds: str) -> str:
     if all(len(candidate.trials) <= 1 for candidate in result.candidates):
         return f"No settings were searched: each variant has one, trained on seed{'s' if ',' in seeds else ''} {seeds}."
     several = f"; the best settings of each variant were trained on seeds {seeds}." if "," in seeds else "."
-    return f"Settings were selected on seed {result.plan.seeds[0]} by held-out loss{several}"
+    own = " of the candidate's own objective" if result.measure.is_share else ""
+    return f"Settings were selected on seed {result.plan.seeds[0]} by held-out loss{own}{several}"
+
+
+_GAP_TEXTS = {
+    "loss": "The loss gap compares each variant with the lowest, conversation by conversation and seed by seed.",
+    "pairs_right": "The gap compares each candidate with the one that has the most pairs right, pair by pair and seed "
+    "by seed, in points of a hundred.",
+    "answers_right": "The gap compares each candidate with the one that has the most answers right, answer by answer "
+    "and seed by seed, in points of a hundred.",
+}
+
+NOTES = {
+    "loss": "Gray: higher than the lowest loss by more than the noise.",
+    "pairs_right": "Gray: fewer are right than of the best, by more than the noise. Margin is how much more the chosen "
+    "answer's log-probability rose than the rejected one's, in nats.",
+    "answers_right": "Gray: fewer are right than of the best, by more than the noise.",
+}
+"""What the page says below the table."""
 
 
 def _introduction(result: ComparisonResult, finished: Sequence[CandidateResult]) -> list[str]:
@@ -279,8 +285,9 @@ def _introduction(result: ComparisonResult, finished: Sequence[CandidateResult])
     plan = result.plan
     seeds = ", ".join(map(str, plan.seeds))
     budget = "the recipe's own number of steps" if plan.options.budget is None else str(plan.options.budget)
+    cases = result.measure.cases
     paragraphs = [
-        f"Base model: {plan.base.recipe.model.name}. Every run trains for {budget} on the same conversations and is "
+        f"Base model: {plan.base.recipe.model.name}. Every run trains for {budget} on the same {cases} and is "
         "evaluated on the same held-out ones.",
         _selection(result, seeds),
     ]
@@ -292,80 +299,20 @@ def _introduction(result: ComparisonResult, finished: Sequence[CandidateResult])
             "variant and its better neighbor were trained in full."
         )
     paragraphs.append(
-        "The loss gap compares each variant with the lowest, conversation by conversation and seed by seed. Its ± is "
-        "half of the 95 % interval that holds for all pairs of variants at once, so that it may be read after the "
-        "lowest has been picked."
+        f"{_GAP_TEXTS[result.measure.key]} Its ± is half of the 95 % interval that holds for all pairs of candidates "
+        "at once, so that it may be read after the best has been picked."
     )
+    if result.measure.is_share:
+        own = " Own reward is the share by the objective's own reward." if result.measure.has_pairs else ""
+        paragraphs.append(f"{result.measure.explanation}{own}")
     if len(plan.seeds) > 1:
-        paragraphs.append("The ± of the held-out loss is half of Student's 95 % interval over the seeds alone.")
+        what = "share that is right" if result.measure.is_share else "held-out loss"
+        paragraphs.append(f"The ± of the {what} is half of Student's 95 % interval over the seeds alone.")
     before = {format_decimal(one.best.loss_before) for one in finished if one.best and one.best.loss_before is not None}
-    if before:
+    if before and result.losses_are_alike:
         ends = sorted((min(before), max(before))[: len(before)])
         paragraphs.append(f"Held-out loss before training: {' to '.join(ends)}.")
     return paragraphs
-
-
-def _plots(finished: Sequence[CandidateResult], lines: dict[str, LineStyle]) -> list[tuple[str, Markup]]:
-    def plot(title: str, x_name: str, curve: str) -> tuple[str, Markup]:
-        series = []
-        for candidate in finished:
-            line = lines[candidate.candidate.name]
-            points: Curve = getattr(candidate.best, curve)
-            # The drop from the first value would hide the differences between variants.
-            points = points[1:] if len(points) > _MIN_POINTS_WITHOUT_FIRST else points
-            series.append(Series(line.name, points, line.color, dashed=line.dashed))
-        return title, line_plot(series, label=title, x_name=x_name, legend=False)
-
-    plots = [
-        plot("Held-out loss by tokens", "tokens trained on", "loss_by_tokens"),
-        plot("Held-out loss by time", "seconds of training", "loss_by_seconds"),
-    ]
-    return [(title, drawn) for title, drawn in plots if drawn]
-
-
-def _intervals(
-    recommendation: Recommendation | None, finished: Sequence[CandidateResult], lines: dict[str, LineStyle]
-) -> Markup:
-    if recommendation is None:
-        return Markup()
-    lowest, marks = recommendation.lowest, []
-    for candidate in finished:
-        gap, loss = recommendation.evidence.gap(lowest, candidate), candidate.loss
-        if gap is None or loss is None:
-            continue
-        name, seeds = candidate.candidate.name, candidate.losses.keys() & lowest.losses.keys()
-        singles = [candidate.losses[seed] - lowest.losses[seed] for seed in sorted(seeds)]
-        margin = None if candidate is lowest else gap.margin_together
-        text = "lowest" if candidate is lowest else format_gap(gap)
-        marks.append(Mark(name, gap.mean, margin, singles, lines[name].color, text))
-    marks.sort(key=lambda mark: mark.value)
-    return interval_plot(
-        marks, label="Loss gap of each variant", x_name="held-out loss above the lowest, nats per token"
-    )
-
-
-def _search_plot(finished: Sequence[CandidateResult], lines: dict[str, LineStyle]) -> Markup:
-    """Draw the loss of every rate tried; short runs where there are any, as they are of one length.
-
-    Rates at which a run ends no better than it began are left out: they would hide the differences between the others.
-    """
-    series = []
-    for candidate in finished:
-        short = [run for run in candidate.trials if run.job.share < 1]
-        points = sorted(
-            (math.log10(rate), run.loss)
-            for run in short or candidate.trials
-            if run.failure is None and isinstance(rate := run.job.settings.get(LEARNING_RATE), float)
-        )
-        start = candidate.best.loss_before if candidate.best is not None else None
-        kept = [(rate, loss) for rate, loss in points if start is None or loss < start]
-        if len(kept) > 1:
-            line = lines[candidate.candidate.name]
-            series.append(Series(line.name, kept, line.color, dashed=line.dashed))
-    title = "Held-out loss by learning rate"
-    return (
-        line_plot(series, label=title, x_name="learning rate, as a power of ten", legend=False) if series else Markup()
-    )
 
 
 def _trials(candidate: CandidateResult) -> list[tuple[str, str, bool]]:

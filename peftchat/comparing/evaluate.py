@@ -84,13 +84,15 @@ def _mean(parts: Sequence[tuple[float, int]]) -> float:
 
 
 def evaluate(request: EvaluationRequest) -> Evaluation:
-    """Evaluate one run, or the base model alone."""
+    """Evaluate one run, or what all begin at: the base model alone, or a first stage's run."""
     from peftchat.recipe import load_recipe
 
     recipe = load_recipe(request.recipe, to_train=False, upgrade=True).recipe
     text = request.general_text.read_text(encoding="utf-8")
     if request.run is None:
-        return _with_general_loss(Evaluation(), _base_losses(recipe, text))
+        begun_at = recipe.model.adapter
+        parts = _base_losses(recipe, text) if begun_at is None else _evaluate_run(Path(begun_at), recipe, text, ())[0]
+        return _with_general_loss(Evaluation(), parts)
     parts, answers = _evaluate_run(request.run, recipe, text, request.prompts)
     merge, message = _merge(request.run, recipe) if request.merge else (None, "not tried")
     return _with_general_loss(Evaluation(merge=merge, merge_message=message, answers=tuple(answers)), parts)

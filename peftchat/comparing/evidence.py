@@ -1,43 +1,49 @@
-"""Evidence of a comparison: the held-out losses of all candidates, paired by conversation and by seed."""
+"""Evidence of a comparison: what was measured of all candidates, paired by held-out case and by seed.
+
+A case is a conversation with its loss, or a preference pair or labeled answer that is right or wrong.
+"""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from peftchat.comparing.outcomes import CandidateResult
+from peftchat.comparing.measure import LOSS, Measure
+from peftchat.comparing.outcomes import CandidateResult, RunResult
+from peftchat.comparing.pair_scores import wrong
 from peftchat.comparing.paired_statistics import (
     NEGLIGIBLE,
     Gap,
     PairedComparison,
     PairedLosses,
     compare_paired,
+    least_errors,
     number_clusters,
-    practical_threshold,
 )
+from peftchat.conversation import Conversation
 
 Clusters = Mapping[str, str]
-"""The cluster of a held-out conversation by its source, `file:line`."""
+"""The cluster of a held-out conversation or pair by its source, `file:line`."""
 
 _MOST_ALIKE = 32
 """Conversations that may start alike and still be branches of one tree, whatever their share."""
+
+_NORMAL = 1.96
+"""Quantile of a normal variable for an interval of 95 %."""
 
 _SHARE_ALIKE = 1 / 8
 """A larger part of all conversations that starts alike starts with a greeting."""
 
 
-def read_clusters(file: Path) -> dict[str, str]:
-    """Return the cluster of every conversation of a file: its first user message, which the branches of a tree share.
+def read_clusters(held_out: Iterable[Conversation]) -> dict[str, str]:
+    """Return the cluster of every conversation: its first user message, which the branches of a tree share.
 
     A first message that a great many conversations share is a greeting; each of these is a cluster of its own.
     """
-    from peftchat.conversations import read_conversations
-
     starts = {
         one.source: next((message.content for message in one.messages if message.role == "user"), one.source)
-        for one in read_conversations(str(file), format="messages")
+        for one in held_out
     }
     most = max(_MOST_ALIKE, _SHARE_ALIKE * len(starts))
     counts = Counter(starts.values())
@@ -46,23 +52,31 @@ def read_clusters(file: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the finished candidates' held-out losses say about each other.
+    """What the finished candidates' held-out cases say about each other.
+
+    What is called a loss here is what the measure counts: the loss, or the share of cases that are wrong.
 
     Attributes:
         candidates: those with a run of every seed, or of the most seeds that any candidate has.
         paired: the comparison of every pair, in the same order.
-        threshold: the difference in nats per token up to which losses count as equal.
-        by_conversation: whether the losses of single conversations are known.
+        threshold: the difference up to which losses count as equal.
+        by_conversation: whether the losses of single cases are known.
+        measure: what candidates are compared by.
     """
 
     candidates: Sequence[CandidateResult]
     paired: PairedComparison
     threshold: float
     by_conversation: bool
+    measure: Measure = LOSS
 
     @classmethod
     def of(
-        cls, candidates: Sequence[CandidateResult], clusters: Clusters | None = None, negligible: float = NEGLIGIBLE
+        cls,
+        candidates: Sequence[CandidateResult],
+        clusters: Clusters | None = None,
+        negligible: float = NEGLIGIBLE,
+        measure: Measure = LOSS,
     ) -> "Evidence | None":
         """Pair the losses of the finished candidates; None if no run has finished."""
         finished = [one for one in candidates if one.runs]
@@ -73,14 +87,23 @@ class Evidence:
         seeds = sorted(set.intersection(*({run.job.seed for run in one.runs} for one in complete)))
         if not seeds:  # Each has lost another seed.
             complete, seeds = complete[:1], [run.job.seed for run in complete[0].runs]
-        losses = _paired_by_conversation(complete, seeds, clusters or {})
+        losses = _paired_by_case(complete, seeds, clusters or {}, measure)
         by_conversation = losses is not None
         if losses is None:
-            means = np.array([[one.losses[seed] for seed in seeds] for one in complete])
+            means = np.array([[wrong(run, measure) for run in _of_seeds(one, seeds)] for one in complete])
             losses = PairedLosses(means[..., None], np.ones(1), np.zeros(1, np.int64))
         paired = compare_paired(losses)
-        threshold = practical_threshold(float(paired.losses.min()), len(seeds), negligible)
-        return cls(complete, paired, threshold, by_conversation)
+        if measure.is_share and by_conversation:
+            floors = least_errors(losses.sums.mean(axis=1), losses.clusters)
+            # Where no case differs, no draw does either: the ratios are then those of a normal variable at least.
+            paired = replace(
+                paired,
+                errors=np.maximum(paired.errors, floors),
+                quantiles=np.maximum(paired.quantiles, _NORMAL),
+                quantile_together=max(paired.quantile_together, _NORMAL),
+            )
+        threshold = measure.threshold(float(paired.losses.min()), len(seeds), negligible)
+        return cls(complete, paired, threshold, by_conversation, measure)
 
     @property
     def lowest(self) -> CandidateResult:
@@ -116,21 +139,31 @@ class Evidence:
         return next((place for place, one in enumerate(self.candidates) if one is candidate), None)
 
 
-def _paired_by_conversation(
-    candidates: Sequence[CandidateResult], seeds: Sequence[int], clusters: Clusters
+def _of_seeds(candidate: CandidateResult, seeds: Sequence[int]) -> list[RunResult]:
+    return [next(run for run in candidate.runs if run.job.seed == seed) for seed in seeds]
+
+
+def _cases(run: RunResult, measure: Measure) -> list[tuple[str, float, float]]:
+    """Return the source of every held-out case, its weight, and its weighted loss."""
+    if measure.is_share:
+        return [(one.source, 1.0, 1 - one.right) for one in run.scores]
+    return [(one.source, float(one.tokens), one.loss) for one in run.held_out]
+
+
+def _paired_by_case(
+    candidates: Sequence[CandidateResult], seeds: Sequence[int], clusters: Clusters, measure: Measure
 ) -> PairedLosses | None:
-    """Return the losses by conversation; None if a run has none, or they are of other conversations."""
-    runs = [[next(run for run in one.runs if run.job.seed == seed) for seed in seeds] for one in candidates]
-    held_out = [run.held_out for of_candidate in runs for run in of_candidate]
-    first = held_out[0]
-    if not first or any([(one.source, one.tokens) for one in run] != [(one.source, one.tokens) for one in first]
-                        for run in held_out):  # fmt: skip
+    """Return the losses by case; None if a run has none, or they are of other cases."""
+    runs = [[_cases(run, measure) for run in _of_seeds(one, seeds)] for one in candidates]
+    names = [[one[:2] for one in run] for of_candidate in runs for run in of_candidate]
+    first = names[0]
+    if not first or any(run != first for run in names):
         return None
-    sums = np.array([[[one.loss for one in run.held_out] for run in of_candidate] for of_candidate in runs])
+    sums = np.array([[[one[2] for one in run] for run in of_candidate] for of_candidate in runs])
     if not np.isfinite(sums).all():
         return None
-    keys = [clusters.get(one.source, one.source) for one in first]
-    return PairedLosses(sums, np.array([float(one.tokens) for one in first]), number_clusters(keys))
+    keys = [clusters.get(source, source) for source, _ in first]
+    return PairedLosses(sums, np.array([weight for _, weight in first]), number_clusters(keys))
 
 
 def forgetting_gap(less: CandidateResult, more: CandidateResult) -> Gap | None:

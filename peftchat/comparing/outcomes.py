@@ -13,9 +13,12 @@ from pydantic import BaseModel, ConfigDict
 from peftchat.comparing.candidates import Candidate, Settings
 from peftchat.comparing.compare_plan import TrainingJob
 from peftchat.comparing.hyperparameter_search import LEARNING_RATE
+from peftchat.comparing.measure import CaseScore
 from peftchat.comparing.task_scores import TaskScore
 from peftchat.files import write_text
+from peftchat.runs.eval_labels import read_eval_answers
 from peftchat.runs.eval_losses import ConversationLoss, read_eval_losses
+from peftchat.runs.eval_pairs import PairResult, read_eval_pairs
 from peftchat.runs.run_folder import RunFolder
 from peftchat.runs.run_summary import RunSummary, SampleAnswer
 from peftchat.student import t_quantile
@@ -54,12 +57,16 @@ class RunResult:
     Attributes:
         job: the training job.
         failure: why it failed, in one line; the other values are then empty.
-        loss: held-out loss at the end, in nats per supervised token.
+        loss: held-out loss at the end, in nats per supervised token; of pairs, the mean of the objective's own.
         loss_before: held-out loss before the first step.
         steps, tokens, seconds: of training, without evaluation.
         weights_bytes: size of the files it wrote: the adapter, or all weights.
         curve: pairs of step and held-out loss.
+        own_curve: pairs of step and the share that is right by the objective's own reward, for an objective with pairs.
         held_out: the losses by conversation; empty where an older version kept none.
+        pairs: the held-out pairs of an objective with pairs.
+        scores: of held-out pairs or labeled answers; those of pairs follow from all runs (`pair_scores.with_scores`).
+        own_right: the share that is right by the objective's own reward.
     """
 
     job: TrainingJob
@@ -74,17 +81,30 @@ class RunResult:
     trainable_parameters: int = 0
     weights_bytes: int = 0
     curve: Curve = ()
+    own_curve: Curve = ()
     held_out: Sequence[ConversationLoss] = ()
+    pairs: Sequence[PairResult] = ()
+    scores: Sequence[CaseScore] = ()
+    own_right: float | None = None
 
     @property
-    def loss_by_tokens(self) -> Curve:
-        """Pairs of tokens and held-out loss, assuming the same number of tokens per step."""
-        return tuple((self.tokens * step / self.steps, loss) for step, loss in self.curve)
+    def right(self) -> float | None:
+        """The share of held-out pairs or labeled answers that are right; None where there are none."""
+        return fmean(one.right for one in self.scores) if self.scores else None
 
     @property
-    def loss_by_seconds(self) -> Curve:
-        """Pairs of training seconds and held-out loss, assuming the same time per step."""
-        return tuple((self.seconds * step / self.steps, loss) for step, loss in self.curve)
+    def margin(self) -> float | None:
+        """The mean margin of the held-out pairs in nats; None where it is not known."""
+        known = [one.margin for one in self.scores if one.margin is not None]
+        return fmean(known) if known and len(known) == len(self.scores) else None
+
+    def by_tokens(self, curve: Curve) -> Curve:
+        """Return pairs of tokens and value for those of step and value, if all steps have as many tokens."""
+        return tuple((self.tokens * step / self.steps, value) for step, value in curve)
+
+    def by_seconds(self, curve: Curve) -> Curve:
+        """Return pairs of training seconds and value for those of step and value, if all steps take as long."""
+        return tuple((self.seconds * step / self.steps, value) for step, value in curve)
 
 
 def read_run_result(job: TrainingJob, run: Path) -> RunResult:
@@ -98,6 +118,8 @@ def read_run_result(job: TrainingJob, run: Path) -> RunResult:
     loss = summary.eval_loss
     if loss is None or not math.isfinite(loss):
         return RunResult(job, failure=f"the held-out loss is {loss}")
+    lines = folder.metrics.read()
+    summaries = (summary.eval_pairs, summary.eval_labels)
     return RunResult(
         job,
         loss=loss,
@@ -109,17 +131,17 @@ def read_run_result(job: TrainingJob, run: Path) -> RunResult:
         peak_memory_bytes=summary.peak_memory_bytes or 0,
         trainable_parameters=summary.trainable_parameters or 0,
         weights_bytes=folder.weights_bytes() or 0,
-        curve=tuple(_curve_points(folder.metrics.read())),
+        curve=_curve_points(lines, "eval_loss"),
+        own_curve=_curve_points(lines, "eval_accuracy"),
         held_out=read_eval_losses(folder.eval_losses),
+        pairs=read_eval_pairs(folder.eval_pairs),
+        scores=[CaseScore(one.source, one.right) for one in read_eval_answers(folder.eval_answers)],
+        own_right=next((one.right for one in summaries if one is not None), None),
     )
 
 
-def _curve_points(lines: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    return [
-        (float(line["step"]), float(line["eval_loss"]))
-        for line in lines
-        if "eval_loss" in line and math.isfinite(line["eval_loss"])
-    ]
+def _curve_points(lines: list[dict[str, Any]], name: str) -> Curve:
+    return tuple((float(line["step"]), float(line[name])) for line in lines if math.isfinite(line.get(name, math.nan)))
 
 
 MergeResult = Literal["same", "differs", "not mergeable", "full model"]
@@ -204,6 +226,24 @@ class CandidateResult:
     def loss(self) -> Estimate | None:
         """Held-out loss over the seeds."""
         return estimate([run.loss for run in self.runs]) if self.runs else None
+
+    @property
+    def right(self) -> Estimate | None:
+        """The share of held-out pairs or labeled answers that are right, over the seeds."""
+        known = [run.right for run in self.runs if run.right is not None]
+        return estimate(known) if known and len(known) == len(self.runs) else None
+
+    @property
+    def margin(self) -> float | None:
+        """The mean margin of the held-out pairs over the seeds, in nats."""
+        known = [run.margin for run in self.runs if run.margin is not None]
+        return fmean(known) if known and len(known) == len(self.runs) else None
+
+    @property
+    def own_right(self) -> float | None:
+        """The share that is right by the objective's own reward, over the seeds."""
+        known = [run.own_right for run in self.runs if run.own_right is not None]
+        return fmean(known) if known and len(known) == len(self.runs) else None
 
     @property
     def losses(self) -> Mapping[int, float]:

@@ -21,6 +21,7 @@ the largest ratio of all pairs, by the wide one ("max-t": Hothorn, Bretz and Wes
 general parametric models"). `scripts/calibrate_compare.py` measures how often all of this holds.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -164,6 +165,28 @@ class PairedComparison:
 def practical_threshold(lowest: float, num_seeds: int, negligible: float = NEGLIGIBLE) -> float:
     """Return the difference in nats per token up to which losses count as equal, given the lowest one."""
     return abs(lowest) * (negligible if num_seeds > 1 else max(negligible, ONE_SEED_NOISE))
+
+
+def least_errors(scores: Floats, clusters: npt.NDArray[np.int64]) -> Floats:
+    """Return the least standard error of the difference of each pair's mean score, shape (candidates, candidates).
+
+    It is that of Bonett and Price (2012, https://doi.org/10.3102/1076998611411915), which counts one more case on
+    either side. Where few cases differ, the usual one is too small. It is zero for scores beyond 0 to 1.
+
+    Args:
+        scores: of each candidate and case, the mean over seeds, shape (candidates, cases).
+        clusters: the cluster of each case; related ones count as one.
+    """
+    return np.array([[_least_error(row, other, clusters) for other in scores] for row in scores])
+
+
+def _least_error(ours: Floats, theirs: Floats, clusters: npt.NDArray[np.int64]) -> float:
+    if min(ours.min(), theirs.min()) < 0 or max(ours.max(), theirs.max()) > 1:
+        return 0.0
+    moves = np.bincount(clusters, weights=ours - theirs)
+    count = len(moves) + 2
+    more, less = (int((moves > 0).sum()) + 1) / count, (int((moves < 0).sum()) + 1) / count
+    return math.sqrt((more + less - (more - less) ** 2) / count)
 
 
 def compare_paired(losses: PairedLosses, confidence: float = CONFIDENCE) -> PairedComparison:

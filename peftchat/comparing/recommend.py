@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from peftchat.comparing.candidates import describe
 from peftchat.comparing.evidence import Clusters, Evidence, forgetting_gap
-from peftchat.comparing.outcomes import CandidateResult, Estimate
+from peftchat.comparing.measure import LOSS, Measure
+from peftchat.comparing.outcomes import CandidateResult
 from peftchat.comparing.paired_statistics import NEGLIGIBLE, Gap
 from peftchat.comparing.task_evidence import TaskEvidence
 from peftchat.comparing.task_reasons import split_by_tasks, task_reasons, task_warnings
@@ -22,6 +23,9 @@ _SAME = 0.03
 
 _MAX_TOKEN_RATIO = 1.1
 """Ratio of the most to the fewest tokens of a run above which a warning is given."""
+
+_HALF = 0.5
+"""Share of cases that are wrong where nothing was learned."""
 
 _FEW_CLUSTERS = 20
 """Independent groups of held-out conversations below which a warning is given."""
@@ -56,9 +60,11 @@ def recommend(
     clusters: Clusters | None = None,
     negligible: float = NEGLIGIBLE,
     tasks: TaskEvidence | None = None,
+    measure: Measure = LOSS,
 ) -> Recommendation | None:
     """Return plain LoRA if no other candidate is certainly better, else the cheapest of those that are tied.
 
+    Where shares of right pairs or answers are compared, it is the one with the most right instead of the cheapest.
     Of the tied candidates, those that certainly forget more than another one of them are set aside first. Then it is
     those that are certainly worse on a task than another one that is left.
 
@@ -66,13 +72,14 @@ def recommend(
         candidates: the results.
         base_general_loss: the base model's loss on general text.
         clusters: which held-out conversations belong together; None if none do.
-        negligible: fraction of the lowest loss up to which losses count as equal.
+        negligible: fraction of the lowest loss up to which losses count as equal, or a difference of shares.
         tasks: the scores on tasks; None if none were asked.
+        measure: what candidates are compared by.
 
     Returns:
         The recommendation; None if no run has finished.
     """
-    evidence = Evidence.of(candidates, clusters, negligible)
+    evidence = Evidence.of(candidates, clusters, negligible, measure)
     if evidence is None:
         return None
     tied = evidence.tied
@@ -81,7 +88,8 @@ def recommend(
     staying, aside = split_by_tasks([one.candidate.name for one in remembering], tasks)
     left = [one for one in remembering if one.candidate.name in staying]
     plain = [one for one in left if _is_plain_lora(one)]
-    recommended = _cheapest(plain or left, evidence)
+    # Objectives cost about the same, and few pairs let much tie: there the most right decides.
+    recommended = min(plain or left, key=evidence.loss) if measure.is_share else _cheapest(plain or left, evidence)
     name, names = recommended.candidate.name, [one.candidate.name for one in tied]
     forgetful = [one for one in tied if one not in remembering]
     return Recommendation(
@@ -122,21 +130,6 @@ def name_with_settings(result: CandidateResult) -> str:
     return f"{result.candidate.name} ({settings})" if settings else result.candidate.name
 
 
-def format_estimate(loss: Estimate) -> str:
-    """Format a loss as `2.314 ± 0.021`, or without an interval as `2.314`."""
-    return format_loss(loss.mean) if loss.margin is None else f"{format_loss(loss.mean)} ± {format_loss(loss.margin)}"
-
-
-def format_loss(value: float) -> str:
-    """Format a loss with three decimals; further digits are noise in every run."""
-    return f"{value:.3f}"
-
-
-def format_gap(gap: Gap) -> str:
-    """Format a difference with the interval that holds for all pairs at once: `+0.021 ± 0.004`."""
-    return f"{gap.mean:+.3f}" + ("" if gap.margin_together is None else f" ± {gap.margin_together:.3f}")
-
-
 def _reasons(
     recommended: CandidateResult,
     evidence: Evidence,
@@ -144,16 +137,15 @@ def _reasons(
     forgetful: Sequence[CandidateResult],
     candidates: Sequence[CandidateResult],
 ) -> list[str]:
-    best, lowest = recommended.best, evidence.lowest
-    assert best is not None
-    before = "" if best.loss_before is None else f", from {format_loss(best.loss_before)} before training"
-    reasons = [f"Its held-out loss is {format_loss(evidence.loss(recommended))}{before}."]
+    lowest, is_share = evidence.lowest, evidence.measure.is_share
+    reasons = [_result(recommended, evidence)]
     others = [one for one in tied if one is not recommended]
     if len(evidence.candidates) == 1:
         others_ran = len(candidates) > 1
         reasons.append("No other candidate has finished." if others_ran else "It is the only candidate.")
     elif not others:
-        reasons.append("It is lower than that of every other candidate, by more than the noise.")
+        what = "These are more than of every" if is_share else "It is lower than that of every"
+        reasons.append(f"{what} other candidate, by more than the noise.")
     else:
         names = ", ".join(one.candidate.name for one in tied)
         everything = " All candidates tie." if len(tied) == len(evidence.candidates) else ""
@@ -174,28 +166,41 @@ def _reasons(
     behind = sorted((one for one in evidence.candidates if one not in tied), key=evidence.loss)
     if behind:
         gaps = ", ".join(f"{one.candidate.name} ({_shown_gap(evidence, one)})" for one in behind)
-        reasons.append(f"Higher by more than the noise: {gaps}.")
+        reasons.append(f"{'Behind' if is_share else 'Higher'} by more than the noise: {gaps}.")
     return [*reasons, _basis(evidence)] if len(evidence.candidates) > 1 else reasons
+
+
+def _result(recommended: CandidateResult, evidence: Evidence) -> str:
+    """State what the recommended candidate has reached."""
+    best, measure = recommended.best, evidence.measure
+    assert best is not None
+    reached = measure.format_wrong(evidence.loss(recommended))
+    if not measure.is_share:
+        before = "" if best.loss_before is None else f", from {measure.format(best.loss_before)} before training"
+        return f"Its held-out loss is {reached}{before}."
+    margin = "" if recommended.margin is None else f", with a mean margin of {recommended.margin:+.3f} nats"
+    return f"Of the held-out {measure.cases}, {reached} are right{margin}."
 
 
 def _shown_gap(evidence: Evidence, result: CandidateResult) -> str:
     gap = evidence.gap(evidence.lowest, result)
-    return "" if gap is None else format_gap(gap)
+    return "" if gap is None else evidence.measure.format_gap(gap)
 
 
 def _tie_reason(recommended: CandidateResult, evidence: Evidence) -> str:
     """Explain why a candidate is recommended although another has a lower loss."""
-    lowest = evidence.lowest
+    lowest, measure = evidence.lowest, evidence.measure
     gap = evidence.gap(lowest, recommended)
     assert gap is not None
     if gap.margin_together is None:
-        limit = "which too few conversations cannot tell from noise"
+        limit = f"which too few {measure.cases} cannot tell from noise"
     elif gap.mean <= gap.margin_together:
-        limit = f"within the noise (± {format_loss(gap.margin_together)})"
+        limit = f"within the noise (± {measure.format_difference(gap.margin_together)})"
     else:
-        limit = f"less than the {format_loss(evidence.threshold)} that count as equal"
+        limit = f"less than the {measure.format_difference(evidence.threshold)} that count as equal"
+    how = "has more right" if measure.is_share else "is lower"
     return (
-        f"{name_with_settings(lowest)} is lower by {format_loss(gap.mean)}, {limit}; "
+        f"{name_with_settings(lowest)} {how} by {measure.format_difference(gap.mean)}, {limit}; "
         f"{recommended.candidate.name} {_relative_cost(recommended, lowest)}."
     )
 
@@ -203,7 +208,7 @@ def _tie_reason(recommended: CandidateResult, evidence: Evidence) -> str:
 def _forgetful_reason(result: CandidateResult, recommended: CandidateResult) -> str:
     gap = forgetting_gap(recommended, result)
     assert gap is not None
-    margin = "" if gap.margin is None else f" ± {format_loss(gap.margin)}"
+    margin = "" if gap.margin is None else f" ± {LOSS.format(gap.margin)}"
     return f"{result.candidate.name} is set aside: its loss on general text is {gap.mean:+.3f}{margin} against that."
 
 
@@ -223,29 +228,36 @@ def _trade_off(recommended: CandidateResult, evidence: Evidence) -> str | None:
     assert cost is not None and forgotten.margin is not None
     return (
         f"Trade-off: {other.candidate.name} forgets less. Its loss on general text is lower by {forgotten.mean:.3f} ± "
-        f"{format_loss(forgotten.margin)}, and its held-out loss differs by {format_gap(cost)}."
+        f"{LOSS.format(forgotten.margin)}, and its {evidence.measure.value_name} differs by "
+        f"{evidence.measure.format_gap(cost)}."
     )
 
 
 def _basis(evidence: Evidence) -> str:
     """Say what the intervals contain and what they do not."""
-    paired = evidence.paired
-    share = format_percent(evidence.threshold / abs(float(paired.losses.min())))
-    equal = f"Differences up to {format_loss(evidence.threshold)} ({share}) count as equal."
+    paired, measure = evidence.paired, evidence.measure
+    threshold = measure.format_difference(evidence.threshold)
+    share = format_percent(evidence.threshold / abs(float(paired.losses.min()))) if not measure.is_share else ""
+    equal = f"Differences up to {threshold}{f' ({share})' if share else ''} count as equal."
     if not evidence.by_conversation:
         return f"The runs keep no losses by conversation, so that there is no interval. {equal}"
     if paired.num_clusters < 2:
-        return f"All held-out conversations belong together, so that there is no interval. {equal}"
-    conversations = (
-        f"{format_count(paired.num_conversations)} held-out conversations in {format_count(paired.num_clusters)} "
+        return f"All held-out {measure.cases} belong together, so that there is no interval. {equal}"
+    cases = (
+        f"{format_count(paired.num_conversations)} held-out {measure.cases} in {format_count(paired.num_clusters)} "
         "independent groups"
     )
+    how = f" {measure.explanation}" if measure.explanation else ""
     if paired.num_seeds == 1:
+        added = f"{threshold} ({share} of the loss) is" if share else f"{threshold} are"
         return (
-            f"Intervals (95 %, for all pairs at once) are over {conversations}. They do not contain the noise of runs, "
-            f"which one seed does not show; {format_loss(evidence.threshold)} ({share} of the loss) is added for it."
+            f"Intervals (95 %, for all pairs of candidates at once) are over {cases}. They do not contain the noise of "
+            f"runs, which one seed does not show; {added} added for it.{how}"
         )
-    return f"Intervals (95 %, for all pairs at once) are over {conversations} and {paired.num_seeds} seeds. {equal}"
+    return (
+        f"Intervals (95 %, for all pairs of candidates at once) are over {cases} and {paired.num_seeds} seeds. "
+        f"{equal}{how}"
+    )
 
 
 def _relative_cost(result: CandidateResult, other: CandidateResult) -> str:
@@ -274,11 +286,12 @@ def _warnings(
         if not evidence.by_conversation:
             warnings.append("Runs of an older version keep no losses by conversation; compare in another folder.")
         elif paired.num_clusters < 2:
-            warnings.append("All held-out conversations belong together: nothing can be told apart. Hold out more.")
+            cases = evidence.measure.cases
+            warnings.append(f"All held-out {cases} belong together: nothing can be told apart. Hold out more.")
         elif paired.effective_clusters < _FEW_CLUSTERS:
             warnings.append(
-                f"The held-out conversations say as much as {paired.effective_clusters:.0f} independent ones of equal "
-                "length. Hold out more to tell closer candidates apart."
+                f"The held-out {evidence.measure.cases} say as much as {paired.effective_clusters:.0f} independent "
+                "ones of equal length. Hold out more to tell closer candidates apart."
             )
         if paired.num_seeds == 1:
             warnings.append("One seed does not show the noise of runs; use `--seeds 3` or more.")
@@ -292,7 +305,10 @@ def _warnings(
             f"The runs trained on between {format_count(min(tokens))} and {format_count(max(tokens))} tokens. "
             "Use `--budget tokens=N` to give every run the same number."
         )
-    if best.loss_before is not None and evidence.loss(recommended) >= best.loss_before:
+    if evidence.measure.is_share:
+        if evidence.loss(recommended) >= _HALF:
+            warnings.append("No more than half are right: no candidate learned from this data within the budget.")
+    elif best.loss_before is not None and evidence.loss(recommended) >= best.loss_before:
         warnings.append("Its held-out loss did not fall: no candidate learned from this data within the budget.")
     for result in candidates:
         end = result.lr_at_grid_end

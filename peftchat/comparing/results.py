@@ -7,10 +7,13 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from peftchat.comparing.candidates import OBJECTIVE, is_of_all
 from peftchat.comparing.compare_plan import ComparePlan
 from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.evidence import Clusters, Evidence, forgetting_gap
+from peftchat.comparing.measure import Measure, measure_of
 from peftchat.comparing.outcomes import CandidateResult, Estimate, MergeResult, RunResult
+from peftchat.comparing.pair_scores import with_scores
 from peftchat.comparing.recommend import Recommendation, recommend
 from peftchat.comparing.task_evidence import TaskEvidence
 from peftchat.comparing.task_scores import TaskScore
@@ -47,9 +50,23 @@ class ComparisonResult:
         base_tasks: Sequence[TaskScore] = (),
     ) -> "ComparisonResult":
         """Return the result with its recommendation."""
+        candidates, measure = with_scores(candidates), measure_of(plan.base.recipe)
         tasks = TaskEvidence.of(candidates, base_tasks)
-        advice = recommend(candidates, base_general_loss, clusters, plan.options.negligible, tasks)
+        advice = recommend(candidates, base_general_loss, clusters, plan.options.negligible, tasks, measure)
         return cls(plan, candidates, base_general_loss, advice, tasks)
+
+    @property
+    def measure(self) -> Measure:
+        """What candidates are compared by."""
+        return measure_of(self.plan.base.recipe)
+
+    @property
+    def losses_are_alike(self) -> bool:
+        """Whether all candidates have one objective with the same options, so that losses can be drawn together."""
+        keys = {key for one in self.candidates for key in one.candidate.settings}
+        own = {key for key in keys if key == OBJECTIVE or not is_of_all(key)}
+        found = [{key: one.candidate.settings.get(key) for key in own} for one in self.candidates]
+        return all(one == found[0] for one in found)
 
     def recommended_recipe(self, folder: ComparisonFolder) -> str:
         """Return the recommended recipe as YAML, with the reasons as a comment on top."""
@@ -75,7 +92,8 @@ class TrialSummary(_Summary):
         run: the run folder.
         settings: the settings that this run tried.
         share: its length as a part of a full run's.
-        loss: held-out loss in nats per supervised token; None if the run failed.
+        loss: held-out loss in nats per supervised token, or that of the objective; None if the run failed.
+        right: the share of held-out pairs or labeled answers that are right.
         seconds, tokens: of training.
         failure: why it failed, in one line.
         log: the output of a failed run.
@@ -86,6 +104,7 @@ class TrialSummary(_Summary):
     seed: int
     share: float = 1.0
     loss: float | None = None
+    right: float | None = None
     seconds: float | None = None
     tokens: int | None = None
     failure: str | None = None
@@ -98,7 +117,14 @@ class TrialSummary(_Summary):
         summary = cls(run=str(folder.run(job.name)), settings=dict(job.settings), seed=job.seed, share=job.share)
         if result.failure is not None:
             return summary.model_copy(update={"failure": result.failure, "log": str(folder.log(job.name))})
-        return summary.model_copy(update={"loss": result.loss, "seconds": result.seconds, "tokens": result.tokens})
+        return summary.model_copy(
+            update={
+                "loss": result.loss,
+                "right": result.right,
+                "seconds": result.seconds,
+                "tokens": result.tokens,
+            }
+        )
 
 
 class TaskSummary(_Summary):
@@ -159,9 +185,13 @@ class CandidateSummary(_Summary):
 
     Attributes:
         loss: held-out loss over the seeds.
+        right: the share of held-out pairs or labeled answers that are right, over the seeds.
+        margin: mean margin of the held-out pairs, in nats.
+        own_right: the share that is right by the objective's own reward.
         trials: one run per settings tried, on the first seed.
         seed_runs: runs with the best settings on the other seeds.
-        loss_gap: how much its loss is above the lowest, with the interval of this pair alone.
+        loss_gap: how much its loss is above the lowest, with the interval of this pair alone; where candidates are
+            compared by shares, how much higher its share of wrong cases is.
         loss_gap_margin_together: half the interval that holds for all pairs at once.
         forgetting_gap: how much its loss on general text is above that of the recommended candidate.
         tied: whether it is statistically tied with the lowest.
@@ -176,6 +206,9 @@ class CandidateSummary(_Summary):
     name: str
     settings: dict[str, Any]
     loss: Estimate | None
+    right: Estimate | None = None
+    margin: float | None = None
+    own_right: float | None = None
     trials: tuple[TrialSummary, ...]
     seed_runs: tuple[TrialSummary, ...]
     loss_gap: Estimate | None = None
@@ -210,6 +243,9 @@ class CandidateSummary(_Summary):
             name=result.candidate.name,
             settings={**result.candidate.settings, **result.settings},
             loss=result.loss,
+            right=result.right,
+            margin=result.margin,
+            own_right=result.own_right,
             trials=tuple(TrialSummary.of(run, folder) for run in result.trials),
             seed_runs=tuple(TrialSummary.of(run, folder) for run in result.seed_runs),
         )
@@ -281,13 +317,15 @@ class EvidenceSummary(_Summary):
     """What the statistics are based on.
 
     Attributes:
-        conversations: held-out conversations.
+        measure: what candidates are compared by: `loss`, `pairs_right` or `answers_right`.
+        conversations: held-out conversations, pairs or labeled answers.
         clusters: independent groups of them.
         effective_clusters: groups of equal length that would say as much.
         seeds: seeds that all candidates have.
-        threshold: the difference in nats per token up to which losses count as equal.
+        threshold: the difference up to which candidates count as equal.
     """
 
+    measure: str = "loss"
     conversations: int
     clusters: int
     effective_clusters: float
@@ -299,6 +337,7 @@ class EvidenceSummary(_Summary):
         """Summarize the evidence."""
         paired = evidence.paired
         return cls(
+            measure=evidence.measure.key,
             conversations=paired.num_conversations if evidence.by_conversation else 0,
             clusters=paired.num_clusters if evidence.by_conversation else 0,
             effective_clusters=paired.effective_clusters if evidence.by_conversation else 0.0,

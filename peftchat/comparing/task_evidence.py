@@ -19,6 +19,7 @@ from peftchat.comparing.paired_statistics import (
     PairedComparison,
     PairedLosses,
     compare_paired,
+    least_errors,
     number_clusters,
 )
 from peftchat.comparing.task_scores import TaskScore
@@ -177,7 +178,7 @@ def _compare_task(place: int, scores: Mapping[str, Sequence[Sequence[TaskScore]]
     by_question = values.mean(axis=1)
     errors = [_standard_error(row, weights, clusters) for row in by_question]
     names = list(scores)
-    floors = np.array([[_least_error(row, other, clusters) for other in by_question] for row in by_question])
+    floors = least_errors(by_question, clusters)
     return TaskComparison(
         one.task, one.metric, one.higher_is_better, len(weights), int(clusters.max()) + 1, values.shape[1], names,
         [float(mean) for mean in means], errors, paired, floors,
@@ -191,13 +192,3 @@ def _standard_error(values: Floats, weights: Floats, clusters: npt.NDArray[np.in
     mean = float((values * weights).sum() / weights.sum())
     moves = (values - mean) * weights / weights.mean()
     return standard_error(moves.tolist(), clusters.tolist())
-
-
-def _least_error(ours: Floats, theirs: Floats, clusters: npt.NDArray[np.int64]) -> float:
-    """Return Bonett and Price's standard error, with related questions as one; zero for scores beyond 0 to 1."""
-    if min(ours.min(), theirs.min()) < 0 or max(ours.max(), theirs.max()) > 1:
-        return 0.0
-    moves = np.bincount(clusters, weights=ours - theirs)
-    count = len(moves) + 2
-    more, less = (int((moves > 0).sum()) + 1) / count, (int((moves < 0).sum()) + 1) / count
-    return math.sqrt((more + less - (more - less) ** 2) / count)

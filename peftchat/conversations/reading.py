@@ -360,16 +360,26 @@ def _found_below(fields: Fields) -> str:
     for field, value in fields.items():
         if isinstance(value, dict) and matching_format(value) is not None:
             return f"They are below the field {field!r}: jq -c '.[\"{field}\"]' FILE > FILE.jsonl. "
-        if isinstance(value, list) and value and isinstance(value[0], dict) and _are_turns(value[0]):
-            return f"The field {field!r} holds turns: `columns: {{messages: {field}}}` reads it. "
+    turns = [name for name, value in fields.items() if isinstance(value, list) and value and _are_turns(value[0])]
+    if len(turns) == 1:
+        return f"The field {turns[0]!r} holds turns: `columns: {{messages: {turns[0]}}}` reads it. "
+    if len(turns) > 1:
+        return (
+            f"Several fields hold turns: {', '.join(map(repr, turns))}. Write the one to train on as `messages`; "
+            "of a pair, the better one as `chosen` and the other as `rejected`. "
+        )
     if fields.keys() == {"text"}:
         return "A text without marks such as `### Human:` or `<|im_start|>` has no turns that could be told apart. "
     return "Give the file's names with `columns`, such as `{prompt: ask, completion: reply}`. "
 
 
-def _are_turns(fields: Fields) -> bool:
+def _are_turns(fields: Any) -> bool:
     """Whether a record is a turn: a role and a content."""
-    return any(name in fields for name in names.ROLE) and any(name in fields for name in names.CONTENT)
+    return (
+        isinstance(fields, dict)
+        and any(name in fields for name in names.ROLE)
+        and any(name in fields for name in names.CONTENT)
+    )
 
 
 def _until_problem(stream: Iterator[Conversation], problems: ProblemLog) -> Iterator[Conversation]:

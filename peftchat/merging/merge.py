@@ -16,6 +16,7 @@ from peftchat.merging.output import (
     MergedBase,
     MergeReport,
     check_written,
+    with_other_modalities,
     write_config_and_tokenizer,
     write_index,
     write_report,
@@ -130,7 +131,7 @@ def _write_shards(job: MergeJob, partial: Path, block_bytes: int) -> int:
 
 
 def _write_small_files(job: MergeJob, partial: Path, options: MergeOptions) -> None:
-    config = job.weights.empty_model.model.config
+    config = with_other_modalities(job.weights.empty_model.model.config, job.base.config)
     dtype = options.dtype or job.base.config.dtype
     write_config_and_tokenizer(
         partial, config, job.source.folder, job.base.folder, untied=bool(job.plan.untied), dtype=dtype

@@ -1,5 +1,6 @@
 """The files of a merged model beside its weights, the check of what was written, and the report."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -48,6 +49,23 @@ def write_index(folder: Path, plan: MergePlan) -> None:
     (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def with_other_modalities(config: Any, base: Any) -> Any:
+    """Return the base's config with this one as its text part, where the base is more than its language model.
+
+    Its weights keep their names, those of the other parts among them. The text part alone names no architecture.
+
+    Args:
+        config: of the causal language model, with the merged vocabulary size.
+        base: the base's config.
+    """
+    part = next((name for name in base.sub_configs if type(getattr(base, name, None)) is type(config)), None)
+    if type(config) is type(base) or part is None:
+        return config
+    whole = copy.deepcopy(base)
+    setattr(whole, part, config)
+    return whole
+
+
 def write_config_and_tokenizer(
     folder: Path, config: Any, run: Path, base: Path, *, untied: bool, dtype: torch.dtype | None
 ) -> None:
@@ -76,8 +94,9 @@ def write_config_and_tokenizer(
     if generation is not None:
         for name, value in _special_ids(generation).items():
             setattr(config, name, value)
+            setattr(config.get_text_config(), name, value)
     if untied:
-        config.tie_word_embeddings = False
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     config.dtype = dtype
     config.save_pretrained(folder)
     (folder / MODEL_CONFIG).rename(folder / UNVERIFIED_CONFIG)

@@ -37,6 +37,26 @@ _STRETCHED = ("linear", "dynamic", "yarn", "longrope", "llama3", "su")
 """The rotary embeddings that a factor stretches beyond the positions that the model was first trained on."""
 
 
+_LAYERS_WITH_STATE = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
+"""Kinds of layers, as `layer_types` names them, that hand a state or a window of values from token to token."""
+
+
+def carries_state(config: "PretrainedConfig") -> bool:
+    """Return whether layers besides attention mix tokens: state-space models, linear attention, short convolutions.
+
+    No mask and no positions keep the conversations of a pack apart in such layers; padding on the right is harmless.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    layer_types = getattr(config.get_text_config(), "layer_types", None)
+    if layer_types:
+        return not _LAYERS_WITH_STATE.isdisjoint(layer_types)
+    kind = type(config)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and bool(
+        getattr(MODEL_FOR_CAUSAL_LM_MAPPING[kind], "_is_stateful", False)
+    )
+
+
 def check_config(loaded: "LoadedRecipe", source: ModelSource, config: "PretrainedConfig") -> str | None:
     """Check that a model of this config can be trained as the recipe says.
 
@@ -49,13 +69,22 @@ def check_config(loaded: "LoadedRecipe", source: ModelSource, config: "Pretraine
         A note for the user, or None.
 
     Raises:
-        UserError: it is no causal language model, it is stored quantized, or its positions do not reach `max_length`.
+        UserError: it is no causal language model, it is stored quantized, its layers do not keep packed conversations
+            apart, or its positions do not reach `max_length`.
     """
     _check_kind(source, config)
     stored = StoredQuantization.of(source, config)
     if stored is not None:
         raise _quantized(source, stored, loaded.recipe.method)
-    return _check_positions(loaded, source, config)
+    if loaded.recipe.data.packing and carries_state(config):
+        raise UserError(
+            f"the conversations of a pack cannot be kept apart: layers of this {config.model_type} hand a state from "
+            "token to token",
+            where=f"{loaded.where('data', 'packing')}: true",
+            hint="Set data.packing: false.",
+        )
+    notes = (_check_positions(loaded, source, config), _note_on_modalities(loaded.recipe.method, config))
+    return " ".join(filter(None, notes)) or None
 
 
 def _check_kind(source: ModelSource, config: "PretrainedConfig") -> None:
@@ -147,6 +176,19 @@ def _quantized(source: ModelSource, stored: StoredQuantization, method: str) -> 
         hint="Name the 16-bit model that it was made from"
         + ("." if method == "qlora" else "; `method: qlora` loads that in 4 or 8 bits."),
     )
+
+
+def _note_on_modalities(method: str, config: "PretrainedConfig") -> str | None:
+    """Say what becomes of the parts beside the language model, such as a vision tower, when all weights are trained."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = type(config)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    if method != "full" or model is None or config.get_text_config() is config:
+        return None
+    if model.config_class in (None, kind):
+        return f"Only the language model of this {config.model_type} is trained; its other parts stay as they are."
+    return f"Only the language model of this {config.model_type} is trained and saved, without its other parts."
 
 
 def _check_positions(loaded: "LoadedRecipe", source: ModelSource, config: "PretrainedConfig") -> str | None:

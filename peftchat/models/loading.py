@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peftchat.models.base_check import check_stored_values, check_values
+from peftchat.models.read_weights import layers_not_quantized
 from peftchat.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -54,11 +55,11 @@ def load_base(recipe: "Recipe", *, dtype: str, device_map: dict[str, Any] | None
     attention = attention_implementation(recipe)
     if attention is not None:
         arguments["attn_implementation"] = attention
+    source = ModelSource.of_recipe(recipe)
     if recipe.quantization is not None:
-        arguments["quantization_config"] = quantization_config(recipe)
+        arguments["quantization_config"] = quantization_config(recipe, layers_not_quantized(source.config()))
     if device_map is not None:
         arguments["device_map"] = device_map
-    source = ModelSource.of_recipe(recipe)
     model = source.load_model(**arguments)
     check_values(model, source)
     if recipe.quantization is not None:
@@ -67,17 +68,23 @@ def load_base(recipe: "Recipe", *, dtype: str, device_map: dict[str, Any] | None
     return model
 
 
-def quantization_config(recipe: "Recipe") -> Any:
-    """Return the recipe's quantization for bitsandbytes (Dettmers et al., 2023)."""
+def quantization_config(recipe: "Recipe", left_out: list[str] | None = None) -> Any:
+    """Return the recipe's quantization for bitsandbytes (Dettmers et al., 2023).
+
+    Args:
+        recipe: its `quantization`.
+        left_out: the layers that stay as they are; None for the LM head alone.
+    """
     import torch
     from transformers import BitsAndBytesConfig
 
     section = recipe.quantization
     assert section is not None
     if section.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out)
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=left_out,  # Of 4 bits too, in spite of its name.
         bnb_4bit_quant_type=section.type,
         bnb_4bit_use_double_quant=section.double,
         bnb_4bit_compute_dtype=getattr(torch, recipe.model.computed_in),

@@ -16,6 +16,7 @@ from peftchat.models.experts import (
     router_names,
     unsharded_shape,
 )
+from peftchat.models.read_weights import layers_not_called
 from peftchat.models.zero import is_zero3
 from peftchat.variants.base import Adapter, CalibrationBatches
 from peftchat.variants.model_shape import ModelShape, is_target
@@ -33,14 +34,20 @@ def model_shape(model: "PreTrainedModel") -> ModelShape:
     head = model.get_output_embeddings()
     linear: dict[str, tuple[int, int]] = {}
     norms: list[str] = []
+    elsewhere: list[str] = []
+    others = other_modalities(model)
     is_conv1d = False
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
+        is_norm = "norm" in type(module).__name__.lower() and "weight" in dict(module.named_parameters(recurse=False))
+        if any(name.startswith(f"{other}.") or name == other for other in others):
+            if is_norm or isinstance(module, nn.Linear | Conv1D):
+                elsewhere.append(name)
+        elif isinstance(module, nn.Linear) and module is not head:
             linear[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             linear[name] = (module.nx, module.nf)
             is_conv1d = True
-        elif "norm" in type(module).__name__.lower() and "weight" in dict(module.named_parameters(recurse=False)):
+        elif is_norm:
             norms.append(name)
     return ModelShape(
         model_type=str(model.config.model_type),
@@ -53,18 +60,40 @@ def model_shape(model: "PreTrainedModel") -> ModelShape:
         routers=router_names(model),
         renamed=names_peft_replaces(str(model.config.model_type)),
         flat_experts=flat_expert_names(model),
+        not_called=layers_not_called(model),
+        elsewhere=tuple(elsewhere),
+    )
+
+
+def other_modalities(model: "PreTrainedModel") -> tuple[str, ...]:
+    """Return the dotted names of the modules beside the language model, such as a vision tower: text passes none."""
+    if model.config.get_text_config() is model.config:
+        return ()
+    modules = dict(model.named_modules())
+    decoder = model.get_decoder()
+    inside = next((name for name, module in modules.items() if module is decoder), "")
+    if not inside:
+        return ()
+    head = model.get_output_embeddings()
+    around = {inside, *(".".join(inside.split(".")[:end]) for end in range(inside.count(".") + 1))}
+    return tuple(
+        name
+        for name, module in modules.items()
+        if name not in around and name.rpartition(".")[0] in around - {inside} and module is not head
     )
 
 
 def freeze_layers(model: "PreTrainedModel", layers: str | None) -> None:
-    """Freeze decoder layers.
+    """Freeze decoder layers, and the parts of a model that text does not pass.
 
     Args:
-        layers: numbers and ranges, such as `0-11,14`; None freezes nothing.
+        layers: numbers and ranges, such as `0-11,14`; None freezes none of them.
 
     Raises:
         UserError: the model has no such layers.
     """
+    for name in other_modalities(model):
+        model.get_submodule(name).requires_grad_(False)
     if layers is None:
         return
     blocks = _decoder_layers(model)
@@ -86,7 +115,12 @@ def _numbers(part: str) -> range:
 def _decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
     """Return the list of decoder layers: the one with as many entries as the config has layers."""
     count = int(model.config.get_text_config().num_hidden_layers)
-    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    others = tuple(f"{name}." for name in other_modalities(model))
+    found = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and not name.startswith(others)
+    ]
     if not found:
         raise UserError("this model has no list of decoder layers", where="model.freeze_layers")
     return found[0]
@@ -114,19 +148,24 @@ def peft_config(recipe: "Recipe", model: "PreTrainedModel") -> "PeftConfig | Non
     return config
 
 
-def expert_notes(recipe: "Recipe", model: "PreTrainedModel") -> tuple[str, ...]:
-    """Return what the user must know of the experts of a mixture: what is adapted, what stays frozen, and why.
+def adapter_notes(recipe: "Recipe", model: "PreTrainedModel") -> tuple[str, ...]:
+    """Return what the user must know of layers without an adapter, and of the experts of a mixture.
 
     Raises:
         UserError: the adapter does not fit the model.
     """
     shape = model_shape(model)
-    if recipe.adapter is None or not shape.experts:
+    if recipe.adapter is None:
         return ()
+    notes: list[str] = []
+    if shape.not_called and hasattr(recipe.adapter, "target_modules"):
+        frozen = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in shape.not_called))
+        notes.append(f"Without an adapter: {frozen}. This {shape.model_type} reads their weights without calling them.")
+    if not shape.experts:
+        return tuple(notes)
     config = peft_config(recipe, model)
     targets: tuple[str, ...] = tuple(getattr(config, "target_parameters", None) or ())
     adapted = [name for name in shape.experts if any(is_target(name, target) for target in targets)]
-    notes: list[str] = []
     if len(adapted) < len(shape.experts):
         frozen = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in shape.experts if name not in adapted))
         notes.append(f"The experts' {frozen} stay frozen, as adapter.{_why_frozen(recipe.adapter)} says.")

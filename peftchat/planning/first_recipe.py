@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftchat.conversations.reading import read_sources
-from peftchat.models.source import ModelSource
+from peftchat.models.base_config import carries_state
+from peftchat.models.source import MODEL_CONFIG, ModelSource
 from peftchat.paths import exists
 from peftchat.planning.hardware import Hardware
 from peftchat.planning.plan import Prediction, predict
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 CHEAPER: Mapping[str, tuple["Method", ...]] = {"full": ("lora", "qlora"), "lora": ("qlora",), "qlora": ()}
 """Method -> those that need less memory, the nearest first."""
 
+DEMO_MODEL = Path(".cache/smollm2-135m")
 _MOST_READ = 5_000
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".jsonl.zst")
 
@@ -58,11 +60,13 @@ class ModelLook:
         name: its folder or hub id.
         kind: its architecture's name.
         has_template: whether its tokenizer writes conversations by a template of its own.
+        is_packed: whether its layers keep the conversations of a pack apart.
     """
 
     name: str
     kind: str
     has_template: bool
+    is_packed: bool
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,12 @@ class Choice:
     model: str
     data: str
     template: str
+    is_packed: bool = True
 
     def text(self, target: Path, settings: Mapping[str, str] | None = None) -> str:
         """Return the commented recipe."""
-        held = {"chat.template": self.template, **(settings or {})}
+        unpacked = {} if self.is_packed else {"data.packing": "false"}
+        held = {"chat.template": self.template, **unpacked, **(settings or {})}
         return starting_recipe(self.method, target, model=self.model, data=self.data, settings=held)
 
 
@@ -84,6 +90,12 @@ def find_data(folder: Path) -> str | None:
     """Return the only file in a folder that can hold conversations; None if there is none, or several."""
     found = [path.name for path in folder.iterdir() if path.name.endswith(_SUFFIXES) and not path.name.startswith(".")]
     return found[0] if len(found) == 1 else None
+
+
+def find_model(folder: Path) -> str | None:
+    """Return the demo's model where `make demo` has left it below a folder, else None."""
+    found = folder / DEMO_MODEL
+    return str(found) if (found / MODEL_CONFIG).is_file() else None
 
 
 def look_at_data(path: str) -> DataLook:
@@ -110,7 +122,8 @@ def look_at_model(name: str) -> ModelLook:
     source = ModelSource.open(name, where=f"the base model {name}")
     source.require_model()
     config = source.config()
-    return ModelLook(name, str(config.model_type), bool(source.tokenizer().chat_template))
+    has_template = bool(source.tokenizer().chat_template)
+    return ModelLook(name, str(config.model_type), has_template, not carries_state(config))
 
 
 def predict_choice(

@@ -12,7 +12,7 @@ from torch import nn
 from peftchat.errors import UserError
 from peftchat.models.added_tokens import find_added_tokens
 from peftchat.models.experts import active_shares, expert_parameters
-from peftchat.models.peft_model import expert_notes, freeze_layers, layer_as_parameter, model_shape, peft_config
+from peftchat.models.peft_model import adapter_notes, freeze_layers, layer_as_parameter, model_shape, peft_config
 from peftchat.planning.tracing import decoder_layers, decoder_linears, meta_model, wrap
 from peftchat.training.hints import all_in_attention
 from peftchat.training.rate_rule import width_of
@@ -32,7 +32,7 @@ class ParameterCounts:
         num_layers: decoder blocks.
         hidden_size: width of the hidden states.
         intermediate_size: inner width of the MLP; 0 if the config names none.
-        num_heads: query heads.
+        num_heads: query heads; 0 for a model without attention.
         num_key_value_heads: key and value heads.
         vocab_size: rows of the token embedding.
         max_positions: tokens of the longest sequence that the model takes.
@@ -126,13 +126,14 @@ def parameter_counts(config: "PretrainedConfig") -> ParameterCounts:
     experts = list(expert_parameters(model).values())
     shares = active_shares(model, config)
     in_experts = sum(parameter.numel() for parameter in experts)
+    heads = int(getattr(text, "num_attention_heads", None) or 0)
     return ParameterCounts(
         model_type=str(text.model_type),
         num_layers=int(text.num_hidden_layers),
         hidden_size=width_of(config) or int(embedding.weight.shape[1]),
         intermediate_size=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 0),
-        num_heads=int(text.num_attention_heads),
-        num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        num_heads=heads,
+        num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         vocab_size=int(embedding.weight.shape[0]),
         max_positions=int(getattr(text, "max_position_embeddings", None) or 2**20),
         tied_head=tied,
@@ -160,7 +161,7 @@ def trainable_counts(config: "PretrainedConfig", recipe: "Recipe", new_tokens: i
         freeze_layers(model, recipe.model.freeze_layers)
         return _count(model, [named for named in model.named_parameters() if named[1].requires_grad], config, ())
     model.requires_grad_(False)
-    notes = expert_notes(recipe, model)
+    notes = adapter_notes(recipe, model)
     adapter = peft_config(recipe, model)
     quantizable = adapter is None or layer_as_parameter(adapter, model_shape(model)) is None
     wrapped = wrap(model, recipe, new_tokens)

@@ -101,6 +101,12 @@ def _headline(plan: "TrainingPlan") -> Text:
     return Text(text, style="bold red")
 
 
+def _heads_text(counts: "ParameterCounts") -> str:
+    if not counts.num_heads:
+        return "no attention"
+    return f"{counts.num_heads} heads ({counts.num_key_value_heads} for keys)"
+
+
 def _overview(plan: "TrainingPlan") -> Table:
     counts, hardware = plan.counts, plan.hardware
     tie = "tied head" if counts.tied_head else "untied head"
@@ -109,7 +115,7 @@ def _overview(plan: "TrainingPlan") -> Table:
         (
             "model",
             f"{plan.model}: {format_short_count(counts.parameters)} parameters; {counts.num_layers} layers of width "
-            f"{counts.hidden_size}, {counts.num_heads} heads ({counts.num_key_value_heads} for keys)",
+            f"{counts.hidden_size}, {_heads_text(counts)}",
         ),
         (
             "",

@@ -24,7 +24,7 @@ from peftchat.recipe.document import (
     to_plain,
 )
 from peftchat.recipe.error_messages import FORMER_KEYS, FORMER_SOURCE_KEYS, FORMER_VALUES, refuse, schema_problems
-from peftchat.recipe.schema import Recipe, drop_settings_of_other_variants
+from peftchat.recipe.schema import Recipe, drop_options_of_other_objectives, drop_settings_of_other_variants
 from peftchat.recipe.validation import (
     conflict_problems,
     find_conflicts,
@@ -88,6 +88,7 @@ def load_recipe(
     expand_paths(document)
     find_beside_recipe(document)
     drop_settings_of_other_variants(document)
+    drop_options_of_other_objectives(document)
     run = _take_from_run(document, needed=to_train)
     recipe = _validate_without_conflicts(document, str(path))
     problems = list(invalid_combinations(recipe))

@@ -73,6 +73,15 @@ def drop_settings_of_other_variants(document: Document) -> None:
             document.remove(("adapter", key))
 
 
+def drop_options_of_other_objectives(document: Document) -> None:
+    """Remove the options of the objectives that one of a higher layer replaces, such as `--set objective=simpo`."""
+    layer, chosen = document.layer(("objective",)), document.value(("objective",))
+    for name in PAIR_OBJECTIVES:
+        own = document.layer((name,))
+        if layer is not None and own is not None and own < layer and name != chosen:
+            document.remove((name,))
+
+
 def _is_inherited(adapter: type[Adapter], key: str) -> bool:
     """Return whether a variant takes a setting over from another one."""
     if key in adapter.model_fields:

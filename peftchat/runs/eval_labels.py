@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from peftchat.runs.eval_lines import mean_if_known, read_before, share_text, wilson_interval, write_lines
+from peftchat.runs.eval_lines import mean_if_known, read_before, read_lines, share_text, wilson_interval, write_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,12 @@ def write_eval_answers(path: Path, answers: Sequence[AnswerResult], *, before: b
         answers = [replace(one, logp_before=logp) for one, (logp,) in zip(answers, noted, strict=True)]
     write_lines(path, (one.as_line() for one in answers))
     return list(answers)
+
+
+def read_eval_answers(path: Path) -> list[AnswerResult]:
+    """Read what `write_eval_answers` wrote, without the examples; nothing where the file is missing or is no such."""
+    fields = [name for name in AnswerResult.__slots__ if name != "example"]
+    return read_lines(path, lambda line: AnswerResult(-1, **{name: line[name] for name in fields}))
 
 
 class LabelSummary(BaseModel):

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peftchat.files import write_text
 from peftchat.formatting import format_count, format_percent
+
+T = TypeVar("T")
 
 _Z_95 = 1.959964
 
@@ -15,6 +17,14 @@ _Z_95 = 1.959964
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Write the file."""
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def read_lines(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
+    """Return what `make` makes of each line; nothing where the file is missing or is another program's."""
+    try:
+        return [make(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def read_before(path: Path, sources: Sequence[str], names: Sequence[str]) -> list[tuple[float, ...]]:
@@ -25,13 +35,8 @@ def read_before(path: Path, sources: Sequence[str], names: Sequence[str]) -> lis
         sources: of its lines, as they should be.
         names: of the numbers in each line.
     """
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if [line["source"] for line in lines] != list(sources):
-            return []
-        return [tuple(float(line[name]) for name in names) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    found = read_lines(path, lambda line: (line["source"], tuple(float(line[name]) for name in names)))
+    return [values for _, values in found] if [source for source, _ in found] == list(sources) else []
 
 
 def mean_if_known(values: Iterable[float | None]) -> float | None:

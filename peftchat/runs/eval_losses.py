@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict
 
 from peftchat.files import write_text
+from peftchat.runs.eval_lines import read_lines
 
 _LENGTHS = (64, 256, 1024, 4096, 16384)
 """Upper bounds of the buckets of lengths, in tokens."""
@@ -125,14 +126,12 @@ def write_eval_losses(path: Path, conversations: Iterable[ConversationLoss]) -> 
 
 def read_eval_losses(path: Path) -> list[ConversationLoss]:
     """Read what `write_eval_losses` wrote; nothing where the file is missing or is another program's."""
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [
-            ConversationLoss(line["source"], line["length"], tuple(PartLoss(**part) for part in line["parts"]))
-            for line in lines
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    return read_lines(
+        path,
+        lambda line: ConversationLoss(
+            line["source"], line["length"], tuple(PartLoss(**part) for part in line["parts"])
+        ),
+    )
 
 
 def add_before(after: Sequence[ConversationLoss], noted: Sequence[ConversationLoss]) -> list[ConversationLoss]:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from peftchat.runs.eval_lines import mean_if_known, read_before, share_text, wilson_interval, write_lines
+from peftchat.runs.eval_lines import mean_if_known, read_before, read_lines, share_text, wilson_interval, write_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,12 @@ def write_eval_pairs(path: Path, pairs: Sequence[PairResult], *, before: bool) -
         ]
     write_lines(path, (one.as_line() for one in pairs))
     return list(pairs)
+
+
+def read_eval_pairs(path: Path) -> list[PairResult]:
+    """Read what `write_eval_pairs` wrote, without the examples; nothing where the file is missing or is no such."""
+    fields = [name for name in PairResult.__slots__ if name != "example"]
+    return read_lines(path, lambda line: PairResult(-1, **{name: line[name] for name in fields}))
 
 
 class PairSummary(BaseModel):

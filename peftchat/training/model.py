@@ -17,10 +17,11 @@ from peftchat.dataset.collator import BatchLayout, ChatCollator
 from peftchat.errors import UserError
 from peftchat.models import varlen_attention
 from peftchat.models.added_tokens import EmbeddingSnapshot, attach_added_tokens, resize_embeddings, snapshot_embeddings
+from peftchat.models.base_config import carries_state
 from peftchat.models.experts import expert_parameters
 from peftchat.models.fused_lora import fuse_lora_forward, num_adapted_layers
 from peftchat.models.loading import VARLEN, end_ids, load_base
-from peftchat.models.peft_model import add_adapter, cast_trainable, expert_notes, freeze_layers
+from peftchat.models.peft_model import adapter_notes, add_adapter, cast_trainable, freeze_layers
 from peftchat.models.savable import mend_generation_settings
 from peftchat.models.source import GENERATION_CONFIG, ModelSource
 from peftchat.models.widened import compute_in_float32
@@ -119,7 +120,7 @@ def _build_model(context: TrainContext) -> TrainableModel:
     attach_added_tokens(model, chat.tokenizer, chat.new_tokens, init)
     # Both hold the shapes that an initialization has found, and values in its place.
     checkpoint = context.checkpoint.path if context.checkpoint else first_stage
-    for note in expert_notes(recipe, model):
+    for note in adapter_notes(recipe, model):
         context.notes.tell(note)
     batches = partial(_calibration_batches, recipe, chat, context.splits["train"].store, model.device)
     wrapped = add_adapter(recipe, model, batches, checkpoint)
@@ -186,7 +187,7 @@ def select_attention(recipe: "Recipe", model: "PreTrainedModel | PeftModel", bas
     attention = recipe.model.attention
     has_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     supports_varlen = not has_prompt and base.config._attn_implementation == "sdpa"
-    supports_varlen = supports_varlen and base._can_set_attn_implementation()
+    supports_varlen = supports_varlen and base._can_set_attn_implementation() and not carries_state(base.config)
     if attention == VARLEN and not supports_varlen:
         raise UserError(
             "this model does not support variable-length attention",
@@ -210,7 +211,7 @@ def fall_back_to_sdpa(recipe: "Recipe", base: "PreTrainedModel") -> BatchLayout 
 def _layout(recipe: "Recipe", base: "PreTrainedModel", *, has_prompt: bool) -> BatchLayout:
     attention = str(base.config._attn_implementation)
     # Variable-length attention computes nothing across conversations; the others compute what their mask discards.
-    if not has_prompt and (attention == VARLEN or "flash" in attention):
+    if not has_prompt and not carries_state(base.config) and (attention == VARLEN or "flash" in attention):
         return "varlen"
     return "packed" if recipe.data.packing else "padded"
 

@@ -130,6 +130,16 @@ class NumberChecks:
         if bad is not None:
             self._stop(f"after step {step} the weight {bad} is not finite")
 
+    def tell_without_gradient(self, model: nn.Module) -> None:
+        """Tell which trained weights have no gradient after the first step's backward passes."""
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        without = [name for name, parameter in trained if parameter.grad is None]
+        if without:
+            self._context.notes.tell(
+                f"The first step gave no gradient to {len(without)} of {len(trained)} trained tensors, the first is "
+                f"{without[0]}. The model does not use them for these conversations."
+            )
+
     def weight_not_finite(self, model: nn.Module) -> str | None:
         """Return the name of the first trained weight that is not finite; every process must call it."""
         return next((name for name in self._gather(first_not_finite(model.named_parameters())) if name), None)

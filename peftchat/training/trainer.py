@@ -101,6 +101,10 @@ class ChatTrainer(SFTTrainer):
             processing_class=context.chat.tokenizer,
             callbacks=[MetricsCallback(context.run_folder.metrics), VariantCallback(self._hooks)],
         )
+        text = self.causal_model.config.get_text_config()
+        if getattr(text, "num_local_experts", getattr(text, "num_experts", None)) == 0:
+            # TRL goes by the key alone, which dense models of a mixture's class have too, such as Granite 4.0 Micro.
+            self.aux_loss_enabled = text.output_router_logits = False
         # TRL casts trainable parameters on a quantized base to bfloat16, in which small updates round to zero.
         # https://github.com/huggingface/trl/issues/7268
         for name, parameter in self.model.named_parameters():
@@ -273,6 +277,8 @@ class ChatTrainer(SFTTrainer):
         if self._weightwise is not None and self.frees_gradients:
             grad_norm = self._weightwise.take_norm()
         norm: Tensor | float | None = super()._get_grad_norm(model, grad_norm)
+        if self.state.global_step == 0 and not self.frees_gradients and not self.is_deepspeed_enabled:
+            self.checks.tell_without_gradient(self.model)
         if self.checks.end_step(self.state.global_step + 1, norm, self._get_learning_rate()):
             # An optimizer leaves weights without a gradient alone, their moments and weight decay included.
             model.zero_grad(set_to_none=True)

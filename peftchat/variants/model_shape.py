@@ -40,6 +40,10 @@ class ModelShape:
         routers: dotted names of the modules that choose among experts, linear layers or not.
         renamed: last parts of names that PEFT's LoRA takes for those of experts, and replaces.
         flat_experts: parameters that hold all experts without a dimension of their own, which PEFT cannot adapt.
+        not_called: dotted names of linear layers of which the model reads the weight, as the kernels of Mamba do. An
+            adapter wraps the call of a layer, so it would have no effect on them.
+        elsewhere: dotted names of the linear and normalization layers that text does not pass, such as those of a
+            vision tower. They are in none of the fields above.
     """
 
     model_type: str
@@ -52,11 +56,26 @@ class ModelShape:
     routers: tuple[str, ...] = ()
     renamed: frozenset[str] = frozenset()
     flat_experts: tuple[str, ...] = ()
+    not_called: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
 
     @property
     def _is_plain(self) -> bool:
-        """Whether PEFT's own names of layers choose the right ones: there are no experts."""
-        return not (self.experts or self.routers or self.renamed)
+        """Whether PEFT's own names of layers choose the right ones: there are no experts, and each layer is called."""
+        return not (self.experts or self.routers or self.renamed or self.not_called or self.elsewhere)
+
+    def short_names(self, names: Iterable[str], *, parts: int = 2) -> list[str]:
+        """Return the last parts of dotted names, each once, as PEFT matches them.
+
+        Where the same parts name a layer that text does not pass, there are as many more as tell the two apart.
+        """
+        return list(dict.fromkeys(self._short_name(name.split("."), parts) for name in names))
+
+    def _short_name(self, name: list[str], parts: int) -> str:
+        short = ".".join(name[-parts:])
+        if parts < len(name) and any(is_target(other, short) for other in self.elsewhere):
+            return self._short_name(name, parts + 1)
+        return short
 
     def target_module_names(self, group: str) -> list[str]:
         """Return the last two parts of the names of a group of linear layers, as PEFT matches them.
@@ -70,7 +89,9 @@ class ModelShape:
         names = [
             name
             for name in self.linear
-            if name not in self.routers and (group == "all-linear" or (group == "attention") == in_attention(name))
+            if name not in self.routers
+            and name not in self.not_called
+            and (group == "all-linear" or (group == "attention") == in_attention(name))
         ]
         if not names and not (self.experts and group != "attention"):
             raise UserError(
@@ -78,7 +99,7 @@ class ModelShape:
                 where="adapter.target_modules",
                 hint="Write `all-linear`, or the names of the layers.",
             )
-        return _suffixes(names)
+        return self.short_names(names)
 
     def peft_targets(self, modules: str | tuple[str, ...]) -> Targets:
         """Return PEFT's names of the layers that a setting of that name chooses.
@@ -98,25 +119,40 @@ class ModelShape:
                 )
             if self._is_plain:
                 return Targets("all-linear" if modules == "all-linear" else self.target_module_names(modules))
-            experts = () if modules == "attention" else _suffixes(self.experts, parts=3)
+            experts = () if modules == "attention" else self.short_names(self.experts, parts=3)
             return Targets(self.target_module_names(modules), tuple(experts))
         if self._is_plain:
             return Targets(list(modules))
+        self._check_called(modules)
         _check_halves(modules, self)
         layers: list[str] = []
         parameters: list[str] = []
         for name in modules:
             found = self._parameters_named(name)
             parameters += found
-            if any(is_target(layer, name) for layer in self.linear):
-                layers.append(name)
+            matched = [layer for layer in self.linear if is_target(layer, name)]
+            if matched:
+                is_elsewhere = any(is_target(layer, name) for layer in self.elsewhere)
+                layers += self.short_names(matched) if is_elsewhere else [name]
             elif not found:
+                known = [*self.target_module_names("all-linear"), *self.short_names(self.experts)]
                 raise UserError(
                     f"this `{self.model_type}` has no layer, and no parameter of experts, with the name `{name}`",
                     where="adapter.target_modules",
-                    hint=f"It has {', '.join([*self.target_module_names('all-linear'), *_suffixes(self.experts)])}.",
+                    hint=f"It has {', '.join(known)}.",
                 )
         return Targets(layers, tuple(dict.fromkeys(parameters)))
+
+    def _check_called(self, modules: Iterable[str]) -> None:
+        """Raise a UserError for a name of layers on which an adapter would have no effect."""
+        for name in modules:
+            if any(is_target(layer, name) for layer in self.not_called):
+                raise UserError(
+                    f"an adapter on `{name}` would have no effect: this `{self.model_type}` reads the layer's weight "
+                    "without calling the layer",
+                    where="adapter.target_modules",
+                    hint=f"It can adapt {', '.join(self.target_module_names('all-linear'))}.",
+                )
 
     def _parameters_named(self, name: str) -> list[str]:
         """Return the parameters of experts and routers that a name of `target_modules` chooses."""
@@ -131,7 +167,7 @@ class ModelShape:
             for router in self.routers
             if router not in self.linear and (is_target(router, name) or is_target(f"{router}.weight", name))
         ]
-        return _suffixes([*experts, *routers], parts=3)
+        return self.short_names([*experts, *routers], parts=3)
 
     def without_renamed(self, targets: Targets) -> Targets:
         """Return the targets with linear layers as parameters where PEFT's LoRA would replace their names.
@@ -143,22 +179,17 @@ class ModelShape:
             return targets
         lost = [name for name in targets.modules if name.rpartition(".")[2] in self.renamed]
         layers = [name for name in self.linear if any(is_target(name, target) for target in lost)]
-        weights = _suffixes([f"{name}.weight" for name in layers], parts=3)
+        weights = self.short_names([f"{name}.weight" for name in layers], parts=3)
         kept = [name for name in targets.modules if name not in lost or not layers]
         return Targets(kept, (*targets.parameters, *weights))
 
     def sizes(self, modules: str | tuple[str, ...]) -> list[tuple[int, int]]:
         """Return (inputs, outputs) of the linear layers that `modules` names; of all layers where it names none."""
         if modules == "all-linear":
-            return [size for name, size in self.linear.items() if name not in self.routers]
+            return [size for name, size in self.linear.items() if name not in (*self.routers, *self.not_called)]
         names = self.target_module_names(modules) if isinstance(modules, str) else modules
         sizes = [size for name, size in self.linear.items() if any(is_target(name, target) for target in names)]
         return sizes or list(self.linear.values())
-
-
-def _suffixes(names: Iterable[str], *, parts: int = 2) -> list[str]:
-    """Return the last parts of dotted names, each once."""
-    return list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
 
 
 def _check_halves(modules: tuple[str, ...], shape: ModelShape) -> None:

@@ -76,19 +76,19 @@ class Ia3(Adapter):
 def _ia3_targets(shape: ModelShape) -> list[str]:
     """Return the keys, the values and the second feed-forward layers of a model."""
     attention = [name for name in shape.target_module_names("attention") if name.endswith(_KEYS_AND_VALUES)]
-    second = {
-        ".".join(name.split(".")[-2:])
+    second = [
+        name
         for name, (inputs, outputs) in shape.linear.items()
         # Layers outside the numbered blocks only change the width of the embeddings.
         if not in_attention(name) and outputs == shape.hidden_size != inputs and any(map(str.isdigit, name.split(".")))
-    }
+    ]
     if not attention and not second:
         raise UserError(
             f"no layer of a `{shape.model_type}` has the name of a key, value or feed-forward layer",
             where="adapter.target_modules",
             hint="Name the layers to be scaled.",
         )
-    return [*attention, *sorted(second)]
+    return [*attention, *sorted(shape.short_names(second))]
 
 
 def _is_feedforward(target: str, shape: ModelShape) -> bool:
@@ -115,7 +115,7 @@ class LnTuning(Adapter):
     def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
         """Return the keyword arguments of LNTuningConfig, with the model's own module names."""
         chosen = self.target_modules
-        names = [name.split(".")[-1] for name in shape.norms] if isinstance(chosen, str) else chosen
+        names = shape.short_names(shape.norms, parts=1) if isinstance(chosen, str) else chosen
         if not names:
             raise UserError(
                 "the model has no normalization layers with weights",

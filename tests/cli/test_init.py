@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from peftchat.cli.init import command
+from peftchat.planning.first_recipe import DEMO_MODEL
 from peftchat.recipe import load_recipe
 from tests.support.models import small_model
 from tests.support.planning import SHAPES
@@ -82,3 +83,14 @@ def test_an_existing_file_is_refused_before_the_first_question(folder: Path) -> 
     assert "Conversations (file" not in done.output
     assert "already exists" in str(done.exception)
     assert (folder / "recipe.yaml").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_demos_model_is_offered_and_packs_are_left_out_where_they_cannot_be(folder: Path) -> None:
+    base = folder / DEMO_MODEL
+    base.parent.mkdir(parents=True)
+    base.symlink_to(small_model("mamba"))
+    done = answer("", "", "chatml", "")
+    assert done.exit_code == 0, done.output
+    recipe = load_recipe(folder / "recipe.yaml", to_train=False).recipe
+    assert (recipe.model.name, recipe.data.packing) == (str(DEMO_MODEL), False)
+    assert "peftchat merge runs/recipe" in done.output

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from tests.support.tokenizers import small_tokenizer
 
@@ -24,6 +24,11 @@ def small_config(kind: str, *, vocabulary: int = 96, width: int = 64, **changes:
     wide = {**sizes, "intermediate_size": 2 * width}
     llama = {**wide, "num_key_value_heads": 2}
     gpt2 = {"n_embd": width, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    state = {"hidden_size": width, "num_hidden_layers": 2}
+    granite = {
+        **llama, "num_local_experts": 0, "shared_intermediate_size": 2 * width, "mamba_n_heads": 8,
+        "mamba_d_head": width // 4, "mamba_d_state": 8,
+    }  # fmt: skip
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": width // 2}
     settings: dict[str, dict[str, Any]] = {
         "llama-bias": {**llama, "attention_bias": True, "mlp_bias": True},
@@ -56,6 +61,24 @@ def small_config(kind: str, *, vocabulary: int = 96, width: int = 64, **changes:
         "gpt_neox": wide,
         "gpt2": gpt2,
         "gpt_bigcode": gpt2,
+        # Layers that hand a state from token to token, alone or beside attention.
+        "mamba": {**state, "state_size": 8},
+        "mamba2": {**state, "state_size": 8, "num_heads": 4, "head_dim": width // 2, "n_groups": 1},
+        "falcon_h1": {
+            **llama, "mamba_d_ssm": width, "mamba_n_heads": 4, "mamba_d_head": width // 4, "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+        },
+        "jamba": {
+            **llama, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False,
+            "mamba_d_state": 8, "mamba_dt_rank": 4,
+        },
+        "lfm2": {**llama, "layer_types": ["conv", "full_attention"]},
+        "qwen3_5_text": {
+            **llama, "head_dim": width // 4, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+        },
+        "granitemoehybrid": {**granite, "layer_types": ["mamba", "attention"]},
+        "granitemoehybrid-dense": {**granite, "layer_types": ["attention", "attention"]},
     }  # fmt: skip
     ids = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     return AutoConfig.for_model(kind.partition("-")[0], **{**settings.get(kind, llama), **ids, **changes})
@@ -74,6 +97,23 @@ def random_model(kind: str, vocabulary: int, *, tied: bool | None = None, std: f
             if parameter.dim() >= 2 or name.endswith("lm_head.bias"):
                 parameter.normal_(0.0, std)
     return model.eval()
+
+
+def seeing_model(kind: str, *, vocabulary: int = 96) -> PreTrainedModel:
+    """Return a random model of two layers with a vision tower of two layers: `gemma3` or `qwen3_5`."""
+    eyes: dict[str, dict[str, Any]] = {
+        "qwen3_5": {"depth": 2, "num_heads": 2, "out_hidden_size": 32, "patch_size": 14},
+        "gemma3": {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    }
+    tokens: dict[str, dict[str, int]] = {
+        "qwen3_5": {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8},
+        "gemma3": {"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7, "mm_tokens_per_image": 4},
+    }
+    torch.manual_seed(0)
+    text = small_config(f"{kind}_text", vocabulary=vocabulary, width=32).to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 64, **eyes[kind]}
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, **tokens[kind])
+    return AutoModelForImageTextToText.from_config(config).float().eval()
 
 
 @cache

@@ -1,5 +1,6 @@
 """The fields of a record against those that its format understands: used, kept, told, or refused."""
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,12 +104,24 @@ def complete(fields: Fields, shape: RecordShape, messages: Sequence[Message], no
                 if tools is not None and found != tools:
                     raise RecordError("wrong_type", f"{name!r} and another list of tools differ")
                 tools = found
+        if tools is not None:
+            _note_unknown_calls(tools, turns, notes)
     for name in shape.told:
         if fields[name] not in ("", []):
             notes.unused(name)
     if "split" in shape.columns and str(fields["split"]).lower().replace("-", "_") in names.HELD_OUT_SPLITS:
         notes.unused(f"split: {fields['split']}")
     return Conversation(tuple(turns), notes.where, tools, {name: fields[name] for name in columns})
+
+
+def _note_unknown_calls(tools: str, turns: Sequence[Message], notes: Notes) -> None:
+    """Note a record in which a function is called that its tools do not define: the model was not shown it."""
+    called = {call.name for message in turns for call in message.tool_calls}
+    if called:
+        functions = [tool.get("function", tool) for tool in json.loads(tools)]
+        defined = {one.get("name", one.get("type")) for one in functions if isinstance(one, dict)}
+        if not called <= defined:
+            notes.change("call_of_no_tool")
 
 
 _FLAGS = frozenset({*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS, names.LABEL})

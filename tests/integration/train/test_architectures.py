@@ -78,7 +78,13 @@ def test_rows_around_the_model_equal_a_resized_model(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("architecture", ["gpt_bigcode", "gemma", "qwen2", "falcon", "opt-projected", "phi"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *("gpt_bigcode", "gemma", "qwen2", "falcon", "opt-projected", "phi"),
+        *("mamba", "qwen3_5_text", "granitemoehybrid-dense"),
+    ],
+)
 def test_a_run_on_each_family_is_read_by_stock_libraries(architecture: str, method: str, tmp_path: Path) -> None:
     base = small_model(architecture)
     train, held_out = (
@@ -87,7 +93,7 @@ def test_a_run_on_each_family_is_read_by_stock_libraries(architecture: str, meth
     )
     run = tmp_path / "run"
     # transformers keeps packed conversations apart in most models; where it does not, training refuses to pack.
-    packing = architecture not in ("falcon", "opt-projected")
+    packing = architecture not in ("falcon", "opt-projected", "mamba", "qwen3_5_text")
     targets = {"gpt_bigcode": ["c_attn", "c_proj", "c_fc"]}.get(architecture, "all-linear")
     adapter = {"adapter": {"target_modules": targets}} if method == "lora" else {}
     recipe = write_training_recipe(

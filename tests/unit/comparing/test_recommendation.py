@@ -9,6 +9,7 @@ from peftchat.comparing.candidates import Candidate
 from peftchat.comparing.evidence import Evidence, forgetting_gap, read_clusters
 from peftchat.comparing.outcomes import CandidateResult, Evaluation, RunResult
 from peftchat.comparing.recommend import Recommendation, recommend
+from peftchat.conversations import read_conversations
 from tests.support.comparing import made
 
 
@@ -105,7 +106,7 @@ def test_branches_of_a_tree_are_one_cluster_and_greetings_are_not(tmp_path: Path
     starts = ["one tree"] * 3 + ["another"] * 2 + ["hello"] * 40
     turn = '{{"messages": [{{"role": "user", "content": "{}"}}, {{"role": "assistant", "content": "{}"}}]}}\n'
     file.write_text("".join(turn.format(start, number) for number, start in enumerate(starts)), encoding="utf-8")
-    clusters = read_clusters(file)
+    clusters = read_clusters(read_conversations(str(file), format="messages"))
     assert list(clusters) == [f"{file}:{line}" for line in range(1, 46)]
     values = list(clusters.values())
     assert len(set(values[:5])) == 2 and len(set(values[5:])) == 40

@@ -207,3 +207,14 @@ def test_real_files_are_read_whole(shared_data: Path, file: str, form: str, conv
     assert sum(1 for _ in read_conversations(path, problems=log)) == conversations
     assert log.formats == {str(path): form}
     assert not log.notes
+
+
+def test_two_lists_of_turns_are_not_taken_for_one_another(tmp_path: Path) -> None:
+    path = tmp_path / "arena.jsonl"
+    said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    path.write_text(json.dumps({"conversation_a": said, "conversation_b": said, "winner": "model_b"}))
+    with pytest.raises(UserError, match=r"conversation_b'.*the better one as `chosen`"):
+        list(read_conversations(path))
+    path.write_text(json.dumps({"talk": said}))
+    with pytest.raises(UserError, match=r"columns: \{messages: talk\}"):
+        list(read_conversations(path))

@@ -305,3 +305,12 @@ def test_a_record_of_another_split_is_told(tmp_path: Path) -> None:
         len(read(tmp_path, {"messages": [U, A], "split": "test"}, {"messages": [U, A], "split": "train"}, log=log)) == 2
     )
     assert {name: one.records for name, one in log.unused.items()} == {"split: test": 1}
+
+
+@pytest.mark.parametrize(("called", "noted"), [("weather", {}), ("clock", {"call_of_no_tool": 1})])
+def test_a_call_of_a_function_that_no_tool_defines_is_told(called: str, noted: dict[str, int], tmp_path: Path) -> None:
+    log = ProblemLog(strict=True)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": called, "arguments": "{}"}}]}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+    assert read(tmp_path, {"messages": [U, call, {"role": "tool", "content": "4"}, A], "tools": tools}, log=log)
+    assert dict(log.notes) == noted

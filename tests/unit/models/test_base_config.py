@@ -20,7 +20,8 @@ def checked(folder: Path, config: dict[str, Any], *, max_length: int = 128, **se
     base = folder / "base"
     base.mkdir(exist_ok=True)
     (base / "config.json").write_text(json.dumps(config))
-    recipe = write_recipe(folder / "recipe.yaml", base, folder / "x.jsonl", data={"max_length": max_length}, **sections)
+    sections.setdefault("data", {"max_length": max_length})
+    recipe = write_recipe(folder / "recipe.yaml", base, folder / "x.jsonl", **sections)
     source = ModelSource.open(str(base))
     return check_config(load_recipe(recipe, to_train=False), source, source.config())
 
@@ -99,8 +100,8 @@ def test_stretched_rotary_embeddings_reach_further(rope: dict[str, Any], tmp_pat
 
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "falcon"])
 def test_an_architecture_without_positions_has_no_limit(kind: str, tmp_path: Path) -> None:
-    config = {**small_config(kind).to_dict(), "alibi": True}
-    assert "no limit" in str(checked(tmp_path, config, max_length=2048))
+    config = {**small_config(kind).to_dict(), "alibi": True, "max_position_embeddings": 512}
+    assert "no limit" in str(checked(tmp_path, config, data={"max_length": 2048, "packing": False}))
 
 
 def test_virtual_tokens_take_positions(tmp_path: Path) -> None:

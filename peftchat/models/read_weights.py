@@ -5,9 +5,11 @@ quantized either.
 """
 
 import contextlib
+import functools
 import inspect
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -35,23 +37,24 @@ def layers_not_called(model: nn.Module) -> tuple[str, ...]:
     So do state-space layers, whose kernels take weights. PEFT refuses some of these layers, for some of the models:
     `_check_lora_target_modules_mamba` in https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py
     """
-    names: list[str] = []
-    read: dict[str, frozenset[str]] = {}
-    for path, module in model.named_modules():
-        linear = [name for name, child in module.named_children() if isinstance(child, nn.Linear)]
-        kind = type(module)
-        key = f"{kind.__module__}.{kind.__qualname__}"
-        if linear and key not in read:
-            read[key] = _weights_read(kind)
-        names += [f"{path}.{name}" for name in linear if name in read[key]]
-    return tuple(names)
+    return tuple(
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear) and name in _weights_read(cast("Hashable", type(module)))
+    )
 
 
 _WEIGHT_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data|is_\w+|ndim|size))(?!\s*=[^=])")
 
 
-def _weights_read(kind: type) -> frozenset[str]:
-    """Return the attributes of a module whose weight its source reads; one that sets a weight is no reader."""
+@functools.cache
+def _weights_read(kind: Hashable) -> frozenset[str]:
+    """Return the attributes of a class of modules whose weight its source reads; to set a weight is no reading.
+
+    Finding the source of a class parses its file, and a plan asks for the same classes many times.
+    """
+    assert isinstance(kind, type)
     found: set[str] = set()
     for one in kind.__mro__:
         if "forward" in vars(one) and not one.__module__.startswith("torch."):

@@ -151,13 +151,12 @@ def _as_openai_writes(tool: Any) -> list[Any]:
     declared = tool.get("functionDeclarations", tool.get("function_declarations"))
     if len(tool) == 1 and isinstance(declared, list) and all(isinstance(one, dict) for one in declared):
         return [_wrapped(one) for one in declared]
-    if len(tool) == 1 and isinstance(tool.get("toolSpec"), dict):
-        tool = tool["toolSpec"]
-    elif not (tool.get("type") == "function" and "function" not in tool) and not any(
-        name in tool for name in _SCHEMAS[1:]
-    ):
+    specified = tool["toolSpec"] if len(tool) == 1 and isinstance(tool.get("toolSpec"), dict) else None
+    is_flat = tool.get("type") == "function" and "function" not in tool
+    if specified is None and not is_flat and not any(name in tool for name in _SCHEMAS[1:]):
         return [tool]
-    return [_wrapped(tool)] if isinstance(tool.get("name"), str) else [tool]
+    function = specified or tool
+    return [_wrapped(function)] if isinstance(function.get("name"), str) else [tool]
 
 
 def _wrapped(function: dict[str, Any]) -> dict[str, Any]:

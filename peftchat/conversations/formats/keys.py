@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from peftchat.conversation import Conversation, Message
@@ -117,11 +118,15 @@ def complete(fields: Fields, shape: RecordShape, messages: Sequence[Message], no
 def _note_unknown_calls(tools: str, turns: Sequence[Message], notes: Notes) -> None:
     """Note a record in which a function is called that its tools do not define: the model was not shown it."""
     called = {call.name for message in turns for call in message.tool_calls}
-    if called:
-        functions = [tool.get("function", tool) for tool in json.loads(tools)]
-        defined = {one.get("name", one.get("type")) for one in functions if isinstance(one, dict)}
-        if not called <= defined:
-            notes.change("call_of_no_tool")
+    if called and not called <= _functions_defined(tools):
+        notes.change("call_of_no_tool")
+
+
+@lru_cache(maxsize=64)
+def _functions_defined(tools: str) -> frozenset[Any]:
+    """The names in a list of tools; the records of a file often share one."""
+    functions = [tool.get("function", tool) for tool in json.loads(tools)]
+    return frozenset(one.get("name", one.get("type")) for one in functions if isinstance(one, dict))
 
 
 _FLAGS = frozenset({*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS, names.LABEL})

@@ -90,29 +90,31 @@ def _parse(fields: Fields, notes: Notes) -> list[Message]:
     return messages[:-1] if messages and not messages[-1].content and messages[-1].role == "assistant" else messages
 
 
-def _marked_turns(text: str, style: _Style) -> Iterator[Message]:
+def _found_turns(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, re.Match[str]]]:
+    """Yield what a pattern finds, with its number; refuse words between, so that nothing is lost."""
     end = 0
-    for number, turn in enumerate(style.turn.finditer(text), start=1):
-        _check_between(text[end : turn.start()], number)
+    for number, turn in enumerate(pattern.finditer(text), start=1):
+        _check_between(text[end : turn.start()], f"before turn {number}")
         end = turn.end()
+        yield number, turn
+    _check_between(text[end:], "behind the last turn")
+
+
+def _marked_turns(text: str, style: _Style) -> Iterator[Message]:
+    for number, turn in _found_turns(text, style.turn):
         content = turn["content"]
         yield Message(_role_of(turn["role"], number), content.strip() if style.strip else content)
-    _check_between(text[end:], None)
 
 
 def _llama_2_turns(text: str) -> Iterator[Message]:
     """Turns of Llama 2 and Mistral, whose first question holds the system message."""
-    end = 0
-    for number, turn in enumerate(_LLAMA_2.finditer(text), start=1):
-        _check_between(text[end : turn.start()], number)
-        end = turn.end()
+    for number, turn in _found_turns(text, _LLAMA_2):
         asked = turn["asked"]
         if number == 1 and (system := _LLAMA_2_SYSTEM.match(asked)):
             yield Message("system", system[1].strip())
             asked = asked[system.end() :]
         yield Message("user", asked.strip())
         yield Message("assistant", turn["answer"].strip())
-    _check_between(text[end:], None)
 
 
 def _alpaca_turns(text: str) -> list[Message]:
@@ -139,10 +141,8 @@ def _role_of(name: str, number: int) -> Role:
     return role
 
 
-def _check_between(text: str, number: int | None) -> None:
-    """Refuse text that belongs to no turn, so that nothing is lost."""
+def _check_between(text: str, where: str) -> None:
     if _AROUND.fullmatch(text) is None:
-        where = "behind the last turn" if number is None else f"before turn {number}"
         raise RecordError("wrong_type", f"'text' has words that belong to no turn ({where})")
 
 

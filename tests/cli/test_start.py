@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,17 +19,22 @@ from tests.support.models import small_model
 from tests.support.recipes import write_training_recipe
 
 
-def test_bad_data_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", ["data", "base"])
+def test_bad_files_are_refused_before_torch_is_imported(bad: str, tmp_path: Path) -> None:
     said = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]} for text in "ab"]
-    said.append({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]})
+    if bad == "data":
+        said.append({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]})
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(one) + "\n" for one in said), encoding="utf-8")
-    recipe = write_training_recipe(tmp_path / "recipe.yaml", small_model(), data, None, tmp_path / "run")
+    model = small_model()
+    if bad == "base":
+        model = Path(shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")))
+    recipe = write_training_recipe(tmp_path / "recipe.yaml", model, data, None, tmp_path / "run")
     done = true_peftchat("train", recipe, PYTHONPROFILEIMPORTTIME="1", PYTHONPATH=str(PROJECT))
     assert done.returncode == 2
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    said_lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert "train.jsonl:3" in "".join(said_lines)
+    said_lines = "".join(line for line in done.stderr.splitlines() if not line.startswith("import time:"))
+    assert {"data": "train.jsonl:3", "base": "no safetensors weights"}[bad] in said_lines
     assert "peftchat.recipe" in imported
     assert not imported & {"torch", "transformers", "peft", "trl"}
     assert not (tmp_path / "run").exists()

@@ -226,8 +226,8 @@ class TrainingSection(StrictModel):
     )
     autotune: bool | None = Field(
         None,
-        description="Measure on a few batches before the first step which attention, threads, chunk of the loss, way to "
-        "add an adapter, and compiled or plain layers are fastest here, and keep the result for later runs. Where "
+        description="Measure on a few batches before the first step which attention, threads, chunk of the loss, way "
+        "to add an adapter, and compiled or plain layers are fastest here, and keep the result for later runs. Where "
         "`per_device_train_batch_size` is not given, half and twice as many packs at a time are tried too; a step has "
         "the same packs. Without it: within a hundredth of the run's planned time, so only in long runs on a CPU. "
         "`true`: in any run; `false`: never.",

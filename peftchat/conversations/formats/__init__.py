@@ -14,6 +14,7 @@ from peftchat.conversations.formats import (
     oasst,
     preference,
     prompt_completion,
+    self_instruct,
     templated_text,
     xlam,
 )
@@ -33,6 +34,7 @@ FORMATS: dict[str, Format] = {
         glaive.FORMAT,
         xlam.FORMAT,
         preference.FORMAT,
+        self_instruct.FORMAT,
         guanaco.FORMAT,
         alpaca.FORMAT,
         prompt_completion.FORMAT,

@@ -123,10 +123,11 @@ def _note_unknown_calls(tools: str, turns: Sequence[Message], notes: Notes) -> N
 
 
 @lru_cache(maxsize=64)
-def _functions_defined(tools: str) -> frozenset[Any]:
+def _functions_defined(tools: str) -> frozenset[str]:
     """The names in a list of tools; the records of a file often share one."""
     functions = [tool.get("function", tool) for tool in json.loads(tools)]
-    return frozenset(one.get("name", one.get("type")) for one in functions if isinstance(one, dict))
+    named = [one.get("name", one.get("type")) for one in functions if isinstance(one, dict)]
+    return frozenset(name for name in named if isinstance(name, str))
 
 
 _FLAGS = frozenset({*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS, names.LABEL})

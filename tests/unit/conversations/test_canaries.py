@@ -110,6 +110,9 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
     "guanaco": [{"text": "rules### Human: question### Assistant:", "output": "answer", "lang": "en"}],
     "templated_text": [{"text": "<s>[INST] <<SYS>>rules<</SYS>> question [/INST] answer </s>", "lang": "en"}],
     "alpaca": [{"instruction": "do", "input": "about", "output": "answer", "system": "rules", "history": [["a", "b"]]}],
+    "self_instruct": [
+        {"instruction": "do", "system": "rules", "instances": [{"input": "about", "output": "answer"}, {"output": "b"}]}
+    ],
     "prompt_completion": [
         {"prompt": "question", "completion": "answer", "context": "about", "reasoning": "thoughts"},
         {"prompt": TURNS[:2], "completion": [TURNS[4]], "tools": [TOOL]},

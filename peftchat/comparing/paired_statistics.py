@@ -278,7 +278,7 @@ class _Ratios:
 
     Attributes:
         wide: the sum of two Student variables (Behrens-Fisher); with few seeds its intervals hold too often.
-        narrow: the ratio with its standard error drawn anew (the parametric bootstrap of Krishnamoorthy, Lu and Mathew,
+        narrow: the ratio with a drawn standard error (the parametric bootstrap of Krishnamoorthy, Lu and Mathew,
             2007, "A parametric bootstrap approach for ANOVA with unequal variances"); these hold too seldom.
     """
 

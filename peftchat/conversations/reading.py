@@ -127,7 +127,7 @@ def read_conversations(
     problems: ProblemLog | None = None,
     options: ReadOptions | None = None,
 ) -> Iterator[Conversation]:
-    """The conversations of a file, a folder of files or a hub data set, one at a time.
+    """Yield the conversations of a file, a folder of files or a hub data set, one at a time.
 
     Memory does not grow with the number of records; only OpenAssistant exports are remembered (to find duplicates), and
     those of single messages held until the file ends.

@@ -262,7 +262,7 @@ class _Start:
 
     Attributes:
         model: the model.
-        is_stateful: whether the variant keeps a state of its own, so that it is loaded anew for each run.
+        is_stateful: whether the variant keeps a state of its own, so that it is loaded again for each run.
         values: copies of the first values.
         forwards: the forward methods of the modules that a trainer wraps, if they have their own.
         layout: the batch layout, once it is known to work.

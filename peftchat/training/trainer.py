@@ -52,6 +52,7 @@ from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs
 from peftchat.training.weightwise import WeightwiseOptimizer, uses_little_memory
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
     from trl import SFTConfig
 
     from peftchat.dataset.cache import Split
@@ -130,6 +131,8 @@ class ChatTrainer(SFTTrainer):
         self._items_of_step: Tensor | int | None = None
         self.current_gradient_accumulation_steps: int = config.gradient_accumulation_steps
         self._weightwise: WeightwiseOptimizer | None = None
+        self._first_micro_batch = config.train_batch_size
+        self._other_loader: DataLoader[Any] | None = None
         self._halving = self._make_halving() if context.recipe.training.on_oom == "halve" else None
 
     @property
@@ -157,12 +160,23 @@ class ChatTrainer(SFTTrainer):
         for collator in self._collators.values():
             collator.layout = layout
 
-    def micro_batch(self, first: int) -> "Batch":
-        """Return a micro-batch of training packs, from one on, in the present layout and on the model's device."""
-        packs = [self.train_dataset[place] for place in range(first, min(first + self.args.train_batch_size,
-                                                                         len(self.train_dataset)))]  # fmt: skip
+    def micro_batch(self, first: int, last: int) -> "Batch":
+        """Return the batch of training packs from one up to another, in the present layout, on the model's device."""
+        packs = [self.train_dataset[place] for place in range(first, last)]
         batch: Batch = self._prepare_inputs(self._collators["train"](packs))
         return batch
+
+    def set_micro_batch(self, size: int) -> None:
+        """Compute later steps from micro-batches of so many packs; each step has the packs that it would have had.
+
+        Training has begun, so the data loader is replaced by one of the other size.
+        """
+        if size == self.args.train_batch_size:
+            return
+        accumulated = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self.args.per_device_train_batch_size = self._train_batch_size = size
+        self.args.gradient_accumulation_steps = accumulated // size
+        self._other_loader = self.callback_handler.train_dataloader = self.get_train_dataloader()
 
     def _make_halving(self) -> Halving:
         """Return what redoes a step in smaller micro-batches.
@@ -197,6 +211,12 @@ class ChatTrainer(SFTTrainer):
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self._other_loader is not None:
+            trained = arguments["steps_trained_in_current_epoch"] * self._first_micro_batch
+            arguments |= {
+                "train_dataloader": self._other_loader, "steps_in_epoch": len(self._other_loader),
+                "steps_trained_in_current_epoch": trained // self.args.train_batch_size,
+            }  # fmt: skip
         super()._run_epoch(**arguments)
 
     def prepare(self) -> None:

@@ -140,7 +140,7 @@ def test_an_evaluation_does_not_depend_on_its_batches(labels: Path, tmp_path: Pa
         trainer = open_trainer(
             pair_recipe(folder, small_model(tied=True), labels, labels, objective="kto", training=training)
         )
-        batch = trainer.micro_batch(0)
+        batch = trainer.micro_batch(0, 2)
         assert int((batch["labels"] >= 0).sum()) == batch["target_counts"][::2].sum()
         # The other answers become likelier.
         trainer.model(**trainer.model_inputs(batch["others"]), supervised=True).loss.backward()

@@ -125,6 +125,7 @@ NOTES: dict[str, str] = {
     "constants_removed": "a field that is NaN or Infinity taken as absent",
     "call_that_is_not_json": "a tool call that is not JSON kept as text",
     "call_of_no_tool": "a call of a function that the record's tools do not define (kept)",
+    "answer_beside_turns": "an answer in a field of its own put behind the turns",
     "tools_respelled": "definitions of tools written as OpenAI's chat API has them, which templates know",
 }
 """Change of a record -> what it is, as tables say it."""

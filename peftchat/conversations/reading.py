@@ -182,7 +182,7 @@ def read_and_make(
     """
     log = ProblemLog(strict=True) if problems is None else problems
     settings = options or ReadOptions()
-    log.pairs = settings.pairs
+    log.prepare_options = " --pairs" if settings.pairs else " --labels" if settings.labels else ""
     check_languages(settings.languages)
     data_format = None if format == "auto" else find_format(format)
     columns = Columns(settings.columns, str(path)) if settings.columns else None

@@ -12,6 +12,8 @@ from peftchat.files import write_new_text
 from peftchat.output_paths import check_output
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from peftchat.recipe.sections import Method
 
 
@@ -60,7 +62,9 @@ def command(
         raise UserError("only the questions take it", where="--gpu", hint="`peftchat plan RECIPE --gpu NAME` plans.")
     from peftchat.recipe.reference import starting_recipe
 
-    write_new_text(output, starting_recipe(cast("Method", method), output, model=model, data=data))
+    settings = {} if model is None else _settings_for(model)
+    text = starting_recipe(cast("Method", method), output, model=model, data=data, settings=settings)
+    write_new_text(output, text)
     open_keys = [key for key, value in (("model.name", model), ("data.train", data)) if value is None]
     todo = f"Fill in {' and '.join(open_keys)}, then: " if open_keys else "Next: "
     note(f"Wrote {output}. {todo}peftchat train {output} --dry-run")
@@ -68,6 +72,17 @@ def command(
 
 def _is_given(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _settings_for(model: str) -> "Mapping[str, str]":
+    """Return the keys that this base model needs; none, with a note, where it cannot be looked at."""
+    from peftchat.planning.first_recipe import settings_for_model
+
+    try:
+        return settings_for_model(model)
+    except UserError as error:
+        note(f"The recipe names a model that was not looked at: {error}")
+        return {}
 
 
 def _by_questions(output: Path, gpu: str | None) -> None:

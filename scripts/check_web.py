@@ -213,6 +213,8 @@ def try_branches(page: Browser, first: str) -> None:
 
 def choose_branch(page: Browser, number: int | None) -> int:
     """Choose a branch, or none, and return how many there are."""
+    # The list opens when the field gets the focus, which it may still have.
+    page.driver.execute_script("document.activeElement.blur()")
     page.click("#branch input")
     page.until(lambda: page.all("[role='option']"), "the list of branches")
     options = page.all("[role='option']")

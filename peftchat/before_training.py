@@ -148,14 +148,3 @@ def choose_settings(
         for setting in auto_settings:
             stderr.print(f"Chosen: {setting}", markup=False, highlight=False)
     return loaded, auto_settings
-
-
-def refuse_pairs(loaded: LoadedRecipe, what: str, hint: str) -> None:
-    """Refuse a recipe whose objective learns from pairs.
-
-    Raises:
-        UserError: it does.
-    """
-    if loaded.recipe.has_pairs:
-        where = f"{loaded.where('objective')}: {loaded.recipe.objective}"
-        raise UserError(what, where=where, hint=hint)

@@ -29,6 +29,19 @@ def fuse_lora_forward(model: PeftModel) -> int:
     return len(layers)
 
 
+def switch_fused(model: nn.Module, *, on: bool) -> None:
+    """Run layers that `fuse_lora_forward` has changed with their adapter as one operation, or as PEFT does."""
+    for layer in model.modules():
+        if isinstance(forward := vars(layer).get("forward"), types.MethodType) and forward.__func__ in _FORWARDS:
+            layer.forward = types.MethodType(_forward if on else _forward_of_class, layer)
+
+
+def has_fused_layers(model: nn.Module) -> bool:
+    """Return whether layers run with their adapter as one operation."""
+    forwards = (vars(layer).get("forward") for layer in model.modules())
+    return any(getattr(forward, "__func__", None) is _forward for forward in forwards)
+
+
 def num_adapted_layers(model: PeftModel) -> int:
     """Return the number of layers that have an adapter."""
     return sum(isinstance(module, BaseTunerLayer) for module in model.modules())
@@ -55,8 +68,7 @@ def _adds_linear(module: nn.Module) -> bool:
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
-        result: Tensor = type(self).forward(self, x, *args, **kwargs)
-        return result
+        return _forward_of_class(self, x, *args, **kwargs)
     name = self.active_adapters[0]
     lora_input = self.lora_dropout[name](x)
     adapter = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
@@ -68,6 +80,14 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = _AddLora.apply(lora_input, result.reshape(-1, result.shape[-1]), *adapter)
     # Some models change the output in place. Autograd allows that for a view made here, not for one made in a function.
     return output.view(*x.shape[:-1], -1)
+
+
+def _forward_of_class(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    result: Tensor = type(self).forward(self, x, *args, **kwargs)
+    return result
+
+
+_FORWARDS = (_forward, _forward_of_class)
 
 
 class _AddLora(torch.autograd.Function):

@@ -25,8 +25,9 @@ from transformers.masking_utils import sdpa_mask
 from peftchat.models.attention_line import Line, gather_index, line_of, padded_groups
 from peftchat.models.loading import VARLEN
 
-# Queries of a long conversation that are computed together. Keys behind the block are never computed.
-_QUERY_BLOCK = 256
+# Queries of a long conversation that are computed together. Keys behind the block are never computed, so that smaller
+# blocks compute less, and their products are less efficient.
+_QUERY_BLOCK = 128
 
 
 def register(longest: int) -> None:

@@ -226,9 +226,11 @@ class TrainingSection(StrictModel):
     )
     autotune: bool | None = Field(
         None,
-        description="Measure on a few batches before the first step which attention, threads, chunk of the loss and "
-        "compiled or plain layers are fastest here, and keep the result for later runs. Without it: within a hundredth "
-        "of the run's planned time, so only in long runs on a CPU. `true`: in any run; `false`: never.",
+        description="Measure on a few batches before the first step which attention, threads, chunk of the loss, way "
+        "to add an adapter, and compiled or plain layers are fastest here, and keep the result for later runs. Where "
+        "`per_device_train_batch_size` is not given, half and twice as many packs at a time are tried too; a step has "
+        "the same packs. Without it: within a hundredth of the run's planned time, so only in long runs on a CPU. "
+        "`true`: in any run; `false`: never.",
     )
     seed: int = Field(42, ge=0, description="Seed of adapter weights, dropout, and the split by `data.eval_fraction`.")
     data_seed: int | None = Field(None, ge=0, description="Seed of the order of examples. Without it `seed` is used.")

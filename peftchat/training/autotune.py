@@ -15,13 +15,16 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
 from peftchat.formatting import format_duration
 from peftchat.models.compiled import compile_layers, switch_compiled
+from peftchat.models.fused_lora import has_fused_layers, switch_fused
 from peftchat.models.loading import VARLEN
 from peftchat.runs.run_summary import AutoSetting
+from peftchat.training.choice_names import choice_name, chosen_setting, measured_settings
 from peftchat.training.compiling import MIN_LONG_SECONDS, has_matrix_tiles, least_training_seconds, may_compile
 from peftchat.training.kept_choices import (
     Choice,
@@ -34,6 +37,7 @@ from peftchat.training.kept_choices import (
 )
 from peftchat.training.model import TrainableModel
 from peftchat.training.packs import optimizer_steps
+from peftchat.training.progress import memory_in_use
 
 if TYPE_CHECKING:
     from peftchat.dataset.collator import BatchLayout
@@ -58,13 +62,6 @@ _LOSS_TOLERANCE = 0.02
 _COMPILE_SECONDS = 25.0
 """What the compiler takes at first."""
 
-_NAMES = {
-    "compiled": "training.torch_compile",
-    "attention": "model.attention",
-    "threads": "OMP_NUM_THREADS",
-    "loss_chunk": "positions of the loss at a time, as a factor",
-}
-
 
 def choose_fastest(trainer: "ChatTrainer", context: "TrainContext", model: TrainableModel) -> tuple[AutoSetting, ...]:
     """Choose how to compute the steps, by what the run began with, by a kept measurement or by a new one.
@@ -79,18 +76,21 @@ def choose_fastest(trainer: "ChatTrainer", context: "TrainContext", model: Train
     started = trainer.gather_objects(started)[0]
     if started is not None:
         wanted = tuner.possible(started)
-        tuner.apply(wanted)
-        return tuple(_setting(name, value, "as the run was started")
+        tuner.adopt(wanted)
+        return tuple(chosen_setting(name, value, "as the run was started")
                      for name, value in tuner.default.differences(wanted).items())  # fmt: skip
-    candidates = tuner.candidates() if tuner.is_open else ()
+    # How much memory is left may differ between processes.
+    candidates = trainer.gather_objects(tuner.candidates() if tuner.is_open else ())[0]
     measured = tuner.measured(candidates) if candidates else None
     if measured is not None:
-        tuner.apply(measured.chosen)
-        return _told(measured)
+        tuner.adopt(tuner.possible(measured.chosen))
+        return measured_settings(measured)
     if tuner.may_compile and tuner.least_seconds >= MIN_LONG_SECONDS and has_matrix_tiles():
-        tuner.apply(replace(tuner.default, compiled=True))
+        tuner.adopt(replace(tuner.default, compiled=True))
         least = format_duration(tuner.least_seconds)
-        return (_setting("compiled", True, f"the steps take at least {least}, and this CPU has AMX; not measured"),)
+        return (
+            chosen_setting("compiled", True, f"the steps take at least {least}, and this CPU has AMX; not measured"),
+        )
     return ()
 
 
@@ -98,7 +98,10 @@ def present_choice(trainer: "ChatTrainer") -> Choice:
     """Return how a trainer computes its steps."""
     attention = str(trainer.causal_model.config._attn_implementation)
     settings = trainer.loss_settings
-    return Choice(settings.compiled, attention, torch.get_num_threads(), settings.chunk_factor)
+    return Choice(
+        settings.compiled, attention, torch.get_num_threads(), settings.chunk_factor,
+        micro_batch=trainer.args.train_batch_size, fused_adapter=has_fused_layers(trainer.model),
+    )  # fmt: skip
 
 
 @contextmanager
@@ -135,20 +138,43 @@ class _Tuner:
         )
         self._layout: BatchLayout = trainer.layout
         self._compile_seconds = 0.0
+        # Packs of a measured pass: as many as the largest micro-batch, so that all ways compute the same ones.
+        self._packs = self.default.micro_batch
 
     def candidates(self) -> tuple[Choice, ...]:
         """Return the other ways, each with one difference from the default, those that gain most first."""
         recipe, default = self._context.recipe, self.default
         found = [replace(default, compiled=True)] if self.may_compile and not default.compiled else []
         # Rows of another shape draw other random numbers, so with dropout the losses would be others.
-        is_random = any(isinstance(one, nn.Dropout) and one.p > 0 for one in self._trainer.model.modules())
-        is_open = recipe.model.attention == "auto" and recipe.data.packing and not is_random
+        is_open = recipe.model.attention == "auto" and recipe.data.packing and not self._is_random
         if is_open and default.attention == VARLEN:
             found += [replace(default, attention=name) for name in ("sdpa", "eager")]
         if not self._context.threads_given:
             fewer = {physical_cores(), default.threads // 2} if default.threads > 1 else set()
             found += [replace(default, threads=n) for n in sorted(fewer, reverse=True) if 0 < n < default.threads]
+        found += [replace(default, micro_batch=size) for size in self._micro_batches() if self._fits(size)]
+        found += [replace(default, fused_adapter=False)] if default.fused_adapter else []
         return (*found, *(replace(default, loss_chunk=factor) for factor in (0.5, 2.0)))
+
+    @property
+    def _is_random(self) -> bool:
+        return any(isinstance(one, nn.Dropout) and one.p > 0 for one in self._trainer.model.modules())
+
+    def _micro_batches(self) -> list[int]:
+        """Return the other micro-batches that the recipe leaves open: twice and half as many packs at a time."""
+        training, trainer, size = self._context.recipe.training, self._trainer, self.default.micro_batch
+        written = self._context.loaded.document.value(("training", "per_device_train_batch_size"))
+        # The loss that balances experts is another for each cut of a step, and a weight that is updated in the backward
+        # pass has one pass a step.
+        is_open = written is None and not trainer.aux_loss_enabled and not trainer.frees_gradients
+        if not is_open or self._is_random:
+            return []
+        doubled = [2 * size] if training.gradient_accumulation_steps % 2 == 0 else []
+        return doubled + ([size // 2] if size % 2 == 0 else [])
+
+    def _fits(self, micro_batch: int) -> bool:
+        """Return whether memory is left for a micro-batch; one twice as large at most doubles what is held."""
+        return micro_batch < self.default.micro_batch or psutil.virtual_memory().available > 2 * memory_in_use()
 
     def possible(self, wanted: Choice) -> Choice:
         """Return a choice of another machine without what this one, or the recipe as it is now, does not allow."""
@@ -160,15 +186,25 @@ class _Tuner:
             values.pop("attention", None)
         if self._context.threads_given or wanted.threads > default.threads:
             values.pop("threads", None)
+        if wanted.micro_batch not in self._micro_batches():
+            values.pop("micro_batch", None)
+        if not default.fused_adapter:
+            values.pop("fused_adapter", None)
         return default.with_values(values)
 
-    def apply(self, choice: Choice) -> None:
-        """Compute all later steps this way."""
+    def adopt(self, choice: Choice) -> None:
+        """Compute all steps of the run this way."""
+        self._apply(choice)
+        self._trainer.set_micro_batch(choice.micro_batch)
+
+    def _apply(self, choice: Choice) -> None:
+        """Compute all later passes this way, whatever their micro-batch."""
         trainer, model = self._trainer, self._trainer.causal_model
         if choice.compiled:
             compile_layers(model)
         else:
             switch_compiled(model, on=False)
+        switch_fused(trainer.model, on=choice.fused_adapter)
         trainer.loss_settings.compiled = choice.compiled
         trainer.loss_settings.chunk_factor = choice.loss_chunk
         if choice.attention != model.config._attn_implementation:
@@ -196,7 +232,7 @@ class _Tuner:
 
     def _can_try_more(self, known: Measurement, candidates: Sequence[Choice], *, asked: bool) -> bool:
         """Return whether a shorter run left ways untried, and this one has the time for all of them."""
-        if all(_name(self.default, way) in known.ratios for way in candidates):
+        if all(choice_name(self.default, way) in known.ratios for way in candidates):
             return False
         limit = float("inf") if asked else _BUDGET * self._planned_seconds(known.seconds)
         return len(self._affordable(candidates, known.seconds, limit)) == len(candidates)
@@ -221,6 +257,7 @@ class _Tuner:
     def _measure(self, candidates: Sequence[Choice], *, asked: bool) -> Measurement | None:
         began = time.perf_counter()
         gathered = self._trainer.gather_objects
+        self._packs = max(way.micro_batch for way in (self.default, *candidates))
         self._time(self.default, 0)
         seconds, loss = self._time(self.default, 0)
         limit = float("inf") if asked else _BUDGET * self._planned_seconds(seconds)
@@ -228,10 +265,10 @@ class _Tuner:
         if not ways:
             return None
         ratios, slowest, differs = self._ratios(self.default, ways, loss)
-        named = {way: _name(self.default, way) for way in ways}
+        named = {way: choice_name(self.default, way) for way in ways}
         faster = [way for way, name in named.items() if ratios[name] <= _GAIN and slowest[name] <= 1.0]
         winners = gathered([way for way in faster if named[way] not in differs])[0]
-        chosen = self._together(winners, {way: ratios[_name(self.default, way)] for way in winners}, loss)
+        chosen = self._together(winners, {way: ratios[choice_name(self.default, way)] for way in winners}, loss)
         return Measurement(
             self.default, gathered(chosen)[0], seconds, ratios, differs, round(self._compile_seconds, 2),
             round(time.perf_counter() - began, 2), datetime.now(UTC).date().isoformat(),
@@ -240,6 +277,7 @@ class _Tuner:
     def _affordable(self, candidates: Sequence[Choice], seconds: float, limit: float) -> list[Choice]:
         """Return the ways that can be measured within a time, the first ones first."""
         # The default is measured beside them, and has been twice already.
+        seconds *= self._packs / self.default.micro_batch
         cost, ways = (_ROUNDS + 2) * seconds, []
         for way in candidates:
             own = (_ROUNDS + 1) * seconds + (_COMPILE_SECONDS if way.compiled and not self.default.compiled else 0.0)
@@ -256,7 +294,7 @@ class _Tuner:
         Returns:
             The median ratio of each to the other one's time, the largest, and the names of those with another loss.
         """
-        times: dict[str, list[float]] = {_name(self.default, way): [] for way in ways}
+        times: dict[str, list[float]] = {choice_name(self.default, way): [] for way in ways}
         differs, failed = [], set()
         for way in ways:
             began = time.perf_counter()
@@ -271,11 +309,11 @@ class _Tuner:
                 failed.add(way)
                 found = math.inf
             if not abs(found - loss) <= _LOSS_TOLERANCE * max(1.0, abs(loss)):
-                differs.append(_name(self.default, way))
+                differs.append(choice_name(self.default, way))
         for number in range(_ROUNDS):
             beside, _ = self._time(base, number % 2)
             for way in ways:
-                ratios = times[_name(self.default, way)]
+                ratios = times[choice_name(self.default, way)]
                 if way not in failed and (not ratios or min(ratios) < _HOPELESS):
                     ratios.append(self._time(way, number % 2)[0] / beside)
         medians = {name: round(statistics.median(ratios), 4) if ratios else math.inf for name, ratios in times.items()}
@@ -297,22 +335,33 @@ class _Tuner:
         return joined if not differs and next(iter(found.values())) <= 1.0 else first
 
     def _time(self, choice: Choice, number: int) -> tuple[float, float]:
-        """Compute the loss and the gradients of a micro-batch; return the seconds and the loss per target."""
+        """Compute the loss and the gradients of some packs.
+
+        Returns:
+            The seconds of a micro-batch of the default, and the loss per target of all packs.
+        """
         trainer = self._trainer
-        self.apply(choice)
-        half = len(trainer.train_dataset) // 2 if number else 0
-        batch = trainer.micro_batch(half)
-        targets = max(1, int((batch["labels"] >= 0).sum()))
+        self._apply(choice)
+        available = len(trainer.train_dataset)
+        first = available // 2 if number else 0
+        last = min(first + self._packs, available)
+        parts = [(start, min(start + choice.micro_batch, last)) for start in range(first, last, choice.micro_batch)]
+        batches = [trainer.micro_batch(*part) for part in parts]
+        targets = max(1, sum(int((batch["labels"] >= 0).sum()) for batch in batches))
         torch.manual_seed(0)
+        total = 0.0
         start = time.perf_counter()
         # Gradients that are not exchanged leave DDP's buckets as they are.
         with trainer.accelerator.no_sync(trainer.model_wrapped):
-            with trainer.compute_loss_context_manager():
-                loss = trainer.model_wrapped(**trainer.model_inputs(batch), supervised=True).loss / targets
-            loss.backward()
+            for batch in batches:
+                with trainer.compute_loss_context_manager():
+                    loss = trainer.model_wrapped(**trainer.model_inputs(batch), supervised=True).loss / targets
+                loss.backward()
+                total += float(loss.detach())
         seconds = time.perf_counter() - start
         trainer.model_wrapped.zero_grad(set_to_none=True)
-        return seconds, float(loss.detach())
+        packs = last - first
+        return seconds * min(self.default.micro_batch, packs) / packs, total
 
     @contextmanager
     def _left_as_it_was(self) -> Iterator[None]:
@@ -331,32 +380,3 @@ class _Tuner:
             for name, buffer in model.named_buffers():
                 if name in buffers and not torch.equal(buffer, buffers[name]):
                     buffer.copy_(buffers[name])
-
-
-def _name(default: Choice, way: Choice) -> str:
-    """Return what is particular to a way, as `field=value`."""
-    return ", ".join(f"{name}={value}" for name, value in default.differences(way).items())
-
-
-def _setting(name: str, value: object, reason: str) -> AutoSetting:
-    text = str(value).lower() if isinstance(value, bool) else f"{value}"
-    return AutoSetting(_NAMES[name], text, reason)
-
-
-def _told(measured: Measurement) -> tuple[AutoSetting, ...]:
-    """Return a setting for each field of which several values were measured."""
-    settings = []
-    for name, default in ((name, getattr(measured.default, name)) for name in _NAMES):
-        tried = {key: ratio for key, ratio in measured.ratios.items() if key.startswith(f"{name}=")}
-        if not tried:
-            continue
-        figures = ", ".join(
-            f"{key.removeprefix(f'{name}=')} failed" if ratio == math.inf
-            else f"{key.removeprefix(f'{name}=')} {ratio:.2f} times as long"
-            + (" with another loss" if key in measured.differs else "")
-            for key, ratio in tried.items()
-        )  # fmt: skip
-        value = getattr(measured.chosen, name)
-        reason = f"measured here on {measured.date}: {default} {measured.seconds:.2f} s a pass, {figures}"
-        settings.append(_setting(name, value, reason))
-    return tuple(settings)

@@ -31,12 +31,16 @@ class Choice:
         attention: transformers' name of the attention.
         threads: of this process.
         loss_chunk: factor on the number of positions that the loss projects at a time.
+        micro_batch: packs in one forward pass of one process. A step has the same packs, whatever it is.
+        fused_adapter: whether plain LoRA adapters are computed together with their layers.
     """
 
     compiled: bool
     attention: str
     threads: int
     loss_chunk: float = 1.0
+    micro_batch: int = 1
+    fused_adapter: bool = True
 
     def differences(self, other: "Choice") -> dict[str, Any]:
         """Return the fields in which another choice differs, with its values."""
@@ -112,6 +116,7 @@ def circumstances(context: "TrainContext", trainer: "ChatTrainer", default: Choi
             "computed_in": recipe.model.computed_in,
             "checkpointing": training.gradient_checkpointing,
             "batch": training.per_device_train_batch_size,
+            "accumulation": training.gradient_accumulation_steps,
             "max_length": recipe.data.max_length,
             "packing": recipe.data.packing,
             "default": asdict(default),

@@ -37,7 +37,7 @@ from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.runs.eval_pairs import PairSummary
 from peftchat.training.context import TrainContext
 from peftchat.training.epoch_sampler import EpochCallback, EpochDataset, EpochSampler
-from peftchat.training.held_out import HeldOutLosses, write_losses
+from peftchat.training.held_out import HeldOutCase, HeldOutLosses, write_losses
 from peftchat.training.learning_rate import begin_above_zero
 from peftchat.training.loss import SupervisedOutput, install_supervised_forward
 from peftchat.training.model import TrainableModel
@@ -52,6 +52,7 @@ from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs
 from peftchat.training.weightwise import WeightwiseOptimizer, uses_little_memory
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
     from trl import SFTConfig
 
     from peftchat.dataset.cache import Split
@@ -123,13 +124,16 @@ class ChatTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self.throughput = Throughput(self._collators["train"].num_tracked, _resumed_counts(context.checkpoint))
         self._reported = TokenCounts(**self.throughput.counts.as_dict())
-        self.held_out: HeldOutLosses | None = None
+        self._held_out = HeldOutLosses()
+        self._evaluated_step: int | None = None
         self.current_examples: Sequence[int] = ()
         self.checks = NumberChecks(context, self.args.device, self.gather_objects, self._sum_over_processes)
         self.position = context.position
         self._items_of_step: Tensor | int | None = None
         self.current_gradient_accumulation_steps: int = config.gradient_accumulation_steps
         self._weightwise: WeightwiseOptimizer | None = None
+        self._first_micro_batch = config.train_batch_size
+        self._other_loader: DataLoader[Any] | None = None
         self._halving = self._make_halving() if context.recipe.training.on_oom == "halve" else None
 
     @property
@@ -157,12 +161,23 @@ class ChatTrainer(SFTTrainer):
         for collator in self._collators.values():
             collator.layout = layout
 
-    def micro_batch(self, first: int) -> "Batch":
-        """Return a micro-batch of training packs, from one on, in the present layout and on the model's device."""
-        packs = [self.train_dataset[place] for place in range(first, min(first + self.args.train_batch_size,
-                                                                         len(self.train_dataset)))]  # fmt: skip
+    def micro_batch(self, first: int, last: int) -> "Batch":
+        """Return the batch of training packs from one up to another, in the present layout, on the model's device."""
+        packs = [self.train_dataset[place] for place in range(first, last)]
         batch: Batch = self._prepare_inputs(self._collators["train"](packs))
         return batch
+
+    def set_micro_batch(self, size: int) -> None:
+        """Compute later steps from micro-batches of so many packs; each step has the packs that it would have had.
+
+        Training has begun, so the data loader is replaced by one of the other size.
+        """
+        if size == self.args.train_batch_size:
+            return
+        accumulated = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self.args.per_device_train_batch_size = self._train_batch_size = size
+        self.args.gradient_accumulation_steps = accumulated // size
+        self._other_loader = self.callback_handler.train_dataloader = self.get_train_dataloader()
 
     def _make_halving(self) -> Halving:
         """Return what redoes a step in smaller micro-batches.
@@ -197,6 +212,12 @@ class ChatTrainer(SFTTrainer):
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self._other_loader is not None:
+            trained = arguments["steps_trained_in_current_epoch"] * self._first_micro_batch
+            arguments |= {
+                "train_dataloader": self._other_loader, "steps_in_epoch": len(self._other_loader),
+                "steps_trained_in_current_epoch": trained // self.args.train_batch_size,
+            }  # fmt: skip
         super()._run_epoch(**arguments)
 
     def prepare(self) -> None:
@@ -348,21 +369,32 @@ class ChatTrainer(SFTTrainer):
         return metrics
 
     def write_held_out_losses(self) -> Sequence[ConversationLoss]:
-        """Write the last evaluation's losses into the run folder, and return them; every process must call it.
+        """Write the last evaluation's losses into the run folder; every process must call it.
 
         A resumed run that had evaluated its last step already evaluates it here. Without held-out data there are none.
+
+        Returns:
+            Those of conversations.
         """
         if self.eval_dataset is None:
             return ()
-        if self.held_out is None:
+        if self._evaluated_step is None:
             self.held_out_metrics()
-        assert self.held_out is not None
-        return write_losses(self.held_out, self._context, self.gather_objects)
+        return self._write_held_out(before=self._evaluated_step == 0)
+
+    def _write_held_out(self, *, before: bool) -> Sequence[ConversationLoss]:
+        """Write the last evaluation's losses; return those of conversations."""
+        return write_losses(self._held_out, self._context, self.gather_objects, before=before)
+
+    def held_out_cases(self) -> list[HeldOutCase]:
+        """Return the last evaluation's loss of each case, in order; every process must call it."""
+        found = self._held_out.conversations(self._context.splits["eval"].store, self.gather_objects)
+        return [HeldOutCase(one.tokens, one.loss) for one in found]
 
     def held_out_metrics(self, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Compute what `evaluate` returns, without logging it; every process must call it."""
         sums = torch.zeros(3, dtype=torch.float64)
-        held_out = HeldOutLosses(self.state.global_step)
+        held_out = HeldOutLosses()
         not_finite: list[int] = []
         for of_batch, batch, inputs in self._evaluation_batches("eval"):
             with self.compute_loss_context_manager():
@@ -380,7 +412,7 @@ class ChatTrainer(SFTTrainer):
         by_kind = torch.from_numpy(held_out.by_kind())
         kind_sums = self.accelerator.reduce(by_kind.to(self.args.device), "sum").T.tolist()
         self.checks.check_evaluation(loss / max(count, 1), not_finite, self.state.global_step)
-        self.held_out = held_out
+        self._held_out, self._evaluated_step = held_out, self.state.global_step
         metrics = {
             f"{metric_key_prefix}_loss": loss / max(count, 1),
             f"{metric_key_prefix}_accuracy": correct / max(count, 1),

@@ -14,10 +14,11 @@ from peftchat.conversations.formats import (
     oasst,
     preference,
     prompt_completion,
+    self_instruct,
     templated_text,
     xlam,
 )
-from peftchat.conversations.formats.base import Fields, Format
+from peftchat.conversations.formats.base import Fields, Format, known_shape
 from peftchat.conversations.formats.pairs import without_turns
 from peftchat.errors import UserError
 
@@ -33,6 +34,7 @@ FORMATS: dict[str, Format] = {
         glaive.FORMAT,
         xlam.FORMAT,
         preference.FORMAT,
+        self_instruct.FORMAT,
         guanaco.FORMAT,
         alpaca.FORMAT,
         prompt_completion.FORMAT,
@@ -70,6 +72,7 @@ def matching_format(fields: Fields, *, pairs: bool = False) -> Format | None:
 
     With `pairs`, a list of turns that repeats the chosen conversation does not count.
     """
+    fields = known_shape(dict(fields))
     fields = without_turns(fields) if pairs else fields
     return next((data_format for data_format in FORMATS.values() if data_format.matches(fields)), None)
 

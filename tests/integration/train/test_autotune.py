@@ -36,6 +36,10 @@ def trained(
         folder / "recipe.yaml", small_model(tied=True), conversations, None, folder / "run",
         adapter={"dropout": dropout}, training={**MEASURED, **training},
     )  # fmt: skip
+    if "per_device_train_batch_size" not in training:
+        recipe = read_json(path)  # Its own value is the default too, which leaves the micro-batch open.
+        del recipe["training"]["per_device_train_batch_size"]
+        path.write_text(json.dumps(recipe), encoding="utf-8")
     return train(load_recipe(path), TrainOptions(resume=resume)), folder / "run"
 
 
@@ -69,10 +73,10 @@ def test_a_kept_measurement_serves_the_next_run_and_a_resumed_run_goes_on_as_it_
     assert content["measurement"]["chosen"] == began
 
     # What is kept decides, however short the next run is and whatever it would measure.
-    content["measurement"]["chosen"] = {**began, "loss_chunk": 4.0}
+    content["measurement"]["chosen"] = {**began, "loss_chunk": 4.0, "fused_adapter": not began["fused_adapter"]}
     kept.write_text(json.dumps(content), encoding="utf-8")
     _, second = trained(tmp_path / "second", conversations, autotune=None)
-    assert read_json(second / "choices.json")["loss_chunk"] == 4.0
+    assert read_json(second / "choices.json") == content["measurement"]["chosen"]
     assert losses(second)[:2] == pytest.approx(losses(run), rel=1e-5)
 
     # A way that no run has tried is tried by one that has the time.
@@ -91,6 +95,21 @@ def test_a_kept_measurement_serves_the_next_run_and_a_resumed_run_goes_on_as_it_
     kept.write_text("{", encoding="utf-8")
     trained(tmp_path / "third", conversations, max_steps=1)
     assert read_json(kept)["measurement"]["default"]
+
+
+def test_steps_in_other_micro_batches_train_the_same(tmp_path: Path, conversations: Path) -> None:
+    """Also where an epoch ends within a step, and where a run goes on within an epoch."""
+    longer = {"gradient_accumulation_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    _, plain = trained(tmp_path / "plain", conversations, autotune=False, max_steps=7, **longer)
+    folder = tmp_path / "cut"
+    _, run = trained(folder, conversations, autotune=None, max_steps=2, **longer)
+    # A run goes on with the micro-batches of its choice, but not where the recipe names others.
+    joined = {**read_json(run / "choices.json"), "micro_batch": 4}
+    for until, named, size in ((5, {}, 4), (7, {"per_device_train_batch_size": 2}, 2)):
+        (run / "choices.json").write_text(json.dumps(joined), encoding="utf-8")
+        trained(folder, conversations, resume=True, autotune=None, max_steps=until, **longer, **named)
+        assert read_json(run / "choices.json")["micro_batch"] == size
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-4)
 
 
 def test_short_runs_measure_nothing(tmp_path: Path, conversations: Path) -> None:

@@ -140,7 +140,7 @@ def test_an_evaluation_does_not_depend_on_its_batches(labels: Path, tmp_path: Pa
         trainer = open_trainer(
             pair_recipe(folder, small_model(tied=True), labels, labels, objective="kto", training=training)
         )
-        batch = trainer.micro_batch(0)
+        batch = trainer.micro_batch(0, 2)
         assert int((batch["labels"] >= 0).sum()) == batch["target_counts"][::2].sum()
         # The other answers become likelier.
         trainer.model(**trainer.model_inputs(batch["others"]), supervised=True).loss.backward()
@@ -171,6 +171,9 @@ def test_labels_are_read_from_every_spelling(tmp_path: Path, shared_data: Path) 
     assert read(path, *of_turns) == [("Hello!", False), ("Hello!", True), ("Hello!", True)]
     pair = {"prompt": "Hi", "chosen": "Hello!", "rejected": "No."}
     assert read(path, pair) == [("Hello!", True), ("No.", False)]
+    with pytest.raises(UserError, match="no field 'label'") as error:
+        read(path, {"prompt": "Hi", "completion": "a"})
+    assert "`peftchat data prepare --labels`" in str(error.value.hint)
     log = ProblemLog()
     wrong = [{"prompt": "Hi", "completion": "a"}, {"prompt": "Hi", "completion": "a", "label": 5}]
     assert read(path, *wrong, log=log) == []

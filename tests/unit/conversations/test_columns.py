@@ -99,6 +99,11 @@ EXPECTED: dict[str, list[Conversation]] = {
         said("u: Translate to English.\n\nGuten Tag", "a: Good day"),
         said("u: Translate: Hallo", "a: Hello", "u: And to French?", "a: Bonjour"),
     ],
+    "self_instruct": [
+        said("u: Translate to English.\n\nGuten Tag", "a: Good day"),
+        said("u: Name a color.", "a: Red"),
+        said("u: Name a color.", "a: Blue"),
+    ],
     "prompt_completion": [
         said("u: What is 2 + 2?", "a: It is 4."),
         said("s: Be brief.", "u: Who wrote it?\n\nAda wrote the notes.", "a: Ada."),

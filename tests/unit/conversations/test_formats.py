@@ -189,6 +189,7 @@ def test_the_list_of_formats_names_every_form_once() -> None:
             "xlam",
             "glaive",
             "gemini",
+            "self_instruct",
         ]
     )
 
@@ -198,6 +199,7 @@ def test_the_list_of_formats_names_every_form_once() -> None:
     [
         ("oasst_code_151.jsonl", "prompt_completion", 151),
         ("sharegpt_500.json", "sharegpt", 500),
+        ("self_instruct_seed_tasks.jsonl", "self_instruct", 175),
         ("oasst1_guanaco_multilingual_500.jsonl", "guanaco", 500),
     ],
 )
@@ -207,6 +209,18 @@ def test_real_files_are_read_whole(shared_data: Path, file: str, form: str, conv
     assert sum(1 for _ in read_conversations(path, problems=log)) == conversations
     assert log.formats == {str(path): form}
     assert not log.notes
+
+
+@pytest.mark.parametrize(
+    ("instances", "reason"),
+    [([], "is empty"), ({"output": "b"}, "must be a list of objects"), (["b"], "must be a list of objects")],
+)
+def test_instances_that_are_none_name_their_record(tmp_path: Path, instances: object, reason: str) -> None:
+    path = tmp_path / "tasks.jsonl"
+    good = {"instruction": "do", "instances": [{"output": "a"}]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, {"instruction": "do", "instances": instances})))
+    with pytest.raises(UserError, match=rf"tasks\.jsonl:2: 'instances' {reason}"):
+        list(read_conversations(path))
 
 
 def test_two_lists_of_turns_are_not_taken_for_one_another(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ _HEAD = """# Commands
 Exit status: 0 success, 1 a check failed, 2 the input cannot be used. An error names its page of this manual.
 
 Every command takes `--quiet`, which leaves results and errors, and `--verbose`, with which libraries tell what they do.
-With `--json`, standard output holds JSON and nothing else. Colors and moving progress are for terminals: a file or a pipe
-gets plain lines, and `NO_COLOR=1` does without colors everywhere.
+With `--json`, standard output holds JSON and nothing else. Colors and moving progress are for terminals: a file or a
+pipe gets plain lines, and `NO_COLOR=1` does without colors everywhere.
 
 The shell completes commands, options, files, variants and shipped recipes. Add one line to the shell's own file:
 

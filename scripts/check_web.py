@@ -149,6 +149,7 @@ def try_chat(page: Browser, pictures: Path) -> None:
     page.until(lambda: page.find(field("temperature")).is_displayed(), "the settings")
     page.type(field("temperature"), "0")
     limit_answers(page)
+    check_accessibility(page, "the settings")
     page.click("#settings > button")
     page.type("#question textarea", QUESTION + Keys.ENTER)
     lengths = set()

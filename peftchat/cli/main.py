@@ -165,10 +165,10 @@ def _run() -> int:
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
+        error.show()
         page = command_page(sys.argv[1:])
         if page is not None:
-            error.message = f"{error.message.rstrip('.')}. See {page}."
-        error.show()
+            click.echo(f"See {page}.", err=True)
         return 2
     except click.Abort as error:
         raise KeyboardInterrupt from error

@@ -81,7 +81,7 @@ def command(
         else:
             click.echo(shlex.join(started.arguments))
         return
-    from peftchat.engines.process import running
+    from peftchat.engines.process import ended, running
 
     stderr.print(shlex.join(started.arguments), markup=False, style="dim", soft_wrap=True)
     with running(started, place) as served:
@@ -96,4 +96,4 @@ def command(
             return
         stderr.print(f"Serving {', '.join(answers)} on {served.url} (Ctrl-C ends it)", markup=False)
         status = served.wait()
-    raise VerificationError(f"{started.engine} ended with status {status}; its message is above")
+    raise VerificationError(ended(started.engine, status))

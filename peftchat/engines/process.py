@@ -53,8 +53,7 @@ class Engine:
         problem = "it does not listen"
         while not set(self._command.models) <= listed:
             if self._process.poll() is not None:
-                status = self._process.returncode
-                raise VerificationError(f"{self._command.engine} ended with status {status}; its message is above")
+                raise VerificationError(ended(self._command.engine, self._process.returncode))
             if time.monotonic() > deadline:
                 missing = ", ".join(sorted(set(self._command.models) - listed))
                 raise VerificationError(
@@ -103,6 +102,14 @@ class Engine:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=seconds) as reply:
             return json.load(reply)
+
+
+def ended(engine: str, status: int) -> str:
+    """Say how an engine ended; a status below 0 is that of a signal."""
+    if status == -signal.SIGILL:
+        return f"{engine} was killed by SIGILL: it was built for another processor"
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"{engine} {how}; its message is above"
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from peftchat.before_training import (
     check_rate_file,
     choose_settings,
     prepare_training,
-    refuse_pairs,
     settle_processes,
 )
 from peftchat.conversation import Message
@@ -194,12 +193,10 @@ def find_learning_rate(
 
     quiet_libraries()
     from peftchat.runs.run_folder import RunFolder
-    from peftchat.training.rate_search import find_rate, refuse_processes
+    from peftchat.training.rate_search import cases_of, find_rate, refuse_processes
 
     settle_processes()
     loaded = _load(recipe, overrides)
-    what = "the search compares losses of conversations, and the recipe learns from pairs"
-    refuse_pairs(loaded, what, "Leave `--find-lr` out; training.learning_rate: auto gives a rate.")
     file = RunFolder(Path(loaded.recipe.output_dir)).rate_search
     refuse_processes(loaded)
     # The rule is where the search begins, whatever the recipe says.
@@ -212,7 +209,8 @@ def find_learning_rate(
         stderr.print(line, markup=False, highlight=False)
 
     if not loaded.recipe.data.has_eval:
-        tell("The recipe holds out no conversations, so the search holds out a tenth of those to train on.")
+        cases = cases_of(loaded.recipe)
+        tell(f"The recipe holds out no {cases}, so the search holds out a tenth of those to train on.")
     check_rate_file(loaded, file)
     try:
         with contextlib.redirect_stdout(sys.stderr):

@@ -142,7 +142,7 @@ def resume(folder: Path, number: int, before: Layout, after: Layout, expected: l
     error = next((line for line in said.splitlines() if "Error" in line), said).replace(f"{folder}/", "")
     if status:
         return f"status {status}: `{error}`"
-    fresh = "; the optimizer starts afresh" if "optimizer starts afresh" in said else ""
+    fresh = "; the optimizer starts from zero" if "optimizer starts from zero" in said else ""
     return f"losses {difference(losses(run), expected)}{fresh}"
 
 

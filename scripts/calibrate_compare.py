@@ -1,11 +1,16 @@
-"""Measure how often the statistics of `peftchat compare` are right, on made-up losses whose true differences are known.
+"""Measure how often the statistics of `peftchat compare` are right, on made-up runs whose true differences are known.
 
     python scripts/calibrate_compare.py --worlds 1000
+    python scripts/calibrate_compare.py --worlds 600 --pairs
 
 Each world has conversations in trees, seeds, variants and learning rates. Losses of a variant differ from the common
 difficulty of a conversation by noise of the tree, of the conversation, of the run and of the conversation in one run.
 The first three are drawn from Student's t with 3 degrees of freedom, whose tails are heavy. Lengths of conversations
 are lognormal and sizes of trees geometric. The rate of each variant is chosen on the first seed, as `compare` does.
+
+With `--pairs`, held-out preference pairs are right or wrong instead: a pair is right where its margin is above 0.
+Margins have the same kinds of noise, with normal tails, so that the true share of right pairs is known. The rate is
+chosen by the loss of the margins, as `compare` does.
 
 The table has, for each kind of world: how often the 95 % interval of a pair holds the true difference; in how many
 worlds of equal variants a single one is called better or worse; how many of the pairs that differ are told apart; and
@@ -13,14 +18,22 @@ how often a worse variant is called better.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from peftchat.comparing.paired_statistics import PairedComparison, PairedLosses, compare_paired, practical_threshold
+from peftchat.comparing.measure import LOSS, PAIRS, Measure
+from peftchat.comparing.paired_statistics import (
+    NEGLIGIBLE,
+    PairedComparison,
+    PairedLosses,
+    compare_paired,
+    compare_shares,
+)
 
 Floats = npt.NDArray[np.float64]
 
@@ -74,15 +87,42 @@ SCENARIOS = (
 )
 
 
+PAIR_SCENARIOS = (
+    Scenario("2 at 70 %, 3 seeds", (0.3, 0.3)),
+    Scenario("2 at 70 %, 1 seed", (0.3, 0.3), seeds=1),
+    Scenario("2 at 70 %, 12 prompts", (0.3, 0.3), trees=12),
+    Scenario("2 at 70 %, 300 prompts", (0.3, 0.3), trees=300),
+    Scenario("2 at 97 %, 3 seeds", (0.03, 0.03)),
+    Scenario("2 at 99.9 %, 3 seeds", (0.001, 0.001), flat=True),
+    Scenario("2 at 70 %, large noise of runs", (0.3, 0.3), run=0.3),
+    Scenario("4 at 60 %, 7 rates", (0.4,) * 4, rates=7),
+    Scenario("8 at 80 %, 5 rates", (0.2,) * 8),
+    Scenario("8 at 80 %, 5 rates all equal", (0.2,) * 8, flat=True),
+    Scenario("8 at 80 %, 1 seed", (0.2,) * 8, seeds=1),
+    Scenario("4 at 70 % to 85 %", (0.3, 0.25, 0.2, 0.15)),
+    Scenario("8, one at 80 % and the others at 70 %", (0.2, *(0.3,) * 7)),
+    Scenario("8, one at 80 % and the others at 70 %, 300 prompts", (0.2, *(0.3,) * 7), trees=300),
+)
+"""Kinds of worlds of pairs: `gaps` are shares of wrong pairs, and noise is in standard deviations of a margin."""
+
+_COMMON, _OWN_TREE, _OWN_CASE, _SINGLE = 0.6, 0.15, 0.15, 0.1
+"""Variances of a margin, beside that of runs: what all variants share (half of it by prompt), and what they do not."""
+
+_RUN_OF_PAIRS = 0.05
+"""Noise of a run where a kind does not say another."""
+
+
 @dataclass(frozen=True)
 class World:
-    """Made-up losses.
+    """Made-up losses, or pairs that are wrong.
 
     Attributes:
         sums: summed losses, shape (variants, rates, seeds, conversations).
         tokens, trees: of each conversation.
         levels: the true loss of every variant and rate.
         truth: the same; with one seed, of the runs themselves.
+        selected_by: what the first seed's rates are chosen by, shape (variants, rates).
+        measure: what is compared.
     """
 
     sums: Floats
@@ -90,10 +130,42 @@ class World:
     trees: npt.NDArray[np.int64]
     levels: Floats
     truth: Floats
+    selected_by: Floats
+    measure: Measure
+
+
+def make_pair_world(scenario: Scenario, generator: np.random.Generator) -> World:
+    """Draw a world of pairs."""
+    variants, rates, seeds = len(scenario.gaps), scenario.rates, scenario.seeds
+    run = scenario.run if scenario.run != Scenario.run else _RUN_OF_PAIRS
+    trees = np.repeat(np.arange(scenario.trees), generator.geometric(0.4, scenario.trees))
+    count = len(trees)
+
+    def normal(variance: float, *shape: int) -> Floats:
+        return generator.normal(0, np.sqrt(variance), shape)
+
+    best = generator.integers(0, rates, variants)
+    steps = np.abs(np.arange(rates)[None] - best[:, None])
+    # Each step from the best rate costs a tenth of the way to an even chance.
+    levels = 0.5 - (0.5 - np.array(scenario.gaps)[:, None]) * (1 - (0.0 if scenario.flat else 0.1) * steps)
+    rest = _COMMON + _OWN_TREE + _OWN_CASE + _SINGLE
+    quantile, share = np.vectorize(NormalDist().inv_cdf), np.vectorize(NormalDist().cdf)
+    means = -np.sqrt(rest + run**2) * quantile(levels)
+    runs = normal(run**2, variants, rates, seeds)
+    common = normal(_COMMON / 2, scenario.trees)[trees] + normal(_COMMON / 2, count)
+    of_data = normal(_OWN_TREE, variants, rates, scenario.trees)[..., trees] + normal(_OWN_CASE, variants, rates, count)
+    margins = (
+        (means[..., None] + runs)[..., None]
+        + (common + of_data)[:, :, None]
+        + normal(_SINGLE, variants, rates, seeds, count)
+    )
+    truth = share(-(means + runs[..., 0]) / np.sqrt(rest)) if seeds == 1 else levels
+    losses = np.logaddexp(0, -margins[:, :, 0]).mean(axis=2)
+    return World((margins < 0).astype(float), np.ones(count), trees, levels, truth, losses, PAIRS)
 
 
 def make_world(scenario: Scenario, generator: np.random.Generator) -> World:
-    """Draw a world."""
+    """Draw a world of conversations."""
     variants, rates, seeds = len(scenario.gaps), scenario.rates, scenario.seeds
     trees = np.repeat(np.arange(scenario.trees), generator.geometric(0.4, scenario.trees))
     count = len(trees)
@@ -121,17 +193,19 @@ def make_world(scenario: Scenario, generator: np.random.Generator) -> World:
         + of_data[:, :, None]
         + _SINGLE_NOISE * scale[..., None] * heavy(variants, rates, seeds, count)
     )
-    return World(losses * tokens, tokens, trees, levels, levels + runs[..., 0] if seeds == 1 else levels)
+    truth = levels + runs[..., 0] if seeds == 1 else levels
+    sums = losses * tokens
+    return World(sums, tokens, trees, levels, truth, sums[:, :, 0].sum(axis=2), LOSS)
 
 
 def judge(scenario: Scenario, world: World) -> tuple[PairedComparison, Floats, Floats]:
     """Choose the rate of each variant on the first seed, and compare; return `levels` and `truth` at these rates."""
-    first = world.sums[:, :, 0].sum(axis=2)
-    chosen = first.argmin(axis=1)
+    chosen = world.selected_by.argmin(axis=1)
     if scenario.one_rate:
         chosen[0] = scenario.rates // 2
     rows = np.arange(len(chosen))
-    compared = compare_paired(PairedLosses(world.sums[rows, chosen], world.tokens, world.trees))
+    compare = compare_shares if world.measure.is_share else compare_paired
+    compared = compare(PairedLosses(world.sums[rows, chosen], world.tokens, world.trees))
     return compared, world.levels[rows, chosen], world.truth[rows, chosen]
 
 
@@ -150,13 +224,15 @@ class Counts:
     worlds: int = 0
 
 
-def count_worlds(scenario: Scenario, worlds: int, seed: int) -> Counts:
+def count_worlds(scenario: Scenario, worlds: int, seed: int, make: Callable[..., World] = make_world) -> Counts:
     """Judge many worlds."""
     generator = np.random.default_rng(seed)
     counts = Counts(worlds=worlds)
     for _ in range(worlds):
-        compared, levels, truth = judge(scenario, make_world(scenario, generator))
-        false, threshold = False, practical_threshold(float(compared.losses.min()), scenario.seeds)
+        world = make(scenario, generator)
+        compared, levels, truth = judge(scenario, world)
+        threshold = world.measure.threshold(float(compared.losses.min()), scenario.seeds, NEGLIGIBLE)
+        false = False
         for one in range(len(truth)):
             for other in range(one + 1, len(truth)):
                 gap, true_gap = compared.gap(one, other), truth[other] - truth[one]
@@ -205,11 +281,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--worlds", type=int, default=1000, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="kinds whose names have this text")
+    parser.add_argument("--pairs", action="store_true", help="preference pairs that are right or wrong")
     options: Any = parser.parse_args(arguments)
     print(HEADER)
-    for scenario in SCENARIOS:
+    make = make_pair_world if options.pairs else make_world
+    for scenario in PAIR_SCENARIOS if options.pairs else SCENARIOS:
         if options.only in scenario.name:
-            print(table_row(scenario, count_worlds(scenario, options.worlds, options.seed)), flush=True)
+            print(table_row(scenario, count_worlds(scenario, options.worlds, options.seed, make)), flush=True)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def train(arguments: argparse.Namespace, results: Results, setting: Setting, see
             seen.clear()
             trial = runs.train(rate, look)
             row = {"setting": setting.name, "rate": rate, "seed": seed, "problem": trial.problem,
-                   "losses": [one.loss for one in trial.held_out], "tokens": [one.tokens for one in trial.held_out],
+                   "losses": [one.loss for one in trial.held_out], "tokens": [one.weight for one in trial.held_out],
                    "before": runs.loss_before, **seen}  # fmt: skip
             results.add(row)
             print(f"{setting.name}, seed {seed}: {trial}", flush=True)

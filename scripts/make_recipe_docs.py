@@ -1,4 +1,4 @@
-"""Write what is generated from the code: the recipe's JSON Schema, its reference, and the reference of the commands.
+"""Write what is generated from the code: the recipe's JSON Schema, and the references of recipe, commands and Python.
 
 `python scripts/make_recipe_docs.py` writes the files; with `--check` it writes nothing and fails if one is out of date.
 """
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from api_reference import api_reference
 
 from peftchat.cli.main import cli
 from peftchat.recipe.reference import SCHEMA_FILE, manual, schema_text
@@ -32,7 +33,12 @@ The shell completes commands, options, files, variants and shipped recipes. Add 
 
 
 def main() -> None:
-    files = {SCHEMA_FILE: schema_text(), DOCS / "recipe.md": manual(), DOCS / "cli.md": command_reference()}
+    files = {
+        SCHEMA_FILE: schema_text(),
+        DOCS / "recipe.md": manual(),
+        DOCS / "cli.md": command_reference(),
+        DOCS / "api-reference.md": api_reference(),
+    }
     outdated = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
         if outdated:

@@ -59,7 +59,7 @@ class TemplatePrompting:
 class DialoguePrompting:
     """A base model is asked by a text that begins a dialogue, to which each turn is added.
 
-    The text is paid anew at every turn. An answer ends where the model writes the name of a speaker at the start of a
+    The text is paid again at every turn. An answer ends where the model writes the name of a speaker at the start of a
     line, the rule that separates the dialogues of the text, or a special token.
 
     Args:

@@ -1,4 +1,4 @@
-"""Rendering many conversations by one template: what `apply_chat_template` does, without doing it anew each time.
+"""Rendering many conversations by one template: what `apply_chat_template` does, without doing it again each time.
 
 Rendering answer by answer gives a template the same messages and tools again and again. Stock transformers copies all
 of them each time, and the template writes the same definitions of tools as JSON. Here each message is prepared once,

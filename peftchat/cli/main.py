@@ -144,6 +144,10 @@ def _main() -> None:
         leave(status)
 
 
+def _as_sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 def _run() -> int:
     """Run the command and return its exit status; an error has been printed.
 
@@ -159,7 +163,7 @@ def _run() -> int:
         raise KeyboardInterrupt from error
     except UserError as error:
         page = manual_page(error, sys.argv[1:])
-        _print_error(f"Error: {error}" if page is None else f"Error: {str(error).rstrip('.')}. See {page}.")
+        _print_error(f"Error: {error}" if page is None else f"Error: {_as_sentence(str(error))} See {page}.")
         return 2
     except VerificationError as error:
         _print_error(f"Failed: {error}")

@@ -5,7 +5,7 @@ A case is a conversation with its loss, or a preference pair or labeled answer t
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from peftchat.comparing.paired_statistics import (
     PairedComparison,
     PairedLosses,
     compare_paired,
-    least_errors,
+    compare_shares,
     number_clusters,
 )
 from peftchat.conversation import Conversation
@@ -28,9 +28,6 @@ Clusters = Mapping[str, str]
 
 _MOST_ALIKE = 32
 """Conversations that may start alike and still be branches of one tree, whatever their share."""
-
-_NORMAL = 1.96
-"""Quantile of a normal variable for an interval of 95 %."""
 
 _SHARE_ALIKE = 1 / 8
 """A larger part of all conversations that starts alike starts with a greeting."""
@@ -92,16 +89,7 @@ class Evidence:
         if losses is None:
             means = np.array([[wrong(run, measure) for run in _of_seeds(one, seeds)] for one in complete])
             losses = PairedLosses(means[..., None], np.ones(1), np.zeros(1, np.int64))
-        paired = compare_paired(losses)
-        if measure.is_share and by_conversation:
-            floors = least_errors(losses.sums.mean(axis=1), losses.clusters)
-            # Where no case differs, no draw does either: the ratios are then those of a normal variable at least.
-            paired = replace(
-                paired,
-                errors=np.maximum(paired.errors, floors),
-                quantiles=np.maximum(paired.quantiles, _NORMAL),
-                quantile_together=max(paired.quantile_together, _NORMAL),
-            )
+        paired = compare_shares(losses) if measure.is_share and by_conversation else compare_paired(losses)
         threshold = measure.threshold(float(paired.losses.min()), len(seeds), negligible)
         return cls(complete, paired, threshold, by_conversation, measure)
 

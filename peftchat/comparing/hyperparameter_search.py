@@ -59,7 +59,7 @@ SHORT_SHARE = 1 / 8
 class RateHalving:
     """Learning rates in two rounds: all of them in short runs, then the best and its better neighbor in full ones.
 
-    It is successive halving (Jamieson and Talwalkar, 2016, https://arxiv.org/abs/1502.07943) with runs that start anew:
+    It is successive halving (Jamieson and Talwalkar, 2016, https://arxiv.org/abs/1502.07943) with runs that start over:
     a short run has the whole schedule, warm-up and decay included, as a run that is cut off at a high rate would be
     judged by the noise that the decay removes. Short runs favor rates that are somewhat too high or too low for long
     ones, so a neighbor always goes on with the best. If the best short run is at an end of the range, one more rate

@@ -23,7 +23,7 @@ general parametric models"). `scripts/calibrate_compare.py` measures how often a
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -42,6 +42,9 @@ NEGLIGIBLE = 0.005
 
 ONE_SEED_NOISE = 0.015
 """Fraction of the lowest loss that stands for the noise of runs with a single seed."""
+
+_NORMAL = 1.96
+"""Quantile of a normal variable for an interval of 95 %."""
 
 _DRAWS = 4000
 _MAX_FREEDOM = 200
@@ -171,11 +174,12 @@ def least_errors(scores: Floats, clusters: npt.NDArray[np.int64]) -> Floats:
     """Return the least standard error of the difference of each pair's mean score, shape (candidates, candidates).
 
     It is that of Bonett and Price (2012, https://doi.org/10.3102/1076998611411915), which counts one more case on
-    either side. Where few cases differ, the usual one is too small. It is zero for scores beyond 0 to 1.
+    either side. Where few cases differ, the usual one is too small. Their cases are right or wrong; one that some seeds
+    have right counts by the square of its difference. It is zero for scores beyond 0 to 1.
 
     Args:
         scores: of each candidate and case, the mean over seeds, shape (candidates, cases).
-        clusters: the cluster of each case; related ones count as one.
+        clusters: the cluster of each case; related ones count as one, in parts of a cluster of mean size.
     """
     return np.array([[_least_error(row, other, clusters) for other in scores] for row in scores])
 
@@ -183,10 +187,10 @@ def least_errors(scores: Floats, clusters: npt.NDArray[np.int64]) -> Floats:
 def _least_error(ours: Floats, theirs: Floats, clusters: npt.NDArray[np.int64]) -> float:
     if min(ours.min(), theirs.min()) < 0 or max(ours.max(), theirs.max()) > 1:
         return 0.0
-    moves = np.bincount(clusters, weights=ours - theirs)
+    sums = np.bincount(clusters, weights=ours - theirs)
+    moves = sums * len(sums) / len(clusters)
     count = len(moves) + 2
-    more, less = (int((moves > 0).sum()) + 1) / count, (int((moves < 0).sum()) + 1) / count
-    return math.sqrt((more + less - (more - less) ** 2) / count)
+    return math.sqrt((float((moves**2).sum()) + 2) / count - (float(moves.sum()) / count) ** 2) / math.sqrt(count)
 
 
 def compare_paired(losses: PairedLosses, confidence: float = CONFIDENCE) -> PairedComparison:
@@ -221,6 +225,19 @@ def compare_paired(losses: PairedLosses, confidence: float = CONFIDENCE) -> Pair
         for table, values in ((errors, error), (quantiles, alone)):
             table[first, second] = table[second, first] = values
     return PairedComparison(mean, errors, quantiles, together, len(losses.tokens), clusters, seeds, effective)
+
+
+def compare_shares(losses: PairedLosses) -> PairedComparison:
+    """Compare all pairs of candidates by shares of cases that are wrong: no error is below `least_errors`."""
+    paired = compare_paired(losses)
+    floors = least_errors(losses.sums.mean(axis=1), losses.clusters)
+    # Where no case differs, no draw does either: the ratios are then those of a normal variable at least.
+    return replace(
+        paired,
+        errors=np.maximum(paired.errors, floors),
+        quantiles=np.maximum(paired.quantiles, _NORMAL),
+        quantile_together=max(paired.quantile_together, _NORMAL),
+    )
 
 
 @dataclass(frozen=True)
@@ -278,7 +295,7 @@ class _Ratios:
 
     Attributes:
         wide: the sum of two Student variables (Behrens-Fisher); with few seeds its intervals hold too often.
-        narrow: the ratio with its standard error drawn anew (the parametric bootstrap of Krishnamoorthy, Lu and Mathew,
+        narrow: the ratio with a drawn standard error (the parametric bootstrap of Krishnamoorthy, Lu and Mathew,
             2007, "A parametric bootstrap approach for ANOVA with unequal variances"); these hold too seldom.
     """
 

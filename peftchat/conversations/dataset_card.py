@@ -14,6 +14,8 @@ SKIPPED: dict[str, str] = {
     **{str(rule): meaning for rule, meaning in PAIR_RULES.items()},
     "label_is_false": "records whose label says false",
     "flagged_not_to_train": "records flagged not to be trained",
+    "answer_cut_off": "answers that were cut off, as their `finish_reason` says",
+    "answers_tie": "records in which no answer has a better score than another",
     "left_out_by_weight": "conversations left out by the weight of their source",
     "other_language": "conversations in another language",
     "max_train_samples": "conversations behind `data.max_train_samples`",

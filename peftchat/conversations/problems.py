@@ -125,6 +125,7 @@ NOTES: dict[str, str] = {
     "constants_removed": "a field that is NaN or Infinity taken as absent",
     "call_that_is_not_json": "a tool call that is not JSON kept as text",
     "call_of_no_tool": "a call of a function that the record's tools do not define (kept)",
+    "answer_beside_turns": "an answer in a field of its own put behind the turns",
     "tools_respelled": "definitions of tools written as OpenAI's chat API has them, which templates know",
 }
 """Change of a record -> what it is, as tables say it."""
@@ -189,7 +190,7 @@ class ProblemLog:
         quarantine: called with each problem and the raw record (None where the record has no bytes of its own).
 
     Attributes:
-        pairs: whether preference pairs are read.
+        prepare_options: what `data prepare` needs to read the same records, such as ` --pairs`.
         records: records read from files, valid and invalid.
         problems: records that could not be used, by kind.
         skipped: records left out on purpose, by the name of the rule.
@@ -208,7 +209,7 @@ class ProblemLog:
         self, *, strict: bool = False, quarantine: Callable[[Problem, bytes | None], None] | None = None
     ) -> None:
         self.strict = strict
-        self.pairs = False
+        self.prepare_options = ""
         self.records = 0
         self.problems: Counter[Kind] = Counter()
         self.skipped: Counter[str] = Counter()
@@ -290,8 +291,8 @@ class ProblemLog:
         return UserError(
             what,
             where=self.first.where,
-            hint=f"Repair the records, or let `peftchat data prepare{' --pairs' if self.pairs else ''}` write a clean "
-            "file and put the bad records aside.",
+            hint=f"Repair the records, or let `peftchat data prepare{self.prepare_options}` write a clean file "
+            "and put the bad records aside.",
         )
 
 

@@ -127,7 +127,7 @@ def read_conversations(
     problems: ProblemLog | None = None,
     options: ReadOptions | None = None,
 ) -> Iterator[Conversation]:
-    """The conversations of a file, a folder of files or a hub data set, one at a time.
+    """Yield the conversations of a file, a folder of files or a hub data set, one at a time.
 
     Memory does not grow with the number of records; only OpenAssistant exports are remembered (to find duplicates), and
     those of single messages held until the file ends.
@@ -182,7 +182,7 @@ def read_and_make(
     """
     log = ProblemLog(strict=True) if problems is None else problems
     settings = options or ReadOptions()
-    log.pairs = settings.pairs
+    log.prepare_options = " --pairs" if settings.pairs else " --labels" if settings.labels else ""
     check_languages(settings.languages)
     data_format = None if format == "auto" else find_format(format)
     columns = Columns(settings.columns, str(path)) if settings.columns else None
@@ -357,6 +357,9 @@ def _found_below(fields: Fields) -> str:
     if len({*pair.values()}) == 2:
         columns = ", ".join(f"{ours}: {theirs}" for ours, theirs in pair.items())
         return f"They look like preference pairs: `columns: {{{columns}}}` reads the chosen answers. "
+    if "custom_id" in fields:
+        join = "jq -cs 'group_by(.custom_id)[] | add' REQUESTS RESPONSES > FILE.jsonl"
+        return f"The Batch API writes requests and responses into two files; join them: {join}. "
     for field, value in fields.items():
         if isinstance(value, dict) and matching_format(value) is not None:
             return f"They are below the field {field!r}: jq -c '.[\"{field}\"]' FILE > FILE.jsonl. "

@@ -1,4 +1,4 @@
-"""Mixture: the examples of each epoch, where the shares of the sources are drawn anew (`data.resample`)."""
+"""Mixture: the examples of each epoch, where the shares of the sources are drawn again (`data.resample`)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -166,7 +166,7 @@ def _losses(
     pad = int(chat.tokenizer.pad_token_id)
     collator = ChatCollator(split.store, loss_on=recipe.chat.loss_policy, layout="padded", pad_token_id=pad)
     order = sorted(range(len(split.store)), key=lambda place: -int(split.store.lengths[place]))
-    held_out = HeldOutLosses(step=1)
+    held_out = HeldOutLosses()
     for start in range(0, len(order), _BATCH):
         packs = [{"examples": [place]} for place in order[start : start + _BATCH]]
         batch = collator(packs)

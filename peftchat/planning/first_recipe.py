@@ -15,6 +15,7 @@ from peftchat.planning.hardware import Hardware
 from peftchat.planning.plan import Prediction, predict
 from peftchat.recipe import DataEntry, load_recipe
 from peftchat.recipe.document import LOCAL_MARKS
+from peftchat.recipe.load import DATA_SUFFIXES
 from peftchat.recipe.reference import starting_recipe
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ CHEAPER: Mapping[str, tuple["Method", ...]] = {"full": ("lora", "qlora"), "lora"
 
 DEMO_MODEL = Path(".cache/smollm2-135m")
 _MOST_READ = 5_000
-_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".jsonl.zst")
+_SUFFIXES = (".json", *DATA_SUFFIXES)
 
 
 @dataclass(frozen=True)

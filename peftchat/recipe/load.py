@@ -34,6 +34,9 @@ from peftchat.recipe.validation import (
     resolve_defaults,
 )
 
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".jsonl.zst")
+"""Endings of files of conversations, which no recipe has."""
+
 
 @dataclass(frozen=True)
 class LoadedRecipe:
@@ -113,6 +116,9 @@ def _take_from_run(document: Document, *, needed: bool) -> Recipe | None:
 def _read(path: Path, extending: tuple[Path, ...]) -> Document:
     """Return the document at `path`, merged over the recipes it extends."""
     name = str(path)
+    if name.endswith(DATA_SUFFIXES) and path.is_file():
+        hint = f"`peftchat init --data {name}` writes a recipe that trains on it."
+        raise UserError("is a file of conversations, not a recipe", where=name, hint=hint)
     text = read_text(path, "a recipe", "`peftchat init` writes a recipe to start from.")
     values, places = to_plain(parse_yaml(text, name), name, file=path, layer=-len(extending))
     if values is None:
@@ -176,7 +182,9 @@ def read_text(path: Path, kind: str, hint: str) -> str:
         UserError: it cannot be read.
     """
     if path.is_dir():
-        raise UserError(f"is a folder, not {kind}", where=str(path), hint="Give the YAML file.")
+        inside = path / "recipe.yaml"
+        hint = f"Give the YAML file{f': {inside}' if inside.is_file() else ''}."
+        raise UserError(f"is a folder, not {kind}", where=str(path), hint=hint)
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:

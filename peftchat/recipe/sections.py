@@ -330,7 +330,7 @@ class DataSection(StrictModel):
     )
     resample: bool = Field(
         False,
-        description="Draw the shares of the sources anew in each epoch: with `weight: 0.5` another half, until every "
+        description="Draw the shares of the sources again in each epoch: with `weight: 0.5` another half, until every "
         "example had its turn. Needs a weight that is no whole number.",
     )
     eval: Entries | None = Field(

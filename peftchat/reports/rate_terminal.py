@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftchat.console import stdout
-from peftchat.formatting import format_decimal, format_rate
+from peftchat.formatting import format_decimal, format_percent, format_rate
 from peftchat.training.rate_trials import Gap, RateSearch, RateTrial
 
 _BAR = 14
@@ -22,16 +22,22 @@ def print_rate_search(search: RateSearch, recipe: Path) -> None:
         markup=False,
     )
     stdout.print(_table(search), soft_wrap=False)
-    ratio = search.advised / search.rule.value
+    ratio = float(f"{search.advised / search.rule.value:.2g}")
     stdout.print(
-        f"The rule gives {format_rate(search.rule.value)}; the advice is {ratio:.2g} times that. The untrained model's "
-        f"loss is {format_decimal(search.loss_before)}.",
+        f"The rule gives {format_rate(search.rule.value)}; the advice is {ratio:g} times that. The untrained "
+        f"model's loss is {format_decimal(search.loss_before)}.",
         markup=False,
     )
     if search.steps < search.run_steps:
         stdout.print(
             f"The run itself has {search.run_steps} steps. Longer runs tend to want the same rate or a lower one; "
             f"`--find-lr-steps` makes the search longer.",
+            markup=False,
+        )
+    if search.has_shares:
+        stdout.print(
+            f"The loss says how far the {search.cases} are apart, and nothing of what the model then writes. Look at "
+            "samples of a run with `--prompt`, and take a lower rate where they are worse.",
             markup=False,
         )
     stdout.print("Set it in the recipe:", markup=False)
@@ -43,7 +49,8 @@ def print_rate_search(search: RateSearch, recipe: Path) -> None:
 
 def _table(search: RateSearch) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("rate", "held-out loss", "above the lowest", "training loss"):
+    last = f"{search.cases} right" if search.has_shares else "training loss"
+    for name in ("rate", "held-out loss", "above the lowest", last):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("held-out loss", overflow="fold")
     for trial, gap in zip(search.trials, search.gaps, strict=True):
@@ -52,11 +59,17 @@ def _table(search: RateSearch) -> Table:
             format_rate(trial.rate),
             format_decimal(trial.loss) if trial.problem is None else "failed",
             _gap_text(gap),
-            format_decimal(trial.train_loss) if trial.problem is None else "",
+            _last(search, trial),
             _bar(search, trial),
             style="bold green" if is_near else None,
         )
     return table
+
+
+def _last(search: RateSearch, trial: RateTrial) -> str:
+    if trial.problem is not None:
+        return ""
+    return format_percent(trial.right) if search.has_shares else format_decimal(trial.train_loss)
 
 
 def _gap_text(gap: Gap | None) -> str:

@@ -69,6 +69,11 @@ class PairResult:
         """How much higher the chosen answer's reward is."""
         return self.chosen_reward - self.rejected_reward
 
+    @property
+    def right(self) -> float:
+        """1 if the chosen answer's reward is the higher one, a half if both are the same, else 0."""
+        return (self.margin > 0) + 0.5 * (self.margin == 0)
+
     def as_line(self) -> dict[str, Any]:
         """Return the line of the file."""
         values = asdict(self)
@@ -139,7 +144,7 @@ class PairSummary(BaseModel):
     @classmethod
     def of(cls, pairs: Sequence[PairResult]) -> Self:
         """Summarize results; there must be one."""
-        right = sum((one.margin > 0) + 0.5 * (one.margin == 0) for one in pairs) / len(pairs)
+        right = sum(one.right for one in pairs) / len(pairs)
         low, high = wilson_interval(right, len(pairs))
         return cls(
             pairs=len(pairs), right=right, right_low=low, right_high=high,

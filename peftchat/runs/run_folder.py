@@ -164,7 +164,7 @@ class RunFolder:
             raise UserError(
                 f"no checkpoint can be used: {wrong}",
                 where=str(Checkpoint.at_step(self.checkpoints, step).path),
-                hint="Bring it back, or delete the folder of checkpoints to begin anew with `--resume`.",
+                hint="Bring it back, or delete the folder of checkpoints to start over with `--resume`.",
             )
         return None, damaged
 

@@ -208,7 +208,7 @@ class RunSummary(BaseModel):
         first_stage: the run folder that it began at; None for one that began at the base.
         base_vocabulary_size: rows of the base model's embedding before tokens were added.
         train_examples: encoded conversations trained on.
-        examples_per_epoch: those of one epoch; others than `train_examples` where `data.resample` draws them anew.
+        examples_per_epoch: those of one epoch; others than `train_examples` where `data.resample` draws them again.
         dropped: conversations left out, by reason.
         unused_fields: fields of records that nothing was trained on, with the number of records that have them.
         unsupported_roles: messages that the template cannot write, by role and what was done with them.

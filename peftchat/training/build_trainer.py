@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from peftchat.chat_template.chat_format import ChatFormat
+    from peftchat.dataset.collator import BatchLayout
     from peftchat.recipe import Recipe
 
 
@@ -88,13 +89,19 @@ def _trainer_class(recipe: "Recipe") -> type[ChatTrainer]:
     return PreferenceTrainer if recipe.has_pairs else ChatTrainer
 
 
-def build_trainer(context: TrainContext, model: TrainableModel, config: "SFTConfig") -> "ChatTrainer":
-    """Select the attention, and return the trainer of the recipe's objective with its callbacks."""
-    layout = select_attention(context.recipe, model.model, model.causal_model)
+def trainer_of(
+    context: TrainContext, model: TrainableModel, config: "SFTConfig", layout: "BatchLayout"
+) -> "ChatTrainer":
+    """Return the trainer of the recipe's objective for a layout that the model's attention has been selected for."""
     if layout == "padded":
         # Examples of similar length share a batch, so that little of it is padding.
         config.train_sampling_strategy = "group_by_length"
-    trainer = _trainer_class(context.recipe)(context, model, config, layout)
+    return _trainer_class(context.recipe)(context, model, config, layout)
+
+
+def build_trainer(context: TrainContext, model: TrainableModel, config: "SFTConfig") -> "ChatTrainer":
+    """Select the attention, and return the trainer of the recipe's objective with its callbacks."""
+    trainer = trainer_of(context, model, config, select_attention(context.recipe, model.model, model.causal_model))
     shield_trackers(trainer, context)
     if has_budget(context.recipe.training):
         trainer.add_callback(BudgetCallback(trainer.gather_token_counts, context.recipe.training))

@@ -17,15 +17,25 @@ if TYPE_CHECKING:
     from peftchat.training.context import TrainContext
 
 
-@dataclass
-class HeldOutLosses:
-    """The losses of this process's part of an evaluation, summed by cell (`peftchat.dataset.collator.split_cells`).
+@dataclass(frozen=True, slots=True)
+class HeldOutCase:
+    """The loss of a held-out conversation, preference pair or labeled answer.
 
     Attributes:
-        step: the optimizer step after which it was made.
+        weight: the targets of a conversation; 1 for a pair or an answer.
+        loss: in nats, times the weight.
+        right: of a pair or an answer, 1 if its reward says what the data say, a half if it says neither.
     """
 
-    step: int
+    weight: float
+    loss: float
+    right: float | None = None
+
+
+@dataclass
+class HeldOutLosses:
+    """The losses of this process's part of an evaluation, summed by cell (`peftchat.dataset.collator.split_cells`)."""
+
     _cells: list[npt.NDArray[np.int64]] = field(default_factory=list)
     _counts: list[npt.NDArray[np.int64]] = field(default_factory=list)
     _sums: list[npt.NDArray[np.float64]] = field(default_factory=list)
@@ -87,7 +97,7 @@ class HeldOutLosses:
 
 
 def write_losses(
-    losses: HeldOutLosses, context: "TrainContext", gather: Callable[[Any], list[Any]]
+    losses: HeldOutLosses, context: "TrainContext", gather: Callable[[Any], list[Any]], *, before: bool
 ) -> Sequence[ConversationLoss]:
     """Write the losses of an evaluation into the run folder, beside those before the first step.
 
@@ -97,6 +107,7 @@ def write_losses(
         losses: of this process's part.
         context: the run.
         gather: returns the values of all processes.
+        before: whether they are those before the first step.
 
     Returns:
         The losses of all processes.
@@ -105,6 +116,6 @@ def write_losses(
     if not context.is_main:
         return found
     path = context.run_folder.eval_losses
-    found = add_before(found, read_eval_losses(path)) if losses.step else [one.as_before() for one in found]
+    found = [one.as_before() for one in found] if before else add_before(found, read_eval_losses(path))
     write_eval_losses(path, found)
     return found

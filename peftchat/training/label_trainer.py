@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftchat.runs.eval_labels import AnswerResult, LabelSummary, write_eval_answers
 from peftchat.runs.eval_losses import ConversationLoss
+from peftchat.training.held_out import HeldOutCase
 from peftchat.training.preference_loss import AnswerLogProbs, PairLoss, answer_sums
 from peftchat.training.preference_trainer import PreferenceTrainer
 
@@ -159,7 +160,7 @@ class LabelTrainer(PreferenceTrainer):
                 found.rewards.chosen.tolist(), right.tolist(), losses.tolist(), strict=True,
             )
         ]  # fmt: skip
-        self._pairs_step = self.state.global_step
+        self._evaluated_step = self.state.global_step
         finite = torch.isfinite(losses).cpu().numpy()
         self.checks.check_evaluation(loss, examples[::2][~finite].tolist(), self.state.global_step)
         return {
@@ -170,16 +171,14 @@ class LabelTrainer(PreferenceTrainer):
             **{f"{metric_key_prefix}_{name}": value for name, value in means.items()},
         }
 
-    def write_held_out_losses(self) -> Sequence[ConversationLoss]:
-        """Write the last evaluation's answers into the run folder; every process must call it. Returns nothing."""
-        if self.eval_dataset is None:
-            return ()
-        if self._pairs_step is None:
-            self.held_out_metrics()
-        gathered = self.gather_objects(self.answers)
+    def _write_held_out(self, *, before: bool) -> Sequence[ConversationLoss]:
+        """Write the last evaluation's answers into the run folder; return nothing."""
+        found = self._of_all_processes(self.answers)
         if self._context.is_main:
-            found = sorted((one for part in gathered for one in part), key=lambda one: one.example)
-            path = self._context.run_folder.eval_answers
-            written = write_eval_answers(path, found, before=self._pairs_step == 0)
+            written = write_eval_answers(self._context.run_folder.eval_answers, found, before=before)
             self.label_summary = LabelSummary.of(written, self._kl)
         return ()
+
+    def held_out_cases(self) -> list[HeldOutCase]:
+        """Return the last evaluation's loss of each answer; every process must call it."""
+        return [HeldOutCase(1, one.loss, one.right) for one in self._of_all_processes(self.answers)]

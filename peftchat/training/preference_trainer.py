@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from peftchat.dataset.pairs import PairCollator
 from peftchat.errors import UserError
 from peftchat.models.loading import VARLEN
+from peftchat.runs.eval_labels import AnswerResult
 from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.runs.eval_pairs import PairResult, PairSummary, write_eval_pairs
+from peftchat.training.held_out import HeldOutCase
 from peftchat.training.preference_loss import (
     PAIR_METRICS,
     AnswerLogProbs,
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from peftchat.runs.checkpoint import Checkpoint
     from peftchat.training.context import TrainContext
     from peftchat.training.model import TrainableModel
+
+Result = TypeVar("Result", PairResult, AnswerResult)
 
 
 class PreferenceTrainer(ChatTrainer):
@@ -65,7 +69,7 @@ class PreferenceTrainer(ChatTrainer):
         self._sums = self._no_sums()
         self.pairs: list[PairResult] = []
         self.pair_summary: PairSummary | None = None
-        self._pairs_step: int | None = None
+        self._likelihood_weight = 0.0
         attention, longest = self.causal_model.config._attn_implementation, self._recipe.data.max_length
         shares = attention == VARLEN and can_share_prompts(self.causal_model.config, longest)
         self.share_prompts(shares and not self._recipe.has_labels)
@@ -76,10 +80,15 @@ class PreferenceTrainer(ChatTrainer):
             if isinstance(collator, PairCollator):
                 collator.shares_prompts = shares
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether both answers of a pair go on from one prompt."""
+        collator = self._collators["train"]
+        return isinstance(collator, PairCollator) and collator.shares_prompts
+
     def check_batches(self, vocabulary: int) -> None:
         """Give each answer a prompt of its own where the model computes a shared one otherwise."""
-        collator = self._collators["train"]
-        if not isinstance(collator, PairCollator) or not collator.shares_prompts or self.layout != "varlen":
+        if not self.shares_prompts or self.layout != "varlen":
             return
         tolerance = TOLERANCES[self._recipe.model.computed_in]
         if not computes_shared_prompts(self.model_wrapped, vocabulary, self.args.device, tolerance):
@@ -226,7 +235,7 @@ class PreferenceTrainer(ChatTrainer):
         `eval_accuracy` is the share of pairs whose chosen answer has the higher reward. A pair counts a half where
         both have the same, as before the first step.
         """
-        loss_sum, token_sum, chosen_tokens, likelihood_weight = 0.0, 0, 0, 0.0
+        loss_sum, token_sum, chosen_tokens = 0.0, 0, 0
         sums = self._no_sums()
         results: list[PairResult] = []
         not_finite: list[int] = []
@@ -239,7 +248,7 @@ class PreferenceTrainer(ChatTrainer):
             if of_batch is None:
                 continue
             found = self._pair_loss(policy, counts, reference)
-            losses, likelihood_weight = found.losses.double(), found.likelihood_weight
+            losses, self._likelihood_weight = found.losses.double(), found.likelihood_weight
             if not torch.isfinite(losses).all():
                 not_finite += batch["examples"].tolist()
             metrics = pair_metrics(found, policy)
@@ -256,9 +265,8 @@ class PreferenceTrainer(ChatTrainer):
         reduced = self._sum_over_processes(torch.cat([totals, sums]))
         loss_sum, tokens, chosen_tokens, *means, count = reduced.tolist()
         likelihood = means[PAIR_METRICS.index("logps/chosen")] / max(chosen_tokens, 1)
-        loss = loss_sum / max(count, 1) - likelihood_weight * likelihood
-        self.pairs = results
-        self._pairs_step = self.state.global_step
+        loss = loss_sum / max(count, 1) - self._likelihood_weight * likelihood
+        self.pairs, self._evaluated_step = results, self.state.global_step
         self.checks.check_evaluation(loss, not_finite, self.state.global_step)
         return {
             f"{metric_key_prefix}_loss": loss,
@@ -271,18 +279,24 @@ class PreferenceTrainer(ChatTrainer):
             },
         }
 
-    def write_held_out_losses(self) -> Sequence[ConversationLoss]:
-        """Write the last evaluation's pairs into the run folder; every process must call it. Returns nothing."""
-        if self.eval_dataset is None:
-            return ()
-        if self._pairs_step is None:
-            self.held_out_metrics()
-        gathered = self.gather_objects(self.pairs)
+    def _of_all_processes(self, results: Sequence[Result]) -> list[Result]:
+        """Return the last evaluation's results of all processes, in order; every process must call it."""
+        gathered: list[Sequence[Result]] = self.gather_objects(results)
+        return sorted((one for part in gathered for one in part), key=lambda one: one.example)
+
+    def _write_held_out(self, *, before: bool) -> Sequence[ConversationLoss]:
+        """Write the last evaluation's pairs into the run folder; return nothing."""
+        found = self._of_all_processes(self.pairs)
         if self._context.is_main:
-            found = sorted((one for part in gathered for one in part), key=lambda one: one.example)
-            path = self._context.run_folder.eval_pairs
-            self.pair_summary = PairSummary.of(write_eval_pairs(path, found, before=self._pairs_step == 0))
+            written = write_eval_pairs(self._context.run_folder.eval_pairs, found, before=before)
+            self.pair_summary = PairSummary.of(written)
         return ()
+
+    def held_out_cases(self) -> list[HeldOutCase]:
+        """Return the last evaluation's loss of each pair, with its share of the likelihood; their mean is the loss."""
+        found = self._of_all_processes(self.pairs)
+        weight = self._likelihood_weight * len(found) / max(1, sum(one.chosen_tokens for one in found))
+        return [HeldOutCase(1, one.loss - weight * one.chosen_logp, one.right) for one in found]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the pairs' metrics since the last line to the logs of training steps."""

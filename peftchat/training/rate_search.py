@@ -20,23 +20,25 @@ from transformers import TrainerCallback
 
 from peftchat.dataset.epochs import EpochPacks
 from peftchat.errors import UserError, VerificationError
-from peftchat.training.build_trainer import build_trainer, sft_config
+from peftchat.training.build_trainer import build_trainer, sft_config, trainer_of
 from peftchat.training.context import RunNotes, TrainContext, TrainOptions, open_context
 from peftchat.training.distributed import resolve_distributed
 from peftchat.training.model import TrainableModel, load_trainable_model
 from peftchat.training.packs import make_packs, optimizer_steps
+from peftchat.training.preference_trainer import PreferenceTrainer
 from peftchat.training.preflight import preflight
 from peftchat.training.progress import MetricsCallback
 from peftchat.training.rate_rule import rule_rate
 from peftchat.training.rate_trials import GRID_STEP, RateSearch, RateTrial, judge
+from peftchat.training.reference import ReferenceLogProbs
 from peftchat.training.trainer import ChatTrainer
 from peftchat.variants.base import TrainerHooks
 
 if TYPE_CHECKING:
     from peftchat.dataset.collator import BatchLayout
-    from peftchat.recipe import LoadedRecipe, TrainingSection
-    from peftchat.runs.eval_losses import ConversationLoss
+    from peftchat.recipe import LoadedRecipe, Recipe, TrainingSection
     from peftchat.training.distributed import DistributedSetup
+    from peftchat.training.held_out import HeldOutCase
 
 DEFAULT_STEPS = 40
 """Optimizer steps of a short run, if the run itself has as many."""
@@ -94,7 +96,14 @@ def find_rate(
             try_at(further)
     ordered = [trials[place] for place in sorted(trials)]
     return judge(ordered, rule=rule, steps=runs.steps, run_steps=runs.run_steps, loss_before=runs.loss_before,
-                 seed=loaded.recipe.training.seed)  # fmt: skip
+                 seed=loaded.recipe.training.seed, cases=cases_of(loaded.recipe))  # fmt: skip
+
+
+def cases_of(recipe: "Recipe") -> str:
+    """Return what a recipe holds out: `conversations`, `pairs` or labeled `answers`."""
+    if recipe.has_labels:
+        return "answers"
+    return "pairs" if recipe.has_pairs else "conversations"
 
 
 def refuse_processes(loaded: "LoadedRecipe") -> None:
@@ -103,13 +112,13 @@ def refuse_processes(loaded: "LoadedRecipe") -> None:
     Raises:
         UserError: saying how to search its rate.
     """
-    processes = resolve_distributed(loaded).world_size
+    processes, cases = resolve_distributed(loaded).world_size, cases_of(loaded.recipe)
     if processes > 1:
         raise UserError(
             f"the search of a learning rate runs in one process, and the recipe is trained by {processes}",
             where=loaded.where("distributed", "processes"),
             hint="Add `--set distributed.strategy=single --set distributed.processes=1`, and multiply "
-            f"training.gradient_accumulation_steps by {processes}, so that a step has as many conversations.",
+            f"training.gradient_accumulation_steps by {processes}, so that a step has as many {cases}.",
         )
 
 
@@ -138,7 +147,7 @@ class ShortRuns:
     Attributes:
         steps: optimizer steps of each run.
         run_steps: those of the recipe's own run.
-        loss_before: held-out loss of the untrained model in nats per token, once a run was made.
+        loss_before: held-out loss of the untrained model, once a run was made.
     """
 
     def __init__(
@@ -174,12 +183,13 @@ class ShortRuns:
         _select_held_out(trainer, self.steps)
         if is_new:
             trainer.add_callback(_OnBegin(partial(self._check, trainer, context)))
-        held_out: Sequence[ConversationLoss] = ()
+        held_out: Sequence[HeldOutCase] = ()
         problem = None
         try:
             trainer.train()
             trainer.checks.check_weights(trainer.model, trainer.state.global_step)
-            held_out = self._evaluate(trainer, context)
+            trainer.held_out_metrics()
+            held_out = trainer.held_out_cases()
             if look is not None:
                 look(trainer)
         except VerificationError as error:
@@ -203,13 +213,9 @@ class ShortRuns:
     def _check(self, trainer: ChatTrainer, context: TrainContext) -> None:
         preflight(trainer, context)
         assert self._start is not None
-        self._start.layout = trainer.layout
+        self._start.note(trainer)
+        trainer.prepare()
         self.loss_before = trainer.held_out_metrics()["eval_loss"]
-
-    def _evaluate(self, trainer: ChatTrainer, context: TrainContext) -> "Sequence[ConversationLoss]":
-        trainer.held_out_metrics()
-        assert trainer.held_out is not None
-        return trainer.held_out.conversations(context.splits["eval"].store, trainer.gather_objects)
 
 
 def short_training(training: "TrainingSection", rate: float, steps: int, run_steps: int) -> "TrainingSection":
@@ -262,10 +268,12 @@ class _Start:
 
     Attributes:
         model: the model.
-        is_stateful: whether the variant keeps a state of its own, so that it is loaded anew for each run.
+        is_stateful: whether the variant keeps a state of its own, so that it is loaded again for each run.
         values: copies of the first values.
         forwards: the forward methods of the modules that a trainer wraps, if they have their own.
         layout: the batch layout, once it is known to work.
+        reference: the reference's log-probabilities of pairs, once they are computed.
+        shares_prompts: whether both answers of a pair go on from one prompt, once it is known to work.
     """
 
     model: TrainableModel
@@ -273,6 +281,8 @@ class _Start:
     values: dict[str, torch.Tensor]
     forwards: dict[int, Any]
     layout: "BatchLayout | None" = None
+    reference: ReferenceLogProbs | None = None
+    shares_prompts: bool = False
 
     @classmethod
     def of(cls, context: TrainContext) -> "_Start":
@@ -289,7 +299,17 @@ class _Start:
         config = sft_config(context)
         if self.layout is None:
             return build_trainer(context, self.model, config)
-        return ChatTrainer(context, self.model, config, self.layout)
+        trainer = trainer_of(context, self.model, config, self.layout)
+        if isinstance(trainer, PreferenceTrainer) and self.reference is not None:
+            trainer.reference = self.reference
+            trainer.share_prompts(self.shares_prompts)
+        return trainer
+
+    def note(self, trainer: ChatTrainer) -> None:
+        """Note what the checks before the first step found, for the runs behind the first."""
+        self.layout = trainer.layout
+        if isinstance(trainer, PreferenceTrainer):
+            self.reference, self.shares_prompts = trainer.reference, trainer.shares_prompts
 
     @torch.no_grad()
     def restore(self) -> None:

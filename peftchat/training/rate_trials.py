@@ -11,8 +11,8 @@ import numpy as np
 
 from peftchat.errors import VerificationError
 from peftchat.files import write_text
-from peftchat.formatting import format_count, format_decimal, format_rate
-from peftchat.runs.eval_losses import ConversationLoss
+from peftchat.formatting import format_count, format_decimal, format_percent, format_rate
+from peftchat.training.held_out import HeldOutCase
 from peftchat.training.rate_rule import RuleRate
 
 GRID_STEP = 10 ** (1 / 3)
@@ -31,21 +31,27 @@ class RateTrial:
 
     Attributes:
         rate: the peak rate.
-        train_losses: of its steps, in nats per token.
-        held_out: the loss of each held-out conversation after it; empty if the run failed.
+        train_losses: of its steps, in nats per token, pair or answer.
+        held_out: the loss of each held-out case after it; empty if the run failed.
         problem: why it failed.
     """
 
     rate: float
     train_losses: tuple[float, ...]
-    held_out: tuple[ConversationLoss, ...]
+    held_out: tuple[HeldOutCase, ...]
     problem: str | None = None
 
     @property
     def loss(self) -> float | None:
-        """The held-out loss in nats per token; None if the run failed."""
-        tokens = sum(one.tokens for one in self.held_out)
-        return sum(one.loss for one in self.held_out) / tokens if tokens else None
+        """The held-out loss in nats per token, pair or answer; None if the run failed."""
+        weight = sum(one.weight for one in self.held_out)
+        return sum(one.loss for one in self.held_out) / weight if weight else None
+
+    @property
+    def right(self) -> float | None:
+        """The share of held-out pairs or answers that are right; None for conversations, or if the run failed."""
+        known = [one.right for one in self.held_out if one.right is not None]
+        return sum(known) / len(known) if known else None
 
     @property
     def train_loss(self) -> float | None:
@@ -57,36 +63,37 @@ class RateTrial:
     def __str__(self) -> str:
         if self.problem is not None:
             return f"learning rate {format_rate(self.rate)}: {self.problem}"
-        return f"learning rate {format_rate(self.rate)}: held-out loss {format_decimal(self.loss)}"
+        right = "" if self.right is None else f", {format_percent(self.right)} right"
+        return f"learning rate {format_rate(self.rate)}: held-out loss {format_decimal(self.loss)}{right}"
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """How much higher one held-out loss is than another, in nats per token, paired by conversation.
+    """How much higher one held-out loss is than another, paired by case.
 
     Attributes:
-        value: the difference.
-        error: its standard error over conversations.
+        value: the difference, in nats per token, pair or answer.
+        error: its standard error over cases.
     """
 
     value: float
     error: float
 
     @classmethod
-    def between(cls, one: Sequence[ConversationLoss], other: Sequence[ConversationLoss]) -> "Gap":
-        """Return by how much the loss of `one` is higher; both are of the same conversations in order."""
-        tokens = np.array([conversation.tokens for conversation in one], dtype=np.float64)
+    def between(cls, one: Sequence[HeldOutCase], other: Sequence[HeldOutCase]) -> "Gap":
+        """Return by how much the loss of `one` is higher; both are of the same cases in order."""
+        weights = np.array([case.weight for case in one], dtype=np.float64)
         difference = np.array([a.loss - b.loss for a, b in zip(one, other, strict=True)])
-        value = float(difference.sum() / tokens.sum())
+        value = float(difference.sum() / weights.sum())
         # The error of a ratio of sums: conversations differ in length.
-        count = len(tokens)
-        rest = difference - value * tokens
-        error = math.sqrt(count / max(1, count - 1) * float((rest**2).sum())) / float(tokens.sum())
+        count = len(weights)
+        rest = difference - value * weights
+        error = math.sqrt(count / max(1, count - 1) * float((rest**2).sum())) / float(weights.sum())
         return cls(value, error)
 
     @property
     def is_clear(self) -> bool:
-        """Whether the difference is larger than what conversations drawn by chance make of it."""
+        """Whether the difference is larger than what cases drawn by chance make of it."""
         return self.value > _ERRORS * self.error
 
 
@@ -105,6 +112,7 @@ class RateSearch:
         run_steps: those of the recipe's own run.
         loss_before: held-out loss of the untrained model.
         seed: of all runs.
+        cases: what is held out: `conversations`, `pairs` or `answers`.
     """
 
     rule: RuleRate
@@ -118,11 +126,17 @@ class RateSearch:
     run_steps: int
     loss_before: float
     seed: int
+    cases: str = "conversations"
 
     @property
-    def conversations(self) -> int:
-        """Held-out conversations."""
+    def held_out(self) -> int:
+        """The number of held-out cases."""
         return max(len(trial.held_out) for trial in self.trials)
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether each trial has a share of cases that are right."""
+        return self.cases != "conversations"
 
     @property
     def setting(self) -> str:
@@ -132,7 +146,7 @@ class RateSearch:
     @property
     def certainty(self) -> str:
         """How sure the advice is, in one or two sentences."""
-        count = f"{format_count(self.conversations)} held-out conversations"
+        count = f"{format_count(self.held_out)} held-out {self.cases}"
         if self.at_edge:
             return f"The lowest loss is at the end of what was tried, so a better rate may lie beyond ({count})."
         if self.low == self.high:
@@ -143,7 +157,7 @@ class RateSearch:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything but single conversations, for JSON."""
+        """Return everything but single cases, for JSON."""
         return {
             "learning_rate": self.advised,
             "low": self.low,
@@ -154,12 +168,13 @@ class RateSearch:
             "steps": self.steps,
             "run_steps": self.run_steps,
             "seed": self.seed,
-            "held_out_conversations": self.conversations,
+            f"held_out_{self.cases}": self.held_out,
             "eval_loss_before": self.loss_before,
             "trials": [
                 {
                     "learning_rate": trial.rate,
                     "eval_loss": trial.loss,
+                    **({} if trial.right is None else {"eval_accuracy": trial.right}),
                     "above_lowest": None if gap is None else gap.value,
                     "standard_error": None if gap is None else gap.error,
                     "train_loss": trial.train_loss,
@@ -176,8 +191,9 @@ class RateSearch:
 
 
 def judge(
-    trials: Sequence[RateTrial], *, rule: RuleRate, steps: int, run_steps: int, loss_before: float, seed: int
-) -> RateSearch:
+    trials: Sequence[RateTrial], *, rule: RuleRate, steps: int, run_steps: int, loss_before: float, seed: int,
+    cases: str = "conversations",
+) -> RateSearch:  # fmt: skip
     """Return what trials by rising rate say.
 
     The advice is the lowest point of the parabola through the lowest loss and its neighbors, over the logarithm of the
@@ -197,7 +213,7 @@ def judge(
     offset = _vertex(*padded[best : best + 3])
     return RateSearch(
         rule, tuple(trials), tuple(gaps), float(f"{trials[best].rate * GRID_STEP**offset:.1e}"), trials[low].rate,
-        trials[high].rate, best in (0, len(trials) - 1), steps, run_steps, loss_before, seed,
+        trials[high].rate, best in (0, len(trials) - 1), steps, run_steps, loss_before, seed, cases,
     )  # fmt: skip
 
 

@@ -238,5 +238,5 @@ def _notes(changes: list[str], notes: tuple[str, ...], *, fresh: bool) -> tuple[
     lines = [f"Changed, and allowed: {text}." for text in changes]
     lines += [f"Note: {text}." for text in notes]
     if fresh:
-        lines.append("The optimizer starts afresh: weights, learning rate schedule and steps carry over.")
+        lines.append("The optimizer starts from zero: weights, learning rate schedule and steps carry over.")
     return tuple(lines)

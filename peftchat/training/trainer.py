@@ -37,7 +37,7 @@ from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.runs.eval_pairs import PairSummary
 from peftchat.training.context import TrainContext
 from peftchat.training.epoch_sampler import EpochCallback, EpochDataset, EpochSampler
-from peftchat.training.held_out import HeldOutLosses, write_losses
+from peftchat.training.held_out import HeldOutCase, HeldOutLosses, write_losses
 from peftchat.training.learning_rate import begin_above_zero
 from peftchat.training.loss import SupervisedOutput, install_supervised_forward
 from peftchat.training.model import TrainableModel
@@ -124,7 +124,8 @@ class ChatTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self.throughput = Throughput(self._collators["train"].num_tracked, _resumed_counts(context.checkpoint))
         self._reported = TokenCounts(**self.throughput.counts.as_dict())
-        self.held_out: HeldOutLosses | None = None
+        self._held_out = HeldOutLosses()
+        self._evaluated_step: int | None = None
         self.current_examples: Sequence[int] = ()
         self.checks = NumberChecks(context, self.args.device, self.gather_objects, self._sum_over_processes)
         self.position = context.position
@@ -368,21 +369,32 @@ class ChatTrainer(SFTTrainer):
         return metrics
 
     def write_held_out_losses(self) -> Sequence[ConversationLoss]:
-        """Write the last evaluation's losses into the run folder, and return them; every process must call it.
+        """Write the last evaluation's losses into the run folder; every process must call it.
 
         A resumed run that had evaluated its last step already evaluates it here. Without held-out data there are none.
+
+        Returns:
+            Those of conversations.
         """
         if self.eval_dataset is None:
             return ()
-        if self.held_out is None:
+        if self._evaluated_step is None:
             self.held_out_metrics()
-        assert self.held_out is not None
-        return write_losses(self.held_out, self._context, self.gather_objects)
+        return self._write_held_out(before=self._evaluated_step == 0)
+
+    def _write_held_out(self, *, before: bool) -> Sequence[ConversationLoss]:
+        """Write the last evaluation's losses; return those of conversations."""
+        return write_losses(self._held_out, self._context, self.gather_objects, before=before)
+
+    def held_out_cases(self) -> list[HeldOutCase]:
+        """Return the last evaluation's loss of each case, in order; every process must call it."""
+        found = self._held_out.conversations(self._context.splits["eval"].store, self.gather_objects)
+        return [HeldOutCase(one.tokens, one.loss) for one in found]
 
     def held_out_metrics(self, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Compute what `evaluate` returns, without logging it; every process must call it."""
         sums = torch.zeros(3, dtype=torch.float64)
-        held_out = HeldOutLosses(self.state.global_step)
+        held_out = HeldOutLosses()
         not_finite: list[int] = []
         for of_batch, batch, inputs in self._evaluation_batches("eval"):
             with self.compute_loss_context_manager():
@@ -400,7 +412,7 @@ class ChatTrainer(SFTTrainer):
         by_kind = torch.from_numpy(held_out.by_kind())
         kind_sums = self.accelerator.reduce(by_kind.to(self.args.device), "sum").T.tolist()
         self.checks.check_evaluation(loss / max(count, 1), not_finite, self.state.global_step)
-        self.held_out = held_out
+        self._held_out, self._evaluated_step = held_out, self.state.global_step
         metrics = {
             f"{metric_key_prefix}_loss": loss / max(count, 1),
             f"{metric_key_prefix}_accuracy": correct / max(count, 1),

@@ -18,7 +18,7 @@ from peftchat.conversations.formats import (
     templated_text,
     xlam,
 )
-from peftchat.conversations.formats.base import Fields, Format
+from peftchat.conversations.formats.base import Fields, Format, known_shape
 from peftchat.conversations.formats.pairs import without_turns
 from peftchat.errors import UserError
 
@@ -72,6 +72,7 @@ def matching_format(fields: Fields, *, pairs: bool = False) -> Format | None:
 
     With `pairs`, a list of turns that repeats the chosen conversation does not count.
     """
+    fields = known_shape(dict(fields))
     fields = without_turns(fields) if pairs else fields
     return next((data_format for data_format in FORMATS.values() if data_format.matches(fields)), None)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from peftchat.conversation import NOTHING_ELSE, Conversation, Message, Role
 from peftchat.conversations.formats import names
+from peftchat.conversations.formats.api_records import API_FIELDS, of_api
 from peftchat.conversations.formats.columns import IN_RECORDS, Columns
 from peftchat.conversations.formats.fields import Fields, Notes, field_names, optional_text, text_field, type_name
 from peftchat.conversations.formats.keys import LeftOut, RecordShape, complete, shape_of
@@ -18,6 +19,7 @@ from peftchat.conversations.formats.pairs import (
     renamed_preference,
     unpaired,
 )
+from peftchat.conversations.formats.ranked_answers import RANKED_FIELDS, of_ranked
 from peftchat.conversations.formats.turns import turn_list
 from peftchat.conversations.languages import is_in_languages
 from peftchat.conversations.problems import Problem, ProblemLog, RawRecord, ReadOptions, RecordError
@@ -124,6 +126,7 @@ def record_format(
     def read(records: Iterable[RawRecord], options: ReadOptions, problems: ProblemLog) -> Iterator[Conversation]:
         notes = Notes(problems, options.roles)
         shapes: dict[tuple[str, ...], RecordShape] = {}
+        wants_pairs = options.pairs or options.labels
 
         def conversation_of(fields: Fields) -> Conversation:
             if not matches(fields):
@@ -145,12 +148,12 @@ def record_format(
         for record in records:
             notes.start(record.where, record.raw is None)
             try:
-                fields = _present(record.value)
+                fields = known_shape(record.value, pairs=wants_pairs)
                 conversation = read_one(fields)
                 if record.raw is not None and _has_other_values(conversation, notes) and _may_be_respelled(record):
                     # Read once more with each number as it is written; the fast parser rounds them.
                     notes.start(record.where, is_table=False)
-                    conversation = read_one(_present(_exactly(record, options)))
+                    conversation = read_one(known_shape(_exactly(record, options), pairs=wants_pairs))
                 kept = validate_messages(conversation.messages, problems, options.consecutive)
                 if conversation.rejected is not None:
                     with of_rejected():
@@ -180,11 +183,22 @@ def record_format(
 _MOST_SHAPES = 10_000
 
 
-def _present(value: dict[str, Any]) -> dict[str, Any]:
-    """The record without the fields that are null; a preference pair of OpenAI under our names."""
+_OTHER_SHAPES = API_FIELDS | RANKED_FIELDS
+
+
+def known_shape(value: dict[str, Any], *, pairs: bool = False) -> dict[str, Any]:
+    """Return the record without the fields that are null, and in the shape that a format reads.
+
+    OpenAI's preference pairs, records of chat APIs and ranked answers have the fields of our formats in other places.
+
+    Raises:
+        LeftOut: a pair is wanted, and the answers do not differ in rank.
+    """
     if None in value.values():
         value = {name: item for name, item in value.items() if item is not None}
-    return renamed_preference(value) if names.PREFERRED in value else value
+    if names.PREFERRED in value:
+        return renamed_preference(value)
+    return value if _OTHER_SHAPES.isdisjoint(value) else dict(of_ranked(of_api(value), pairs=pairs))
 
 
 def _has_other_values(conversation: Conversation, notes: Notes) -> bool:

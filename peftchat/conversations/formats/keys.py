@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats import names
@@ -25,6 +25,8 @@ _COMMON = frozenset(
         *names.MEDIA,
     }
 )
+CHOICES = "choices"
+"""The answers in a response of OpenAI's chat API: a list of {message, finish_reason}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,11 @@ def complete(fields: Fields, shape: RecordShape, messages: Sequence[Message], no
             known = ", ".join((*names.TURN_MASKS, *names.TRAIN_FLAGS))
             detail = f"{name!r} may say what is trained, and is not understood; known: {known}"
             raise RecordError("unknown_flag", detail)
+    beside = _answer_beside(fields, shape, turns)
+    if beside is not None:
+        turns = with_chosen(turns, _first_choice(fields[beside], notes) if beside == CHOICES else fields[beside], notes)
+        notes.change("answer_beside_turns")
+        columns.remove(beside)
     if shape.special:
         columns += _refuse_or_keep(fields, shape.special, notes)
         turns = _with_preference(fields, shape.special, turns, notes)
@@ -108,11 +115,37 @@ def complete(fields: Fields, shape: RecordShape, messages: Sequence[Message], no
         if tools is not None:
             _note_unknown_calls(tools, turns, notes)
     for name in shape.told:
-        if fields[name] not in ("", []):
+        if name != beside and fields[name] not in ("", []):
             notes.unused(name)
     if "split" in shape.columns and str(fields["split"]).lower().replace("-", "_") in names.HELD_OUT_SPLITS:
         notes.unused(f"split: {fields['split']}")
     return Conversation(tuple(turns), notes.where, tools, {name: fields[name] for name in columns})
+
+
+def _answer_beside(fields: Fields, shape: RecordShape, turns: Sequence[Message]) -> str | None:
+    """The field with the answer to turns that end with a question; None where they do not, or there is none."""
+    if not turns or turns[-1].role == "assistant" or names.CHOSEN in shape.special:
+        return None
+    return next((name for name in (CHOICES, *names.ANSWERED) if name in shape.columns and fields[name]), None)
+
+
+def _first_choice(choices: object, notes: Notes) -> object:
+    """The message of the first of `choices`.
+
+    Raises:
+        RecordError: it has none.
+        LeftOut: the answer was cut off, so that its end is not the end of an answer.
+    """
+    first = choices[0] if isinstance(choices, list) else None
+    if not isinstance(first, dict) or not isinstance(first.get("message"), dict):
+        raise RecordError("wrong_type", f"{CHOICES!r} must be a list of objects with a message")
+    if first.get("finish_reason") in ("length", "content_filter"):
+        raise LeftOut("answer_cut_off")
+    notes.unused_of(first, ("message", "finish_reason", "index"), CHOICES)
+    if len(cast("list[object]", choices)) > 1:
+        notes.unused(f"{CHOICES} behind the first")
+    message = first["message"]
+    return message if "role" in message else {"role": "assistant", **message}
 
 
 def _note_unknown_calls(tools: str, turns: Sequence[Message], notes: Notes) -> None:

@@ -13,6 +13,7 @@ from peftchat.training.train import train
 from tests.support.data import read_json
 from tests.support.in_process import peftchat_in_process
 from tests.support.models import small_model
+from tests.support.pairs import pair_recipe, write_labels, write_pairs
 from tests.support.recipes import write_training_recipe
 
 
@@ -43,6 +44,28 @@ def test_a_short_run_is_the_run_of_that_rate_and_does_not_depend_on_those_before
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in logged if "loss" in line and "eval_loss" not in line]
     assert trial.train_losses == pytest.approx(losses[:6], rel=1e-5)
+
+
+@pytest.mark.parametrize(("objective", "method"), [("dpo", "full"), ("kto", "lora")])
+def test_a_short_run_of_pairs_is_the_run_of_that_rate(objective: str, method: str, tmp_path: Path) -> None:
+    """Behind another run, whose reference it takes over; what is added to the loss of pairs is in it."""
+    write = write_labels if objective == "kto" else write_pairs
+    files = write(tmp_path / "train.jsonl", 8), write(tmp_path / "eval.jsonl", 7, 3)
+    training = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    options = {"dpo": {"dpo": {"rpo_alpha": 0.5}}, "kto": {}}[objective]
+    file = pair_recipe(
+        tmp_path, small_model(), *files, objective=objective, method=method, training=training, **options
+    )  # fmt: skip
+    loaded = load_recipe(file)
+    runs = ShortRuns(loaded, resolve_distributed(loaded), tmp_path / "short", 4)
+    runs.train(1.0)
+    trial = runs.train(1e-2)
+    summary = train(loaded)
+    told = summary.eval_pairs or summary.eval_labels
+    assert trial.loss == pytest.approx(summary.eval_loss, rel=1e-5)
+    assert runs.loss_before == pytest.approx(summary.eval_loss_before, rel=1e-6)
+    assert told is not None and trial.right == told.right and len(trial.held_out) == 7
+    assert "% right" in str(trial)
 
 
 def test_the_schedule_of_a_short_run_is_that_of_the_whole_run(recipe: Any) -> None:

@@ -171,6 +171,9 @@ def test_labels_are_read_from_every_spelling(tmp_path: Path, shared_data: Path) 
     assert read(path, *of_turns) == [("Hello!", False), ("Hello!", True), ("Hello!", True)]
     pair = {"prompt": "Hi", "chosen": "Hello!", "rejected": "No."}
     assert read(path, pair) == [("Hello!", True), ("No.", False)]
+    with pytest.raises(UserError, match="no field 'label'") as error:
+        read(path, {"prompt": "Hi", "completion": "a"})
+    assert "`peftchat data prepare --labels`" in str(error.value.hint)
     log = ProblemLog()
     wrong = [{"prompt": "Hi", "completion": "a"}, {"prompt": "Hi", "completion": "a", "label": 5}]
     assert read(path, *wrong, log=log) == []

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from peftchat.comparing.candidates import Axis, Candidate, make_candidates
@@ -12,6 +13,7 @@ from peftchat.comparing.hyperparameter_search import LEARNING_RATE, parse_range
 from peftchat.comparing.measure import PAIRS
 from peftchat.comparing.outcomes import CandidateResult, RunResult, read_run_result
 from peftchat.comparing.pair_scores import with_scores
+from peftchat.comparing.paired_statistics import least_errors
 from peftchat.comparing.recommend import recommend
 from peftchat.errors import UserError
 from peftchat.recipe import load_recipe
@@ -119,3 +121,20 @@ def test_scores_of_a_dpo_run_are_its_own_rewards(tmp_path: Path) -> None:
     assert scored.margin == pytest.approx(summary.eval_pairs.margin / beta, abs=1e-3)
     assert [place for place, _ in run.own_curve] == [0, 2, 4]
     assert replace(run, pairs=()).right is None
+
+
+def test_the_least_error_of_shares_is_that_of_the_paper_and_goes_by_how_much_cases_differ() -> None:
+    ours, theirs = np.zeros(60), np.zeros(60)
+    ours[:9], theirs[9:13] = 1, 1
+    apart = np.arange(60)
+    more, less = 10 / 62, 5 / 62
+    paper = ((more + less - (more - less) ** 2) / 62) ** 0.5
+    assert least_errors(np.stack([ours, theirs]), apart)[0, 1] == pytest.approx(paper)
+    # A case that one seed of three has right is no case that all have right.
+    thirds = least_errors(np.stack([ours / 3, theirs / 3]), apart)[0, 1]
+    assert thirds == pytest.approx((((13 / 9 + 2) / 62 - (5 / 3 / 62) ** 2) / 62) ** 0.5)
+    # Two copies of each case in a cluster say what one says; a cluster of which a part differs counts by that part.
+    twice = np.repeat(np.stack([ours, theirs]), 2, axis=1)
+    assert least_errors(twice, np.repeat(apart, 2))[0, 1] == pytest.approx(paper)
+    half = twice * np.tile([1.0, 0.0], 60)
+    assert least_errors(half, np.repeat(apart, 2))[0, 1] < paper

@@ -53,6 +53,26 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
             "loss_mask": [0, 0, 0, 1],
         },
         {"messages": [{"role": "user", "content": "question"}], "chosen": {"role": "assistant", "content": "good"}},
+        {"messages": TURNS[:2], "response": "answer", "id": "identity"},
+        {
+            "custom_id": "identity",
+            "body": {"model": "name", "messages": TURNS[:2], "tools": [TOOL]},
+            "response": {"request_id": "r", "body": {"id": "c", "choices": [{"index": 0, "message": TURNS[2]}]}},
+        },
+        {
+            "request": {"system": "rules", "messages": TURNS[1:2]},
+            "response": {"role": "assistant", "content": [{"type": "text", "text": "part"}], "stop_reason": "end_turn"},
+        },
+        {
+            "instructions": "rules",
+            "input": [{"role": "user", "content": "question"}],
+            "output": [
+                {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "thoughts"}]},
+                {"type": "function_call", "id": "f", "call_id": "c", "name": "find", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": "result"},
+                {"type": "message", "id": "m", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
+            ],
+        },
     ],
     "sharegpt": [
         {"conversations": SHARED, "system": "rules", "tools": json.dumps([TOOL])},
@@ -106,6 +126,17 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
         {"prompt": "question", "input": "about", "chosen": "good", "rejected": "bad", "system": "rules"},
         {"chosen": TURNS[:3], "rejected": TURNS[:3]},
         {"prompt": [TURNS[1]], "chosen": [TURNS[4]], "rejected": [TURNS[4]]},
+        {
+            "instruction": "question",
+            "completions": [
+                {"response": "good", "overall_score": 8.5},
+                {"response": "bad", "overall_score": 1, "model": "m"},
+            ],
+        },
+        {
+            "prompt": "\n\nHuman: q\n\nAssistant: ",
+            "answers": [{"answer": "good", "rank": 1.0}, {"answer": "b", "rank": 2.0}],
+        },
     ],
     "guanaco": [{"text": "rules### Human: question### Assistant:", "output": "answer", "lang": "en"}],
     "templated_text": [{"text": "<s>[INST] <<SYS>>rules<</SYS>> question [/INST] answer </s>", "lang": "en"}],

@@ -238,8 +238,14 @@ def test_a_file_that_is_no_recipe(write: Write, text: str, expected: str) -> Non
     assert expected in error_of(write(text))
 
 
-def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
-    assert "is a folder" in error_of(tmp_path)
+def test_files_that_cannot_be_read(write: Write) -> None:
+    Path("folder").mkdir()
+    assert error_of(Path("folder")) == "folder: is a folder, not a recipe. Give the YAML file."
+    Path("folder/recipe.yaml").write_text(GOOD)
+    assert error_of(Path("folder")) == "folder: is a folder, not a recipe. Give the YAML file: folder/recipe.yaml."
+    Path("talks.jsonl").write_text('{"messages": []}\n' * 2)
+    what = "talks.jsonl: is a file of conversations, not a recipe. `peftchat init --data talks.jsonl`"
+    assert what in error_of(Path("talks.jsonl"))
     assert "no such file" in error_of(Path("absent.yaml"))
     Path("latin.yaml").write_bytes(b"a: 1\nb: caf\xe9\n")
     assert error_of(Path("latin.yaml")).startswith("latin.yaml:2: not UTF-8")

@@ -4,18 +4,15 @@ import numpy as np
 import pytest
 
 from peftchat.errors import VerificationError
-from peftchat.runs.eval_losses import ConversationLoss, PartLoss
+from peftchat.training.held_out import HeldOutCase
 from peftchat.training.rate_rule import RuleRate
 from peftchat.training.rate_trials import GRID_STEP, Gap, RateSearch, RateTrial, judge
 
 RULE = RuleRate(1e-3, "a reason")
 
 
-def conversations(means: np.ndarray, lengths: np.ndarray) -> tuple[ConversationLoss, ...]:
-    return tuple(
-        ConversationLoss(f"a.jsonl:{number + 1}", 9, (PartLoss("assistant", 1, "content", int(n), float(mean * n)),))
-        for number, (mean, n) in enumerate(zip(means, lengths, strict=True))
-    )
+def conversations(means: np.ndarray, lengths: np.ndarray) -> tuple[HeldOutCase, ...]:
+    return tuple(HeldOutCase(int(n), float(mean * n)) for mean, n in zip(means, lengths, strict=True))
 
 
 def search(losses: list[float | None], noise: float = 0.0) -> RateSearch:

@@ -1,0 +1,111 @@
+"""Several answers to one prompt with scores, ranks or a preference between two, as `prompt`, `chosen` and `rejected`.
+
+Sources: UltraFeedback's `completions`, Nectar's `answers`, PKU-SafeRLHF, AlpacaFarm, Stanford's SHP.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftchat.conversations.formats import names
+from peftchat.conversations.formats.fields import Fields
+from peftchat.conversations.formats.keys import LeftOut
+
+_LISTS = ("completions", "answers", "responses", "outputs", "candidates")
+_TEXTS = ("response", "answer", "text", "content", "completion", "output")
+_SCORES = ("overall_score", "score", "rating", "reward")
+_RANK = "rank"
+
+
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """Two fields with an answer each, and the field that says which is better.
+
+    Attributes:
+        answers: the names of the two fields.
+        better: the name of the field that chooses.
+        first, second: its value where the first is better, and where the second is.
+    """
+
+    answers: tuple[str, str]
+    better: str
+    first: object
+    second: object
+
+
+_SIDES = (
+    _Sides(("response_0", "response_1"), "better_response_id", 0, 1),
+    _Sides(("output_1", "output_2"), "preference", 1, 2),
+    _Sides(("human_ref_A", "human_ref_B"), "labels", 1, 0),
+)
+
+RANKED_FIELDS = frozenset({*_LISTS, *(sides.better for sides in _SIDES)})
+"""Fields of which a record with ranked answers has at least one."""
+
+
+def of_ranked(fields: Fields, *, pairs: bool = False) -> Fields:
+    """Return a record with several ranked answers as one with the best and the worst; any other record as it is.
+
+    The list stays in the record, so that the answers between the two are told as not used.
+
+    Args:
+        fields: the record.
+        pairs: whether a pair is wanted, which answers with one score do not make.
+
+    Raises:
+        LeftOut: a pair is wanted, and no answer is better than another.
+    """
+    asked = next((name for name in (*names.ASKED, names.HISTORY) if isinstance(fields.get(name), str)), None)
+    if asked is None or names.CHOSEN in fields:
+        return fields
+    for sides in _SIDES:
+        if {*sides.answers, sides.better} <= fields.keys() and fields[sides.better] in (sides.first, sides.second):
+            rest = {name: value for name, value in fields.items() if name not in (*sides.answers, sides.better)}
+            one, other = (fields[name] for name in sides.answers)
+            return _preference(rest, asked, *((one, other) if fields[sides.better] == sides.first else (other, one)))
+    name = next((name for name in _LISTS if name in fields), None)
+    answers = _scored(fields[name]) if name else None
+    if not answers:
+        return fields
+    best, worst = max(answers), min(answers)
+    if pairs and best[0] == worst[0]:
+        raise LeftOut("answers_tie")
+    return _preference(fields, asked, best[2], worst[2])
+
+
+def _scored(answers: object) -> list[tuple[float, int, str]] | None:
+    """Score, place (earlier is larger) and text of each answer with a score; None if it is no list of answers."""
+    if not isinstance(answers, list) or not all(isinstance(one, dict) for one in answers):
+        return None
+    scored = []
+    for place, one in enumerate(answers):
+        text = next((one[name] for name in _TEXTS if isinstance(one.get(name), str)), None)
+        if text is None:
+            return None
+        if (score := _score(one)) is not None:
+            scored.append((score, -place, text))
+    return scored
+
+
+def _score(answer: Mapping[str, Any]) -> float | None:
+    """How good an answer is; of ranks, the lowest is the best."""
+    value = next((answer[name] for name in _SCORES if _is_number(answer.get(name))), None)
+    if value is not None:
+        return float(value)
+    return -float(answer[_RANK]) if _is_number(answer.get(_RANK)) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _preference(fields: Fields, asked: str, best: Any, worst: Any) -> Fields:
+    """The record with the two answers; a prompt that is the text of several turns begins both."""
+    record = {name: value for name, value in fields.items() if name != asked}
+    prompt = fields[asked]
+    if prompt.rstrip().endswith("\n\nAssistant:") and isinstance(best, str) and isinstance(worst, str):
+        start = f"{prompt.rstrip()} "
+        best, worst = start + best, start + worst
+    else:
+        record["prompt"] = prompt
+    return {**record, names.CHOSEN: best, names.REJECTED: worst}

@@ -1,6 +1,7 @@
 """Every key of a recipe as a row (type, default, meaning): for the manual, and for a first recipe to fill in."""
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,8 @@ def manual() -> str:
         if section.name == "data":
             lines.append("### An entry of `data.train` or `data.eval`\n")
             lines.append(_table(tuple(_rows(DataEntry))))
-    return "\n".join(lines).rstrip() + "\n"
+    # A key's description names a page as `docs/NAME.md`; in the manual that page is a link.
+    return re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", "\n".join(lines)).rstrip() + "\n"
 
 
 def _variant_tables() -> Iterator[str]:

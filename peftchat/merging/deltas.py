@@ -126,7 +126,7 @@ def weighted_mean(parts: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor |
     if total <= 0:
         what = "the weights of adapters that trained the same token or module add up to"
         hint = "Such a module is the mean of the trained ones, by weight."
-        raise UserError(f"{what} {total:g}, expected more than 0", where="weights", hint=hint)
+        raise UserError(f"{what} {total:g}, expected more than 0", where="--weights", hint=hint)
     mean = torch.zeros_like(parts[0][1], dtype=torch.float32)
     for weight, value in parts:
         mean += value.to(torch.float32) * (weight / total)

@@ -74,16 +74,16 @@ def of_ranked(fields: Fields, *, pairs: bool = False) -> Fields:
 
 
 def _scored(answers: object) -> list[tuple[float, int, str]] | None:
-    """Score, place (earlier is larger) and text of each answer; None if it is no list of such."""
+    """Score, place (earlier is larger) and text of each answer with a score; None if it is no list of answers."""
     if not isinstance(answers, list) or not all(isinstance(one, dict) for one in answers):
         return None
     scored = []
     for place, one in enumerate(answers):
         text = next((one[name] for name in _TEXTS if isinstance(one.get(name), str)), None)
-        score = _score(one)
-        if text is None or score is None:
+        if text is None:
             return None
-        scored.append((score, -place, text))
+        if (score := _score(one)) is not None:
+            scored.append((score, -place, text))
     return scored
 
 

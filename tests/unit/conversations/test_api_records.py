@@ -119,6 +119,10 @@ TIED = {
             "prompt": "\n\nHuman: Hi\n\nAssistant: ",
             "answers": [{"answer": "No", "rank": 2}, {"answer": "Hello", "rank": 1}],
         },
+        {
+            "prompt": "Hi",
+            "answers": [{"answer": "?", "rank": None}, {"answer": "No", "rank": 2}, {"answer": "Hello", "rank": 1}],
+        },
         {"prompt": "Hi", "response_0": "No", "response_1": "Hello", "better_response_id": 1},
         {"instruction": "Hi", "input": "", "output_1": "Hello", "output_2": "No", "preference": 1},
         {"history": "Hi", "human_ref_A": "No", "human_ref_B": "Hello", "labels": 0},

@@ -51,7 +51,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, variant in (("assistant", "lora"), ("style", "lora"), ("my-assistant", "lora"), ("ia3", "ia3")):
         path = folder / f"{name}.yaml"
         settings = {"adapter": {"variant": variant}, "training": {"max_steps": 1}}
-        write_training_recipe(path, base, train, None, folder / "runs" / name, **settings)
+        write_training_recipe(path, base, train, None, Path("runs", name), **settings)
         done = peftchat("train", path, cwd=folder)
         assert done.returncode == 0, done.stderr
     (folder / "comparison").mkdir()

@@ -16,8 +16,11 @@ def quiet_libraries() -> None:
     """
     postpone_imports()
     for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        # Loggers below it, such as `accelerate.accelerator`, go by its level and not by its filter.
+        logger.setLevel(logging.ERROR)
         # Some set their own level when they are imported; a filter stays.
-        logging.getLogger(name).addFilter(_is_error)
+        logger.addFilter(_is_error)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -70,20 +70,22 @@ def check_inputs(
     """
     from peftchat.conversations.readers import find_files
     from peftchat.dataset.cache import check_small_files
+    from peftchat.models.source import ModelSource
+    from peftchat.training.recipe_questions import read_questions
     from peftchat.training.several_processes import is_main_process
 
     recipe = loaded.recipe
     for source in (*recipe.data.train, *(recipe.data.eval or ())):
         find_files(source.path, source.split)
     check_folder()
+    read_questions(loaded)
+    ModelSource.of_recipe(recipe).check_folder()
     if is_main_process():
         check_small_files(recipe)
     # From here on torch is imported.
     from peftchat.evaluating.recipe_tasks import check_recipe_tasks
     from peftchat.training.distributed import resolve_distributed
-    from peftchat.training.questions import read_questions
 
-    read_questions(loaded)
     distributed = resolve_distributed(loaded)
     check_recipe_tasks(loaded, distributed)
     # Last, because it imports the model's code.

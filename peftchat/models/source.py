@@ -247,6 +247,17 @@ class ModelSource:
             f"the folder has no safetensors weights ({WEIGHTS} or its index)", "Download the complete model."
         )
 
+    def check_folder(self) -> None:
+        """Check what can be checked of a local full model by its files, without transformers.
+
+        Raises:
+            UserError: the folder has no model, a config that cannot be read, or weights that cannot be loaded.
+        """
+        self.require_model()
+        if self.kind is ModelKind.FULL:
+            read_json(self.path / MODEL_CONFIG)
+            self.check_weights()
+
     def config(self) -> "PretrainedConfig":
         """Load the model's config; that of an adapter is its base's.
 

@@ -30,7 +30,8 @@ from peftchat.training.number_checks import check_moved, check_trend
 from peftchat.training.out_of_memory import telling_out_of_memory
 from peftchat.training.preflight import check_model, preflight
 from peftchat.training.progress import ProgressCallback
-from peftchat.training.questions import read_questions, sample_answers
+from peftchat.training.questions import sample_answers
+from peftchat.training.recipe_questions import read_questions
 from peftchat.training.several_processes import is_main_process
 from peftchat.training.stopping import EvaluationStopped, StopCallback
 from peftchat.training.summary import FitResult, added_tokens, seconds_since_start, summarize

@@ -1,29 +1,121 @@
 """The start of a command: what is refused is refused at once, and nothing is imported that is not needed."""
 
+import importlib.metadata
+import importlib.util
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
-from peftchat.late_imports import _compile_later
-from tests.support.cli import PROJECT, true_peftchat
+import pytest
+
+from peftchat.late_imports.compiler import _compile_later
+from peftchat.late_imports.packages import Packages
+from peftchat.late_imports.table import DECORATORS, IMPORTERS, TORCH_OF_COMPILER
+from peftchat.logging_setup import quiet_libraries
+from tests.support.cli import PROJECT, start, true_peftchat
 from tests.support.models import small_model
 from tests.support.recipes import write_training_recipe
 
 
-def test_bad_data_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", ["data", "base"])
+def test_bad_files_are_refused_before_torch_is_imported(bad: str, tmp_path: Path) -> None:
     said = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]} for text in "ab"]
-    said.append({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]})
+    if bad == "data":
+        said.append({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]})
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(one) + "\n" for one in said), encoding="utf-8")
-    recipe = write_training_recipe(tmp_path / "recipe.yaml", small_model(), data, None, tmp_path / "run")
+    model = small_model()
+    if bad == "base":
+        model = Path(shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")))
+    recipe = write_training_recipe(tmp_path / "recipe.yaml", model, data, None, tmp_path / "run")
     done = true_peftchat("train", recipe, PYTHONPROFILEIMPORTTIME="1", PYTHONPATH=str(PROJECT))
     assert done.returncode == 2
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    said_lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert "train.jsonl:3" in "".join(said_lines)
+    said_lines = "".join(line for line in done.stderr.splitlines() if not line.startswith("import time:"))
+    assert {"data": "train.jsonl:3", "base": "no safetensors weights"}[bad] in said_lines
     assert "peftchat.recipe" in imported
     assert not imported & {"torch", "transformers", "peft", "trl"}
     assert not (tmp_path / "run").exists()
+
+
+NOT_FOR_ONE_STEP = (
+    "deepspeed",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+)
+
+TRAIN = """
+import sys
+import peftchat
+summary = peftchat.train(sys.argv[1])
+assert summary.steps == 1
+print(*(name for name in sys.argv[2:] if name in sys.modules))
+"""
+
+USE_LATER = """
+import torch
+assert not isinstance(torch.ones(1), torch.distributed.tensor.DTensor)
+assert "torch.distributed.tensor" not in sys.modules
+import torch.distributed.tensor as sharded
+assert torch.distributed.tensor is sharded and torch.distributed.fsdp.FSDPModule.__name__ == "FSDPModule"
+import torch.optim.optimizer
+from transformers.distributed import parallel_utils, tensor_parallel
+made_while_imported = parallel_utils.ALL_PARALLEL_STYLES["colwise"].output_layouts
+assert made_while_imported == sharded.Shard(-1), made_while_imported
+assert isinstance(sharded.Shard(0), tensor_parallel.Shard) and not isinstance(0, tensor_parallel.Shard)
+assert tensor_parallel.Replicate() == sharded.Replicate()
+add_group = torch.optim.Optimizer.add_param_group.__wrapped__
+assert add_group.__dynamo_disable is add_group
+import torch._dynamo
+assert not hasattr(add_group, "__dynamo_disable")
+from transformers.integrations.finegrained_fp8 import _load_finegrained_fp8_kernel
+assert id(_load_finegrained_fp8_kernel) in torch._dynamo.trace_rules._allowed_callable_ids.function_ids
+parameter = torch.nn.Parameter(torch.ones(2))
+optimizer = torch.optim.SGD([parameter], lr=0.5)
+torch.compile(lambda: (2 * parameter).sum(), backend="eager")().backward()
+optimizer.step()
+assert parameter.tolist() == [0, 0]
+assert add_group.__dynamo_disable is not add_group
+"""
+
+
+def test_a_step_needs_neither_the_compiler_nor_sharded_tensors_which_work_when_they_are_imported_later(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "train.jsonl"
+    said = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    data.write_text(json.dumps(said) + "\n", encoding="utf-8")
+    recipe = write_training_recipe(
+        tmp_path / "recipe.yaml", small_model(), data, None, tmp_path / "run", training={"max_steps": 1}
+    )
+    done = start("-c", TRAIN + USE_LATER, recipe, *NOT_FOR_ONE_STEP)
+    status = done.wait(120)
+    assert status == 0, done.stderr.read()
+    assert done.stdout.read().split() == []
+
+
+def _source(module: str) -> str:
+    folder, *names = module.split(".")
+    package = importlib.util.find_spec(folder)
+    assert package is not None and package.submodule_search_locations is not None
+    path = Path(package.submodule_search_locations[0], *names)
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("module", IMPORTERS)
+def test_a_module_of_the_table_still_imports_what_it_needs_late(module: str) -> None:
+    for imported in IMPORTERS[module]:
+        assert f"from {imported} import " in _source(module)
+
+
+@pytest.mark.parametrize("module", sorted(DECORATORS - {"bitsandbytes"} | TORCH_OF_COMPILER))
+def test_a_module_of_the_table_still_calls_the_compiler(module: str) -> None:
+    assert re.search(r"@torch\.(compiler|_dynamo)\.|import torch\._dynamo|torch\.compile\(", _source(module))
 
 
 def test_a_function_is_compiled_at_its_first_call_and_once() -> None:
@@ -39,13 +131,17 @@ def test_a_function_is_compiled_at_its_first_call_and_once() -> None:
     assert compiled == [{"dynamic": True}]
 
 
-def test_the_list_of_packages_is_read_once() -> None:
-    import importlib.metadata
+def test_packages_are_looked_for_one_by_one_with_the_answers_of_the_list_of_all() -> None:
+    everything = importlib.metadata.packages_distributions()
+    packages = Packages(lambda: everything)
+    assert dict(packages) == everything
+    none = Packages(dict)
+    assert [none[name] for name in ("peft", "transformers", "trl")] == [["peft"], ["transformers"], ["trl"]]
+    with pytest.raises(KeyError):
+        none["no_such_package"]
 
-    # The suite has called `quiet_libraries` by now, or does so here.
-    from peftchat.logging_setup import quiet_libraries
 
+def test_the_finder_is_there_once() -> None:
     quiet_libraries()
     quiet_libraries()
-    assert importlib.metadata.packages_distributions() is importlib.metadata.packages_distributions()
-    assert sum(type(finder).__module__ == "peftchat.late_imports" for finder in sys.meta_path) <= 1
+    assert sum(type(finder).__module__ == "peftchat.late_imports" for finder in sys.meta_path) == 1

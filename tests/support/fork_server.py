@@ -136,6 +136,8 @@ def import_all() -> None:
     for name in (
         "accelerate", "datasets", "peft", "tokenizers", "transformers", "trl",
         "bitsandbytes",
+        # What a model on the `meta` device needs, and no import.
+        "torch.fx.experimental.symbolic_shapes",
         "transformers.models.llama.modeling_llama",
         "peftchat.cli.main", "peftchat.cli.train", "peftchat.cli.merge", "peftchat.cli.chat", "peftchat.cli.plan",
         "peftchat.planning.plan_report",

@@ -14,7 +14,8 @@ from peftchat.evaluating.run_evaluation import EvaluateOptions, evaluate_data
 from peftchat.models.added_tokens import resize_embeddings
 from peftchat.recipe import load_recipe
 from peftchat.runs.eval_losses import read_eval_losses
-from peftchat.training.questions import read_questions, sample_answers
+from peftchat.training.questions import sample_answers
+from peftchat.training.recipe_questions import read_questions
 from tests.support.cli import peftchat
 from tests.support.data import write_small_talk
 from tests.support.models import small_model

@@ -103,7 +103,7 @@ def test_a_command_runs(line: Block, sandbox: Path) -> None:
     arguments = shlex.split(line.text.split("|")[-1].split(" > ")[0])[1:]
     if arguments[0] == "init":
         arguments = [str(sandbox / "models" / "base") if part == "MODEL" else part for part in arguments]
-        (sandbox / "my.yaml").unlink()
+        (sandbox / arguments[arguments.index("-o") + 1]).unlink()
     if arguments[0] == "train" and "--resume" not in arguments:
         shutil.rmtree(sandbox / "runs" / "my-assistant")
     if arguments[:2] == ["export", "runs/assistant"] and arguments[-1] == "vllm":

@@ -1,9 +1,11 @@
 """The two consoles: results go to standard output, progress and notes to standard error."""
 
+import os
 from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
+from peftchat.logging_setup import QUIET
 from peftchat.streams import BROKEN_PIPE_STATUS, discard_output
 
 if TYPE_CHECKING:
@@ -19,13 +21,18 @@ class _Console(Console):
         raise SystemExit(BROKEN_PIPE_STATUS)
 
 
-stderr = _Console(stderr=True, highlight=False, soft_wrap=True)
+stderr = _Console(stderr=True, highlight=False, soft_wrap=True, quiet=QUIET in os.environ)
 """Progress, notes and errors."""
 
 stdout = _Console(highlight=False, soft_wrap=True)
 """Results: tables, answers."""
 
 _UNLIMITED_WIDTH = 400
+
+
+def print_error(message: str) -> None:
+    """Print an error on standard error, also where `--quiet` keeps progress and notes away."""
+    _Console(stderr=True, highlight=False, soft_wrap=True).print(message, style="bold red", markup=False)
 
 
 def natural_width(table: "Table") -> int:

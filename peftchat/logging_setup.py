@@ -6,27 +6,55 @@ import warnings
 
 from peftchat.late_imports import postpone_imports
 
+QUIET = "PEFTCHAT_QUIET"
+"""Set by `--quiet`, also for processes that are started: no progress and no notes."""
+
+VERBOSE = "PEFTCHAT_VERBOSE"
+"""Set by `--verbose`, also for processes that are started: libraries are heard."""
+
 _LOGGERS = ("DeepSpeed", "bitsandbytes", "bitsandbytes.backends.cpu.ops", "torch.distributed", "accelerate", "peft")
+_VARIABLES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # Warnings of its stores about names without an address, and stacks when another machine ends first.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 
 
 def quiet_libraries() -> None:
-    """Restrict libraries to errors, and postpone imports that they may not need.
+    """Restrict libraries to errors unless `--verbose` is given, and postpone imports that they may not need.
 
     Call it before importing them, where a command or a function of the API begins: some log while they are imported.
     """
     postpone_imports()
-    for name in _LOGGERS:
-        # Some set their own level when they are imported; a filter stays.
-        logging.getLogger(name).addFilter(_is_error)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Warnings of its stores about names without an address, and stacks when another machine ends first.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if VERBOSE in os.environ:
+        return
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        # Loggers below it, such as `accelerate.accelerator`, go by its level and not by its filter.
+        logger.setLevel(logging.ERROR)
+        # Some set their own level when they are imported; a filter stays.
+        logger.addFilter(_is_error)
+    for name, value in _VARIABLES.items():
+        os.environ.setdefault(name, value)
     # None of these warnings concerns a setting of the recipe.
     warnings.filterwarnings("ignore")
+
+
+def hear_libraries() -> None:
+    """Undo `quiet_libraries`, before libraries are imported, and let them tell more than by default."""
+    os.environ[VERBOSE] = "1"
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.NOTSET)
+        logger.removeFilter(_is_error)
+    for name in _VARIABLES:
+        os.environ.pop(name, None)
+    os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+    warnings.resetwarnings()
 
 
 def _is_error(record: logging.LogRecord) -> bool:

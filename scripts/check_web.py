@@ -149,6 +149,7 @@ def try_chat(page: Browser, pictures: Path) -> None:
     page.until(lambda: page.find(field("temperature")).is_displayed(), "the settings")
     page.type(field("temperature"), "0")
     limit_answers(page)
+    check_accessibility(page, "the settings")
     page.click("#settings > button")
     page.type("#question textarea", QUESTION + Keys.ENTER)
     lengths = set()
@@ -213,6 +214,8 @@ def try_branches(page: Browser, first: str) -> None:
 
 def choose_branch(page: Browser, number: int | None) -> int:
     """Choose a branch, or none, and return how many there are."""
+    # The list opens when the field gets the focus, which it may still have.
+    page.driver.execute_script("document.activeElement.blur()")
     page.click("#branch input")
     page.until(lambda: page.all("[role='option']"), "the list of branches")
     options = page.all("[role='option']")

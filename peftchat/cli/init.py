@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from peftchat.cli.common import note, output_option
+from peftchat.cli.common import echo_json, json_option, note, output_option
 from peftchat.errors import UserError
 from peftchat.files import write_new_text
 from peftchat.output_paths import check_output
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from peftchat.recipe.sections import Method
 
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 @output_option("The file to write.", default=Path("recipe.yaml"), show_default=True)
 @click.option("--ask/--no-ask", default=None, help="Ask for these.  [default: in a terminal, if none is given]")
 @click.option("--gpu", metavar="NAME", help="Ask for a recipe that fits this GPU.  [default: this machine's]")
+@json_option("Ask nothing, and print one JSON object: the file, and the keys that it leaves open.")
 @click.pass_context
 def command(
     context: click.Context,
@@ -37,6 +40,7 @@ def command(
     output: Path,
     ask: bool | None,
     gpu: str | None,
+    as_json: bool,
 ) -> None:
     """Write a recipe to start from, with every key explained.
 
@@ -51,8 +55,10 @@ def command(
     given = [name for name in ("method", "model", "data") if _is_given(context, name)]
     if ask and given:
         raise UserError(f"`--{given[0]}` is an answer already", where="--ask", hint="Give flags, or answer questions.")
+    if ask and as_json:
+        raise UserError("the answers to questions are no JSON", where="--json", hint="Give flags instead of `--ask`.")
     check_output(output, (), "-o")
-    is_asked = ask if ask is not None else not given and sys.stdin.isatty() and sys.stdout.isatty()
+    is_asked = ask if ask is not None else not given and not as_json and sys.stdin.isatty() and sys.stdout.isatty()
     if is_asked:
         _by_questions(output, gpu)
         return
@@ -60,14 +66,29 @@ def command(
         raise UserError("only the questions take it", where="--gpu", hint="`peftchat plan RECIPE --gpu NAME` plans.")
     from peftchat.recipe.reference import starting_recipe
 
-    write_new_text(output, starting_recipe(cast("Method", method), output, model=model, data=data))
+    settings = {} if model is None else _settings_for(model)
+    text = starting_recipe(cast("Method", method), output, model=model, data=data, settings=settings)
+    write_new_text(output, text)
     open_keys = [key for key, value in (("model.name", model), ("data.train", data)) if value is None]
+    if as_json:
+        echo_json({"written": str(output), "open": open_keys})
     todo = f"Fill in {' and '.join(open_keys)}, then: " if open_keys else "Next: "
     note(f"Wrote {output}. {todo}peftchat train {output} --dry-run")
 
 
 def _is_given(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _settings_for(model: str) -> "Mapping[str, str]":
+    """Return the keys that this base model needs; none, with a note, where it cannot be looked at."""
+    from peftchat.planning.first_recipe import settings_for_model
+
+    try:
+        return settings_for_model(model)
+    except UserError as error:
+        note(f"The recipe names a model that was not looked at: {error}")
+        return {}
 
 
 def _by_questions(output: Path, gpu: str | None) -> None:

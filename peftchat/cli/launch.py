@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from peftchat.cli.common import Command, RecipeType, note, output_option, set_option
+from peftchat.cli.common import Command, RecipeType, echo_json, json_option, note, output_option, set_option
 from peftchat.errors import UserError
 from peftchat.files import write_new_text
 from peftchat.output_paths import check_output
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     help="kubernetes: Kubeflow Trainer v2, or the older training operator.  [default: trainjob]",
 )
 @set_option()
+@json_option("Print one JSON object: the job as text, and where it was written.")
 def command(
     recipe: Path,
     target: str,
@@ -59,6 +60,7 @@ def command(
     namespace: str | None,
     api: str | None,
     overrides: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Write a cluster's job that trains a recipe; nothing is sent.
 
@@ -86,11 +88,15 @@ def command(
     loaded = load_recipe(recipe, overrides, to_train=False)
     quiet_libraries()
     text = library.write_job(loaded, cast("Target", target), options, places, tell=note)
+    if output is not None:
+        check_output(output, loaded.inputs(), "-o")
+        write_new_text(output, text)
+    if as_json:
+        echo_json({"target": target, "job": text, "written": None if output is None else str(output)})
     if output is None:
-        click.echo(text, nl=False)
+        if not as_json:
+            click.echo(text, nl=False)
         return
-    check_output(output, loaded.inputs(), "-o")
-    write_new_text(output, text)
     send = {"slurm": "sbatch", "kubernetes": "kubectl apply -f", "skypilot": "sky launch"}[target]
     note(f"Wrote {output}. Read it, then: {send} {output}")
 

@@ -35,7 +35,8 @@ from peftchat.cli import (
     web,
 )
 from peftchat.cli.common import OrderedGroup
-from peftchat.cli.manual_pages import manual_page
+from peftchat.cli.loudness import accept_loudness
+from peftchat.cli.manual_pages import command_page, manual_page
 from peftchat.errors import UserError, VerificationError, first_line
 from peftchat.interruption import end, interruptible, interruption, leave
 from peftchat.logging_setup import quiet_libraries
@@ -70,7 +71,12 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _TOO_MANY = {errno.EMFILE, errno.ENFILE}
 
 
-@click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=OrderedGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="First time here? `peftchat doctor` examines the installation and this machine; `peftchat init` writes a "
+    "recipe.",
+)
 @click.version_option(__version__, prog_name="peftchat")
 @click.pass_context
 def cli(context: click.Context) -> None:
@@ -84,6 +90,8 @@ def cli(context: click.Context) -> None:
     except OSError as error:
         raise UserError("the working folder no longer exists", hint="Change to another folder.") from error
 
+
+accept_loudness(cli)
 
 # In the order of the work.
 for _module in (
@@ -110,7 +118,7 @@ for _module in (
     serve,
     push,
 ):
-    cli.add_command(_module.command)
+    cli.add_command(accept_loudness(_module.command, hidden=True))
 
 
 def main() -> None:
@@ -158,6 +166,9 @@ def _run() -> int:
         cli(standalone_mode=False)
     except click.ClickException as error:
         error.show()
+        page = command_page(sys.argv[1:])
+        if page is not None:
+            click.echo(f"See {page}.", err=True)
         return 2
     except click.Abort as error:
         raise KeyboardInterrupt from error
@@ -219,11 +230,11 @@ def _is_of_output(error: OSError) -> bool:
 
 
 def _print_error(message: str) -> None:
-    from peftchat.console import stderr
+    from peftchat.console import print_error
 
     if not is_main_process():
         let_others_speak()
         message = f"Process {os.environ['RANK']}: {message}"
     # Standard error itself may be on a full disk; the status still tells that there was an error.
     with suppress(OSError):
-        stderr.print(message, style="bold red", markup=False, highlight=False)
+        print_error(message)

@@ -55,6 +55,12 @@ _FILE = r"\.(?:jsonl?|ya?ml|csv|tsv|txt|parquet|arrow|gz|zip)\b"
 _SECTION = re.compile(rf"(?:^|(?<=[\s`(:]))({'|'.join(SECTION_PAGES)})(?!{_FILE})(?=[.:\s`,]|$)")
 
 
+def command_page(arguments: Iterable[str]) -> str | None:
+    """Return the page of the manual for the first command among some words; None if there is none."""
+    page = next((COMMAND_PAGES[name] for name in arguments if name in COMMAND_PAGES), None)
+    return None if page is None else f"docs/{page}.md"
+
+
 def manual_page(error: UserError, arguments: Iterable[str]) -> str | None:
     """Return the page of the manual for an error, such as `docs/data.md`; None if no command was named.
 
@@ -66,8 +72,7 @@ def manual_page(error: UserError, arguments: Iterable[str]) -> str | None:
     of_place = _SECTION.search(error.where or "")
     of_message = re.search(rf"`?\b({'|'.join(SECTION_PAGES)})\.[a-z_]+", f"{error.message} {error.hint or ''}")
     section = of_place or of_message
-    page = SECTION_PAGES[section[1]] if section else None
-    if page is None:
-        advised = re.findall(r"`peftchat ([a-z]+)", f"{error.message} {error.hint or ''}")
-        page = next((COMMAND_PAGES[name] for name in (*advised, *arguments) if name in COMMAND_PAGES), None)
-    return None if page is None else f"docs/{page}.md"
+    if section:
+        return f"docs/{SECTION_PAGES[section[1]]}.md"
+    advised = re.findall(r"`peftchat ([a-z]+)", f"{error.message} {error.hint or ''}")
+    return command_page((*advised, *arguments))

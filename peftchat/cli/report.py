@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from peftchat.cli.common import PathType, note
+from peftchat.cli.common import PathType, echo_json, json_option, note
 
 
 @click.command("report")
@@ -24,7 +24,8 @@ from peftchat.cli.common import PathType, note
     help="How many examples of one run to show with their masks.",
 )
 @click.option("--open", "open_browser", is_flag=True, help="Open the page in the browser.")
-def command(runs: tuple[Path, ...], output: Path | None, rows: int, open_browser: bool) -> None:
+@json_option()
+def command(runs: tuple[Path, ...], output: Path | None, rows: int, open_browser: bool, as_json: bool) -> None:
     """Write the page of a run, or one page over several.
 
     Of one finished run: its result, curves, losses by source, role and turn, answers, warnings and environment, as
@@ -39,6 +40,8 @@ def command(runs: tuple[Path, ...], output: Path | None, rows: int, open_browser
     from peftchat import api
 
     page = api.report(runs, output=output, rows=rows)
+    if as_json:
+        echo_json({"page": str(page), "runs": [str(run) for run in runs]})
     note(f"Wrote {page}.")
     if open_browser:
         import webbrowser

@@ -1,10 +1,11 @@
 """`peftchat serve`: serve runs and models by an inference engine that is installed."""
 
 import shlex
+import sys
 
 import click
 
-from peftchat.cli.common import NameType, base_option
+from peftchat.cli.common import NameType, base_option, echo_json, json_option
 
 
 @click.command("serve")
@@ -32,6 +33,7 @@ from peftchat.cli.common import NameType, base_option
 )
 @click.option("--check", is_flag=True, help="End when every model has answered.")
 @click.option("--dry-run", is_flag=True, help="Print the engine's command and start nothing.")
+@json_option("Print one JSON object: the command, the models, and when they have answered, the address and answers.")
 def command(
     models: tuple[str, ...],
     engine: str,
@@ -43,6 +45,7 @@ def command(
     timeout: float,
     check: bool,
     dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Serve runs and models to clients of OpenAI's interface.
 
@@ -71,10 +74,14 @@ def command(
 
     for note in started.notes:
         stderr.print(note, markup=False, style="dim")
+    told = {"engine": started.engine, "command": started.arguments, "models": started.models}
     if dry_run:
-        click.echo(shlex.join(started.arguments))
+        if as_json:
+            echo_json(told)
+        else:
+            click.echo(shlex.join(started.arguments))
         return
-    from peftchat.engines.process import running
+    from peftchat.engines.process import ended, running
 
     stderr.print(shlex.join(started.arguments), markup=False, style="dim", soft_wrap=True)
     with running(started, place) as served:
@@ -82,8 +89,11 @@ def command(
         for name, answer in answers.items():
             first = next(iter(answer.strip().splitlines()), "")
             stderr.print(f"{name} answers: {first[:70] or '(nothing)'}", markup=False)
+        if as_json:
+            echo_json({**told, "url": served.url, "answers": answers})
+            sys.stdout.flush()
         if check:
             return
         stderr.print(f"Serving {', '.join(answers)} on {served.url} (Ctrl-C ends it)", markup=False)
         status = served.wait()
-    raise VerificationError(f"{started.engine} ended with status {status}; its message is above")
+    raise VerificationError(ended(started.engine, status))

@@ -1,10 +1,11 @@
 """`peftchat web`: chat with runs and models in the browser, and compare them blindly."""
 
+import sys
 from pathlib import Path
 
 import click
 
-from peftchat.cli.common import NameType, PathType, allow_changed_option, base_option
+from peftchat.cli.common import NameType, PathType, allow_changed_option, base_option, echo_json, json_option
 
 
 @click.command("web")
@@ -28,6 +29,7 @@ from peftchat.cli.common import NameType, PathType, allow_changed_option, base_o
     help="Folder for what you keep: examples.jsonl, pairs.jsonl, votes.jsonl.",
 )
 @click.option("--open", "open_browser", is_flag=True, help="Open the page in the browser.")
+@json_option("Print one JSON object when the page is there: its address and the models.")
 def command(
     models: tuple[str, ...],
     base: str | None,
@@ -37,6 +39,7 @@ def command(
     password: str | None,
     output: Path,
     open_browser: bool,
+    as_json: bool,
 ) -> None:
     """Chat with runs and models in the browser.
 
@@ -68,6 +71,9 @@ def command(
     with stderr.status("loading …"):
         page = serve_page(load_models(named, allow_changed=allow_changed), kept, access)
     stderr.print(f"Serving on {page.url} (Ctrl-C ends it)", markup=False, highlight=False)
+    if as_json:
+        echo_json({"url": page.url, "models": list(models)})
+        sys.stdout.flush()
     if open_browser:
         import webbrowser
 

@@ -353,9 +353,12 @@ def _detect(name: str, records: Iterable[RawRecord], columns: Columns | None, *,
 def _found_below(fields: Fields) -> str:
     """What could be read of a record without a known format, as the beginning of a hint."""
     said = [name for name, value in fields.items() if isinstance(value, str | list | dict)]
-    pair = {ours: name for ours in (names.CHOSEN, names.REJECTED) for name in said if ours in name.lower()}
-    if len({*pair.values()}) == 2:
-        columns = ", ".join(f"{ours}: {theirs}" for ours, theirs in pair.items())
+    partners = {name: name.lower().replace(names.CHOSEN, names.REJECTED) for name in said}
+    pairs = [(name, other) for name, other in partners.items() if other != name.lower() and other in said]
+    if pairs:
+        # A pair has other fields of both answers, such as their models; the texts are longest.
+        better, worse = max(pairs, key=lambda pair: len(str(fields[pair[0]])))
+        columns = f"{names.CHOSEN}: {better}, {names.REJECTED}: {worse}"
         return f"They look like preference pairs: `columns: {{{columns}}}` reads the chosen answers. "
     if "custom_id" in fields:
         join = "jq -cs 'group_by(.custom_id)[] | add' REQUESTS RESPONSES > FILE.jsonl"

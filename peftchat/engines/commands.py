@@ -6,6 +6,7 @@ Sources: vLLM's `vllm serve` (https://docs.vllm.ai/en/stable/cli/serve.html), `t
 """
 
 import importlib.util
+import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -210,7 +211,7 @@ def _vllm_command(program: str, served: Sequence[Served], place: Place) -> Engin
         arguments += ["--generation-config", folder, "--dtype", first.dtype, "--enable-lora"]
         arguments += ["--max-loras", str(len(adapters)), "--max-lora-rank"]
         arguments += [str(next(size for size in LORA_RANKS if size >= rank)), "--lora-modules"]
-        arguments += [f"{one.name}={_folder(one)}" for one in adapters]
+        arguments += [_lora_module(one) for one in adapters]
         names = [one.name for one in served]
     else:
         (model,) = models
@@ -220,6 +221,12 @@ def _vllm_command(program: str, served: Sequence[Served], place: Place) -> Engin
     arguments += ["--host", place.host, "--port", str(place.port)]
     environment = {} if place.key is None else {"VLLM_API_KEY": place.key}
     return EngineCommand("vllm", tuple(arguments), tuple(names), environment)
+
+
+def _lora_module(one: Served) -> str:
+    """Return an adapter as vLLM reads it: `name=path`, or JSON where the path has characters that split it."""
+    path = str(_folder(one))
+    return json.dumps({"name": one.name, "path": path}) if {"=", ","} & set(path) else f"{one.name}={path}"
 
 
 # transformers

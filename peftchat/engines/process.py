@@ -16,6 +16,7 @@ from peftchat.addresses import url_of
 from peftchat.engines.commands import EngineCommand, Place
 from peftchat.errors import UserError, VerificationError, first_line
 
+_STANDARD_ERROR = 2
 _SECONDS_TO_END = 30.0
 _SECONDS_BETWEEN_TRIES = 0.5
 _QUESTION = "Say hello."
@@ -52,8 +53,7 @@ class Engine:
         problem = "it does not listen"
         while not set(self._command.models) <= listed:
             if self._process.poll() is not None:
-                status = self._process.returncode
-                raise VerificationError(f"{self._command.engine} ended with status {status}; its message is above")
+                raise VerificationError(ended(self._command.engine, self._process.returncode))
             if time.monotonic() > deadline:
                 missing = ", ".join(sorted(set(self._command.models) - listed))
                 raise VerificationError(
@@ -104,6 +104,14 @@ class Engine:
             return json.load(reply)
 
 
+def ended(engine: str, status: int) -> str:
+    """Say how an engine ended; a status below 0 is that of a signal."""
+    if status == -signal.SIGILL:
+        return f"{engine} was killed by SIGILL: it was built for another processor"
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"{engine} {how}; its message is above"
+
+
 @contextmanager
 def running(command: EngineCommand, place: Place) -> Iterator[Engine]:
     """Start an engine, and end it with all its processes when the block ends, however that happens.
@@ -114,7 +122,10 @@ def running(command: EngineCommand, place: Place) -> Iterator[Engine]:
     try:
         # A group of its own: Ctrl-C of the terminal comes here alone, and workers are ended with their leader.
         environment = {**os.environ, **command.environment}
-        process = subprocess.Popen(command.arguments, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        # Its messages go to standard error, where those of peftchat go.
+        process = subprocess.Popen(
+            command.arguments, env=environment, stdin=subprocess.DEVNULL, stdout=_STANDARD_ERROR, start_new_session=True
+        )
     except OSError as error:
         raise UserError(f"the program cannot be started: {error.strerror}", where=command.arguments[0]) from error
     try:

@@ -17,6 +17,15 @@ TOOLS: Mapping[str, Tool] = {tool.name: tool for tool in (AXOLOTL, LLAMAFACTORY,
 _FROM = f"Say which tool it belongs to with `--from`: {', '.join(TOOLS)}."
 
 
+_START = "Write a recipe with `peftchat init`, and carry the values over by hand."
+
+_OTHER_TOOLS = {"swift": "ms-swift", "megatron": "ms-swift", "autotrain": "AutoTrain"}
+"""Programs of tools that are not read, though their flags are spelled like those of others."""
+
+_OTHER_KEYS = {"train_type": "ms-swift", "tuner_type": "ms-swift", "swift_version": "ms-swift"}
+"""Keys of such tools."""
+
+
 def detect(source: SourceFile) -> Tool:
     """Return the tool whose keys a file has.
 
@@ -54,6 +63,11 @@ def _titles() -> str:
 def _refuse_other_files(source: SourceFile) -> None:
     """Refuse files that stand beside configurations of a training."""
     values, where = source.document.values, str(source.path)
+    programs = (_OTHER_TOOLS.get(word.rpartition("/")[2]) for word in source.command)
+    keys = (_OTHER_KEYS.get(str(key)) for key in values)
+    other = next(filter(None, (*programs, *keys)), None)
+    if other is not None:
+        raise UserError(f"is a file of {other}, expected one of {_titles()}", where=where, hint=_START)
     if (isinstance(values.get("model"), Mapping) and "method" in values) or "extends" in values:
         hint = f"Train with it: `peftchat train {where}`."
         raise UserError("is a recipe of peftchat already", where=where, hint=hint)

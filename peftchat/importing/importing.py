@@ -1,20 +1,23 @@
 """From another tool's file to a recipe: every line is looked up, and what comes of it is checked as a recipe."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from peftchat.access_keys import find_access_key
 from peftchat.errors import UserError
 from peftchat.importing.checking import check_draft
 from peftchat.importing.detection import TOOLS, detect
 from peftchat.importing.draft import Assumed, Draft, ImportedLine, SourceLine, Status
-from peftchat.importing.rules import Rule, apply
+from peftchat.importing.rules import Rule, apply, inert
 from peftchat.importing.source_file import SourceFile, read_source
 from peftchat.importing.tool import Tool
 from peftchat.paths import exists
 from peftchat.recipe.document import LOCAL_MARKS, Keys
+
+_ACCESS_KEY = inert("looks like a key of a service: keep it in the environment, where no recipe shows it")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,10 @@ def _lines_and_rules(source: SourceFile, tool: Tool) -> Iterator[tuple[SourceLin
     patterns = {tuple(pattern.split(".")): rule for pattern, rule in tool.table.items()}
     done: set[Keys] = set()
     for line in source.lines():
+        key = find_access_key(str(line.value))
+        if key is not None:
+            yield replace(line, value=key), _ACCESS_KEY
+            continue
         found: tuple[int, Rule] | None = None
         for length in range(len(line.keys), 0, -1):
             rule = _match(line.keys[:length], patterns)

@@ -176,7 +176,25 @@ def _take_zero(draft: Draft, line: SourceLine, held: Mapping[str, Any], read: st
     if any(is_offloaded.values()) and stage >= 1:
         becomes["distributed.offload"] = "all" if is_offloaded["weights"] and stage == 3 else "optimizer"
     nearest = "; stage 1 is not offered, and stage 2 also shards the gradients" if stage == 1 else ""
+    # The file's own scheduler and optimizer replace those of the training arguments, without a word.
+    part = _own_part(held)
+    if part is not None:
+        why = f"{read} has a `{part}` of its own, which replaces that of the other lines; take it out of the file"
+        draft.refuse(line, why)
+        return
     draft.change(line, becomes, f"by {read}: ZeRO stage {stage}{nearest}; peftchat writes the file")
+
+
+def _own_part(held: Mapping[str, Any]) -> str | None:
+    """Return a part of a DeepSpeed file that does not follow the training arguments; None if all do."""
+    if held.get("scheduler"):
+        return "scheduler"
+    optimizer = held.get("optimizer")
+    if not isinstance(optimizer, Mapping):
+        return None
+    params = optimizer.get("params", {})
+    follows = isinstance(params, Mapping) and all(value == "auto" for value in params.values())
+    return None if follows and str(optimizer.get("type")).lower() in ("adam", "adamw") else "optimizer"
 
 
 def fsdp() -> Rule:

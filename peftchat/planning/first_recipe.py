@@ -25,6 +25,7 @@ CHEAPER: Mapping[str, tuple["Method", ...]] = {"full": ("lora", "qlora"), "lora"
 """Method -> those that need less memory, the nearest first."""
 
 DEMO_MODEL = Path(".cache/smollm2-135m")
+_UNPACKED: Mapping[str, str] = {"data.packing": "false"}
 _MOST_READ = 5_000
 _SUFFIXES = (".json", *DATA_SUFFIXES)
 
@@ -82,7 +83,7 @@ class Choice:
 
     def text(self, target: Path, settings: Mapping[str, str] | None = None) -> str:
         """Return the commented recipe."""
-        unpacked = {} if self.is_packed else {"data.packing": "false"}
+        unpacked = {} if self.is_packed else _UNPACKED
         held = {"chat.template": self.template, **unpacked, **(settings or {})}
         return starting_recipe(self.method, target, model=self.model, data=self.data, settings=held)
 
@@ -125,6 +126,15 @@ def look_at_model(name: str) -> ModelLook:
     config = source.config()
     has_template = bool(source.tokenizer().chat_template)
     return ModelLook(name, str(config.model_type), has_template, not carries_state(config))
+
+
+def settings_for_model(name: str) -> Mapping[str, str]:
+    """Return the keys of a recipe that a base model needs, by its config.
+
+    Raises:
+        UserError: there is no such model, or its config cannot be read.
+    """
+    return _UNPACKED if carries_state(ModelSource.open(name).config()) else {}
 
 
 def predict_choice(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftchat.access_keys import find_access_key
 from peftchat.errors import UserError
 from peftchat.models.source import ADAPTER_CONFIG, ModelKind, ModelSource, read_json
 from peftchat.reports.model_card import read_card
@@ -22,10 +23,6 @@ _FILES = (
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 _SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_SECRET = re.compile(
-    r"\bhf_[A-Za-z0-9]{30,}\b|\bsk-[A-Za-z0-9_-]{20,}\b|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-)
 _SHORTEST_SECRET = 8
 _BASE_OF_CODE = re.compile(r'^(base = ")[^"]*("  # the model it was trained from)$', re.MULTILINE)
 """The line of the card's code that names the base (`peftchat.reports.model_card`)."""
@@ -148,7 +145,7 @@ def _check_secrets(files: Sequence[PushFile], environment: Mapping[str, str]) ->
             if value in text:
                 what = f"the file holds the value of the environment variable {name}"
                 raise UserError(what, where=str(file.source), hint="Remove it there, and push again.")
-        match = _SECRET.search(text)
-        if match is not None:
-            what = f"the file holds what looks like a key: {match[0][:6]}…"
+        key = find_access_key(text)
+        if key is not None:
+            what = f"the file holds what looks like a key: {key}"
             raise UserError(what, where=str(file.source), hint="Remove it there, and push again.")

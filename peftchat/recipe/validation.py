@@ -253,7 +253,8 @@ def _halving(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.training.on_oom != "halve":
         return
     if recipe.has_pairs:
-        why = f"`objective: {recipe.objective}` compares the two answers of a pair within a micro-batch"
+        what = "takes its KL term over" if recipe.has_labels else "compares"
+        why = f"`objective: {recipe.objective}` {what} answers of one micro-batch"
         yield Conflict(("training", "on_oom"), ("objective",), why)
     why = "several processes have to take each step alike, and only one of them runs out of memory"
     if distributed.strategy not in ("auto", "single"):

@@ -20,6 +20,7 @@ _ROW_HEIGHT = 26
 _BAR_GAP = 2
 _LABEL_GAP = 8
 _HALF_DIGIT = 4.2
+_CHARACTER_WIDTH = 7
 
 
 _FILE_COLORS = (
@@ -352,7 +353,8 @@ def interval_plot(marks: Sequence[Mark], *, label: str, x_name: str, around_zero
     low, high = min(values) - reach, max(values) + reach
     ends = [end for mark in marks if mark.ends is not None for end in mark.ends]
     ticks = axis([*values, *(min(max(end, low), high) for end in ends)], most=6)
-    frame = _Frame(720, 48 + _ROW_HEIGHT * len(marks), 190, 120, 8, 40, x_range=(ticks[0], ticks[-1]))
+    right = max(120, 24 + _CHARACTER_WIDTH * max(len(mark.text) for mark in marks))
+    frame = _Frame(720, 48 + _ROW_HEIGHT * len(marks), 190, right, 8, 40, x_range=(ticks[0], ticks[-1]))
     parts = [frame.vertical_line(value, text) for value, text in zip(ticks, tick_texts(ticks), strict=True)]
     parts += [_mark(frame, mark, frame.top + _ROW_HEIGHT * (place + 0.5)) for place, mark in enumerate(marks)]
     return frame.svg(parts, label=label, x_name=x_name)

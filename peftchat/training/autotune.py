@@ -148,7 +148,8 @@ class _Tuner:
         # Rows of another shape draw other random numbers, so with dropout the losses would be others.
         is_open = recipe.model.attention == "auto" and recipe.data.packing and not self._is_random
         if is_open and default.attention == VARLEN:
-            found += [replace(default, attention=name) for name in ("sdpa", "eager")]
+            found += [replace(default, attention=name) for name in ("sdpa", "eager")
+                      if name != "eager" or self._eager_fits()]  # fmt: skip
         if not self._context.threads_given:
             fewer = {physical_cores(), default.threads // 2} if default.threads > 1 else set()
             found += [replace(default, threads=n) for n in sorted(fewer, reverse=True) if 0 < n < default.threads]
@@ -172,6 +173,14 @@ class _Tuner:
         doubled = [2 * size] if training.gradient_accumulation_steps % 2 == 0 else []
         return doubled + ([size // 2] if size % 2 == 0 else [])
 
+    def _eager_fits(self) -> bool:
+        """Return whether attention weights over whole packs, kept for a backward pass, fit into half the memory."""
+        config, length = self._trainer.causal_model.config.get_text_config(), self._context.recipe.data.max_length
+        # The scores, the weights, and the weights in the dtype of the values: of all layers, or of one recomputed.
+        layers = 1 if self._trainer.args.gradient_checkpointing else config.num_hidden_layers
+        kept = 3 * 4 * layers * config.num_attention_heads * 2 * self.default.micro_batch * length**2
+        return bool(kept < psutil.virtual_memory().available / 2)
+
     def _fits(self, micro_batch: int) -> bool:
         """Return whether memory is left for a micro-batch; one twice as large at most doubles what is held."""
         return micro_batch < self.default.micro_batch or psutil.virtual_memory().available > 2 * memory_in_use()
@@ -183,6 +192,8 @@ class _Tuner:
         if wanted.compiled and not self.may_compile:
             values.pop("compiled", None)
         if recipe.model.attention != "auto" or not recipe.data.packing:
+            values.pop("attention", None)
+        if wanted.attention == "eager" and not self._eager_fits():
             values.pop("attention", None)
         if self._context.threads_given or wanted.threads > default.threads:
             values.pop("threads", None)

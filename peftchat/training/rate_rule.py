@@ -149,7 +149,9 @@ def _pair_rate(recipe: "Recipe") -> RuleRate:
     reason = f"TRL's default for `{recipe.objective}`"
     if recipe.adapter is None:
         return RuleRate(_PAIR_RATE, reason)
-    return RuleRate(_PAIR_RATE * _ADAPTER_FACTOR, f"{reason}, times {_ADAPTER_FACTOR} for adapters")
+    # Two digits, as of every rate: the product is 9.999999999999999e-06.
+    rate = float(f"{_PAIR_RATE * _ADAPTER_FACTOR:.1e}")
+    return RuleRate(rate, f"{reason}, times {_ADAPTER_FACTOR} for adapters")
 
 
 def _lora_rate(width: ModelWidth) -> tuple[float, str]:

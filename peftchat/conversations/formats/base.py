@@ -189,14 +189,14 @@ _OTHER_SHAPES = API_FIELDS | RANKED_FIELDS
 def known_shape(value: dict[str, Any], *, pairs: bool = False) -> dict[str, Any]:
     """Return the record without the fields that are null, and in the shape that a format reads.
 
-    OpenAI's preference pairs, records of chat APIs and ranked answers have the fields of our formats in other places.
+    Pairs with other names, records of chat APIs and ranked answers have the fields of our formats in other places.
 
     Raises:
         LeftOut: a pair is wanted, and the answers do not differ in rank.
     """
     if None in value.values():
         value = {name: item for name, item in value.items() if item is not None}
-    if names.PREFERRED in value:
+    if not names.PREFERRED.keys().isdisjoint(value):
         return renamed_preference(value)
     return value if _OTHER_SHAPES.isdisjoint(value) else dict(of_ranked(of_api(value), pairs=pairs))
 

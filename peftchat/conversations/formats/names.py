@@ -64,8 +64,13 @@ LOOKS_LIKE_MASK = re.compile(r"mask|train_on|trainable|weights$", re.IGNORECASE)
 
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios", "image_url", "files", "pixel_values"})
 CHOSEN, REJECTED, LABEL = "chosen", "rejected", "label"
-PREFERRED, NOT_PREFERRED = "preferred_output", "non_preferred_output"
-"""What OpenAI's preference files call the chosen and the rejected answer; the prompt is below `input`."""
+PREFERRED = {
+    "preferred_output": "non_preferred_output",
+    "chosen_response": "rejected_response",
+    "response_j": "response_k",
+}
+"""Other names of the chosen answer, each with that of the rejected one: in OpenAI's files, whose prompt is below
+`input`, in Argilla's first form of UltraFeedback, and in pairs of Stack Exchange."""
 HELD_OUT_SPLITS = frozenset({"test", "validation", "valid", "val", "dev", "eval", "evaluation", "held_out", "heldout"})
 """Values of a field `split` of records that their author did not mean to be trained on."""
 

@@ -82,13 +82,18 @@ def without_turns(fields: Fields) -> Fields:
 
 
 def renamed_preference(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record of OpenAI's preference files under the names of `preference`.
+    """Return a record with other names of the two answers under those of `preference`; any other as it is.
 
-    Its `input` holds the turns of the prompt as `messages`, and the tools.
+    In OpenAI's files, `input` holds the turns of the prompt as `messages`, and the tools.
     """
-    renamed = {names.PREFERRED: names.CHOSEN, names.NOT_PREFERRED: names.REJECTED}
+    better = next((name for name, worse in names.PREFERRED.items() if name in fields and worse in fields), None)
+    if better is None or names.CHOSEN in fields:
+        return dict(fields)
+    renamed = {better: names.CHOSEN, names.PREFERRED[better]: names.REJECTED}
     record = {renamed.get(name, name): value for name, value in fields.items() if name != "input"}
     asked = fields.get("input")
+    if "instruction" in fields:
+        return record if asked is None else {**record, "input": asked}
     if not isinstance(asked, Mapping):
         return record if asked is None else {"prompt": asked, **record}
     return {**{"prompt" if name == "messages" else name: value for name, value in asked.items()}, **record}

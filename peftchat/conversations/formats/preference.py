@@ -13,7 +13,12 @@ from peftchat.conversations.formats.turns import parse_turns, turn_list, turns_o
 
 
 def _asked(fields: Fields) -> str | None:
-    return next((name for name in names.ASKED if name in fields and name not in names.CONTEXT), None)
+    """Return the field with the prompt: `input` where no other field asks."""
+    found = [name for name in names.ASKED if name in fields and name not in names.CONTEXT]
+    if found:
+        return found[0]
+    is_text = isinstance(fields.get("input"), str) and isinstance(fields[names.CHOSEN], str)
+    return "input" if is_text and not _SPOKEN.match(fields[names.CHOSEN]) else None
 
 
 def _parse(fields: Fields, notes: Notes) -> list[Message]:
@@ -26,7 +31,7 @@ def _parse(fields: Fields, notes: Notes) -> list[Message]:
         notes.unused_of({name: fields.get(name) for name in names.CONTEXT}, (), "a preference pair")
         start = turns
     else:
-        about = [optional_text(fields, name) for name in names.CONTEXT]
+        about = [optional_text(fields, name) for name in names.CONTEXT if name != asked]
         start = [Message("user", "\n\n".join(filter(None, (optional_text(fields, asked), *about))))]
     chosen = fields[names.CHOSEN]
     if asked is None and isinstance(chosen, str) and _SPOKEN.match(chosen):
@@ -50,10 +55,12 @@ FORMAT = record_format(
     Description(
         "chosen, rejected, optional prompt: the chosen answer is read; objectives with pairs read both",
         {
-            "prompt": "what is asked: text or a list of turns; absent where `chosen` is the whole conversation",
+            "prompt": "what is asked (`input` if no other field asks): text, or turns; absent if `chosen` has them all",
             "chosen": "the answer: text, a turn, a list of turns, or all turns (also `Human: … Assistant: …`)",
             "rejected": "the other answer, in the same form; used by objectives with pairs alone",
             "preferred_output": "the chosen answer in OpenAI's files, beside non_preferred_output and input",
+            "chosen_response": "the chosen answer in Argilla's first UltraFeedback, beside rejected_response",
+            "response_j": "the better answer in pairs of Stack Exchange, beside response_k",
         },
         (
             {"prompt": "A joke?", "chosen": "A horse walks into a bar.", "rejected": "No."},
@@ -66,7 +73,8 @@ FORMAT = record_format(
         has_roles=True,
     ),
     lambda fields: (
-        {names.CHOSEN, names.REJECTED} <= fields.keys() or {names.PREFERRED, names.NOT_PREFERRED} <= fields.keys()
+        {names.CHOSEN, names.REJECTED} <= fields.keys()
+        or any({better, worse} <= fields.keys() for better, worse in names.PREFERRED.items())
     ),
     _parse,
     lambda fields: {names.CHOSEN, names.REJECTED, _asked(fields) or "", *names.CONTEXT},

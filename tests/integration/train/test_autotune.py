@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from peftchat.recipe import load_recipe
@@ -110,6 +111,19 @@ def test_steps_in_other_micro_batches_train_the_same(tmp_path: Path, conversatio
         trained(folder, conversations, resume=True, autotune=None, max_steps=until, **longer, **named)
         assert read_json(run / "choices.json")["micro_batch"] == size
     assert losses(run) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_nothing_is_tried_that_memory_may_not_hold(
+    tmp_path: Path, conversations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocation on a CPU does not fail: the system ends the process instead, and the run with it."""
+    left = psutil.virtual_memory()._replace(available=2**20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: left)
+    summary, _ = trained(tmp_path / "small", conversations, gradient_accumulation_steps=2, max_steps=1)
+    tried = {setting.key: setting.reason for setting in summary.auto_settings}
+    assert "sdpa" in tried["model.attention"] and "eager" not in tried["model.attention"]
+    assert ", 1 " in tried["training.per_device_train_batch_size"]
+    assert ", 4 " not in tried["training.per_device_train_batch_size"]
 
 
 def test_short_runs_measure_nothing(tmp_path: Path, conversations: Path) -> None:

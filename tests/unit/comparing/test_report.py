@@ -142,11 +142,14 @@ finite = st.floats(-1e6, 1e6)
 
 @given(values=st.lists(st.tuples(finite, st.none() | st.floats(0, 1e9)), min_size=1, max_size=12))
 def test_any_intervals_give_well_formed_svg_inside_its_frame(values: list[tuple[float, float | None]]) -> None:
-    marks = [Mark("a<b", value, margin, [value, value], 0, "1 & 2") for value, margin in values]
+    marks = [Mark("a<b", value, margin, [value, value], 0, "-28.6 ± 44.8 points & more") for value, margin in values]
     svg = ElementTree.fromstring(interval_plot(marks, label='"x"', x_name="loss"))
     _, _, width, height = map(float, svg.attrib["viewBox"].split())
     dots = [(float(dot.attrib["cx"]), float(dot.attrib["cy"])) for dot in svg.iter("circle") if dot.attrib["r"] == "5"]
     assert len(dots) == len(values)
     assert all(0 <= x <= width and 0 <= y <= height for x, y in dots)
+    # Digits and most letters are at most 6 pixels wide on the page.
+    texts = [one for one in svg.iter("text") if one.text and one.text.endswith("more")]
+    assert len(texts) == len(values) and all(float(one.attrib["x"]) + 6 * len(one.text or "") <= width for one in texts)
     in_order = [x for _, (x, _) in sorted(zip([value for value, _ in values], dots, strict=True))]
     assert in_order == sorted(in_order)

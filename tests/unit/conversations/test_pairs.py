@@ -30,6 +30,9 @@ def read(folder: Path, *records: Any, log: ProblemLog | None = None, pairs: bool
         {"prompt": "Hi", "chosen": GOOD, "rejected": BAD},
         {"input": {"messages": [USER], "tools": []}, "preferred_output": [CHOSEN], "non_preferred_output": [REJECTED]},
         {"input": "Hi", "preferred_output": GOOD, "non_preferred_output": BAD},
+        {"instruction": "Hi", "chosen_response": GOOD, "rejected_response": BAD, "chosen_model": "a", "source": "b"},
+        {"question": "Hi", "response_j": GOOD, "response_k": BAD},
+        {"input": "Hi", "chosen": GOOD, "rejected": BAD},
         {"question": "Hi", "chosen": GOOD, "rejected": BAD},
         {"prompt": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]},
         {"prompt": [USER], "chosen": CHOSEN, "rejected": REJECTED},
@@ -58,6 +61,13 @@ def test_both_answers_are_read(record: dict[str, Any], tmp_path: Path) -> None:
     (conversation,) = read(tmp_path, record, log=plain, pairs=False)
     assert conversation.messages == pair.messages and conversation.rejected is None
     assert "rejected" in plain.unused
+
+
+def test_pairs_with_unknown_names_are_told_their_columns(tmp_path: Path) -> None:
+    record = {"q": "Hi", "chosen_text": GOOD, "rejected_text": BAD, "chosen_by": "a", "rejected_by": "b"}
+    with pytest.raises(UserError) as error:
+        read(tmp_path, record)
+    assert "`columns: {chosen: chosen_text, rejected: rejected_text}`" in str(error.value.hint)
 
 
 def test_system_prompts_and_earlier_rounds_are_shared(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def test_vllm_serves_several_adapters_of_one_base(tmp_path: Path) -> None:
     assert value(found, "--max-loras") == "2"
     assert value(found, "--tokenizer") == one
     assert value(found, "--port") == "8123"
+    odd = adapter(tmp_path / "r=8,a=16" / "three", base)
+    assert json.loads(command(odd).arguments[command(odd).arguments.index("--lora-modules") + 1])["path"] == odd
     with_base = command(one, base)
     assert with_base.models == ("one", "base")
     assert value(with_base, "--served-model-name") == "base"

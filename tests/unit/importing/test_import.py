@@ -10,6 +10,7 @@ from peftchat.errors import UserError
 from peftchat.importing.detection import TOOLS
 from peftchat.importing.draft import shown
 from peftchat.importing.importing import Imported, import_file
+from peftchat.importing.shown_import import as_json
 from peftchat.importing.source_file import read_source
 from peftchat.importing.writing import recipe_text
 from peftchat.recipe import load_recipe
@@ -262,6 +263,42 @@ def test_other_files_are_refused_in_one_message(text: str, what: str, tmp_path: 
     with pytest.raises(UserError, match=what) as refused:
         read(tmp_path, text)
     assert "other.yaml" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.sh", "NPROC=2 swift sft --model org/base --train_type lora --lora_rank 8 --max_length 2048\n"),
+        ("args.json", '{"model": "org/base", "tuner_type": "lora", "lora_rank": 8, "max_length": 2048}'),
+    ],
+)
+def test_a_tool_whose_keys_only_look_like_anothers_is_named(name: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a file of ms-swift"):
+        read(tmp_path, text, name=name)
+
+
+def test_a_key_of_a_service_is_neither_shown_nor_written(tmp_path: Path) -> None:
+    key = "hf_" + "a1B2" * 9
+    imported = read(tmp_path, f"{AXOLOTL}hub_token: {key}\n")
+    assert not imported.refused
+    assert [line.status for line in imported.lines if line.source.key == "hub_token"] == ["left out"]
+    assert key not in recipe_text(imported, tmp_path / "recipe.yaml") + str(as_json(imported))
+
+
+@pytest.mark.parametrize(
+    ("part", "is_refused"),
+    [
+        ('"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}', True),
+        ('"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}', True),
+        ('"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}', False),
+    ],
+)
+def test_a_deepspeed_file_that_overrules_the_other_lines_is_refused(
+    part: str, is_refused: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "zero.json").write_text(f'{{"zero_optimization": {{"stage": 3}}, {part}}}', encoding="utf-8")
+    imported = read(tmp_path, f"{AXOLOTL}deepspeed: zero.json\n")
+    assert ["deepspeed"] * is_refused == [line.source.key for line in imported.refused]
 
 
 def test_a_byte_order_mark_and_json_are_read(tmp_path: Path) -> None:

@@ -67,6 +67,11 @@ def test_each_variant_keeps_its_ratio_to_lora_or_its_own_rate(name: str) -> None
         assert variant.auto_factor == variant.learning_rate / VARIANTS["lora"].learning_rate
 
 
+def test_the_rate_of_pairs_is_written_with_two_digits() -> None:
+    pairs = make().model_copy(update={"objective": "dpo"})
+    assert repr(rule_rate(pairs).value) == "1e-05" and "TRL's default for `dpo`" in rule_rate(pairs).reason
+
+
 def test_short_runs_and_the_highest_rate() -> None:
     assert rate(make(max_steps=99)) == 7.5e-4
     assert rate(make(max_steps=100)) == rate(make(max_steps=-1)) == 5e-4

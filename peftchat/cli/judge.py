@@ -32,9 +32,9 @@ class _Scale(click.ParamType):
 
 @click.command("judge")
 @click.argument("answers_a", type=PathType())
-@click.argument("answers_b", type=PathType())
+@click.argument("answers_b", type=PathType(), required=False)
 @click.option(
-    "--judge", "judges", required=True, multiple=True, type=NameType(), metavar="URL[#MODEL]|MODEL",
+    "--judge", "judges", multiple=True, type=NameType(), metavar="URL[#MODEL]|MODEL",
     help="An OpenAI-compatible endpoint (http…/v1), or a run or chat model on this machine. Repeatable.",
 )  # fmt: skip
 @click.option("--questions", type=PathType(), help="The file of questions, for answer files that do not have them.")
@@ -51,11 +51,13 @@ class _Scale(click.ParamType):
 @click.option(
     "--prices", type=click.FloatRange(0), nargs=2, metavar="IN OUT", help="Price of a million tokens read and written."
 )
-@output_option("Folder of the result; replies that are there are not asked again.", required=True)
+@output_option("Folder of the result; replies that are there are not asked again.")
 @json_option()
+@click.pass_context
 def command(
+    context: click.Context,
     answers_a: Path,
-    answers_b: Path,
+    answers_b: Path | None,
     judges: tuple[str, ...],
     questions: Path | None,
     prompt: str,
@@ -67,7 +69,7 @@ def command(
     concurrency: int,
     key_variable: str,
     prices: tuple[float, float] | None,
-    output: Path,
+    output: Path | None,
     as_json: bool,
 ) -> None:
     """Judge which of two models answers better.
@@ -76,10 +78,21 @@ def command(
     that changes with the order is a tie. The win rate has a 95 % interval over questions, and stands beside the rate at
     equal length. Replies are kept as they come: the same command asks only for what is missing.
 
+    A single file is one of blind votes, as `peftchat web` keeps them: each pair's share is shown with its interval.
+
     \b
     peftchat judge answers/base.jsonl answers/tuned.jsonl --judge http://127.0.0.1:8000/v1 -o judged
     peftchat judge a.jsonl b.jsonl --judge https://api.openai.com/v1#gpt-4.1 --prompt code --scale 1-8 -o judged
+    peftchat judge chats/votes.jsonl
     """
+    if answers_b is None:
+        from peftchat.cli.votes_output import report_votes
+
+        report_votes(answers_a, context, as_json=as_json)
+        return
+    if not judges or output is None:
+        missing = "--judge" if not judges else "--output"
+        raise click.UsageError(f"Missing option '{missing}': two files of answers need it.", context)
     from peftchat.errors import VerificationError
     from peftchat.judging.judged_pairs import read_exam, read_pairs
     from peftchat.output_paths import InputPath, check_output

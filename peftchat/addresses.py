@@ -1,7 +1,8 @@
-"""Addresses that a server listens on: who reaches them, whether a port is free, and what to open."""
+"""Addresses: those that a server listens on, and those of pages that stand where a path or a hub id is expected."""
 
 import errno
 import ipaddress
+import re
 import socket
 from contextlib import suppress
 
@@ -62,3 +63,14 @@ def free_port(host: str, first: int, count: int = 1) -> int:
         return port
     what = f"the ports {first} to {first + count - 1} are taken"
     raise UserError(what, where=f"--host {host}", hint="Choose another with --port.")
+
+
+_PAGE = re.compile(r"https?://(?:(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+))?", re.IGNORECASE)
+
+
+def advice_on_page(text: str) -> str | None:
+    """Return what to write in place of a web address; None if the text is none."""
+    page = _PAGE.match(text)
+    if page is None:
+        return None
+    return f"Write the hub id: {page[1]}." if page[1] else "Download it first, and give its path."

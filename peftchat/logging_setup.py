@@ -33,8 +33,11 @@ def quiet_libraries() -> None:
     if VERBOSE in os.environ:
         return
     for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        # Loggers below it, such as `accelerate.accelerator`, go by its level and not by its filter.
+        logger.setLevel(logging.ERROR)
         # Some set their own level when they are imported; a filter stays.
-        logging.getLogger(name).addFilter(_is_error)
+        logger.addFilter(_is_error)
     for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)
     # None of these warnings concerns a setting of the recipe.
@@ -45,7 +48,9 @@ def hear_libraries() -> None:
     """Undo `quiet_libraries`, before libraries are imported, and let them tell more than by default."""
     os.environ[VERBOSE] = "1"
     for name in _LOGGERS:
-        logging.getLogger(name).removeFilter(_is_error)
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.NOTSET)
+        logger.removeFilter(_is_error)
     for name in _VARIABLES:
         os.environ.pop(name, None)
     os.environ["TRANSFORMERS_VERBOSITY"] = "info"

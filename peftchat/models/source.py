@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftchat.addresses import advice_on_page
 from peftchat.errors import UserError, first_line
 from peftchat.recipe import LoadedRecipe, Recipe, load_recipe
 from peftchat.runs.run_folder import RunFolder
@@ -108,7 +109,7 @@ class ModelSource:
         source = cls(name, _kind_of(Path(name)), where or name, revision, trust_remote_code, base)
         is_path = local or name.startswith((".", "/", "~")) or name.count("/") > 1
         if source.kind is ModelKind.HUB and is_path:
-            raise source._error("there is no such folder", "Check the path.")
+            raise source._error("there is no such folder", advice_on_page(name) or "Check the path.")
         if source.kind is not ModelKind.HUB and not source.path.is_dir():
             raise source._error("expected a model folder, got a file")
         return source

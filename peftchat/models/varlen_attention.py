@@ -25,9 +25,10 @@ from transformers.masking_utils import sdpa_mask
 from peftchat.models.attention_line import Line, gather_index, line_of, padded_groups
 from peftchat.models.loading import VARLEN
 
-# Queries of a long conversation that are computed together. Keys behind the block are never computed, so that smaller
-# blocks compute less, and their products are less efficient.
-_QUERY_BLOCK = 128
+# Queries of a long conversation that are computed together. Keys behind the block are never computed, so smaller blocks
+# compute less. Their products are less efficient, which counts where products are fast.
+_QUERY_BLOCK = 256
+_QUERY_BLOCK_OF_FLOAT32 = 128
 
 
 def register(longest: int) -> None:
@@ -168,6 +169,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor
     return found
 
 
+def _query_block(dtype: torch.dtype) -> int:
+    """Return how many queries of a long conversation are computed together."""
+    return _QUERY_BLOCK_OF_FLOAT32 if dtype == torch.float32 else _QUERY_BLOCK
+
+
 def _joined(tensor: Tensor, shared: slice, own: slice) -> Tensor:
     """Return the keys or values of a branch: shape (K, n, D)."""
     return torch.cat([tensor[:, shared], tensor[:, own]], dim=1)
@@ -180,8 +186,9 @@ def _attend_branch(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Ten
     """
     heads, rows = q.shape[:2]
     queries, outputs = q.unflatten(0, (len(keys), -1)), []
-    for start in range(0, rows, _QUERY_BLOCK):
-        stop = min(start + _QUERY_BLOCK, rows)
+    block = _query_block(q.dtype)
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
         end = keys.shape[1] - rows + stop
         weights = _attention_weights(queries[:, :, start:stop].flatten(1, 2), keys[:, :end], scale, stop - start)
         outputs.append(torch.bmm(weights, values[:, :end]).view(heads, stop - start, -1).transpose(0, 1))
@@ -276,7 +283,7 @@ class _GroupBackward:
 
     def run(self, scale: float) -> None:
         """Compute the gradients and write them."""
-        if self.queries.shape[2] <= _QUERY_BLOCK:
+        if self.queries.shape[2] <= _query_block(self.queries.dtype):
             self._run_at_once(scale)
         else:
             self._run_in_blocks(scale)
@@ -293,8 +300,9 @@ class _GroupBackward:
         # Sums over blocks are kept in float32 at least, as those within a block are.
         dtype = torch.promote_types(self.keys.dtype, torch.float32)
         grad_keys, grad_values = (torch.zeros_like(tensor, dtype=dtype) for tensor in (self.keys, self.values))
-        for start in range(0, length, _QUERY_BLOCK):
-            stop = min(start + _QUERY_BLOCK, length)
+        block = _query_block(self.queries.dtype)
+        for start in range(0, length, block):
+            stop = min(start + block, length)
             weights, grad_scores, queries, grad_output = self._block(start, stop, scale)
             grad_queries, end = self.grad_queries[:, :, start:stop], self._end(stop)
             grad_queries.copy_(_scaled_bmm(grad_scores, self.keys[:, :end], scale).view_as(grad_queries))

@@ -179,6 +179,6 @@ def _times_seen(summary: RunSummary) -> float | None:
 
 
 _TOKEN_FAULTS = {
-    "not in the data": "does not occur in the training data, so its embedding is untrained",
+    "not in the data": "does not occur in the training data, so the model learned neither to read nor to write it",
     "did not move": "occurs in the training data, but one of its embeddings did not move",
 }

@@ -51,7 +51,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, variant in (("assistant", "lora"), ("style", "lora"), ("my-assistant", "lora"), ("ia3", "ia3")):
         path = folder / f"{name}.yaml"
         settings = {"adapter": {"variant": variant}, "training": {"max_steps": 1}}
-        write_training_recipe(path, base, train, None, folder / "runs" / name, **settings)
+        write_training_recipe(path, base, train, None, Path("runs", name), **settings)
         done = peftchat("train", path, cwd=folder)
         assert done.returncode == 0, done.stderr
     (folder / "comparison").mkdir()
@@ -103,7 +103,7 @@ def test_a_command_runs(line: Block, sandbox: Path) -> None:
     arguments = shlex.split(line.text.split("|")[-1].split(" > ")[0])[1:]
     if arguments[0] == "init":
         arguments = [str(sandbox / "models" / "base") if part == "MODEL" else part for part in arguments]
-        (sandbox / "my.yaml").unlink()
+        (sandbox / arguments[arguments.index("-o") + 1]).unlink()
     if arguments[0] == "train" and "--resume" not in arguments:
         shutil.rmtree(sandbox / "runs" / "my-assistant")
     if arguments[:2] == ["export", "runs/assistant"] and arguments[-1] == "vllm":

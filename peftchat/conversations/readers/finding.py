@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peftchat.addresses import advice_on_page
 from peftchat.errors import UserError
 from peftchat.paths import expand_path
 
@@ -76,7 +77,7 @@ def find_data(path: str, split: str | None = None) -> FoundFiles:
     if _HUB_ID.fullmatch(path) and ending_of(place) is None:
         return FoundFiles(None)
     what = "a link that leads nowhere" if place.is_symlink() else "there is no such file or folder"
-    raise UserError(what, where=path, hint="Check the path.")
+    raise UserError(what, where=path, hint=advice_on_page(path) or "Check the path.")
 
 
 def check_no_hub_keys(path: str, subset: str | None, revision: str | None) -> None:

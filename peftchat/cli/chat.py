@@ -60,7 +60,6 @@ def command(
 
     definitions = None if tools is None else read_tools_file(tools, "--tools")
 
-    from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
     from peftchat import api
@@ -73,6 +72,9 @@ def command(
         raise UserError(problem, where="--system")
     check_tools(loaded, definitions, f"--tools {tools}")
     if seed is not None:
+        # It imports PEFT, which a full model does not need.
+        from transformers import set_seed
+
         set_seed(seed)
     chat = Chat(loaded, apply_sampling(loaded.generation_config, sampling), ChatHistory(system, definitions), as_json)
     if prompt is None:

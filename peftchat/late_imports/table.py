@@ -15,7 +15,7 @@ NAMES: Mapping[str, frozenset[str]] = MappingProxyType(
         _SHARDED[0]: frozenset({"DTensor", "Partial", "Replicate", "Shard", "distribute_tensor"}),
         _SHARDED[1]: frozenset({"Shard", "_StridedShard"}),
         _SHARDED[2]: frozenset({"compute_local_shape_and_global_offset"}),
-        _FSDP[0]: frozenset({"CPUOffloadPolicy", "MixedPrecisionPolicy"}),
+        _FSDP[0]: frozenset({"CPUOffloadPolicy", "FullyShardedDataParallel", "MixedPrecisionPolicy"}),
         _FSDP[1]: frozenset({"fully_shard"}),
         "torch.distributed.fsdp.fully_sharded_data_parallel": frozenset({"FullyShardedDataParallel"}),
         "torch.distributed.checkpoint.hf_storage": frozenset({"HuggingFaceStorageReader", "HuggingFaceStorageWriter"}),

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from peftchat.cli.chat import command
 from tests.support.chat_models import save_scripted
-from tests.support.cli import COMMAND, peftchat
+from tests.support.cli import COMMAND, peftchat, true_peftchat
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_scripted(tmp_path_factory.mktemp("chat") / "scripted", "Tag né!")
 
 
-def test_one_question_gives_its_answer_alone(model: Path) -> None:
-    done = peftchat("chat", model, "--prompt", "hello")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "Tag né!\n", "")
+def test_one_question_gives_its_answer_alone_and_a_full_model_needs_no_library_of_training(model: Path) -> None:
+    done = true_peftchat("chat", model, "--prompt", "hello", PYTHONPROFILEIMPORTTIME="1")
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert (done.returncode, done.stdout, errors) == (0, "Tag né!\n", [])
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "torch" in imported
+    assert not imported & {
+        "bitsandbytes", "datasets", "deepspeed", "pandas", "peft", "scipy", "sklearn", "torch._dynamo",
+        "torch.distributed.fsdp", "torch.distributed.tensor", "trl",
+    }  # fmt: skip
 
 
 def test_a_question_from_a_pipe_and_json(model: Path) -> None:

@@ -29,7 +29,11 @@ def _is_own_page(path: Path) -> bool:
 
 
 def write_page(path: Path, template: str, **values: object) -> Path:
-    """Render a template to `path` atomically and return it; values are escaped unless they are `Markup`."""
+    """Render a template to `path` atomically and return it; values are escaped unless they are `Markup`.
+
+    A folder that is not there is made, as `check_page` allows it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = load_template(template).render(values)
     # Text from conversations may hold lone surrogates, which UTF-8 cannot encode.
     write_text(path, text, errors="backslashreplace")

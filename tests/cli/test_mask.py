@@ -201,7 +201,7 @@ class _Tokens(HTMLParser):
 
 
 def test_the_page_holds_every_token_and_nothing_from_elsewhere(recipe: Path) -> None:
-    page = recipe.parent / "mask.html"
+    page = recipe.parent / "pages" / "mask.html"
     done = mask(recipe, "--html", page)
     assert done.exception is None and done.stdout == ""
     text = page.read_text(encoding="utf-8")

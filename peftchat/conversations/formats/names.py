@@ -86,7 +86,7 @@ METADATA = frozenset(
         *("license", "url", "link", "path", "repo", "commit", "user_id", "username", "annotator", "meta", "metadata"),
         *("title", "tokens", "num_tokens", "token_count", "length", "num_turns", "turns_count", "redacted", "toxic"),
         *("openai_moderation", "moderation", "conversation_hash", "parallel_tool_calls", "message_tree_id", "object"),
-        *("custom_id", "request_parameters", "response_metadata"),
+        *("custom_id", "request_parameters", "response_metadata", "tree_state"),
     }
 )
 """Fields that describe a record and that nobody expects to be trained on: kept as columns, and not told."""

@@ -86,17 +86,20 @@ class ChatEncoder:
     Args:
         tokenizer: a tokenizer that has the template's tokens (`peftchat.chat_template.chat_format.make_format`).
         template: the template.
+        text: the tokenizer's encoder of text; None to make one, which copies the tokenizer.
 
     Attributes:
         parallel: whether the tokenizer lets other threads run while it works.
         missing_roles: the roles that the template cannot write and that the recipe says what to do with.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: Template) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", template: Template, text: TextEncoder | None = None
+    ) -> None:
         self.parallel = tokenizer.is_fast
         self.missing_roles = template.missing_roles
         self._template = template
-        self._text = TextEncoder(tokenizer)
+        self._text = text or TextEncoder(tokenizer)
         added = tokenizer.added_tokens_decoder
         self._strips_right = {token.content for token in added.values() if token.rstrip}
         self._strips_left = {token.content for token in added.values() if token.lstrip}

@@ -68,7 +68,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._text = TextEncoder(tokenizer)
         self._template = _template_of(tokenizer)
-        self._encoder = ChatEncoder(tokenizer, self._template)
+        self._encoder = ChatEncoder(tokenizer, self._template, self._text)
 
     @property
     def end_id(self) -> int:

@@ -136,8 +136,14 @@ def check_accessibility(page: Browser, what: str) -> None:
 
 
 def limit_answers(page: Browser) -> None:
-    """Keep answers short, so that all of this takes minutes on a CPU; the settings are open."""
+    """Keep answers short, so that all of this takes minutes on a CPU; the settings are open, and closed again."""
     page.type(field("most-tokens"), str(ARGUMENTS.tokens))
+    page.click("#settings > button")
+
+
+def open_settings(page: Browser) -> None:
+    page.click("#settings > button")
+    page.until(lambda: page.find(field("temperature")).is_displayed(), "the settings")
 
 
 def field(name: str) -> str:
@@ -145,12 +151,10 @@ def field(name: str) -> str:
 
 
 def try_chat(page: Browser, pictures: Path) -> None:
-    page.click("#settings > button")
-    page.until(lambda: page.find(field("temperature")).is_displayed(), "the settings")
+    open_settings(page)
     page.type(field("temperature"), "0")
-    limit_answers(page)
     check_accessibility(page, "the settings")
-    page.click("#settings > button")
+    limit_answers(page)
     page.type("#question textarea", QUESTION + Keys.ENTER)
     lengths = set()
     page.until(lambda: lengths.add(len(page.text("#chat"))) or (len(lengths) > 2 and idle(page)), "an answer", 180)
@@ -253,6 +257,8 @@ def try_phone(page: Browser, pictures: Path) -> None:
     )
     page.driver.get(page.url)
     page.until(lambda: page.find("#question textarea"), "the page on a phone")
+    open_settings(page)
+    limit_answers(page)
     page.type("#question textarea", QUESTION)
     page.click("#send")
     page.until(lambda: bubbles(page, "bot") and idle(page), "an answer on a phone", 180)

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from peftchat.cli.common import Command, PathType, RecipeType, echo_json, json_option, note, output_option
+from peftchat.cli.variants import complete_variants
 
 
 @click.command(
@@ -19,7 +20,12 @@ from peftchat.cli.common import Command, PathType, RecipeType, echo_json, json_o
 )
 @click.argument("recipe", type=RecipeType())
 @click.option(
-    "--variants", required=True, multiple=True, metavar="A,B,...", help="lora, dora, qlora, full, qlora+dora, ..."
+    "--variants",
+    required=True,
+    multiple=True,
+    metavar="A,B,...",
+    shell_complete=complete_variants,
+    help="lora, dora, qlora, full, qlora+dora, ...",
 )
 @click.option(
     "--set",

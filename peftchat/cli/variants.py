@@ -6,14 +6,16 @@ from click.shell_completion import CompletionItem
 from peftchat.cli.common import beginning_with, echo_json, json_option
 
 
-def _complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_variants(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer variants for the beginning of a name, or of the last name of a list with commas."""
     from peftchat.variants import VARIANTS
 
-    return beginning_with(incomplete, VARIANTS)
+    before, comma, _ = incomplete.rpartition(",")
+    return beginning_with(incomplete, (f"{before}{comma}{name}" for name in VARIANTS))
 
 
 @click.command("variants")
-@click.argument("name", required=False, shell_complete=_complete)
+@click.argument("name", required=False, shell_complete=complete_variants)
 @json_option("Print one JSON object: all variants by name, or the named one.")
 def command(name: str | None, as_json: bool) -> None:
     """List the ways to train: LoRA, other adapters, full.

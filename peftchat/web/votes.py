@@ -99,7 +99,9 @@ class VoteFile:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             what = f"the line is no vote: `{key}`: {first['msg']}"
-            raise UserError(what, where=f"{self.path}:{number}", hint="Choose another file with --votes.") from error
+            raise UserError(
+                what, where=f"{self.path}:{number}", hint="Name a file of votes of `peftchat web`."
+            ) from error
 
 
 @dataclass(slots=True)

@@ -43,5 +43,11 @@ def test_recipes_of_the_package_are_offered_where_no_file_begins_so(offered):
     assert offered("recipes", recipe.name) == [f"plain,{recipe.name}"]
 
 
+def test_variants_are_offered_in_a_list(offered):
+    assert offered("compare", "recipe.yaml", "--variants", "lora,do") == [
+        f"plain,lora,{name}" for name in VARIANTS if name.startswith("do")
+    ]
+
+
 def test_variants_are_offered(offered):
     assert offered("variants", "do") == [f"plain,{name}" for name in VARIANTS if name.startswith("do")]

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _MAX_NEW_TOKENS = 120
 
-_BATCH = 8
-"""Questions that are answered together: as many rows cost a CPU in float32 hardly more than one."""
+_BATCH = 16
+"""Questions that are answered together: on a CPU in float32 a token of 16 rows takes a seventh of the time of one."""
 
 
 def answer_questions(model: Any, context: "TrainContext", step: int) -> dict[str, float]:

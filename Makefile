@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: demo test check lint docs docs-check site setup clean
+.PHONY: demo test check compiled lint docs docs-check site setup clean
 
 setup: $(READY)
 
@@ -37,12 +37,16 @@ demo: setup
 	done
 
 # Checks of style and types, then every test.
-test: setup lint
+test: setup lint compiled
 	$(BIN)/python -m pytest
 
 # The tests that neither start several processes nor train the real model.
-check: setup lint
+check: setup lint compiled
 	$(BIN)/python -m pytest -m 'not real and not distributed'
+
+# Tests start many processes, and where Python may not write bytecode each would compile the package.
+compiled: setup
+	$(BIN)/python -m compileall -q peftchat
 
 lint: setup
 	$(BIN)/ruff check .

@@ -82,7 +82,9 @@ def check_inputs(
     ModelSource.of_recipe(recipe).check_folder()
     if is_main_process():
         check_small_files(recipe)
-    # From here on torch is imported.
+    # Here, because an interruption during an import of a command ends it: a library may swallow the exception.
+    import torch  # noqa: F401
+
     from peftchat.evaluating.recipe_tasks import check_recipe_tasks
     from peftchat.training.distributed import resolve_distributed
 

@@ -143,7 +143,8 @@ def test_import_is_light() -> None:
     assert not heavy & set(loaded)
 
 
-def test_the_script_writes_what_the_tests_compare() -> None:
+def test_the_script_writes_what_the_tests_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PROJECT / "scripts")
     spec = importlib.util.spec_from_file_location("make_recipe_docs", PROJECT / "scripts" / "make_recipe_docs.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

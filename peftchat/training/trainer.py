@@ -77,6 +77,8 @@ class ChatTrainer(SFTTrainer):
     optimizer: Any
     pair_summary: PairSummary | None = None
     label_summary: LabelSummary | None = None
+    compares_with_reference = True
+    """Whether an evaluation may compute a reference once more, to tell how far the model is from it."""
 
     def __init__(
         self, context: TrainContext, model: TrainableModel, config: "SFTConfig", layout: "BatchLayout"

@@ -26,7 +26,7 @@ class RunProcesses:
 
     Args:
         fork: whether to fork the processes from a server that has imported the libraries; otherwise, and where that is
-            not safe, each is started afresh.
+            not safe, each is a new interpreter.
     """
 
     def __init__(self, *, fork: bool = True) -> None:
@@ -81,7 +81,7 @@ class RunProcesses:
         except BrokenPipeError:
             first = b""
         if not first:
-            # The server could not import a library: the process started afresh will say so in its log.
+            # The server could not import a library: the new process will say so in its log.
             self._fork = False
             return None
         process = psutil.Process(int(first))
@@ -136,7 +136,7 @@ class _noted:  # noqa: N801 - used as a function
 
 
 def _started(arguments: Sequence[str], log: Path, pid_file: Path, watch: Callable[[], None]) -> int:
-    """Return the exit status of a process that is started afresh."""
+    """Return the exit status of a process with an interpreter of its own."""
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],

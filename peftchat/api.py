@@ -17,7 +17,7 @@ from peftchat.before_training import (
     check_rate_file,
     choose_settings,
     prepare_training,
-    settle_processes,
+    resolve_processes,
 )
 from peftchat.conversation import Message
 from peftchat.errors import UserError, VerificationError
@@ -94,7 +94,7 @@ def train(
 
     # First: the modules below import bitsandbytes, which logs while it is imported.
     quiet_libraries()
-    settle_processes()
+    resolve_processes()
     loaded = _load(recipe, overrides)
     distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed, download=True)
     from peftchat.training.context import TrainOptions, check_content
@@ -195,7 +195,7 @@ def find_learning_rate(
     from peftchat.runs.run_folder import RunFolder
     from peftchat.training.rate_search import cases_of, find_rate, refuse_processes
 
-    settle_processes()
+    resolve_processes()
     loaded = _load(recipe, overrides)
     file = RunFolder(Path(loaded.recipe.output_dir)).rate_search
     refuse_processes(loaded)

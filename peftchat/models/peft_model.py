@@ -14,10 +14,9 @@ from peftchat.models.experts import (
     flat_expert_names,
     names_peft_replaces,
     router_names,
-    unsharded_shape,
 )
 from peftchat.models.read_weights import layers_not_called
-from peftchat.models.zero import is_zero3
+from peftchat.models.zero import is_zero3, unsharded_shape
 from peftchat.variants.base import Adapter, CalibrationBatches
 from peftchat.variants.model_shape import ModelShape, is_target
 

@@ -327,6 +327,8 @@ def test_a_rule_is_learned_and_told(pretrained: Path, held_out: Path, tmp_path: 
     before, *_, after = (line for line in metrics if "eval_loss" in line)
     assert before["eval_accuracy"] == 0.5 and before["eval_rewards/margins"] == 0.0
     assert after["eval_accuracy"] == told.right
+    assert before["eval_reference_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert told.reference_kl == pytest.approx(after["eval_reference_kl"]) and told.reference_kl > 0.01
     steps = [line for line in metrics if "loss" in line]
     assert steps[-1]["rewards/accuracies"] > 0.9 and steps[-1]["rewards/margins"] > steps[0]["rewards/margins"]
     # Log-probabilities of whole answers, by stock libraries.
@@ -366,10 +368,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(method: str, pairs: Path, held_o
 
 
 @pytest.mark.distributed
-def test_two_processes_that_share_all_weights_train_as_one(tmp_path: Path) -> None:
+def test_two_processes_that_share_all_weights_train_as_one(chatml_base: Path, tmp_path: Path) -> None:
     """ZeRO-3 with a trained head: its weights are gathered for the loss of pairs, and are not in the backward pass.
 
-    With five pairs, the second process has none in the last step, nor in the end of an evaluation.
+    With five pairs, the second process has none in the last step, nor in the end of an evaluation. The base has all
+    tokens, so that no process has gathered its embeddings when the run is summarized.
     """
     train_file, held_out = (write_pairs(tmp_path / f"{seed}.jsonl", 5, seed, rounds=2) for seed in (0, 1))
     lines, told = [], []
@@ -382,7 +385,7 @@ def test_two_processes_that_share_all_weights_train_as_one(tmp_path: Path) -> No
         }  # fmt: skip
         strategy = {"strategy": "single" if processes == 1 else "zero3", "processes": processes}
         recipe = pair_recipe(
-            folder, small_model(tied=False), train_file, held_out, training=training, method="full",
+            folder, chatml_base, train_file, held_out, training=training, method="full", chat=CHATML,
             distributed=strategy, dpo={"rpo_alpha": 0.5},
         )  # fmt: skip
         if processes == 1:

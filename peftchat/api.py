@@ -112,7 +112,7 @@ def train(
     from peftchat.training.train import train as train_in_process
 
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
-    arguments = _train_arguments(loaded, overrides, resume=resume, allow_changed=allow_changed, prompts=prompts)
+    arguments = _train_arguments(loaded, resume=resume, allow_changed=allow_changed, prompts=prompts)
     if distributed.launcher == "torchrun":
         # With several machines there is a launcher on each, so the first of all processes claims the folder.
         with claimed_by_run(run_folder) if distributed.nodes == 1 else contextlib.nullcontext():
@@ -612,13 +612,9 @@ def _load(recipe: RecipeSource, overrides: Sequence[str], *, to_train: bool = Tr
     return recipe
 
 
-def _train_arguments(
-    loaded: LoadedRecipe, overrides: Sequence[str], *, resume: bool, allow_changed: bool, prompts: Sequence[str]
-) -> list[str]:
+def _train_arguments(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool, prompts: Sequence[str]) -> list[str]:
     """Return the command line of `train`, without the program's name."""
-    arguments = ["train", str(loaded.path)]
-    for override in overrides or loaded.overrides:
-        arguments += ["--set", override]
+    arguments = ["train", *loaded.arguments()]
     for prompt in prompts:
         arguments += ["--prompt", prompt]
     arguments += ["--resume"] if resume else []

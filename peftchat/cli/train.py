@@ -66,7 +66,7 @@ def command(
         if as_json:
             echo_json(search.as_dict())
         else:
-            print_rate_search(search, recipe)
+            print_rate_search(search, loaded)
         note(f"Written: {file}")
         return
     if dry_run:

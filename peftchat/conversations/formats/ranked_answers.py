@@ -6,7 +6,7 @@ HelpSteer, and the votes of Chatbot Arena.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.fields import Fields
@@ -135,7 +135,7 @@ def _score(answer: Mapping[str, Any]) -> float | None:
     return -float(answer[_RANK]) if is_number(answer.get(_RANK)) else None
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of JSON is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -73,6 +73,8 @@ PREFERRED = {
 }
 """Other names of the chosen answer, each with that of the rejected one: in OpenAI's files, whose prompt is below
 `input`, in Argilla's first form of UltraFeedback, and in pairs of Stack Exchange."""
+REJECTED_BESIDE_TURNS = ("rejected_messages", "rejected_response")
+"""The rejected answer beside turns that end with the chosen one, as ms-swift has it: whole turns, or the answer."""
 HELD_OUT_SPLITS = frozenset({"test", "validation", "valid", "val", "dev", "eval", "evaluation", "held_out", "heldout"})
 """Values of a field `split` of records that their author did not mean to be trained on."""
 

@@ -13,7 +13,7 @@ import pytest
 from peftchat.late_imports.compiler import _compile_later
 from peftchat.late_imports.packages import Packages
 from peftchat.late_imports.table import DECORATORS, IMPORTERS, TORCH_OF_COMPILER
-from peftchat.logging_setup import quiet_libraries
+from peftchat.library_setup import prepare_libraries
 from tests.support.cli import PROJECT, start, true_peftchat
 from tests.support.models import small_model
 from tests.support.recipes import write_training_recipe
@@ -142,6 +142,6 @@ def test_packages_are_looked_for_one_by_one_with_the_answers_of_the_list_of_all(
 
 
 def test_the_finder_is_there_once() -> None:
-    quiet_libraries()
-    quiet_libraries()
+    prepare_libraries()
+    prepare_libraries()
     assert sum(type(finder).__module__ == "peftchat.late_imports" for finder in sys.meta_path) == 1

@@ -1,6 +1,7 @@
 """The `peftchat` command: all commands, and errors as one message with an exit status."""
 
 import errno
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -135,6 +136,10 @@ def main() -> None:
             if interrupted is None:
                 raise
             end(interrupted)
+        finally:
+            # At its end, the interpreter searches everything that libraries made for garbage, for more than a second.
+            # What is frozen is not searched; handlers of the exit run all the same.
+            gc.freeze()
 
 
 def _main() -> None:

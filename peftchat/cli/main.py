@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
-from click.utils import PacifyFlushWrapper
 
 from peftchat import __version__
 from peftchat.cli import (
@@ -187,7 +186,8 @@ def _run() -> int:
     except SystemExit as error:
         # Click ends with status 1 where a reader has gone, which here means a failed check:
         # https://github.com/pallets/click/blob/8.1.8/src/click/core.py#L1100
-        if type(sys.stdout) is PacifyFlushWrapper:
+        # Newer versions warn where the class is imported.
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":
             raise BrokenPipeError from error
         raise
     except OSError as error:

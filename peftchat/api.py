@@ -17,7 +17,7 @@ from peftchat.before_training import (
     check_rate_file,
     choose_settings,
     prepare_training,
-    settle_processes,
+    resolve_processes,
 )
 from peftchat.conversation import Message
 from peftchat.errors import UserError, VerificationError
@@ -90,11 +90,11 @@ def train(
         >>> summary.steps
         2
     """
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
     # First: the modules below import bitsandbytes, which logs while it is imported.
-    quiet_libraries()
-    settle_processes()
+    prepare_libraries()
+    resolve_processes()
     loaded = _load(recipe, overrides)
     distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed, download=True)
     from peftchat.training.context import TrainOptions, check_content
@@ -112,7 +112,7 @@ def train(
     from peftchat.training.train import train as train_in_process
 
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
-    arguments = _train_arguments(loaded, overrides, resume=resume, allow_changed=allow_changed, prompts=prompts)
+    arguments = _train_arguments(loaded, resume=resume, allow_changed=allow_changed, prompts=prompts)
     if distributed.launcher == "torchrun":
         # With several machines there is a launcher on each, so the first of all processes claims the folder.
         with claimed_by_run(run_folder) if distributed.nodes == 1 else contextlib.nullcontext():
@@ -189,13 +189,13 @@ def find_learning_rate(
         True
     """
     from peftchat.console import stderr
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     from peftchat.runs.run_folder import RunFolder
     from peftchat.training.rate_search import cases_of, find_rate, refuse_processes
 
-    settle_processes()
+    resolve_processes()
     loaded = _load(recipe, overrides)
     file = RunFolder(Path(loaded.recipe.output_dir)).rate_search
     refuse_processes(loaded)
@@ -371,10 +371,10 @@ def compare(
             equal_within,
         )
     )
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
     # Only now, because it imports torch: a wrong option is reported at once.
-    quiet_libraries()
+    prepare_libraries()
     from peftchat.comparing.compare import EvalOptions
     from peftchat.comparing.compare import compare as compare_candidates
     from peftchat.comparing.task_scores import check_tasks
@@ -524,9 +524,9 @@ def report(runs: Sequence[Path | str], *, output: Path | str | None = None, rows
 
 def _report_extras(run: Path, rows: int) -> "ReportExtras":
     """Plan a run, and read examples of its data; what is not here any more is told on the page."""
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     from peftchat.planning.planned_run import planned_values
     from peftchat.reports.mask import inspect_mask
     from peftchat.reports.run_report import ReportExtras
@@ -612,13 +612,9 @@ def _load(recipe: RecipeSource, overrides: Sequence[str], *, to_train: bool = Tr
     return recipe
 
 
-def _train_arguments(
-    loaded: LoadedRecipe, overrides: Sequence[str], *, resume: bool, allow_changed: bool, prompts: Sequence[str]
-) -> list[str]:
+def _train_arguments(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool, prompts: Sequence[str]) -> list[str]:
     """Return the command line of `train`, without the program's name."""
-    arguments = ["train", str(loaded.path)]
-    for override in overrides or loaded.overrides:
-        arguments += ["--set", override]
+    arguments = ["train", *loaded.arguments()]
     for prompt in prompts:
         arguments += ["--prompt", prompt]
     arguments += ["--resume"] if resume else []

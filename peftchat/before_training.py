@@ -1,4 +1,4 @@
-"""What happens before a run: processes settled, inputs checked, open settings chosen.
+"""What happens before a run: processes found, inputs checked, open settings chosen.
 
 Nothing heavy is loaded here, so that a run that cannot be done is refused at once.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peftchat.training.distributed import DistributedSetup
 
 
-def settle_processes() -> None:
+def resolve_processes() -> None:
     """Leave in the environment what a launcher says about this process, and say once what else is ignored.
 
     Raises:

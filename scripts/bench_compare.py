@@ -3,7 +3,7 @@
     python scripts/bench_compare.py MODEL TRAIN.jsonl EVAL.jsonl [--steps 40] [--repeat 1]
 
 The same variants are compared at the same learning rates twice, in alternation: *before*, with a full run at every rate
-in a process that is started afresh, and *after*, as `compare` does now. CPU seconds count all processes. They
+in a new process, and *after*, as `compare` does now. CPU seconds count all processes. They
 depend less on what else the machine does than the time on the clock, which is printed as well.
 """
 

@@ -2,6 +2,7 @@
 
     python scripts/bench_preference.py pairs.jsonl --model .cache/smollm2-135m
     python scripts/bench_preference.py pairs.jsonl --model FOLDER --rounds 3 --steps 20 --batch 4
+    python scripts/bench_preference.py pairs.jsonl --model FOLDER --rounds 1 --runs runs.jsonl  # repeat to add rounds
 
 Contenders run in turn, each in a process of its own, with the same batches, LoRA, learning rate and seed:
 
@@ -13,7 +14,8 @@ Pairs are encoded once by peftchat (`chatml` template, whose tokens the model mu
 and completions. Speed counts the real tokens of both answers, each with its prompt, over all steps but the first, for
 every contender alike: what is computed once for both counts twice. The reference's pass is in the time and not in the
 tokens. Memory is the most that a process has held. The time of the CPU is told too, which other programs on the machine
-change little.
+change little. With `--runs FILE`, runs are appended to a file, and the table is of all runs in it: the contenders of a
+round can then be measured by several calls.
 """
 
 import argparse
@@ -60,16 +62,30 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         arguments.rows = encode(arguments, Path(folder))
-        found: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
+        found = read_runs(arguments.runs)
         for round_number in range(arguments.rounds):
-            for name in CONTENDERS:
+            for name in arguments.contenders:
                 print(f"round {round_number + 1}: {name}", file=sys.stderr, flush=True)
                 if name == "peftchat":
                     run = with_peftchat(arguments, Path(folder), found["trl"][0].tokens)
                 else:
                     run = with_trl(name, arguments)
                 found[name].append(run)
-    report(found)
+                if arguments.runs:
+                    with arguments.runs.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({"contender": name, **asdict(run)}) + "\n")
+    if all(found.values()):
+        report(found)
+
+
+def read_runs(path: Path | None) -> dict[str, list[Measured]]:
+    """The runs of a file, by contender; none where there is no such file yet."""
+    found: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
+    lines = path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else []
+    for line in lines:
+        run = json.loads(line)
+        found[run.pop("contender")].append(Measured(**run))
+    return found
 
 
 def parse() -> argparse.Namespace:
@@ -82,6 +98,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--runs", type=Path, help="append the runs to this file, and report all runs in it")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="trl comes first")
     parser.add_argument("--one", choices=CONTENDERS[:2], help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()

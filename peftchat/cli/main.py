@@ -39,7 +39,7 @@ from peftchat.cli.loudness import accept_loudness
 from peftchat.cli.manual_pages import command_page, manual_page
 from peftchat.errors import UserError, VerificationError, first_line
 from peftchat.interruption import end, interruptible, interruption, leave
-from peftchat.logging_setup import quiet_libraries
+from peftchat.library_setup import prepare_libraries
 from peftchat.streams import BROKEN_PIPE_STATUS, check_output, discard_output, prepare_streams
 from peftchat.training.launcher_environment import clean_environment
 from peftchat.training.several_processes import is_lost_process, is_main_process, let_others_speak
@@ -82,7 +82,7 @@ _TOO_MANY = {errno.EMFILE, errno.ENFILE}
 def cli(context: click.Context) -> None:
     """Fine-tune a chat assistant of your own: full, LoRA or QLoRA, from one recipe."""
     # First: libraries log while they are imported.
-    quiet_libraries()
+    prepare_libraries()
     if context.invoked_subcommand != train.command.name:
         clean_environment(os.environ, trains=False)
     try:

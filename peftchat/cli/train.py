@@ -54,10 +54,10 @@ def command(
     if not (find_lr or dry_run):
         CHECKPOINT.begin()
     from peftchat import api
-    from peftchat.before_training import choose_settings, prepare_training, settle_processes
+    from peftchat.before_training import choose_settings, prepare_training, resolve_processes
     from peftchat.recipe import load_recipe
 
-    settle_processes()
+    resolve_processes()
     loaded = load_recipe(recipe, overrides)
     if find_lr:
         from peftchat.reports.rate_terminal import print_rate_search
@@ -66,7 +66,7 @@ def command(
         if as_json:
             echo_json(search.as_dict())
         else:
-            print_rate_search(search, recipe)
+            print_rate_search(search, loaded)
         note(f"Written: {file}")
         return
     if dry_run:

@@ -91,7 +91,7 @@ def make_candidates(names: Sequence[str], axes: Sequence[Axis]) -> list[Candidat
     Adapter settings do not apply to `full`, which has no adapter, nor an objective's options to another objective.
 
     Raises:
-        UserError: a name is unknown or given twice.
+        UserError: a name is unknown, or a variant is given twice, perhaps by two of its names.
     """
     candidates: dict[str, Candidate] = {}
     for name in names:
@@ -106,8 +106,17 @@ def make_candidates(names: Sequence[str], axes: Sequence[Axis]) -> list[Candidat
         for chosen in (one for place, one in enumerate(combined) if one not in combined[:place]):
             labels = [_label(key, chosen[key]) for key in compared if key in chosen]
             candidate = Candidate(" ".join([name, *labels]), variant, settings | chosen)
-            if candidate.name in candidates:
-                raise UserError(f"`{candidate.name}` is given twice", where="--variants", hint="Name it once.")
+            same = next(
+                (
+                    one
+                    for one in candidates.values()
+                    if candidate.name == one.name or candidate.settings == one.settings
+                ),
+                None,
+            )
+            if same is not None:
+                other = f" (`{same.name}` is the same)" if same.name != candidate.name else ""
+                raise UserError(f"`{candidate.name}` is given twice{other}", where="--variants", hint="Name it once.")
             candidates[candidate.name] = candidate
     if not candidates:
         raise UserError("no variant is given", where="--variants", hint="Name some, such as lora,dora,full.")

@@ -1,7 +1,7 @@
 """Server of a comparison's processes: it imports the libraries once and forks for every run and every evaluation.
 
 Importing them takes several seconds per process, which is longer than a short run of a small model. A fork has a memory
-and an end of its own, so that a run is the same as in a process that was started afresh, and its failure ends nothing
+and an end of its own, so that a run is the same as in a new interpreter, and its failure ends nothing
 else. The server neither starts a thread nor computes anything, as a fork copies neither threads nor their state.
 
 It reads one JSON line per process from standard input, `{"arguments": […], "log": …}`, and answers with two lines: the
@@ -105,9 +105,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = os.dup(1)
     os.dup2(2, 1)
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     for name in _MODULES:
         importlib.import_module(name)
     warm_up()

@@ -275,7 +275,7 @@ def _source(
     make: Callable[[Iterable[Any]], Iterator[T]],
     takes_plain: bool = False,
 ) -> Iterator[T]:
-    """The conversations of one file, its format settled first."""
+    """The conversations of one file, its format found first."""
     name = source.name
     if columns is not None:
         source.now = columns.apply(source.now, problems)

@@ -111,7 +111,7 @@ class Mixture:
 
     def __str__(self) -> str:
         shares = "; ".join(map(str, self.sources))
-        text = f"drawn anew in each epoch: {format_count(self.per_epoch)} examples ({shares})"
+        text = f"drawn again in each epoch: {format_count(self.per_epoch)} examples ({shares})"
         return text if self.changes else f"{text}. So few examples make every epoch the same"
 
 

@@ -210,7 +210,7 @@ def combine_into_adapter(runs: Sequence[Path], options: CombineOptions) -> Combi
         report = CombinationReport(
             adapters=[(str(main.folder), main.weight) for main, _ in job.groups()],
             combination=combination,
-            base=job.source.base.name,
+            base=job.source.base.absolute_name,
             base_weights=job.selected_base.kind,
             rank=found.rank,
             tolerance=options.limit,

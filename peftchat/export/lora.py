@@ -202,7 +202,7 @@ def export_lora(run: Path, options: LoraOptions) -> tuple[Path, ConversionReport
         report = ConversionReport(
             source=str(run),
             method=_method(source, config),
-            base=job.source.base.name,
+            base=job.source.base.absolute_name,
             base_weights=job.selected_base.kind,
             rank=proof.rank,
             tolerance=options.limit,

@@ -118,7 +118,7 @@ class LoraWriter:
         base = self.job.source.base
         LoraConfig(
             task_type="CAUSAL_LM",
-            base_model_name_or_path=base.name,
+            base_model_name_or_path=base.absolute_name,
             revision=base.revision,
             r=rank,
             lora_alpha=rank,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftchat.chat_template.chat_format import NewToken
-from peftchat.models.zero import full_tensor, gathered, same_storage
+from peftchat.models.zero import full_tensor, gathered, same_storage, unsharded_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -270,9 +270,7 @@ def l2_distance(before: EmbeddingSnapshot, after: EmbeddingSnapshot) -> tuple[li
 
 def vocabulary_size(model: "PreTrainedModel") -> int:
     """Return the number of rows of the model's embedding."""
-    weight = model.get_input_embeddings().weight
-    with gathered([weight]):
-        return int(weight.shape[0])
+    return unsharded_shape(model.get_input_embeddings().weight)[0]
 
 
 def _ids_and_embeddings(

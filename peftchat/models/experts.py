@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from peftchat.models.zero import unsharded_shape
 from peftchat.variants.model_shape import in_attention
 
 if TYPE_CHECKING:
@@ -55,11 +56,6 @@ def _chooses(name: str) -> bool:
     """Return whether a module inside a block of experts chooses among them, by its name inside the block."""
     parts = name.split(".")
     return not in_attention(name) and any(part in _ROUTER_NAMES or part.endswith("_gate") for part in parts)
-
-
-def unsharded_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Return the shape of a parameter, before ZeRO-3 shards it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def names_peft_replaces(model_type: str) -> frozenset[str]:

@@ -14,10 +14,9 @@ from peftchat.models.experts import (
     flat_expert_names,
     names_peft_replaces,
     router_names,
-    unsharded_shape,
 )
 from peftchat.models.read_weights import layers_not_called
-from peftchat.models.zero import is_zero3
+from peftchat.models.zero import is_zero3, unsharded_shape
 from peftchat.variants.base import Adapter, CalibrationBatches
 from peftchat.variants.model_shape import ModelShape, is_target
 
@@ -62,6 +61,7 @@ def model_shape(model: "PreTrainedModel") -> ModelShape:
         flat_experts=flat_expert_names(model),
         not_called=layers_not_called(model),
         elsewhere=tuple(elsewhere),
+        modules=tuple(name for name, _ in model.named_modules() if name),
     )
 
 

@@ -138,6 +138,11 @@ class ModelSource:
         """The folder of a model that is not on the hub."""
         return Path(self.name)
 
+    @property
+    def absolute_name(self) -> str:
+        """The name that stands for the same model from every folder, for files that outlive a command."""
+        return self.name if self.kind is ModelKind.HUB else str(self.path.absolute())
+
     def has(self, file: str) -> bool:
         """Return whether the folder holds a file; False for a hub model."""
         return self.kind is not ModelKind.HUB and (self.path / file).is_file()

@@ -24,6 +24,11 @@ def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Abst
     return context
 
 
+def unsharded_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of a parameter, before ZeRO-3 shards it; one process alone may ask for it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def full_tensor(parameter: nn.Parameter) -> Tensor:
     """Return a CPU copy of the full parameter, in float32 if the optimizer has a float32 master copy of it.
 

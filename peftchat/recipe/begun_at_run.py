@@ -19,6 +19,9 @@ _CHAT = (
 )  # fmt: skip
 """What decides the chat template and the tokens that it adds. What is trained may be another in each stage."""
 
+_DATA = ("max_length",)
+"""What is taken where the recipe has none, and may differ: the length that the run's positions were trained for."""
+
 _BASE = ("name", "revision", "dtype", "trust_remote_code")
 _FREE = frozenset({"dropout"})
 """Keys of `adapter` that neither name nor shape its tensors. Without noise of its own a stage has its own default."""
@@ -58,7 +61,7 @@ def recipe_of_run(document: Document, *, needed: bool) -> Path | None:
 
 
 def take_from_run(document: Document, run: Recipe, values: Mapping[str, Any], file: Path) -> None:
-    """Fill in what a document leaves open and its run determines: base, method, adapter, template.
+    """Fill in what a document leaves open and its run determines: base, method, adapter, template, longest example.
 
     Args:
         document: changed in place.
@@ -89,6 +92,7 @@ def take_from_run(document: Document, run: Recipe, values: Mapping[str, Any], fi
         _fill(document, values, "adapter", [key for key in values["adapter"] if key not in _FREE], file)
         _fill(document, values, "quantization", tuple(values.get("quantization", ())), file)
     _fill(document, values, "chat", _CHAT, file)
+    _fill(document, values, "data", _DATA, file)
 
 
 def changes_of_run(recipe: Recipe, run: Recipe) -> Iterator[Problem]:

@@ -51,6 +51,17 @@ class LoadedRecipe:
         """The place of a key, for an error about it: `file:line: a.b.c` or `--set a.b.c`."""
         return self.document.place(keys).of(keys)
 
+    def arguments(self, **changes: str) -> list[str]:
+        """Return what names this recipe on a command line: its file, and `--set` for every override.
+
+        Args:
+            changes: overrides that take the place of those of the same key, with `__` for each dot.
+        """
+        new = {key.replace("__", "."): value for key, value in changes.items()}
+        kept = [flag for flag in self.overrides if flag.partition("=")[0].strip() not in new]
+        flags = [*kept, *(f"{key}={value}" for key, value in new.items())]
+        return [str(self.path), *(part for flag in flags for part in ("--set", flag))]
+
     def inputs(self) -> list[InputPath]:
         """Return every file and folder that the recipe names, and the recipe's own files."""
         recipe = self.recipe

@@ -56,7 +56,8 @@ def _without_effect_on_pairs(recipe: "Recipe") -> "Iterator[tuple[Keys, Keys, st
     """Yield the settings of `sft` that nothing reads under an objective with pairs."""
     because, name, data = ("objective",), recipe.objective, recipe.data
     if data.packing:
-        why = f"pairs are not packed under `objective: {name}`; with `model.attention: auto` nothing is padded either"
+        what = "labeled answers" if recipe.has_labels else "pairs"
+        why = f"the {what} of a batch are one line without padding already, with `model.attention: auto`"
         yield ("data", "packing"), because, why
     if data.resample:
         yield ("data", "resample"), because, f"`objective: {name}` has the same pairs in each epoch"

@@ -1,6 +1,7 @@
 """Search of the learning rate in the terminal: a row with a bar for each rate, the advice, and the line to set."""
 
-from pathlib import Path
+import shlex
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
@@ -10,12 +11,20 @@ from peftchat.console import stdout
 from peftchat.formatting import format_decimal, format_percent, format_rate
 from peftchat.training.rate_trials import Gap, RateSearch, RateTrial
 
+if TYPE_CHECKING:
+    from peftchat.recipe import LoadedRecipe
+
 _BAR = 14
 """Characters of the bar of the untrained model's loss."""
 
 
-def print_rate_search(search: RateSearch, recipe: Path) -> None:
-    """Print the rates that were tried, the advised one, how sure it is, and how to set it."""
+def print_rate_search(search: RateSearch, loaded: "LoadedRecipe") -> None:
+    """Print the rates that were tried, the advised one, how sure it is, and how to set it.
+
+    Args:
+        search: the search.
+        loaded: the recipe that it searched for, as it was given.
+    """
     stdout.print(
         f"Learning rate: {format_rate(search.advised)}, by the held-out loss after {search.steps} steps at each of "
         f"{len(search.trials)} rates. {search.certainty}",
@@ -40,11 +49,11 @@ def print_rate_search(search: RateSearch, recipe: Path) -> None:
             "samples of a run with `--prompt`, and take a lower rate where they are worse.",
             markup=False,
         )
+    rate = format_rate(search.advised)
     stdout.print("Set it in the recipe:", markup=False)
-    stdout.print(Text(f"  training:\n    learning_rate: {format_rate(search.advised)}", style="bold"))
-    stdout.print(
-        f"or: peftchat train {recipe} --set training.learning_rate={format_rate(search.advised)}", markup=False
-    )
+    stdout.print(Text(f"  training:\n    learning_rate: {rate}", style="bold"))
+    command = shlex.join(["peftchat", "train", *loaded.arguments(training__learning_rate=rate)])
+    stdout.print(f"or: {command}", markup=False, soft_wrap=True)
 
 
 def _table(search: RateSearch) -> Table:

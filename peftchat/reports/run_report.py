@@ -133,6 +133,7 @@ def _pair_tiles(summary: RunSummary) -> list[tuple[str, str]]:
         return [
             ("Held-out pairs right", format_percent(pairs.right)),
             ("Held-out margin", format_decimal(pairs.margin)),
+            *_kl_tile(pairs.reference_kl),
         ]
     if answers is None:
         return []
@@ -141,7 +142,12 @@ def _pair_tiles(summary: RunSummary) -> list[tuple[str, str]]:
         ("Held-out answers right", format_percent(answers.right)),
         *((f"Reward of {name} answers", format_decimal(value)) for name, value in rewards if value is not None),
         ("KL term", format_decimal(answers.kl)),
+        *_kl_tile(answers.reference_kl),
     ]
+
+
+def _kl_tile(reference_kl: float | None) -> list[tuple[str, str]]:
+    return [] if reference_kl is None else [("KL from the reference, per token", format_decimal(reference_kl))]
 
 
 def _plots(lines: Sequence[Mapping[str, Scalar]]) -> list[tuple[str, Markup]]:
@@ -153,6 +159,9 @@ def _plots(lines: Sequence[Mapping[str, Scalar]]) -> list[tuple[str, Markup]]:
         right: _both(lines, "rewards/accuracies"),
         "Margin of the rewards": _both(lines, "rewards/margins"),
         "KL term": _both(lines, "kl"),
+        "KL from the reference, in nats per token of held-out answers": [
+            Series("held out", points(lines, "eval_reference_kl"), color=1)
+        ],
         "Log-probability of whole answers, held out": [
             Series(first, points(lines, "eval_logps/chosen")),
             Series(second, points(lines, "eval_logps/rejected"), color=1),

@@ -122,7 +122,13 @@ def _held_out_pairs(pairs: PairSummary | None) -> list[tuple[str, str]]:
         ("held-out rewards", f"{rewards}, margin {format_decimal(pairs.margin)}"),
         ("log-probability, chosen", _change(pairs.chosen_logp_before, pairs.chosen_logp)),
         ("log-probability, rejected", _change(pairs.rejected_logp_before, pairs.rejected_logp)),
+        _distance(pairs.reference_kl),
     ]
+
+
+def _distance(reference_kl: float | None) -> tuple[str, str]:
+    """Return the row of the distance to the reference."""
+    return "KL from the reference", f"{format_decimal(reference_kl)} nats per token of held-out answers"
 
 
 def _held_out_labels(answers: LabelSummary | None) -> list[tuple[str, str]]:
@@ -136,7 +142,7 @@ def _held_out_labels(answers: LabelSummary | None) -> list[tuple[str, str]]:
     ):  # fmt: skip
         if after is not None:
             rows.append((f"log-probability, {name}", _change(before, after)))
-    return rows
+    return [*rows, _distance(answers.reference_kl)]
 
 
 def _answer_lengths(summary: RunSummary) -> list[tuple[str, str]]:

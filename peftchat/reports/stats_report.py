@@ -83,6 +83,12 @@ def _findings_of_pairs(pairs: PairStats) -> Iterator[Finding]:
     if alike:
         text = f"answers with nearly the same words in {_of(alike, pairs.pairs)} of the pairs: little to learn from"
         yield Finding(text, tuple(pairs.examples))
+    for number, what in ((pairs.tied, "one score for both answers"),
+                         (pairs.scored_lower, "a higher score for the rejected answer")):  # fmt: skip
+        if number:
+            yield Finding(
+                f"{what} in {_of(number, pairs.scored)} of the pairs with scores; they are trained as written", ()
+            )
     longer = pairs.longer_share
     if pairs.pairs >= _FEW_PAIRS and max(longer, 1 - longer) >= _LONGER:
         side, share = ("chosen", longer) if longer > 0.5 else ("rejected", 1 - longer)

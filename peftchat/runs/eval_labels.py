@@ -7,7 +7,15 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from peftchat.runs.eval_lines import mean_if_known, read_before, read_lines, share_text, wilson_interval, write_lines
+from peftchat.runs.eval_lines import (
+    mean_if_known,
+    mean_per_token,
+    read_before,
+    read_lines,
+    share_text,
+    wilson_interval,
+    write_lines,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +31,7 @@ class AnswerResult:
         reward: its reward against the reference.
         right: 1 if the reward is on the side of the KL term that the label names, a half on the term itself, else 0.
         loss: by the objective.
+        kl: KL divergence from the reference, in nats, summed over its trained tokens; None where it was not measured.
         logp_before: its log-probability before the first step; None where it was not measured.
     """
 
@@ -34,6 +43,7 @@ class AnswerResult:
     reward: float
     right: float
     loss: float
+    kl: float | None = None
     logp_before: float | None = None
 
     def as_line(self) -> dict[str, Any]:
@@ -66,7 +76,7 @@ def write_eval_answers(path: Path, answers: Sequence[AnswerResult], *, before: b
 def read_eval_answers(path: Path) -> list[AnswerResult]:
     """Read what `write_eval_answers` wrote, without the examples; nothing where the file is missing or is no such."""
     fields = [name for name in AnswerResult.__slots__ if name != "example"]
-    return read_lines(path, lambda line: AnswerResult(-1, **{name: line[name] for name in fields}))
+    return read_lines(path, lambda line: AnswerResult(-1, **{name: line[name] for name in fields if name in line}))
 
 
 class LabelSummary(BaseModel):
@@ -85,6 +95,8 @@ class LabelSummary(BaseModel):
         bad_logp: that of the bad ones.
         good_logp_before: the first before training; None where it was not measured.
         bad_logp_before: the second.
+        reference_kl: mean KL divergence from the reference per trained token, in nats; None where it was not measured.
+            `kl` is the estimate that the loss subtracts.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -101,6 +113,7 @@ class LabelSummary(BaseModel):
     bad_logp: float | None = None
     good_logp_before: float | None = None
     bad_logp_before: float | None = None
+    reference_kl: float | None = None
 
     @classmethod
     def of(cls, answers: Sequence[AnswerResult], kl: float) -> Self:
@@ -114,6 +127,7 @@ class LabelSummary(BaseModel):
             good_logp=mean_if_known(one.logp for one in good), bad_logp=mean_if_known(one.logp for one in bad),
             good_logp_before=mean_if_known(one.logp_before for one in good),
             bad_logp_before=mean_if_known(one.logp_before for one in bad),
+            reference_kl=mean_per_token([one.kl for one in answers], sum(one.tokens for one in answers)),
         )  # fmt: skip
 
     @property

@@ -46,6 +46,12 @@ def mean_if_known(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(found) else None
 
 
+def mean_per_token(sums: Sequence[float | None], tokens: int) -> float | None:
+    """Return the mean per token of sums over answers; None where one is not known, or there is none."""
+    mean = mean_if_known(sums)
+    return None if mean is None else mean * len(sums) / max(1, tokens)
+
+
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Return the 95 % interval of a share of `count` cases (Wilson, 1927)."""
     square = _Z_95**2

@@ -7,7 +7,15 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from peftchat.runs.eval_lines import mean_if_known, read_before, read_lines, share_text, wilson_interval, write_lines
+from peftchat.runs.eval_lines import (
+    mean_if_known,
+    mean_per_token,
+    read_before,
+    read_lines,
+    share_text,
+    wilson_interval,
+    write_lines,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,9 @@ class PairResult:
         chosen_reward: the chosen answer's reward against the reference.
         rejected_reward: the rejected one's.
         loss: by the objective.
+        chosen_kl: KL divergence from the reference, in nats, summed over the chosen answer's trained tokens; None where
+            it was not measured.
+        rejected_kl: that of the rejected answer.
         chosen_logp_before: log-probability before the first step; None where it was not measured.
         rejected_logp_before: that of the rejected one.
     """
@@ -37,6 +48,8 @@ class PairResult:
     chosen_reward: float
     rejected_reward: float
     loss: float
+    chosen_kl: float | None = None
+    rejected_kl: float | None = None
     chosen_logp_before: float | None = None
     rejected_logp_before: float | None = None
 
@@ -48,6 +61,7 @@ class PairResult:
         tokens: Sequence[int],
         losses: Sequence[float],
         metrics: Mapping[str, Sequence[float]],
+        kl: Sequence[float] | None = None,
     ) -> list[Self]:
         """Return the results of a batch.
 
@@ -57,10 +71,13 @@ class PairResult:
             tokens: of each answer: chosen, rejected, chosen, …
             losses: of each pair.
             metrics: of each pair, by the names of `peftchat.training.preference_loss.PAIR_METRICS`.
+            kl: divergence from the reference of each answer, if it was measured.
         """
+        of_answers: Sequence[float | None] = [None] * len(tokens) if kl is None else kl
         rows = zip(
             examples, sources, tokens[::2], tokens[1::2], metrics["logps/chosen"], metrics["logps/rejected"],
-            metrics["rewards/chosen"], metrics["rewards/rejected"], losses, strict=True,
+            metrics["rewards/chosen"], metrics["rewards/rejected"], losses, of_answers[::2], of_answers[1::2],
+            strict=True,
         )  # fmt: skip
         return [cls(*row) for row in rows]
 
@@ -107,7 +124,7 @@ def write_eval_pairs(path: Path, pairs: Sequence[PairResult], *, before: bool) -
 def read_eval_pairs(path: Path) -> list[PairResult]:
     """Read what `write_eval_pairs` wrote, without the examples; nothing where the file is missing or is no such."""
     fields = [name for name in PairResult.__slots__ if name != "example"]
-    return read_lines(path, lambda line: PairResult(-1, **{name: line[name] for name in fields}))
+    return read_lines(path, lambda line: PairResult(-1, **{name: line[name] for name in fields if name in line}))
 
 
 class PairSummary(BaseModel):
@@ -125,6 +142,8 @@ class PairSummary(BaseModel):
         rejected_logp: that of the rejected ones.
         chosen_logp_before: the first before training; None where it was not measured.
         rejected_logp_before: the second.
+        reference_kl: mean KL divergence from the reference per trained token of both answers, in nats; None where it
+            was not measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -140,6 +159,7 @@ class PairSummary(BaseModel):
     rejected_logp: float
     chosen_logp_before: float | None = None
     rejected_logp_before: float | None = None
+    reference_kl: float | None = None
 
     @classmethod
     def of(cls, pairs: Sequence[PairResult]) -> Self:
@@ -155,6 +175,10 @@ class PairSummary(BaseModel):
             rejected_logp=_mean(one.rejected_logp for one in pairs),
             chosen_logp_before=mean_if_known(one.chosen_logp_before for one in pairs),
             rejected_logp_before=mean_if_known(one.rejected_logp_before for one in pairs),
+            reference_kl=mean_per_token(
+                [kl for one in pairs for kl in (one.chosen_kl, one.rejected_kl)],
+                sum(one.chosen_tokens + one.rejected_tokens for one in pairs),
+            ),
         )  # fmt: skip
 
     @property

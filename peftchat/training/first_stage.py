@@ -72,6 +72,9 @@ def begin_note(recipe: "Recipe") -> Iterator[str]:
     what = "its adapter was merged into the base in memory" if recipe.method == "full" else "its adapter goes on"
     reference = "; the reference is that run, not the base" if recipe.has_reference else ""
     yield f"The run begins at {recipe.model.adapter}: {what}{reference}."
+    own, now = ModelSource.open(recipe.model.adapter, local=True).recipe(), recipe.data.max_length
+    if own is not None and own.recipe.data.max_length != now:
+        yield f"data.max_length is {now:,} tokens, and was {own.recipe.data.max_length:,} in the run that it begins at."
 
 
 def _check_content(source: ModelSource, recipe: "Recipe") -> None:

@@ -1,6 +1,7 @@
 """Label trainer: answers that are good or bad, each for itself (Kahneman-Tversky optimization)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from peftchat.runs.eval_labels import AnswerResult, LabelSummary, write_eval_answers
 from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.training.held_out import HeldOutCase
-from peftchat.training.preference_loss import AnswerLogProbs, PairLoss, answer_sums
+from peftchat.training.preference_loss import REFERENCE_KL, AnswerLogProbs, AnswerPass, PairLoss, answer_sums
 from peftchat.training.preference_trainer import PreferenceTrainer
 
 if TYPE_CHECKING:
     from peftchat.dataset.cache import Split
     from peftchat.recipe.objectives import KtoSection
+    from peftchat.training.reference_kl import NextTokens
 
 LABEL_METRICS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "rewards/accuracies", "kl")
 """What is told of labeled answers, by TRL's names: means over good (chosen), bad (rejected) and all answers."""
@@ -71,13 +73,13 @@ class LabelTrainer(PreferenceTrainer):
         assert untrained is not None
         return AnswerLogProbs(answer_sums(losses, counts[::2]), untrained)
 
-    def _log_probs(self, model: nn.Module, inputs: Mapping[str, Any], counts: Sequence[int]) -> Tensor:
-        """Return the log-probability of every answer and other answer in turn, shape (2 P,)."""
-        both = [
-            answer_sums(model(**self.model_inputs(part), supervised=True).losses, counts[place::2])
-            for place, part in enumerate((inputs, inputs["others"]))
-        ]
-        return torch.stack(both, dim=1).flatten()
+    def _answers(
+        self, model: nn.Module, inputs: Mapping[str, Any], counts: Sequence[int], reference: "NextTokens | None" = None
+    ) -> AnswerPass:
+        """Return what a model finds of every answer and other answer in turn; only the former are compared."""
+        own = super()._answers(model, inputs, counts[::2], reference)
+        others = super()._answers(model, inputs["others"], counts[1::2])
+        return replace(own, log_probs=torch.stack([own.log_probs, others.log_probs], dim=1).flatten())
 
     def _no_sums(self) -> Tensor:
         """Return the sums of the metrics, and the numbers of good answers, of bad ones and of all; all zero."""
@@ -134,30 +136,31 @@ class LabelTrainer(PreferenceTrainer):
         term is a mean over all held-out answers, so that no number depends on how they are spread over batches.
         """
         examples, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        own, base = (torch.zeros(0, device=self.args.device) for _ in range(2))
+        own, base, kl = (torch.zeros(0, device=self.args.device) for _ in range(3))
         for of_batch, batch, inputs in self._evaluation_batches("eval"):
-            with self.compute_loss_context_manager():
-                reference = self._reference_of("eval", batch["examples"], inputs, batch["target_counts"])
-                log_probs = self._log_probs(self.model_wrapped, inputs, batch["target_counts"])
+            found_answers, reference = self._held_out_answers(batch, inputs)
             if of_batch is None or reference is None:
                 continue
+            if found_answers.kl is not None:
+                kl = torch.cat([kl, found_answers.kl])
             examples = np.concatenate([examples, batch["examples"]])
             counts = np.concatenate([counts, batch["target_counts"]])
-            own = torch.cat([own, log_probs])
+            own = torch.cat([own, found_answers.log_probs])
             base = torch.cat([base, torch.stack([reference.chosen, reference.rejected], dim=1).flatten()])
         labels = self._labels("eval", examples)
         found, right, sums = self._judge(AnswerLogProbs.of(own), AnswerLogProbs.of(base), labels)
         losses = found.losses.double()
-        totals = torch.stack([losses.sum(), losses.new_tensor(counts[::2].sum())])
-        loss_sum, tokens, *reduced = self._sum_over_processes(torch.cat([totals, sums])).tolist()
+        totals = torch.stack([losses.sum(), losses.new_tensor(counts[::2].sum()), kl.double().sum()])
+        loss_sum, tokens, kl_sum, *reduced = self._sum_over_processes(torch.cat([totals, sums])).tolist()
         means, answers = self._means(reduced), reduced[-1]
         loss, self._kl = loss_sum / max(answers, 1), means.get("kl", 0.0)
         store = self._context.splits["eval"].store
+        divergences = kl.tolist() if self.measures_kl else [None] * len(labels)
         self.answers = [
             AnswerResult(example, store[example].source, *one)
             for example, *one in zip(
                 examples[::2].tolist(), labels.tolist(), counts[::2].tolist(), own[::2].tolist(),
-                found.rewards.chosen.tolist(), right.tolist(), losses.tolist(), strict=True,
+                found.rewards.chosen.tolist(), right.tolist(), losses.tolist(), divergences, strict=True,
             )
         ]  # fmt: skip
         self._evaluated_step = self.state.global_step
@@ -168,6 +171,7 @@ class LabelTrainer(PreferenceTrainer):
             f"{metric_key_prefix}_tokens": int(tokens),
             f"{metric_key_prefix}_accuracy": means.get("rewards/accuracies", 0.0),
             f"{metric_key_prefix}_answers": int(answers),
+            **({f"{metric_key_prefix}_{REFERENCE_KL}": kl_sum / max(tokens, 1)} if self.measures_kl else {}),
             **{f"{metric_key_prefix}_{name}": value for name, value in means.items()},
         }
 

@@ -1,7 +1,7 @@
 """LM head for the chunked loss: logits, added tokens' logits, and their gradients."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -128,6 +128,42 @@ class Head:
         """Number of logits."""
         return self.weight.shape[0] if self.added_tokens is None else self.added_tokens.size
 
+    def detached(self) -> "Head":
+        """Return the head as it is now, without gradients: it stays where its parameters get other values."""
+        added, bias = self.added_tokens, self.bias
+        added = None if added is None else replace(added, weight=added.weight.detach())
+        bias = None if bias is None else bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias, added_tokens=added)
+
+    def log_probs(self, states: Tensor) -> Tensor:
+        """Return the log-probability of every token, without gradients.
+
+        Args:
+            states: hidden states in the dtype of the product, shape (N, H).
+
+        Returns:
+            float32, shape (N, V + n): the head's tokens, then the added ones; minus infinity where one of these
+            overrides one of the head's.
+        """
+        product = states @ self.weight.to(states.dtype).T
+        logits, _ = _transformed_logits(product, self.bias, mask_overridden_logits(self), self.transform)
+        if self.added_tokens is not None:
+            added, _ = self.added_logits(states, self.added_tokens.weight.to(states.dtype))
+            logits = torch.cat([logits, added], dim=-1)
+        return logits.log_softmax(-1)
+
+    def added_logits(self, states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the logits of the added tokens, float32, shape (N, n), and the tanh that `backward_` needs.
+
+        Args:
+            states: hidden states, shape (N, H).
+            weight: the added tokens' output embeddings in the dtype of the states, shape (n, H).
+        """
+        logits = (states @ weight.T).float()
+        if self.added_tokens is not None and self.added_tokens.bias is not None:
+            logits += self.added_tokens.bias
+        return logits, self.transform.apply_(logits)
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -175,10 +211,7 @@ class Chunk:
         base_tanh = head.transform.apply_(base_logits)
         if added_weight is None or head.added_tokens is None:
             return cls(head, product, target_ids, target_index, base_logits, base_tanh)
-        added_logits = (states @ added_weight.T).float()
-        if head.added_tokens.bias is not None:
-            added_logits += head.added_tokens.bias
-        added_tanh = head.transform.apply_(added_logits)
+        added_logits, added_tanh = head.added_logits(states, added_weight)
         is_added_token = target_ids == head.added_tokens.ids
         return cls(
             head, product, target_ids, target_index, base_logits, base_tanh, is_added_token, added_logits, added_tanh

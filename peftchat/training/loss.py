@@ -24,6 +24,7 @@ from peftchat.chat_template.loss_mask import IGNORE_INDEX
 from peftchat.models.added_tokens import find_added_tokens
 from peftchat.models.compiled import has_compiled_layers
 from peftchat.training.lm_head import Chunk, Head, LogitTransform, logsumexp_and_grad, mask_overridden_logits
+from peftchat.training.reference_kl import NextTokens, kl_from_reference
 
 
 @dataclass
@@ -37,12 +38,16 @@ class SupervisedOutput(ModelOutput):
         losses: the negative log-likelihood of each supervised position in nats, in the order of the labels, float32,
             shape (N,); not differentiable.
         aux_loss: load-balancing loss of a mixture of experts, float32, shape (), or None.
+        next_tokens: what the model says of the next tokens at these positions; only without gradients.
+        kl: the KL divergence from a reference there, float32, shape (N,), where one was given.
     """
 
     loss: Tensor | None = None
     correct: Tensor | None = None
     losses: Tensor | None = None
     aux_loss: Tensor | None = None
+    next_tokens: NextTokens | None = None
+    kl: Tensor | None = None
 
 
 Weigh = Callable[[Tensor], Tensor]
@@ -72,8 +77,9 @@ def _compiled_logsumexp() -> Callable[..., tuple[Tensor, Tensor | None]]:
 def install_supervised_forward(model: PreTrainedModel) -> LossSettings:
     """Let `model(..., labels=labels, supervised=True)` return a `SupervisedOutput`.
 
-    With `weigh=function`, its `loss` is a function of the single losses instead of their sum. Without `supervised`, the
-    forward is unchanged. If the model's layers are compiled, the loss is compiled too.
+    With `weigh=function`, its `loss` is a function of the single losses instead of their sum. With
+    `reference=next_tokens`, it has the KL divergence from these. Without `supervised`, the forward is unchanged. If the
+    model's layers are compiled, the loss is compiled too.
 
     Args:
         model: the causal language model itself, inside any PEFT wrapper.
@@ -91,6 +97,7 @@ def install_supervised_forward(model: PreTrainedModel) -> LossSettings:
         *args: Any,
         supervised: bool = False,
         weigh: Weigh | None = None,
+        reference: NextTokens | None = None,
         **kwargs: Any,
     ) -> Any:
         if not supervised:
@@ -112,10 +119,30 @@ def install_supervised_forward(model: PreTrainedModel) -> LossSettings:
             loss, correct = linear_cross_entropy(
                 states, targets[supervised_positions], head, count_correct=evaluates, losses=losses, weigh=weigh
             )
-        return SupervisedOutput(loss=loss, correct=correct, losses=losses, aux_loss=_aux_loss(self, backbone, kwargs))
+            next_tokens = NextTokens(states, head.detached()) if evaluates else None
+            kl = None if next_tokens is None or reference is None else _kl(next_tokens, reference)
+        return SupervisedOutput(
+            loss=loss, correct=correct, losses=losses, aux_loss=_aux_loss(self, backbone, kwargs),
+            next_tokens=next_tokens, kl=kl,
+        )  # fmt: skip
 
     model.forward = types.MethodType(forward, model)
     return settings
+
+
+def _kl(model: NextTokens, reference: NextTokens) -> Tensor:
+    """Return the KL divergence at each position, in chunks of half the loss's size: two models have logits."""
+    device, head = model.states.device.type, model.head
+    chunk = chunk_size(len(model.states), head.size, device, trains_head=False)
+    dtype = _product_dtype(model.states)
+    with torch.autocast(device, enabled=False):
+        return kl_from_reference(model, reference, dtype, max(1, chunk // 2))
+
+
+def _product_dtype(states: Tensor) -> torch.dtype:
+    """Return the dtype of the product with the LM head, outside of which autocast is switched off."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def _aux_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) -> Tensor | None:
@@ -169,10 +196,8 @@ def linear_cross_entropy(
         The sum, float32, shape (), differentiable in `hidden`, the head's weight and bias and the added tokens'
         output embeddings; the count, int64, shape (), 0 without `count_correct`.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    differentiable = torch.is_grad_enabled()
-    with torch.autocast(device, enabled=False):
+    dtype, differentiable = _product_dtype(hidden), torch.is_grad_enabled()
+    with torch.autocast(hidden.device.type, enabled=False):
         total, correct = _LinearCrossEntropy.apply(
             hidden,
             targets,

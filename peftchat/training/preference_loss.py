@@ -11,6 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
     from peftchat.recipe.objectives import CpoSection, DpoSection, OrpoSection, SimpoSection
+    from peftchat.training.reference_kl import NextTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,22 @@ class AnswerLogProbs:
     def of(cls, answers: Tensor) -> Self:
         """Take answers apart that come as chosen, rejected, chosen, …; shape (2 P,)."""
         return cls(answers[::2], answers[1::2])
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPass:
+    """What a forward pass without gradients finds of the answers of a batch.
+
+    Attributes:
+        log_probs: of each answer, in nats, summed over its trained tokens, float32, shape (answers,).
+        next_tokens: what the model says of the tokens of those answers that are trained.
+        kl: the KL divergence from the reference, summed over the trained tokens of each of these answers, float32; None
+            where none was asked for.
+    """
+
+    log_probs: Tensor
+    next_tokens: "NextTokens"
+    kl: Tensor | None
 
 
 def answer_sums(losses: Tensor, counts: Sequence[int]) -> Tensor:
@@ -158,6 +175,11 @@ PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rew
                 "logps/rejected")  # fmt: skip
 """What is told of pairs, by TRL's names: means over pairs. A pair is right where the chosen answer has the higher
 reward, and half right where both have the same; log-probabilities are those of whole answers under the model."""
+
+
+REFERENCE_KL = "reference_kl"
+"""What an evaluation tells of the distance to the reference: the mean KL divergence per trained token of the held-out
+answers, in nats, over all tokens that could come next (`peftchat.training.reference_kl`)."""
 
 
 def pair_metrics(loss: PairLoss, policy: AnswerLogProbs) -> Tensor:

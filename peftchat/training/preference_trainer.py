@@ -1,7 +1,7 @@
 """Preference trainer: the trainer of conversations with a loss of pairs, and metrics of pairs."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -17,7 +17,9 @@ from peftchat.runs.eval_pairs import PairResult, PairSummary, write_eval_pairs
 from peftchat.training.held_out import HeldOutCase
 from peftchat.training.preference_loss import (
     PAIR_METRICS,
+    REFERENCE_KL,
     AnswerLogProbs,
+    AnswerPass,
     PairLoss,
     answer_sums,
     pair_loss,
@@ -31,10 +33,11 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from peftchat.dataset.cache import Split
-    from peftchat.dataset.collator import BatchLayout
+    from peftchat.dataset.collator import Batch, BatchLayout
     from peftchat.runs.checkpoint import Checkpoint
     from peftchat.training.context import TrainContext
     from peftchat.training.model import TrainableModel
+    from peftchat.training.reference_kl import NextTokens
 
 Result = TypeVar("Result", PairResult, AnswerResult)
 
@@ -155,9 +158,20 @@ class PreferenceTrainer(ChatTrainer):
         """Return the model's log-probabilities of the answers of a batch, from the losses of its targets."""
         return AnswerLogProbs.of(answer_sums(losses, counts))
 
-    def _log_probs(self, model: nn.Module, inputs: Mapping[str, Any], counts: Sequence[int]) -> Tensor:
-        """Return the log-probability of every answer of a batch, where no gradient is computed; shape (2 P,)."""
-        return answer_sums(model(**self.model_inputs(inputs), supervised=True).losses, counts)
+    def _answers(
+        self, model: nn.Module, inputs: Mapping[str, Any], counts: Sequence[int], reference: "NextTokens | None" = None
+    ) -> AnswerPass:
+        """Return what a model finds of every answer of a batch, where no gradient is computed.
+
+        Args:
+            model: the model.
+            inputs: the batch.
+            counts: trained tokens of each answer.
+            reference: what the reference says of the same tokens, for the KL divergence from it.
+        """
+        outputs = model(**self.model_inputs(inputs), supervised=True, reference=reference)
+        kl = None if outputs.kl is None else -answer_sums(outputs.kl, counts)
+        return AnswerPass(answer_sums(outputs.losses, counts), outputs.next_tokens, kl)
 
     def _measure(
         self, split: "Split", examples: Any, policy: AnswerLogProbs, counts: Sequence[int],
@@ -191,9 +205,7 @@ class PreferenceTrainer(ChatTrainer):
             # ZeRO-3 gathers weights in all processes at once.
             lacks = bool(self._sum_over_processes(torch.tensor(float(lacks), device=self.args.device)))
         if lacks:
-            with reference_model(self.model, self._initial_embeddings, self._start):
-                log_probs = self._log_probs(self.model, inputs, counts)
-            self.reference.add(split, places, log_probs)
+            self.reference.add(split, places, self._reference_answers(inputs, counts).log_probs)
         return AnswerLogProbs.of(self.reference.of(split, places).to(inputs["labels"].device))
 
     def prepare(self) -> None:
@@ -214,8 +226,8 @@ class PreferenceTrainer(ChatTrainer):
             )
         for split in splits:
             for of_batch, batch, inputs in self._evaluation_batches(split):
-                with self.compute_loss_context_manager(), self._adapter_off():
-                    log_probs = self._log_probs(self.model_wrapped, inputs, batch["target_counts"])
+                with self.compute_loss_context_manager():
+                    log_probs = self._reference_answers(inputs, batch["target_counts"]).log_probs
                 if of_batch is not None:
                     self.reference.add(split, batch["examples"], log_probs)
         if splits:
@@ -223,11 +235,42 @@ class PreferenceTrainer(ChatTrainer):
             pairs = sum(len(self.reference.known[split]) for split in splits) // 2
             self._context.notes.tell(f"The reference of {pairs:,} pairs was computed before the first step.")
 
-    def _adapter_off(self) -> AbstractContextManager[None]:
-        """Return a context in which a model that is not trained yet computes its reference."""
+    def _reference_answers(self, inputs: Mapping[str, Any], counts: Sequence[int]) -> AnswerPass:
+        """Return what the reference finds of every answer of a batch.
+
+        A reference that is computed before the first step is the model itself, with its adapter off if it is new.
+        """
+        if not self._reference_first:
+            with reference_model(self.model, self._initial_embeddings, self._start):
+                return self._answers(self.model, inputs, counts)
         # All weights, and an adapter that goes on from a run, are their own reference at the start.
         is_own = self._recipe.method == "full" or self._start is not None
-        return nullcontext() if is_own else reference_model(self.model, None)
+        with nullcontext() if is_own else reference_model(self.model, None):
+            return self._answers(self.model_wrapped, inputs, counts)
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether evaluations measure the KL divergence from the reference, which takes a pass of the reference each.
+
+        The weights of a reference that was computed before the first step are gone, except for an adapter that is
+        switched off, and no token was added.
+        """
+        if not self._recipe.has_reference or not self.compares_with_reference:
+            return False
+        is_kept = self._recipe.method != "full" and self._start is None and self._initial_embeddings is None
+        return is_kept or not self._reference_first
+
+    def _held_out_answers(self, batch: "Batch", inputs: Mapping[str, Any]) -> tuple[AnswerPass, AnswerLogProbs | None]:
+        """Return what the model finds of the answers of a held-out batch, and the reference's log-probabilities."""
+        counts, of_reference = batch["target_counts"], None
+        with self.compute_loss_context_manager():
+            if self.measures_kl:
+                found = self._reference_answers(inputs, counts)
+                of_reference = found.next_tokens
+                if self.reference.lacks("eval", batch["examples"]):
+                    self.reference.add("eval", batch["examples"], found.log_probs)
+            reference = self._reference_of("eval", batch["examples"], inputs, counts)
+            return self._answers(self.model_wrapped, inputs, counts, of_reference), reference
 
     def held_out_metrics(self, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return the mean loss of the held-out pairs, and their metrics; every process must call it.
@@ -235,18 +278,17 @@ class PreferenceTrainer(ChatTrainer):
         `eval_accuracy` is the share of pairs whose chosen answer has the higher reward. A pair counts a half where
         both have the same, as before the first step.
         """
-        loss_sum, token_sum, chosen_tokens = 0.0, 0, 0
+        loss_sum, token_sum, chosen_tokens, kl_sum = 0.0, 0, 0, 0.0
         sums = self._no_sums()
         results: list[PairResult] = []
         not_finite: list[int] = []
         store = self._context.splits["eval"].store
         for of_batch, batch, inputs in self._evaluation_batches("eval"):
             counts = batch["target_counts"]
-            with self.compute_loss_context_manager():
-                reference = self._reference_of("eval", batch["examples"], inputs, counts)
-                policy = AnswerLogProbs.of(self._log_probs(self.model_wrapped, inputs, counts))
+            answers, reference = self._held_out_answers(batch, inputs)
             if of_batch is None:
                 continue
+            policy = AnswerLogProbs.of(answers.log_probs)
             found = self._pair_loss(policy, counts, reference)
             losses, self._likelihood_weight = found.losses.double(), found.likelihood_weight
             if not torch.isfinite(losses).all():
@@ -260,10 +302,13 @@ class PreferenceTrainer(ChatTrainer):
             results += PairResult.of_batch(
                 batch["examples"][::2].tolist(), sources, counts.tolist(), losses.tolist(),
                 {name: row.tolist() for name, row in zip(PAIR_METRICS, metrics, strict=True)},
+                None if answers.kl is None else answers.kl.tolist(),
             )  # fmt: skip
-        totals = torch.tensor([loss_sum, token_sum, chosen_tokens], dtype=torch.float64, device=self.args.device)
-        reduced = self._sum_over_processes(torch.cat([totals, sums]))
-        loss_sum, tokens, chosen_tokens, *means, count = reduced.tolist()
+            kl_sum += 0.0 if answers.kl is None else float(answers.kl.double().sum())
+        totals = [loss_sum, token_sum, chosen_tokens, kl_sum]
+        of_process = torch.tensor(totals, dtype=torch.float64, device=self.args.device)
+        reduced = self._sum_over_processes(torch.cat([of_process, sums]))
+        loss_sum, tokens, chosen_tokens, kl_sum, *means, count = reduced.tolist()
         likelihood = means[PAIR_METRICS.index("logps/chosen")] / max(chosen_tokens, 1)
         loss = loss_sum / max(count, 1) - self._likelihood_weight * likelihood
         self.pairs, self._evaluated_step = results, self.state.global_step
@@ -273,6 +318,7 @@ class PreferenceTrainer(ChatTrainer):
             f"{metric_key_prefix}_tokens": int(tokens),
             f"{metric_key_prefix}_accuracy": means[PAIR_METRICS.index("rewards/accuracies")] / max(count, 1),
             f"{metric_key_prefix}_pairs": int(count),
+            **({f"{metric_key_prefix}_{REFERENCE_KL}": kl_sum / max(tokens, 1)} if self.measures_kl else {}),
             **{
                 f"{metric_key_prefix}_{name}": value / max(count, 1)
                 for name, value in zip(PAIR_METRICS, means, strict=True)

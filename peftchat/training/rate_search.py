@@ -180,6 +180,7 @@ class ShortRuns:
         assert start is not None
         trainer = start.trainer(context)
         trainer.remove_callback(MetricsCallback)
+        trainer.compares_with_reference = False
         _select_held_out(trainer, self.steps)
         if is_new:
             trainer.add_callback(_OnBegin(partial(self._check, trainer, context)))

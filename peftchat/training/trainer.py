@@ -1,43 +1,23 @@
-"""Trainer: TRL's trainer on packs of encoded conversations, and its arguments."""
+"""Training steps: TRL's trainer on packs of encoded conversations."""
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerControl,
-)
-from transformers.trainer import SCHEDULER_NAME
-from trl import SFTTrainer
+from transformers import PrinterCallback
 
-from peftchat.chat_template.loss_mask import TARGET_KINDS
 from peftchat.dataset.epochs import EpochPacks
 from peftchat.errors import UserError, first_line
 from peftchat.models.added_tokens import MODULE_NAME
-from peftchat.models.saving import (
-    is_stored_under_other_names,
-    load_adapter_state,
-    load_full_weights,
-    load_training_modules,
-    save_model_files,
-    save_training_modules,
-)
-from peftchat.runs.checkpoint import Checkpoint, keep_newest
 from peftchat.runs.eval_labels import LabelSummary
-from peftchat.runs.eval_losses import ConversationLoss
 from peftchat.runs.eval_pairs import PairSummary
+from peftchat.training.checkpoint_trainer import resumed_counts
 from peftchat.training.context import TrainContext
 from peftchat.training.epoch_sampler import EpochCallback, EpochDataset, EpochSampler
-from peftchat.training.held_out import HeldOutCase, HeldOutLosses, write_losses
+from peftchat.training.evaluating_trainer import EvaluatingTrainer
+from peftchat.training.held_out import HeldOutLosses
 from peftchat.training.learning_rate import begin_above_zero
 from peftchat.training.loss import SupervisedOutput, install_supervised_forward
 from peftchat.training.model import TrainableModel
@@ -45,25 +25,18 @@ from peftchat.training.number_checks import NumberChecks
 from peftchat.training.out_of_memory import Halving
 from peftchat.training.packs import make_collator, make_packs
 from peftchat.training.progress import MetricsCallback, memory_in_use
-from peftchat.training.questions import answer_questions
-from peftchat.training.sharded_checkpoint import is_of_other_processes, load_sharded
 from peftchat.training.throughput import Throughput, TokenCounts
 from peftchat.training.variant_hooks import VariantCallback, set_param_group_lrs, trainer_hooks
-from peftchat.training.weightwise import WeightwiseOptimizer, uses_little_memory
+from peftchat.training.weightwise import WeightwiseOptimizer, make_weightwise, uses_little_memory
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from trl import SFTConfig
 
-    from peftchat.dataset.cache import Split
     from peftchat.dataset.collator import Batch, BatchLayout
 
 
-# Batch entries that are counts or another batch, not arguments of the model.
-_COUNTS = ("real_tokens", "tracked_counts", "examples", "target_counts", "pack_sizes", "others")
-
-
-class ChatTrainer(SFTTrainer):
+class ChatTrainer(EvaluatingTrainer):
     """Trains on packs of encoded conversations.
 
     Args:
@@ -73,20 +46,16 @@ class ChatTrainer(SFTTrainer):
         layout: the batch layout that the model's attention needs.
     """
 
-    control: TrainerControl
-    optimizer: Any
     pair_summary: PairSummary | None = None
     label_summary: LabelSummary | None = None
+    compares_with_reference = True
+    """Whether an evaluation may compute a reference once more, to tell how far the model is from it."""
 
     def __init__(
         self, context: TrainContext, model: TrainableModel, config: "SFTConfig", layout: "BatchLayout"
     ) -> None:
         self._context = context
-        self._adapter = context.recipe.adapter
-        self._content = context.content
-        self._keep = context.recipe.training.save_total_limit
-        self._loads_best = context.recipe.training.load_best_model_at_end
-        self._hooks = trainer_hooks(self._adapter, model.model)
+        self._hooks = trainer_hooks(context.recipe.adapter, model.model)
         self._collators = {split: make_collator(context, split, layout) for split in context.splits}
         epochs = EpochPacks.of(context.recipe, context.splits["train"])
         packs = {
@@ -122,7 +91,7 @@ class ChatTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         self.loss_settings = install_supervised_forward(self.causal_model)
         self.model_accepts_loss_kwargs = True
-        self.throughput = Throughput(self._collators["train"].num_tracked, _resumed_counts(context.checkpoint))
+        self.throughput = Throughput(self._collators["train"].num_tracked, resumed_counts(context.checkpoint))
         self._reported = TokenCounts(**self.throughput.counts.as_dict())
         self._held_out = HeldOutLosses()
         self._evaluated_step: int | None = None
@@ -135,12 +104,6 @@ class ChatTrainer(SFTTrainer):
         self._first_micro_batch = config.train_batch_size
         self._other_loader: DataLoader[Any] | None = None
         self._halving = self._make_halving() if context.recipe.training.on_oom == "halve" else None
-
-    @property
-    def causal_model(self) -> PreTrainedModel:
-        """The language model itself, inside any PEFT wrapper."""
-        base: PreTrainedModel = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        return base
 
     @property
     def frees_gradients(self) -> bool:
@@ -340,124 +303,6 @@ class ChatTrainer(SFTTrainer):
         self.position.enter("the backward pass", self.state.global_step + 1, self.position.now.examples)
         return loss
 
-    def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of the model in a batch."""
-        arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name not in _COUNTS}
-        if self.aux_loss_enabled:
-            arguments["output_router_logits"] = True
-        return arguments
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Compute the mean loss per supervised token of the held-out examples, in nats.
-
-        transformers averages over batches and counts wrapped-around examples twice. Here every token counts once,
-        for any batch size and number of processes.
-        """
-        metrics = self.held_out_metrics(metric_key_prefix)
-        if self.state.global_step == 0:
-            self.write_held_out_losses()
-        self.position.enter("answering questions", self.state.global_step)
-        with self.throughput.paused():
-            metrics |= answer_questions(self.causal_model, self._context, self.state.global_step)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def write_held_out_losses(self) -> Sequence[ConversationLoss]:
-        """Write the last evaluation's losses into the run folder; every process must call it.
-
-        A resumed run that had evaluated its last step already evaluates it here. Without held-out data there are none.
-
-        Returns:
-            Those of conversations.
-        """
-        if self.eval_dataset is None:
-            return ()
-        if self._evaluated_step is None:
-            self.held_out_metrics()
-        return self._write_held_out(before=self._evaluated_step == 0)
-
-    def _write_held_out(self, *, before: bool) -> Sequence[ConversationLoss]:
-        """Write the last evaluation's losses; return those of conversations."""
-        return write_losses(self._held_out, self._context, self.gather_objects, before=before)
-
-    def held_out_cases(self) -> list[HeldOutCase]:
-        """Return the last evaluation's loss of each case, in order; every process must call it."""
-        found = self._held_out.conversations(self._context.splits["eval"].store, self.gather_objects)
-        return [HeldOutCase(one.tokens, one.loss) for one in found]
-
-    def held_out_metrics(self, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Compute what `evaluate` returns, without logging it; every process must call it."""
-        sums = torch.zeros(3, dtype=torch.float64)
-        held_out = HeldOutLosses()
-        not_finite: list[int] = []
-        for of_batch, batch, inputs in self._evaluation_batches("eval"):
-            with self.compute_loss_context_manager():
-                outputs = self.model_wrapped(**self.model_inputs(inputs), supervised=True)
-            if of_batch is None:
-                continue
-            count = (inputs["labels"] >= 0).sum()
-            # Single losses are summed in float64, so that those of all conversations sum to this one.
-            losses = outputs.losses.double()
-            added = torch.stack([losses.sum(), outputs.correct.double(), count.double()]).cpu()
-            not_finite += [] if torch.isfinite(added).all() else batch["examples"].tolist()
-            sums += added
-            held_out.add(self._collators["eval"].target_cells(of_batch), losses.cpu().numpy())
-        loss, correct, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
-        by_kind = torch.from_numpy(held_out.by_kind())
-        kind_sums = self.accelerator.reduce(by_kind.to(self.args.device), "sum").T.tolist()
-        self.checks.check_evaluation(loss / max(count, 1), not_finite, self.state.global_step)
-        self._held_out, self._evaluated_step = held_out, self.state.global_step
-        metrics = {
-            f"{metric_key_prefix}_loss": loss / max(count, 1),
-            f"{metric_key_prefix}_accuracy": correct / max(count, 1),
-            f"{metric_key_prefix}_tokens": int(count),
-        }
-        for kind, (kind_loss, kind_count) in zip(TARGET_KINDS, kind_sums, strict=True):
-            if kind_count:
-                metrics[f"{metric_key_prefix}_loss_{kind}"] = kind_loss / kind_count
-                metrics[f"{metric_key_prefix}_tokens_{kind}"] = int(kind_count)
-        return metrics
-
-    def _evaluation_batches(self, split: "Split") -> "Iterator[tuple[list[Any] | None, Batch, Batch]]":
-        """Yield this process's part of the batches of a split, in order, with the model set to evaluate.
-
-        Yields:
-            The packs of the batch, the batch, and the same on the model's device. ZeRO-3 gathers weights in all
-            processes at once, so a process without a batch gets the last one once more, without packs: it counts
-            nothing of it.
-        """
-        collator, packs = self._collators[split], self.eval_dataset if split == "eval" else self.train_dataset
-        size = self.args.per_device_eval_batch_size
-        batches = [range(start, min(start + size, len(packs))) for start in range(0, len(packs), size)]
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        model = self.model_wrapped
-        with self.throughput.paused(), torch.no_grad():
-            was_training = model.training
-            model.eval()
-            for first in range(0, len(batches), world):
-                index = first + rank
-                of_batch = [packs[number] for number in batches[min(index, len(batches) - 1)]]
-                batch = collator(of_batch)
-                self.position.enter("the evaluation", self.state.global_step, batch["examples"], split)
-                yield of_batch if index < len(batches) else None, batch, self._prepare_inputs(batch)
-                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            model.train(was_training)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Compare an evaluation with the best one, and write a checkpoint of a better one that is to be kept."""
-        is_best: bool = super()._determine_best_metric(metrics, trial)
-        if is_best and self._loads_best:
-            # transformers notes the step only where `save_strategy` writes checkpoints by itself.
-            self.state.best_global_step = self.state.global_step
-            self.control.should_save = True
-        return is_best
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens, speed, supervised share and memory to the logs of training steps."""
         if "loss" in logs and "train_runtime" not in logs:
@@ -498,31 +343,13 @@ class ChatTrainer(SFTTrainer):
         """Create the optimizer, with the variant's learning rates for some of its parameters."""
         is_new = self.optimizer is None
         if is_new and uses_little_memory(self._context.recipe):
-            self.optimizer = self._weightwise = self._make_weightwise()
+            self.optimizer = self._weightwise = make_weightwise(self, self._context.recipe.training)
             return self._weightwise
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if is_new:
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
             set_param_group_lrs(optimizer, names, self._hooks)
         return optimizer
-
-    def _make_weightwise(self) -> WeightwiseOptimizer:
-        """Return the recipe's optimizer, which updates one weight at a time."""
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        decayed = set(self.get_decay_parameter_names(self.model))
-        trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
-        groups = [
-            {"params": [weight for name, weight in trained if (name in decayed) is decays], "weight_decay": decay}
-            for decays, decay in ((True, self.args.weight_decay), (False, 0.0))
-        ]
-        training = self._context.recipe.training
-        return WeightwiseOptimizer(
-            lambda made: kind(made, **options),
-            groups,
-            optim=training.optim,
-            seed=training.seed,
-            in_backward=training.optimizer_in_backward,
-        )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the parameters with weight decay: none of the added tokens' embeddings.
@@ -531,116 +358,3 @@ class ChatTrainer(SFTTrainer):
         """
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if MODULE_NAME not in name.split(".")]
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write model and tokenizer into a folder; every process must call it."""
-        folder = Path(output_dir or self.args.output_dir)
-        with self.throughput.paused():
-            # Checkpoints keep float32: a resumed run must not start from rounded weights.
-            save_model_files(
-                self.model, self.processing_class, folder,
-                adapter=self._adapter, dtype=None, is_main=self.args.should_save,
-                wrapped=self.model_wrapped if self.is_deepspeed_enabled else None,
-            )  # fmt: skip
-            if self._adapter is not None and self.args.should_save:
-                save_training_modules(self.model, self._adapter, folder)
-
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint after the last step; every process must call it."""
-        self._save_checkpoint(self.model, None)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # TRL's own method also writes a model card into the folder of checkpoints.
-        folder = Path(self.args.output_dir)
-        checkpoint = Checkpoint.at_step(folder, self.state.global_step)
-        self.position.enter("writing a checkpoint", self.state.global_step)
-        with self.throughput.paused():
-            self.checks.check_weights(self.model, self.state.global_step)
-            if self.args.should_save:
-                checkpoint.begin()
-            self.accelerator.wait_for_everyone()
-            Trainer._save_checkpoint(self, model, trial)
-            self._save_more(checkpoint)
-            counts = self.gather_objects(self.throughput.collect().as_dict())
-            written = self.gather_objects(checkpoint.names())
-            if self.args.should_save:
-                checkpoint.mark_complete(counts, self._content.marker(), written=chain.from_iterable(written))
-                keep_newest(folder, self._keep, best_step=self.state.best_global_step if self._loads_best else None)
-            self.accelerator.wait_for_everyone()
-
-    def _save_more(self, checkpoint: Checkpoint) -> None:
-        """Write what else a resumed run needs; every process calls it."""
-
-    def _sum_over_processes(self, value: Tensor) -> Tensor:
-        total: Tensor = self.accelerator.reduce(value, "sum")
-        return total
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Return the values of all processes; every process must call it."""
-        if self.accelerator.num_processes == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.accelerator.num_processes
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
-
-    def load_weights(self, checkpoint: Checkpoint) -> None:
-        """Load the weights of a checkpoint into the model, which no process may have sharded."""
-        self._load_from_checkpoint(str(checkpoint.path), self.model)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._adapter is not None:
-            load_adapter_state(self.model, self._adapter, Path(resume_from_checkpoint))
-            load_training_modules(self.model, self._adapter, Path(resume_from_checkpoint))
-        elif is_stored_under_other_names(self.causal_model):
-            # transformers' trainer passes over the tensors whose names it does not find in the model.
-            load_full_weights(self.causal_model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> tuple[nn.Module, Any]:
-        """Leave the optimizer's state of a checkpoint out where it cannot be read; the schedule goes on."""
-        checkpoint = None if resume_from_checkpoint is None else Checkpoint(Path(resume_from_checkpoint))
-        is_joined = (
-            self.is_deepspeed_enabled
-            and checkpoint is not None
-            and is_of_other_processes(checkpoint, self.args.world_size)
-        )
-        if checkpoint is None or not (self._content.fresh_optimizer or is_joined):
-            whole: tuple[nn.Module, Any] = super()._prepare_for_training(
-                max_steps, train_dataloader, resume_from_checkpoint
-            )
-            return whole
-        prepared: tuple[nn.Module, Any] = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if is_joined:
-            load_sharded(self.model_wrapped, self.accelerator, checkpoint, whole=self._adapter is None)
-        schedule = torch.load(checkpoint.path / SCHEDULER_NAME, weights_only=True)
-        self.lr_scheduler.load_state_dict(schedule)
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-        return prepared
-
-    def has_evaluated(self, step: int) -> bool:
-        """Whether the model was evaluated after a step."""
-        return any(line.get("step") == step and "eval_loss" in line for line in self.state.log_history)
-
-    def gather_token_counts(self) -> TokenCounts:
-        """Return the counts of all processes; every process must call it."""
-        counts = self.gather_objects(self.throughput.collect().as_dict())
-        return TokenCounts.merge([TokenCounts(**one) for one in counts])
-
-
-def _resumed_counts(checkpoint: Checkpoint | None) -> TokenCounts | None:
-    """Return this process's counts at the checkpoint.
-
-    With another number of processes than before, the main process takes all counts.
-    """
-    if checkpoint is None:
-        return None
-    counts = [TokenCounts(**one) for one in checkpoint.token_counts()]
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if len(counts) == world:
-        return counts[rank]
-    merged = TokenCounts.merge(counts)
-    return merged if rank == 0 else TokenCounts.zeros(len(merged.seen))

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from peftchat.recipe import Recipe
+    from peftchat.recipe.schema import TrainingSection
 
 PART_ELEMENTS = 2**21
 """Most elements of a weight that are updated at a time, by an optimizer that treats each of them alone."""
@@ -207,3 +210,21 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     rounded = noise.add_(bits).bitwise_and_(-(2**16)).view(torch.float32)
     # The sum of a NaN can be the bits of a number.
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+
+
+def make_weightwise(trainer: "Trainer", training: "TrainingSection") -> WeightwiseOptimizer:
+    """Return the optimizer that a recipe's training section names, for the trained weights of a trainer's model."""
+    kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    trained = [(name, weight) for name, weight in trainer.model.named_parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for name, weight in trained if (name in decayed) is decays], "weight_decay": decay}
+        for decays, decay in ((True, trainer.args.weight_decay), (False, 0.0))
+    ]
+    return WeightwiseOptimizer(
+        lambda made: kind(made, **options),
+        groups,
+        optim=training.optim,
+        seed=training.seed,
+        in_backward=training.optimizer_in_backward,
+    )

@@ -21,7 +21,7 @@ from peftchat.late_imports.patterns import HAS_PATTERNS, LatePattern
 from peftchat.late_imports.symbols import ASKED, for_plain_values
 from peftchat.late_imports.table import DECORATORS, IMPORTERS, TORCH_OF_COMPILER
 from peftchat.late_imports.uncollected import uncollected
-from peftchat.logging_setup import quiet_libraries
+from peftchat.library_setup import prepare_libraries
 from tests.support.cli import PROJECT, start, true_peftchat
 from tests.support.models import small_model
 from tests.support.recipes import write_training_recipe
@@ -217,6 +217,8 @@ def test_nothing_is_collected_during_a_large_import_and_garbage_of_it_later() ->
     class Node:
         pass
 
+    # A command that ran in this process has frozen what there was.
+    gc.unfreeze()
     with uncollected():
         assert not gc.isenabled()
         with uncollected():
@@ -232,6 +234,6 @@ def test_nothing_is_collected_during_a_large_import_and_garbage_of_it_later() ->
 
 
 def test_the_finder_is_there_once() -> None:
-    quiet_libraries()
-    quiet_libraries()
+    prepare_libraries()
+    prepare_libraries()
     assert sum(type(finder).__module__ == "peftchat.late_imports" for finder in sys.meta_path) == 1

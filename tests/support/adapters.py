@@ -70,7 +70,7 @@ def train_by_noise(base: Path, run: Path, config: Any, rows: int = 0, noise: flo
 
 
 def oracle(base: Path, run: Path, rows: int = 0, **options: Any) -> Trained:
-    """Load base and adapter afresh in stock PEFT."""
+    """Load base and adapter again in stock PEFT."""
     model = PeftModel.from_pretrained(load(base, rows, **options), run).eval()
     with torch.no_grad():
         logits = model(IDS).logits

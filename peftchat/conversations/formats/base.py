@@ -12,6 +12,7 @@ from peftchat.conversations.formats.columns import IN_RECORDS, Columns
 from peftchat.conversations.formats.fields import Fields, Notes, field_names, optional_text, text_field, type_name
 from peftchat.conversations.formats.keys import LeftOut, RecordShape, complete, shape_of
 from peftchat.conversations.formats.pairs import (
+    beside_turns,
     check_pair,
     labeled_of,
     of_rejected,
@@ -198,6 +199,8 @@ def known_shape(value: dict[str, Any], *, pairs: bool = False) -> dict[str, Any]
         value = {name: item for name, item in value.items() if item is not None}
     if not names.PREFERRED.keys().isdisjoint(value):
         return renamed_preference(value)
+    if any(name in value for name in names.REJECTED_BESIDE_TURNS):
+        return beside_turns(value)
     return value if _OTHER_SHAPES.isdisjoint(value) else dict(of_ranked(of_api(value), pairs=pairs))
 
 

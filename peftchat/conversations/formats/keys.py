@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats import names
@@ -204,7 +204,8 @@ def _refuse_or_keep(fields: Fields, special: frozenset[str], notes: Notes) -> li
     for name in (*names.TRAIN_FLAGS, *names.TRAIN_WEIGHTS):
         if name in special:
             kept.append(name)
-            if name not in flags and name not in weights and fields[name] is not None:
+            is_used = name in flags or name in weights or _are_flags(fields[name])
+            if fields[name] is not None and not is_used:
                 notes.unused(name)
     return kept
 
@@ -245,14 +246,19 @@ def with_chosen(turns: Sequence[Message], chosen: object, notes: Notes) -> list[
     return start + answer
 
 
+def _are_flags(value: object) -> TypeGuard[list[Any]]:
+    """Whether a value is a list of flags, each 0 or 1."""
+    return isinstance(value, list) and all(isinstance(one, bool | int | float) and one in (0, 1) for one in value)
+
+
 def _with_flags(fields: Fields, special: frozenset[str], turns: list[Message]) -> list[Message]:
     """The turns with the flags of the record's list of flags."""
-    for name in names.TURN_MASKS:
+    for name in (*names.TURN_MASKS, *names.TRAIN_FLAGS):
         flags = fields.get(name) if name in special else None
-        if flags is None:
+        valid = _are_flags(flags)
+        if flags is None or (name in names.TRAIN_FLAGS and not valid):
             continue
         answers = [index for index, message in enumerate(turns) if message.role == "assistant"]
-        valid = isinstance(flags, list) and all(isinstance(one, bool | int | float) and one in (0, 1) for one in flags)
         if not valid or len(flags) not in (len(turns), len(answers)):
             what = f"{len(flags)} entries" if valid else type_name(flags)
             detail = f"{name!r} must be a list of 0 or 1 for each of {len(turns)} turns, it is {what}"

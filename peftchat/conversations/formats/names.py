@@ -59,7 +59,9 @@ TURN_MASKS = ("loss_mask", "train_mask", "weights", "loss_weights")
 """Fields of a record: a flag for each turn, or for each answer."""
 LOOKS_LIKE_FLAG = re.compile(r"train|loss|weight|mask|ignore|supervis|skip|learn|label|target", re.IGNORECASE)
 """Fields of a turn that may decide what is trained. One that nobody knows is refused."""
-LOOKS_LIKE_MASK = re.compile(r"mask|train_on|trainable|weights$", re.IGNORECASE)
+LOOKS_LIKE_MASK = re.compile(
+    r"mask|train_(on|ind|turn)|trainable|weights$|(last|final).*only|only.*(last|final)", re.IGNORECASE
+)
 """The same for lists and flags of a record."""
 
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios", "image_url", "files", "pixel_values"})
@@ -71,6 +73,8 @@ PREFERRED = {
 }
 """Other names of the chosen answer, each with that of the rejected one: in OpenAI's files, whose prompt is below
 `input`, in Argilla's first form of UltraFeedback, and in pairs of Stack Exchange."""
+REJECTED_BESIDE_TURNS = ("rejected_messages", "rejected_response")
+"""The rejected answer beside turns that end with the chosen one, as ms-swift has it: whole turns, or the answer."""
 HELD_OUT_SPLITS = frozenset({"test", "validation", "valid", "val", "dev", "eval", "evaluation", "held_out", "heldout"})
 """Values of a field `split` of records that their author did not mean to be trained on."""
 

@@ -81,6 +81,19 @@ def without_turns(fields: Fields) -> Fields:
     return {name: value for name, value in fields.items() if name not in repeated} if repeated else fields
 
 
+def beside_turns(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record of turns that has a rejected answer beside them as a pair; any other as it is."""
+    rejected = next((name for name in names.REJECTED_BESIDE_TURNS if fields.get(name) is not None), None)
+    turns = next((name for name in names.TURNS if isinstance(fields.get(name), list) and fields[name]), None)
+    if rejected is None or turns is None or names.CHOSEN in fields:
+        return dict(fields)
+    rest = {name: value for name, value in fields.items() if name not in (turns, rejected)}
+    *start, answer = fields[turns]
+    if rejected == names.REJECTED_BESIDE_TURNS[0]:
+        return {**rest, names.CHOSEN: fields[turns], names.REJECTED: fields[rejected]}
+    return {**rest, "prompt": start, names.CHOSEN: [answer], names.REJECTED: fields[rejected]}
+
+
 def renamed_preference(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with other names of the two answers under those of `preference`; any other as it is.
 

@@ -1,17 +1,20 @@
 """Statistics of preference pairs: how long their answers are, and how much of them is the same."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
 from peftchat.conversation import Conversation, Message
+from peftchat.conversations.formats.ranked_answers import is_number
 from peftchat.conversations.stats.lengths import EXAMPLES, LengthSketch
 
 _NEARLY = 0.9
 """The share of words in common above which two answers are nearly the same: Jaccard's index of their sets of words."""
 
 _WORD = re.compile(r"\w+")
+_SCORE = re.compile(r"score|rating|reward")
 
 
 @dataclass(slots=True)
@@ -28,7 +31,10 @@ class PairStats:
         shared_characters: of the beginnings that both answers have in common.
         same_but_for_space: pairs whose answers differ in white space and case alone.
         nearly_the_same: other pairs whose answers have nine tenths of their words in common.
-        examples: places of the first of the last two.
+        scored: pairs whose record has a score of either answer.
+        tied: those with one score for both.
+        scored_lower: those whose rejected answer has the higher score.
+        examples: places of the first pairs whose answers are nearly the same, or differ in white space and case alone.
     """
 
     pairs: int = 0
@@ -40,6 +46,9 @@ class PairStats:
     shared_characters: int = 0
     same_but_for_space: int = 0
     nearly_the_same: int = 0
+    scored: int = 0
+    tied: int = 0
+    scored_lower: int = 0
     examples: list[str] = field(default_factory=list)
 
     def add(self, pair: Conversation) -> None:
@@ -52,6 +61,11 @@ class PairStats:
         self.chosen_longer += len(chosen) > len(rejected)
         self.same_length += len(chosen) == len(rejected)
         self.prompt_characters += len(_text(pair.messages[:shared]))
+        scores = scores_of(pair.columns)
+        if scores is not None:
+            self.scored += 1
+            self.tied += scores[0] == scores[1]
+            self.scored_lower += scores[0] < scores[1]
         same = takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
         self.shared_characters += sum(1 for _ in same)
         if chosen.casefold().split() == rejected.casefold().split():
@@ -94,8 +108,24 @@ class PairStats:
             "shared_share": round(self.shared_share, 4),
             "same_but_for_space": self.same_but_for_space,
             "nearly_the_same": self.nearly_the_same,
+            "scored": self.scored,
+            "tied": self.tied,
+            "scored_lower": self.scored_lower,
             "examples": self.examples,
         }
+
+
+def scores_of(columns: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the scores of the chosen and the rejected answer in a record's other fields; None without both.
+
+    They are a number each, under names such as `score_chosen` and `score_rejected`, or `chosen_avg_rating`.
+    """
+    for name, value in columns.items():
+        if "chosen" in name and _SCORE.search(name):
+            other = columns.get(name.replace("chosen", "rejected"))
+            if is_number(value) and is_number(other):
+                return value, other
+    return None
 
 
 def _text(messages: tuple[Message, ...]) -> str:

@@ -261,7 +261,7 @@ def test_a_layer_that_peft_cannot_merge_leaves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob("merged*"))
 
 
-def test_another_plan_starts_anew(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_plan_starts_from_scratch(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peftchat.merging import merge
 
     with monkeypatch.context() as patched:

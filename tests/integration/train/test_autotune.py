@@ -92,7 +92,7 @@ def test_a_kept_measurement_serves_the_next_run_and_a_resumed_run_goes_on_as_it_
     assert resumed.steps == 4
     assert first.steps == 2
 
-    # What cannot be read is measured anew.
+    # What cannot be read is measured again.
     kept.write_text("{", encoding="utf-8")
     trained(tmp_path / "third", conversations, max_steps=1)
     assert read_json(kept)["measurement"]["default"]

@@ -19,6 +19,7 @@ from peftchat.models.saving import load_adapter_state
 from peftchat.recipe import load_recipe
 from peftchat.training.build_trainer import build_trainer, sft_config
 from peftchat.training.context import TrainOptions, open_context
+from peftchat.training.first_stage import begin_note
 from peftchat.training.model import load_trainable_model
 from peftchat.training.reference import reference_model
 from peftchat.training.train import train
@@ -178,6 +179,13 @@ def test_what_the_run_determines_need_not_be_written(first_runs: Runs, pairs: Pa
     found, before = load_recipe(path).recipe, load_recipe(sft).recipe
     assert (found.method, found.model.name, found.quantization) == ("qlora", before.model.name, before.quantization)
     assert found.chat == before.chat and found.adapter is not None and found.adapter.variant == "lora"
+    assert (
+        found.data.max_length
+        == before.data.max_length
+        != load_recipe(path, ["data.max_length=99"]).recipe.data.max_length
+    )
+    first, second = begin_note(load_recipe(path, ["data.max_length=99"]).recipe)
+    assert "its adapter goes on" in first and second.startswith("data.max_length is 99 tokens, and was 128 in")
     # The run is what a second run's own recipe was completed from, and may be gone later.
     (tmp_path / "whole.yaml").write_text(sft.read_text())
     gone = load_recipe(tmp_path / "whole.yaml", ["model.adapter=/nowhere/run"], to_train=False)

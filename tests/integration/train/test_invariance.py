@@ -114,7 +114,7 @@ def test_resumed_equals_uninterrupted(method: str, tmp_path: Path, conversations
     assert [token["seen"] for token in one["new_tokens"]] == [token["seen"] for token in other["new_tokens"]]
 
 
-def test_resume_without_a_checkpoint_starts_afresh(tmp_path: Path, conversations: Path) -> None:
+def test_resume_without_a_checkpoint_starts_from_scratch(tmp_path: Path, conversations: Path) -> None:
     run = tmp_path / "run"
     recipe = write_training_recipe(tmp_path / "recipe.yaml", small_model(tied=True), conversations, None, run)
     done = peftchat("train", recipe, "--resume")

@@ -1,4 +1,4 @@
-"""Mixtures drawn anew in each epoch: the same conversations at the same steps, in one sitting or in two."""
+"""Mixtures drawn again in each epoch: the same conversations at the same steps, in one sitting or in two."""
 
 import shutil
 from pathlib import Path
@@ -48,11 +48,11 @@ def test_resumed_equals_uninterrupted(processes: int, packing: bool, workers: in
     )
     done = peftchat_in_processes(processes, "train", recipe)
     assert done.returncode == 0, done.stderr
-    assert "drawn anew in each epoch: 34 examples (16 of 40 of" in done.stderr
+    assert "drawn again in each epoch: 34 examples (16 of 40 of" in done.stderr
     whole, summary = steps_of(run), read_json(run / "run.json")
     assert summary["examples_per_epoch"] == 34
     assert summary["train_examples"] == 52
-    assert any("drawn anew" in note for note in summary["notes"])
+    assert any("drawn again" in note for note in summary["notes"])
     for checkpoint in (run / "checkpoints").iterdir():
         if int(checkpoint.name.rsplit("-", 1)[1]) > kept:
             shutil.rmtree(checkpoint)
@@ -83,7 +83,7 @@ def test_steps_and_shares_are_told_before_training(tmp_path: Path) -> None:
         recipe.write_text(recipe.read_text().replace(f'"{key}": {1 if key == "save_steps" else 9}, ', ""))
     # 34 examples, two to a step.
     for epochs, steps, told in (
-        (3, "51 (17 per epoch)", "drawn anew in each epoch"),
+        (3, "51 (17 per epoch)", "drawn again in each epoch"),
         (1, "17 (17 per epoch)", "nothing is drawn a second time"),
     ):
         dry = peftchat("train", recipe, "--dry-run", "--set", f"training.num_train_epochs={epochs}")

@@ -65,6 +65,17 @@ def test_other_names_are_refused(name: str) -> None:
         make_candidates([name], [])
 
 
+@pytest.mark.parametrize("other", ["DoRA", "DORA"])
+def test_one_variant_by_two_of_its_names_is_no_pair_of_candidates(other: str) -> None:
+    with pytest.raises(UserError, match="twice"):
+        make_candidates(["dora", other], [])
+
+
+def test_a_pair_has_one_candidate_in_either_order() -> None:
+    with pytest.raises(UserError, match=r"`dora\+qlora` is given twice \(`qlora\+dora` is the same\)"):
+        make_candidates(["qlora+dora", "dora+qlora"], [])
+
+
 def test_the_nearest_name_is_offered() -> None:
     with pytest.raises(UserError, match="Did you mean `dora`"):
         make_candidates(["dorra"], [])

@@ -55,6 +55,20 @@ def test_a_file_whose_chosen_answers_are_long_is_told(tmp_path: Path) -> None:
     ]
 
 
+def test_scores_that_contradict_the_choice_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    scores = [
+        {"score_chosen": 8, "score_rejected": 3.5}, {"chosen_rating": 4, "rejected_rating": 4},
+        {"score_chosen": 1, "score_rejected": 9}, {"chosen_score": "high", "rejected_score": "low"}, {},
+    ]  # fmt: skip
+    records = [{"prompt": f"q {n}", "chosen": f"x{n}", "rejected": f"y{n}", **one} for n, one in enumerate(scores)]
+    pairs = stats_of(path, records)
+    assert (pairs.scored, pairs.tied, pairs.scored_lower) == (3, 1, 1)
+    (part,) = gather(parts_of_path(str(path), ReadOptions(pairs=True))).parts
+    told = " ".join(finding.text for finding in findings_of(part))
+    assert "one score for both answers in 1 (33 %)" in told and "a higher score for the rejected answer in 1" in told
+
+
 def test_pairs_that_share_the_chosen_answer_are_no_duplicates(tmp_path: Path) -> None:
     """A pair is another one where its rejected answer is."""
     path = tmp_path / "a.jsonl"

@@ -47,6 +47,14 @@ def read(folder: Path, *records: Any, log: ProblemLog | None = None, pairs: bool
          "rejected": {"from": "gpt", "value": BAD}},
         {"chosen": f"\n\nHuman: Hi\n\nAssistant: {GOOD}", "rejected": f"\n\nHuman: Hi\n\nAssistant: {BAD}"},
         {"prompt": "Hi", "chosen": json.dumps([USER, CHOSEN]), "rejected": json.dumps([USER, REJECTED])},
+        # ms-swift.
+        {"messages": [USER, CHOSEN], "rejected_response": BAD},
+        {"messages": [USER, CHOSEN], "rejected_messages": [USER, REJECTED]},
+        # HelpSteer, and votes between two models.
+        {"prompt": "Hi", "response_1": BAD, "response_2": GOOD, "preference_strength": 2},
+        {"context": [USER], "response1": GOOD, "response2": BAD, "overall_preference": -1},
+        {"prompt": "Hi", "response_a": BAD, "response_b": GOOD, "winner": "model_b"},
+        {"conversation_a": [USER, CHOSEN], "conversation_b": [USER, REJECTED], "winner": "model_a"},
     ],
 )  # fmt: skip
 def test_both_answers_are_read(record: dict[str, Any], tmp_path: Path) -> None:

@@ -56,6 +56,9 @@ def test_a_flag_of_an_answer_is_read(tmp_path: Path, flag: Any, train: bool | No
         ({}, {"loss_mask": [0, 1, 1]}),
         ({}, {"loss_mask": [0, 2]}),
         ({}, {"mask": [0, 1]}),
+        ({}, {"train": [0, 1, 1]}),
+        ({}, {"last_turn_only": True}),
+        ({}, {"train_indices": [1]}),
     ],
 )
 def test_a_flag_that_is_not_understood_is_refused(tmp_path: Path, turn: Any, record: Any) -> None:
@@ -67,10 +70,18 @@ def test_a_flag_that_is_not_understood_is_refused(tmp_path: Path, turn: Any, rec
 def test_flags_of_a_whole_record(tmp_path: Path) -> None:
     log = ProblemLog(strict=True)
     turns = [U, A, U, A]
-    rows = [{"messages": turns, "loss_mask": [0, 0, 0, 1]}, {"messages": turns, "loss_mask": [False, True]}]
+    masks = [{"loss_mask": [0, 0, 0, 1]}, {"loss_mask": [False, True]}, {"loss": [0, 1]}, {"train": [0.0, 0, 0, 1]}]
+    rows = [{"messages": turns, **mask} for mask in masks]
     for one in read(tmp_path, *rows, {"messages": turns, "label": False}, {"messages": turns, "train": False}, log=log):
         assert [message.train for message in one.messages if message.role == "assistant"] == [False, True]
     assert dict(log.skipped) == {"label_is_false": 1, "flagged_not_to_train": 1}
+
+
+def test_losses_that_a_record_brings_are_no_flags(tmp_path: Path) -> None:
+    log = ProblemLog()
+    (one,) = read(tmp_path, {"messages": [U, A], "loss": [2.5, 0.25]}, log=log)
+    assert [message.train for message in one.messages] == [None, None]
+    assert set(log.unused) == {"loss"}
 
 
 def test_numbers_of_tools_and_calls_stay_as_they_are_written(tmp_path: Path) -> None:

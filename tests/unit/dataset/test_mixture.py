@@ -1,4 +1,4 @@
-"""Mixtures drawn anew in each epoch: exact shares, a turn for everybody, and always the same number of packs."""
+"""Mixtures drawn again in each epoch: exact shares, a turn for everybody, and always the same number of packs."""
 
 from collections import Counter
 from pathlib import Path

@@ -260,8 +260,11 @@ def test_a_base_that_has_moved_is_named(dora: Trained, tmp_path: Path) -> None:
     point_at(dora.run, tmp_path / "gone")
     with pytest.raises(UserError, match="gone"):
         export_lora(dora.run, LoraOptions(rank=64))
-    folder, report = export_lora(dora.run, LoraOptions(rank=64, base=str(moved)))
-    assert report.base == str(moved) and apart(stock_logits(moved, folder), dora.logits) < 1e-5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)  # The file is read from any folder.
+        folder, report = export_lora(dora.run, LoraOptions(rank=64, base="moved"))
+    written = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert written == report.base == str(moved) and apart(stock_logits(moved, folder), dora.logits) < 1e-5
 
 
 def test_a_disk_without_room_is_one_message(dora: Trained) -> None:

@@ -43,7 +43,7 @@ def test_a_resolved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ({"objective": "dpo", "dpo": {"tau": 1.0}}, "unknown key.*`beta`, `loss_type`, `label_smoothing`"),
         ({"objective": "dpo", "dpo": {"beta": 0}}, "must be greater than 0"),
         ({"objective": "dpo", "dpo": {"label_smoothing": 0.1}}, "only `loss_type: robust` smooths labels"),
-        ({"objective": "dpo", "data": {"packing": True}}, "pairs are not packed"),
+        ({"objective": "dpo", "data": {"packing": True}}, "one line without padding already"),
         ({"objective": "dpo", "data": {"truncation": "turns"}}, "take turns from one answer of a pair"),
         ({"objective": "dpo", "chat": {"loss_on": "everything"}}, "`everything` selects other text too"),
         ({"objective": "dpo", "training": {"torch_compile": True}}, "layers are not compiled"),

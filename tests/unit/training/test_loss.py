@@ -9,6 +9,7 @@ from peftchat.models.added_tokens import AddedTokenHead
 from peftchat.training import loss as loss_module
 from peftchat.training.lm_head import Head, LogitTransform
 from peftchat.training.loss import linear_cross_entropy
+from peftchat.training.reference_kl import NextTokens, kl_from_reference
 
 N, HIDDEN, VOCABULARY = 37, 16, 50
 
@@ -72,6 +73,33 @@ def test_equals_the_plain_formula(ids, bias, transform, chunk, monkeypatch: pyte
     assert correct == plain_correct
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ids", [None, [50, 51, 52], [47, 49], [48, 50, 53]], ids=["none", "behind", "inside", "mixed"])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(2.0, 4.0)], ids=str)
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_the_divergence_from_another_model_equals_the_plain_formula(ids, transform, chunk) -> None:
+    torch.manual_seed(0)
+    size = VOCABULARY if ids is None else max(VOCABULARY, max(ids) + 1)
+    models, logits = [], []
+    weight, bias = torch.randn(VOCABULARY, HIDDEN), torch.randn(VOCABULARY)
+    for _ in range(2):
+        states, rows = torch.randn(N, HIDDEN), None if ids is None else torch.randn(len(ids), HIDDEN)
+        added = None if rows is None else AddedTokenHead(rows, None, torch.tensor(ids), size)
+        models.append(NextTokens(states, Head(weight, bias, added, transform)))
+        whole = torch.full((N, size), float("-inf"))
+        whole[:, :VOCABULARY] = states @ weight.T + bias
+        if rows is not None:
+            whole[:, ids] = states @ rows.T
+        whole = whole * transform.scale
+        if transform.softcap is not None:
+            whole = torch.where(whole.isinf(), whole, transform.softcap * torch.tanh(whole / transform.softcap))
+        logits.append(whole.double().log_softmax(-1))
+    own, other = logits
+    expected = torch.where(own.isinf(), 0.0, own.exp() * (own - other)).sum(-1)
+    found = kl_from_reference(*models, torch.float32, chunk)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    assert kl_from_reference(models[0], models[0], torch.float32, chunk).abs().max() == 0
 
 
 @pytest.mark.parametrize("ids", [None, [48, 50, 53]], ids=["none", "mixed"])

@@ -1,12 +1,18 @@
 """What short runs at several rates say: the advice, its neighbors, and the errors of differences."""
 
+import shlex
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from peftchat.errors import VerificationError
+from peftchat.recipe import load_recipe
+from peftchat.reports.rate_terminal import print_rate_search
 from peftchat.training.held_out import HeldOutCase
 from peftchat.training.rate_rule import RuleRate
 from peftchat.training.rate_trials import GRID_STEP, Gap, RateSearch, RateTrial, judge
+from tests.support.recipes import write_recipe
 
 RULE = RuleRate(1e-3, "a reason")
 
@@ -50,7 +56,7 @@ def test_failed_runs_and_ends() -> None:
         search([None, None])
 
 
-def test_the_error_of_a_difference_is_that_of_drawing_conversations_anew() -> None:
+def test_the_error_of_a_difference_is_that_of_drawing_other_conversations() -> None:
     draw = np.random.default_rng(1)
     lengths = draw.integers(5, 400, 80)
     base = draw.normal(3.0, 0.5, 80)
@@ -60,3 +66,15 @@ def test_the_error_of_a_difference_is_that_of_drawing_conversations_anew() -> No
     drawn = draw.integers(0, 80, (20_000, 80))
     again = ((one - other) * lengths)[drawn].sum(1) / lengths[drawn].sum(1)
     assert gap.error == pytest.approx(float(again.std()), rel=0.05)
+
+
+def test_the_command_to_run_names_the_recipe_that_was_searched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["data.train=[{path: my file.jsonl}]", "training.learning_rate=1", "method=full"]
+    file = write_recipe(tmp_path / "r.yaml", tmp_path, tmp_path / "train.jsonl")
+    print_rate_search(search([1.2, 1.0, 1.2]), load_recipe(file, overrides))
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("or: ")
+    program, verb, recipe, *flags = shlex.split(command)
+    assert (program, verb, recipe) == ("peftchat", "train", str(file))
+    assert flags == ["--set", overrides[0], "--set", "method=full", "--set", "training.learning_rate=2.2e-3"]

@@ -90,10 +90,10 @@ def train(
         >>> summary.steps
         2
     """
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
     # First: the modules below import bitsandbytes, which logs while it is imported.
-    quiet_libraries()
+    prepare_libraries()
     resolve_processes()
     loaded = _load(recipe, overrides)
     distributed = prepare_training(loaded, resume=resume, allow_changed=allow_changed, download=True)
@@ -189,9 +189,9 @@ def find_learning_rate(
         True
     """
     from peftchat.console import stderr
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     from peftchat.runs.run_folder import RunFolder
     from peftchat.training.rate_search import cases_of, find_rate, refuse_processes
 
@@ -371,10 +371,10 @@ def compare(
             equal_within,
         )
     )
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
     # Only now, because it imports torch: a wrong option is reported at once.
-    quiet_libraries()
+    prepare_libraries()
     from peftchat.comparing.compare import EvalOptions
     from peftchat.comparing.compare import compare as compare_candidates
     from peftchat.comparing.task_scores import check_tasks
@@ -524,9 +524,9 @@ def report(runs: Sequence[Path | str], *, output: Path | str | None = None, rows
 
 def _report_extras(run: Path, rows: int) -> "ReportExtras":
     """Plan a run, and read examples of its data; what is not here any more is told on the page."""
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     from peftchat.planning.planned_run import planned_values
     from peftchat.reports.mask import inspect_mask
     from peftchat.reports.run_report import ReportExtras

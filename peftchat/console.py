@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from peftchat.logging_setup import QUIET
+from peftchat.library_setup import QUIET
 from peftchat.streams import BROKEN_PIPE_STATUS, discard_output
 
 if TYPE_CHECKING:

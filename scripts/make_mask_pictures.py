@@ -11,7 +11,7 @@ from photograph import photograph
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
-from peftchat.logging_setup import quiet_libraries
+from peftchat.library_setup import prepare_libraries
 from peftchat.recipe import load_recipe
 from peftchat.reports.mask import inspect_mask
 from peftchat.reports.mask_render import print_mask, write_mask_page
@@ -29,7 +29,7 @@ THEME = TerminalTheme(_GROUND, _TEXT, [_GROUND, *_COLORS, _TEXT], [_GREY, *_COLO
 
 def main() -> None:
     recipe = load_recipe(RECIPE, (), to_train=False).recipe
-    quiet_libraries()
+    prepare_libraries()
     look = inspect_mask(recipe, "train", lambda conversations: None)
     PICTURES.mkdir(parents=True, exist_ok=True)
     console = Console(record=True, width=96, force_terminal=True, color_system="standard", file=io.StringIO())

@@ -17,7 +17,7 @@ from typing import Any
 import peftchat
 from peftchat.errors import UserError, VerificationError
 from peftchat.files import write_text
-from peftchat.logging_setup import quiet_libraries
+from peftchat.library_setup import prepare_libraries
 from peftchat.merging import MergeOptions
 from peftchat.recipe import load_recipe
 from peftchat.variants import ADAPTERS
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="NAMES", help="these variants, separated by commas; nothing is written")
     parser.add_argument("--models", default=",".join(MODELS), metavar="NAMES", help="these models")
     chosen = parser.parse_args()
-    quiet_libraries()
+    prepare_libraries()
     models = chosen.models.split(",")
     ways = [("full", "")]
     ways += [("lora", name) for name in ADAPTERS]

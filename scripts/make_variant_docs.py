@@ -20,7 +20,7 @@ from typing import Any
 from peftchat.errors import UserError, VerificationError
 from peftchat.files import write_text
 from peftchat.formatting import format_bytes
-from peftchat.logging_setup import quiet_libraries
+from peftchat.library_setup import prepare_libraries
 from peftchat.variants import VARIANTS, Variant, get_variant
 from peftchat.variants.base import Adapter
 from peftchat.variants.describe import bits, rate_text
@@ -46,7 +46,7 @@ def main() -> None:
     chosen = parser.parse_args()
     wanted = [get_variant(name) for name in chosen.only.split(",")] if chosen.only else list(VARIANTS.values())
     started = time.monotonic()
-    quiet_libraries()
+    prepare_libraries()
     for model in chosen.model:
         name, _, folder = model.partition("=")
         for variant in wanted:

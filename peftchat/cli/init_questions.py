@@ -34,9 +34,9 @@ def ask_for_recipe(target: Path, gpu: str | None) -> Answered:
         target: where the recipe will lie.
         gpu: a GPU of the catalog, or None for this machine's.
     """
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     from peftchat.planning.first_recipe import Choice, find_data, find_model, look_at_data
     from peftchat.planning.hardware import find_hardware
     from peftchat.planning.plan_report import format_gib

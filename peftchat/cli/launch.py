@@ -82,11 +82,11 @@ def command(
     if output is not None:
         _check_new(output)
     from peftchat import api as library
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
     from peftchat.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, to_train=False)
-    quiet_libraries()
+    prepare_libraries()
     text = library.write_job(loaded, cast("Target", target), options, places, tell=note)
     if output is not None:
         check_output(output, loaded.inputs(), "-o")

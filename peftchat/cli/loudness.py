@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import click
 
-from peftchat.logging_setup import QUIET, hear_libraries
+from peftchat.library_setup import QUIET, hear_libraries
 
 _Command = TypeVar("_Command", bound=click.Command)
 

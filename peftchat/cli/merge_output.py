@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from peftchat.cli.common import echo_json
+from peftchat.cli.common import echo_json, note
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,10 @@ def combine(
     """
     from peftchat.errors import UserError
     from peftchat.export.combine import combine_into_adapter, combine_into_model
+    from peftchat.merging.combined_inputs import overlaps
 
+    for line in overlaps(runs):
+        note(f"Note: {line}")
     if as_model:
         merged, losses = combine_into_model(runs, options, **vars(settings))
         if as_json:

@@ -106,7 +106,14 @@ def make_candidates(names: Sequence[str], axes: Sequence[Axis]) -> list[Candidat
         for chosen in (one for place, one in enumerate(combined) if one not in combined[:place]):
             labels = [_label(key, chosen[key]) for key in compared if key in chosen]
             candidate = Candidate(" ".join([name, *labels]), variant, settings | chosen)
-            same = next((one for one in candidates.values() if one.settings == candidate.settings), None)
+            same = next(
+                (
+                    one
+                    for one in candidates.values()
+                    if candidate.name == one.name or candidate.settings == one.settings
+                ),
+                None,
+            )
             if same is not None:
                 other = f" (`{same.name}` is the same)" if same.name != candidate.name else ""
                 raise UserError(f"`{candidate.name}` is given twice{other}", where="--variants", hint="Name it once.")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from peftchat.child_process import end_with_parent
 from peftchat.comparing.outcomes import Evaluation, MergeResult
 from peftchat.errors import UserError, VerificationError
-from peftchat.logging_setup import quiet_libraries
+from peftchat.library_setup import prepare_libraries
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
@@ -158,7 +158,7 @@ def _merge(run: Path, recipe: "Recipe") -> tuple[MergeResult, str]:
 
 def main(request: Path, result: Path) -> None:
     """Evaluate what the request file names and write the result file."""
-    quiet_libraries()
+    prepare_libraries()
     with contextlib.redirect_stdout(sys.stderr):
         evaluation = evaluate(EvaluationRequest.model_validate_json(request.read_text(encoding="utf-8")))
     evaluation.write(result)

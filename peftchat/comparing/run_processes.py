@@ -84,8 +84,7 @@ class RunProcesses:
             # The server could not import a library: the new process will say so in its log.
             self._fork = False
             return None
-        process = psutil.Process(int(first))
-        with _noted(process, pid_file):
+        with _noted(int(first), pid_file):
             last = _read_line(server.stdout, watch)
         if last:
             return int(last)
@@ -122,15 +121,18 @@ def _read_line(stream: IO[bytes], watch: Callable[[], None]) -> bytes:
 class _noted:  # noqa: N801 - used as a function
     """Notes a process in a file while it runs, and ends it if the block is left before it has ended."""
 
-    def __init__(self, process: psutil.Process, pid_file: Path) -> None:
-        self._process, self._pid_file = process, pid_file
+    def __init__(self, pid: int, pid_file: Path) -> None:
+        self._pid, self._pid_file = pid, pid_file
+        self._process: psutil.Process | None = None
 
     def __enter__(self) -> None:
+        # A fork that ends at once may have been waited for already.
         with suppress(psutil.NoSuchProcess):
-            write_text(self._pid_file, f"{self._process.pid} {self._process.create_time()}")
+            self._process = psutil.Process(self._pid)
+            write_text(self._pid_file, f"{self._pid} {self._process.create_time()}")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
+        if error is not None and self._process is not None:
             _end(self._process)
         self._pid_file.unlink(missing_ok=True)
 
@@ -145,7 +147,7 @@ def _started(arguments: Sequence[str], log: Path, pid_file: Path, watch: Callabl
             stderr=subprocess.STDOUT,
             env=child_environment(),
         )
-    with _noted(psutil.Process(process.pid), pid_file):
+    with _noted(process.pid, pid_file):
         while process.poll() is None:
             watch()
             time.sleep(_POLL_SECONDS)

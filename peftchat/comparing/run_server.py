@@ -105,9 +105,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = os.dup(1)
     os.dup2(2, 1)
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     for name in _MODULES:
         importlib.import_module(name)
     warm_up()

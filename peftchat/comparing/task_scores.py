@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from peftchat.child_process import end_with_parent
 from peftchat.errors import UserError, VerificationError
 from peftchat.files import write_text
-from peftchat.logging_setup import quiet_libraries
+from peftchat.library_setup import prepare_libraries
 
 if TYPE_CHECKING:
     from peftchat.evaluating.evaluated_model import EvaluatedModel
@@ -246,7 +246,7 @@ def _score(
 
 def main(request: Path, result: Path) -> None:
     """Answer the request file, and write the result file."""
-    quiet_libraries()
+    prepare_libraries()
     with contextlib.redirect_stdout(sys.stderr):
         answers = ask_tasks(TaskRequest.model_validate_json(request.read_text(encoding="utf-8")))
     answers.write(result)

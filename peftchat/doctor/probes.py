@@ -187,9 +187,9 @@ PROBES: dict[str, Callable[[], str]] = {
 def main() -> None:
     """Run the probe that the command line names; the first of several processes prints its line."""
     end_with_parent()
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     line = PROBES[sys.argv[1]]()
     if os.environ.get("RANK", "0") == "0":
         print(line)

@@ -54,6 +54,24 @@ def open_inputs(folders: Sequence[Path], base: str | None = None) -> list[Adapte
     return sources
 
 
+def overlaps(folders: Sequence[Path]) -> list[str]:
+    """Return a sentence for each run that begins at another one of the runs: it holds the update of both."""
+    begins = {folder: _first_stage(folder) for folder in folders}
+    return [
+        f"{folder} begins at {other} (model.adapter), so the update of {other} counts in both."
+        for folder, start in begins.items()
+        for other in folders
+        if start is not None and start == os.path.realpath(other)
+    ]
+
+
+def _first_stage(folder: Path) -> str | None:
+    """Return the real path of the run that a run begins at; None where it begins at its base."""
+    loaded = ModelSource.open(str(folder), local=True).recipe()
+    start = None if loaded is None else loaded.recipe.model.adapter
+    return None if start is None else os.path.realpath(start)
+
+
 def check_weights_given(weights: Sequence[float] | None, count: int) -> None:
     """Check the user's weights.
 

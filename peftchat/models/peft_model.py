@@ -61,6 +61,7 @@ def model_shape(model: "PreTrainedModel") -> ModelShape:
         flat_experts=flat_expert_names(model),
         not_called=layers_not_called(model),
         elsewhere=tuple(elsewhere),
+        modules=tuple(name for name, _ in model.named_modules() if name),
     )
 
 

@@ -44,6 +44,7 @@ class ModelShape:
             adapter wraps the call of a layer, so it would have no effect on them.
         elsewhere: dotted names of the linear and normalization layers that text does not pass, such as those of a
             vision tower. They are in none of the fields above.
+        modules: dotted names of all modules.
     """
 
     model_type: str
@@ -58,6 +59,7 @@ class ModelShape:
     flat_experts: tuple[str, ...] = ()
     not_called: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
     @property
     def _is_plain(self) -> bool:
@@ -107,7 +109,7 @@ class ModelShape:
         Groups contain the experts, and never what chooses among them.
 
         Raises:
-            UserError: the model has no layers of the group, or a name is one half of a fused parameter.
+            UserError: the model has no layers of the group or name, or a name is one half of a fused parameter.
         """
         if isinstance(modules, str):
             if modules != "attention" and self.flat_experts:
@@ -122,6 +124,7 @@ class ModelShape:
             experts = () if modules == "attention" else self.short_names(self.experts, parts=3)
             return Targets(self.target_module_names(modules), tuple(experts))
         if self._is_plain:
+            self._check_known(modules)
             return Targets(list(modules))
         self._check_called(modules)
         _check_halves(modules, self)
@@ -136,12 +139,21 @@ class ModelShape:
                 layers += self.short_names(matched) if is_elsewhere else [name]
             elif not found:
                 known = [*self.target_module_names("all-linear"), *self.short_names(self.experts)]
-                raise UserError(
-                    f"this `{self.model_type}` has no layer, and no parameter of experts, with the name `{name}`",
-                    where="adapter.target_modules",
-                    hint=f"It has {', '.join(known)}.",
-                )
+                raise self._unknown_name(name, "layer, and no parameter of experts,", known)
         return Targets(layers, tuple(dict.fromkeys(parameters)))
+
+    def _check_known(self, names: Iterable[str]) -> None:
+        """Raise a UserError for a name of no module: PEFT skips it as long as another name fits."""
+        for name in names:
+            if not any(is_target(module, name) for module in self.modules):
+                raise self._unknown_name(name, "layer", self.short_names(self.linear, parts=1))
+
+    def _unknown_name(self, name: str, what: str, known: Iterable[str]) -> UserError:
+        return UserError(
+            f"this `{self.model_type}` has no {what} with the name `{name}`",
+            where="adapter.target_modules",
+            hint=f"It has {', '.join(known)}.",
+        )
 
     def _check_called(self, modules: Iterable[str]) -> None:
         """Raise a UserError for a name of layers on which an adapter would have no effect."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from peftchat.logging_setup import VERBOSE, hear_libraries, quiet_libraries
+from peftchat.library_setup import VERBOSE, hear_libraries, prepare_libraries
 from tests.cli.test_help import COMMANDS
 from tests.support.cli import peftchat
 
@@ -38,10 +38,10 @@ def test_verbose_lets_libraries_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (VERBOSE, "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    quiet_libraries()
+    prepare_libraries()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
     hear_libraries()
-    quiet_libraries()
+    prepare_libraries()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
     assert "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
 

@@ -130,9 +130,9 @@ def become(request: Request) -> None:
 
 def import_all() -> None:
     """Import what most commands import before they do anything."""
-    from peftchat.logging_setup import quiet_libraries
+    from peftchat.library_setup import prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     for name in (
         "accelerate", "datasets", "peft", "tokenizers", "transformers", "trl",
         "bitsandbytes",

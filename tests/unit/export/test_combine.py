@@ -18,8 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from peftchat.errors import UserError, VerificationError
 from peftchat.export.combine import CombineOptions, combine_into_adapter, combine_into_model
 from peftchat.merging.combination import Combination
+from peftchat.merging.combined_inputs import overlaps
 from tests.support.adapters import IDS, VOCABULARY, apart, load, make_base, merged_logits, oracle, train_by_noise
 from tests.support.in_process import peftchat_in_process
+from tests.support.recipes import write_recipe
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 WEIGHTS = [0.7, -0.4]
@@ -332,3 +334,14 @@ def test_the_words_a_user_sees_and_overwriting(
     assert json.loads(again.stdout)["adapters"] == [[str(run), 1.0] for run in runs]
     model = peftchat_in_process(capsys, *given[:-1], tmp_path / "model", "--as", "model", "--no-verify", "--json")
     assert json.loads(model.stdout)["combination"] == {"rule": "linear", "density": 1.0, "seed": 0}
+
+
+def test_a_run_that_begins_at_another_one_of_them_is_told(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("first", "second", "other")]
+    for folder in folders:
+        folder.mkdir()
+        begin = {"model": {"adapter": str(folders[0])}} if folder.name == "second" else {}
+        write_recipe(folder / "recipe.yaml", tmp_path / "base", tmp_path / "train.jsonl", **begin)
+    (told,) = overlaps(folders)
+    assert told.startswith(f"{folders[1]} begins at {folders[0]} ")
+    assert not overlaps(folders[1:])

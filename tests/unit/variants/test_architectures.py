@@ -7,6 +7,7 @@ from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
+from peftchat.errors import UserError
 from peftchat.models.peft_model import model_shape
 from peftchat.recipe.schema import validate_adapter
 from peftchat.variants import ADAPTERS
@@ -37,6 +38,19 @@ def test_attention_and_feed_forward_are_all_linear(family: str) -> None:
     assert attention and forward and not set(attention) & set(forward)
     assert {*attention, *forward} == set(everything)
     assert all("attn" in name or "attention" in name for name in attention)
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama", "k_porj"), ("gpt2", "q_proj"), ("llama", "proj")])
+def test_a_name_of_no_layer_is_refused_beside_names_that_fit(family: str, name: str) -> None:
+    first = {"llama": "q_proj", "gpt2": "c_attn"}[family]
+    with pytest.raises(UserError, match=f"no layer with the name `{name}`") as caught:
+        wrapped(family, variant="lora", target_modules=(first, name))
+    assert first in str(caught.value.hint)
+
+
+def test_layers_may_be_named_by_their_place_and_embeddings_too() -> None:
+    _, names = wrapped("llama", variant="lora", target_modules=("layers.1.mlp.up_proj", "embed_tokens"))
+    assert names == ["model.embed_tokens", "model.layers.1.mlp.up_proj"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Log levels of libraries whose messages would interrupt the progress display."""
+"""Libraries before they are imported: their log levels, their threads, and imports that can wait."""
 
 import logging
 import os
@@ -23,13 +23,27 @@ _VARIABLES = {
 }
 
 
-def quiet_libraries() -> None:
+_SPIN_COUNT = "1000"
+"""Rounds of a loop in which a thread of GNU OpenMP waits for the others before it sleeps: some 20 microseconds.
+
+By its own rule there are 300,000 as long as no more threads are asked for than there are cores, and 1,000 otherwise.
+The rule does not see other processes. Beside them, threads that wait take the cores from those they wait for.
+https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html
+"""
+
+
+def prepare_libraries() -> None:
     """Restrict libraries to errors unless `--verbose` is given, and postpone imports that they may not need.
 
-    Call it before importing them, where a command or a function of the API begins: some log while they are imported.
+    Threads of a CPU are set to wait without keeping their cores busy, unless the user has set how they wait.
+
+    Call it before importing them, where a command or a function of the API begins: some log while they are imported,
+    and OpenMP reads its settings then.
     """
     postpone_imports()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     if VERBOSE in os.environ:
         return
     for name in _LOGGERS:
@@ -45,7 +59,7 @@ def quiet_libraries() -> None:
 
 
 def hear_libraries() -> None:
-    """Undo `quiet_libraries`, before libraries are imported, and let them tell more than by default."""
+    """Undo `prepare_libraries`, before libraries are imported, and let them tell more than by default."""
     os.environ[VERBOSE] = "1"
     for name in _LOGGERS:
         logger = logging.getLogger(name)

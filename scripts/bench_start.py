@@ -2,8 +2,8 @@
 
     python scripts/bench_start.py conversations.jsonl --before FOLDER --write docs/benchmarks.md
 
-FOLDER is a checkout of another version. All commands run with one version, then with the other, in rounds, so that other
-work slows both. A model answers one token, a run takes one step over one conversation of at most 128 tokens.
+FOLDER is a checkout of another version. All commands run with one version, then with the other, in rounds, so that
+other work slows both. A model answers one token, a run takes one step over one conversation of at most 128 tokens.
 """
 
 import argparse

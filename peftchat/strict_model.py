@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 class StrictModel(BaseModel):
     """A frozen section of settings that converts no value and rejects unknown keys."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,6 @@
-"""Draw the pictures of comparisons: `python scripts/make_compare_picture.py [COMPARISON]`.
+"""Draw the picture of a comparison: `python scripts/make_compare_picture.py COMPARISON [PICTURE]`.
 
-With the folder of a comparison, the picture of docs/compare.md's example is drawn; without, the README's, from the
-table of eight variants on the 135M model in docs/compare.md. That page has the commands that made both.
+docs/compare.md has the commands that made the comparisons of its own picture and of the README's.
 """
 
 import sys
@@ -10,17 +9,13 @@ from textwrap import wrap
 
 from markupsafe import Markup
 
+from peftchat.comparing.candidates import format_lr
 from peftchat.comparing.comparison_folder import ComparisonFolder
 from peftchat.comparing.results import CandidateSummary, ComparisonSummary
 from peftchat.files import write_text
 from peftchat.reports.svg import Mark, interval_plot
 
 PICTURE = Path("docs/pictures/compare.svg")
-TABLE_PICTURE = Path("docs/pictures/compare-135m.svg")
-PAGE = Path("docs/compare.md")
-FORGETFUL = 5.0
-"""Rise of the loss on general text, in percent, beyond which `compare` sets a tied variant aside."""
-TABLE_HEAD = "| variant | rate | held-out loss | gap to the lowest |"
 WIDTH = 720
 LINE_HEIGHT = 19
 BESTS, TIED, BEHIND = 0, 1, 2
@@ -30,7 +25,7 @@ STYLE = """
 .plot .grid { stroke: #dfe3e8; stroke-width: 1; }
 .plot line[class^="line-"] { stroke-width: 2.5; stroke-linecap: round; }
 .plot .line-0 { stroke: #1a7f37; } .plot .line-1 { stroke: #0969da; } .plot .line-2 { stroke: #8c959f; }
-.plot circle.mark { stroke: none; } .plot .faint { opacity: 0.45; }
+.plot circle.mark { stroke: none; } .plot circle.faint { stroke: #ffffff; }
 .plot circle.line-0 { fill: #1a7f37; } .plot circle.line-1 { fill: #0969da; } .plot circle.line-2 { fill: #8c959f; }
 """
 
@@ -56,8 +51,8 @@ def marks(summary: ComparisonSummary) -> list[Mark]:
         margin = None if one.name == recommendation.lowest else one.loss_gap_margin_together
         text = "lowest" if margin is None else f"{one.loss_gap.mean:+.3f} ± {margin:.3f}"
         color = BESTS if one.name == recommendation.name else TIED if one.tied else BEHIND
-        rate = one.settings.get("training.learning_rate")
-        drawn.append(Mark(f"{one.name} ({rate:g})", one.loss_gap.mean, margin, singles, color, text))
+        rate = float(one.settings["training.learning_rate"])
+        drawn.append(Mark(f"{one.name} ({format_lr(rate)})", one.loss_gap.mean, margin, singles, color, text))
     return sorted(drawn, key=lambda mark: mark.value)
 
 
@@ -67,36 +62,13 @@ def of_summary(summary: ComparisonSummary) -> str:
     assert recommendation is not None and evidence is not None
     ties = f"Tied: {', '.join(recommendation.tied)}." if len(recommendation.tied) > 1 else "No other candidate is tied."
     groups = f" in {evidence.clusters} groups" if evidence.clusters != evidence.conversations else ""
+    length = f"Each run: {summary.budget}. " if summary.budget else ""
     basis = (
-        "Bars: 95 % intervals that hold for all pairs at once, over "
+        f"{length}Bars: 95 % intervals that hold for all pairs at once, over "
         f"{evidence.conversations} held-out conversations{groups} and {evidence.seeds} seeds. "
         "Small dots: single seeds. In parentheses: the learning rate that the search took."
     )
     return picture(recommendation.headline, [ties, basis], marks(summary))
-
-
-def of_table(page: str) -> str:
-    """Return the picture of the table in a page, without single seeds, which it does not have."""
-    rows = page.partition(TABLE_HEAD)[2].partition("\n\n")[0].splitlines()[2:]
-    drawn, forgetful = [], []
-    for row in rows:
-        name, rate, _, gap, tied, general, *_ = (cell.strip() for cell in row.strip("|").split("|"))
-        value, _, margin = gap.partition(" ± ")
-        mean, half = (0.0, None) if gap == "lowest" else (float(value), float(margin))
-        if float(general.partition("(")[2].removesuffix(" %)")) > FORGETFUL:
-            forgetful.append(name)
-        is_behind = tied != "yes" or name in forgetful
-        color = BESTS if name == "lora" else BEHIND if is_behind else TIED
-        drawn.append(Mark(f"{name} ({rate})", mean, half, (), color, gap))
-    ties = (
-        f"All {len(drawn)} tie in loss. {' and '.join(forgetful)} (gray) forget more. Of the others, the one that "
-        "every tool can load, merge and serve is recommended."
-    )
-    basis = (
-        "SmolLM2-135M, 10 steps at the rate of `learning_rate: auto` (in parentheses). Bars: 95 % intervals that "
-        "hold for all pairs at once, over 64 held-out conversations and 2 seeds. More would narrow them."
-    )
-    return picture("Recommended: lora. None is certainly better", [ties, basis], drawn)
 
 
 def picture(headline: str, paragraphs: list[str], drawn: list[Mark]) -> str:
@@ -117,13 +89,11 @@ def picture(headline: str, paragraphs: list[str], drawn: list[Mark]) -> str:
 
 
 def main() -> None:
-    """Draw one of the two."""
-    if len(sys.argv) > 1:
-        target, drawn = PICTURE, of_summary(ComparisonSummary.read(ComparisonFolder(Path(sys.argv[1]))))
-    else:
-        target, drawn = TABLE_PICTURE, of_table(PAGE.read_text(encoding="utf-8"))
-    write_text(target, drawn)
-    print(f"wrote {target}")
+    """Draw the picture of the folder that is named first, into the file that is named second."""
+    folder, *target = map(Path, sys.argv[1:])
+    picture_file = target[0] if target else PICTURE
+    write_text(picture_file, of_summary(ComparisonSummary.read(ComparisonFolder(folder))))
+    print(f"wrote {picture_file}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Ordinary text to token ids, by a fast (`tokenizers`) or a slow tokenizer, never to a special token."""
 
 import itertools
-import json
 import re
 import secrets
 from collections.abc import Iterable, Sequence
@@ -88,7 +87,7 @@ class FastTextEncoder:
     """Unicode's White_Space, which the library's regular expressions use. `str.strip` strips four more."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", special: dict[str, int]) -> None:
-        state: State = json.loads(tokenizer.backend_tokenizer.to_str())
+        state: State = orjson.loads(tokenizer.backend_tokenizer.to_str())
         _rename_special_tokens(state, special)
         self._at_start = _load(state)
         inner = _without_first_word_marker(state)

@@ -61,6 +61,7 @@ class TokenizerTemplate:
         settings: what the recipe says about the template. They are written into `jinja`.
         name: the value of `chat.template`.
         today: the date for templates that write one; None for the clock's.
+        text: the tokenizer's encoder of text; None to make one, which copies the tokenizer.
 
     Attributes:
         missing_roles: the roles that the template cannot write, where the settings say what to do with them.
@@ -83,13 +84,14 @@ class TokenizerTemplate:
         settings: TemplateSettings | None = None,
         name: str = TOKENIZER_TEMPLATE,
         today: date | None = None,
+        text: TextEncoder | None = None,
     ) -> None:
         if not tokenizer.chat_template:
             raise UserError("the model's tokenizer has no chat template", where="chat.template: model", hint=_OTHERS)
         self.name = name
         self._settings = settings = settings or TemplateSettings()
         self._end_token = end_token = settings.end_token
-        self._text = TextEncoder(tokenizer)
+        self._text = text or TextEncoder(tokenizer)
         if end_token is not None and end_token not in self._text.special:
             raise UserError(
                 f"{end_token!r} is not a special token of the tokenizer",

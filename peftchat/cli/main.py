@@ -1,13 +1,13 @@
 """The `peftchat` command: all commands, and errors as one message with an exit status."""
 
 import errno
+import gc
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import click
-from click.utils import PacifyFlushWrapper
 
 from peftchat import __version__
 from peftchat.cli import (
@@ -135,6 +135,10 @@ def main() -> None:
             if interrupted is None:
                 raise
             end(interrupted)
+        finally:
+            # At its end, the interpreter searches everything that libraries made for garbage, for more than a second.
+            # What is frozen is not searched; handlers of the exit run all the same.
+            gc.freeze()
 
 
 def _main() -> None:
@@ -182,7 +186,8 @@ def _run() -> int:
     except SystemExit as error:
         # Click ends with status 1 where a reader has gone, which here means a failed check:
         # https://github.com/pallets/click/blob/8.1.8/src/click/core.py#L1100
-        if type(sys.stdout) is PacifyFlushWrapper:
+        # Newer versions warn where the class is imported.
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":
             raise BrokenPipeError from error
         raise
     except OSError as error:

@@ -4,22 +4,27 @@ import builtins
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from importlib.machinery import ModuleSpec, PathFinder
 from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 from peftchat.late_imports.compiler import LateCompiler
+from peftchat.late_imports.model_scan import SCANS_MODELS, scan_once
 from peftchat.late_imports.packages import LISTS_PACKAGES, looked_for_one_by_one
+from peftchat.late_imports.patterns import HAS_PATTERNS, compile_late
 from peftchat.late_imports.stand_ins import Importer, LateModule, real_value, stand_in
-from peftchat.late_imports.table import COMPILER, DECORATORS, IMPORTERS, NAMES, TORCH_OF_COMPILER
+from peftchat.late_imports.symbols import ASKED, CHECKS_SIZES, SYMBOLIC, check_plain_conditions, for_plain_values
+from peftchat.late_imports.table import COMPILER, DECORATORS, IMPORTERS, LARGE, NAMES, TORCH_OF_COMPILER
+from peftchat.late_imports.uncollected import uncollected
 
 
 def postpone_imports() -> None:
-    """Let libraries import torch's compiler, sharded tensors and DeepSpeed when they use them.
+    """Let libraries import torch's compiler, sharded tensors, SymPy and DeepSpeed when they use them.
 
-    Only modules that the tables name, and that are not imported yet, are affected; the imports of all others, of
-    peftchat and of a user's code, are what they are.
+    What transformers does for all its models while it is imported is done in less time, with the same result. Only
+    modules that the tables name, and that are not imported yet, are affected; the imports of all others, of peftchat
+    and of a user's code, are what they are.
     """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -34,12 +39,15 @@ class _Finder:
         self._after: Mapping[str, Callable[[ModuleType], None]] = MappingProxyType(
             {
                 COMPILER: compiler.imported,
+                CHECKS_SIZES: check_plain_conditions,
+                SCANS_MODELS: scan_once,
+                HAS_PATTERNS: compile_late,
                 "torch.distributed": _name_late_submodules,
                 "torch.distributed.tensor": _place_shards,
                 "accelerate.utils.other": _ask_compiler_if_imported,
             }
         )
-        self._names = {*TORCH_OF_COMPILER, LISTS_PACKAGES, *IMPORTERS, *DECORATORS, *self._after}
+        self._names = {*TORCH_OF_COMPILER, LISTS_PACKAGES, *IMPORTERS, *DECORATORS, *LARGE, *self._after}
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -64,17 +72,18 @@ class _Finder:
         elif name in TORCH_OF_COMPILER:
             _import_by(module, self._import_compiler)
         try:
-            with self._around(name):
+            with ExitStack() as around:
+                if name in LARGE:
+                    around.enter_context(uncollected())
+                if name in DECORATORS:
+                    around.enter_context(self._compiler.postponed())
+                if name == LISTS_PACKAGES:
+                    around.enter_context(looked_for_one_by_one())
                 execute(module)
         finally:
             importer.is_executing = False
         if name in self._after:
             self._after[name](module)
-
-    def _around(self, name: str) -> AbstractContextManager[None]:
-        if name in DECORATORS:
-            return self._compiler.postponed()
-        return looked_for_one_by_one() if name == LISTS_PACKAGES else nullcontext()
 
     def _import_compiler(self, name: str, *arguments: Any) -> Any:
         if name == COMPILER and name not in sys.modules:
@@ -102,13 +111,18 @@ def _import(
     if level == 0 and name in late and name not in sys.modules:
         if not fromlist:
             return _late_module(importer, name)
+        if name == SYMBOLIC and ASKED.issuperset(fromlist):
+            return SimpleNamespace(**{one: for_plain_values(one) for one in fromlist})
         if NAMES[name].issuperset(fromlist):
             return SimpleNamespace(**{one: stand_in(importer, name, one) for one in fromlist})
     return builtins.__import__(name, globals, locals, fromlist or (), level)
 
 
 def _late_module(importer: Importer, name: str) -> LateModule:
-    return LateModule(of=name, **{one: stand_in(importer, name, one) for one in NAMES[name]})
+    if name not in importer.late_modules:
+        stand_ins = {one: stand_in(importer, name, one) for one in NAMES[name]}
+        importer.late_modules[name] = LateModule(of=name, **stand_ins)
+    return importer.late_modules[name]
 
 
 def _name_late_submodules(module: ModuleType) -> None:

@@ -1,7 +1,7 @@
 """Stand-ins: what a library's module gets for names of a module that is imported when one of them is used."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -59,9 +59,15 @@ def stand_in(importer: "Importer", module: str, name: str) -> StandIn:
 
 @dataclass
 class Importer:
-    """The module that has stand-ins: while it is executed, what it makes of them is stood in for too."""
+    """The module that has stand-ins: while it is executed, what it makes of them is stood in for too.
+
+    Attributes:
+        is_executing: whether it is being executed.
+        late_modules: what it got for `import module`, for functions that import whenever they run.
+    """
 
     is_executing: bool = True
+    late_modules: dict[str, "LateModule"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

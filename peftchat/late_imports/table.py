@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from peftchat.late_imports.symbols import SYMBOLIC
+
 COMPILER = "torch._dynamo"
 """torch's compiler: with what it imports, an eighth of the time until training can begin."""
 
@@ -21,6 +23,9 @@ NAMES: Mapping[str, frozenset[str]] = MappingProxyType(
         "torch.distributed.checkpoint.hf_storage": frozenset({"HuggingFaceStorageReader", "HuggingFaceStorageWriter"}),
         "torch._dynamo._trace_wrapped_higher_order_op": frozenset({"TransformGetItemToIndex"}),
         "deepspeed": frozenset({"DeepSpeedEngine"}),
+        # Symbolic sizes and their expressions.
+        "sympy": frozenset({"Basic"}),
+        SYMBOLIC: frozenset(),
     }
 )
 """Classes and functions that are stood in for. All are used inside functions alone, or to ask what something is."""
@@ -40,6 +45,8 @@ IMPORTERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "trl.models.activation_offloading": _SHARDED[:1],
         "trl.trainer.utils": _SHARDED[:1],
         "accelerate.accelerator": _SHARDED[:1],
+        "torch._prims_common": ("sympy", SYMBOLIC),
+        "torch._refs": (SYMBOLIC,),
         "accelerate.utils.other": (*_SHARDED[:1], "deepspeed", "torch.distributed.fsdp.fully_sharded_data_parallel"),
     }
 )
@@ -61,3 +68,8 @@ DECORATORS = frozenset(
 
 TORCH_OF_COMPILER = frozenset({"torch._compile", "torch.optim.optimizer"})
 """Modules of torch whose functions import the compiler to tell it something, which only matters to compiled code."""
+
+LARGE = frozenset(
+    {"torch", "transformers", "transformers.models", "transformers.modeling_utils", "peft", "trl", "accelerate"}
+)
+"""Libraries, and modules that import much of one, during whose import nothing is garbage."""

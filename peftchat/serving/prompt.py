@@ -39,17 +39,18 @@ class Prompt:
     special_token_text: int
 
 
-def _template_of(tokenizer: "PreTrainedTokenizerBase") -> TokenizerTemplate:
+def _template_of(tokenizer: "PreTrainedTokenizerBase", text: TextEncoder) -> TokenizerTemplate:
     """Return the tokenizer's template; where it writes nothing behind an answer, `eos_token` ends one.
 
     A run's `chat.end_token` is the `eos_token` of its tokenizer.
     """
     try:
-        return TokenizerTemplate(tokenizer)
+        return TokenizerTemplate(tokenizer, text=text)
     except UserError:
         if not tokenizer.chat_template or tokenizer.eos_token is None:
             raise
-    return TokenizerTemplate(tokenizer, settings=TemplateSettings(end_token=str(tokenizer.eos_token)))
+    settings = TemplateSettings(end_token=str(tokenizer.eos_token))
+    return TokenizerTemplate(tokenizer, settings=settings, text=text)
 
 
 class PromptEncoder:
@@ -67,7 +68,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         self._text = TextEncoder(tokenizer)
-        self._template = _template_of(tokenizer)
+        self._template = _template_of(tokenizer, self._text)
         self._encoder = ChatEncoder(tokenizer, self._template, self._text)
 
     @property

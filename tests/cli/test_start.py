@@ -1,18 +1,26 @@
 """The start of a command: what is refused is refused at once, and nothing is imported that is not needed."""
 
+import copy
+import gc
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import re
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 
 from peftchat.late_imports.compiler import _compile_later
+from peftchat.late_imports.model_scan import SCANS_MODELS, scan_once
 from peftchat.late_imports.packages import Packages
+from peftchat.late_imports.patterns import HAS_PATTERNS, LatePattern
+from peftchat.late_imports.symbols import ASKED, for_plain_values
 from peftchat.late_imports.table import DECORATORS, IMPORTERS, TORCH_OF_COMPILER
+from peftchat.late_imports.uncollected import uncollected
 from peftchat.library_setup import prepare_libraries
 from tests.support.cli import PROJECT, start, true_peftchat
 from tests.support.models import small_model
@@ -42,19 +50,24 @@ def test_bad_files_are_refused_before_torch_is_imported(bad: str, tmp_path: Path
 
 NOT_FOR_ONE_STEP = (
     "deepspeed",
+    "sympy",
     "torch._dynamo",
     "torch._inductor",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
+    "torch.fx.experimental.symbolic_shapes",
 )
 
 TRAIN = """
 import sys
 import peftchat
+# The server of the tests has imported some of them.
+hidden = {name: sys.modules.pop(name) for name in sys.argv[2:] if name in sys.modules}
 summary = peftchat.train(sys.argv[1])
 assert summary.steps == 1
 print(*(name for name in sys.argv[2:] if name in sys.modules))
+sys.modules.update(hidden)
 """
 
 USE_LATER = """
@@ -84,7 +97,7 @@ assert add_group.__dynamo_disable is not add_group
 """
 
 
-def test_a_step_needs_neither_the_compiler_nor_sharded_tensors_which_work_when_they_are_imported_later(
+def test_a_step_needs_no_compiler_no_sharded_tensors_and_no_sympy_which_work_when_they_are_imported_later(
     tmp_path: Path,
 ) -> None:
     data = tmp_path / "train.jsonl"
@@ -110,7 +123,7 @@ def _source(module: str) -> str:
 @pytest.mark.parametrize("module", IMPORTERS)
 def test_a_module_of_the_table_still_imports_what_it_needs_late(module: str) -> None:
     for imported in IMPORTERS[module]:
-        assert f"from {imported} import " in _source(module)
+        assert re.search(rf"from {re.escape(imported)} import |    import {re.escape(imported)}\n", _source(module))
 
 
 @pytest.mark.parametrize("module", sorted(DECORATORS - {"bitsandbytes"} | TORCH_OF_COMPILER))
@@ -139,6 +152,85 @@ def test_packages_are_looked_for_one_by_one_with_the_answers_of_the_list_of_all(
     assert [none[name] for name in ("peft", "transformers", "trl")] == [["peft"], ["transformers"], ["trl"]]
     with pytest.raises(KeyError):
         none["no_such_package"]
+
+
+def test_a_scan_by_search_finds_the_models_names_that_a_scan_by_lines_finds() -> None:
+    # A copy of the module is as transformers has it, whatever has been imported.
+    spec = importlib.util.find_spec(SCANS_MODELS)
+    assert spec is not None and spec.origin is not None
+    spec = importlib.util.spec_from_file_location(f"{SCANS_MODELS}_copied", spec.origin)
+    assert spec is not None and spec.loader is not None
+    scanner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scanner)
+    folder = Path(str(spec.origin)).parent.parent / "models"
+    by_lines = scanner.create_import_structure_from_path(folder)
+    assert "for index, line in enumerate(lines)" in inspect.getsource(scanner.fetch__all__)
+    scanner.create_import_structure_from_path.cache_clear()
+    scanned = scanner.create_import_structure_from_path
+    scan_once(scanner)
+    assert len(by_lines) > 400
+    assert scanner.create_import_structure_from_path(folder) == by_lines
+    before = scanned.cache_info().misses
+    assert scanner.create_import_structure_from_path(str(folder / "__init__.py")) == by_lines
+    assert scanned.cache_info().misses == before
+
+
+def test_a_late_pattern_answers_as_a_compiled_one_and_is_compiled_when_it_is_asked() -> None:
+    assert "self.compiled_sources = re.compile(" in _source(HAS_PATTERNS)
+    never = LatePattern("(")
+    late, compiled = LatePattern(r"(?P<g0>layers\.\d+)$", re.ASCII), re.compile(r"(?P<g0>layers\.\d+)$", re.ASCII)
+    assert "_compiled" not in vars(late)
+    for pattern in (late, copy.deepcopy(late)):
+        assert (pattern.pattern, pattern.flags, pattern.groupindex) == (r"(?P<g0>layers\.\d+)$", 256, {"g0": 1})
+        assert pattern.sub("x", "model.layers.12") == compiled.sub("x", "model.layers.12") == "model.x"
+    with pytest.raises(re.error):
+        never.search("")
+
+
+@pytest.mark.parametrize("name", sorted(ASKED))
+def test_plain_sizes_are_answered_as_torch_answers_and_symbolic_ones_by_torch(name: str) -> None:
+    import torch
+    from torch.fx.experimental import symbolic_shapes
+
+    late, real = for_plain_values(name), getattr(symbolic_shapes, name)
+    environment = symbolic_shapes.ShapeEnv()
+    size = environment.create_unbacked_symint()
+    shapes = [(torch.Size([2, 3]), [2, 3]), ((2, 3), (2,)), ((2, 3), (2, 4)), ((2, size), (2, size)), (2, 2), (2, (2,))]
+    flags = [(True,), (False,), (size == 2,), (size == size,), (1.5,)]
+    cases = {"sym_eq": shapes}
+    for of_two in ("sym_and", "sym_or"):
+        cases[of_two] = [*flags, (True, False), (False, False), (True, True), (True, size == 2)]
+    for of_number in ("is_nested_int", "has_guarding_hint", "guarding_hint_or_throw"):
+        cases[of_number] = [(0,), (7,), (True,), (size,)]
+    for values in cases.get(name, flags):
+        assert _said(late, values) == _said(real, values), values
+
+
+def _said(function, values) -> str:
+    try:
+        return repr(function(*values))
+    except Exception as error:
+        return type(error).__name__
+
+
+def test_nothing_is_collected_during_a_large_import_and_garbage_of_it_later() -> None:
+    class Node:
+        pass
+
+    # A command that ran in this process has frozen what there was.
+    gc.unfreeze()
+    with uncollected():
+        assert not gc.isenabled()
+        with uncollected():
+            node = Node()
+        assert not gc.isenabled()
+        node.itself, gone = node, weakref.ref(node)
+        del node
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    gc.collect(1)
+    assert gone() is not None
+    gc.collect()
+    assert gone() is None
 
 
 def test_the_finder_is_there_once() -> None:

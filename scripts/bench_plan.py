@@ -2,6 +2,7 @@
 
     python scripts/bench_plan.py --base .cache/smollm2-135m            # all settings
     python scripts/bench_plan.py --base .cache/smollm2-135m --only 0-5 # some of them
+    python scripts/bench_plan.py --base .cache/smollm2-135m --objectives  # pairs and labeled answers
     python scripts/bench_plan.py --predict --write docs/plan.md        # predict again and update the page
 
 The base model provides the tokenizer and one of the models; the others have its architecture in other sizes with random
@@ -43,6 +44,7 @@ class Setting:
     bits: int = 4
     conversation: int = 96
     variant: str = "lora"
+    objective: str = "sft"
 
 
 SHAPES = {
@@ -88,6 +90,13 @@ SETTINGS = (
     Setting("480M", method="qlora", length=128, batch=1),
 )
 
+OBJECTIVES = tuple(
+    Setting(model, length=256, dtype="float32", conversation=240, objective=objective)
+    for model in ("17M", "135M")
+    for objective in ("dpo", "orpo", "simpo", "cpo", "kto")
+)
+"""Pairs, or labeled answers, of which each is nearly as long as it may be."""
+
 
 def make_model(name: str, base: Path, folder: Path) -> Path:
     """Return the folder of a model of this size with random weights and the base model's tokenizer."""
@@ -112,26 +121,30 @@ def make_model(name: str, base: Path, folder: Path) -> Path:
     return target
 
 
+WORDS = "The quick brown fox jumps over the lazy dog and runs away from it .".split()  # noqa: SIM905
+
+
+def make_pairs(tokens: int, folder: Path, *, labeled: bool) -> Path:
+    """Write pairs whose answers end at about `tokens` tokens, or labeled answers; return the file."""
+    path = folder / f"{'labels' if labeled else 'pairs'}-{tokens}.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(64):
+            prompt, good = (
+                " ".join(WORDS[(number * step + place) % len(WORDS)] for place in range(round(share * tokens)))
+                for step, share in ((3, 0.3), (1, 0.62))
+            )
+            bad = " ".join(reversed(good.split()))
+            record: dict[str, object] = {"prompt": prompt, "chosen": good, "rejected": bad}
+            if labeled:
+                record = {"prompt": prompt, "completion": good if number % 2 else bad, "label": number % 2}
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
 def make_conversations(tokens: int, folder: Path) -> Path:
     """Write conversations of about `tokens` tokens, most of them supervised; return the file."""
     path = folder / f"conversations-{tokens}.jsonl"
-    words = [
-        "The",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "the",
-        "lazy",
-        "dog",
-        "and",
-        "runs",
-        "away",
-        "from",
-        "it",
-        ".",
-    ]
+    words = WORDS
     with path.open("w", encoding="utf-8") as file:
         for number in range(max(256, 40_000 // tokens)):
             answer = " ".join(words[(number + i) % len(words)] for i in range(round(0.72 * tokens)))
@@ -143,13 +156,20 @@ def make_conversations(tokens: int, folder: Path) -> Path:
 
 def recipe_of(setting: Setting, base: Path, folder: Path) -> dict[str, object]:
     """Return the recipe of a setting as plain values."""
+    is_sft = setting.objective == "sft"
+    file = (
+        make_conversations(setting.conversation, folder)
+        if is_sft
+        else make_pairs(setting.conversation, folder, labeled=setting.objective == "kto")
+    )
     recipe: dict[str, object] = {
         "model": {"name": str(make_model(setting.model, base, folder)), "dtype": setting.dtype},
         "method": setting.method,
+        "objective": setting.objective,
         "data": {
-            "train": [{"path": str(make_conversations(setting.conversation, folder))}],
+            "train": [{"path": str(file)}],
             "max_length": setting.length,
-            "packing": setting.packing,
+            **({"packing": setting.packing} if is_sft else {}),
         },
         "training": {
             "max_steps": 2,
@@ -193,6 +213,7 @@ def table_row(result: dict) -> list[str]:
     notes = [
         *(["checkpointing"] if setting.checkpointing else []),
         *([f"{setting.accumulation} accumulated"] if setting.accumulation > 1 else []),
+        *([setting.objective] if setting.objective != "sft" else []),
         *([setting.dtype] if setting.dtype != "bfloat16" else []),
         *(["padded"] if not setting.packing else []),
         *([f"{setting.bits} bits"] if setting.method == "qlora" else []),
@@ -229,7 +250,8 @@ def main() -> None:
     """Measure and predict every setting and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path(".cache/smollm2-135m"))
-    parser.add_argument("--only", type=parse_numbers, default=range(len(SETTINGS)), metavar="FIRST-LAST")
+    parser.add_argument("--only", type=parse_numbers, default=None, metavar="FIRST-LAST")
+    parser.add_argument("--objectives", action="store_true", help="pairs and labeled answers instead of conversations")
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "bench_plan", help="models, results"
     )
@@ -237,11 +259,13 @@ def main() -> None:
     parser.add_argument("--write", type=Path, default=None, metavar="PAGE", help="write the table into this page")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    kept = args.folder / "results.json"
+    settings = OBJECTIVES if args.objectives else SETTINGS
+    kept = args.folder / ("objectives.json" if args.objectives else "results.json")
     results = {r["number"]: r for r in json.loads(kept.read_text())} if kept.is_file() else {}
-    for number in [number for number in args.only if not args.predict or number in results]:
-        setting = SETTINGS[number]
-        recipe = args.folder / f"recipe-{number}.json"
+    numbers = args.only or range(len(settings))
+    for number in [number for number in numbers if not args.predict or number in results]:
+        setting = settings[number]
+        recipe = args.folder / f"{kept.stem}-{number}.json"
         recipe.write_text(json.dumps(recipe_of(setting, args.base.absolute(), args.folder)), encoding="utf-8")
         measured = results[number]["measured"] if args.predict else measure(recipe, args.folder)
         memory = predict(recipe)
@@ -254,7 +278,7 @@ def main() -> None:
     shown = table([results[key] for key in sorted(results)])
     print(shown)
     if args.write is not None:
-        write_table(args.write, "bench_plan", f"\n{shown}\n")
+        write_table(args.write, "bench_plan_objectives" if args.objectives else "bench_plan", f"\n{shown}\n")
 
 
 if __name__ == "__main__":

@@ -339,7 +339,7 @@ class Overhead:
 
 OVERHEADS: Mapping[str, Overhead] = {
     "cuda": Overhead(framework=600_000_000, communication=900_000_000, fragmentation=0.06),
-    "cpu": Overhead(framework=680_000_000, communication=100_000_000, fragmentation=0.28),
+    "cpu": Overhead(framework=540_000_000, communication=100_000_000, fragmentation=0.28),
 }
 """Overhead by device.
 

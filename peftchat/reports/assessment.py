@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from peftchat.conversations.dataset_card import SKIPPED
 from peftchat.formatting import format_count, format_decimal, format_duration, format_percent
 from peftchat.runs.eval_labels import LabelSummary
 from peftchat.runs.eval_pairs import PairSummary
@@ -121,7 +122,12 @@ def run_warnings(summary: RunSummary) -> list[str]:
         what = f"each of the {summary.unit}" if summary.objective != "sft" else "each conversation"
         warnings.append(f"It saw {what} about {format_decimal(times)} times and may reproduce some of them.")
     if summary.dropped_examples:
-        warnings.append(f"{format_count(summary.dropped_examples)} {summary.unit} were dropped.")
+        verb = "was" if summary.dropped_examples == 1 else "were"
+        reasons = ", ".join(
+            f"{format_count(number)} {SKIPPED.get(reason, reason.replace('_', ' '))}"
+            for reason, number in (summary.dropped or {}).items()
+        )
+        warnings.append(f"{format_count(summary.dropped_examples)} of the {summary.unit} {verb} dropped: {reasons}.")
     if summary.special_token_text:
         warnings.append(
             f"Text that looks like a special token occurred {format_count(summary.special_token_text)} times "

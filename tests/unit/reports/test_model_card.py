@@ -71,7 +71,7 @@ def test_limits_come_from_the_run() -> None:
         "only 200 conversations",
         "No held-out",
         "about 9 times",
-        "were dropped",
+        "10 of the conversations were dropped: 7 longer than",
         "&lt;s&gt;",
         "did not move",
     ):

@@ -1,4 +1,4 @@
-"""Addresses: those that a server listens on, and those of pages that stand where a path or a hub id is expected."""
+"""Addresses: those that a server listens on, and those that stand where a path or a hub id is expected."""
 
 import errno
 import ipaddress
@@ -65,12 +65,27 @@ def free_port(host: str, first: int, count: int = 1) -> int:
     raise UserError(what, where=f"--host {host}", hint="Choose another with --port.")
 
 
-_PAGE = re.compile(r"https?://(?:(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+))?", re.IGNORECASE)
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
+_PAGE = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)|hf:/)/(?:datasets/)?([\w.-]+/[\w.-]+)", re.IGNORECASE
+)
+
+
+def scheme_of(text: str) -> str | None:
+    """Return what stands before the colon of an address such as `s3://bucket`; None if the text is none.
+
+    A path that went through `pathlib` has one slash left. One letter is a drive of Windows.
+    """
+    address = _ADDRESS.match(text)
+    return None if address is None else address[1].lower()
 
 
 def advice_on_page(text: str) -> str | None:
-    """Return what to write in place of a web address; None if the text is none."""
-    page = _PAGE.match(text)
-    if page is None:
+    """Return what to write in place of an address; None if the text is none."""
+    scheme = scheme_of(text)
+    if scheme is None:
         return None
-    return f"Write the hub id: {page[1]}." if page[1] else "Download it first, and give its path."
+    if scheme == "file":
+        return "Write the path alone, without `file:`."
+    page = _PAGE.match(text)
+    return "Download it first, and give its path." if page is None else f"Write the hub id: {page[1]}."

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftchat.addresses import scheme_of
 from peftchat.errors import UserError
 from peftchat.paths import check_new_name
 
@@ -54,6 +55,10 @@ def check_output(output: Path, inputs: Iterable[InputPath], where: str, *, conti
         UserError: it may not.
     """
     check_new_name(output, where)
+    scheme = scheme_of(str(output))
+    if scheme is not None and not Path(output.parts[0]).exists():
+        what = f"the output is an address (`{scheme}:`), expected a path on this machine"
+        raise UserError(what, where=where, hint="Write to a folder, and copy it when it is finished.")
     _check_place(output, where)
     chain = _identities(output)
     own = chain[0] if output.exists() else None

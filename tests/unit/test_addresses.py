@@ -17,6 +17,11 @@ from peftchat.models.source import ModelSource
         ("https://example.org/x.jsonl", "Download it first, and give its path."),
         ("Qwen/Qwen3-0.6B", None),
         ("./https/x", None),
+        ("hf://datasets/a/b/x.parquet", "Write the hub id: a/b."),
+        ("s3://bucket/x.jsonl", "Download it first, and give its path."),
+        ("file:///data/x.jsonl", "Write the path alone, without `file:`."),
+        ("C:/data/x.jsonl", None),
+        ("run:1", None),
     ],
 )
 def test_what_to_write_for_a_page(text: str, advice: str | None) -> None:

@@ -77,6 +77,8 @@ def nothing() -> None:
         ("trailing ", "blank", nothing),
         (" leading/x", "blank", nothing),
         ("nul\0", "NUL", nothing),
+        ("s3://bucket/run", "is an address (`s3:`)", nothing),
+        ("gs:/bucket/run", "is an address (`gs:`)", nothing),
     ],
 )
 def test_refused(place: Path, output: str, says: str, before: Callable[[], object]) -> None:

@@ -54,7 +54,7 @@ def check_against_slow_encoder(tokenizer: Any, clean: Any, template: str, system
 @pytest.mark.parametrize("name", BUILDERS)
 def test_tokens_as_roles(name: str) -> None:
     case = built(name)
-    check_against_slow_encoder(case.tokenizer, case.clean, "starchat", "", 10_000 if name in THOROUGH else 1_000)
+    check_against_slow_encoder(case.tokenizer, case.clean, "starchat", "", 3_000 if name in THOROUGH else 1_000)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

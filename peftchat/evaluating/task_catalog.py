@@ -95,7 +95,8 @@ def require_harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "tasks are evaluated by EleutherAI's harness, which is not installed",
-            hint="Install it: `pip install 'peftchat[evaluate]'`.",
+            hint="Install it: `pip install 'peftchat[evaluate]'`. The loss on conversations needs none "
+            "(`peftchat evaluate MODEL --data FILE`).",
         )
     # Its bars would interrupt ours; tqdm reads the variable when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")

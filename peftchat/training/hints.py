@@ -1,5 +1,6 @@
 """Hints on a recipe: what published evidence warns of, with the numbers of this run."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -116,16 +117,29 @@ def tell_hints(context: "TrainContext", model: "TrainableModel", *, sequences: i
 
 
 def find_hints(recipe: "Recipe", size: RunSize) -> tuple[str, ...]:
-    """Return one line for each thing that the evidence warns of.
+    """Return one line for each thing that the evidence warns of, and for each source that is listed twice.
 
     Args:
         recipe: the recipe; its rate may be `auto`.
         size: the sizes of its run.
     """
-    lines = list(_rate_hint(recipe))
+    lines = [*_repeated_hint(recipe), *_rate_hint(recipe)]
     if recipe.adapter is not None:
         lines += [*_capacity_hint(recipe, size), *_batch_hint(size), *_target_hint(recipe, size)]
     return tuple(lines)
+
+
+def _repeated_hint(recipe: "Recipe") -> Iterator[str]:
+    weights: dict[str, list[float]] = {}
+    for entry in recipe.data.train:
+        weights.setdefault(entry.model_copy(update={"weight": 1.0}).model_dump_json(), []).append(entry.weight)
+    for source, listed in weights.items():
+        if len(listed) > 1:
+            path, total = json.loads(source)["path"], sum(listed)
+            yield (
+                f"data.train lists {path} {len(listed)} times, so each of its conversations is trained {total:g} times "
+                f"in an epoch. List it once, with `weight: {total:g}` if that is what you want."
+            )
 
 
 def _capacity_hint(recipe: "Recipe", size: RunSize) -> Iterator[str]:

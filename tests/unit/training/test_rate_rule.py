@@ -10,6 +10,7 @@ import pytest
 from peftchat.errors import UserError
 from peftchat.planning.auto_settings import choose_rate
 from peftchat.recipe import Recipe
+from peftchat.recipe.sections import DataEntry
 from peftchat.training.hints import RunSize, find_hints
 from peftchat.training.rate_rule import ModelWidth, rule_rate, width_of
 from peftchat.variants import VARIANTS
@@ -121,6 +122,21 @@ def test_hints_have_the_numbers_and_the_source() -> None:
     assert find_hints(make(method="full"), size) == ()
     enough = RunSize(5000, attention_only=False, supervised_tokens=5000, conversations_per_step=32.0)
     assert find_hints(make(), enough) == ()
+
+
+def test_a_source_that_is_listed_twice_is_told() -> None:
+    size = RunSize(9, attention_only=False)
+    recipe = make()
+    (entry,) = recipe.data.train
+    other = entry.model_copy(update={"split": "other"})
+
+    def hints(*entries: DataEntry) -> tuple[str, ...]:
+        data = recipe.data.model_copy(update={"train": entries})
+        return find_hints(recipe.model_copy(update={"data": data}), size)
+
+    assert hints(entry) == hints(entry, other) == ()
+    (line,) = hints(entry, other, entry.model_copy(update={"weight": 0.5}), entry)
+    assert f"lists {entry.path} 3 times" in line and "`weight: 2.5`" in line
 
 
 @pytest.mark.parametrize(("given", "told"), [(5e-2, "10 times"), (1.1e-2, None), (2e-3, None), (5e-4, "1/10 of")])

@@ -186,8 +186,8 @@ def _run() -> int:
     except SystemExit as error:
         # Click ends with status 1 where a reader has gone, which here means a failed check:
         # https://github.com/pallets/click/blob/8.1.8/src/click/core.py#L1100
-        # Newer versions warn where the class is imported.
-        if type(sys.stdout).__name__ == "PacifyFlushWrapper":
+        # Newer versions begin the name of the class with `_`, and warn where the old one is imported.
+        if type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):
             raise BrokenPipeError from error
         raise
     except OSError as error:

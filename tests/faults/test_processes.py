@@ -108,8 +108,9 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     time.sleep(1)
     assert started.poll() is None
     started.send_signal(signal.SIGINT)
-    assert started.wait(SECONDS) == 130
+    status = started.wait(SECONDS)
     _, stderr = started.communicate()
+    assert status == 130, stderr
     assert own_lines(stderr) == ["Interrupted."]
     scene.sections["training"] = {"max_steps": 1}
     assert scene.peftchat("train", scene.recipe, "--resume").returncode == 2, "another global batch size"
@@ -160,7 +161,8 @@ def test_a_signal_at_any_time_is_one_line_and_the_run_can_be_resumed(
     started.send_signal(number)
     status = started.wait(SECONDS)
     _, stderr = started.communicate()
-    if status:
+    # Behind the last file, the command gives the signals back to the interpreter, which ends by them at once.
+    if status not in (0, -number):
         assert status == 128 + number, stderr
         assert len(own_lines(stderr)) == 1 and "Traceback" not in stderr
         # The signal may come between the last file and the end.

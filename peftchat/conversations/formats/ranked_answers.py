@@ -49,10 +49,11 @@ def _one(first: object, second: object) -> tuple[frozenset[object], frozenset[ob
 
 # Below 0, the first one is better, the more so the lower.
 _STRENGTHS = (frozenset[object]({-3, -2, -1}), frozenset[object]({3, 2, 1}), frozenset[object]({0}))
+_BOTH_BAD = frozenset[object]({"tie (bothbad)", "both_bad", "bothbad"})
 _VOTES = (
     frozenset[object]({"model_a", "a", "A", "response_a"}),
     frozenset[object]({"model_b", "b", "B", "response_b"}),
-    frozenset[object]({"tie", "tie (bothbad)", "both_bad", "bothbad"}),
+    frozenset[object]({"tie"}) | _BOTH_BAD,
 )
 _SIDES = (
     _Sides(("response_0", "response_1"), "better_response_id", *_one(0, 1)),
@@ -99,11 +100,17 @@ def of_ranked(fields: Fields, *, pairs: bool = False) -> Fields:
 
 
 def _of_sides(sides: _Sides, fields: Fields, asked: str | None, *, pairs: bool) -> Fields:
-    """The record with the better of two answers; of two that are alike, the first one, where no pair is wanted."""
+    """The record with the better of two answers; of two that are alike, the first, with its label if both are bad.
+
+    Raises:
+        LeftOut: a pair is wanted, and neither is better.
+    """
     choice = fields[sides.better]
     if pairs and choice in sides.neither:
         raise LeftOut("answers_tie")
     rest = {name: value for name, value in fields.items() if name not in (*sides.answers, sides.better)}
+    if choice in _BOTH_BAD:
+        rest[names.LABEL] = False
     one, other = (fields[name] for name in sides.answers)
     best, worst = (other, one) if choice in sides.second else (one, other)
     if asked is None:

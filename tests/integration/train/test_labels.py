@@ -187,7 +187,7 @@ def test_labels_are_read_from_every_spelling(tmp_path: Path, shared_data: Path) 
     [
         ({"training": {"per_device_train_batch_size": 1}}, "one answer is no mean"),
         ({"dpo": {"beta": 0.2}}, "`objective: kto` has no such options"),
-        ({"data": {"packing": True}}, "not packed under `objective: kto`"),
+        ({"data": {"packing": True}}, "one line without padding already"),
         ({"kto": {"beta": 0}}, "kto.beta"),
         ({"kto": {"loss_type": "sigmoid"}}, "kto.loss_type"),
     ],

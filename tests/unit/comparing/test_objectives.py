@@ -34,7 +34,7 @@ def made(name: str, loss: float, right: int, *, seeds: int = 3, before: bool = T
             -1, f"eval.jsonl:{row}", 5, 5, -10.0 + (1 if row < right else -1), -9.0 - (1 if row < right else -1),
             # The objective's own rewards say the opposite.
             0.0 if row < right else 1.0, 1.0 if row < right else 0.0, loss,
-            *((-10.0, -9.0) if before else ()),
+            **({"chosen_logp_before": -10.0, "rejected_logp_before": -9.0} if before else {}),
         )
         for row in range(PAIRS_HELD_OUT)
     ]  # fmt: skip

@@ -223,10 +223,27 @@ def test_instances_that_are_none_name_their_record(tmp_path: Path, instances: ob
         list(read_conversations(path))
 
 
+@pytest.mark.parametrize(
+    ("winner", "trained"), [("model_a", "first"), ("model_b", "second"), ("tie", "first"), ("tie (bothbad)", None)]
+)
+def test_a_vote_between_two_conversations_chooses_the_one_to_train(
+    winner: str, trained: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "arena.jsonl"
+    asked = {"role": "user", "content": QUESTION}
+    first, second, last = ([asked, {"role": "assistant", "content": text}] for text in ("first", "second", "last"))
+    votes = [(first, second, winner), (first, last, "model_b")]
+    path.write_text(
+        "".join(json.dumps({"conversation_a": a, "conversation_b": b, "winner": won}) + "\n" for a, b, won in votes)
+    )
+    answers = [conversation.messages[-1].content for conversation in read_conversations(path)]
+    assert answers == [*([] if trained is None else [trained]), "last"]
+
+
 def test_two_lists_of_turns_are_not_taken_for_one_another(tmp_path: Path) -> None:
     path = tmp_path / "arena.jsonl"
     said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-    path.write_text(json.dumps({"conversation_a": said, "conversation_b": said, "winner": "model_b"}))
+    path.write_text(json.dumps({"conversation_a": said, "conversation_b": said, "winner": "perhaps"}))
     with pytest.raises(UserError, match=r"conversation_b'.*the better one as `chosen`"):
         list(read_conversations(path))
     path.write_text(json.dumps({"talk": said}))

@@ -101,7 +101,8 @@ def train(
 
     if distributed.world_size == 1:
         # Data that is refused is refused before anything heavy is imported, planned or loaded.
-        check_content(loaded, TrainOptions(resume, allow_changed), distributed)
+        started = _with_rate_of_run(loaded) if resume else loaded
+        check_content(started, TrainOptions(resume, allow_changed), distributed)
     from peftchat.evaluating.recipe_tasks import evaluate_recipe_tasks
     from peftchat.reports.run_report import try_model_card, write_summaries
     from peftchat.runs.run_folder import RunFolder
@@ -612,6 +613,13 @@ def _load(recipe: RecipeSource, overrides: Sequence[str], *, to_train: bool = Tr
     return recipe
 
 
+def _with_rate_of_run(loaded: LoadedRecipe) -> LoadedRecipe:
+    """Return a recipe that is resumed with the learning rate that its run was started with, in place of `auto`."""
+    from peftchat.planning.auto_settings import choose_rate
+
+    return dataclasses.replace(loaded, recipe=choose_rate(loaded.recipe, resume=True)[0])
+
+
 def _train_arguments(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool, prompts: Sequence[str]) -> list[str]:
     """Return the command line of `train`, without the program's name."""
     arguments = ["train", *loaded.arguments()]
@@ -625,13 +633,12 @@ def _launch(
     loaded: LoadedRecipe, distributed: "DistributedSetup", arguments: Sequence[str], options: "TrainOptions"
 ) -> None:
     """Check and encode everything once, so that an error is printed once; then start the processes."""
-    from peftchat.planning.auto_settings import choose_rate
     from peftchat.training.context import check_content
     from peftchat.training.launch import launch
 
-    # Every process chooses it again, by the same rule.
-    loaded = dataclasses.replace(loaded, recipe=choose_rate(loaded.recipe, resume=options.resume)[0])
-    check_content(loaded, options, distributed)
+    # Every process chooses the rate again, by the same rule.
+    started = _with_rate_of_run(loaded) if options.resume else loaded
+    check_content(started, options, distributed)
     status = launch(distributed, arguments)
     if status:
         raise WorkerError(status)

@@ -154,3 +154,14 @@ FAULTS = (
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
 def test_a_run_folder_belongs_to_one_run(fault: Fault, tmp_path: Path) -> None:
     fault.check(tmp_path)
+
+
+def test_a_resumed_run_keeps_the_rate_that_auto_gave_it(tmp_path: Path) -> None:
+    """The rule knows the number of steps, so that it gives another rate to a run that goes on for more of them."""
+    scene = Scene.build(tmp_path)
+    scene.sections = {"training": {"learning_rate": "auto", "lr_scheduler_type": "constant", "max_steps": 2, **_SAVING}}
+    scene.train()
+    scene.sections["training"]["max_steps"] = 4
+    scene.train("--resume")
+    rates = {line["learning_rate"] for line in read_json_lines(scene.run / "metrics.jsonl") if "learning_rate" in line}
+    assert len(rates) == 1 and read_json(scene.run / "run.json")["steps"] == 4

@@ -14,7 +14,7 @@ import torch
 
 from peftchat.planning.settings import AttentionKind, TraceConfig
 from peftchat.planning.tracing import BackboneTrace, LossTrace, fake_mode, fake_model, trace_backbone, trace_loss
-from peftchat.training.loss import chunk_size
+from peftchat.training.linear_cross_entropy import chunk_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -168,8 +168,10 @@ def loss_profile(
     """Trace the loss with an LM head of the model's size."""
     vocab_size = counts.vocab_size + (0 if trains_head else trace_config.new_tokens)
 
+    itemsize = getattr(torch, trace_config.autocast or trace_config.weight_dtype).itemsize
+
     def chunk(on: str, targets: int) -> int:
-        return chunk_size(targets, vocab_size, on, trains_head=trains_head)
+        return chunk_size(targets, vocab_size, on, trains_head=trains_head, itemsize=itemsize)
 
     def trace(targets: int) -> LossTrace:
         with fake_mode():
@@ -181,6 +183,7 @@ def loss_profile(
                 autocast=_dtype(trace_config.autocast),
                 trains_head=trains_head,
                 new_tokens=trace_config.new_tokens,
+                in_tiles=device == "cpu",
             )
 
     return LossProfile(trace, chunk("cpu", 2**40), functools.partial(chunk, device))

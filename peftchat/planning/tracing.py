@@ -25,7 +25,7 @@ from peftchat.models.fused_lora import fuse_lora_forward
 from peftchat.models.peft_model import cast_trainable, wrap_without_init
 from peftchat.planning.settings import AttentionKind
 from peftchat.training.lm_head import Head, LogitTransform
-from peftchat.training.loss import linear_cross_entropy
+from peftchat.training.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -384,6 +384,7 @@ def trace_loss(
     autocast: torch.dtype | None,
     trains_head: bool,
     new_tokens: int,
+    in_tiles: bool,
 ) -> LossTrace:
     """Trace forward and backward of the loss over `targets` supervised positions.
 
@@ -397,6 +398,7 @@ def trace_loss(
         autocast: dtype of autocast; None without it.
         trains_head: whether the LM head gets a gradient.
         new_tokens: added tokens with embeddings of their own, if the head is frozen.
+        in_tiles: whether float32 logits exist for a part of a chunk at a time, as on a CPU.
     """
     vocab_size, width = head
     weight = nn.Parameter(torch.empty(vocab_size, width, dtype=weight_dtype), requires_grad=trains_head)
@@ -412,7 +414,8 @@ def trace_loss(
         # In training the states are selected from all positions, which copies them.
         selected = states.index_select(0, positions)
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            loss, _ = linear_cross_entropy(selected, target_ids, Head(weight, None, added, LogitTransform.of(config)))
+            lm_head = Head(weight, None, added, LogitTransform.of(config), in_tiles=in_tiles)
+            loss, _ = linear_cross_entropy(selected, target_ids, lm_head)
         del selected
         forward = live.peak
         live.reset_peak()

@@ -53,10 +53,11 @@ class LogitTransform:
 
 
 def _transformed_logits(
-    product: Tensor, bias: Tensor | None, logit_mask: Tensor | None, transform: LogitTransform
-) -> tuple[Tensor, Tensor | None]:
+    product: Tensor, bias: Tensor | None, logit_mask: Tensor | None, transform: LogitTransform,
+    room: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return float32 logits, shape (N, V), and the tanh that `LogitTransform.backward_` needs."""
-    logits = product.to(torch.float32, copy=True)
+    logits = product.to(torch.float32, copy=True) if room is None else room[: len(product)].copy_(product)
     if bias is not None:
         logits += bias
     tanh_logits = transform.apply_(logits)
@@ -72,8 +73,9 @@ def logsumexp_and_grad(
     logit_mask: Tensor | None,
     transform: LogitTransform,
     with_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the log-sum-exp of the logits and, optionally, its gradient.
+    room: Tensor | None = None,
+) -> Tensor:
+    """Return the log-sum-exp of the logits, float32, shape (N, 1).
 
     Args:
         product: hidden states times the head's weight, shape (N, V).
@@ -81,13 +83,10 @@ def logsumexp_and_grad(
         bias: the head's bias, shape (V,), or None.
         logit_mask: minus infinity at the ids that added tokens override, 0 elsewhere, shape (V,); or None.
         transform: the transform after the head.
-        with_grad: whether to compute the gradient.
-
-    Returns:
-        The log-sum-exp, float32, shape (N, 1), and its gradient with respect to the product, shape (N, V), in the
-        product's dtype, or None.
+        with_grad: whether the product is replaced by the gradient with respect to it.
+        room: float32, shape (at least N, V): the logits are computed there. Without it, memory is allocated.
     """
-    logits, tanh_logits = _transformed_logits(product, bias, logit_mask, transform)
+    logits, tanh_logits = _transformed_logits(product, bias, logit_mask, transform, room)
     largest = logits.amax(-1, keepdim=True)
     if added_logits is not None:
         largest = torch.maximum(largest, added_logits.amax(-1, keepdim=True))
@@ -96,11 +95,11 @@ def logsumexp_and_grad(
     if added_logits is not None:
         total += (added_logits - largest).exp().sum(-1, keepdim=True)
     logsumexp = largest + total.log()
-    if not with_grad:
-        return logsumexp, None
-    grad_logits = logits.div_(total)
-    transform.backward_(grad_logits, tanh_logits)
-    return logsumexp, grad_logits.to(product.dtype)
+    if with_grad:
+        grad_logits = logits.div_(total)
+        transform.backward_(grad_logits, tanh_logits)
+        product.copy_(grad_logits)
+    return logsumexp
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +113,16 @@ class Head:
         transform: the transform after the head.
         logsumexp: `logsumexp_and_grad`, or the same function compiled.
         chunk_factor: factor on the number of positions that are projected at a time.
+        in_tiles: whether float32 logits exist for a part of a chunk at a time.
     """
 
     weight: Tensor
     bias: Tensor | None
     added_tokens: AddedTokenHead | None
     transform: LogitTransform
-    logsumexp: Callable[..., tuple[Tensor, Tensor | None]] = logsumexp_and_grad
+    logsumexp: Callable[..., Tensor] = logsumexp_and_grad
     chunk_factor: float = 1.0
+    in_tiles: bool = False
 
     @property
     def size(self) -> int:
@@ -229,8 +230,8 @@ class Chunk:
         """Turn the gradient of the log-sum-exp into that of the loss, in place.
 
         Args:
-            grad_logits: the gradient of `logsumexp_and_grad`, changed in place.
-            logsumexp: the log-sum-exp of `logsumexp_and_grad`.
+            grad_logits: the gradient that `logsumexp_and_grad` leaves, changed in place.
+            logsumexp: what it returns.
 
         Returns:
             The gradient of the added tokens' logits, in the dtype of the product, shape (N, n); None without them.
@@ -248,9 +249,12 @@ class Chunk:
         self.head.transform.backward_(grad_added, self.added_tanh)
         return grad_added.to(grad_logits.dtype)
 
-    def count_correct(self, logit_mask: Tensor | None) -> Tensor:
-        """Count the targets that are the most likely token; of equally likely tokens the first one counts."""
-        logits, _ = _transformed_logits(self.product, self.head.bias, logit_mask, self.head.transform)
+    def count_correct(self, logit_mask: Tensor | None, room: Tensor | None = None) -> Tensor:
+        """Count the targets that are the most likely token; of equally likely tokens the first one counts.
+
+        The arguments are those of `logsumexp_and_grad`.
+        """
+        logits, _ = _transformed_logits(self.product, self.head.bias, logit_mask, self.head.transform, room)
         best, predicted = logits.max(-1, keepdim=True)
         if self.added_logits is not None and self.head.added_tokens is not None:
             best_added, index = self.added_logits.max(-1, keepdim=True)

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftchat.models.added_tokens import AddedTokenHead
-from peftchat.training import loss as loss_module
+from peftchat.training import linear_cross_entropy as module
 from peftchat.training.lm_head import Head, LogitTransform
-from peftchat.training.loss import linear_cross_entropy
+from peftchat.training.linear_cross_entropy import linear_cross_entropy
 from peftchat.training.reference_kl import NextTokens, kl_from_reference
 
 N, HIDDEN, VOCABULARY = 37, 16, 50
@@ -41,11 +41,12 @@ def plain_nll(hidden, targets, weight, bias, rows, ids, rows_bias, size, transfo
     [LogitTransform(), LogitTransform(softcap=5.0), LogitTransform(scale=0.3), LogitTransform(2.0, 4.0)],
     ids=str,
 )
-@pytest.mark.parametrize("chunk", [16, 1000])
-def test_equals_the_plain_formula(ids, bias, transform, chunk, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("chunk", "in_tiles"), [(16, False), (1000, False), (1000, True), (20, True)])
+def test_equals_the_plain_formula(ids, bias, transform, chunk, in_tiles, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     size = VOCABULARY if ids is None else max(VOCABULARY, max(ids) + 1)
-    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", {"cpu": chunk * size})
+    monkeypatch.setattr(module, "_CPU_CHUNK_BYTES", 4 * chunk * size)
+    monkeypatch.setattr(module, "_TILE_ELEMENTS", 8 * size)
     hidden, weight = torch.randn(N, HIDDEN), torch.randn(VOCABULARY, HIDDEN)
     head_bias = torch.randn(VOCABULARY) if bias else None
     rows = None if ids is None else torch.randn(len(ids), HIDDEN)
@@ -62,7 +63,8 @@ def test_equals_the_plain_formula(ids, bias, transform, chunk, monkeypatch: pyte
         b = next(given) if head_bias is not None else None
         r = next(given) if rows is not None else None
         if ours:
-            head = Head(w, b, None if r is None else AddedTokenHead(r, rows_bias, row_ids, size), transform)
+            added = None if r is None else AddedTokenHead(r, rows_bias, row_ids, size)
+            head = Head(w, b, added, transform, in_tiles=in_tiles)
             total, correct = linear_cross_entropy(h, targets, head, count_correct=True)
         else:
             total, correct = plain_nll(h, targets, w, b, r, row_ids, rows_bias, size, transform)
@@ -109,7 +111,7 @@ def test_single_losses_may_be_weighed(ids, trains, transform, monkeypatch: pytes
     """As pairs weigh them: the gradient of any function of the losses is that of the plain formula."""
     torch.manual_seed(0)
     size = VOCABULARY if ids is None else max(ids) + 1
-    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", {"cpu": 16 * size})
+    monkeypatch.setattr(module, "_CPU_CHUNK_BYTES", 4 * 16 * size)
     rows = None if ids is None else torch.randn(len(ids), HIDDEN)
     row_ids = None if ids is None else torch.tensor(ids)
     targets = torch.randint(VOCABULARY, (N,))

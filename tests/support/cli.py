@@ -194,7 +194,7 @@ def start(
 def _read_line(connection: socket.socket) -> str:
     line = b""
     while not line.endswith(b"\n"):
-        part = connection.recv(64)
+        part = connection.recv(1)  # The exit status of a short process may be behind this line already.
         if not part:
             raise RuntimeError("the fork server ended early")
         line += part

@@ -35,9 +35,11 @@ def _of_exchange(fields: Fields) -> Fields:
     if response is None or (request is None and "messages" not in fields and "input" not in fields):
         return fields
     record = {name: value for name, value in fields.items() if name not in (request and request[0], response[0])}
-    if request is not None:
-        record |= _told_apart(request[1], _ASKING, _REST_OF_REQUEST)
-    return record | _answer_of(response[1])
+    found = {} if request is None else _told_apart(request[1], _ASKING, _REST_OF_REQUEST)
+    found |= _answer_of(response[1])
+    # A field beside them by the same name, unless it is a copy, is no part of the exchange: it is kept and told.
+    beside = {f"outer_{name}": record[name] for name in record.keys() & found if record[name] != found[name]}
+    return {**record, **found, **dict(sorted(beside.items()))}
 
 
 def _find(fields: Fields, known: Sequence[str]) -> tuple[str, dict[str, Any]] | None:

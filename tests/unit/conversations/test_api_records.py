@@ -57,6 +57,16 @@ def test_what_was_sent_and_what_came_back_are_a_conversation(tmp_path: Path, rec
     assert turns_of(found) == SAID
 
 
+def test_a_field_beside_an_exchange_by_the_name_of_one_in_it_is_told(tmp_path: Path) -> None:
+    exchange = {"request": {"messages": ASKED}, "response": {"choices": [{"message": ANSWER}]}}
+    (found,), log = read(tmp_path / "log.jsonl", {**exchange, "messages": [{"role": "user", "content": "Another."}]})
+    assert turns_of(found) == SAID
+    assert "outer_messages" in " ".join(log.unused)
+    (found,), log = read(tmp_path / "copy.jsonl", {**exchange, "messages": ASKED})
+    assert turns_of(found) == SAID
+    assert not log.unused
+
+
 def test_items_of_one_answer_are_one_turn(tmp_path: Path) -> None:
     thought = {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "Ask."}]}
     record = {

@@ -6,8 +6,8 @@
 `--setup` makes an environment for each tool in the folder with venv and pip, where there is none yet. Then every tool
 trains on the same rows, encoded once by peftchat, in turns and in a process of its own: one epoch of `--steps` steps of
 `--batch` conversations, LoRA of rank 16 on all linear layers, a constant rate. Where a tool can pack, the conversations
-of a step are one pack. A tool that cannot be installed or run is a row with the reason. Results are added to
-`--results`, and a run that was cut off goes on behind them.
+of a step are one pack. peftchat runs with `training.torch_compile: false` and `true`. A tool that cannot be installed or
+run is a row with the reason. Results are added to `--results`, and a run that was cut off goes on behind them.
 """
 
 import argparse
@@ -56,6 +56,7 @@ PEERS = (
 )  # fmt: skip
 
 OURS = "peftchat"
+COMPILED = "peftchat compiled"
 
 DRIVERS = Path(__file__).with_name("peer_drivers.py")
 
@@ -64,7 +65,7 @@ Found = dict[str, Any]
 
 def interpreter(environments: Path, contender: str) -> Path:
     """Return the Python that runs a contender."""
-    if contender == OURS:
+    if contender in (OURS, COMPILED):
         return Path(sys.executable)
     folder = next(peer.folder for peer in PEERS if contender in peer.contenders)
     return environments / folder / "bin" / "python"
@@ -102,7 +103,7 @@ def measure(contender: str, method: str, args: argparse.Namespace, rows: Path, s
     """Train with a contender; return its measurement, or `reason`."""
     python = interpreter(args.environments, contender)
     failed = python.parent.parent / "failed.txt"
-    if contender != OURS and failed.exists():
+    if contender not in (OURS, COMPILED) and failed.exists():
         return {"reason": f"not installed: {failed.read_text(encoding='utf-8')}"}
     if not python.exists():
         return {"reason": "not installed; see --setup"}
@@ -113,12 +114,12 @@ def measure(contender: str, method: str, args: argparse.Namespace, rows: Path, s
             "steps": args.steps, "rate": RATE, "dtype": args.dtype, "on_gpu": args.gpu, "folder": str(folder / "work"),
             "litgpt_config": args.litgpt_config, "recipe": str(folder / "recipe.yaml"),
         }  # fmt: skip
-        recipe(source, method, args, folder, OURS)
+        recipe(source, method, args, folder, contender)
         (folder / "work").mkdir()
         file = folder / "spec.json"
         file.write_text(json.dumps(spec), encoding="utf-8")
         variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        if contender != OURS:
+        if contender not in (OURS, COMPILED):
             variables.pop("PYTHONPATH", None)
         done = subprocess.run(
             [str(python), str(DRIVERS), contender, str(file)],
@@ -180,7 +181,7 @@ def main() -> None:
     parser.add_argument("--setup", action="store_true", help="install what is missing, and measure nothing")
     parser.add_argument("--torch", default="torch", help="pip's requirement of torch for all environments")
     parser.add_argument("--methods", default="lora,qlora,full")
-    every = [OURS, *(name for peer in PEERS for name in peer.contenders)]
+    every = [OURS, COMPILED, *(name for peer in PEERS for name in peer.contenders)]
     parser.add_argument("--contenders", default=",".join(every))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)

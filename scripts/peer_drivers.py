@@ -277,6 +277,7 @@ DRIVERS: Mapping[str, Callable[[Mapping[str, Any], Sequence[Row]], dict[str, Any
     "TRL": lambda spec, rows: trl(spec, rows, "trl"),
     "TRL padding-free": lambda spec, rows: trl(spec, rows, "trl tuned"),
     "peftchat": peftchat,
+    "peftchat compiled": peftchat,
 }
 
 

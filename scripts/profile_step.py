@@ -47,10 +47,13 @@ PARTS = (
     "norms",
     "rotary embeddings",
     "gates of the MLP",
+    "norms, rotary embeddings and gates, compiled",
     "optimizer and clipping",
     "sums and other operators",
     "Python, and waiting",
 )
+
+COMPILED, OTHERS, WAITING = PARTS[7], PARTS[9], PARTS[10]
 
 
 def part_of_name(name: str) -> str | None:
@@ -60,6 +63,7 @@ def part_of_name(name: str) -> str | None:
         ("peftchat::varlen_attention", "attention"),
         ("aten::scaled_dot_product_attention", "attention"),
         ("_LinearCrossEntropy", "LM head and loss"),
+        ("## Call CompiledFxGraph", COMPILED),
         ("Optimizer.", "optimizer and clipping"),
         ("aten::_foreach_norm", "optimizer and clipping"),
     )
@@ -75,8 +79,9 @@ def part_of(event: Any, forward: Mapping[int, str], rank: int) -> str:
         rank: of the adapter; 0 without one.
     """
     found, ancestor = None, event
-    while ancestor is not None and found is None:
-        found = part_of_name(ancestor.name)
+    while ancestor is not None and found in (None, COMPILED):
+        # The loss has a compiled part too.
+        found = part_of_name(ancestor.name) or found
         if found is None and ancestor.name.startswith("autograd::engine::evaluate_function"):
             found = forward.get(ancestor.sequence_nr)
         ancestor = ancestor.cpu_parent
@@ -86,7 +91,7 @@ def part_of(event: Any, forward: Mapping[int, str], rank: int) -> str:
         # The adapter's products are those with a side as narrow as its rank.
         sides = {side for shape in event.input_shapes or () if len(shape) == 2 for side in shape}
         return PARTS[1] if rank in sides else PARTS[0]
-    return found or PARTS[8]
+    return found or OTHERS
 
 
 def seconds_by_part(events: Sequence[Any], rank: int, wall: float) -> dict[str, float]:
@@ -95,15 +100,15 @@ def seconds_by_part(events: Sequence[Any], rank: int, wall: float) -> dict[str, 
     for event in events:
         if event.sequence_nr >= 0 and not event.name.startswith("autograd::engine"):
             part = part_of(event, {}, rank)
-            if part != PARTS[8]:
+            if part != OTHERS:
                 forward.setdefault(event.sequence_nr, part)
     found: dict[str, float] = defaultdict(float)
     for event in events:
         own = event.self_cpu_time_total / 1e6
         # The time of a marked block itself is Python's.
-        if not event.name.startswith(("part: ", "step", "ProfilerStep")):
+        if not event.name.startswith(("part: ", "step", "ProfilerStep", "Torch-Compiled Region", "CompiledFunction")):
             found[part_of(event, forward, rank)] += own
-    found[PARTS[9]] = max(0.0, wall - sum(found.values()))
+    found[WAITING] = max(0.0, wall - sum(found.values()))
     return {part: found[part] for part in PARTS}
 
 
@@ -233,7 +238,10 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, Path(folder))
-        steps = Steps(args.warm, args.timed, args.profiled, lambda: mark_parts(trainer.causal_model))
+        # Compiled layers are one block, and marks would have them compiled again.
+        steps = Steps(
+            args.warm, args.timed, args.profiled, lambda: None if args.compiled else mark_parts(trainer.causal_model)
+        )
         trainer.add_callback(steps)
         keep_large_blocks()
         trainer.train()

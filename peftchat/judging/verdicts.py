@@ -20,6 +20,9 @@ _SEED = 20240229
 _RIDGE = 0.01
 """Weight of the penalty on the slope of length: with few questions it could be anything."""
 
+_ALIKE = 1e-6
+"""Draws that differ by less are one number, but for rounding."""
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -150,7 +153,7 @@ def _style(outcomes: Sequence[Outcome], points: Floats) -> tuple[Rate | None, di
     rates, slopes = np.concatenate([one.rates for one in parts]), np.concatenate([one.slopes for one in parts])
     # A covariate in which no pair differs says nothing.
     told = {name: at for at, name in enumerate(STYLE) if differences[:, at].any()}
-    return _with_interval(whole.rates[0], rates), {
+    return _rate_with_interval(whole.rates[0], rates, count), {
         name: _with_interval(whole.slopes[0, at], slopes[:, at]) for name, at in told.items()
     }
 
@@ -158,6 +161,13 @@ def _style(outcomes: Sequence[Outcome], points: Floats) -> tuple[Rate | None, di
 def _with_interval(value: float, draws: Floats) -> Rate:
     low, high = np.quantile(draws, (0.025, 0.975))
     return Rate(float(value), float(low), float(high))
+
+
+def _rate_with_interval(value: float, draws: Floats, count: int) -> Rate:
+    """Return a rate of questions. Draws of questions that all ended alike are alike; Wilson's interval is not certain."""
+    if np.ptp(draws) < _ALIKE:
+        return Rate(float(value), *wilson_interval(float(value), count))
+    return _with_interval(value, draws)
 
 
 def _mean_style(answers: Sequence[str]) -> dict[str, float]:
@@ -171,7 +181,7 @@ def _rate(statistic: Callable[[npt.NDArray[np.int64]], float], count: int) -> Ra
         return None
     random = np.random.default_rng(_SEED)
     draws = [statistic(random.integers(0, count, count)) for _ in range(_DRAWS)]
-    return _with_interval(statistic(np.arange(count)), np.array(draws))
+    return _rate_with_interval(statistic(np.arange(count)), np.array(draws), count)
 
 
 def length_controlled(points: Floats, lengths: Floats) -> float:

@@ -24,8 +24,8 @@ from peftchat.models.added_tokens import AddedTokenEmbeddings, AddedTokenHead, r
 from peftchat.models.fused_lora import fuse_lora_forward
 from peftchat.models.peft_model import cast_trainable, wrap_without_init
 from peftchat.planning.settings import AttentionKind
-from peftchat.training.lm_head import Head, LogitTransform
 from peftchat.training.linear_cross_entropy import linear_cross_entropy
+from peftchat.training.lm_head import Head, LogitTransform
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -127,7 +127,9 @@ def run_warnings(summary: RunSummary) -> list[str]:
             f"{format_count(number)} {SKIPPED.get(reason, reason.replace('_', ' '))}"
             for reason, number in (summary.dropped or {}).items()
         )
-        warnings.append(f"{format_count(summary.dropped_examples)} of the {summary.unit} {verb} dropped: {reasons}.")
+        # Runs of older versions have no reasons.
+        told = f"dropped: {reasons}" if reasons else "dropped"
+        warnings.append(f"{format_count(summary.dropped_examples)} of the {summary.unit} {verb} {told}.")
     if summary.special_token_text:
         warnings.append(
             f"Text that looks like a special token occurred {format_count(summary.special_token_text)} times "

@@ -7,8 +7,8 @@ from torch import nn
 
 from peftchat.models.added_tokens import AddedTokenHead
 from peftchat.training import linear_cross_entropy as module
-from peftchat.training.lm_head import Head, LogitTransform
 from peftchat.training.linear_cross_entropy import linear_cross_entropy
+from peftchat.training.lm_head import Head, LogitTransform
 from peftchat.training.reference_kl import NextTokens, kl_from_reference
 
 N, HIDDEN, VOCABULARY = 37, 16, 50

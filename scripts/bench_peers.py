@@ -6,8 +6,8 @@
 `--setup` makes an environment for each tool in the folder with venv and pip, where there is none yet. Then every tool
 trains on the same rows, encoded once by peftchat, in turns and in a process of its own: one epoch of `--steps` steps of
 `--batch` conversations, LoRA of rank 16 on all linear layers, a constant rate. Where a tool can pack, the conversations
-of a step are one pack. peftchat runs with `training.torch_compile: false` and `true`. A tool that cannot be installed or
-run is a row with the reason. Results are added to `--results`, and a run that was cut off goes on behind them.
+of a step are one pack. peftchat runs with `training.torch_compile: false` and `true`. A tool that cannot be installed
+or run is a row with the reason. Results are added to `--results`, and a run that was cut off goes on behind them.
 """
 
 import argparse

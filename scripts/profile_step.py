@@ -2,6 +2,7 @@
 
     python scripts/profile_step.py conversations.jsonl --model .cache/smollm2-135m
     python scripts/profile_step.py conversations.jsonl --model FOLDER --method full --write docs/benchmarks.md
+    python scripts/profile_step.py conversations.jsonl --model FOLDER --compiled --warm 3
 
 Every operator's own time goes to the innermost part that it ran in. A backward operator goes to the part of the forward
 operator that it belongs to (the profiler numbers both alike). What no operator accounts for is Python. The profiler
@@ -253,7 +254,8 @@ def main() -> None:
     shown = table(args, steps, parts, trainer)
     print(shown)
     if args.write is not None:
-        write_table(args.write, f"profile_step {args.method}", f"\n{shown}\n")
+        name = f"profile_step {args.method} {args.dtype}{' compiled' * args.compiled}"
+        write_table(args.write, name, f"\n{shown}\n")
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def _with_interval(value: float, draws: Floats) -> Rate:
 
 
 def _rate_with_interval(value: float, draws: Floats, count: int) -> Rate:
-    """Return a rate of questions. Draws of questions that all ended alike are alike; Wilson's interval is not certain."""
+    """Return a rate of questions. If all ended alike, all draws are alike, and Wilson's interval says more."""
     if np.ptp(draws) < _ALIKE:
         return Rate(float(value), *wilson_interval(float(value), count))
     return _with_interval(value, draws)

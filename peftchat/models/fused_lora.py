@@ -3,13 +3,16 @@
 PEFT computes `result + B(A(x)) * scaling`. Per layer that takes three tensors of the output's size besides the result.
 Under autocast, `x` is also copied to the adapter's float32 and back. Here one matrix product adds the adapter's output.
 The layers, their weights and the saved files stay PEFT's own.
+
+In bfloat16 PEFT rounds the base's output, and then the sum, so that an adapter that adds less than half a unit in the
+last place adds nothing: about four fifths of what the first steps of LoRA change. Here a linear layer, or one of 4 bits
+whose weight is dequantized for each pass, and its adapter are rounded once, together. One of 8 bits rounds twice.
 """
 
 import types
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -73,13 +76,32 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     lora_input = self.lora_dropout[name](x)
     adapter = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
     base = self.base_layer
-    if lora_input is x and type(base) is nn.Linear and not base.weight.requires_grad:
-        output: Tensor = _LinearWithLora.apply(x, base.weight, base.bias, *adapter)
+    dropped = None if lora_input is x else lora_input
+    if type(base) is nn.Linear and not base.weight.requires_grad:
+        output: Tensor = _LinearWithLora.apply(x, dropped, base.weight, None, base.bias, *adapter)
+    elif _is_four_bit(base) and (torch.is_grad_enabled() or x.numel() >= _MANY_ROWS * x.shape[-1]):
+        dtype = x.dtype if base.compute_dtype is None else base.compute_dtype
+        # It computes in that dtype, whatever autocast says.
+        with torch.autocast(x.device.type, enabled=False):
+            output = _LinearWithLora.apply(
+                x.to(dtype), dropped, base.weight, base.weight.quant_state, base.bias, *adapter
+            ).to(x.dtype)
     else:
         result = base(x, *args, **kwargs)
         output = _AddLora.apply(lora_input, result.reshape(-1, result.shape[-1]), *adapter)
     # Some models change the output in place. Autograd allows that for a view made here, not for one made in a function.
     return output.view(*x.shape[:-1], -1)
+
+
+# For fewer rows, as when an answer is written, bitsandbytes has kernels that do not dequantize the weight.
+_MANY_ROWS = 64
+
+
+def _is_four_bit(layer: nn.Module) -> bool:
+    """Return whether a layer has a weight of bitsandbytes in 4 bits, as it was quantized."""
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    is_repacked = getattr(state, "packing_format_for_cpu", False)
+    return type(layer).__name__ == "Linear4bit" and state is not None and not is_repacked
 
 
 def _forward_of_class(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -118,43 +140,73 @@ class _AddLora(torch.autograd.Function):
 
 
 class _LinearWithLora(torch.autograd.Function):
-    """A frozen linear layer and its adapter together, so that the gradient of `x` is one tensor.
+    """A frozen linear layer and its adapter together, rounded once, so that the gradient of `x` is one tensor.
 
-    Shapes: x (..., I), weight (O, I), bias (O,) or None, A (r, I), B (O, r), output (n, O) for n rows of x.
+    Shapes: x (..., I), dropped (..., I) or None, weight (O, I), bias (O,) or None, A (r, I), B (O, r), output (n, O)
+    for n rows of x. `dropped` is what the adapter gets under dropout in place of x. With a quantization state of
+    bitsandbytes, the weight is dequantized for each pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        quant_state: Any,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
-            x, weight, a, b = x.to(dtype), weight.to(dtype), a.to(dtype), b.to(dtype)
-            rows = x.reshape(-1, x.shape[-1])
-            lora_a_out = rows @ a.T
-            base_out = F.linear(rows, weight, None if bias is None else bias.to(dtype))
-            output = _addmm(base_out, lora_a_out * scaling, b.T)
-        ctx.save_for_backward(x, lora_a_out, weight, a, b)
-        ctx.scaling = scaling
+            x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+            lora_input = x if dropped is None else dropped.to(dtype)
+            lora_a_out = lora_input.reshape(-1, x.shape[-1]) @ a.T
+            output = _addmm(
+                (lora_a_out * scaling) @ b.T, x.reshape(-1, x.shape[-1]), _dense(weight, quant_state, dtype).T
+            )
+            if bias is not None:
+                output += bias.to(dtype)
+        ctx.save_for_backward(lora_input, lora_a_out, weight, a, b)
+        ctx.scaling, ctx.is_dropped, ctx.quant_state, ctx.dtype = scaling, dropped is not None, quant_state, dtype
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_a_out, weight, a, b = ctx.saved_tensors
+        lora_input, lora_a_out, weight, a, b = ctx.saved_tensors
         (grad_output,) = grad_outputs
-        grad_lora_a_out, grad_a, grad_b = _lora_gradients(grad_output, x, lora_a_out, b, ctx.scaling)
-        grad_x = _addmm(grad_output @ weight, grad_lora_a_out, a).view(x.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, grad_a, grad_b, None
+        grad_lora_a_out, grad_a, grad_b = _lora_gradients(grad_output, lora_input, lora_a_out, b, ctx.scaling)
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            weight = _dense(weight, ctx.quant_state, ctx.dtype)
+        if ctx.is_dropped:
+            grad_dropped = (grad_lora_a_out @ a).view(lora_input.shape) if ctx.needs_input_grad[1] else None
+            grad_x = (grad_output @ weight).view(lora_input.shape) if ctx.needs_input_grad[0] else None
+        elif ctx.needs_input_grad[0]:
+            grad_x = _addmm(grad_lora_a_out @ a, grad_output, weight).view(lora_input.shape)
+        return grad_x, grad_dropped, None, None, None, grad_a, grad_b, None
 
 
-def _addmm(result: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Return `result + one @ other`. The result may be changed in place."""
-    if torch.compiler.is_compiling():
-        # The compiler fuses a plain sum with the operation behind it. It would copy the result for an in-place `addmm`,
-        # and it turns sums into `addmm` only in the operands' dtype. Float32 sums prevent that and lose nothing.
-        return (result.float() + (one @ other).float()).to(result.dtype)
-    return result.addmm_(one, other)
+def _dense(weight: Tensor, quant_state: Any, dtype: torch.dtype) -> Tensor:
+    """Return a weight of a linear layer, shape (O, I), from what is stored."""
+    if quant_state is None:
+        return weight.to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight, quant_state).to(dtype)
+
+
+def _addmm(lora_out: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return `lora_out + one @ other`, rounded once. What the adapter gives may be changed in place.
+
+    The other order would round the product to bfloat16, and then the sum: an adapter that adds less than half a unit in
+    the last place, as in the first steps of a run, would add nothing at all.
+    """
+    # Compiled, an operation in place would be a copy and a sum.
+    return torch.addmm(lora_out, one, other) if torch.compiler.is_compiling() else lora_out.addmm_(one, other)
 
 
 def _lora_gradients(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -350,6 +352,11 @@ def _detect(name: str, records: Iterable[RawRecord], columns: Columns | None, *,
     )
 
 
+def _in_yaml(name: str) -> str:
+    """A field's name as YAML takes it between braces."""
+    return name if re.fullmatch(r"\w[\w.-]*", name) else json.dumps(name)
+
+
 def _found_below(fields: Fields) -> str:
     """What could be read of a record without a known format, as the beginning of a hint."""
     said = [name for name, value in fields.items() if isinstance(value, str | list | dict)]
@@ -358,17 +365,17 @@ def _found_below(fields: Fields) -> str:
     if pairs:
         # A pair has other fields of both answers, such as their models; the texts are longest.
         better, worse = max(pairs, key=lambda pair: len(str(fields[pair[0]])))
-        columns = f"{names.CHOSEN}: {better}, {names.REJECTED}: {worse}"
+        columns = f"{names.CHOSEN}: {_in_yaml(better)}, {names.REJECTED}: {_in_yaml(worse)}"
         return f"They look like preference pairs: `columns: {{{columns}}}` reads the chosen answers. "
     if "custom_id" in fields:
         join = "jq -cs 'group_by(.custom_id)[] | add' REQUESTS RESPONSES > FILE.jsonl"
         return f"The Batch API writes requests and responses into two files; join them: {join}. "
     for field, value in fields.items():
         if isinstance(value, dict) and matching_format(value) is not None:
-            return f"They are below the field {field!r}: jq -c '.[\"{field}\"]' FILE > FILE.jsonl. "
+            return f"They are below the field {field!r}: jq -c '.[{json.dumps(field)}]' FILE > FILE.jsonl. "
     turns = [name for name, value in fields.items() if isinstance(value, list) and value and _are_turns(value[0])]
     if len(turns) == 1:
-        return f"The field {turns[0]!r} holds turns: `columns: {{messages: {turns[0]}}}` reads it. "
+        return f"The field {turns[0]!r} holds turns: `columns: {{messages: {_in_yaml(turns[0])}}}` reads it. "
     if len(turns) > 1:
         return (
             f"Several fields hold turns: {', '.join(map(repr, turns))}. Write the one to train on as `messages`; "

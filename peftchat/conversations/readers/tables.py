@@ -34,7 +34,7 @@ def read_parquet(path: Path, max_record_bytes: int, problems: ProblemLog) -> Ite
         with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=_BATCH):
                 yield from rows.of(batch)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         rows.end(f"not readable Parquet: {_first_line(error)}")
 
 
@@ -54,7 +54,7 @@ def read_arrow(path: Path, max_record_bytes: int, problems: ProblemLog) -> Itera
             for batch in _arrow_batches(source, ipc):
                 for start in range(0, batch.num_rows, _BATCH):
                     yield from rows.of(batch.slice(start, _BATCH))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         rows.end(f"not readable Arrow data: {_first_line(error)}")
 
 

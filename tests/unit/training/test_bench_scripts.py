@@ -81,7 +81,7 @@ def test_a_profile_gives_every_operator_to_one_part(
     parts = script.seconds_by_part(events, 3, 100.0)
     assert sum(parts.values()) == pytest.approx(100.0)
     # Attention is stock here, and so is the loss: neither has a name of its own.
-    expected = {*script.PARTS} - {"LM head and loss"}
+    expected = {*script.PARTS} - {"LM head and loss", script.COMPILED}
     assert {part for part, seconds in parts.items() if seconds} >= expected
     # Without knowing the rank, the adapter's products are the base's.
     others = script.seconds_by_part(events, 0, 100.0)

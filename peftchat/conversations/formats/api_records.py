@@ -13,6 +13,7 @@ from typing import Any
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.fields import Fields, parse_text
 from peftchat.conversations.formats.keys import CHOICES
+from peftchat.conversations.formats.names import normalize_role
 
 _REQUEST = ("request", "request_body", "requestBody", "inputs", "body")
 _RESPONSE = ("response", "response_body", "responseBody", "outputs")
@@ -34,12 +35,22 @@ def _of_exchange(fields: Fields) -> Fields:
     request, response = _find(fields, _REQUEST), _find(fields, _RESPONSE)
     if response is None or (request is None and "messages" not in fields and "input" not in fields):
         return fields
+    answer = _answer_of(response[1])
+    if request is None and (_is_answered(fields) or not any(answer.get(name) for name in _ANSWERING)):
+        return fields  # a column of that name
     record = {name: value for name, value in fields.items() if name not in (request and request[0], response[0])}
     found = {} if request is None else _told_apart(request[1], _ASKING, _REST_OF_REQUEST)
-    found |= _answer_of(response[1])
+    found |= answer
     # A field beside them by the same name, unless it is a copy, is no part of the exchange: it is kept and told.
     beside = {f"outer_{name}": record[name] for name in record.keys() & found if record[name] != found[name]}
     return {**record, **found, **dict(sorted(beside.items()))}
+
+
+def _is_answered(fields: Fields) -> bool:
+    """Whether the `messages` of a record end with a turn of the model."""
+    turns = fields.get("messages")
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    return isinstance(last, dict) and names.ROLES.get(normalize_role(str(last.get("role")))) == "assistant"
 
 
 def _find(fields: Fields, known: Sequence[str]) -> tuple[str, dict[str, Any]] | None:

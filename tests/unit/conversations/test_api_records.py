@@ -67,6 +67,13 @@ def test_a_field_beside_an_exchange_by_the_name_of_one_in_it_is_told(tmp_path: P
     assert not log.unused
 
 
+@pytest.mark.parametrize("response", [{}, {"status": 200}, {"answer": None}, {"answer": "No."}])
+def test_a_response_without_an_answer_is_a_column(tmp_path: Path, response: dict[str, Any]) -> None:
+    (found,), _ = read(tmp_path / "log.jsonl", {"messages": [*ASKED, ANSWER], "response": response})
+    assert turns_of(found) == SAID
+    assert found.columns["response"] == response
+
+
 def test_items_of_one_answer_are_one_turn(tmp_path: Path) -> None:
     thought = {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "Ask."}]}
     record = {

@@ -79,9 +79,9 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     dropped = None if lora_input is x else lora_input
     if type(base) is nn.Linear and not base.weight.requires_grad:
         output: Tensor = _LinearWithLora.apply(x, dropped, base.weight, None, base.bias, *adapter)
-    elif _is_four_bit(base) and (torch.is_grad_enabled() or x.numel() >= _MANY_ROWS * x.shape[-1]):
-        dtype = x.dtype if base.compute_dtype is None else base.compute_dtype
-        # It computes in that dtype, whatever autocast says.
+    elif _is_four_bit(base, x) and (torch.is_grad_enabled() or x.numel() >= _MANY_ROWS * x.shape[-1]):
+        # It computes in its own dtype, whatever autocast says.
+        dtype = base.compute_dtype or x.dtype
         with torch.autocast(x.device.type, enabled=False):
             output = _LinearWithLora.apply(
                 x.to(dtype), dropped, base.weight, base.weight.quant_state, base.bias, *adapter
@@ -97,11 +97,17 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 _MANY_ROWS = 64
 
 
-def _is_four_bit(layer: nn.Module) -> bool:
-    """Return whether a layer has a weight of bitsandbytes in 4 bits, as it was quantized."""
+def _is_four_bit(layer: Any, x: Tensor) -> bool:
+    """Return whether a layer has a weight of bitsandbytes in 4 bits that can be dequantized in its dtype and cast."""
     state = getattr(getattr(layer, "weight", None), "quant_state", None)
-    is_repacked = getattr(state, "packing_format_for_cpu", False)
-    return type(layer).__name__ == "Linear4bit" and state is not None and not is_repacked
+    if type(layer).__name__ != "Linear4bit" or state is None or getattr(state, "packing_format_for_cpu", False):
+        return False
+    if not layer.compute_type_is_set:
+        # As in the layer's own forward: the first input decides.
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    # To a wider dtype, bitsandbytes dequantizes directly.
+    return bool((layer.compute_dtype or x.dtype).itemsize <= state.dtype.itemsize)
 
 
 def _forward_of_class(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

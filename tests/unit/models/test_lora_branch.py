@@ -79,11 +79,13 @@ def test_what_is_more_than_a_product_is_left_alone(options):
 def four_bit(linear: nn.Linear) -> Linear4bit:
     layer = Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")
+    # As `from_pretrained` does: quantized from the dtype of the model.
+    return layer.to(linear.weight.dtype).to("cpu")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_base_of_four_bits_gives_what_peft_does(dropout):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_base_of_four_bits_gives_what_peft_does(dropout, dtype):
     torch.manual_seed(0)
     base = nn.Sequential(four_bit(nn.Linear(128, 96).to(torch.bfloat16))).requires_grad_(False)
     options = LoraConfig(r=8, target_modules=["0"], lora_dropout=dropout, init_lora_weights=False)
@@ -92,7 +94,8 @@ def test_a_base_of_four_bits_gives_what_peft_does(dropout):
     assert fuse_lora_forward(ours) == 1
     found = []
     for model in (stock, ours):
-        x = torch.randn(40, 128, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        # The layer computes in bfloat16, whatever its input has.
+        x = torch.randn(40, 128, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
         torch.manual_seed(2)
         output = model(x)
         (output.float() ** 2).sum().backward()
@@ -100,7 +103,7 @@ def test_a_base_of_four_bits_gives_what_peft_does(dropout):
     for one, other in zip(*found, strict=True):
         assert one.dtype == other.dtype
         assert (one - other).norm() < 0.02 * one.norm()
-    x = torch.randn(70, 128).bfloat16()
+    x = torch.randn(70, 128).to(dtype)
     keep_4bit_weights_as_quantized(ours)
     # An evaluation rounds as training does. A few rows, as when an answer is written, go through the layer itself.
     trained = ours.eval()(x.clone().requires_grad_()).detach()

@@ -56,7 +56,7 @@ PEERS = (
 )  # fmt: skip
 
 OURS = "peftchat"
-COMPILED = "peftchat compiled"
+OWN = (OURS, "peftchat compiled")
 
 DRIVERS = Path(__file__).with_name("peer_drivers.py")
 
@@ -65,7 +65,7 @@ Found = dict[str, Any]
 
 def interpreter(environments: Path, contender: str) -> Path:
     """Return the Python that runs a contender."""
-    if contender in (OURS, COMPILED):
+    if contender in OWN:
         return Path(sys.executable)
     folder = next(peer.folder for peer in PEERS if contender in peer.contenders)
     return environments / folder / "bin" / "python"
@@ -103,7 +103,7 @@ def measure(contender: str, method: str, args: argparse.Namespace, rows: Path, s
     """Train with a contender; return its measurement, or `reason`."""
     python = interpreter(args.environments, contender)
     failed = python.parent.parent / "failed.txt"
-    if contender not in (OURS, COMPILED) and failed.exists():
+    if contender not in OWN and failed.exists():
         return {"reason": f"not installed: {failed.read_text(encoding='utf-8')}"}
     if not python.exists():
         return {"reason": "not installed; see --setup"}
@@ -119,7 +119,7 @@ def measure(contender: str, method: str, args: argparse.Namespace, rows: Path, s
         file = folder / "spec.json"
         file.write_text(json.dumps(spec), encoding="utf-8")
         variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        if contender not in (OURS, COMPILED):
+        if contender not in OWN:
             variables.pop("PYTHONPATH", None)
         done = subprocess.run(
             [str(python), str(DRIVERS), contender, str(file)],
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--setup", action="store_true", help="install what is missing, and measure nothing")
     parser.add_argument("--torch", default="torch", help="pip's requirement of torch for all environments")
     parser.add_argument("--methods", default="lora,qlora,full")
-    every = [OURS, COMPILED, *(name for peer in PEERS for name in peer.contenders)]
+    every = [*OWN, *(name for peer in PEERS for name in peer.contenders)]
     parser.add_argument("--contenders", default=",".join(every))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)

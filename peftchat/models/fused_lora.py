@@ -79,9 +79,8 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     dropped = None if lora_input is x else lora_input
     if type(base) is nn.Linear and not base.weight.requires_grad:
         output: Tensor = _LinearWithLora.apply(x, dropped, base.weight, None, base.bias, *adapter)
-    elif _is_four_bit(base, x) and (torch.is_grad_enabled() or x.numel() >= _MANY_ROWS * x.shape[-1]):
+    elif (dtype := _four_bit_dtype(base, x)) is not None:
         # It computes in its own dtype, whatever autocast says.
-        dtype = base.compute_dtype or x.dtype
         with torch.autocast(x.device.type, enabled=False):
             output = _LinearWithLora.apply(
                 x.to(dtype), dropped, base.weight, base.weight.quant_state, base.bias, *adapter
@@ -97,17 +96,20 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 _MANY_ROWS = 64
 
 
-def _is_four_bit(layer: Any, x: Tensor) -> bool:
-    """Return whether a layer has a weight of bitsandbytes in 4 bits that can be dequantized in its dtype and cast."""
+def _four_bit_dtype(layer: Any, x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which a 4-bit layer computes; None for other layers, and where its own kernels are better."""
     state = getattr(getattr(layer, "weight", None), "quant_state", None)
     if type(layer).__name__ != "Linear4bit" or state is None or getattr(state, "packing_format_for_cpu", False):
-        return False
+        return None
+    if not torch.is_grad_enabled() and x.numel() < _MANY_ROWS * x.shape[-1]:
+        return None
     if not layer.compute_type_is_set:
         # As in the layer's own forward: the first input decides.
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
-    # To a wider dtype, bitsandbytes dequantizes directly.
-    return bool((layer.compute_dtype or x.dtype).itemsize <= state.dtype.itemsize)
+    dtype: torch.dtype = layer.compute_dtype or x.dtype
+    # To a wider dtype, bitsandbytes dequantizes directly, which a cast of the narrower one would not give.
+    return dtype if dtype.itemsize <= state.dtype.itemsize else None
 
 
 def _forward_of_class(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

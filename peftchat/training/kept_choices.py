@@ -27,7 +27,7 @@ class Choice:
     """One way to compute the steps of a run. The ways differ in speed, and in their results by rounding alone.
 
     Attributes:
-        compiled: whether the layers and the loss are compiled.
+        compiled: whether the layers are compiled, and on a GPU the loss.
         attention: transformers' name of the attention.
         threads: of this process.
         loss_chunk: factor on the number of positions that the loss projects at a time.

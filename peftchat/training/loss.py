@@ -76,7 +76,7 @@ def install_supervised_forward(model: PreTrainedModel) -> LossSettings:
 
     With `weigh=function`, its `loss` is a function of the single losses instead of their sum. With
     `reference=next_tokens`, it has the KL divergence from these. Without `supervised`, the forward is unchanged. If the
-    model's layers are compiled, the loss is compiled too.
+    model's layers are compiled, the loss is compiled too on a GPU.
 
     Args:
         model: the causal language model itself, inside any PEFT wrapper.
@@ -130,13 +130,13 @@ def install_supervised_forward(model: PreTrainedModel) -> LossSettings:
 
 
 def _kl(model: NextTokens, reference: NextTokens) -> Tensor:
-    """Return the KL divergence at each position, in smaller chunks than the loss."""
+    """Return the KL divergence at each position, in chunks of half the size: two models have logits, in float32."""
     device, head = model.states.device.type, model.head
-    # Both models' logits are float32, and their difference and its factor are too.
-    chunk = chunk_size(len(model.states), head.size, device, trains_head=False, itemsize=4 * torch.float32.itemsize)
+    itemsize = 2 * torch.float32.itemsize
+    chunk = chunk_size(len(model.states), head.size, device, trains_head=False, itemsize=itemsize)
     dtype = product_dtype(model.states)
     with torch.autocast(device, enabled=False):
-        return kl_from_reference(model, reference, dtype, chunk)
+        return kl_from_reference(model, reference, dtype, max(1, chunk // 2))
 
 
 def _aux_loss(model: PreTrainedModel, backbone: Any, kwargs: dict[str, Any]) -> Tensor | None:

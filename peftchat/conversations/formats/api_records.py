@@ -13,7 +13,6 @@ from typing import Any
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.fields import Fields, parse_text
 from peftchat.conversations.formats.keys import CHOICES
-from peftchat.conversations.formats.names import normalize_role
 
 _REQUEST = ("request", "request_body", "requestBody", "inputs", "body")
 _RESPONSE = ("response", "response_body", "responseBody", "outputs")
@@ -50,7 +49,7 @@ def _is_answered(fields: Fields) -> bool:
     """Whether the `messages` of a record end with a turn of the model."""
     turns = fields.get("messages")
     last = turns[-1] if isinstance(turns, list) and turns else None
-    return isinstance(last, dict) and names.ROLES.get(normalize_role(str(last.get("role")))) == "assistant"
+    return isinstance(last, dict) and names.ROLES.get(names.normalize_role(str(last.get("role")))) == "assistant"
 
 
 def _find(fields: Fields, known: Sequence[str]) -> tuple[str, dict[str, Any]] | None:

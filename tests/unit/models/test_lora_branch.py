@@ -123,7 +123,7 @@ def test_a_small_adapter_counts_in_bfloat16(dropout, in_four_bits, is_compiled):
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["0"], lora_dropout=dropout))
     layer = model.base_model.model[0]
     x = torch.randn(400, 256).bfloat16().requires_grad_()
-    slope = torch.randn(400, 192).bfloat16()
+    grad_output = torch.randn(400, 192).bfloat16()
 
     def found(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and gradient of x with an adapter of this scale."""
@@ -132,7 +132,7 @@ def test_a_small_adapter_counts_in_bfloat16(dropout, in_four_bits, is_compiled):
             layer.lora_B["default"].weight.copy_(torch.randn(192, 8, generator=generator) * scale)
         torch.manual_seed(2)
         output = forward(x)
-        (grad,) = torch.autograd.grad(output, x, slope)
+        (grad,) = torch.autograd.grad(output, x, grad_output)
         return output.detach().float(), grad.float()
 
     def counted() -> list[float]:

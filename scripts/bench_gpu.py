@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from peftchat.models import varlen_attention
 from peftchat.models.loading import VARLEN
-from peftchat.training.throughput import measure_matmul_flops, training_flops
+from peftchat.training.throughput import attention_flops, measure_matmul_flops, training_flops
 
 _ROPE: Mapping[str, Any] = {"rope_theta": 500000.0, "rope_type": "default"}
 _LLAMA: Mapping[str, Any] = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_parameters": _ROPE}
@@ -64,11 +64,15 @@ class Weights:
         body: in matrix products of the layers.
         head: of the head.
         adapter: of LoRA on all linear layers.
+        layers: of the model.
+        width: channels of a layer's query heads.
     """
 
     body: int
     head: int
     adapter: int
+    layers: int
+    width: int
 
     @classmethod
     def of(cls, config: LlamaConfig) -> "Weights":
@@ -79,16 +83,16 @@ class Weights:
         layers = config.num_hidden_layers
         return cls(
             layers * sum(one * other for one, other in products), width * config.vocab_size,
-            layers * sum(RANK * (one + other) for one, other in products),
+            layers * sum(RANK * (one + other) for one, other in products), layers, width,
         )  # fmt: skip
 
-    def flops(self, method: str, tokens: float, supervised: float) -> float:
-        """Return the floating-point operations that a method needs for some tokens."""
+    def flops(self, method: str, tokens: float, supervised: float, length: int) -> float:
+        """Return the floating-point operations that a method needs for some tokens, in conversations of a length."""
         is_full = method == "full"
         return training_flops(
             body=self.body, head=self.head, trained_body=self.body if is_full else self.adapter, trains_head=is_full,
             tokens=int(tokens), supervised=int(supervised),
-        )  # fmt: skip
+        ) + attention_flops(layers=self.layers, width=self.width, pairs=tokens * (length + 1) / 2)  # fmt: skip
 
 
 def config_of(shape: str, smallest_vocabulary: int) -> LlamaConfig:
@@ -180,11 +184,11 @@ def prove_isolation(model: PreTrainedModel, tokens: int) -> str:
     )
 
 
-def row_of(name: str, runs: Sequence[Measured], weights: Weights, method: str, peak: float) -> list[str]:
-    """Return the cells of one line."""
+def row_of(name: str, runs: Sequence[Measured], weights: Weights, method: str, length: int, peak: float) -> list[str]:
+    """Return the cells of one line. The conversations are of about `length` tokens."""
     speed = statistics.median(run.speed for run in runs)
     supervised = statistics.median(run.supervised for run in runs)
-    share = weights.flops(method, speed, supervised) / peak
+    share = weights.flops(method, speed, supervised, length) / peak
     return [
         method, name, ", ".join(f"{run.speed:,.0f}" for run in runs), f"{share:.1%}",
         f"{max(run.peak for run in runs) / 1e9:.2f}", f"{runs[0].losses[0]:.3f}", f"{runs[0].losses[-1]:.3f}",
@@ -219,7 +223,8 @@ def measure(shape: str, args: Namespace, folder: Path, device: torch.device) -> 
                 print(f"{shape}, {method}, round {number + 1}: {name}", file=sys.stderr, flush=True)
                 run = with_peftchat if name.startswith("peftchat") else with_trl
                 runs.append(run(name, source, method, encoded, settings, folder))
-        lines += [row_of(name, runs, Weights.of(config), method, peak) for name, runs in found.items()]
+        weights = Weights.of(config)
+        lines += [row_of(name, runs, weights, method, args.row_tokens, peak) for name, runs in found.items()]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return (

@@ -30,11 +30,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
 
 from peftchat.malloc import keep_large_blocks
+from peftchat.models.base_config import attention_shape
 from peftchat.recipe import load_recipe
 from peftchat.training.build_trainer import build_trainer, sft_config
 from peftchat.training.context import TrainOptions, open_context
 from peftchat.training.model import load_trainable_model
-from peftchat.training.throughput import measure_matmul_flops, training_flops
+from peftchat.training.throughput import attention_flops, measure_matmul_flops, training_flops
 from peftchat.training.trainer import ChatTrainer
 
 MATMULS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul")
@@ -199,15 +200,19 @@ def table(args: argparse.Namespace, steps: Steps, parts: Mapping[str, float], tr
         body=body, head=head, trained_body=trained - head if is_full else trained, trains_head=is_full,
         tokens=counts.tokens // number, supervised=counts.supervised // number,
     )  # fmt: skip
+    layers, width = attention_shape(trainer.causal_model.config, args.length)
+    in_attention = attention_flops(layers=layers, width=width, pairs=counts.attended_pairs / number)
+    flops += in_attention
     peak = measure_matmul_flops(trainer.args.device, getattr(torch, trainer._context.recipe.model.computed_in))
     median = statistics.median(steps.seconds)
+    without = (flops - in_attention) / median / peak
     lines = [
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {torch.get_num_threads()} threads, {args.method} in "
         f"{trainer._context.recipe.model.computed_in}, {counts.tokens // number:,} tokens a step, "
         f"{counts.supervised // number:,} of them supervised{', compiled' * args.compiled}. A step took "
         f"{median:.2f} s ({min(steps.seconds):.2f} to {max(steps.seconds):.2f}): {flops / median / 1e9:.0f} of "
-        f"{peak / 1e9:.0f} GFLOP/s, {flops / median / peak:.0%} of the matrix peak. "
-        f"Under the profiler it took {steps.wall / steps.profiled:.2f} s:",
+        f"{peak / 1e9:.0f} GFLOP/s, {flops / median / peak:.0%} of the matrix peak ({without:.0%} without attention's "
+        f"products). Under the profiler it took {steps.wall / steps.profiled:.2f} s:",
         "",
         "| part | s | share |",
         "| --- | ---: | ---: |",

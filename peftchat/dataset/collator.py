@@ -75,8 +75,9 @@ class ChatCollator:
     kernel. The first token of a conversation is never a target. Padding is on the right; where positions restart, it
     counts as one more conversation.
 
-    `real_tokens` (int64, shape ()) counts the tokens that are not padding. `tracked_counts` (int64, shape (2, n))
-    counts, for each tracked token id, its occurrences, and those with a later target in their conversation.
+    `real_tokens` (int64, shape ()) counts the tokens that are not padding, and `attended_pairs` (int64, shape ()) each
+    with itself and each token before it in its conversation. `tracked_counts` (int64, shape (2, n)) counts, for each
+    tracked token id, its occurrences, and those with a later target in their conversation.
 
     Args:
         examples: the encoded conversations.
@@ -135,7 +136,7 @@ class ChatCollator:
         if not count:
             kept["labels"].fill_(IGNORE_INDEX)
             kept |= {"examples": np.zeros(0, np.int64), "target_counts": np.zeros(0, np.int64)}
-            for name in ("real_tokens", "tracked_counts"):
+            for name in ("real_tokens", "attended_pairs", "tracked_counts"):
                 kept[name].zero_()
         device = batch["labels"].device
         return {name: value.to(device) if hasattr(value, "to") else value for name, value in kept.items()}
@@ -175,10 +176,11 @@ class ChatCollator:
         for number, row in enumerate(rows):
             self._fill({name: array[number] for name, array in arrays.items()}, row)
         batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        lengths = [len(example.ids) for example in examples]
         if self.layout == "varlen":
-            lengths = [len(example.ids) for example in examples]
             batch |= cu_seqlens([*lengths, shape[1] - sum(lengths)])
-        batch["real_tokens"] = torch.tensor(sum(len(example.ids) for example in examples))
+        batch["real_tokens"] = torch.tensor(sum(lengths))
+        batch["attended_pairs"] = torch.tensor(sum(length * (length + 1) // 2 for length in lengths))
         batch["tracked_counts"] = torch.from_numpy(np.sum([self._count_tracked(one) for one in examples], axis=0))
         return batch
 

@@ -176,7 +176,9 @@ class PairCollator(ChatCollator):
         )
         ends = batch["cu_seq_lens_q"].tolist()
         for place, number in enumerate(shared):
-            batch["position_ids"][0, ends[2 * place + 1] : ends[2 * place + 2]] += number
+            start, stop = ends[2 * place + 1 : 2 * place + 3]
+            batch["position_ids"][0, start:stop] += number
+            batch["attended_pairs"] += number * (stop - start)
         lengths = np.diff(ends).tolist()
         before = [number for each in shared for number in (0, each)]
         return batch | cu_seqlens(lengths, before + [0] * (len(lengths) - len(before)))

@@ -57,6 +57,37 @@ def carries_state(config: "PretrainedConfig") -> bool:
     )
 
 
+def attention_shape(config: "PretrainedConfig", longest: int) -> tuple[int, int]:
+    """Return the number of layers with full attention, and the channels of a layer's query heads together.
+
+    A layer with a window attends to fewer tokens and is not counted, nor is any of a model that mixes tokens by a state
+    and names no kinds of layers.
+
+    Args:
+        config: of the model.
+        longest: tokens of the longest conversation; a window of at least that many is no window.
+    """
+    text = config.get_text_config()
+    heads = int(getattr(text, "num_attention_heads", None) or 0)
+    if not heads:
+        return 0, 0
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if (value := getattr(text, "v_head_dim", None)) and (key := getattr(text, "qk_head_dim", None)):
+        # Multi-head latent attention: the products of scores and of values differ in width.
+        head = (key + value) / 2
+    windows = [getattr(text, "attention_chunk_size", None)]
+    if getattr(text, "use_sliding_window", True):
+        windows.append(getattr(text, "sliding_window", None))
+    has_window = any(window is not None and window < longest for window in windows)
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        full = {"full_attention"} if has_window else {"full_attention", "sliding_attention", "chunked_attention"}
+        layers = sum(kind in full for kind in kinds)
+    else:
+        layers = 0 if has_window or carries_state(config) else int(text.num_hidden_layers)
+    return layers, round(heads * head)
+
+
 def check_config(loaded: "LoadedRecipe", source: ModelSource, config: "PretrainedConfig") -> str | None:
     """Check that a model of this config can be trained as the recipe says.
 

@@ -23,7 +23,7 @@ from peftchat.planning.planner import (
 )
 from peftchat.planning.settings import DatasetSize, PlanSettings, read_dataset_size, settings_for, total_steps
 from peftchat.training.hints import RunSize, find_hints
-from peftchat.training.throughput import training_flops
+from peftchat.training.throughput import attention_flops, training_flops
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
@@ -115,7 +115,7 @@ def _attention_flops(settings: "PlanSettings", counts: "ParameterCounts", tokens
     """
     fused = settings.attention == "fused"
     keys = min(settings.conversation, settings.length) / 2 if fused else settings.length
-    return 12.0 * counts.num_layers * counts.hidden_size * keys * tokens
+    return attention_flops(layers=counts.num_layers, width=counts.hidden_size, pairs=keys * tokens)
 
 
 def _assumptions(settings: "PlanSettings", hardware: "Hardware", utilization: float, tflops: float) -> tuple[str, ...]:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 # Batch entries that are counts or another batch, not arguments of the model.
-_COUNTS = ("real_tokens", "tracked_counts", "examples", "target_counts", "pack_sizes", "others")
+_COUNTS = (
+    "real_tokens", "attended_pairs", "tracked_counts", "examples", "target_counts", "pack_sizes", "others",
+)  # fmt: skip
 
 
 class EvaluatingTrainer(CheckpointTrainer):

@@ -23,6 +23,7 @@ from peftchat.models.added_tokens import (
     l2_distance,
     vocabulary_size,
 )
+from peftchat.models.base_config import attention_shape
 from peftchat.models.experts import active_shares
 from peftchat.models.saving import is_adapted
 from peftchat.runs.eval_losses import ConversationLoss, group_losses
@@ -32,6 +33,7 @@ from peftchat.training.model import TrainableModel
 from peftchat.training.number_checks import number_warnings
 from peftchat.training.throughput import (
     TokenCounts,
+    attention_flops,
     count_parameters,
     measure_matmul_flops,
     peak_memory_bytes,
@@ -316,6 +318,8 @@ def _flops_utilization(context: TrainContext, trainer: "ChatTrainer", counts: To
         tokens=counts.tokens,
         supervised=counts.supervised,
     )
+    layers, width = attention_shape(model.config, context.recipe.data.max_length)
+    flops += attention_flops(layers=layers, width=width, pairs=counts.attended_pairs)
     dtype = torch.float32 if not (trainer.args.bf16 or trainer.args.fp16) else torch.bfloat16
     processes = context.distributed.world_size if context.distributed.gpus else 1
     # A run of a few seconds, of which a comparison has dozens, spends little on it.

@@ -42,7 +42,7 @@ def training_flops(
     """Return the floating-point operations of forward and backward over some tokens.
 
     Per weight and token: two forward, two for the gradient of the activations, and two for the gradient of the weight
-    if it is trained. The head counts only at supervised tokens (Kaplan et al., 2020, without the attention scores).
+    if it is trained. The head counts only at supervised tokens (Kaplan et al., 2020). `attention_flops` come on top.
 
     Args:
         body: weights in matrix products, without embedding and head.
@@ -55,6 +55,20 @@ def training_flops(
     body_flops = (4 * body + 2 * trained_body) * tokens
     head_flops = (6 if trains_head else 4) * head * supervised
     return float(body_flops + head_flops)
+
+
+def attention_flops(*, layers: int, width: int, pairs: float) -> float:
+    """Return the floating-point operations of attention in forward and backward.
+
+    Per layer, pair and channel: two for the score and two for the weighted value, and twice as many backward (Chowdhery
+    et al., 2022, who count the pairs of a token with later ones too).
+
+    Args:
+        layers: layers with attention.
+        width: channels of all query heads together.
+        pairs: pairs of a token and one that it attends to, itself included.
+    """
+    return 12.0 * layers * width * pairs
 
 
 @functools.cache
@@ -92,7 +106,8 @@ class TokenCounts:
 
     Attributes:
         tokens: tokens trained on, without padding.
-        positions: the same with padding.
+        attended_pairs: pairs of a token and one that it attends to.
+        positions: tokens with padding.
         supervised: tokens with a target.
         seconds: time of the training steps.
         seen: occurrences of each added token.
@@ -101,6 +116,7 @@ class TokenCounts:
     """
 
     tokens: int = 0
+    attended_pairs: int = 0
     positions: int = 0
     supervised: int = 0
     seconds: float = 0.0
@@ -121,6 +137,7 @@ class TokenCounts:
         """Return the counts of several processes together; their seconds are the longest."""
         return cls(
             tokens=sum(one.tokens for one in parts),
+            attended_pairs=sum(one.attended_pairs for one in parts),
             positions=sum(one.positions for one in parts),
             supervised=sum(one.supervised for one in parts),
             seconds=max(one.seconds for one in parts),
@@ -142,11 +159,14 @@ class Throughput:
         self._pending: Tensor | None = None
         self._since: float | None = None
 
-    def add(self, real_tokens: Tensor, positions: int, labels: Tensor, tracked_counts: Tensor) -> None:
+    def add(
+        self, real_tokens: Tensor, attended_pairs: Tensor, positions: int, labels: Tensor, tracked_counts: Tensor
+    ) -> None:
         """Count one batch.
 
         Args:
             real_tokens: int64, shape ().
+            attended_pairs: int64, shape ().
             positions: number of tokens, padding included.
             labels: int64, any shape.
             tracked_counts: occurrences of the added tokens (see `ChatCollator`), int64, shape (2, n).
@@ -155,7 +175,9 @@ class Throughput:
             self._since = time.perf_counter()
         counts = torch.cat(
             [
-                torch.stack([real_tokens, torch.full_like(real_tokens, positions), (labels >= 0).sum()]),
+                torch.stack(
+                    [real_tokens, attended_pairs, torch.full_like(real_tokens, positions), (labels >= 0).sum()]
+                ),
                 tracked_counts.flatten(),
             ]
         )
@@ -164,10 +186,11 @@ class Throughput:
     def collect(self) -> TokenCounts:
         """Return the counts up to now; synchronizes with the device."""
         if self._pending is not None:
-            tokens, positions, supervised, *tracked = self._pending.tolist()
+            tokens, pairs, positions, supervised, *tracked = self._pending.tolist()
             self._pending = None
             counts = self.counts
             counts.tokens += tokens
+            counts.attended_pairs += pairs
             counts.positions += positions
             counts.supervised += supervised
             half = len(tracked) // 2

@@ -225,7 +225,11 @@ class ChatTrainer(EvaluatingTrainer):
     def _count(self, inputs: Mapping[str, Tensor]) -> None:
         """Count the tokens of a micro-batch."""
         self.throughput.add(
-            inputs["real_tokens"], inputs["input_ids"].numel(), inputs["labels"], inputs["tracked_counts"]
+            inputs["real_tokens"],
+            inputs["attended_pairs"],
+            inputs["input_ids"].numel(),
+            inputs["labels"],
+            inputs["tracked_counts"],
         )
 
     def get_batch_samples(self, epoch_iterator: "Iterator[Batch]", num_batches: int, device: torch.device) -> Any:

@@ -279,6 +279,10 @@ def test_batches_and_layouts_do_not_matter(tmp_path: Path) -> None:
         tokens.append(sum(int(batch["real_tokens"]) for batch in made))
         positions = sum(batch["input_ids"].numel() for batch in made)
         assert positions > tokens[-1] if overrides else positions == tokens[-1]
+        if not overrides:
+            # Each token attends to itself and all before it, those of a shared prompt included.
+            pairs_found = sum(int(batch["attended_pairs"]) for batch in made)
+            assert pairs_found == sum(int((batch["position_ids"] + 1).sum()) for batch in made)
     assert tokens[0] == tokens[2] < tokens[1] == tokens[3]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
     assert any("added_tokens" in name for name in grads[0])

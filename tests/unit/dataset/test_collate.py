@@ -93,7 +93,9 @@ def test_every_token_its_label_and_its_position(
             positions = batch["position_ids"][place].tolist()
             assert positions == [position for _, _, position in expected] + list(range(padding))
     assert ("attention_mask" in batch) == (layout == "padded") != ("position_ids" in batch)
-    assert int(batch["real_tokens"]) == sum(len(store[number].ids) for numbers in packs for number in numbers)
+    places = [place for numbers in packs for number in numbers for _, _, place in one_by_one(store[number], policy)]
+    assert int(batch["real_tokens"]) == len(places)
+    assert int(batch["attended_pairs"]) == sum(place + 1 for place in places)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

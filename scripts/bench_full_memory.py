@@ -68,7 +68,7 @@ def recipe_of(way: Mapping[str, Any], args: argparse.Namespace, folder: Path) ->
         "torch_compile": False, "autotune": False, "optim": "adamw_torch_fused",
     }  # fmt: skip
     return {
-        "model": {"name": str(args.base.absolute()), "dtype": "bfloat16", "compute_dtype": "float32"},
+        "model": {"name": str(args.base.absolute()), "dtype": "bfloat16", "compute_dtype": args.compute_dtype},
         "method": "full",
         "data": {"train": [{"path": str(args.conversations.absolute())}], "max_length": args.length},
         "training": {**training, **way},
@@ -102,21 +102,24 @@ def table(results: Mapping[str, Result], args: argparse.Namespace) -> str:
     marks = sorted({0, args.steps // 2, args.steps - 1})
     heads = [f"loss at step {mark + 1}" for mark in marks]
     rows = [
-        ["weights and optimizer", "peak MB", "of the first", "planned MB", "error", *heads, "largest difference"],
-        ["---", *["---:"] * (5 + len(marks))],
-    ]
+        [
+            "weights and optimizer", "peak MB", "of the first", "planned MB", "error", "s a step", *heads,
+            "largest difference",
+        ],
+        ["---", *["---:"] * (6 + len(marks))],
+    ]  # fmt: skip
     for name, one in results.items():
         apart = max(abs(a / b - 1) for a, b in zip(one.losses, reference.losses, strict=True))
         rows.append([
             name, f"{one.peak / 1e6:,.0f}", f"{one.peak / reference.peak:.2f} x", f"{one.predicted / 1e6:,.0f}",
-            f"{100 * (one.predicted / one.peak - 1):+.0f} %", *(f"{one.losses[mark]:.3f}" for mark in marks),
-            "" if one is reference else f"{100 * apart:.1f} %",
+            f"{100 * (one.predicted / one.peak - 1):+.0f} %", f"{one.seconds:.1f}",
+            *(f"{one.losses[mark]:.3f}" for mark in marks), "" if one is reference else f"{100 * apart:.1f} %",
         ])  # fmt: skip
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} "
         f"threads. {args.steps} steps of {args.batch} x {args.length} tokens at a rate of {args.rate:g}; all ways "
-        f"compute in float32.\n\n{lines}"
+        f"compute in {args.compute_dtype}.\n\n{lines}"
     )
 
 
@@ -129,6 +132,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rate", type=float, default=2e-5)
+    parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of ways, from 0")
     parser.add_argument("--write", type=Path, default=None, metavar="PAGE", help="write the table into this page")
     args = parser.parse_args()

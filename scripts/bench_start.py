@@ -20,6 +20,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 from page_tables import write_table
 
 HERE = Path(__file__).resolve().parent.parent
@@ -33,26 +34,41 @@ def recipe(args: argparse.Namespace, folder: Path) -> Path:
         "model": {"name": str(args.model.resolve()), "dtype": "float32"},
         "method": "lora",
         "data": {"train": [{"path": str(folder / "train.jsonl")}], "max_length": 128},
-        "training": {"max_steps": 1, "per_device_train_batch_size": 1, "save_strategy": "no", "learning_rate": 1e-3},
+        "training": {
+            "max_steps": 1, "per_device_train_batch_size": 1, "save_strategy": "no", "learning_rate": 1e-3,
+            "logging_steps": 1,
+        },
         "output_dir": str(folder / "run"),
-    }
+    }  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")
     return path
 
 
-def measured(checkout: Path, folder: Path, *arguments: object) -> tuple[float, float]:
-    """Run a command of a checkout, and return its CPU seconds and its wall seconds."""
+def measured(checkout: Path, folder: Path, *arguments: object) -> list[tuple[float, float]]:
+    """Run a command of a checkout, and return its CPU seconds and wall seconds.
+
+    For `train`, those until its first step is logged come second.
+    """
     environment = {**os.environ, "PYTHONPATH": str(checkout), "XDG_CACHE_HOME": str(folder / "cache")}
+    log, found = folder / "run" / "metrics.jsonl", []
     before, since = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "peftchat", *map(str, arguments)],
-        env=environment, cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    wall, after = time.perf_counter() - since, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise SystemExit(f"{arguments[0]} ended with status {done.returncode}: {done.stderr[-2000:]}")
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
+    with (folder / "errors.txt").open("w+b") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "peftchat", *map(str, arguments)],
+            env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors,
+        )  # fmt: skip
+        while arguments[0] == "train" and process.poll() is None and not found:
+            time.sleep(0.01)
+            if log.is_file() and '"loss"' in log.read_text(encoding="utf-8"):
+                used = psutil.Process(process.pid).cpu_times()
+                found.append((used.user + used.system, time.perf_counter() - since))
+        status = process.wait()
+        wall, after = time.perf_counter() - since, resource.getrusage(resource.RUSAGE_CHILDREN)
+        errors.seek(0)
+        if status:
+            raise SystemExit(f"{arguments[0]} ended with status {status}: {errors.read()[-2000:].decode()}")
+    return [(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall), *found]
 
 
 def main() -> None:
@@ -61,12 +77,13 @@ def main() -> None:
     parser.add_argument("conversations", type=Path)
     parser.add_argument("--before", type=Path, required=True, help="a checkout of another version")
     parser.add_argument("--model", type=Path, default=Path(".cache/smollm2-135m"))
+    parser.add_argument("--only", default="", metavar="TEXT", help="commands with this text in their name")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--write", type=Path, default=None, metavar="PAGE", help="write the table into this page")
     args = parser.parse_args()
     taken: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         training = ("train", recipe(args, folder))
         measured(HERE, folder, *training)
         shutil.copytree(folder / "run", folder / "kept")
@@ -81,6 +98,7 @@ def main() -> None:
             "`train`, one step, data not yet encoded": training,
             "`train`, the same again": training,
         }
+        commands = {what: arguments for what, arguments in commands.items() if args.only in what}
         for _ in range(args.rounds):
             for version, checkout in (("before", args.before.resolve()), ("now", HERE)):
                 for what, arguments in commands.items():
@@ -89,9 +107,10 @@ def main() -> None:
                         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                     if "not yet" in what:
                         shutil.rmtree(folder / "cache", ignore_errors=True)
-                    figures = measured(checkout, folder, *arguments)
-                    taken.setdefault(what, {}).setdefault(version, []).append(figures)
-                    print(f"{version} {what}: {figures[0]:.1f} CPU s, {figures[1]:.1f} s", file=sys.stderr)
+                    names = (what, f"{what}, until its first step is logged")
+                    for name, figures in zip(names, measured(checkout, folder, *arguments), strict=False):
+                        taken.setdefault(name, {}).setdefault(version, []).append(figures)
+                        print(f"{version} {name}: {figures[0]:.1f} CPU s, {figures[1]:.1f} s", file=sys.stderr)
             # Each round is written, so that one that is cut short loses nothing.
             made_table = table(taken)
             if args.write is not None:

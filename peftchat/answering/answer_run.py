@@ -50,7 +50,7 @@ class AnswerOptions:
     """
 
     sampling: Sampling = field(default_factory=Sampling)
-    batch_size: int = 8
+    batch_size: int = 16
     dialogue_file: Path | None = None
     dtype: str | None = None
     base: str | None = None

@@ -18,17 +18,21 @@ from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from peftchat.models.zero import gather_together, is_zero3
+
 
 def fuse_lora_forward(model: PeftModel) -> int:
     """Replace the forward of the model's plain LoRA layers; return the number of these layers.
 
     Layers that compute more than `result + B(A(x)) * scaling` keep theirs: DoRA and other LoRA variants, adapters with
-    a bias, several adapters, embeddings. A layer whose adapter is disabled or merged also runs PEFT's forward. Not for
-    ZeRO-3, which gathers weights only when their own module is called.
+    a bias, several adapters, embeddings. A layer whose adapter is disabled or merged also runs PEFT's forward.
     """
     layers = [module for module in model.modules() if _is_plain(module)]
     for layer in layers:
         layer.forward = types.MethodType(_forward, layer)
+        if is_zero3():
+            # The modules of the base and of the adapter, whose weights are needed, are not called themselves.
+            gather_together(layer)
     return len(layers)
 
 

@@ -24,6 +24,16 @@ def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Abst
     return context
 
 
+def gather_together(module: nn.Module) -> None:
+    """Let ZeRO-3 gather a module's parameters, and those of the modules inside it, before its own forward and backward.
+
+    DeepSpeed gathers those of a module alone when it is called. Call this before DeepSpeed wraps the model.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    set_z3_leaf_module(module, True)
+
+
 def unsharded_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Return the shape of a parameter, before ZeRO-3 shards it; one process alone may ask for it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

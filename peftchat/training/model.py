@@ -82,7 +82,7 @@ def load_trainable_model(context: TrainContext) -> TrainableModel:
     baseline = 0 if torch.cuda.is_available() else memory_in_use()
     built = _build_model(context)
     compilable = recipe.method == "full"
-    if isinstance(built.model, PeftModel) and not is_zero3():
+    if isinstance(built.model, PeftModel):
         compilable = 0 < fuse_lora_forward(built.model) == num_adapted_layers(built.model)
     # Compiling a layer with experts takes minutes.
     compilable = compilable and not expert_parameters(built.causal_model)

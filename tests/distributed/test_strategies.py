@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.checks import check_run
-from tests.support.cli import peftchat
+from tests.support.cli import peftchat, start
 from tests.support.data import read_json_lines, write_small_talk
-from tests.support.launch import peftchat_in_processes
+from tests.support.launch import free_port, peftchat_in_processes
 from tests.support.models import small_model
 from tests.support.recipes import write_training_recipe
 
@@ -79,6 +79,52 @@ def test_every_strategy_takes_the_same_steps(tmp_path: Path) -> None:
     assert "Weights, optimizer and steps carry over exactly" in " ".join(done.stderr.split())
     assert not list((tmp_path / "two" / "checkpoints").glob("*/.universal"))
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+
+
+_SMALL_ADAPTERS = """
+import deepspeed, sys, torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.integrations import HfDeepSpeedConfig
+from peftchat.models.fused_lora import fuse_lora_forward
+
+config = {
+    "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+in_use = HfDeepSpeedConfig(config)
+x = torch.randn(400, 256, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+def output(scale, is_fused):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(256, 192)), LoraConfig(r=8, lora_alpha=16, target_modules=["0"]))
+    with torch.no_grad():
+        model.base_model.model[0].lora_B["default"].weight.normal_().mul_(scale)
+    if is_fused:
+        assert fuse_lora_forward(model) == 1
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    return engine(x).detach().float()
+
+for is_fused in (False, True):
+    none, small, large = (output(scale, is_fused) for scale in (0.0, 1e-4, 1.0))
+    share = ((small - none) * (large - none)).sum() / (large - none).square().sum() * 1e4
+    print(float(share), file=sys.stderr)
+"""
+
+
+def test_a_small_adapter_counts_in_bfloat16_under_zero3() -> None:
+    """An adapter that adds less than half a unit in the last place, whose weights are gathered with the base's."""
+    variables = {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    done = start("-c", _SMALL_ADAPTERS, environment=variables)
+    _, stderr = done.communicate()
+    assert done.wait() == 0, stderr
+    of_peft, ours = map(float, stderr.split()[-2:])
+    # PEFT loses most of it; where this fails, it does no more.
+    assert of_peft < 0.5
+    assert 0.9 < ours < 1.1
 
 
 def test_an_error_in_many_processes_is_told_once(conversations: Path, tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ def peftchat_in_processes(
     Returns:
         The first failure, or 0; standard output and standard error of all ranks, one after the other.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     variables = _variables if launcher == "torchrun" else _slurm_variables
     ranks = [
         start("-m", "peftchat", *arguments, environment=variables(rank, processes, port)) for rank in range(processes)
@@ -28,6 +27,13 @@ def peftchat_in_processes(
     return subprocess.CompletedProcess(
         ranks[0].arguments, status, "".join(stdout for stdout, _ in ended), "".join(stderr for _, stderr in ended)
     )
+
+
+def free_port() -> int:
+    """Return a port of this machine that no process listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
 
 
 def _variables(rank: int, processes: int, port: int) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """The engine's process, with a small http server in its place: what counts as an answer, and that all of it ends."""
 
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from peftchat.engines.commands import EngineCommand, EngineName, Place
 from peftchat.engines.process import running
 from peftchat.errors import UserError, VerificationError
+from tests.support.launch import free_port
 
 SERVER = """
 import http.server, json, os, subprocess, sys
@@ -33,12 +33,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments): pass
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def server(

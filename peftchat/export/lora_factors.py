@@ -122,7 +122,7 @@ def dense_update(
 
     deltas = collect_deltas(InstalledAdapter(adapter.empty_model, (module,), {}), read)
     changes = {}
-    for name, delta in deltas.items():
+    for name, (delta,) in deltas.items():
         assert isinstance(delta, AddDelta)
         before = read(name)
         changes[name] = delta.apply(before.clone(), 0) - before

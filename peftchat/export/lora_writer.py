@@ -13,7 +13,8 @@ import torch
 from peftchat.errors import UserError, VerificationError, first_line
 from peftchat.export.lora_factors import FactoredUpdate, relative_error
 from peftchat.export.lora_proof import Comparison, Proof
-from peftchat.merging.adapter_source import ADAPTER_WEIGHTS_NAME, InstalledAdapter
+from peftchat.merging.adapter_file import ADAPTER_WEIGHTS_NAME
+from peftchat.merging.adapter_source import InstalledAdapter
 from peftchat.merging.delta_rules import trained_token_rows
 from peftchat.merging.deltas import ReplaceRows, mean_rows, weighted_mean
 from peftchat.merging.merge_job import MergeJob

@@ -6,17 +6,18 @@ one layer at a time.
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from peftchat.console import stderr
 from peftchat.errors import UserError, first_line
+from peftchat.merging.adapter_file import ADAPTER_WEIGHTS_NAME, base_name, check_weights, each_once
 from peftchat.merging.empty_model import EmptyModel, ParameterSlot
 from peftchat.merging.qlora_base import Quantization
-from peftchat.models.safetensors_files import read_header
-from peftchat.models.source import ADAPTER_CONFIG, LOAD_ERRORS, MISFIT_ERRORS, ModelKind, ModelSource
+from peftchat.models.source import ADAPTER_CONFIG, LOAD_ERRORS, MISFIT_ERRORS, ModelKind, ModelSource, read_json
 from peftchat.recipe import LoadedRecipe
 from peftchat.variants import ADAPTERS, get_adapter
 from peftchat.variants.initialized_lora import ResidualLora
@@ -96,13 +97,14 @@ def reject_unmergeable(config: Any, where: str) -> None:
             where=where,
             hint="Save the adapter with `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it.",
         )
+    if getattr(config, "alora_invocation_tokens", None):
+        what = "aLoRA cannot be merged: it acts behind certain tokens only (alora_invocation_tokens)"
+        raise UserError(what, where=where, hint=_PROMPTS_HINT)
     if getattr(config, "layer_replication", None):
         raise UserError("it repeats layers of the base, which peft does not merge either", where=where)
 
 
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER = "default"
-_ROOT = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -154,42 +156,22 @@ def read_adapter_config(folder: Path) -> Any:
     except LOAD_ERRORS as error:
         raise UserError(f"the file cannot be read: {first_line(error)}", where=str(folder / ADAPTER_CONFIG)) from error
     reject_unmergeable(config, str(folder))
+    _tell_unknown_settings(config, folder)
     return config
 
 
-def check_weights(folder: Path) -> None:
-    """Check every entry of the adapter's weight file.
-
-    Raises:
-        UserError: the file is missing, damaged or empty, or has a tensor without elements. A sharded trainer writes
-            such tensors when it saves without gathering.
-    """
-    entries = read_header(folder / ADAPTER_WEIGHTS_NAME)
-    if not entries:
-        raise UserError("the adapter holds no tensors", where=str(folder / ADAPTER_WEIGHTS_NAME))
-    empty = [name for name, entry in entries.items() if entry.bytes == 0]
-    if empty:
-        raise UserError(
-            f"{len(empty)} of {len(entries)} tensors have no elements, first {empty[0]}: the adapter was saved "
-            "from a sharded model without gathering it",
-            where=str(folder / ADAPTER_WEIGHTS_NAME),
-            hint="Save it again from a checkpoint of the run.",
-        )
-
-
-def vocabulary_needed(config: Any, folder: Path) -> int:
-    """Return the embedding rows that this adapter needs in its base.
-
-    It is 0 if neither config nor weights determine it.
-    """
-    indices = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
-    lists = indices.values() if isinstance(indices, dict) else [indices]
-    ids = [token_id for listed in lists for token_id in listed]
-    names = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "lm_head.weight")
-    saved_rows = [
-        entry.shape[0] for name, entry in read_header(folder / ADAPTER_WEIGHTS_NAME).items() if name.endswith(names)
+def _tell_unknown_settings(config: Any, folder: Path) -> None:
+    """Tell which settings of a file PEFT does not know and leaves out; those that are off change nothing."""
+    known = {field.name for field in fields(config)}
+    unknown = [
+        f"{name} ({value})" for name, value in read_json(folder / ADAPTER_CONFIG).items() if name not in known and value
     ]
-    return max([token_id + 1 for token_id in ids] + saved_rows, default=0)
+    if unknown:
+        stderr.print(
+            f"{folder / ADAPTER_CONFIG}: this version of PEFT does not know {', '.join(unknown)} and leaves it out. "
+            "Check with the PEFT that wrote it that the result is the same.",
+            style="yellow", markup=False, highlight=False,
+        )  # fmt: skip
 
 
 def install_adapter(empty_model: EmptyModel, config: Any, folder: Path) -> InstalledAdapter:
@@ -209,11 +191,11 @@ def install_adapter(empty_model: EmptyModel, config: Any, folder: Path) -> Insta
     config.inference_mode = True
     # LoRA's tensors can stay in the mapped file; other methods have index buffers that only real initialization fills.
     mapped = str(config.peft_type).endswith("LORA") and type(config).__name__ == "LoraConfig"
-    state = load_file(folder / ADAPTER_WEIGHTS_NAME)
+    state = each_once(load_file(folder / ADAPTER_WEIGHTS_NAME))
     try:
         peft_model = PeftModel(empty_model.model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=mapped)
         saved = _saved_base_parameters(state, empty_model)
-        state = {key: value for key, value in state.items() if _base_name(key) not in saved}
+        state = {key: value for key, value in state.items() if base_name(key) not in saved}
         result = set_peft_model_state_dict(peft_model, state, low_cpu_mem_usage=mapped)
     except MISFIT_ERRORS as error:
         raise _mismatch_error(folder, str(error)) from error
@@ -222,20 +204,21 @@ def install_adapter(empty_model: EmptyModel, config: Any, folder: Path) -> Insta
     return InstalledAdapter(empty_model, tuple(_adapted_modules(empty_model, init)), saved)
 
 
-def _base_name(key: str) -> str:
-    return key.removeprefix(_ROOT).replace(".base_layer.", ".")
-
-
 def _saved_base_parameters(state: dict[str, torch.Tensor], empty_model: EmptyModel) -> dict[str, torch.Tensor]:
     from peft.utils.other import ModulesToSaveWrapper
 
     wrapped = {name for name, module in empty_model.model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
-    names = {key: _base_name(key) for key in state}
-    return {
-        name: state[key]
-        for key, name in names.items()
-        if name in empty_model.slots and not any(name.startswith(f"{path}.") for path in wrapped)
-    }
+
+    def is_free(name: str) -> bool:
+        return name in empty_model.slots and not any(name.startswith(f"{path}.") for path in wrapped)
+
+    saved = {name: value for key, value in state.items() if is_free(name := base_name(key))}
+    for pair in empty_model.ties.items():
+        # Stock PEFT loads either into the one parameter that both share.
+        value = next((saved[name] for name in reversed(pair) if name in saved), None)
+        if value is not None:
+            saved.update((name, value) for name in pair if is_free(name))
+    return saved
 
 
 def _mismatch_error(folder: Path, why: str) -> UserError:
@@ -257,13 +240,19 @@ def _check_keys(result: Any, peft_model: Any, folder: Path, ties: Mapping[str, s
     shared = [mark for adapter in ADAPTERS.values() for mark in adapter.shared_tensors]
     missing = [key for key in result.missing_keys if prefix in key and f".{ADAPTER}" in key]
     missing = [key for key in missing if not any(mark in key for mark in shared)]
-    # The rows of a tied head are those of the embedding.
-    missing = [key for key in missing if f"{_base_name(key).partition('.trainable_tokens_')[0]}.weight" not in ties]
+    # The rows of a tied head are those of the embedding; some files hold a copy.
+    missing = [key for key in missing if not _of_tied_rows(key, ties)]
     if missing:
         raise _mismatch_error(folder, f"{len(missing)} of its tensors are missing, first {missing[0]}")
-    if result.unexpected_keys:
-        count, first = len(result.unexpected_keys), result.unexpected_keys[0]
+    unexpected = [key for key in result.unexpected_keys if not _of_tied_rows(key, ties)]
+    if unexpected:
+        count, first = len(unexpected), unexpected[0]
         raise _mismatch_error(folder, f"{count} of its tensors have no place in it, first {first}")
+
+
+def _of_tied_rows(key: str, ties: Mapping[str, str]) -> bool:
+    layer, rows, _ = base_name(key).partition(".trainable_tokens_")
+    return bool(rows) and f"{layer}.weight" in ties
 
 
 def _adapted_modules(empty_model: EmptyModel, init: ResidualLora | None) -> Iterator[AdaptedModule]:

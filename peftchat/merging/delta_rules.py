@@ -187,15 +187,18 @@ RULES: tuple[DeltaRule, ...] = (
 )
 
 
-def collect_deltas(adapter: InstalledAdapter, read: Read) -> dict[str, Delta]:
-    """Return the delta of every parameter that an adapter changes, by name.
+def collect_deltas(adapter: InstalledAdapter, read: Read) -> dict[str, tuple[Delta, ...]]:
+    """Return the deltas of every parameter that an adapter changes, by name.
+
+    Where the adapter's file holds the weights below one of its layers, these come first.
 
     Args:
         adapter: an installed adapter.
         read: returns the base's parameter of a name, all rows, in float32.
     """
-    deltas: dict[str, Delta] = {}
+    deltas: dict[str, tuple[Delta, ...]] = {name: (delta,) for name, delta in saved_parameter_deltas(adapter).items()}
     for module in adapter.modules:
-        deltas.update(next(found for rule in RULES if (found := rule(module, read)) is not None))
-    deltas.update(saved_parameter_deltas(adapter))
+        found = next(found for rule in RULES if (found := rule(module, read)) is not None)
+        for name, delta in found.items():
+            deltas[name] = (*deltas.get(name, ()), delta)
     return deltas

@@ -82,7 +82,7 @@ def sum_deltas(parts: Sequence[WeightedDelta], combine: CombineUpdates | None = 
     def apply(base: torch.Tensor, start: int) -> torch.Tensor:
         if replacement is not None:
             part = replacement[start : start + len(base)] if base.dim() else replacement
-            base = part.to(torch.float32)
+            base = part.to(torch.float32, copy=True)
         if combine is not None and computed:
             old = base.double()
             updates = [(number, weight, delta.apply(base.clone(), start) - old) for number, weight, delta in computed]

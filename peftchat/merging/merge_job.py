@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
+from peftchat.merging.adapter_file import ADAPTER_WEIGHTS_NAME, check_weights, vocabulary_needed
 from peftchat.merging.adapter_source import (
-    ADAPTER_WEIGHTS_NAME,
     AdapterSource,
     InstalledAdapter,
-    check_weights,
     install_adapter,
     read_adapter_config,
     unquantized_config,
-    vocabulary_needed,
 )
 from peftchat.merging.base_weights import BaseWeights, RoundTrip
 from peftchat.merging.combination import Combination
@@ -217,7 +215,7 @@ def _open_base(base: ModelSource, adapters: list[MergeAdapter]) -> MergeBase:
 
 def _deltas(
     adapters: list[tuple[float, InstalledAdapter]], weights: BaseWeights
-) -> list[tuple[float, Mapping[str, Delta]]]:
+) -> list[tuple[float, Mapping[str, tuple[Delta, ...]]]]:
     def read(name: str) -> torch.Tensor:
         return weights.rows(name).to(torch.float32, copy=True)
 

@@ -63,7 +63,7 @@ class MergePlan:
 
 def plan_merge(
     weights: BaseWeights,
-    adapters: Sequence[tuple[float, Mapping[str, Delta]]],
+    adapters: Sequence[tuple[float, Mapping[str, tuple[Delta, ...]]]],
     dtype: torch.dtype | None,
     combination: Combination | None = None,
 ) -> MergePlan:
@@ -77,8 +77,8 @@ def plan_merge(
     """
     parts: dict[str, list[WeightedDelta]] = {}
     for number, (weight, adapter_deltas) in enumerate(adapters):
-        for name, delta in adapter_deltas.items():
-            parts.setdefault(name, []).append(WeightedDelta(weight, delta, number))
+        for name, found in adapter_deltas.items():
+            parts.setdefault(name, []).extend(WeightedDelta(weight, delta, number) for delta in found)
     untied = tuple(name for name, source in weights.empty_model.ties.items() if not _same_deltas(parts, name, source))
     for name in weights.empty_model.ties:
         if name not in untied:

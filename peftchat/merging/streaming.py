@@ -31,9 +31,9 @@ class StoredWeights:
 
     def rows(self, name: str, start: int, stop: int | None) -> torch.Tensor:
         """Return rows `start` to `stop` of a parameter."""
-        if name in self.saved:
-            return self.saved[name][start:stop].to(torch.float32)
-        block = self.weights.rows(name, start, stop).to(torch.float32, copy=True)
+        saved = self.saved.get(name)
+        block = self.weights.rows(name, start, stop) if saved is None else saved[start:stop] if saved.dim() else saved
+        block = block.to(torch.float32, copy=True)
         trained = self.tokens.get(name)
         if trained is not None:
             for token_id, row in zip(trained.ids, trained.values, strict=True):

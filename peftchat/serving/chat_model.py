@@ -10,6 +10,7 @@ import torch
 from peftchat.console import stderr
 from peftchat.errors import UserError, first_line
 from peftchat.models.base_content import check_run
+from peftchat.models.decoding import decode_plainly
 from peftchat.models.loading import compute_in_float32_if_faster, end_ids, has_bfloat16_kernels, load_base
 from peftchat.models.source import LOAD_ERRORS, MISFIT_ERRORS, ModelKind, ModelSource
 from peftchat.recipe import Recipe
@@ -118,6 +119,8 @@ def load_for_chat(
     model = load_with_adapter(source, allow_changed=allow_changed)
     check_vocabulary(tokenizer, model, name)
     compute_in_float32_if_faster(model)
+    # What an answer's settings leave open is filled from these.
+    decode_plainly(model.generation_config)
     return ChatModel(name, model, tokenizer, source.generation_config(), encoder)
 
 
@@ -183,11 +186,12 @@ def _load_with_adapter(source: ModelSource) -> "PeftModel":
     """
     from peft import PeftConfig, PeftModel
 
-    from peftchat.merging.adapter_source import vocabulary_needed
+    from peftchat.merging.adapter_file import check_weights, vocabulary_needed
     from peftchat.models.saving import TOKEN_ROWS
 
     token_folder = source.path / TOKEN_ROWS
     with_tokens = token_folder if token_folder.is_dir() else source.path
+    check_weights(source.path)
     vocabulary_size = vocabulary_needed(PeftConfig.from_pretrained(str(with_tokens)), with_tokens)
     recipe = source.recipe()
     source_of_base = source.base()

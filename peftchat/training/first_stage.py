@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from peftchat.errors import UserError, VerificationError, first_line
-from peftchat.merging.adapter_source import AdapterSource, check_weights
+from peftchat.merging.adapter_file import check_weights
+from peftchat.merging.adapter_source import AdapterSource
 from peftchat.merging.merge_job import MergeOptions, prepare_merge
 from peftchat.merging.merge_plan import file_digest
 from peftchat.models.base_content import changes_since, fingerprints_of

@@ -165,7 +165,7 @@ def _adapter_config(source: ModelSource) -> Any:
 
 
 def _rows_needed(one: _Named) -> int:
-    from peftchat.merging.adapter_source import vocabulary_needed
+    from peftchat.merging.adapter_file import vocabulary_needed
 
     if one.source.kind is not ModelKind.ADAPTER:
         return -1

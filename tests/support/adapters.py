@@ -56,7 +56,15 @@ def load(folder: Path, rows: int = 0, **options: Any) -> Any:
     return model
 
 
-def train_by_noise(base: Path, run: Path, config: Any, rows: int = 0, noise: float = 0.05, **options: Any) -> Trained:
+def train_by_noise(
+    base: Path,
+    run: Path,
+    config: Any,
+    rows: int = 0,
+    noise: float = 0.05,
+    save_embeddings: bool | str = False,
+    **options: Any,
+) -> Trained:
     """Wrap the base, move every trained parameter, save as a run does, and let stock PEFT compute and merge."""
     config.task_type = "CAUSAL_LM"
     model = get_peft_model(load(base, rows, **options), config)
@@ -65,7 +73,7 @@ def train_by_noise(base: Path, run: Path, config: Any, rows: int = 0, noise: flo
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * noise)
-    model.save_pretrained(run, save_embedding_layers=False)
+    model.save_pretrained(run, save_embedding_layers=save_embeddings)
     return oracle(base, run, rows, **options)
 
 

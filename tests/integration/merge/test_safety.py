@@ -69,6 +69,8 @@ def damage_adapter(run: Path, how: str) -> None:
         os.truncate(file, file.stat().st_size - 10)
     elif how == "no adapter":
         file.unlink()
+    elif how == "pickled adapter":
+        file.rename(file.with_name("adapter_model.bin"))
     elif how == "no adapter config":
         (run / "adapter_config.json").unlink()
     elif how == "broken adapter config":
@@ -92,6 +94,7 @@ ADAPTER_PROBLEMS = {
     "extra key": "no place",
     "truncated adapter": "damaged",
     "no adapter": "missing",
+    "pickled adapter": "pickled",
     "no adapter config": "adapter_config",
     "broken adapter config": "cannot be read",
 }

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peftchat.merging import MergeOptions, merge_run
@@ -105,6 +107,45 @@ def test_a_tie_that_training_broke_is_written_as_two_tensors(change: str, tmp_pa
     assert not result.report.tied
     assert json.loads((result.folder / "config.json").read_text())["tie_word_embeddings"] is False
     assert apart(merged_logits(result.folder), trained.logits) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [0, VOCABULARY + 4], ids=["as it was", "grown"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "mamba"])
+@pytest.mark.parametrize("trained", ["other layers", "whole", "lora on the embedding", "lora on the head", "rows"])
+def test_an_adapter_that_peft_saved_with_its_embeddings(trained: str, kind: str, rows: int, tmp_path: Path) -> None:
+    """Stock PEFT adds them by itself to the file of a model whose vocabulary grew, or whose embedding it adapts."""
+    layer, embedding = {"gpt2": ("c_attn", "wte"), "mamba": ("x_proj", "embeddings")}.get(
+        kind, ("q_proj", "embed_tokens")
+    )
+    options: dict[str, dict[str, Any]] = {
+        "other layers": {},
+        "whole": {"modules_to_save": [embedding, *(["lm_head"] if kind == "llama" else [])]},
+        "lora on the embedding": {"target_modules": [layer, embedding]},
+        "lora on the head": {"target_modules": [layer, "lm_head"]},
+        "rows": {"trainable_token_indices": [3, VOCABULARY - 1]},
+    }
+    base = make_base(tmp_path / "base", kind)
+    config = LoraConfig(r=4, **{"target_modules": [layer], **options[trained]})
+    stock = train_by_noise(base, tmp_path / "run", config, rows, save_embeddings="auto")
+    result = merge_run(tmp_path / "run", MergeOptions())
+    assert result.report.verification is not None and result.report.verification.passed
+    # Of new rows that are in no file, each load draws its own.
+    known = (merged_logits(result.folder)[..., :VOCABULARY], stock.logits[..., :VOCABULARY])
+    assert apart(*known) < 1e-5
+
+
+def test_a_head_that_one_adapter_replaces_and_another_changes(tmp_path: Path) -> None:
+    """The update is added to the trained copy, which stays as it is in memory."""
+    base = make_base(tmp_path / "base", "llama")
+    replaced = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    train_by_noise(base, tmp_path / "one", replaced)
+    train_by_noise(base, tmp_path / "two", LoraConfig(r=4, target_modules=["lm_head"]))
+    both = merge_run(tmp_path / "one", MergeOptions(adapters=((tmp_path / "two", 1.0),)))
+    assert both.report.verification is not None and both.report.verification.passed
+    whole = load_file(tmp_path / "one" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    two = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    left, right = (two[f"base_model.model.lm_head.lora_{side}.weight"] for side in "BA")
+    torch.testing.assert_close(tensors_of(both.folder)["lm_head.weight"], whole + 2 * left @ right)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,5 +1,6 @@
 """Every variant that folds gives what stock `merge_and_unload` gives, on every kind of layer."""
 
+import json
 from pathlib import Path
 
 import peft
@@ -138,6 +139,7 @@ REFUSED = {
     "p-tuning": (lambda: peft.PromptEncoderConfig(num_virtual_tokens=4), "before the prompt"),
     "osf": (lambda: peft.OSFConfig(target_modules=["q_proj"]), "merge_and_unload"),
     "psoft": (lambda: peft.PsoftConfig(r=4, target_modules=["q_proj"]), "merge_and_unload"),
+    "alora": (lambda: LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5, 6]), "aLoRA cannot be merged"),
     "lily": (lambda: peft.LilyConfig(target_modules=["q_proj"]), "depends on the input"),
 }
 
@@ -153,3 +155,13 @@ def test_what_cannot_fold_is_refused_with_a_cure(method: str, tmp_path: Path) ->
     with pytest.raises(UserError, match=reason):
         merge_run(tmp_path / "run", MergeOptions())
     assert not list((tmp_path / "run").glob("merged*"))
+
+
+def test_a_setting_that_this_peft_does_not_know_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    train_by_noise(base, tmp_path / "run", LoraConfig(target_modules=["q_proj"]))
+    file = tmp_path / "run" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_newer": {"rate": 2}, "use_other": False}))
+    merge_run(tmp_path / "run", MergeOptions(verify=False))
+    told = capsys.readouterr().err
+    assert "use_newer" in told and "use_other" not in told

@@ -18,6 +18,7 @@ from transformers.generation import logits_process
 
 from peftchat.answering.prompting import Prompting
 from peftchat.errors import UserError
+from peftchat.models.decoding import tokenizer_argument
 from peftchat.models.padded_prompts import pad_left
 from peftchat.serving.chat_model import ChatModel
 from peftchat.serving.generate import Finish, decode_answer, finish_of
@@ -117,7 +118,6 @@ def _generate(
     if prompting.stop_text is not None:
         stop_text = StopText(chat.tokenizer, prompting.stop_text, width, len(prompts))
         criteria.append(stop_text)
-    arguments: dict[str, Any] = {"tokenizer": chat.tokenizer} if settings.stop_strings else {}
     with torch.inference_mode():
         output = chat.model.generate(
             input_ids=ids,
@@ -128,7 +128,7 @@ def _generate(
             pad_token_id=pad,
             logits_processor=seeded_sampling(settings, seeds, chat.device),
             stopping_criteria=criteria,
-            **arguments,
+            **tokenizer_argument(settings, chat.tokenizer),
         )
     rows = output[:, width:].tolist()
     lengths = [None] * len(rows) if stop_text is None else stop_text.lengths

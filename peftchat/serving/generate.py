@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftchat.conversation import Message
+from peftchat.models.decoding import tokenizer_argument
 from peftchat.serving.chat_model import ChatModel
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def generate_answer(
     if stopped is not None and stopped():
         interrupted = streamer.last not in ends | turns
     finish = "interrupted" if interrupted else finish_of(streamer.last, ends, turns)
+    if finish == "length" and len(streamer.ids) < max_new_tokens:
+        finish = "end"  # A setting of the model's own ended it, such as `stop_strings`.
     return ChatAnswer(
         streamer.text,
         finish,
@@ -128,6 +131,7 @@ def _generate(
             pad_token_id=pad,
             streamer=streamer,
             stopping_criteria=None if stopped is None else [_Stopped(stopped)],
+            **tokenizer_argument(settings, chat.tokenizer),
         )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftchat.chat_template.chat_format import ChatFormat
+from peftchat.models.decoding import decoding_plainly, tokenizer_argument
 from peftchat.models.loading import end_ids
 from peftchat.models.padded_prompts import needs_single_prompts, pad_left
 from peftchat.runs.run_summary import SampleAnswer
@@ -87,7 +88,8 @@ def _generate(
 ) -> list[list[int]]:
     """Return what the model writes behind each prompt, up to and with the token that ends it."""
     ids, mask = pad_left(prompts, int(chat.tokenizer.pad_token_id), next(model.parameters()).device)
-    with torch.no_grad():
+    settings = model.generation_config
+    with torch.no_grad(), decoding_plainly(settings):
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -96,6 +98,7 @@ def _generate(
             temperature=None,
             top_p=None,
             top_k=None,
+            **tokenizer_argument(settings, chat.tokenizer),
         )[:, ids.shape[1] :].tolist()
     ends = end_ids(model.generation_config.eos_token_id)
     return [_through_end(row, ends) for row in output]

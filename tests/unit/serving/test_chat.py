@@ -1,7 +1,8 @@
 """`peftchat chat`: prompts, answers, loading; stock transformers and peft are the oracles."""
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,12 +11,16 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from peftchat.answering.batch import generate_batch
+from peftchat.answering.prompting import TemplatePrompting
+from peftchat.chat_template.chat_format import make_format
 from peftchat.conversation import Conversation, Message
 from peftchat.errors import UserError
 from peftchat.serving.chat_model import load_for_chat
 from peftchat.serving.generate import generate_answer
 from peftchat.serving.prompt import PromptEncoder
 from peftchat.serving.sampling import Sampling, apply_sampling
+from peftchat.training.questions import sample_answers
 from tests.support.chat_models import QUESTIONS, in_format, save_adapter_run, save_model, save_scripted
 from tests.support.tokenizers import byte_level
 
@@ -159,6 +164,56 @@ def test_generation_config_is_respected_unless_flags_say_otherwise() -> None:
     assert own.temperature == 0.7
     with pytest.raises(UserError, match="--greedy does not sample"):
         Sampling(greedy=True, top_p=0.5)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_beams": 3, "early_stopping": True},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "high"},
+        {"prompt_lookup_num_tokens": 3},
+        {"return_dict_in_generate": True, "output_scores": True},
+    ],
+)
+def test_settings_for_other_ways_of_decoding_change_no_answer(own: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_scripted(tmp_path / "model", "Tag né!")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    chat = load_for_chat(str(folder))
+    chosen = apply_sampling(chat.generation_config, GREEDY)
+    pieces: list[str] = []
+    said = generate_answer(chat, [user("hello")], chosen, pieces.append)
+    assert (said.text, said.finish, "".join(pieces)) == ("Tag né!", "end", "Tag né!")
+    prompting = TemplatePrompting(chat.tokenizer, chat.generation_config)
+    prompts = [prompting.encode([user(word)], 200).ids for word in ("hello", "you")]
+    batch = generate_batch(chat, prompting, prompts, chosen, 20, [0, 0])
+    assert [one.text for one in batch] == ["Tag né!"] * 2
+    format = make_format("starchat", None, chat.tokenizer)
+    trained: Any = AutoModelForCausalLM.from_pretrained(folder)
+    before = trained.generation_config.to_dict()
+    sampled = sample_answers(trained, format, ["hello", "you"], 20)
+    assert [one.answer for one in sampled] == ["Tag né!"] * 2
+    assert trained.generation_config.to_dict() == before
+
+
+def test_a_stop_string_of_the_model_ends_its_answer(tmp_path: Path) -> None:
+    chat = load_for_chat(str(save_scripted(tmp_path / "model", "abcdefgh")))
+    chat.generation_config.stop_strings = chat.model.generation_config.stop_strings = ["cd"]
+    said = generate_answer(chat, [user("hello")], apply_sampling(chat.generation_config, GREEDY))
+    assert (said.text, said.finish) == ("abcd", "end")
+    format = make_format("starchat", None, chat.tokenizer)
+    assert sample_answers(cast("Any", chat.model), format, ["hello"], 20)[0].answer == "abcd"
+
+
+@pytest.mark.parametrize("own", [{"temperature": "0.7"}, {"temperature": -1.0}, {"top_p": 1.5}, {"top_k": 2.5}])
+def test_a_setting_of_the_model_that_is_no_setting_is_named(own: dict[str, Any]) -> None:
+    wrong = GenerationConfig(do_sample=True)
+    vars(wrong).update(own)
+    with pytest.raises(UserError, match=f"{next(iter(own))} is .*, expected"):
+        apply_sampling(wrong, Sampling())
 
 
 # Loading

@@ -79,7 +79,7 @@ def match_tensors(checkpoint: SafetensorsCheckpoint, empty_model: EmptyModel) ->
             rows than those of the checkpoint.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
     model = empty_model.model
     mapping = get_model_conversion_mapping(model)
@@ -94,6 +94,8 @@ def match_tensors(checkpoint: SafetensorsCheckpoint, empty_model: EmptyModel) ->
         key: rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         for key in sorted(checkpoint.entries, key=_natural)
     }
+    # Going back, transformers adds a prefix again only if it was there: names above mark what they used.
+    mapping = [entry for entry in mapping if not isinstance(entry, PrefixChange) or entry.was_used()]
     stored = {name for name, _ in names.values()}
     # Where the files hold the tied side alone, transformers takes the weight from there.
     owners = {tied: owner for tied, owner in empty_model.ties.items() if owner not in stored}

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftchat.models.added_tokens import AddedTokenEmbeddings, AddedTokenHead, register_hooks, unfreeze_added_tokens
+from peftchat.models.backbone import backbone_of
 from peftchat.models.fused_lora import fuse_lora_forward
 from peftchat.models.peft_model import cast_trainable, wrap_without_init
 from peftchat.planning.settings import AttentionKind
@@ -333,7 +334,7 @@ def trace_backbone(model: "PreTrainedModel", batch: int, length: int, autocast: 
         if model.config._attn_implementation in ("sdpa", "eager"):
             inputs["attention_mask"] = _mask(model, batch, length)
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+            hidden = backbone_of(model)(**inputs, use_cache=False).last_hidden_state
         del inputs
         forward_peak, saved = live.peak, live.now
         live.reset_peak()

@@ -22,6 +22,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from peftchat.chat_template.loss_mask import IGNORE_INDEX
 from peftchat.models.added_tokens import find_added_tokens
+from peftchat.models.backbone import backbone_of
 from peftchat.models.compiled import has_compiled_layers
 from peftchat.training.linear_cross_entropy import Weigh, chunk_size, linear_cross_entropy, product_dtype
 from peftchat.training.lm_head import Head, LogitTransform, logsumexp_and_grad
@@ -100,7 +101,7 @@ def install_supervised_forward(model: PreTrainedModel) -> LossSettings:
         if not supervised:
             return original(*args, **kwargs)
         labels: Tensor = kwargs.pop("labels")
-        backbone = self.base_model(*args, **kwargs, use_cache=False)
+        backbone = backbone_of(self)(*args, **kwargs, use_cache=False)
         # The hidden state at position t predicts the token at t + 1.
         targets = labels[:, 1:]
         supervised_positions = targets != IGNORE_INDEX

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from peftchat.errors import UserError, first_line
@@ -61,6 +61,7 @@ def try_saving(trainer: "ChatTrainer", context: TrainContext) -> None:
                     config.save_pretrained(str(folder / "adapter" / name))
                     stored = PeftConfig.from_pretrained(str(folder / "adapter" / name))
                     _same("adapter's type", config.peft_type, stored.peft_type)
+            _check_names_of_adapter(trainer.model)
         elif not is_zero3():
             with _reported("weights", where, "Choose another model."):
                 _try_names(model)
@@ -123,6 +124,39 @@ def _try_config(model: "PreTrainedModel", folder: Path, trust: bool) -> None:
     read = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust)
     _same("model config's type", config.model_type, read.model_type)
     _same("model config's vocabulary size", config.get_text_config().vocab_size, read.get_text_config().vocab_size)
+
+
+def _check_names_of_adapter(model: torch.nn.Module) -> None:
+    """Check that stock PEFT finds each tensor of a LoRA under the name that it saves it under.
+
+    When PEFT loads one, it applies the renamings by which transformers reads the base's files. Some of them hit the
+    names of adapters too, and PEFT passes over what it does not find:
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/transformers_weight_conversion.py
+
+    Raises:
+        UserError: it does not.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    if not isinstance(model, PeftModel):
+        return
+    stored = {
+        name.replace(".default", ""): torch.empty(parameter.shape, device="meta")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".lora_" in name
+    }
+    config = model.peft_config["default"]
+    found = convert_peft_adapter_state_dict_for_transformers(model, config, dict(stored))
+    lost = sorted(stored.keys() - found.keys())
+    if lost:
+        layers = sorted({name.partition(".lora_")[0].removeprefix("base_model.model.") for name in lost})
+        kinds = sorted({".".join(part for part in layer.split(".")[-2:]) for layer in layers})
+        raise UserError(
+            f"PEFT would not find {len(lost)} of the adapter's {len(stored)} tensors again: it renames those of "
+            f"{', '.join(kinds)} when it loads them",
+            where="adapter.target_modules",
+            hint="Name the layers to adapt, without these.",
+        )
 
 
 def _try_names(model: "PreTrainedModel") -> None:

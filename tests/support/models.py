@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from tests.support.tokenizers import small_tokenizer
 
@@ -51,6 +51,23 @@ def small_config(kind: str, *, vocabulary: int = 96, width: int = 64, **changes:
             "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "kv_lora_rank": 16,
             "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
         },
+        "qwen3_5_moe_text": {
+            **llama, **experts, "head_dim": width // 4, "shared_expert_intermediate_size": width,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+        },
+        "llama4_text": {
+            **llama, "num_local_experts": 4, "head_dim": width // 4, "intermediate_size_mlp": width,
+            "attention_chunk_size": 64, "no_rope_layers": [1, 0],
+        },
+        # Its packs have no mask of their own, and half of its layers a window.
+        "afmoe": {
+            **llama, **experts, "head_dim": width // 4, "sliding_window": 64, "num_dense_layers": 1,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "laguna": {**llama, **experts, "head_dim": width // 4, "shared_expert_intermediate_size": width},
+        # A layer stands between its hidden states and the head.
+        "modernbert-decoder": {**wide, "layer_types": ["full_attention", "full_attention"]},
         "gemma": {**llama, "head_dim": width // 4},
         "gemma2": {**llama, "head_dim": width // 4},
         "gemma3_text": {**llama, "head_dim": width // 4},
@@ -81,7 +98,8 @@ def small_config(kind: str, *, vocabulary: int = 96, width: int = 64, **changes:
         "granitemoehybrid-dense": {**granite, "layer_types": ["attention", "attention"]},
     }  # fmt: skip
     ids = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    return AutoConfig.for_model(kind.partition("-")[0], **{**settings.get(kind, llama), **ids, **changes})
+    model_type = kind if kind in CONFIG_MAPPING else kind.partition("-")[0]
+    return AutoConfig.for_model(model_type, **{**settings.get(kind, llama), **ids, **changes})
 
 
 def random_model(kind: str, vocabulary: int, *, tied: bool | None = None, std: float = 0.15) -> PreTrainedModel:

@@ -120,7 +120,7 @@ def test_other_methods_on_conv1d(method: str, tmp_path: Path) -> None:
     check(base, tmp_path / "run", train_by_noise(base, tmp_path / "run", config, noise=0.02))
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "qwen3_5_moe_text"])
 def test_expert_stacks(kind: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", kind)
     config = LoraConfig(

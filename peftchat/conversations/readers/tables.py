@@ -32,6 +32,7 @@ def read_parquet(path: Path, max_record_bytes: int, problems: ProblemLog) -> Ite
     try:
         # With buffers of its own for each column, Arrow reads pages as they are needed, and not whole row groups.
         with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+            _check_fields(str(path), file.schema_arrow)
             for batch in file.iter_batches(batch_size=_BATCH):
                 yield from rows.of(batch)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -52,6 +53,7 @@ def read_arrow(path: Path, max_record_bytes: int, problems: ProblemLog) -> Itera
     try:
         with pyarrow.memory_map(str(path)) as source:
             for batch in _arrow_batches(source, ipc):
+                _check_fields(str(path), batch.schema)
                 for start in range(0, batch.num_rows, _BATCH):
                     yield from rows.of(batch.slice(start, _BATCH))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -133,7 +135,7 @@ def read_csv(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterato
             lines = _bounded_lines(as_text(file), max_record_bytes)
             rows = csv.DictReader(lines, strict=True, delimiter=delimiter)
             rows.fieldnames = [column.strip() for column in rows.fieldnames or ()]
-            _check_header(name, rows.fieldnames)
+            _check_header(f"{name}:1", rows.fieldnames, "the header has the column")
             for fields in rows:
                 number = rows.line_num
                 problems.records += 1
@@ -159,8 +161,8 @@ def _delimiter(path: Path, head: bytes) -> str:
     return most if found[most] and b"," not in header else ","
 
 
-def _check_header(name: str, columns: Sequence[str]) -> None:
-    """Check that no two columns have one name: only one of them would be read.
+def _check_header(where: str, columns: Sequence[str], what: str) -> None:
+    """Check that no two columns, or fields of an object, have one name: only one of them would be read.
 
     Raises:
         UserError: they have.
@@ -168,7 +170,26 @@ def _check_header(name: str, columns: Sequence[str]) -> None:
     twice = [column for column, count in Counter(columns).items() if count > 1]
     if twice:
         hint = "Rename or remove one of them."
-        raise UserError(f"the header has the column {twice[0]!r} twice", where=f"{name}:1", hint=hint)
+        raise UserError(f"{what} {twice[0]!r} twice", where=where, hint=hint)
+
+
+def _check_fields(where: str, fields: Any, what: str = "the table has the column") -> None:
+    """Check the columns of a table, or the fields of a struct, and those of the structs in them.
+
+    Raises:
+        UserError: two of one place have one name.
+    """
+    from pyarrow import types
+
+    fields = list(fields)
+    _check_header(where, [field.name for field in fields], what)
+    for field in fields:
+        inner = field.type
+        while hasattr(inner, "value_type"):  # a list, or a dictionary
+            inner = inner.value_type
+        if types.is_struct(inner):
+            parts = [inner.field(index) for index in range(inner.num_fields)]
+            _check_fields(where, parts, f"the objects of {field.name!r} have the field")
 
 
 def _bounded_lines(file: IO[str], limit: int) -> Iterator[str]:

@@ -199,3 +199,27 @@ def test_subset_and_split_reach_the_library(tmp_path: Path) -> None:
     assert [row["prompt"] for row in found] == ["fish"] * 3
     with pytest.raises(ValueError, match="Config name is missing"):
         open_dataset(str(tmp_path), "train", None, None)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_with_two_columns_of_one_name_is_refused(kind: str, tmp_path: Path) -> None:
+    """Arrow keeps the last one alone, without a word; of two fields in a struct it makes no object at all."""
+    columns = pyarrow.Table.from_arrays(
+        [pyarrow.array(["a"]), pyarrow.array(["b"]), pyarrow.array(["c"])], ["prompt", "response", "response"]
+    )
+    turn = pyarrow.StructArray.from_arrays(
+        [pyarrow.array(["user"]), pyarrow.array(["a"]), pyarrow.array(["b"])], ["role", "content", "content"]
+    )
+    turns = pyarrow.table({"messages": pyarrow.ListArray.from_arrays([0, 1], turn)})
+    for table, message in (
+        (columns, "the column 'response' twice"),
+        (turns, "'messages' have the field 'content' twice"),
+    ):
+        path = tmp_path / f"a.{kind}"
+        if kind == "parquet":
+            parquet.write_table(table, path)
+        else:
+            with ipc.new_file(path, table.schema) as file:
+                file.write_table(table)
+        with pytest.raises(UserError, match=message):
+            list(read_conversations(path))

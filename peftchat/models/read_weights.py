@@ -16,7 +16,7 @@ from torch import nn
 from peftchat.models.base_config import build_on_meta, carries_state
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def layers_not_quantized(config: "PretrainedConfig") -> list[str] | None:
@@ -31,19 +31,27 @@ def layers_not_quantized(config: "PretrainedConfig") -> list[str] | None:
     return sorted({*get_keys_to_not_convert(model), *read}) if read else None
 
 
-def layers_not_called(model: nn.Module) -> tuple[str, ...]:
+def layers_not_called(model: "PreTrainedModel") -> tuple[str, ...]:
     """Return the dotted names of linear layers whose weight the module around them reads, by its source.
 
     So do state-space layers, whose kernels take weights. PEFT refuses some of these layers, for some of the models:
     `_check_lora_target_modules_mamba` in https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py
     """
+    # Kernels take weights in the place of calls. Without a state there are none: BLOOM's other way is off by default.
+    has_kernels = carries_state(model.config)
+
+    def is_passed_by(name: str, kind: Hashable) -> bool:
+        return name in _weights_read(kind) and (has_kernels or name not in _layers_called(kind))
+
     return tuple(
         f"{path}.{name}"
         for path, module in model.named_modules()
         for name, child in module.named_children()
-        if isinstance(child, nn.Linear) and name in _weights_read(cast("Hashable", type(module)))
+        if isinstance(child, nn.Linear) and is_passed_by(name, cast("Hashable", type(module)))
     )
 
+
+_LAYER_CALLED = re.compile(r"\bself\.(\w+)\(")
 
 _WEIGHT_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data|is_\w+|ndim|size))(?!\s*=[^=])")
 
@@ -54,11 +62,22 @@ def _weights_read(kind: Hashable) -> frozenset[str]:
 
     Finding the source of a class parses its file, and a plan asks for the same classes many times.
     """
+    return frozenset(_WEIGHT_READ.findall(_source_of(kind)))
+
+
+@functools.cache
+def _layers_called(kind: Hashable) -> frozenset[str]:
+    """Return the attributes of a class of modules that its source calls."""
+    return frozenset(_LAYER_CALLED.findall(_source_of(kind)))
+
+
+def _source_of(kind: Hashable) -> str:
+    """Return the source of the classes with a forward that a class of modules is made of."""
     assert isinstance(kind, type)
-    found: set[str] = set()
+    found = []
     for one in kind.__mro__:
         if "forward" in vars(one) and not one.__module__.startswith("torch."):
             # A class that was made at run time has no source.
             with contextlib.suppress(OSError, TypeError):
-                found.update(_WEIGHT_READ.findall(inspect.getsource(one)))
-    return frozenset(found)
+                found.append(inspect.getsource(one))
+    return "\n".join(found)

@@ -35,6 +35,12 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """Files of which every tokenizer has one."""
 
+_OUTPUT = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+"""What a forward returns, whatever `config.json` says.
+
+The states of all layers would stay in memory, a tuple has no names, and some such configs cannot be saved.
+"""
+
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
@@ -277,7 +283,7 @@ class ModelSource:
             return self.base().config()
         self._refuse_lfs_pointers((MODEL_CONFIG,))
         try:
-            return AutoConfig.from_pretrained(self.name, **self._hub_arguments())
+            return AutoConfig.from_pretrained(self.name, **_OUTPUT, **self._hub_arguments())
         except StrictDataclassError as error:
             # Its first line names the validator; the reason is in its cause.
             cause = error.__cause__
@@ -338,7 +344,7 @@ class ModelSource:
         self.check_weights()
         try:
             return AutoModelForCausalLM.from_pretrained(
-                self.name, use_safetensors=True, **self._hub_arguments(), **arguments
+                self.name, use_safetensors=True, **_OUTPUT, **self._hub_arguments(), **arguments
             )
         except LOAD_ERRORS as error:
             raise self._load_error("the model", error) from error

@@ -73,6 +73,7 @@ def small_config(kind: str, *, vocabulary: int = 96, width: int = 64, **changes:
         "gemma3_text": {**llama, "head_dim": width // 4},
         "phi": wide,
         "falcon": sizes,
+        "bloom": {"hidden_size": width, "n_layer": 2, "n_head": 4},
         "opt": {**sizes, "ffn_dim": 2 * width, "word_embed_proj_dim": width},
         "opt-projected": {**sizes, "ffn_dim": 2 * width, "word_embed_proj_dim": width // 2},
         "gpt_neox": wide,

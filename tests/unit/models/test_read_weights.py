@@ -22,7 +22,17 @@ from tests.support.models import random_model, small_config, small_model
 from tests.support.recipes import write_training_recipe
 
 WITH_STATE = ("mamba", "mamba2", "falcon_h1", "jamba", "lfm2", "qwen3_5_text", "granitemoehybrid")
-ATTENTION = ("llama", "mixtral", "gpt_oss", "deepseek_v3", "gemma3_text", "opt", "falcon", "granitemoehybrid-dense")
+ATTENTION = (
+    "llama",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "gemma3_text",
+    "opt",
+    "falcon",
+    "bloom",
+    "granitemoehybrid-dense",
+)
 FUSED = {"x_proj", "out_proj"}
 """Layers whose weights only the kernels for GPUs read."""
 

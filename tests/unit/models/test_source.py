@@ -94,6 +94,17 @@ def test_generation_settings_without_a_file_are_those_of_the_config(folder: Path
     assert ModelSource.open(str(folder / "base")).generation_config().eos_token_id == 3
 
 
+def test_a_forward_returns_the_same_whatever_the_config_asks_for(folder: Path) -> None:
+    file = folder / "base" / "config.json"
+    asked = {"return_dict": False, "output_hidden_states": True, "output_attentions": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **asked}))
+    source = ModelSource.open(str(folder / "base"))
+    output = source.load_model()(torch.tensor([[1, 2]]))
+    assert output.logits.shape[:2] == (1, 2)
+    assert (output.hidden_states, output.attentions) == (None, None)
+    source.config().save_pretrained(folder / "saved")
+
+
 def test_a_model_loads_with_its_weights(folder: Path) -> None:
     source = ModelSource.open(str(folder / "base"))
     model = source.load_model(dtype=torch.float64)

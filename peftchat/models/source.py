@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftchat.addresses import advice_on_page
+from peftchat.console import stderr
 from peftchat.errors import UserError, first_line
 from peftchat.recipe import LoadedRecipe, Recipe, load_recipe
 from peftchat.runs.run_folder import RunFolder
@@ -303,12 +304,33 @@ class ModelSource:
             return self.base().tokenizer()
         self._refuse_lfs_pointers(_TOKENIZER_FILES)
         try:
-            return AutoTokenizer.from_pretrained(self.name, **self._hub_arguments())
+            tokenizer = AutoTokenizer.from_pretrained(self.name, **self._hub_arguments())
         except LOAD_ERRORS as error:
             if self.kind is not ModelKind.HUB and not any(map(self.has, _VOCABULARIES)):
                 hint = f"Copy or download its {_VOCABULARIES[0]} too."
                 raise self._error("the folder has no tokenizer", hint) from error
             raise self._load_error("the tokenizer", error) from error
+        self._take_default_template(tokenizer)
+        return tokenizer
+
+    def _take_default_template(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Keep one chat template of a tokenizer that has several by name, and tell it.
+
+        transformers chooses among them for each conversation, by its tools; a run is saved with one.
+        """
+        templates = tokenizer.chat_template
+        if not isinstance(templates, dict):
+            return
+        tokenizer.chat_template = templates.get("default")
+        others = ", ".join(f"`{name}`" for name in templates if name != "default")
+        used = "`default` is used" if tokenizer.chat_template else "none of them is `default`, so none is used"
+        if others:
+            stderr.print(
+                f"Note: {self.name} has several chat templates; {used}, and not {others}. `chat.template` can name the "
+                "file of another.",
+                markup=False,
+                highlight=False,
+            )
 
     def generation_config(self) -> "GenerationConfig":
         """Load the generation settings; a model without a file of them has those that its config implies.

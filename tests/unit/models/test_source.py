@@ -94,6 +94,19 @@ def test_generation_settings_without_a_file_are_those_of_the_config(folder: Path
     assert ModelSource.open(str(folder / "base")).generation_config().eos_token_id == 3
 
 
+@pytest.mark.parametrize("names", [("default", "tool_use"), ("rag", "tool_use")])
+def test_of_several_chat_templates_the_default_is_taken_and_told(
+    names: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "base" / "tokenizer_config.json"
+    templates = [{"name": name, "template": f"the {name} one"} for name in names]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": templates}))
+    tokenizer = ModelSource.open(str(folder / "base")).tokenizer()
+    assert tokenizer.chat_template == ("the default one" if "default" in names else None)
+    told = capsys.readouterr().err
+    assert all(f"`{name}`" in " ".join(told.split()) for name in names)
+
+
 def test_a_forward_returns_the_same_whatever_the_config_asks_for(folder: Path) -> None:
     file = folder / "base" / "config.json"
     asked = {"return_dict": False, "output_hidden_states": True, "output_attentions": True}

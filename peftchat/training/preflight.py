@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from peftchat.chat_template.loss_mask import IGNORE_INDEX
 from peftchat.console import stderr
 from peftchat.dataset.collator import cu_seqlens
-from peftchat.errors import UserError
+from peftchat.errors import UserError, first_line
 from peftchat.formatting import format_bytes
 from peftchat.models.loading import VARLEN
 from peftchat.training.context import TrainContext
 from peftchat.training.model import fall_back_to_sdpa
+from peftchat.training.out_of_memory import is_out_of_memory
 from peftchat.training.saving_trial import try_saving
 from peftchat.training.throughput import unsharded_numel
 
@@ -64,6 +65,7 @@ def preflight(trainer: "ChatTrainer", context: TrainContext) -> None:
         if layout is None:
             raise
         trainer.set_layout(layout)
+        check_model(trainer, context.recipe)
         if context.is_main:
             reason = str(error).splitlines()[0]
             stderr.print(
@@ -71,7 +73,6 @@ def preflight(trainer: "ChatTrainer", context: TrainContext) -> None:
                 markup=False,
                 highlight=False,
             )
-        check_model(trainer, context.recipe)
     check_space(context.run_folder.path, trainer.model, context.recipe)
     if context.is_main:
         try_saving(trainer, context)
@@ -132,9 +133,8 @@ def _common(config: "PretrainedConfig", name: str) -> int | None:
     """Return what all layers have of a config's key; None where there is no such key, or layers differ."""
     try:
         value = getattr(config, name, None)
-    except (
-        RuntimeError
-    ):  # https://github.com/huggingface/transformers/tree/main/src/transformers/integrations/heterogeneity
+    # https://github.com/huggingface/transformers/tree/main/src/transformers/integrations/heterogeneity
+    except RuntimeError:
         return None
     return value if isinstance(value, int) else None
 
@@ -225,7 +225,7 @@ def check_loss(
     arguments = {"position_ids": positions} | (_offsets([_LENGTH], device) if varlen else {})
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _telling_failures(base):
         fused = model(input_ids=ids, labels=labels, supervised=True, **arguments).losses
         own = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     model.train(was_training)
@@ -244,6 +244,25 @@ def check_loss(
             where=f"model.name: {base.config.name_or_path}",
             hint="Choose another model; this architecture is not supported yet.",
         )
+
+
+@contextmanager
+def _telling_failures(base: "PreTrainedModel") -> Iterator[None]:
+    """Say in one message that a model's own code fails, as it does where a config asks for what that code cannot do.
+
+    Raises:
+        UserError: with the reason.
+    """
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the model's forward pass fails on {_LENGTH} tokens ({first_line(error)}, {type(error).__name__})",
+            where=f"model.name: {base.config.name_or_path}",
+            hint="Check its config.json, or choose another model.",
+        ) from error
 
 
 def _agree(fused: Tensor, expected: Tensor, *, exact: bool) -> bool:

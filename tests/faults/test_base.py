@@ -1,6 +1,7 @@
 """A base that is not what it should be is refused before training, by every command that looks at it."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.faults import Fault, Scene, anything
+from tests.support.models import small_model
 
 CHECKED = "The base is checked before it is trained"
 
@@ -48,6 +50,13 @@ def add_tokens(scene: Scene) -> None:
     tokenizer.save_pretrained(scene.base)
 
 
+def choose_too_many_experts(scene: Scene) -> None:
+    """Put a mixture in the place of the base, whose config asks for more experts than it has."""
+    shutil.copytree(small_model("mixtral"), scene.base, dirs_exist_ok=True)
+    settings = json.loads((scene.base / "config.json").read_text())
+    (scene.base / "config.json").write_text(json.dumps({**settings, "num_experts_per_tok": 9}))
+
+
 def lengthen(scene: Scene) -> None:
     """Ask for more tokens than the model has positions."""
     scene.sections["data"] = {"max_length": 1024}
@@ -83,6 +92,7 @@ FAULTS = (
     Fault("a pointer for the tokenizer", CHECKED, pointer("tokenizer.json"), ("git-lfs pointer", "tokenizer.json")),
     Fault("not a number", CHECKED, tensors(spoil), ("not finite numbers: model.layers.0.mlp.up_proj.weight",)),
     Fault("a token without a row", CHECKED, add_tokens, ("1 token beyond the embedding's", "'<extra>'")),
+    Fault("a forward that fails", CHECKED, choose_too_many_experts, ("forward pass fails", "out of range")),
     Fault("too long", CHECKED, lengthen, ("1024 tokens do not fit the model's 512 positions", "data.max_length")),
     *(
         Fault(

@@ -1,5 +1,6 @@
 """Atomic file writing (a reader sees the old file or the new one, never a part), and the cache folder."""
 
+import errno
 import os
 import time
 from contextlib import suppress
@@ -14,9 +15,21 @@ _POLL_SECONDS = 0.2
 
 
 def cache_root() -> Path:
-    """Return the cache folder: `PEFTCHAT_CACHE`, or the user's cache folder."""
-    own = os.environ.get("PEFTCHAT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peftchat"
+    """Return the cache folder: `PEFTCHAT_CACHE`, or the user's cache folder.
+
+    Raises:
+        FileNotFoundError: the user has no home folder, as in a container that runs under a number without a name.
+    """
+    if own := os.environ.get("PEFTCHAT_CACHE"):
+        return Path(own)
+    users = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # By the XDG specification, an empty or a relative path counts as none.
+    if users.is_absolute():
+        return users / "peftchat"
+    try:
+        return Path.home() / ".cache" / "peftchat"
+    except RuntimeError as error:
+        raise FileNotFoundError(errno.ENOENT, "the user has no home folder") from error
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:

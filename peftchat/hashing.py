@@ -178,8 +178,8 @@ def _known(path: Path) -> str | None:
 
 
 def _remember(path: Path, status: os.stat_result, digest: str) -> None:
-    entry = _entry(path)
     # Without a cache every run reads the file again.
     with suppress(OSError):
+        entry = _entry(path)
         entry.parent.mkdir(parents=True, exist_ok=True)
         write_text(entry, json.dumps({"file": _identity(path, status), "digest": digest}, ensure_ascii=True))

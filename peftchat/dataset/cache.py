@@ -83,13 +83,34 @@ def encode_splits(
     """
     from filelock import FileLock
 
-    folder = cache_root() / "examples" / _key(recipe, chat)
+    folder = _entry(_key(recipe, chat))
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
                 _build(recipe, chat, folder, progress)
     return {split: _open(folder, split) for split in _splits(recipe)}
+
+
+def _entry(name: str) -> Path:
+    """Return the folder of an entry of the cache; if it is not there, the folder around it is made.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    where = None
+    try:
+        folder = cache_root() / "examples" / name
+        if not folder.is_dir():
+            where = str(folder.parent)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder.parent, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        what = f"encoded data cannot be kept ({error.strerror})"
+        raise UserError(what, where=where, hint="Set PEFTCHAT_CACHE to a folder that can be written.") from error
+    return folder
 
 
 def check_small_files(recipe: "Recipe") -> None:

@@ -141,8 +141,8 @@ def read_kept(key: dict[str, Any]) -> Measurement | None:
 
 def keep(key: dict[str, Any], measurement: Measurement) -> bool:
     """Write a measurement; return whether that was possible."""
-    file = kept_file(key)
     try:
+        file = kept_file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({**key, "measurement": measurement.as_dict()}, indent=2, default=str) + "\n")
     except OSError:

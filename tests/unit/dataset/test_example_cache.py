@@ -14,7 +14,10 @@ from peftchat.chat_template.chat_format import ChatFormat, make_format
 from peftchat.chat_template.examples import ExampleBatch, ExampleWriter
 from peftchat.dataset.cache import encode_splits, load_splits
 from peftchat.errors import UserError
+from peftchat.files import cache_root
+from peftchat.hashing import digest_files
 from peftchat.recipe import Recipe, load_recipe
+from peftchat.training.kept_choices import read_kept
 from tests.support.cli import Started, start
 from tests.support.data import CONVERSATIONS, write_conversations
 from tests.support.recipes import write_recipe
@@ -169,3 +172,34 @@ def test_a_full_disk_is_told_with_the_cure(recipe_file: Path, tmp_path: Path, mo
     assert "PEFTCHAT_CACHE" in str(failure.value)
     assert [path.suffix for path in (tmp_path / "cache" / "examples").iterdir()] == [".lock"]
     assert len(encode_splits(*of(recipe_file))["train"].store)
+
+
+@pytest.mark.parametrize("users", ["", "relative", "/absolute"])
+def test_an_empty_or_relative_cache_of_the_user_counts_as_none(
+    users: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PEFTCHAT_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", users)
+    assert cache_root() == (Path("/absolute") if users == "/absolute" else tmp_path / ".cache") / "peftchat"
+
+
+@pytest.mark.parametrize("has_home", [True, False])
+def test_a_cache_that_cannot_be_written_is_told_with_the_cure(
+    has_home: bool, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user of a container often has no home folder, or one that is not theirs; a file stands for that here."""
+    recipe, chat = of(recipe_file)
+    monkeypatch.delenv("PEFTCHAT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if has_home:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    else:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    with pytest.raises(UserError, match="encoded data cannot be kept") as failure:
+        encode_splits(recipe, chat)
+    assert "PEFTCHAT_CACHE" in str(failure.value)
+    # Everything else that is kept there can be done without.
+    assert digest_files({"data": recipe_file}, exact=True) and read_kept({}) is None

@@ -10,6 +10,7 @@ import click
 from peftchat.cli.common import Command, PathType, allow_changed_option, json_option, output_option
 
 if TYPE_CHECKING:
+    from peftchat.merging.merge_plan import Rounding
     from peftchat.merging.qlora_base import BaseMode
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -99,6 +100,13 @@ class _WeightedAdapter(click.ParamType):
     help="combine: largest KL divergence from the exact combination, and largest rise of its loss, in nats per token."
     "  [default: 0.01]",
 )
+@click.option(
+    "--rounding",
+    type=click.Choice(["stochastic", "nearest"]),
+    default="stochastic",
+    show_default=True,
+    help="To bfloat16: up or down, so that small updates count, or to the nearest, as PEFT does.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
 @json_option("Print the report as one JSON object.")
 def command(
@@ -118,6 +126,7 @@ def command(
     result: str | None,
     rank: int | None,
     tolerance: float | None,
+    rounding: "Rounding",
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -156,7 +165,7 @@ def command(
             base=base_model,
             allow_changed=allow_changed,
         )
-        settings = ModelSettings(base, verify, memory_budget, getattr(torch, dtype) if dtype else None)
+        settings = ModelSettings(base, verify, memory_budget, getattr(torch, dtype) if dtype else None, rounding)
         combine(runs, combined, settings, as_model=result == "model", as_json=as_json)
         return
     options = MergeOptions(
@@ -170,6 +179,7 @@ def command(
         memory_budget=memory_budget,
         dtype=getattr(torch, dtype) if dtype else None,
         overwrite=overwrite,
+        rounding=rounding,
     )
     merged = api.merge(runs[0], options)
     if as_json:

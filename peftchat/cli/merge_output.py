@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from peftchat.export.combine import CombinationReport, CombineOptions, DataLosses
+    from peftchat.merging.merge_plan import Rounding
     from peftchat.merging.output import MergeReport
     from peftchat.merging.qlora_base import BaseMode
 
@@ -26,6 +27,7 @@ class ModelSettings:
     verify: bool
     memory_budget: int | None
     dtype: "torch.dtype | None"
+    rounding: "Rounding"
 
 
 def print_merge(folder: Path, report: "MergeReport") -> None:
@@ -80,6 +82,7 @@ def combine(
         "--no-verify": not settings.verify,
         "--memory-budget": settings.memory_budget is not None,
         "--dtype": settings.dtype is not None,
+        "--rounding": settings.rounding != "stochastic",
     }
     stray = [name for name, is_given in given.items() if is_given]
     if stray:

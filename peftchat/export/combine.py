@@ -41,6 +41,7 @@ from peftchat.output_paths import replace_folder
 if TYPE_CHECKING:
     import torch
 
+    from peftchat.merging.merge_plan import Rounding
     from peftchat.merging.qlora_base import BaseMode
 
 REPORT = "combination.json"
@@ -239,13 +240,14 @@ def combine_into_model(
     verify: bool = True,
     memory_budget: int | None = None,
     dtype: "torch.dtype | None" = None,
+    rounding: "Rounding" = "stochastic",
 ) -> tuple[MergeResult, list[DataLosses]]:
     """Combine adapters and merge them into their base, in `options.output`.
 
     Args:
         runs: the adapters.
         options: how they are combined; rank and tolerance are for a LoRA alone.
-        base, verify, memory_budget, dtype: see `MergeOptions`.
+        base, verify, memory_budget, dtype, rounding: see `MergeOptions`.
 
     Returns:
         The merge, and the losses of each adapter and of the merged weights; none without `verify`.
@@ -266,6 +268,7 @@ def combine_into_model(
         verify=verify,
         memory_budget=memory_budget,
         dtype=dtype,
+        rounding=rounding,
     )
     result = merge_run(runs[0], merge_options)
     if not verify:

@@ -21,10 +21,12 @@ class AddDelta:
     Attributes:
         apply: the computation.
         needs_all_rows: the computation needs all rows at once.
+        only_replaces: no new weight depends on an old one.
     """
 
     apply: ApplyDelta
     needs_all_rows: bool = False
+    only_replaces: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def sum_deltas(parts: Sequence[WeightedDelta], combine: CombineUpdates | None = 
         return base
 
     whole = bool(added) and (combine is not None or any(delta.needs_all_rows for _, delta in added))
-    return AddDelta(apply, needs_all_rows=whole)
+    return AddDelta(apply, needs_all_rows=whole, only_replaces=not computed)
 
 
 def mean_rows(parts: Sequence[tuple[float, ReplaceRows]]) -> dict[int, torch.Tensor]:

@@ -116,7 +116,7 @@ def _write_shards(job: MergeJob, partial: Path, block_bytes: int) -> int:
     state.save()
     resumed = len(state.done)
     sizes = {name: sum(tensor.spec.bytes for tensor in tensors) for name, tensors in job.plan.shards.items()}
-    builder = ShardBuilder(job.plan, job.weights, block_bytes)
+    builder = ShardBuilder(job.plan, job.weights, block_bytes, job.rounding)
     with ByteProgress("Merging", sum(sizes.values()), sum(sizes[name] for name in state.done)) as progress:
         for name, tensors in job.plan.shards.items():
             if name in state.done:

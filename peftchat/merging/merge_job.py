@@ -21,7 +21,14 @@ from peftchat.merging.combination import Combination
 from peftchat.merging.delta_rules import collect_deltas
 from peftchat.merging.deltas import Delta
 from peftchat.merging.empty_model import EmptyModel, build_empty_model
-from peftchat.merging.merge_plan import MergePlan, check_memory_budget, file_digest, job_fingerprint, plan_merge
+from peftchat.merging.merge_plan import (
+    MergePlan,
+    Rounding,
+    check_memory_budget,
+    file_digest,
+    job_fingerprint,
+    plan_merge,
+)
 from peftchat.merging.qlora_base import BaseMode, Quantization, SelectedBase, quantized_parameters, select_base
 from peftchat.models.base_check import check_ties
 from peftchat.models.base_content import check_run
@@ -49,6 +56,7 @@ class MergeOptions:
         dtype: dtype of the merged weights; None keeps each as the base stores it.
         overwrite: replace an existing folder.
         combination: how the adapters' deltas become one; None for their weighted sum.
+        rounding: of weights that change, where they are stored in bfloat16.
     """
 
     output: Path | None = None
@@ -62,6 +70,7 @@ class MergeOptions:
     base_model: str | None = None
     allow_changed: bool = False
     combination: Combination | None = None
+    rounding: Rounding = "stochastic"
 
     @property
     def block_bytes(self) -> int:
@@ -124,6 +133,7 @@ class MergeJob:
         fingerprint: hash of everything that determines the result.
         allowed_changes: what changed since the run was trained, and was allowed.
         combination: how the deltas become one; None for their weighted sum.
+        rounding: of weights that change, where they are stored in bfloat16.
     """
 
     source: AdapterSource
@@ -135,6 +145,7 @@ class MergeJob:
     fingerprint: str
     allowed_changes: tuple[str, ...] = ()
     combination: Combination | None = None
+    rounding: Rounding = "stochastic"
 
     @property
     def is_as_trained(self) -> bool:
@@ -190,10 +201,14 @@ def prepare_merge(folder: Path, options: MergeOptions) -> MergeJob:
             "configs": [adapter.config.to_dict() for adapter in adapters],
             "combination": options.combination,
             "dtype": options.dtype,
+            "rounding": options.rounding,
             "shards": {file: [tensor.spec for tensor in tensors] for file, tensors in plan.shards.items()},
         }
     )
-    return MergeJob(source, base, tuple(adapters), weights, selected, plan, fingerprint, changes, options.combination)
+    return MergeJob(
+        source, base, tuple(adapters), weights, selected, plan, fingerprint, changes, options.combination,
+        options.rounding,
+    )  # fmt: skip
 
 
 def _added_tokens_of(folder: Path, weight: float) -> list[MergeAdapter]:

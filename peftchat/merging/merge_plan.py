@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,10 +15,14 @@ from peftchat.merging.base_weights import BaseWeights, Fusion, blocks
 from peftchat.merging.combination import Combination
 from peftchat.merging.deltas import AddDelta, Delta, ReplaceRows, ReplaceWeight, WeightedDelta, sum_deltas
 from peftchat.merging.safetensors_io import TensorSpec
+from peftchat.models.rounding import noise_of_rows, round_with_noise
 from peftchat.models.safetensors_files import TensorEntry, read_rows
 
-# Memory per weight of a block: stored, float32, merged float32 and the stored result.
-_BYTES_PER_WEIGHT = 16
+# Memory per weight of a block: stored, float32, merged float32, noise and the stored result.
+_BYTES_PER_WEIGHT = 24
+
+Rounding = Literal["stochastic", "nearest"]
+"""How weights that change are rounded to bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +170,13 @@ class ShardBuilder:
 
     Attributes:
         budget: bytes of memory for one block.
+        rounding: of weights that change, where they are stored in bfloat16.
     """
 
     plan: MergePlan
     weights: BaseWeights
     budget: int
+    rounding: Rounding = "stochastic"
     _split: dict[str, torch.Tensor] = field(default_factory=dict)
     _split_of: Fusion | None = None
 
@@ -188,7 +195,8 @@ class ShardBuilder:
         name, spec = tensor.parameter, tensor.spec
         fusion = self.weights.tensor_map.fusion_of.get(spec.name)
         if fusion is not None and any(name in self.plan.deltas for name in fusion.parameters):
-            yield self._split_fusion(fusion, spec.name).to(spec.dtype)
+            changes = any(self._is_update(name) for name in fusion.parameters)
+            yield self._rounded(self._split_fusion(fusion, spec.name), 0, spec, changes=changes)
         elif name is not None and name in self.weights.empty_model.slots and fusion is None:
             yield from self._merged_rows(name, tensor)
         elif tensor.entry is not None:
@@ -204,14 +212,25 @@ class ShardBuilder:
         delta = self.plan.deltas.get(name)
         if delta is not None and delta.needs_all_rows:
             base = self.weights.rows(name).to(torch.float32)
-            yield delta.apply(base, 0).to(tensor.spec.dtype)
+            yield self._rounded(delta.apply(base, 0), 0, tensor.spec, changes=self._is_update(name))
             return
         for start, stop in self._ranges(tensor):
             base = self.weights.rows(name, start, stop)
             if delta is not None:
                 base = delta.apply(base.to(torch.float32, copy=True), start)
-            yield base.to(tensor.spec.dtype)
+            yield self._rounded(base, start, tensor.spec, changes=self._is_update(name))
         self.weights.release()
+
+    def _is_update(self, name: str) -> bool:
+        """Return whether the merge adds to a parameter; replaced values are rounded to the nearest."""
+        delta = self.plan.deltas.get(name)
+        return delta is not None and not delta.only_replaces
+
+    def _rounded(self, rows: torch.Tensor, start: int, spec: TensorSpec, *, changes: bool) -> torch.Tensor:
+        """Return rows in the dtype to be stored; the result does not depend on how a tensor is divided into blocks."""
+        if not changes or self.rounding == "nearest" or spec.dtype != torch.bfloat16:
+            return rows.to(spec.dtype)
+        return round_with_noise(rows, noise_of_rows(spec.name, start, rows.shape))
 
     def _split_fusion(self, fusion: Fusion, key: str) -> torch.Tensor:
         if self._split_of is not fusion:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peftchat.models.rounding import round_with_noise
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -199,17 +201,9 @@ def _row_ranges(weight: Tensor, *, whole: bool) -> list[slice]:
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Return float32 values in bfloat16, rounded up or down with the probability that keeps their mean.
-
-    A bfloat16 number is the upper half of a float32 one. A random number of 16 bits is added to the lower half, which
-    is then cut off.
-    """
-    bits = values.contiguous().view(torch.int32)
+    """Return float32 values in bfloat16, rounded up or down with the probability that keeps their mean."""
     noise = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    # Cutting off rounds toward zero for both signs, so the carry of the sum alone rounds away from it.
-    rounded = noise.add_(bits).bitwise_and_(-(2**16)).view(torch.float32)
-    # The sum of a NaN can be the bits of a number.
-    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+    return round_with_noise(values, noise)
 
 
 def make_weightwise(trainer: "Trainer", training: "TrainingSection") -> WeightwiseOptimizer:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
@@ -21,6 +22,8 @@ Keys = tuple[str | int, ...]
 # A recipe has about a hundred values; aliases can unfold a short text into billions of them.
 MOST_VALUES = 20_000
 DEEPEST = 100
+# Libraries hold whole numbers in 64 bits, and fail late at longer ones.
+LARGEST_NUMBER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,19 @@ def parse_yaml(text: str, name: str) -> Any:
         raise UserError(f"not valid YAML: {error}", where=name) from error
 
 
+class _Constructor(RoundTripConstructor):
+    """Constructs dates as the texts they are in YAML 1.2; ruamel takes them for values of YAML 1.1."""
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
+
+
 @functools.lru_cache(maxsize=4)
 def _parsed(text: str) -> Any:
     """Return a document that nobody changes: a run reads its recipe several times, and ruamel takes long for it."""
-    return YAML(typ="rt").load(text)
+    yaml = YAML(typ="rt")
+    yaml.Constructor = _Constructor
+    return yaml.load(text)
 
 
 def _hint(problem: str) -> str:
@@ -173,6 +185,8 @@ class _Reader:
             return bool(node)
         if isinstance(node, str):
             return _without_surrogates(str(node), place.of(keys))
+        if isinstance(node, int) and abs(node) > LARGEST_NUMBER:
+            raise UserError("holds a whole number of more than 64 bits, which no key takes", where=place.of(keys))
         for to_plain in (int, float):
             if isinstance(node, to_plain):
                 return to_plain(node)
@@ -199,7 +213,7 @@ def _without_surrogates(text: str, where: str) -> str:
 
 def _kind(node: Any) -> str:
     tag = getattr(node, "tag", None)
-    return f"a value tagged `{tag.value}`" if tag is not None and tag.value else "a date or other special value"
+    return f"a value tagged `{tag.value}`" if tag is not None and tag.value else "a special value"
 
 
 def to_plain(
@@ -360,6 +374,7 @@ def _descend(document: Document, steps: list[str], where: str) -> tuple[Keys, An
             break
         if isinstance(holder, dict) and holder.get(step) is None:
             holder[step] = {}
+            document.places[keys] = SourceLocation(where, layer=1)
         holder = holder[key]
     return keys, holder
 

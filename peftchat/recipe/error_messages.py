@@ -249,7 +249,8 @@ def _problem(error: ErrorDetails, adapter: type[Adapter] | None) -> Problem:
         return Problem(keys, f"expected {_EXPECTED[kind]}, got {_shown(given)}", _type_hint(keys, kind, given))
     if kind in _BOUNDS:
         limit = next(iter(context.values()))
-        return Problem(keys, f"must be {_BOUNDS[kind]} {limit:g}, got {_shown(given)}")
+        shown = str(limit) if isinstance(limit, int) else f"{limit:g}"
+        return Problem(keys, f"must be {_BOUNDS[kind]} {shown}, got {_shown(given)}")
     if kind in ("string_too_short", "too_short"):
         return Problem(keys, "is empty", _example(keys))
     if kind == "string_pattern_mismatch":

@@ -164,7 +164,7 @@ work is an error before anything is loaded; all errors are reported together, ea
   side that exclude each other are an error.
 - Paths are relative to the folder you work in. One that does not exist there and does beside the recipe is taken from
   beside the recipe.
-- Numbers may be written as `1e-4`. Truth values are `true` and `false`; `yes` and `no` are text in YAML 1.2.
+- Numbers may be written as `1e-4`. Truth values are `true` and `false`; `yes`, `no` and dates are text in YAML 1.2.
 - Editors with a YAML language server complete and check recipes whose first line is
   `# yaml-language-server: $schema=` and the path of `peftchat/recipe/recipe.schema.json`.
 """

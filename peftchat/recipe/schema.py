@@ -4,7 +4,16 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, WithJsonSchema, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from peftchat.chat_template.templates import CHAT_TEMPLATES
@@ -131,6 +140,35 @@ _REPORTERS_SCHEMA = WithJsonSchema(
 )
 
 
+_CHECKPOINTING: Mapping[str, tuple[object, ...]] = {
+    "use_reentrant": (True, False),
+    "preserve_rng_state": (True, False),
+    "determinism_check": ("default", "none"),
+    "early_stop": (True, False),
+    "debug": (True, False),
+}
+"""Option of `torch.utils.checkpoint` -> its values; the first step would fail at others."""
+
+
+def _checkpointing_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what `torch.utils.checkpoint` does not take."""
+    for name, value in options.items():
+        values = _CHECKPOINTING.get(name)
+        if values is None:
+            known = ", ".join(f"`{name}`" for name in _CHECKPOINTING)
+            what = "expected the options {known}"
+            raise PydanticCustomError("checkpointing", what, {"known": known})
+        if not any(value is one or (isinstance(one, str) and value == one) for one in values):
+            expected = " or ".join(str(one).lower() for one in values)
+            raise PydanticCustomError(
+                "checkpointing", "expected {expected} for `{name}`", {"expected": expected, "name": name}
+            )
+    return options
+
+
+CheckpointingOptions = Annotated[dict[str, Any], AfterValidator(_checkpointing_options)]
+
+
 def _rate(value: object) -> object:
     """Refuse what is neither `auto` nor a number above 0, in one message."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -216,7 +254,7 @@ class TrainingSection(StrictModel):
         description="Recompute activations in the backward pass: much less memory, about a third more time. Without "
         "it: only if the run would not fit otherwise, by the estimate of `peftchat plan`.",
     )
-    gradient_checkpointing_kwargs: dict[str, Any] | None = Field(
+    gradient_checkpointing_kwargs: CheckpointingOptions | None = Field(
         None, description="Options of `torch.utils.checkpoint`, such as `{use_reentrant: false}`."
     )
     torch_compile: bool | None = Field(
@@ -232,8 +270,12 @@ class TrainingSection(StrictModel):
         "the same packs. Without it: within a hundredth of the run's planned time, so only in long runs on a CPU. "
         "`true`: in any run; `false`: never.",
     )
-    seed: int = Field(42, ge=0, description="Seed of adapter weights, dropout, and the split by `data.eval_fraction`.")
-    data_seed: int | None = Field(None, ge=0, description="Seed of the order of examples. Without it `seed` is used.")
+    seed: int = Field(
+        42, ge=0, le=2**32 - 1, description="Seed of adapter weights, dropout, and the split by `data.eval_fraction`."
+    )
+    data_seed: int | None = Field(
+        None, ge=0, le=2**32 - 1, description="Seed of the order of examples. Without it `seed` is used."
+    )
     save_strategy: SaveStrategy = Field(
         "steps",
         description="When to write a checkpoint that `--resume` can go on from. The final model is always saved.",

@@ -17,6 +17,15 @@ from peftchat.chat_template.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE,
 from peftchat.conversation import RankPairs, Role
 from peftchat.strict_model import StrictModel, list_to_tuple
 
+
+def _check_layer_ranges(layers: str) -> str:
+    """Refuse a range that ends before it begins, which would name no layer."""
+    for first, last in re.findall(r"(\d+)-(\d+)", layers):
+        if int(last) < int(first):
+            raise PydanticCustomError("layers", "a range must not end before it begins")
+    return layers
+
+
 Method = Literal["full", "lora", "qlora"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
@@ -112,7 +121,7 @@ class ModelSection(StrictModel):
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with a hub model. Only for authors you trust."
     )
-    freeze_layers: str | None = Field(
+    freeze_layers: Annotated[str, AfterValidator(_check_layer_ranges)] | None = Field(
         None,
         pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$",
         description="Decoder layers that `method: full` leaves as they are, from 0 on: `0-11`, or `0-3,8`.",

@@ -68,6 +68,7 @@ def _of_the_variant(recipe: Recipe) -> Iterator[Problem]:
     if recipe.adapter is None:
         return
     variant = recipe.adapter
+    yield from (Problem(("adapter", key), what) for key, what in variant.wrong_settings())
     base = "unquantized" if recipe.quantization is None else f"{recipe.quantization.bits} bits"
     if variant.incompatibility(base) is not None:
         held = "an unquantized base" if base == "unquantized" else f"a base in {base}"

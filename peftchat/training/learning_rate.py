@@ -10,6 +10,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from peftchat.formatting import format_decimal
 from peftchat.runs.run_folder import Checkpoint
 
+_MOST_RATES = 100_000
+"""Steps whose rates are checked one by one; of a longer run, as many at equal distances."""
+
+_TOLERANCE = 1e-3
+"""Share of the peak by which rounding may miss it."""
+
 
 def unwrapped(schedule: Any) -> Any:
     """Return the schedule inside accelerate's wrapper."""
@@ -51,6 +57,32 @@ def _stretched(factor: Callable[[Any], float], warmup_steps: int, steps: int) ->
         return 1.0 if warmup_steps >= steps else factor(position)
 
     return stretched
+
+
+def check_rates(schedule: Any, warmup_steps: int, steps: int) -> None:
+    """Refuse a schedule whose options lead away from the rate of the recipe.
+
+    transformers takes any options: some fail in the middle of a run, and a decay that is longer than the run begins
+    it near its end.
+
+    Raises:
+        ValueError: a rate of the run cannot be computed, is below 0 or above the peak, or the peak is never reached.
+    """
+    schedule = unwrapped(schedule)
+    if not isinstance(schedule, LambdaLR) or steps < 1:
+        return
+    factor: Callable[[Any], float] = schedule.lr_lambdas[0]
+    highest = 0.0
+    for step in range(0, steps, max(1, steps // _MOST_RATES)):
+        try:
+            share = factor(step)
+        except (ArithmeticError, ValueError) as error:
+            raise ValueError(f"the rate of step {step + 1} cannot be computed: {error}") from error
+        if not 0 <= share <= 1 + _TOLERANCE:
+            raise ValueError(f"the rate of step {step + 1} would be {share:.3g} times training.learning_rate")
+        highest = max(highest, share)
+    if warmup_steps < steps <= _MOST_RATES and highest < 1 - _TOLERANCE:
+        raise ValueError(f"its rates reach {highest:.3g} times training.learning_rate at most")
 
 
 class ContinuedScheduleCallback(TrainerCallback):

@@ -18,7 +18,7 @@ from peftchat.training.context import TrainContext
 from peftchat.training.epoch_sampler import EpochCallback, EpochDataset, EpochSampler
 from peftchat.training.evaluating_trainer import EvaluatingTrainer
 from peftchat.training.held_out import HeldOutLosses
-from peftchat.training.learning_rate import begin_above_zero
+from peftchat.training.learning_rate import begin_above_zero, check_rates
 from peftchat.training.loss import SupervisedOutput, install_supervised_forward
 from peftchat.training.model import TrainableModel
 from peftchat.training.number_checks import NumberChecks
@@ -333,14 +333,16 @@ class ChatTrainer(EvaluatingTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Create the schedule of the learning rate, with a warm-up that begins above zero."""
         is_new = self.lr_scheduler is None
+        warmup_steps = self.args.get_warmup_steps(num_training_steps)
         try:
             schedule = super().create_scheduler(num_training_steps, optimizer)
-        except (ValueError, TypeError) as error:
+            if is_new:
+                begin_above_zero(schedule, warmup_steps, num_training_steps)
+                check_rates(schedule, warmup_steps, num_training_steps)
+        except (ValueError, TypeError, ArithmeticError) as error:
             where = f"training.lr_scheduler_type: {self.args.lr_scheduler_type.value}"
             hint = "Change training.lr_scheduler_kwargs or training.learning_rate."
             raise UserError(f"the schedule cannot be made: {first_line(error)}", where=where, hint=hint) from error
-        if is_new:
-            begin_above_zero(schedule, self.args.get_warmup_steps(num_training_steps), num_training_steps)
         return schedule
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """AdaLoRA: a budget of rank that moves between layers during training (Zhang et al., 2023)."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -63,6 +64,11 @@ class Adalora(TargetedAdapter):
     orth_reg_weight: Annotated[float, Formerly("orthogonality")] = Field(
         0.5, ge=0, description="Weight of the loss term that keeps the matrices orthogonal."
     )
+
+    def wrong_settings(self) -> Iterator[tuple[str, str]]:
+        """Yield a final rank that is no lower than the initial one: PEFT then looks for directions to drop in vain."""
+        if self.target_r >= self.init_r:
+            yield "target_r", f"must be below `init_r` ({self.init_r}), as ranks only fall, got {self.target_r}"
 
     def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
         """Return the keyword arguments of AdaLoraConfig; the hooks set the schedule once the steps are known."""

@@ -256,6 +256,10 @@ class Adapter(Variant):
         config: PeftConfig = config_class(**settings)
         return config
 
+    def wrong_settings(self) -> Iterator[tuple[str, str]]:
+        """Yield each setting that does not go with another one, whatever the model, and what is wrong with it."""
+        yield from ()
+
     def check_shape(self, shape: ModelShape) -> None:
         """Refuse a model whose layers the variant cannot adapt, such as fused experts.
 

@@ -1,6 +1,7 @@
 """Updates that are products of another shape than LoRA's: elementwise, Kronecker, blockwise, or normalized."""
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -61,6 +62,11 @@ class Lokr(LowRankAdapter):
         -1, ge=-1, description="How the sides are split between the two factors; -1 splits them most evenly."
     )
 
+    def wrong_settings(self) -> Iterator[tuple[str, str]]:
+        """Yield a factor of 0, by which no side can be split."""
+        if self.decompose_factor == 0:
+            yield "decompose_factor", "must be -1 or above 0, got 0"
+
 
 class Gralora(LowRankAdapter):
     """A LoRA for each block of a weight, at the cost of one."""
@@ -76,6 +82,11 @@ class Gralora(LowRankAdapter):
     gralora_k: Annotated[int, Formerly("blocks")] = Field(
         2, ge=1, description="Each weight is split into `gralora_k` times `gralora_k` blocks; it must divide `r`."
     )
+
+    def wrong_settings(self) -> Iterator[tuple[str, str]]:
+        """Yield a number of blocks among which the rank cannot be shared."""
+        if self.r % self.gralora_k:
+            yield "gralora_k", f"must divide `r` ({self.r}), got {self.gralora_k}"
 
 
 class Hira(TargetedAdapter):

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from peftchat.errors import UserError
 from peftchat.variants.base import (
     Formerly,
     NotInConfig,
@@ -19,8 +20,20 @@ RotationDropout = Annotated[float, Field(ge=0, lt=1, description="Fraction of ro
 
 
 def _block_size(chosen: int | None, limit: int, adapter: TargetedAdapter, shape: ModelShape) -> int:
-    """Return the chosen size of blocks, or the largest one up to `limit` that divides all inputs."""
-    return chosen or largest_divisor([inputs for inputs, _ in shape.sizes(adapter.target_modules)], limit)
+    """Return the chosen size of blocks, or the largest one up to `limit` that divides all inputs.
+
+    Raises:
+        UserError: the chosen one does not divide all inputs. PEFT would take another one for OFT, with a warning.
+    """
+    inputs = [inputs for inputs, _ in shape.sizes(adapter.target_modules)]
+    undivided = next((size for size in inputs if chosen and size % chosen), None)
+    if undivided is not None:
+        raise UserError(
+            f"{chosen} does not divide the {undivided} inputs of a layer",
+            where=f"adapter.{adapter.variant}_block_size",
+            hint=f"{largest_divisor(inputs, min(inputs))} is the largest number that divides all inputs.",
+        )
+    return chosen or largest_divisor(inputs, limit)
 
 
 class Oft(TargetedAdapter):
@@ -68,14 +81,34 @@ class Boft(TargetedAdapter):
         "number up to 8.",
     )
     boft_n_butterfly_factor: Annotated[int, Formerly("factors")] = Field(
-        1, ge=1, description="Factors of the butterfly. More factors mix more inputs, and cost more."
+        1,
+        ge=1,
+        description="Factors of the butterfly. More factors mix more inputs, and cost more. More than one needs a "
+        "kernel that PEFT compiles on an NVIDIA GPU.",
     )
     dropout: RotationDropout = 0.0
 
     def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
         """Return the keyword arguments of BOFTConfig, with a block size that suits the model."""
         size = _block_size(self.boft_block_size, 8, self, shape)
+        if self.boft_n_butterfly_factor > 1:
+            _check_butterfly_kernel(self.boft_n_butterfly_factor)
         return {**super().peft_settings(shape), "boft_block_size": size}
+
+
+def _check_butterfly_kernel(factors: int) -> None:
+    """Raise a UserError where PEFT lacks the kernel for several factors: it then takes one, with a warning.
+
+    See https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/boft/layer.py
+    """
+    from peft.tuners.boft.layer import get_fbd_cuda
+
+    if get_fbd_cuda() is None:
+        raise UserError(
+            f"{factors}: PEFT's kernel for more than one factor cannot be compiled on this machine",
+            where="adapter.boft_n_butterfly_factor",
+            hint="Write 1, or train on an NVIDIA GPU with a CUDA toolkit.",
+        )
 
 
 class Hra(TargetedAdapter):

@@ -1,5 +1,6 @@
 """Updates made of fixed random matrices, or of few coefficients of a fixed transform."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
@@ -188,6 +189,11 @@ class Vblora(TargetedAdapter):
     )
     topk: int = Field(2, ge=1, description="Vectors of the bank that make up each piece of an update.")
     dropout: Dropout = 0.0
+
+    def wrong_settings(self) -> Iterator[tuple[str, str]]:
+        """Yield a choice of more vectors than the bank has."""
+        if self.topk > self.num_vectors:
+            yield "topk", f"must be at most `num_vectors` ({self.num_vectors}), got {self.topk}"
 
     def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
         """Return the keyword arguments of VBLoRAConfig, with a vector length that suits the model."""

@@ -1,10 +1,12 @@
 """Variants that train a few of the base's own numbers, or scale them."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from peftchat.errors import UserError
+from peftchat.strict_model import list_to_tuple
 from peftchat.variants.base import (
     Adapter,
     Dropout,
@@ -48,11 +50,19 @@ class Ia3(Adapter):
         description="The layers that are scaled: `auto` (keys, values, and the second layer of the feed-forward "
         "network), or a list of module names.",
     )
-    feedforward_modules: tuple[str, ...] | None = Field(
+    feedforward_modules: Annotated[tuple[str, ...] | None, BeforeValidator(list_to_tuple)] = Field(
         None,
         description="The target modules whose inputs are scaled instead of their outputs. Default: those in the "
         "feed-forward network.",
     )
+
+    def wrong_settings(self) -> Iterator[tuple[str, str]]:
+        """Yield modules of the feed-forward network that are not among the given targets."""
+        if isinstance(self.target_modules, str):
+            return
+        others = [name for name in self.feedforward_modules or () if name not in self.target_modules]
+        if others:
+            yield "feedforward_modules", f"`{others[0]}` is not in `target_modules`"
 
     def peft_settings(self, shape: ModelShape) -> dict[str, Any]:
         """Return the keyword arguments of IA3Config, with the model's own module names."""

@@ -49,6 +49,19 @@ FAULTS = (
     Fault("a rate below the end of its schedule", PROMISE,
           lambda scene: rate(scene, 1e-8, lr_scheduler_type="polynomial"),
           ("lr_scheduler_type: polynomial: the schedule cannot be made", "lr_end")),
+    Fault("a schedule that fails in the middle of the run", PROMISE,
+          lambda scene: rate(scene, 1e-3, lr_scheduler_type="inverse_sqrt", lr_scheduler_kwargs={"timescale": 0}),
+          ("lr_scheduler_type: inverse_sqrt", "the rate of step 2 cannot be computed")),
+    Fault("a schedule above the rate of the recipe", PROMISE,
+          lambda scene: rate(
+              scene, 1e-3, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 2}
+          ),
+          ("the schedule cannot be made", "times training.learning_rate")),
+    Fault("a decay longer than the run", PROMISE,
+          lambda scene: rate(
+              scene, 1e-3, lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 100}
+          ),
+          ("the schedule cannot be made", "times training.learning_rate at most")),
     Fault("NaN in a complete checkpoint", PROMISE, spoil_checkpoint,
           ("is not finite", "checkpoint-4", "Delete this folder"), 2, resume, anything),
 )  # fmt: skip

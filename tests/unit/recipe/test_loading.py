@@ -134,7 +134,19 @@ def test_a_typo_in_any_section_names_line_key_and_nearest(
         ("training.num_train_epochs=0", "must be greater than 0"),
         ("training.warmup_steps=10.5", "a number of steps must be whole"),
         ("training.lr_scheduler_type=cosine_with_min_lr", "needs one of: min_lr, min_lr_rate"),
-        ("data.max_length=2020-01-01", "Put it in quotes if it is meant as text"),
+        ("data.max_length=2020-01-01", "expected a whole number, got the text `2020-01-01`"),
+        ("data.max_length=!!binary aGk=", "Put it in quotes if it is meant as text"),
+        ("training.max_steps=99999999999999999999", "a whole number of more than 64 bits"),
+        ("training.seed=4294967296", "must be at most 4294967295"),
+        ("orpo.beta=1", "--set orpo.beta: orpo: has no effect"),
+        ("adapter={variant: adalora, init_r: 8, target_r: 8}", "adapter.target_r: must be below `init_r` (8)"),
+        ("adapter={variant: vblora, num_vectors: 1}", "adapter.topk: must be at most `num_vectors` (1)"),
+        ("adapter={variant: gralora, r: 5}", "adapter.gralora_k: must divide `r` (5)"),
+        ("adapter={variant: lokr, decompose_factor: 0}", "adapter.decompose_factor: must be -1 or above 0"),
+        (
+            "adapter={variant: ia3, target_modules: [q_proj], feedforward_modules: [fc]}",
+            "adapter.feedforward_modules: `fc` is not in `target_modules`",
+        ),
         ("chat.system=!!python/object:os.system x", "which no key takes"),
     ],
 )
@@ -190,6 +202,21 @@ def test_settings_side_by_side_that_exclude_each_other(write: Write, changes: li
 )
 def test_what_is_laid_on_top_wins(write: Write, change: str) -> None:
     load(write(GOOD), change)
+
+
+def test_a_date_is_text_as_in_yaml_1_2(write: Write) -> None:
+    recipe = load(write(GOOD), "chat.template=model", "chat.template_date=2024-02-30", "output_dir=2024-01-01").recipe
+    assert (recipe.chat.template_date, recipe.output_dir) == ("2024-02-30", "2024-01-01")
+
+
+def test_what_the_first_step_would_reject_is_rejected_with_the_recipe(write: Write) -> None:
+    checkpointing = "training.gradient_checkpointing=true"
+    options = "training.gradient_checkpointing_kwargs={use_reentrant: %s}"
+    load(write(GOOD), checkpointing, options % "false")
+    assert "expected true or false for `use_reentrant`" in error_of(Path("r.yaml"), checkpointing, options % "maybe")
+    unknown = error_of(Path("r.yaml"), checkpointing, "training.gradient_checkpointing_kwargs={reentrant: true}")
+    assert "expected the options `use_reentrant`" in unknown
+    assert "must not end before it begins" in error_of(Path("r.yaml"), "method=full", "model.freeze_layers=0,5-2")
 
 
 def test_a_losing_key_goes_back_to_its_default(write: Write) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import get_peft_model
@@ -101,3 +102,30 @@ def test_conv1d_is_refused_where_peft_has_no_such_layer(name: str) -> None:
     # What is refused is what PEFT would refuse.
     with pytest.raises((ValueError, TypeError, AttributeError, NotImplementedError, AssertionError)):
         get_peft_model(model, config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"variant": "oft", "oft_block_size": 7}, "adapter.oft_block_size: 7 does not divide the 32 inputs"),
+        ({"variant": "boft", "boft_block_size": 5}, "adapter.boft_block_size: 5 does not divide the 32 inputs"),
+        ({"variant": "boft", "boft_n_butterfly_factor": 2}, "adapter.boft_n_butterfly_factor: 2: PEFT's kernel"),
+        ({"variant": "lora", "target_modules": ["lm_head"]}, "no linear layer beside its LM head"),
+        ({"variant": "dora", "target_modules": ["q_proj", "embed_tokens"]}, "no linear layer beside its LM head"),
+    ],
+)
+def test_what_peft_would_change_or_the_run_would_not_train_is_refused(
+    settings: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+    model = AutoModelForCausalLM.from_config(small_config("llama", vocabulary=64, width=32))
+    with pytest.raises(UserError) as refused:
+        validate_adapter(settings).peft_config(model_shape(model))
+    assert expected in str(refused.value)
+
+
+def test_ia3_scales_the_inputs_of_the_modules_that_the_recipe_names() -> None:
+    modules = {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    adapter = validate_adapter({"variant": "ia3", **modules})
+    model = AutoModelForCausalLM.from_config(small_config("llama", vocabulary=64, width=32))
+    assert adapter.peft_config(model_shape(model)).feedforward_modules == {"down_proj"}

@@ -128,6 +128,8 @@ def _check_run_folder(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool
     from peftchat.training.several_processes import is_main_process
 
     run_folder = RunFolder(Path(loaded.recipe.output_dir))
+    if resume:
+        _check_not_moved(loaded)
     goes_on = resume and run_folder.has_started
     own = set()
     if goes_on or (run_folder.is_run and run_folder.recipe.read_text("utf-8", "replace") == dump_recipe(loaded.recipe)):
@@ -137,6 +139,27 @@ def _check_run_folder(loaded: LoadedRecipe, *, resume: bool, allow_changed: bool
     if is_main_process():
         refuse_held(run_folder.path, option="output_dir")
     run_folder.check_usable(loaded.recipe, resume=resume, allow_changed=allow_changed)
+
+
+def _check_not_moved(loaded: LoadedRecipe) -> None:
+    """Check that a run that is resumed by the recipe in its folder goes on there, and not where it was before.
+
+    Raises:
+        UserError: the folder was moved or copied, and its recipe still names the former place.
+    """
+    from peftchat.runs.run_folder import RunFolder
+
+    own = RunFolder(loaded.path.parent)
+    if not own.has_started or own.recipe.name != loaded.path.name:
+        return
+    given = loaded.recipe.output_dir
+    is_elsewhere = os.path.realpath(own.path) != os.path.realpath(given)
+    if is_elsewhere and loaded.document.place(("output_dir",)).file is not None:
+        raise UserError(
+            f"{given}: the recipe belongs to the run in {own.path}, which was moved or copied",
+            where=loaded.where("output_dir"),
+            hint=f"Add `--set output_dir={own.path}`.",
+        )
 
 
 def choose_settings(

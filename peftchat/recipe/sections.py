@@ -1,6 +1,7 @@
 """The sections of a recipe except `adapter` and `training`, and the values their keys accept."""
 
 import re
+from datetime import date
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -161,6 +162,15 @@ TemplateName = Annotated[str, AfterValidator(_check_template_name)]
 """A value of `chat.template`."""
 
 
+def _check_date(text: str) -> str:
+    """Refuse a date of the right form that no calendar has."""
+    try:
+        date.fromisoformat(text)
+    except ValueError as error:
+        raise PydanticCustomError("date", "is no date ({why})", {"why": str(error)}) from error
+    return text
+
+
 class ChatSection(StrictModel):
     """How a conversation is encoded, and which tokens are trained."""
 
@@ -179,7 +189,7 @@ class ChatSection(StrictModel):
         {},
         description="Variables of the template, for `model` and a template of your own: `{enable_thinking: false}`.",
     )
-    template_date: str | None = Field(
+    template_date: Annotated[str, AfterValidator(_check_date)] | None = Field(
         None,
         pattern=r"^\d{4}-\d{2}-\d{2}$",
         examples=["2026-01-31"],

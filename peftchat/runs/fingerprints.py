@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from peftchat.errors import UserError
 from peftchat.files import write_text
 from peftchat.hashing import FileDigest
+from peftchat.runs.resumed_settings import in_order_of_cause, shown_settings
 
 Digests = npt.NDArray[np.uint64]
 
@@ -87,11 +88,10 @@ class Fingerprints(BaseModel):
             found.append("tokenizer: it encodes text in another way")
         if None not in (self.chat_template, now.chat_template) and self.chat_template != now.chat_template:
             found.append("chat template: its source differs")
-        found += [
-            f"recipe: {key}: {now.recipe[key]}, expected {value}"
-            for key, value in sorted(self.recipe.items())
-            if key in now.recipe and now.recipe[key] != value
-        ]
+        for key in in_order_of_cause(self.recipe.keys() & now.recipe.keys()):
+            if now.recipe[key] != self.recipe[key]:
+                before, after = shown_settings(self.recipe[key], now.recipe[key])
+                found.append(f"recipe: {key}: {after}, expected {before}")
         return found
 
     def changed_splits(self, now: "Fingerprints") -> list[str]:

@@ -1,8 +1,10 @@
 """Settings of a resumed run: which may change, which may on request, and which a checkpoint depends on."""
 
+import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from peftchat.recipe import dump_recipe, load_recipe
 
@@ -55,12 +57,41 @@ _NEVER = (
     "training.optimizer_in_backward",
 )
 
+# What other settings follow from is told in place of them.
+_FIRST_TOLD = ("method", "objective")
+
 _BATCH = "training: batch size per process and optimizer step"
 
 
 def may_be_allowed(key: str) -> bool:
     """Return whether a fixed setting may change on request."""
     return not key.startswith(_NEVER)
+
+
+def in_order_of_cause(keys: Iterable[str]) -> list[str]:
+    """Return keys of settings, those that decide about others first."""
+    return sorted(keys, key=lambda key: (key not in _FIRST_TOLD, key))
+
+
+def shown_settings(before: object, now: object) -> tuple[str, str]:
+    """Return two values of a setting as a recipe writes them; of lists of entries, only the keys that differ."""
+    if _are_entries(before) and _are_entries(now) and len(before) == len(now):
+        pairs = [_differences(*pair) for pair in zip(before, now, strict=True)]
+        before, now = [one for one, _ in pairs], [other for _, other in pairs]
+    return _in_yaml(before), _in_yaml(now)
+
+
+def _are_entries(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list | tuple) and all(isinstance(entry, dict) for entry in value)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    keys = [key for key in now if before.get(key) != now[key]]
+    return {key: before.get(key) for key in keys}, {key: now[key] for key in keys}
+
+
+def _in_yaml(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def as_saved(recipe: "Recipe") -> "Recipe":
@@ -89,7 +120,7 @@ def fixed_settings(recipe: "Recipe", *, with_paths: bool) -> dict[str, Any]:
             values["data"][split] = [
                 {key: value for key, value in entry.items() if key != "path"} for entry in values["data"][split] or ()
             ]
-    flat: dict[str, Any] = {"method": values["method"]}
+    flat: dict[str, Any] = {"method": values["method"], "objective": values["objective"]}
     for section, settings in values.items():
         if isinstance(settings, dict):
             may_change = _MAY_CHANGE.get(section, set())

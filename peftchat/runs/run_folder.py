@@ -16,7 +16,13 @@ from peftchat.runs.checkpoint import Checkpoint, list_checkpoints
 from peftchat.runs.claim import is_claim
 from peftchat.runs.fingerprints import ALLOW_CHANGED, RunRecord
 from peftchat.runs.metrics_file import MetricsFile
-from peftchat.runs.resumed_settings import as_saved, fixed_settings, may_be_allowed
+from peftchat.runs.resumed_settings import (
+    as_saved,
+    fixed_settings,
+    in_order_of_cause,
+    may_be_allowed,
+    shown_settings,
+)
 
 if TYPE_CHECKING:
     from peftchat.recipe import Recipe
@@ -282,14 +288,15 @@ class RunFolder:
         old, new = (fixed_settings(one, with_paths=not known) for one in (before, as_saved(recipe)))
         if recipe.training.learning_rate == "auto":
             new[_RATE] = old[_RATE]  # A resumed run keeps the rate that it was started with.
-        for key in sorted(old.keys() | new.keys()):
+        for key in in_order_of_cause(old.keys() | new.keys()):
             if old.get(key) == new.get(key) or (allow_changed and may_be_allowed(key)):
                 continue
             hint = "Resume with the same value, or start a new run in another folder."
             if may_be_allowed(key):
                 hint = f"Resume with the same value, or add `{ALLOW_CHANGED}` to go on and record the change."
+            was, now = shown_settings(old.get(key), new.get(key))
             raise UserError(
-                f"the run was started with {key}: {old.get(key)}, and is resumed with {new.get(key)}",
+                f"the run was started with {key}: {was}, and is resumed with {now}",
                 where=str(self.recipe),
                 hint=hint,
             )

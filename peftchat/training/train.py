@@ -170,6 +170,8 @@ def fit(
     try:
         with suppress(EvaluationStopped):
             output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+            if checkpoint is not None and output.global_step == checkpoint.step and not stopping.is_stopping:
+                _tell_nothing_trained(context, checkpoint.step)
             if not stopping.is_stopping and "eval" in context.splits and not trainer.has_evaluated(output.global_step):
                 trainer.evaluate()
         stopping.raise_if_stopped()
@@ -237,6 +239,16 @@ class _StartCallback(TrainerCallback):
         self._check_claim()
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = seconds_since_start()
+
+
+def _tell_nothing_trained(context: TrainContext, step: int) -> None:
+    """Tell that a resumed run was at its end already, or beyond an end that the recipe has moved."""
+    asked = context.recipe.training.max_steps
+    beyond = f", more than training.max_steps: {asked}" if 0 < asked < step else ""
+    context.notes.tell(
+        f"Nothing was trained: the run has made its {step} steps already{beyond}. For more, raise "
+        "`training.max_steps` (or the setting that ends the run)."
+    )
 
 
 def _resume_command(context: TrainContext) -> str:

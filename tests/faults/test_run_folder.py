@@ -165,3 +165,41 @@ def test_a_resumed_run_keeps_the_rate_that_auto_gave_it(tmp_path: Path) -> None:
     scene.train("--resume")
     rates = {line["learning_rate"] for line in read_json_lines(scene.run / "metrics.jsonl") if "learning_rate" in line}
     assert len(rates) == 1 and read_json(scene.run / "run.json")["steps"] == 4
+
+
+def test_a_resume_that_trains_nothing_says_so(tmp_path: Path) -> None:
+    scene = Scene.build(tmp_path)
+    scene.sections = {"training": {"max_steps": 4, **_SAVING}}
+    scene.train()
+    assert "Nothing was trained: the run has made its 4 steps already." in scene.train("--resume").stderr
+    fewer = scene.train("--resume", "--set", "training.max_steps=3").stderr
+    assert "4 steps already, more than training.max_steps: 3" in fewer
+    spent = scene.train("--resume", "--set", "training.max_train_tokens=10")
+    assert "Nothing was trained" in spent.stderr
+
+
+def test_a_moved_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
+    scene = Scene.build(tmp_path)
+    scene.sections = {"training": {"max_steps": 2, **_SAVING}}
+    scene.train()
+    moved = scene.run.rename(tmp_path / "moved")
+    more = ("--resume", "--set", "training.max_steps=4")
+    refused = scene.peftchat("train", moved / "recipe.yaml", *more)
+    assert refused.returncode == 2 and f"Add `--set output_dir={moved}`" in refused.stderr
+    assert not scene.run.exists()
+    done = scene.peftchat("train", moved / "recipe.yaml", *more, "--set", f"output_dir={moved}")
+    assert done.returncode == 0 and read_json(moved / "run.json")["steps"] == 4
+
+
+def test_a_changed_setting_is_shown_as_the_recipe_writes_it(tmp_path: Path) -> None:
+    scene = Scene.build(tmp_path)
+    scene.sections = {"training": {"max_steps": 2, **_SAVING}}
+    scene.train()
+    for change, said in {
+        "data.packing=false": "data.packing: true, and is resumed with false",
+        "data.max_train_samples=3": "data.max_train_samples: null, and is resumed with 3",
+        "data.train.0.weight=2": 'data.train: [{"weight": 1.0}], and is resumed with [{"weight": 2.0}]',
+        "objective=dpo": "objective: sft, and is resumed with dpo",
+    }.items():
+        refused = scene.peftchat("train", scene.recipe, "--resume", "--set", change)
+        assert refused.returncode == 2 and said in " ".join(refused.stderr.split()), refused.stderr

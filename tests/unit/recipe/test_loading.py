@@ -138,6 +138,7 @@ def test_a_typo_in_any_section_names_line_key_and_nearest(
         ("data.max_length=!!binary aGk=", "Put it in quotes if it is meant as text"),
         ("training.max_steps=99999999999999999999", "a whole number of more than 64 bits"),
         ("training.seed=4294967296", "must be at most 4294967295"),
+        ("chat={template: model, template_date: 2024-02-30}", "chat.template_date: is no date (day is out of range"),
         ("orpo.beta=1", "--set orpo.beta: orpo: has no effect"),
         ("adapter={variant: adalora, init_r: 8, target_r: 8}", "adapter.target_r: must be below `init_r` (8)"),
         ("adapter={variant: vblora, num_vectors: 1}", "adapter.topk: must be at most `num_vectors` (1)"),
@@ -205,8 +206,8 @@ def test_what_is_laid_on_top_wins(write: Write, change: str) -> None:
 
 
 def test_a_date_is_text_as_in_yaml_1_2(write: Write) -> None:
-    recipe = load(write(GOOD), "chat.template=model", "chat.template_date=2024-02-30", "output_dir=2024-01-01").recipe
-    assert (recipe.chat.template_date, recipe.output_dir) == ("2024-02-30", "2024-01-01")
+    recipe = load(write(GOOD), "chat.template=model", "chat.template_date=2024-02-29", "output_dir=2024-01-01").recipe
+    assert (recipe.chat.template_date, recipe.output_dir) == ("2024-02-29", "2024-01-01")
 
 
 def test_what_the_first_step_would_reject_is_rejected_with_the_recipe(write: Write) -> None:

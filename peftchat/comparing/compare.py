@@ -71,6 +71,19 @@ class EvalOptions:
     tasks: TaskChoice | None = None
 
 
+def _check_text(file: Path) -> None:
+    """Raise a UserError for a file on which no forgetting can be measured, before any run."""
+    where = f"--forgetting-text {file}"
+    if not file.is_file():
+        raise UserError("no such file", where=where)
+    try:
+        is_blank = not file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError("not UTF-8", where=where, hint="Save the file as UTF-8.") from error
+    if is_blank:
+        raise UserError("the file holds no text", where=where, hint="Give a file with a few pages of text.")
+
+
 def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[ComparisonResult, ComparisonFolder]:
     """Train and evaluate everything that is not finished yet, and write the results.
 
@@ -82,8 +95,7 @@ def compare(plan: ComparePlan, out: Path, options: EvalOptions) -> tuple[Compari
     """
     folder = ComparisonFolder(out.absolute())
     text = options.general_text or GENERAL_TEXT
-    if not text.is_file():
-        raise UserError("no such file", where=f"--forgetting-text {text}")
+    _check_text(text)
     inputs = [*plan.base.inputs(), InputPath(text, "the text to measure forgetting on")]
     # The recipe in the folder is the comparison's own, unless the folder holds nothing else of it.
     own = os.path.realpath(folder.base) if folder.is_comparison else None

@@ -361,7 +361,8 @@ def _check_candidate(plan: ComparePlan, candidate: Candidate) -> None:
 def _check_recipe(plan: ComparePlan, candidate: Candidate, settings: Settings) -> None:
     try:
         plan.recommended_recipe(candidate, settings)
-        plan.run_recipe(TrainingJob(candidate, settings, plan.seeds[0]), Path("run"), Path("data"))
+        for seed in (plan.seeds[0], plan.seeds[-1]):
+            plan.run_recipe(TrainingJob(candidate, settings, seed), Path("run"), Path("data"))
     except UserError as error:
         raise UserError(error.message, where=f"{candidate.name}: {error.where}", hint=error.hint) from error
 

@@ -122,9 +122,10 @@ class ModelSection(StrictModel):
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with a hub model. Only for authors you trust."
     )
-    freeze_layers: Annotated[str, AfterValidator(_check_layer_ranges)] | None = Field(
+    freeze_layers: (
+        Annotated[str, Field(pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$"), AfterValidator(_check_layer_ranges)] | None
+    ) = Field(
         None,
-        pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$",
         description="Decoder layers that `method: full` leaves as they are, from 0 on: `0-11`, or `0-3,8`.",
         examples=["0-11"],
     )
@@ -189,9 +190,8 @@ class ChatSection(StrictModel):
         {},
         description="Variables of the template, for `model` and a template of your own: `{enable_thinking: false}`.",
     )
-    template_date: Annotated[str, AfterValidator(_check_date)] | None = Field(
+    template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$"), AfterValidator(_check_date)] | None = Field(
         None,
-        pattern=r"^\d{4}-\d{2}-\d{2}$",
         examples=["2026-01-31"],
         description="The date for templates that write the current one. `null` takes today's.",
     )

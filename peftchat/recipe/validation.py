@@ -17,6 +17,29 @@ from peftchat.recipe.memory_rules import memory_conflicts
 from peftchat.recipe.objective_rules import objective_conflicts, objective_problems
 from peftchat.recipe.schema import OWN_KEYS, Recipe
 
+_WITH_MINIMUM = ("num_cycles", "min_lr", "min_lr_rate")
+
+SCHEDULE_OPTIONS = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": _WITH_MINIMUM,
+    "cosine_warmup_with_min_lr": (*_WITH_MINIMUM, "warmup_lr_rate"),
+    "polynomial": ("lr_end", "power"),
+    "constant": (),
+    "constant_with_warmup": (),
+    "inverse_sqrt": ("timescale",),
+    "warmup_stable_decay": (
+        "num_decay_steps",
+        "num_stable_steps",
+        "warmup_type",
+        "decay_type",
+        "min_lr_ratio",
+        "num_cycles",
+    ),
+}
+"""Schedule -> the options that transformers takes for it. They are listed here as importing it takes seconds."""
+
 _NEEDED_BY_SCHEDULE = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
@@ -42,6 +65,12 @@ def invalid_combinations(recipe: Recipe) -> Iterator[Problem]:
         what = f"the warm-up ({training.warmup_steps:g} steps) is longer than the run ({training.max_steps})"
         hint = "Lower it, or give a share below 1 such as 0.03."
         yield Problem(("training", "warmup_steps"), what, hint)
+    options = SCHEDULE_OPTIONS[training.lr_scheduler_type]
+    for key in training.lr_scheduler_kwargs or {}:
+        if key not in options:
+            known = f"It takes {', '.join(options)}." if options else "It takes none: remove them."
+            what = f"`{training.lr_scheduler_type}` has no option `{key}`"
+            yield Problem(("training", "lr_scheduler_kwargs"), what, known)
     needed = _NEEDED_BY_SCHEDULE.get(training.lr_scheduler_type, ())
     given = [key for key in needed if key in (training.lr_scheduler_kwargs or {})]
     if needed and len(given) != 1:

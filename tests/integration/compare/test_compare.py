@@ -41,6 +41,9 @@ def recipe(tmp_path: Path, pretrained: Path) -> Path:
         (["--variants", "lora,dorra"], "Did you mean `dora`"),
         (["--variants", "lora", "--set", "data.eval=null"], "held-out"),
         (["--variants", "lora", "--set", "adapter.r=4,-1"], "adapter.r"),
+        (["--variants", "lora", "--set", "training.seed=4294967295"], "training.seed: must be at most"),
+        (["--variants", "lora", "--set", "training.lr_scheduler_kwargs={power: 2}"], "has no option `power`"),
+        (["--variants", "lora", "--forgetting-text", "empty.txt"], "holds no text"),
         (["--variants", "lora", "--budget", "hours=2"], "steps=N, tokens=N or minutes=N"),
         (["--variants", "lora", "--learning-rates", "fast"], "1e-4,3e-4"),
         (["--variants", "lora", "--trials", "3"], "belong together"),
@@ -52,6 +55,8 @@ def test_mistakes_are_reported_before_anything_is_made(
     recipe: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = recipe.parent / "comparison"
+    (recipe.parent / "empty.txt").write_text(" \n")
+    arguments = [str(recipe.parent / part) if part == "empty.txt" else part for part in arguments]
     ended = peftchat_in_process(capsys, "compare", recipe, *arguments, "-o", out)
     assert ended.returncode == 2, ended.stderr
     assert said in " ".join(ended.stderr.split()) and "Traceback" not in ended.stderr

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from peftchat.errors import UserError
 from peftchat.recipe import LoadedRecipe, load_recipe, training_arguments
+from peftchat.recipe.sections import Schedule
+from peftchat.recipe.validation import SCHEDULE_OPTIONS
 
 GOOD = """\
 model:
@@ -139,6 +143,11 @@ def test_a_typo_in_any_section_names_line_key_and_nearest(
         ("training.max_steps=99999999999999999999", "a whole number of more than 64 bits"),
         ("training.seed=4294967296", "must be at most 4294967295"),
         ("chat={template: model, template_date: 2024-02-30}", "chat.template_date: is no date (day is out of range"),
+        ("chat={template: model, template_date: 2024-2-3}", "chat.template_date: is not of the right form"),
+        (
+            "training.lr_scheduler_kwargs={min_lr_rate: 0.1}",
+            "`cosine` has no option `min_lr_rate`. It takes",
+        ),
         ("orpo.beta=1", "--set orpo.beta: orpo: has no effect"),
         ("adapter={variant: adalora, init_r: 8, target_r: 8}", "adapter.target_r: must be below `init_r` (8)"),
         ("adapter={variant: vblora, num_vectors: 1}", "adapter.topk: must be at most `num_vectors` (1)"),
@@ -218,6 +227,17 @@ def test_what_the_first_step_would_reject_is_rejected_with_the_recipe(write: Wri
     unknown = error_of(Path("r.yaml"), checkpointing, "training.gradient_checkpointing_kwargs={reentrant: true}")
     assert "expected the options `use_reentrant`" in unknown
     assert "must not end before it begins" in error_of(Path("r.yaml"), "method=full", "model.freeze_layers=0,5-2")
+
+
+def test_the_options_of_schedules_are_those_of_transformers() -> None:
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+    from transformers.trainer_utils import SchedulerType
+
+    given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    assert set(SCHEDULE_OPTIONS) == set(get_args(Schedule))
+    for name, options in SCHEDULE_OPTIONS.items():
+        function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+        assert set(options) == set(signature(function).parameters) - given
 
 
 def test_a_losing_key_goes_back_to_its_default(write: Write) -> None:

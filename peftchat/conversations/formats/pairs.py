@@ -123,7 +123,9 @@ def check_pair(messages: tuple[Message, ...], rejected: tuple[Message, ...]) -> 
     shared = Conversation(messages, rejected=rejected).shared_turns
     parting = [turns[shared].role if shared < len(turns) else None for turns in (messages, rejected)]
     if not any(message.role == "user" for message in messages[:shared]):
-        raise RecordError("no_prompt", "the chosen answer and the rejected one have no question in common")
+        what = "the chosen answer and the rejected one have no question in common"
+        is_system = any(turns[:1] and turns[0].role == "system" for turns in (messages, rejected))
+        raise RecordError("no_prompt", f"{what}: their system messages differ" if is_system and not shared else what)
     if parting != ["assistant", "assistant"]:
         ended = "rejected" if parting[1] is None else "chosen" if parting[0] is None else None
         what = f"the {ended} conversation ends there" if ended else "they part at a turn that is no answer"

@@ -103,6 +103,10 @@ def test_system_prompts_and_earlier_rounds_are_shared(tmp_path: Path) -> None:
             "no_prompt", "no question in common",
         ),
         (
+            {"chosen": [{"role": "system", "content": "Be kind."}, USER, CHOSEN], "rejected": [USER, REJECTED]},
+            "no_prompt", "no question in common: their system messages differ",
+        ),
+        (
             {"chosen": [USER, CHOSEN], "rejected": [USER, CHOSEN, {"role": "user", "content": "x"}, REJECTED]},
             "no_prompt", "the chosen conversation ends there",
         ),

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftchat.errors import UserError
-from peftchat.models.added_tokens import unfreeze_added_tokens
+from peftchat.models.added_tokens import find_added_tokens, unfreeze_added_tokens
 from peftchat.models.experts import (
     expert_parameters,
     flat_expert_names,
@@ -142,10 +142,29 @@ def peft_config(recipe: "Recipe", model: "PreTrainedModel") -> "PeftConfig | Non
         raise adapter_mismatch(recipe, error) from error
     if config is not None:
         check_quantized_targets(recipe, config, shape)
+        _check_vocabulary_targets(model, config)
         config.task_type = TaskType.CAUSAL_LM
         config.base_model_name_or_path = recipe.model.name
         config.revision = recipe.model.revision
     return config
+
+
+def _check_vocabulary_targets(model: "PreTrainedModel", config: "PeftConfig") -> None:
+    """Refuse an adapter on the LM head, whose weight is read without it, or on embeddings that lack added tokens.
+
+    Raises:
+        UserError: names the module.
+    """
+    head = model.get_output_embeddings()
+    has_added_tokens = find_added_tokens(model) is not None
+    targets = getattr(config, "target_modules", None)
+    for name, module in model.named_modules():
+        is_refused = module is head or (has_added_tokens and isinstance(module, nn.Embedding))
+        if is_refused and not isinstance(targets, str) and any(is_target(name, target) for target in targets or ()):
+            why = "its weight is read without the adapter" if module is head else "PEFT's adapter has no added tokens"
+            raise UserError(
+                f"`{name}` cannot have an adapter: {why}", where="adapter.target_modules", hint="Remove it."
+            )
 
 
 def adapter_notes(recipe: "Recipe", model: "PreTrainedModel") -> tuple[str, ...]:

@@ -143,17 +143,10 @@ class ModelShape:
         return Targets(layers, tuple(dict.fromkeys(parameters)))
 
     def _check_known(self, names: Iterable[str]) -> None:
-        """Raise a UserError for a name of no module, which PEFT skips as long as another name fits, or of no layer.
-
-        PEFT also wraps embeddings and the LM head. Their weights are read without them here, or replaced for the
-        added tokens.
-        """
+        """Raise a UserError for a name of no module: PEFT skips it as long as another name fits."""
         for name in names:
-            if any(is_target(layer, name) for layer in self.linear):
-                continue
-            is_module = any(is_target(module, name) for module in self.modules)
-            what = "linear layer beside its LM head" if is_module else "layer"
-            raise self._unknown_name(name, what, self.short_names(self.linear, parts=1))
+            if not any(is_target(module, name) for module in self.modules):
+                raise self._unknown_name(name, "layer", self.short_names(self.linear, parts=1))
 
     def _unknown_name(self, name: str, what: str, known: Iterable[str]) -> UserError:
         return UserError(

@@ -84,6 +84,11 @@ def test_an_adapter_that_fits_nowhere(tmp_path: Path, files: dict[str, Path]) ->
     assert "target_modules" in refused(tmp_path, files, adapter={"target_modules": ["nothing_proj"]})
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_an_adapter_where_the_added_tokens_are(name: str, tmp_path: Path, files: dict[str, Path]) -> None:
+    assert "cannot have an adapter" in refused(tmp_path, files, adapter={"target_modules": ["q_proj", name]})
+
+
 def test_output_folder_of_another_run(tmp_path: Path, files: dict[str, Path]) -> None:
     files["run"].mkdir()
     (files["run"] / "recipe.yaml").write_text("method: full\n")

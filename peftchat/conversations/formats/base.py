@@ -228,6 +228,9 @@ def _exactly(record: RawRecord, options: ReadOptions) -> dict[str, Any]:
     return Columns(options.columns, record.where).rename(value) if options.columns else value
 
 
+_AS_UTF8 = "; save the file as UTF-8 (from Excel: iconv -f WINDOWS-1252 -t UTF-8)"
+
+
 def validate_messages(
     messages: Sequence[Message], problems: ProblemLog, consecutive: str = "error"
 ) -> tuple[Message, ...]:
@@ -310,5 +313,5 @@ def _check_content(content: str, role: Role, number: int) -> None:
     except UnicodeEncodeError as error:
         # The readers of text files mark bytes that are not UTF-8 by surrogates from U+DC80 on.
         if "\udc80" <= content[error.start] <= "\udcff":
-            raise RecordError("not_utf8", f"the {role} turn is not UTF-8 (turn {number})") from None
+            raise RecordError("not_utf8", f"the {role} turn is not UTF-8 (turn {number}){_AS_UTF8}") from None
         raise RecordError("lone_surrogate", f"the {role} turn holds half a surrogate pair (turn {number})") from None

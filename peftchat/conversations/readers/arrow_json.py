@@ -1,4 +1,4 @@
-"""Values of Arrow's types that Python gets as something else: JSON text, and maps as lists of pairs.
+"""Values of Arrow's types that Python gets as something else: JSON text, text as bytes, and maps as lists of pairs.
 
 `datasets` keeps objects of mixed fields as JSON text of the type `arrow.json`.
 """
@@ -12,7 +12,7 @@ Decoder = Callable[[Any], Any]
 
 
 def decoder_of(data_type: Any) -> Decoder | None:
-    """What opens the JSON text and maps in a Python value of an Arrow type; None if the type holds neither.
+    """What opens the JSON text, bytes and maps in a Python value of an Arrow type; None if the type holds none.
 
     Lists and structs are searched (https://arrow.apache.org/docs/format/CanonicalExtensions.html#json).
     """
@@ -20,6 +20,8 @@ def decoder_of(data_type: Any) -> Decoder | None:
 
     if getattr(data_type, "extension_name", "") == "arrow.json":
         return _parsed
+    if types.is_binary(data_type) or types.is_large_binary(data_type) or types.is_binary_view(data_type):
+        return _text_of_bytes
     if types.is_map(data_type):
         inner = decoder_of(data_type.item_type)
         return lambda pairs: None if pairs is None else {key: inner(item) if inner else item for key, item in pairs}
@@ -50,6 +52,14 @@ def _decode_list(inner: Decoder) -> Decoder:
         return None if items is None else [inner(item) for item in items]
 
     return decode
+
+
+def _text_of_bytes(value: bytes | None) -> str | bytes | None:
+    """Bytes as text: some writers, such as older ones of Spark, do not mark texts as such. Others stay bytes."""
+    try:
+        return None if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
 
 
 def _parsed(text: object) -> Any:

@@ -66,6 +66,8 @@ def find_data(path: str, split: str | None = None) -> FoundFiles:
     Raises:
         UserError: nothing there, nothing to read there, no such split, or names of two splits in one.
     """
+    if path == "-":
+        raise _no_file(path)
     text = expand_path(path, path)
     place = Path(text)
     if place.is_dir():
@@ -92,7 +94,15 @@ def check_no_hub_keys(path: str, subset: str | None, revision: str | None) -> No
             raise UserError(f"`{key}: {value}` belongs to hub data sets, and this path is local", where=path, hint=hint)
 
 
+def _no_file(path: str) -> UserError:
+    """The error for a pipe or a device: data are read more than once, and such a thing only gives them once."""
+    hint = "Write the records into a file first: COMMAND > FILE.jsonl."
+    return UserError("a pipe or a device, and not a file", where=path, hint=hint)
+
+
 def _single_file(path: Path, split: str | None) -> Path:
+    if not path.is_file():
+        raise _no_file(str(path))
     if split is not None:
         hint = "Leave `split` out, or give the folder."
         raise UserError(f"a single file has no split {split!r}", where=str(path), hint=hint)
@@ -155,6 +165,8 @@ def _choose(path: str, folder: Path, candidates: list[Path], split: str | None) 
             raise UserError("a link that leads nowhere", where=str(file), hint="Repair or remove the link.")
         if file.parent in saved and file not in saved[file.parent]:
             unread[str(file)] = "the folder's state.json does not list it"
+        elif not file.is_file():
+            unread[str(file)] = "it is a pipe or a device, and not a file"
         elif ending_of(file) is None:
             unread[str(file)] = "its ending is not one that is read"
         elif (first := real.setdefault(os.path.realpath(file), file)) != file:

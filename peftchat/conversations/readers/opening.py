@@ -123,8 +123,11 @@ def check_first_bytes(path: Path, head: bytes, own: bytes = b"") -> None:
     """
     if own and head.startswith(own):
         return
+    unpacked = _PACKINGS.get(path.suffix.lower())
     for mark, kind, hint in _FIRST_BYTES:
         if head.startswith(mark):
+            if unpacked is not None and unpacked[0] == mark:
+                raise UserError(f"the file is {kind} that was packed twice", where=str(path), hint="Unpack it once.")
             raise UserError(f"the file is {kind}", where=str(path), hint=hint)
     if _HTML.match(head):
         hint = "Download the file itself; such a page is an error message or a login."

@@ -16,6 +16,8 @@ from peftchat.errors import UserError
 _BATCH = 512
 _BUFFER = 2**20
 _ARROW_FILE = b"ARROW1"
+_DELIMITER_LINE = re.compile(rb"(?:\xef\xbb\xbf)?\"?sep=([;,\t|])\"?\r?\n")
+"""The line above the header in which Excel keeps the delimiter."""
 
 
 def read_parquet(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterator[RawRecord]:
@@ -131,13 +133,16 @@ def read_csv(path: Path, max_record_bytes: int, problems: ProblemLog) -> Iterato
     number = 0
     try:
         with open_text(path) as file:
-            delimiter = _delimiter(path, file.peek())
+            named = _DELIMITER_LINE.match(file.peek())
+            delimiter = named[1].decode() if named else _delimiter(path, file.peek())
             lines = _bounded_lines(as_text(file), max_record_bytes)
+            if named:
+                next(lines)
             rows = csv.DictReader(lines, strict=True, delimiter=delimiter)
             rows.fieldnames = [column.strip() for column in rows.fieldnames or ()]
-            _check_header(f"{name}:1", rows.fieldnames, "the header has the column")
+            _check_header(f"{name}:{2 if named else 1}", rows.fieldnames, "the header has the column")
             for fields in rows:
-                number = rows.line_num
+                number = rows.line_num + bool(named)
                 problems.records += 1
                 where = f"{name}:{number}"
                 if None in fields or None in fields.values():

@@ -1,6 +1,8 @@
 """Files as other tools leave them: what is read although it is odd, and what is refused with its reason."""
 
+import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +86,59 @@ def test_a_flag_in_a_csv_is_text_and_a_flag_all_the_same(tmp_path: Path, name: s
     log = ProblemLog(strict=True)
     assert said(path, log) == [TALK, [("user", "Hi"), ("assistant", "Well")]]
     assert sum(log.skipped.values()) == 1
+
+
+@pytest.mark.parametrize("mark", [";", ",", "\t"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_the_line_in_which_excel_names_the_delimiter_is_no_header(tmp_path: Path, mark: str, start: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{start}sep={mark}\r\nprompt{mark}completion\r\nHi{mark}Hello\r\n", encoding="utf-8", newline="")
+    assert said(path) == [TALK]
+    assert next(read_conversations(path)).source == f"{path}:3"
+
+
+def test_a_table_with_one_name_twice_is_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = [pyarrow.array([text]) for text in ("Hi", "Hello", "Bye")]
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["prompt", "completion", "completion"]), path)
+    with pytest.raises(UserError, match="the column 'completion' twice"):
+        said(path)
+
+
+def test_text_that_a_table_holds_as_bytes_is_text(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    turns = [{name: text.encode() for name, text in turn.items()} for turn in TURNS]
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"messages": [turns], "raw": [b"\xff"]}), path)
+    assert said(path) == [TALK]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of Unix")
+def test_pipes_are_told_and_never_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(LINE)
+    os.mkfifo(tmp_path / "b.jsonl")
+    log = ProblemLog(strict=True)
+    assert said(tmp_path, log) == [TALK]
+    assert "pipe" in log.unread[str(tmp_path / "b.jsonl")]
+    for path in (tmp_path / "b.jsonl", Path("/dev/null"), Path("-")):
+        with pytest.raises(UserError, match="a pipe or a device"):
+            said(path)
+
+
+def test_data_packed_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(gzip.compress(LINE.encode())))
+    with pytest.raises(UserError, match="packed twice"):
+        said(path)
+
+
+def test_text_of_another_encoding_has_its_cure(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("prompt,completion\nCafé,Ja\n".encode("cp1252"))
+    with pytest.raises(UserError, match="WINDOWS-1252"):
+        said(path)

@@ -126,6 +126,7 @@ NOTES: dict[str, str] = {
     "call_that_is_not_json": "a tool call that is not JSON kept as text",
     "call_of_no_tool": "a call of a function that the record's tools do not define (kept)",
     "answer_beside_turns": "an answer in a field of its own put behind the turns",
+    "template_marks_removed": "a prompt with the marks of a chat template read as turns",
     "tools_respelled": "definitions of tools written as OpenAI's chat API has them, which templates know",
 }
 """Change of a record -> what it is, as tables say it."""

@@ -197,11 +197,19 @@ def known_shape(value: dict[str, Any], *, pairs: bool = False) -> dict[str, Any]
     """
     if None in value.values():
         value = {name: item for name, item in value.items() if item is not None}
+    if names.VERDICT_MARK in value and value.get(names.VERDICT) in names.VERDICTS:
+        value = _without_verdict(value)
     if not names.PREFERRED.keys().isdisjoint(value):
         return renamed_preference(value)
     if any(name in value for name in names.REJECTED_BESIDE_TURNS):
         return beside_turns(value)
     return value if _OTHER_SHAPES.isdisjoint(value) else dict(of_ranked(of_api(value), pairs=pairs))
+
+
+def _without_verdict(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of Prodigy with a flag in place of its annotator's verdict, unless that is `accept`."""
+    rest = {name: item for name, item in value.items() if name != names.VERDICT}
+    return rest if value[names.VERDICT] == "accept" else {**rest, names.TRAIN_FLAGS[0]: False}
 
 
 def _has_other_values(conversation: Conversation, notes: Notes) -> bool:

@@ -129,6 +129,14 @@ def optional_id(fields: Fields, known: Sequence[str], what: str) -> str | None:
     raise RecordError("wrong_type", f"an id must be text, it is {type_name(value)} ({what})")
 
 
+_SWITCHES = frozenset({"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"})
+
+
+def is_switch(value: object) -> bool:
+    """Whether a value says how to think, such as `on` or `low`, and is no thought itself."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _SWITCHES)
+
+
 def field_names(fields: Fields) -> str:
     """The names of a record's fields, for messages; at most ten of them."""
     shown = [name if name.isprintable() else reprlib.repr(name) for name in map(str, list(fields)[:10])]

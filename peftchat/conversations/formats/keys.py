@@ -9,7 +9,7 @@ from typing import Any, TypeGuard, cast
 from peftchat.conversation import Conversation, Message
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.calls import read_tools
-from peftchat.conversations.formats.fields import Fields, Notes, type_name
+from peftchat.conversations.formats.fields import Fields, Notes, is_switch, type_name
 from peftchat.conversations.formats.parts import text_of_parts
 from peftchat.conversations.formats.turns import parse_flag, parse_turns, turn_list, turns_of_text
 from peftchat.conversations.problems import RecordError
@@ -97,11 +97,18 @@ def complete(fields: Fields, shape: RecordShape, messages: Sequence[Message], no
             known = ", ".join((*names.TURN_MASKS, *names.TRAIN_FLAGS))
             detail = f"{name!r} may say what is trained, and is not understood; known: {known}"
             raise RecordError("unknown_flag", detail)
+    used: set[str] = set()
     beside = _answer_beside(fields, shape, turns)
     if beside is not None:
         turns = with_chosen(turns, _first_choice(fields[beside], notes) if beside == CHOICES else fields[beside], notes)
         notes.change("answer_beside_turns")
         columns.remove(beside)
+        thought = _thought_beside(fields, shape)
+        if thought is not None and turns[-1].role == "assistant" and turns[-1].reasoning is None:
+            turns[-1] = turns[-1]._replace(reasoning=fields[thought])
+            columns.remove(thought)
+            used.add(thought)
+        used.add(beside)
     if shape.special:
         columns += _refuse_or_keep(fields, shape.special, notes)
         turns = _with_preference(fields, shape.special, turns, notes)
@@ -115,7 +122,7 @@ def complete(fields: Fields, shape: RecordShape, messages: Sequence[Message], no
         if tools is not None:
             _note_unknown_calls(tools, turns, notes)
     for name in shape.told:
-        if name != beside and fields[name] not in ("", []):
+        if name not in used and fields[name] not in ("", []):
             notes.unused(name)
     if "split" in shape.columns and str(fields["split"]).lower().replace("-", "_") in names.HELD_OUT_SPLITS:
         notes.unused(f"split: {fields['split']}")
@@ -127,6 +134,12 @@ def _answer_beside(fields: Fields, shape: RecordShape, turns: Sequence[Message])
     if not turns or turns[-1].role == "assistant" or names.CHOSEN in shape.special:
         return None
     return next((name for name in (CHOICES, *names.ANSWERED) if name in shape.columns and fields[name]), None)
+
+
+def _thought_beside(fields: Fields, shape: RecordShape) -> str | None:
+    """The field with the thoughts before an answer that stands beside the turns."""
+    texts = (name for name in names.REASONING if name in shape.columns and isinstance(fields[name], str))
+    return next((name for name in texts if fields[name] and not is_switch(fields[name])), None)
 
 
 def _first_choice(choices: object, notes: Notes) -> object:

@@ -13,6 +13,8 @@ def _list_name(fields: Fields, known: tuple[str, ...]) -> str | None:
 
 
 def _parse_sharegpt(fields: Fields, notes: Notes) -> list[Message]:
+    if (texts := _texts_of(fields)) is not None:
+        return [Message("assistant" if index % 2 else "user", text) for index, text in enumerate(texts)]
     return parse_turns(turn_list(fields, _list_name(fields, _SHAREGPT) or "conversations"), notes)
 
 
@@ -90,8 +92,31 @@ FORMAT = record_format(
 )
 
 
+def _texts_name(fields: Fields) -> str | None:
+    """The list of bare texts in which user and assistant take turns, as LIMA and UltraChat have it.
+
+    `turns` holds the questions of MT-bench instead.
+    """
+    known = (*(name for name in _SHAREGPT if name != "turns"), "data")
+    return next((name for name in known if _are_texts(fields.get(name))), None)
+
+
+def _are_texts(value: object) -> bool:
+    """Whether a value is a list of at least two texts, none of which is a turn as JSON."""
+    if not isinstance(value, list) or len(value) < 2:
+        return False
+    return all(isinstance(text, str) and not text.lstrip().startswith("{") for text in value)
+
+
+def _texts_of(fields: Fields) -> list[str] | None:
+    name = _texts_name(fields)
+    return None if name is None else fields[name]
+
+
 def _is_sharegpt(fields: Fields) -> bool:
     if "conversations" in fields or "messages" in fields:
+        return True
+    if _texts_name(fields) is not None:
         return True
     # The other names are words that tables use for other things as well.
     name = _list_name(fields, _SHAREGPT)
@@ -108,6 +133,7 @@ SHAREGPT = record_format(
         {
             "conversations": f"the turns, also as JSON text; also {', '.join(names.TURNS[2:])}",
             "from": f"of a turn: {', '.join(names.ROLES)} in any case; the field may be {', '.join(names.ROLE)}",
+            "data": "texts alone, the user's and the assistant's in turn; also under the names above",
             "value": f"of a turn: text, or a list of text parts; the field may be {', '.join(names.CONTENT)}",
         },
         (
@@ -127,5 +153,5 @@ SHAREGPT = record_format(
     ),
     _is_sharegpt,
     _parse_sharegpt,
-    lambda fields: (_list_name(fields, _SHAREGPT) or "",),
+    lambda fields: (_texts_name(fields) or _list_name(fields, _SHAREGPT) or "",),
 )

@@ -96,8 +96,19 @@ METADATA = frozenset(
 """Fields that describe a record and that nobody expects to be trained on: kept as columns, and not told."""
 
 ASKED = ("instruction", "prompt", "question", "query", "problem", "user", "human", "inputs", "input")
-ANSWERED = ("completion", "response", "output", "answer", "solution", "assistant", "targets", "target")
-"""Names of the two sides of a pair, in the order in which they count."""
+ANSWERED = (
+    *("completion", "response", "output", "generated_solution", "solution", "answer"),
+    *("assistant", "targets", "target"),
+)
+"""Names of the two sides of a pair, in the order in which they count.
+
+Sets of mathematics have the way to the result as `solution`, and the bare result as `answer`.
+"""
+OPTIONS = ("options", "choices", "endings")
+"""The options of a question, of which an answer such as `B` names one."""
+VERDICT, VERDICTS = "answer", frozenset({"accept", "reject", "ignore"})
+VERDICT_MARK = "_task_hash"
+"""What an annotator of Prodigy said of a record: a field that other files have for an answer."""
 
 
 def normalize_role(name: str) -> str:

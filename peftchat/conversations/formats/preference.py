@@ -9,6 +9,7 @@ from peftchat.conversation import Message
 from peftchat.conversations.formats import names
 from peftchat.conversations.formats.base import Description, Fields, Notes, optional_text, record_format
 from peftchat.conversations.formats.keys import with_chosen
+from peftchat.conversations.formats.templated_text import marked_exchange
 from peftchat.conversations.formats.turns import parse_turns, turn_list, turns_of_text
 
 
@@ -24,6 +25,12 @@ def _asked(fields: Fields) -> str | None:
 def _parse(fields: Fields, notes: Notes) -> list[Message]:
     asked = _asked(fields)
     notes.unused(names.REJECTED)
+    chosen = fields[names.CHOSEN]
+    if asked is not None and isinstance(fields[asked], str) and isinstance(chosen, str):
+        marked = marked_exchange(fields[asked], chosen, notes)
+        if marked is not None:
+            notes.unused_of({name: fields.get(name) for name in names.CONTEXT}, (asked,), "a preference pair")
+            return marked
     if asked is None or isinstance(fields[asked], list):
         notes.unused_of({name: fields.get(name) for name in names.CONTEXT}, (), "a preference pair")
         start = [] if asked is None else parse_turns(turn_list(fields, asked), notes)
@@ -33,7 +40,6 @@ def _parse(fields: Fields, notes: Notes) -> list[Message]:
     else:
         about = [optional_text(fields, name) for name in names.CONTEXT if name != asked]
         start = [Message("user", "\n\n".join(filter(None, (optional_text(fields, asked), *about))))]
-    chosen = fields[names.CHOSEN]
     if asked is None and isinstance(chosen, str) and _SPOKEN.match(chosen):
         return _turns_of_text(chosen)
     return with_chosen(start, chosen, notes)

@@ -1,5 +1,6 @@
 """Pairs: a question and its answer, under the names in use for the two."""
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -14,7 +15,9 @@ from peftchat.conversations.formats.base import (
     text_field,
     type_name,
 )
+from peftchat.conversations.formats.fields import is_switch
 from peftchat.conversations.formats.parts import parse_parts, text_of_parts
+from peftchat.conversations.formats.templated_text import marked_exchange
 from peftchat.conversations.formats.turns import parse_turns, turn_list, turns_of_text
 from peftchat.conversations.problems import RecordError
 
@@ -45,10 +48,14 @@ def used_fields(fields: Fields) -> set[str]:
 def parse_pair(fields: Fields, notes: Notes) -> list[Message]:
     """History, question with the text that it is about, and answer."""
     asked, answered = find_pair(fields) or ("prompt", "completion")
+    _check_options(fields, answered)
     question = _side(fields, asked, "user", notes)
     if isinstance(fields[asked], str) and (turns := turns_of_text(fields[asked])) and turns[-1].role == "user":
         question = turns
     answer = _side(fields, answered, "assistant", notes)
+    if marked := _marked(fields[asked], fields[answered], notes):
+        *question, last = marked
+        answer = [last]
     if len(fields) == 2:
         return question + answer
     about = [optional_text(fields, name) for name in names.CONTEXT if name != asked]
@@ -56,7 +63,31 @@ def parse_pair(fields: Fields, notes: Notes) -> list[Message]:
         if len(question) > 1 or isinstance(fields[asked], list):
             raise RecordError("wrong_type", f"{asked!r} holds several turns, and there is a text that it is about")
         question = [Message("user", "\n\n".join(filter(None, (fields[asked], *about))))]
-    return [*_history(fields, notes), *question, *_with_reasoning(fields, answer)]
+    return [*_history(fields, notes), *question, *_with_reasoning(fields, answer, notes)]
+
+
+_NAMES_AN_OPTION = re.compile(r"\s*\(?(?:[A-Za-z]|\d{1,2})[).:]?\s*")
+
+
+def _check_options(fields: Fields, answered: str) -> None:
+    """Check that the answer is no mere name of an option that stands beside the question.
+
+    Raises:
+        RecordError: it is, so that the question alone would not tell what `B` means.
+    """
+    if len(fields) == 2:
+        return
+    options = next((name for name in names.OPTIONS if isinstance(fields.get(name), list | dict) and fields[name]), None)
+    answer = fields[answered]
+    is_number = isinstance(answer, int) and not isinstance(answer, bool)
+    if options is not None and (is_number or (isinstance(answer, str) and _NAMES_AN_OPTION.fullmatch(answer))):
+        detail = f"{answered!r} names one of {options!r}, which are no part of the question"
+        raise RecordError("wrong_type", f"{detail}; write the options below the question, and the answer in words")
+
+
+def _marked(question: object, answer: object, notes: Notes) -> list[Message] | None:
+    """The turns of a pair whose question a chat template wrote, with its marks."""
+    return marked_exchange(question, answer, notes) if isinstance(question, str) and isinstance(answer, str) else None
 
 
 def _side(fields: Fields, name: str, role: Role, notes: Notes) -> list[Message]:
@@ -80,8 +111,11 @@ def _from_parts(role: Role, value: Sequence[object], notes: Notes) -> Message:
     return Message(role, parts.text, parts.calls, None, None, parts.reasoning)
 
 
-def _with_reasoning(fields: Fields, answer: list[Message]) -> list[Message]:
+def _with_reasoning(fields: Fields, answer: list[Message], notes: Notes) -> list[Message]:
     for name in names.REASONING:
+        if is_switch(fields.get(name)):
+            notes.unused(name)
+            continue
         thought = optional_text(fields, name)
         if not thought:
             continue

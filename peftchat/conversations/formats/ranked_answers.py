@@ -1,7 +1,7 @@
 """Several answers to one prompt with scores, ranks or a preference between two, as `prompt`, `chosen` and `rejected`.
 
 Sources: UltraFeedback's `completions`, Nectar's `answers`, PKU-SafeRLHF, AlpacaFarm, Stanford's SHP, Nvidia's
-HelpSteer, and the votes of Chatbot Arena.
+HelpSteer, and the votes of Chatbot Arena. Answers that are all right, as SQuAD has them, are a pair with the first.
 """
 
 from collections.abc import Mapping
@@ -70,7 +70,7 @@ RANKED_FIELDS = frozenset({*_LISTS, *(sides.better for sides in _SIDES)})
 
 
 def of_ranked(fields: Fields, *, pairs: bool = False) -> Fields:
-    """Return a record with several ranked answers as one with the best and the worst; any other record as it is.
+    """Return a record with several answers as one with the best and the worst, or the first; any other as it is.
 
     The list stays in the record, so that the answers between the two are told as not used.
 
@@ -89,6 +89,8 @@ def of_ranked(fields: Fields, *, pairs: bool = False) -> Fields:
             return _of_sides(sides, fields, asked, pairs=pairs)
     if asked is None:
         return fields
+    if (texts := _right_answers(fields)) is not None:
+        return {**fields, "answer": next(iter(texts), "")}
     name = next((name for name in _LISTS if name in fields), None)
     answers = _scored(fields[name]) if name else None
     if not answers:
@@ -97,6 +99,13 @@ def of_ranked(fields: Fields, *, pairs: bool = False) -> Fields:
     if pairs and best[0] == worst[0]:
         raise LeftOut("answers_tie")
     return _preference(fields, asked, best[2], worst[2])
+
+
+def _right_answers(fields: Fields) -> list[str] | None:
+    """The texts in SQuAD's `answers`, which has a list of places beside them; None for any other record."""
+    answers = fields.get("answers")
+    texts = answers.get("text") if isinstance(answers, Mapping) and "answer" not in fields else None
+    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else None
 
 
 def _of_sides(sides: _Sides, fields: Fields, asked: str | None, *, pairs: bool) -> Fields:

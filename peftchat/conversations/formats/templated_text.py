@@ -1,7 +1,7 @@
 """Conversations that a chat template already wrote: one `text` with the template's marks between the turns."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from peftchat.conversation import Message, Role
@@ -76,18 +76,40 @@ def _matches(fields: Fields) -> bool:
 
 
 def _parse(fields: Fields, notes: Notes) -> list[Message]:
-    text = text_field(fields, "text")
+    messages = _turns_of(text_field(fields, "text"))
+    return messages[:-1] if _is_open(messages) else messages
+
+
+def _is_open(messages: Sequence[Message]) -> bool:
+    """Whether the text ends with the prompt for an answer."""
+    return bool(messages) and not messages[-1].content and messages[-1].role == "assistant"
+
+
+def marked_exchange(prompt: str, answer: str, notes: Notes) -> list[Message] | None:
+    """Return the turns of a prompt that a chat template wrote, with its answer; None for a prompt in plain words.
+
+    Such a prompt is nothing but marked turns, the last of them open for the answer.
+    """
+    if _mark_of(prompt) is None:
+        return None
+    try:
+        if not _is_open(_turns_of(prompt)):
+            return None
+    except RecordError:
+        return None
+    notes.change("template_marks_removed")
+    return _turns_of(prompt + answer)
+
+
+def _turns_of(text: str) -> list[Message]:
     mark = _mark_of(text)
     if mark is None:
         raise RecordError("missing_field", f"'text' has no mark of a turn; known: {', '.join(_MARKS)}")
     if mark == "### Instruction:":
-        messages = _alpaca_turns(text)
-    elif mark == "[INST]":
-        messages = list(_llama_2_turns(text))
-    else:
-        messages = list(_marked_turns(text, _STYLES[mark]))
-    # Such a text may end with the prompt for an answer.
-    return messages[:-1] if messages and not messages[-1].content and messages[-1].role == "assistant" else messages
+        return _alpaca_turns(text)
+    if mark == "[INST]":
+        return list(_llama_2_turns(text))
+    return list(_marked_turns(text, _STYLES[mark]))
 
 
 def _found_turns(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, re.Match[str]]]:

@@ -253,15 +253,21 @@ def parse_flag(fields: Fields, where: str) -> bool | None:
 
 
 _HH_MARK = re.compile(r"\n\n(Human|Assistant):")
+_OPEN_PROMPT = re.compile(r"\s*Human:.*\nAssistant:\s*\Z", re.DOTALL)
+_LINE_MARK = re.compile(r"\n(Human|Assistant):")
 _HH_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 
 
 def turns_of_text(text: str) -> list[Message] | None:
     """The turns of `Human: …`, blank line, `Assistant: …`: Anthropic's preference sets; None for any other text.
 
-    A text that ends with `Assistant:` is a prompt, so that its last turn is the user's.
+    A text that ends with `Assistant:` is a prompt, so that its last turn is the user's. Its turns may stand line
+    below line, as in BELLE's.
     """
-    start, *pieces = _HH_MARK.split(f"\n\n{text.lstrip()}")
+    text = f"\n\n{text.lstrip()}"
+    start, *pieces = _HH_MARK.split(text)
+    if len(pieces) < 4 and _OPEN_PROMPT.match(text):
+        start, *pieces = _LINE_MARK.split(text[1:])
     if start or len(pieces) < 4 or pieces[0] != "Human":
         return None
     turns = [Message(_HH_ROLES[name], said.strip()) for name, said in zip(pieces[::2], pieces[1::2], strict=True)]

@@ -249,3 +249,73 @@ def test_two_lists_of_turns_are_not_taken_for_one_another(tmp_path: Path) -> Non
     path.write_text(json.dumps({"talk": said}))
     with pytest.raises(UserError, match=r"columns: \{messages: talk\}"):
         list(read_conversations(path))
+
+
+CHATML = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+TALK = [("user", "Hi"), ("assistant", "Hello")]
+
+
+@pytest.mark.parametrize(
+    ("record", "unused"),
+    [
+        # A prompt that a template wrote, as sets for one family of models have it.
+        ({"prompt": CHATML, "completion": "Hello<|im_end|>"}, set()),
+        ({"prompt": CHATML, "chosen": "Hello<|im_end|>\n", "rejected": "No<|im_end|>\n"}, {"rejected"}),
+        ({"prompt": "<s>[INST] Hi [/INST]", "completion": " Hello </s>"}, set()),
+        ({"prompt": "### Instruction:\nHi\n\n### Response:\n", "response": "Hello"}, set()),
+        ({"input": "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant"
+          "<|end_header_id|>\n\n", "output": "Hello"}, set()),
+        ({"instruction": "Human:Hi\nAssistant:", "input": "", "output": "Hello"}, set()),
+        # Texts alone, in turn.
+        ({"data": ["Hi", "Hello"]}, set()),
+        ({"conversations": ["Hi", "Hello"]}, set()),
+        # The worked way is the answer, and not the bare result.
+        ({"problem": "Hi", "solution": "Hello", "answer": "2"}, {"answer"}),
+        ({"problem": "Hi", "generated_solution": "Hello", "expected_answer": "2"}, {"expected_answer"}),
+        ({"question": "Hi", "answers": {"text": ["Hello", "Hey"], "answer_start": [0, 1]}}, {"answers"}),
+        # A word that says how to think is no thought.
+        ({"input": [{"role": "user", "content": "Hi"}], "output": "Hello", "reasoning": "on"}, {"reasoning"}),
+        ({"prompt": "Hi", "completion": "Hello", "thinking": False}, {"thinking"}),
+        ({"prompt": "Hi", "response": "Hello", "answer": "accept", "_task_hash": 7}, {"_task_hash"}),
+    ],
+)  # fmt: skip
+def test_shapes_of_known_sets_are_one_conversation(tmp_path: Path, record: dict[str, Any], unused: set[str]) -> None:
+    path, log = tmp_path / "rows.jsonl", ProblemLog(strict=True)
+    path.write_text(json.dumps(record) + "\n")
+    (found,) = read_conversations(path, problems=log)
+    assert [(message.role, message.content) for message in found.messages] == TALK
+    assert found.messages[-1].reasoning is None
+    assert log.unused.keys() == unused
+
+
+def test_thoughts_beside_an_answer_that_stands_beside_the_turns_are_its_own(tmp_path: Path) -> None:
+    path, log = tmp_path / "rows.jsonl", ProblemLog(strict=True)
+    record = {"messages": [{"role": "user", "content": "Hi"}], "reasoning": "A greeting.", "answer": "Hello"}
+    path.write_text(json.dumps(record) + "\n")
+    (found,) = read_conversations(path, problems=log)
+    assert (found.messages[-1].content, found.messages[-1].reasoning) == ("Hello", "A greeting.")
+    assert not log.unused
+
+
+def test_marks_in_a_prompt_that_is_no_template_stay_text(tmp_path: Path) -> None:
+    path, asked = tmp_path / "rows.jsonl", f"What does this mean?\n{CHATML}"
+    path.write_text(json.dumps({"prompt": asked, "completion": "A prompt."}) + "\n")
+    (found,) = read_conversations(path)
+    assert found.messages[0].content == asked
+
+
+def test_what_an_annotator_rejected_is_left_out(tmp_path: Path) -> None:
+    path, log = tmp_path / "rows.jsonl", ProblemLog(strict=True)
+    record = {"prompt": "Hi", "response": "Hello", "_task_hash": 7}
+    verdicts = ("accept", "reject", "ignore")
+    path.write_text("".join(json.dumps({**record, "answer": verdict}) + "\n" for verdict in verdicts))
+    assert len(list(read_conversations(path, problems=log))) == 1
+    assert log.skipped["flagged_not_to_train"] == 2
+
+
+@pytest.mark.parametrize(("name", "answer"), [("options", "B"), ("choices", 1), ("options", "(b)")])
+def test_an_answer_that_names_an_option_beside_the_question_is_refused(tmp_path: Path, name: str, answer: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "2 + 2?", name: ["3", "4"], "answer": answer}) + "\n")
+    with pytest.raises(UserError, match="no part of the question"):
+        list(read_conversations(path))

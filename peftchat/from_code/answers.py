@@ -18,7 +18,7 @@ from peftchat.from_code.calls import (
 )
 from peftchat.from_code.docstrings import Docstring, read_docstring, worked_example
 from peftchat.from_code.english import following_sentence, infinitive_phrase, join_words, sentence_about
-from peftchat.from_code.inventory import CodeObject, Parameter
+from peftchat.from_code.inventory import UNPARSABLE, CodeObject, Parameter
 
 MAX_ANSWER = 800
 """Most characters of an answer, about 200 tokens."""
@@ -196,7 +196,7 @@ def _without_docstring(source: str) -> str | None:
     """
     try:
         (node,) = ast.parse(source).body
-    except (SyntaxError, ValueError):
+    except UNPARSABLE:
         return None
     assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     text = node.body[0]
@@ -211,6 +211,6 @@ def _without_docstring(source: str) -> str | None:
     source = "\n".join(line.rstrip() for line in source.splitlines()).strip("\n")
     try:
         ast.parse(source)
-    except SyntaxError:
+    except UNPARSABLE:
         return None
     return source

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peftchat.from_code.english import is_aside, sentences
+from peftchat.from_code.inventory import UNPARSABLE
 
 MAX_SENTENCES = 4
 """Most sentences of a docstring's prose."""
@@ -201,7 +202,7 @@ def worked_example(
 def _self_contained(code: str, name: str, module: str, siblings: frozenset[str]) -> str | None:
     try:
         tree = ast.parse(code)
-    except SyntaxError:
+    except UNPARSABLE:
         return None
     nodes = list(ast.walk(tree))
     imported = {

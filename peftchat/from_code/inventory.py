@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
+"""What `ast.parse` raises for text that is no Python, of an unknown encoding, or nested too deep for the parser."""
 Kind = Literal["function", "method", "property", "class", "module"]
 Binding = Literal["instance", "class", "static"]
 ParameterKind = Literal["positional-only", "positional-or-keyword", "keyword-only", "var-positional", "var-keyword"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftchat.errors import UserError
-from peftchat.from_code.inventory import CodeObject, Kind, code_objects, exported, is_private, top_level
+from peftchat.from_code.inventory import UNPARSABLE, CodeObject, Kind, code_objects, exported, is_private, top_level
 
 MAX_BYTES = 1_000_000
 """Most bytes of a file; larger files are usually generated."""
@@ -327,9 +327,9 @@ def _read(files: list[SourceFile]) -> tuple[list[_Module], list[str]]:
                 text = opened.read()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the user's strings may have invalid escapes
-                tree = ast.parse(text)
-        except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError) as error:
-            unreadable.append(f"{file.path}: {error}")
+                tree = ast.parse(text, file.path.name)
+        except UNPARSABLE as error:
+            unreadable.append(f"{file.path}: {str(error) or 'nested too deep'}")
             continue
         modules.append(_Module(file, text, tree, exported(tree)))
     return modules, unreadable

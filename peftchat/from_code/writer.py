@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from peftchat.output_paths import InputPath, check_output
 Turn = tuple[str, str | None]
 """A question and its answer; None if the source does not contain the answer."""
 
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 _TRAIN, _EVAL, _CARD = "train.jsonl", "eval.jsonl", "card.json"
 
 
@@ -70,7 +72,7 @@ def conversations_about(found: Survey, *, seed: int) -> Iterator[CodeConversatio
         choose = _Chooser(item, random.Random(f"{seed}:{item.full_name}"))
         for kind, turns in _drafts(item, answers, choose):
             messages = _messages(turns)
-            if messages:
+            if messages and all(_is_text(message.content) for message in messages):
                 conversation = Conversation(messages, found.locations[item.full_name])
                 yield CodeConversation(conversation, item.full_name, item.outermost_name, kind)
 
@@ -96,6 +98,11 @@ class _Chooser:
     def coin(self, chance: float = 0.5) -> bool:
         """Return True with this probability."""
         return self.rng.random() < chance
+
+
+def _is_text(content: str) -> bool:
+    """Whether a content is one that data files hold: escapes in a docstring can be half a character, or a NUL."""
+    return _NO_TEXT.search(content) is None
 
 
 def _messages(turns: Sequence[Turn]) -> tuple[Message, ...]:
@@ -229,7 +236,7 @@ def write_conversations(
     conversations = list(conversations_about(found, seed=seed))
     if not conversations:
         raise UserError(
-            f"no documented function, class or module in the {found.files} files read",
+            f"no documented function, class or module in the {found.files} files read{_invalid(found)}",
             where=", ".join(roots),
             hint="Conversations are made from docstrings and signatures: add docstrings, or name another package.",
         )
@@ -261,6 +268,12 @@ def write_conversations(
             f"cannot be written ({error.strerror})", where=str(folder), hint="Name another folder."
         ) from error
     return WrittenConversations(folder, card)
+
+
+def _invalid(found: Survey) -> str:
+    """How many files could not be read, with the first of them; "" for none."""
+    more = f"; {len(found.unreadable)} not valid Python" if found.unreadable else ""
+    return f"{more} ({found.unreadable[0]})" if more else ""
 
 
 def _check_folder(folder: Path, roots: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from peftchat.recipe.document import Document, Keys, SourceLocation, parse_yaml,
 from peftchat.recipe.load import read_text
 
 _SHELL_SUFFIXES = (".sh", ".bash")
+_PROGRAM_SUFFIXES = (".py", ".ipynb")
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 _ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=(\S.*)?$")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
@@ -67,6 +68,9 @@ def read_source(path: Path) -> SourceFile:
     text = read_text(path, "a configuration", "Give the file that the other tool reads.")
     if path.suffix in _SHELL_SUFFIXES:
         return _of_script(path, text)
+    if path.suffix in _PROGRAM_SUFFIXES:
+        hint = "Write a recipe with `peftchat init`, and carry the values over by hand."
+        raise UserError("is a program, and nothing is run to read its settings", where=name, hint=hint)
     values, places = to_plain(parse_yaml(text, name), name, file=path)
     if values is None:
         raise UserError("the file is empty", where=name, hint="Give the file that the other tool reads.")
@@ -156,14 +160,12 @@ def _of_script(path: Path, text: str) -> SourceFile:
                     raise UserError(f"the flag `--{flag}` is there twice", where=where, hint="Keep one of the two.")
                 values[current] = _scalar(value) if equals else True
                 places[(current,)] = SourceLocation(name, number, path)
-            elif current is None:
-                command.append(word)
-            elif values[current] is True:
-                values[current] = _scalar(word)
-            elif word.endswith(".py"):
-                # A launcher's flags stand before the script that it starts.
+            elif current is None or _begins_program(word, command, values[current]):
+                # A launcher's flags stand before the program that it starts.
                 command.append(word)
                 current = None
+            elif values[current] is True:
+                values[current] = _scalar(word)
             else:
                 held = values[current]
                 values[current] = [*(held if isinstance(held, list) else [held]), _scalar(word)]
@@ -172,6 +174,26 @@ def _of_script(path: Path, text: str) -> SourceFile:
         hint = "Give a script with a command such as `trl sft --model_name_or_path …`."
         raise UserError("holds no command with flags", where=name, hint=hint)
     return SourceFile(path, text, Document(values, places), tuple(command))
+
+
+_LAUNCHERS = frozenset({"accelerate", "torchrun", "deepspeed"})
+_PROGRAMS = frozenset({"trl", "axolotl", "tune", "llamafactory-cli", "lmf", "swift"})
+
+
+def _begins_program(word: str, command: Sequence[str], held: Any) -> bool:
+    """Whether a word is the program that a launcher starts, and no value of the launcher's last flag.
+
+    Args:
+        word: the word behind the flag, or behind its value.
+        command: the words before the flags.
+        held: the value of the flag so far; True if there is none.
+    """
+
+    def is_program(one: str) -> bool:
+        return one.endswith(".py") or one in _PROGRAMS
+
+    is_launched = any(Path(one).name in _LAUNCHERS or one.startswith("torch.distributed") for one in command)
+    return is_program(word) and not any(map(is_program, command)) and (is_launched or held is not True)
 
 
 def _scalar(word: str) -> Any:

@@ -418,3 +418,24 @@ def test_the_files_are_read_back_as_they_were_made(tmp_path: Path) -> None:
     made = [row.messages for row in conversations_from_code(["textwrap"], seed=2)]
     assert len(back) == len(made) > 20
     assert set(back) == set(made)
+
+
+def test_what_no_parser_and_no_data_file_holds_is_left_out_and_named(tmp_path: Path) -> None:
+    said = {
+        name: f'def {name}():\n    """Return {text}."""\n'
+        for name, text in (
+            ("one", "1"),
+            ("nul", r"\0"),
+            ("half", r"\ud83d"),
+            ("example", r"x.\n\n    >>> example('\0')\n    1\n    "),
+        )
+    }
+    (tmp_path / "said.py").write_text("\n".join(said.values()))
+    (tmp_path / "deep.py").write_text(f"x = {'-' * 100_000}1\n")
+    found = survey([str(tmp_path)])
+    assert [Path(line.split(": ")[0]).name for line in found.unreadable] == ["deep.py"]
+    texts = [message.content for one in conversations_about(found, seed=0) for message in one.conversation.messages]
+    assert any("one" in text for text in texts)
+    assert not re.search("[\0\ud800-\udfff]", "".join(texts))
+    with pytest.raises(UserError, match=r"1 not valid Python .*deep\.py"):
+        write_conversations([str(tmp_path / "deep.py")], tmp_path / "out")

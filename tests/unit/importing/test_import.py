@@ -247,6 +247,28 @@ def test_anchors_keep_their_lines_and_flags_of_a_script_count_as_lines(tmp_path:
 
 
 @pytest.mark.parametrize(
+    "launcher",
+    [
+        "accelerate launch --num_processes 4 trl sft",
+        "accelerate launch --num_processes=4 --multi_gpu trl sft",
+        "accelerate launch --multi_gpu --num_processes 4 trl/scripts/sft.py",
+        "torchrun --nproc_per_node 4 sft.py",
+    ],
+)
+def test_a_launchers_flags_end_where_its_program_begins(tmp_path: Path, launcher: str) -> None:
+    flags = "--model_name_or_path org/base --dataset_name org/talks --use_peft"
+    imported = read(tmp_path, f"{launcher} {flags}\n", name="run.sh")
+    assert imported.tool.name == "trl"
+    assert imported.values["distributed.processes"] == 4
+    assert [line.source.key for line in imported.refused] in ([], ["multi_gpu"])
+
+
+def test_a_program_is_not_run_to_read_its_settings(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a program"):
+        read(tmp_path, "from trl import SFTTrainer\n", name="train.py")
+
+
+@pytest.mark.parametrize(
     ("text", "what"),
     [
         ("", "empty"),

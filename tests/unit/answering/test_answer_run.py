@@ -136,6 +136,8 @@ def test_every_form_of_a_question(tmp_path: Path) -> None:
             {"task_id": "HumanEval/0", "prompt": "def f():", "system": "Code."},
             {"instruction": "Sum up", "input": "text"},
             {"prompt": messages[1:2]},
+            {"question": "Who?", "context": "Ada did.", "system_prompt": "Code."},
+            {"messages": messages[1:2], "system": "Code.", "prompt": "one"},
         )
     )
     before = (Message("system", "Rules."), Message("user", "one"), Message("assistant", "1"))
@@ -146,6 +148,8 @@ def test_every_form_of_a_question(tmp_path: Path) -> None:
         Question("HumanEval/0", ("def f():",), (Message("system", "Code."),)),
         Question(5, ("Sum up\n\ntext",)),
         Question(6, ("one",)),
+        Question(7, ("Who?\n\nAda did.",), (Message("system", "Code."),)),
+        Question(8, ("one",), (Message("system", "Code."),)),
     ]
 
 
@@ -169,6 +173,14 @@ def test_real_question_files_read_as_they_are(shared_data: Path) -> None:
         ([{"turns": []}], "`turns` is an empty list"),
         ([{"turns": ["a", 2]}], r"`turns\[1\]` is a number"),
         ([{"question_id": 1, "prompt": "a"}, {"question_id": "1", "prompt": "b"}], "the id '1' is that of .*:1 too"),
+        ([{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}], "`messages` and `prompt` ask different"),
+        ([{"prompt": "a", "question": "b"}], "`prompt` and `question` ask different"),
+        ([{"prompt": "a", "history": [["b", "c"]]}], "`history` is not read"),
+        ([{"prompt": "a", "tools": [{"name": "f"}]}], "`tools` defines tools"),
+        (
+            [{"system": "a", "messages": [{"role": "system", "content": "b"}, {"role": "user", "content": "c"}]}],
+            "system message differ",
+        ),
         ([{"question_id": True, "prompt": "a"}], "expected text or an integer"),
         ([{"messages": [{"role": "assistant", "content": "a"}]}], "the roles of `messages` are assistant"),
         ([{"messages": [{"role": "robot", "content": "a"}]}], "has the role 'robot'"),

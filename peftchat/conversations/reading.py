@@ -372,7 +372,8 @@ def _found_below(fields: Fields) -> str:
         return f"The Batch API writes requests and responses into two files; join them: {join}. "
     for field, value in fields.items():
         if isinstance(value, dict) and matching_format(value) is not None:
-            return f"They are below the field {field!r}: jq -c '.[{json.dumps(field)}]' FILE > FILE.jsonl. "
+            record = '(if type == "array" then .[] else . end)'
+            return f"They are below the field {field!r}: jq -c '{record}[{json.dumps(field)}]' FILE > FILE.jsonl. "
     turns = [name for name, value in fields.items() if isinstance(value, list) and value and _are_turns(value[0])]
     if len(turns) == 1:
         return f"The field {turns[0]!r} holds turns: `columns: {{messages: {_in_yaml(turns[0])}}}` reads it. "

@@ -9,6 +9,9 @@ from peftchat.conversations.formats.fields import Fields, Notes, optional_id, pa
 from peftchat.conversations.problems import RecordError
 from peftchat.json_text import TextObject, normalize_json, write_json
 
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+"""Names of a call's arguments: OpenAI's, Llama's, LangChain's and Anthropic's."""
+
 
 def read_calls(turn: Fields, role: Role, number: int, notes: Notes) -> tuple[ToolCall, ...]:
     """The calls of a turn: `tool_calls`, or OpenAI's earlier `function_call`.
@@ -38,12 +41,12 @@ def read_calls(turn: Fields, role: Role, number: int, notes: Notes) -> tuple[Too
 def _call(call: object, number: int, notes: Notes) -> ToolCall:
     function = call.get("function", call) if isinstance(call, dict) else None
     if isinstance(function, str) and isinstance(call, dict):
-        function = {"name": function, **{name: call[name] for name in ("arguments", "parameters") if name in call}}
+        function = {"name": function, **{name: call[name] for name in _ARGUMENTS if name in call}}
     if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RecordError("unsupported_content", f"a tool call without a function name (turn {number})")
-    spelled = next((name for name in ("arguments", "parameters") if function.get(name) is not None), "arguments")
+    spelled = next((name for name in _ARGUMENTS if function.get(name) is not None), "arguments")
     own = {"name", spelled}
-    known = {"id", "function", *(("type",) if call.get("type") == "function" else ())}
+    known = {"id", "function", *(("type",) if call.get("type") in ("function", "tool_call") else ())}
     if isinstance(call.get("index"), int):
         known.add("index")
     if function is call or isinstance(call.get("function"), str):

@@ -75,7 +75,24 @@ def _role_name(turn: Fields) -> str:
     return names.normalize_role(found) if isinstance(found, str) else ""
 
 
+_INNER_TURNS = ("data", "kwargs")
+
+
+def _of_langchain(turn: Fields) -> Fields:
+    """Return a turn of LangChain, whose `type` is its role, in the usual form; any other as it is.
+
+    Its fields may stand below `data` (`messages_to_dict`) or `kwargs` (`dumps`).
+    """
+    inner = next((turn[name] for name in _INNER_TURNS if isinstance(turn.get(name), dict)), turn)
+    role = turn["type"] if inner.get("type") is None else inner["type"]
+    if not isinstance(role, str) or names.normalize_role(role) not in names.ROLES or "content" not in inner:
+        return turn
+    return {"role": role, **{name: value for name, value in inner.items() if name != "type"}}
+
+
 def _messages(turn: Fields, number: int, notes: Notes) -> list[Message]:
+    if "type" in turn and not any(name in turn for name in names.ROLE):
+        turn = _of_langchain(turn)
     if not any(name in turn for name in names.ROLE):
         exchange = _exchange(turn, number, notes)
         if exchange:

@@ -61,6 +61,7 @@ def test_an_odd_file_is_read(tmp_path: Path, content: str, expected: Any) -> Non
         ("a.json", f'[{LINE}, {LINE[:-1]}, "prompt": "Bye"}}]', "a.json:2: the key 'prompt' is there twice"),
         ("a.jsonl", json.dumps({"items": TURNS}), "`columns: {messages: items}` reads it"),
         ("a.jsonl", json.dumps({"data": PAIR}), "They are below the field 'data'"),
+        ("a.json", json.dumps([{"data": PAIR}]), 'if type == "array" then .[] else . end'),
         ("a.jsonl", json.dumps({"text": "Once upon a time"}), "has no turns that could be told apart"),
         ("a.jsonl", json.dumps({"chosen": "Yes", "rejected": "No"}), "an answer without a question"),
         ("a.json", json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "c", "1": "d"}}), "each with its"),

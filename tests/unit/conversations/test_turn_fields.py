@@ -325,3 +325,28 @@ def test_a_call_of_a_function_that_no_tool_defines_is_told(called: str, noted: d
     tools = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
     assert read(tmp_path, {"messages": [U, call, {"role": "tool", "content": "4"}, A], "tools": tools}, log=log)
     assert dict(log.notes) == noted
+
+
+@pytest.mark.parametrize("below", [None, "data", "kwargs"])
+def test_the_type_of_a_langchain_message_is_its_role(tmp_path: Path, below: str | None) -> None:
+    turns: list[dict[str, Any]] = [
+        {"type": "human", "content": "Where is it?"},
+        {"type": "ai", "content": "", "tool_calls": [{"name": "f", "args": {"a": 1}, "id": "c", "type": "tool_call"}]},
+        {"type": "tool", "content": "here", "tool_call_id": "c"},
+        {"type": "ai", "content": "Here."},
+    ]
+    rows = turns if below is None else [{"type": turn["type"], below: turn} for turn in turns]
+    log = ProblemLog(strict=True)
+    (found,) = read(tmp_path, {"messages": rows}, log=log)
+    assert [(message.role, message.content) for message in found.messages] == [
+        ("user", "Where is it?"), ("assistant", ""), ("tool", "here"), ("assistant", "Here."),
+    ]  # fmt: skip
+    assert json.loads(found.messages[1].tool_calls[0].arguments) == {"a": 1}
+    assert not log.unused
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters", "args", "input"])
+def test_a_call_keeps_its_arguments_under_every_name(tmp_path: Path, name: str) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", name: {"a": 1}}]}
+    (found,) = read(tmp_path, {"messages": [U, call, {"role": "tool", "content": "x"}, A]})
+    assert json.loads(found.messages[1].tool_calls[0].arguments) == {"a": 1}

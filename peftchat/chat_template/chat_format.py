@@ -110,7 +110,9 @@ def _read_template(path: str) -> str:
         # Some editors begin a file with a byte order mark, which would become text of every prompt.
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise UserError(f"the template cannot be read: {first_line(error)}", where=f"chat.template: {path}") from error
+        hint = "Save it as UTF-8 text." if isinstance(error, UnicodeDecodeError) else "Check the path."
+        what = f"the template cannot be read: {first_line(error)}"
+        raise UserError(what, where=f"chat.template: {path}", hint=hint) from error
     if not text.strip():
         raise UserError("the template is empty", where=f"chat.template: {path}", hint="Name a file with a template.")
     return text

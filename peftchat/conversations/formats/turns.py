@@ -312,7 +312,11 @@ def turn_list(fields: Fields, name: str) -> list[Fields]:
             turns = parse_text(turns)
         except ValueError:
             python = "'role'" in turns or "'from'" in turns
-            how = "a list of Python, with its quotes, and not JSON" if python else "text, and not JSON"
+            how = (
+                "a list of Python, with its quotes, and not JSON; write it with json.dumps"
+                if python
+                else "text, and not JSON"
+            )
             raise RecordError("wrong_type", f"{name!r} must be a list of turns, it is {how}") from None
     if not isinstance(turns, list):
         raise RecordError("wrong_type", f"{name!r} must be a list of turns, it is {type_name(turns)}")

@@ -365,3 +365,9 @@ def test_an_empty_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the template is empty") as refused:
         make_format(str(tmp_path / "empty.jinja"), None, tokenizer_of("chatml"))
     assert "empty.jinja" in str(refused.value.where)
+
+
+def test_a_file_of_another_encoding_has_its_cure(tmp_path: Path) -> None:
+    (tmp_path / "wide.jinja").write_text("{{ messages }}", encoding="utf-16")
+    with pytest.raises(UserError, match="Save it as UTF-8"):
+        make_format(str(tmp_path / "wide.jinja"), None, tokenizer_of("chatml"))

@@ -56,6 +56,7 @@ def test_an_odd_file_is_read(tmp_path: Path, content: str, expected: Any) -> Non
         ("a.jsonl", json.dumps(LINE), "an object that was encoded twice"),
         ("a.jsonl", f"{LINE},\n{LINE},\n", "a comma stands behind the record"),
         ("a.jsonl", f"{PAIR}\n", "an object of Python, with its quotes"),
+        ("a.jsonl", json.dumps({"messages": str(TURNS)}), "a list of Python, with its quotes, and not JSON; write it"),
         ("a.jsonl", f'{LINE[:-1]}, "prompt": "Bye"}}', "the key 'prompt' is there twice"),
         ("a.jsonl", '{"messages": [{"content": "a", "content": "b"}]}', "the key 'content' is there twice"),
         ("a.json", f'[{LINE}, {LINE[:-1]}, "prompt": "Bye"}}]', "a.json:2: the key 'prompt' is there twice"),

@@ -5,6 +5,7 @@ through a connection of its own. Where nothing goes on, the first process that c
 and prints one report. Nothing is ended: where the wait is endless, the limit of the process group does that.
 """
 
+import gc
 import json
 import os
 import socket
@@ -50,6 +51,21 @@ _STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 _ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 _COMPILERS = ("torch/_dynamo/convert_frame", "torch/_inductor/", "torch/utils/cpp_extension", "triton/compiler/")
+
+
+def frame_of(thread: int) -> FrameType | None:
+    """Return the frame that a thread executes.
+
+    While Python lists the frames, it holds a lock that the start of a thread needs. Garbage collected in between can be
+    a tensor, which waits for the thread that starts one: https://github.com/python/cpython/issues/106883
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames().get(thread)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Store(Protocol):
@@ -231,7 +247,7 @@ class HangWatch(TrainerCallback):
         return True
 
     def _sign(self, still: float, *, with_stack: bool) -> Sign:
-        frame = sys._current_frames().get(self._thread_id)
+        frame = frame_of(self._thread_id)
         place = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
         return Sign(
             self._rank,
@@ -249,7 +265,7 @@ class HangWatch(TrainerCallback):
 
     def _compiles(self) -> bool:
         """Return whether the training loop waits for a compiler, which a new shape may call at any step."""
-        frame = sys._current_frames().get(self._thread_id)
+        frame = frame_of(self._thread_id)
         while frame is not None:
             if any(part in frame.f_code.co_filename.replace("\\", "/") for part in _COMPILERS):
                 return True

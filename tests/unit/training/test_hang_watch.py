@@ -1,19 +1,22 @@
 """The hang watch: silent while a run goes on, and one report where it does not, by the process that can speak."""
 
+import gc
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from types import FrameType
 
 import pytest
 import torch.distributed as dist
 
-from peftchat.training.hang_watch import HangWatch, Sign, report
+from peftchat.training.hang_watch import HangWatch, Sign, frame_of, report
 
 LIMIT = 0.2
 
@@ -169,3 +172,23 @@ def test_those_that_wait_for_others_are_listed_shortly() -> None:
     # Where all wait, nobody is to blame by its place, so all places are shown.
     told = report([sign(0, waits=True), sign(1, waits=True)], [])
     assert "frame 0" in told and "frame 1" in told
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_nothing_is_collected_while_frames_are_listed(is_enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that was freed there waited for the training loop, and the loop for a new thread."""
+    listed, seen = sys._current_frames, []
+
+    def list_frames() -> dict[int, FrameType]:
+        seen.append(gc.isenabled())
+        return listed()
+
+    monkeypatch.setattr(sys, "_current_frames", list_frames)
+    (gc.enable if is_enabled else gc.disable)()
+    try:
+        frame = frame_of(threading.get_ident())
+        assert gc.isenabled() == is_enabled
+    finally:
+        gc.enable()
+    assert frame is not None and frame.f_code.co_name == "list_frames"
+    assert seen == [False]
